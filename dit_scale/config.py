@@ -1,0 +1,287 @@
+"""Every knob, typed and frozen, in one file that imports no torch.
+
+Two roots: `TrainConfig` (a training run) and `EncodeConfig` (an encoding job). `load` reads
+defaults -> YAML -> `key=value` overrides; an unknown key is an error that names the nearest one.
+A component is handed its own section, never the root.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dit_scale.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A frozen group of knobs; the docstring under a field is its help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Which transformer of the paper's Table 4, and how it is conditioned."""
+
+    name: str = "DiT-XL/2"
+    """Row and patch size: DiT-{S,B,L,XL}/{2,4,8}; DiT-Ti is a small row for laptops and tests."""
+    image_size: int = Field(256, gt=0)
+    """Side of the square image in pixels; a multiple of 8 x patch (the VAE divides it by 8)."""
+    conditioning: Literal["adaln_zero", "adaln", "cross_attention", "in_context"] = "adaln_zero"
+    """How timestep and class enter the blocks (Section 3.2 of the paper)."""
+    num_classes: int = Field(1000, gt=0)
+    """Real classes; one more row of the label table stands for "no class"."""
+    attention: str = "sdpa"
+    """Attention backend; `dit_scale.models.attention.BACKENDS` has the names."""
+
+
+class DataConfig(Section):
+    """Where the latents are and how they are read."""
+
+    url: str = "data/imagenet256"
+    """Folder or s3:// prefix of a latent data set (docs/formats.md)."""
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    """Folder or hub name of the AutoencoderKL that made the latents; needed only to look at samples."""
+    horizontal_flip: bool = True
+    """Draw the mirrored view half of the time (both views are stored encoded)."""
+    cache_dir: str = "~/.cache/dit_scale/shards"
+    """Folder on the node's own disk that keeps shards of a remote data set."""
+    prefetch_batches: int = Field(4, ge=1)
+    """Micro-batches read ahead of the training step."""
+
+
+class DiffusionConfig(Section):
+    """The Gaussian diffusion of the paper (Section 3.1, after ADM)."""
+
+    timesteps: int = Field(1000, ge=2)
+    """Length of the linear schedule, betas 1e-4 to 2e-2 at 1000."""
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    """Share of samples that train without their class, for classifier-free guidance."""
+
+
+class OptimizerConfig(Section):
+    """AdamW as the paper has it: constant rate, no decay, no warm-up, no clipping."""
+
+    lr: float = Field(1e-4, gt=0)
+    """Learning rate at full height."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up; 0 starts at `lr`."""
+    clip_grad_norm: float = Field(0.0, ge=0)
+    """Largest global gradient norm; 0 does not clip (and is said so to DeepSpeed, which clips at 1.0 if not told)."""
+    implementation: Literal["torch", "apex", "deepspeed"] = "torch"
+    """Whose AdamW: torch (fused on CUDA), apex FusedAdam or DeepSpeed FusedAdam (both need CUDA)."""
+
+
+class EngineConfig(Section):
+    """How the step runs on machines."""
+
+    zero_stage: Literal[1, 2, 3] = 2
+    """ZeRO stage: 1 shards optimizer state, 2 also gradients, 3 also weights."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations; masters, moments, EMA and gradient sums are always fp32."""
+    micro_batch: int = Field(32, gt=0)
+    """Samples per process in one forward pass; the global batch is reached by accumulation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; `auto` takes CUDA when there is one."""
+    compile_blocks: bool = False
+    """torch.compile each transformer block (one compilation, reused by all blocks)."""
+    determinism: Literal["strict", "fast"] = "strict"
+    """`strict`: bitwise the same at the same world size; `fast`: the same samples and draws, rounding may differ."""
+    cpu_threads: int = Field(1, ge=1)
+    """Threads of each process on a CPU; part of what `strict` pins."""
+    reduce_bucket_elements: int = Field(50_000_000, gt=0)
+    """Gradient elements reduced at once."""
+    overlap_comm: bool = True
+    """Reduce gradients while the backward pass goes on."""
+
+
+class EmaProfile(Section):
+    """One moving average of the fp32 master weights; give `decay` or `sigma_rel`, not both."""
+
+    name: str
+    """Name in checkpoints and on the command line."""
+    decay: float | None = Field(None, gt=0, lt=1)
+    """Constant decay per step (the paper: 0.9999)."""
+    sigma_rel: float | None = Field(None, gt=0, lt=0.289)
+    """Relative width of a power-function profile (Karras et al. 2024, Section 3)."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "EmaProfile":
+        if (self.decay is None) == (self.sigma_rel is None):
+            raise ValueError(f"profile {self.name!r}: give either decay or sigma_rel")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the run is saved and what is kept."""
+
+    every_steps: int = Field(5000, gt=0)
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that stay."""
+    keep_every_steps: int = Field(0, ge=0)
+    """Checkpoints at multiples of this stay for good; 0 keeps none so."""
+
+
+class LogConfig(Section):
+    """What is written down; metrics.jsonl is the record, the others mirror it."""
+
+    every_steps: int = Field(100, gt=0)
+    """Steps between two log points; nothing is read from the device in between."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Mirror to Weights & Biases."""
+    wandb_project: str = "dit-scale"
+    """Project of the mirror."""
+    tensorboard: bool = False
+    """Mirror to TensorBoard files in the run's folder."""
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    run: str = "runs/dit_xl2_256"
+    """The run's folder: config, metrics, events, checkpoints, samples."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Key of every draw and of the order of samples."""
+    steps: int = Field(400_000, gt=0)
+    """Optimizer steps."""
+    global_batch: int = Field(256, gt=0)
+    """Samples per optimizer step over all processes."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    ema: tuple[EmaProfile, ...] = (EmaProfile(name="paper", decay=0.9999),)
+    """Moving averages kept beside the weights; the first is what samples use unless told otherwise."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _ema_names_differ(self) -> "TrainConfig":
+        names = [profile.name for profile in self.ema]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"ema: expected one or more profiles with different names, got {names}")
+        return self
+
+
+class EncodeConfig(Section):
+    """One encoding job: class folders of images in, a latent data set out."""
+
+    source: str = "data/imagenet/train"
+    """Folder with one sub-folder per class."""
+    output: str = "data/imagenet256"
+    """Folder or s3:// prefix that becomes the latent data set."""
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    """Folder or hub name of the AutoencoderKL (safetensors only)."""
+    image_size: int = Field(256, gt=0, multiple_of=8)
+    """Side of the square crop in pixels."""
+    shard_samples: int = Field(4096, gt=0)
+    """Images of the listing per shard."""
+    vae_batch: int = Field(32, gt=0)
+    """Images per VAE pass; part of what a shard's bytes depend on."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the VAE; latents are stored as fp16 either way."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the VAE runs; `auto` takes CUDA when there is one."""
+    encoders: int = Field(1, ge=1)
+    """Ray actors that hold a VAE."""
+    cpus_per_encoder: float = Field(0.5, gt=0)
+    """CPUs that Ray reserves for an encoder; a fraction, so that small machines do not hang."""
+    gpus_per_encoder: float = Field(1.0, ge=0)
+    """GPUs that Ray reserves for an encoder when `device` is cuda."""
+    threads_per_encoder: int = Field(1, ge=1)
+    """Threads of the VAE on a CPU; part of what a shard's bytes depend on."""
+    decoders: int = Field(1, ge=1)
+    """Ray tasks that decode and crop images at once."""
+    max_quarantined: float = Field(0.001, ge=0, le=1)
+    """Largest share of inputs that may be unreadable before the job fails."""
+    ray_address: str = "auto"
+    """`auto` joins the cluster that RAY_ADDRESS names, or starts a local one; `local` always starts one."""
+
+
+RootConfig = TypeVar("RootConfig", TrainConfig, EncodeConfig)
+
+
+def load(root: type[RootConfig], path: str | Path | None, overrides: Sequence[str] = ()) -> RootConfig:
+    """Read a configuration: defaults, then the YAML file, then `key=value` overrides.
+
+    Raises ConfigError for a missing file, bad YAML, an unknown key (naming the nearest one) or a
+    value of the wrong kind.
+    """
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r}: expected key=value, for example optimizer.lr=2e-4")
+        _set(tree, key.split("."), yaml.safe_load(text) if text else "")
+    try:
+        return root.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(root, error, path)) from None
+
+
+def dump(config: Section) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def digest(config: Section) -> str:
+    """SHA-256 of a configuration's canonical JSON, as hex."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}; configs/ has one for each recipe")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values at the top level, got {type(tree).__name__}")
+    return tree
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: object) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {'.'.join(keys)}: {key} holds a value, not a section")
+    tree[keys[-1]] = value
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(root: type[BaseModel], error: ValidationError, path: str | Path | None) -> str:
+    known = _known_keys(root)
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            # A key that was put into the wrong section is nearest to its own last word.
+            near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]] or near
+            lines.append(f"unknown key {key!r}; did you mean {near[0]!r}?")
+        else:
+            lines.append(f"{key or root.__name__}: {problem['msg']}, got {problem['input']!r}")
+    where = f"{path}: " if path else ""
+    return where + "\n".join(lines)
