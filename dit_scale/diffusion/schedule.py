@@ -1,0 +1,186 @@
+"""The noise schedule: tables of a discrete Gaussian diffusion, and how to keep fewer of its steps.
+
+    full = linear(1000)            # what training uses
+    short = respace(full, "250")   # what sampling uses; short.timesteps has the model's t of each index
+
+Everything is computed in float64 and cast to fp32 once.
+
+Legend: T number of steps of a schedule, S number of steps that respacing keeps.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, repeat
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dit_scale.errors import ConfigError
+
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Tables over the T steps of a diffusion; index 0 is the cleanest step.
+
+    Tensors are (T,) fp32 on one device, but for `timesteps`; `betas_float64` stays on the host, and
+    `float64_tables` of it has every table before the cast.
+    """
+
+    betas_float64: Float64
+    """The schedule itself; all other tables follow from it."""
+    timesteps: Tensor
+    """int64: the timestep of the unrespaced diffusion, which is what the model is told."""
+    betas: Tensor
+    """Variance of q(x_t | x_{t-1})."""
+    log_betas: Tensor
+    """Upper end of the learned log variance."""
+    alphas_cumprod: Tensor
+    """alpha_bar, the share of signal in the variance of x_t."""
+    alphas_cumprod_prev: Tensor
+    """alpha_bar one step earlier; 1 at index 0."""
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    sqrt_recip_alphas_cumprod: Tensor
+    sqrt_recipm1_alphas_cumprod: Tensor
+    posterior_mean_coef_start: Tensor
+    """Weight of x_start in the mean of q(x_{t-1} | x_t, x_start)."""
+    posterior_mean_coef_t: Tensor
+    """Weight of x_t in the same mean."""
+    posterior_variance: Tensor
+    """Variance of q(x_{t-1} | x_t, x_start); 0 at index 0."""
+    posterior_log_variance_clipped: Tensor
+    """Its log, where index 0 repeats index 1; lower end of the learned log variance."""
+
+    def __len__(self) -> int:
+        return len(self.betas_float64)
+
+    def to(self, device: torch.device | str) -> "Schedule":
+        """The same schedule with its tensors on `device`."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in columns.items() if isinstance(v, Tensor)})
+
+
+def linear(timesteps: int) -> Schedule:
+    """The linear schedule of Ho et al. 2020, Section 4: 1e-4 to 2e-2 at 1000 steps.
+
+    At other lengths the betas are scaled by 1000 / timesteps, so that as much noise is left at the end.
+    Raises ConfigError where that makes a beta of 1 or more (20 steps or fewer).
+    """
+    scale = 1000 / max(timesteps, 1)
+    if scale * 2e-2 >= 1:
+        raise ConfigError(
+            f"diffusion of {timesteps} timesteps: expected 21 or more, because the last beta of the linear "
+            "schedule is 20 / timesteps and must stay below 1; raise diffusion.timesteps"
+        )
+    return _from_betas(np.linspace(scale * 1e-4, scale * 2e-2, timesteps), np.arange(timesteps))
+
+
+def respace(schedule: Schedule, spec: str) -> Schedule:
+    """The diffusion that visits only the steps of `schedule` that `spec` keeps (see `kept_indices`).
+
+    Its alpha_bar are those of the kept steps, its betas follow from them, and `timesteps` still names
+    steps of the unrespaced diffusion.
+    """
+    kept_S = kept_indices(len(schedule), spec)
+    alphas_cumprod_S = float64_tables(schedule.betas_float64)["alphas_cumprod"][kept_S]
+    # Nichol & Dhariwal 2021, eq. 19.
+    betas_S = 1 - alphas_cumprod_S / np.append(1.0, alphas_cumprod_S[:-1])
+    device = schedule.timesteps.device
+    return _from_betas(betas_S, schedule.timesteps.cpu().numpy()[kept_S]).to(device)
+
+
+def kept_indices(num_timesteps: int, spec: str) -> list[int]:
+    """The indices, ascending, that a respacing keeps of `num_timesteps`.
+
+    "250"       250 indices, evenly from the first to the last, rounded
+    "10,15,20"  as many sections of equal length (the first ones take the remainder), each spaced so
+    "ddim50"    every n-th index from 0, n the smallest stride that gives 50 (Song et al. 2021)
+
+    Raises ConfigError for a specification that cannot be read or met.
+    """
+    if spec.startswith("ddim"):
+        return _strided(num_timesteps, _count(spec.removeprefix("ddim"), spec))
+    counts = [_count(part, spec) for part in spec.split(",")]
+    if sum(counts) < 2:
+        raise ConfigError(f"respacing {spec!r}: expected 2 steps or more in all")
+    shortest, num_longer = divmod(num_timesteps, len(counts))
+    kept: list[int] = []
+    start = 0
+    for section, count in enumerate(counts):
+        size = shortest + (section < num_longer)
+        if count > size:
+            raise ConfigError(
+                f"respacing {spec!r}: section {section + 1} of {len(counts)} has {size} of the "
+                f"{num_timesteps} timesteps, expected at most that many steps, got {count}"
+            )
+        kept += [start + offset for offset in _spread(size, count)]
+        start += size
+    return kept
+
+
+def float64_tables(betas_T: Float64) -> dict[str, Float64]:
+    """Every real-valued table of `Schedule`, by name, in float64."""
+    alphas_cumprod_T = np.cumprod(1 - betas_T)
+    alphas_cumprod_prev_T = np.append(1.0, alphas_cumprod_T[:-1])
+    # Ho et al. 2020, eq. 7.
+    posterior_variance_T = betas_T * (1 - alphas_cumprod_prev_T) / (1 - alphas_cumprod_T)
+    return {
+        "betas": betas_T,
+        "log_betas": np.log(betas_T),
+        "alphas_cumprod": alphas_cumprod_T,
+        "alphas_cumprod_prev": alphas_cumprod_prev_T,
+        "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod_T),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod_T),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod_T),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod_T - 1),
+        # Ho et al. 2020, eq. 7.
+        "posterior_mean_coef_start": betas_T * np.sqrt(alphas_cumprod_prev_T) / (1 - alphas_cumprod_T),
+        "posterior_mean_coef_t": np.sqrt(1 - betas_T) * (1 - alphas_cumprod_prev_T) / (1 - alphas_cumprod_T),
+        "posterior_variance": posterior_variance_T,
+        # The variance of index 0 is 0 and has no log; it borrows that of index 1.
+        "posterior_log_variance_clipped": np.log(
+            np.append(posterior_variance_T[1], posterior_variance_T[1:])
+        ),
+    }
+
+
+def _from_betas(betas_T: Float64, timesteps_T: Int64) -> Schedule:
+    betas_T.setflags(write=False)
+    tables = {  # float64 => fp32
+        name: torch.tensor(table_T, dtype=torch.float32) for name, table_T in float64_tables(betas_T).items()
+    }
+    return Schedule(betas_T, torch.tensor(timesteps_T, dtype=torch.int64), **tables)
+
+
+def _spread(size: int, count: int) -> Iterator[int]:
+    """`count` integers from 0 to `size` - 1; one alone is 0.
+
+    The stride is summed up in float64 and halves round to even: the choice of other programs hangs on it.
+    """
+    stride = (size - 1) / (count - 1) if count > 1 else 1.0
+    return map(round, accumulate(repeat(stride, count - 1), initial=0.0))
+
+
+def _strided(num_timesteps: int, count: int) -> list[int]:
+    for stride in range(1, num_timesteps):
+        kept = range(0, num_timesteps, stride)
+        if len(kept) == count:
+            return list(kept)
+    raise ConfigError(
+        f"respacing 'ddim{count}': no whole stride through {num_timesteps} timesteps gives {count} steps; "
+        f"use a divisor of {num_timesteps}, or {str(count)!r} for uneven strides"
+    )
+
+
+def _count(text: str, spec: str) -> int:
+    if not (text.strip().isdecimal() and int(text) > 0):
+        raise ConfigError(
+            f"respacing {spec!r}: expected a number of steps ('250'), numbers for equal sections "
+            f"('10,15,20') or a strided number ('ddim50'), got {text!r}"
+        )
+    return int(text)
