@@ -1,0 +1,123 @@
+"""The Diffusion Transformer: noised latents, timesteps and classes in, noise and variance out.
+
+Shapes: B batch, C latent channels, H and W latent rows and columns, T tokens, D width.
+Weights may be fp32 or bf16; there is no autocast. In fp32 whatever the weights are: the timestep's
+sinusoid, the position embedding and its addition, the output. Parameter names are those of the
+published weights, which load unchanged.
+
+    model = build(ModelConfig(name="DiT-XL/2"), seed=0)
+    out = model(x_BCHW, t_B, y_B)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_scale.config import ModelConfig
+from dit_scale.models import attention as attention_backends
+from dit_scale.models.blocks import FinalLayer, condition, make_blocks
+from dit_scale.models.embeddings import (
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    add_positions,
+    sincos_pos_embed,
+)
+from dit_scale.models.zoo import Shape, shape_of
+
+
+class DiT(nn.Module):
+    """A model of the given shape; `build` makes one with its initial weights."""
+
+    pos_embed: Tensor
+
+    def __init__(self, shape: Shape, attention: str = "sdpa") -> None:
+        super().__init__()
+        self.shape = shape
+        self.attention_backend = attention
+        self.x_embedder = PatchEmbed(shape.in_channels, shape.patch, shape.width)
+        self.t_embedder = TimestepEmbedder(shape.width)
+        self.y_embedder = LabelEmbedder(shape.num_classes, shape.width)
+        self.blocks = make_blocks(shape, attention_backends.choose(attention))
+        self.final_layer = FinalLayer(shape)
+        self.register_buffer("pos_embed", self._positions(self.x_embedder.proj.weight.device))
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        """Predict noise (first C channels) and variance (last C) => out_B(2C)HW fp32.
+
+        x_BCHW are noised latents in fp32; t_B original timesteps, integers or floats; y_B classes,
+        where num_classes means none.
+        """
+        dtype = self.x_embedder.proj.weight.dtype
+        x_BTD = add_positions(self.x_embedder(x_BCHW.to(dtype)), self.pos_embed)
+        c = condition(self.shape, self.t_embedder(t_B, dtype), self.y_embedder(y_B))
+        if self.shape.extra_tokens:
+            x_BTD = torch.cat((x_BTD, c), dim=1)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, c)
+        x_BTD = x_BTD[:, : self.shape.tokens]
+        return unpatchify(self.final_layer(x_BTD, c).float(), self.shape)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile every block in place: names stay, and the first block's code serves all."""
+        for block in self.blocks:
+            block.compile(**options)
+
+    def _positions(self, device: torch.device) -> Tensor:
+        if device.type == "meta":
+            return torch.empty(1, self.shape.tokens, self.shape.width, dtype=torch.float32, device=device)
+        return sincos_pos_embed(self.shape.width, self.shape.grid).to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiT":
+        # Every cast and move of a module passes here. The position embedding follows the device but
+        # keeps its fp32 bits; coming from the meta device, which has none, it is computed.
+        exact = self.pos_embed
+        super()._apply(fn, recurse)
+        device = self.pos_embed.device
+        self.pos_embed = self._positions(device) if exact.is_meta else exact.to(device)
+        return self
+
+
+def unpatchify(tokens: Tensor, shape: Shape) -> Tensor:
+    """Tokens of (row, column, channel) numbers each => out_B(2C)HW."""
+    patches = tokens.unflatten(2, (shape.patch, shape.patch, -1)).unflatten(1, (shape.grid, shape.grid))
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu", initialise: bool = True) -> DiT:
+    """The model that `config` names, with weights that are a function of `seed` alone.
+
+    Weights are drawn on the CPU and then moved, so every device starts from the same bits.
+    `initialise=False` leaves them undefined, for weights that will be loaded, or for "meta".
+    """
+    with torch.device("meta"):
+        model = DiT(shape_of(config), config.attention)
+    if not initialise:
+        return model.to_empty(device=device)
+    model.to_empty(device="cpu")
+    initialise_weights(model, torch.Generator().manual_seed(seed))
+    return model.to(device)
+
+
+@torch.no_grad()
+def initialise_weights(model: DiT, generator: torch.Generator) -> None:
+    """The paper's initialisation (Section 4 and its released code), in the order of the modules.
+
+    Linear layers and the patch convolution: Xavier-uniform, zero biases. Class table and timestep
+    MLP: normal, 0.02. Zero: the final linear layer, and modulation where blocks start as identity.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    timestep_weights = [parameter for parameter in model.t_embedder.parameters() if parameter.ndim == 2]
+    for weight in (model.y_embedder.embedding_table.weight, *timestep_weights):
+        # In float64: the fp32 generator takes other roundings on CPUs without AVX2.
+        weight.copy_(0.02 * torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+    nn.init.zeros_(model.final_layer.linear.weight)
+    if model.shape.conditioning == "adaln_zero":
+        for layer in (*model.blocks, model.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)

@@ -1,0 +1,87 @@
+"""What enters the transformer: patches, positions, timesteps and classes as vectors.
+
+Shapes: B batch, C latent channels, H and W latent rows and columns, T tokens, D width,
+F channels of the timestep's sinusoid.
+"""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dit_scale.models.zoo import TIMESTEP_CHANNELS
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, each mapped to a token by one linear layer (Section 3.2, "Patchify")."""
+
+    def __init__(self, channels: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """x_BCHW => tokens_BTD, row by row."""
+        return self.proj(x_BCHW).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """A timestep's sinusoid through a two-layer MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t_B: Tensor, dtype: torch.dtype) -> Tensor:
+        """Original timesteps (integers or floats) => t_BD in `dtype`, the type of the weights."""
+        return self.mlp(timestep_sinusoid(t_B).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A table with one row per class and a last row for "no class"; dropping labels is the caller's."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y_B: Tensor) -> Tensor:
+        """Classes 0 to num_classes (which means none) => y_BD."""
+        return self.embedding_table(y_B)
+
+
+def timestep_sinusoid(t_B: Tensor, channels: int = TIMESTEP_CHANNELS, period: float = 10000.0) -> Tensor:
+    """Sinusoidal features of timesteps => f_BF fp32, cosines first (Vaswani et al. 2017, Section 3.5).
+
+    Frequency i of n is period**(-i / n). Always fp32: in bf16 neighbouring timesteps near 1000 are equal.
+    """
+    num = channels // 2
+    exponents = torch.arange(num, dtype=torch.float32, device=t_B.device) / num
+    frequencies = torch.exp(-math.log(period) * exponents)
+    angles = t_B.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def sincos_table(width: int, grid: int) -> NDArray[np.float64]:
+    """Fixed position embedding of a square grid => (grid * grid, width), float64.
+
+    The first half of the channels encodes the column, the second the row, each as sines then cosines
+    with frequencies 10000**(-i / (width / 4)).
+    """
+    num = width // 4
+    frequencies = 10000.0 ** (-np.arange(num, dtype=np.float64) / num)
+    angles = np.arange(grid, dtype=np.float64)[:, None] * frequencies
+    line = np.concatenate((np.sin(angles), np.cos(angles)), axis=1)
+    columns = np.tile(line, (grid, 1))
+    rows = np.repeat(line, grid, axis=0)
+    return np.concatenate((columns, rows), axis=1)
+
+
+def sincos_pos_embed(width: int, grid: int) -> Tensor:
+    """The same as p_1TD: computed in float64, then rounded once to fp32."""
+    return torch.from_numpy(sincos_table(width, grid).astype(np.float32))[None]
+
+
+def add_positions(x_BTD: Tensor, pos_embed_1TD: Tensor) -> Tensor:
+    """x + positions: the sum in fp32 => the type of x."""
+    return (x_BTD.float() + pos_embed_1TD).to(x_BTD.dtype)

@@ -1,0 +1,203 @@
+"""The models of the paper: one table of rows, and what follows from a row by arithmetic alone.
+
+"DiT" is Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748; rows and
+printed complexity are from its Tables 1 and 4 and its Figure 2. A MAC is one multiply-add; what the
+paper prints as "Gflops" are giga-MACs. Imports no torch, so that the command line stays quick.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from dit_scale.config import ModelConfig
+from dit_scale.errors import ConfigError
+
+Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
+CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
+
+VAE_FACTOR = 8
+"""Pixels per latent along one side: the autoencoder divides the image by 8."""
+TIMESTEP_CHANNELS = 256
+"""Width of the sinusoid that a timestep becomes before its MLP."""
+MLP_RATIO = 4
+"""Hidden width of a block's MLP over the model's width."""
+
+
+class Row(NamedTuple):
+    """Depth, width and heads of one size; the patch is free."""
+
+    depth: int
+    width: int
+    heads: int
+
+
+ROWS = {
+    "Ti": Row(6, 128, 4),  # ours, for laptops and tests; the others are Table 1 of the paper
+    "S": Row(12, 384, 6),
+    "B": Row(12, 768, 12),
+    "L": Row(24, 1024, 16),
+    "XL": Row(28, 1152, 16),
+}
+
+PAPER_NAMES = tuple(f"DiT-{row}/{patch}" for row in ("S", "B", "L", "XL") for patch in (8, 4, 2))
+"""The twelve models of Table 4, in its order."""
+
+PAPER_GMACS: dict[tuple[str, int, Conditioning], float] = {
+    ("DiT-S/8", 256, "adaln_zero"): 0.36,
+    ("DiT-S/4", 256, "adaln_zero"): 1.41,
+    ("DiT-S/2", 256, "adaln_zero"): 6.06,
+    ("DiT-B/8", 256, "adaln_zero"): 1.42,
+    ("DiT-B/4", 256, "adaln_zero"): 5.56,
+    ("DiT-B/2", 256, "adaln_zero"): 23.01,
+    ("DiT-L/8", 256, "adaln_zero"): 5.01,
+    ("DiT-L/4", 256, "adaln_zero"): 19.70,
+    ("DiT-L/2", 256, "adaln_zero"): 80.71,
+    ("DiT-XL/8", 256, "adaln_zero"): 7.39,
+    ("DiT-XL/4", 256, "adaln_zero"): 29.05,
+    ("DiT-XL/2", 256, "adaln_zero"): 118.64,
+    ("DiT-XL/2", 512, "adaln_zero"): 524.60,
+    ("DiT-XL/2", 256, "adaln"): 118.56,
+    ("DiT-XL/2", 256, "cross_attention"): 137.62,
+    ("DiT-XL/2", 256, "in_context"): 119.37,
+}
+"""What the paper prints, by (name, image size, conditioning)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything that fixes a model's tensors."""
+
+    name: str
+    depth: int
+    width: int
+    heads: int
+    patch: int
+    image_size: int
+    conditioning: Conditioning
+    num_classes: int
+    in_channels: int = 4
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latent image."""
+        return self.image_size // VAE_FACTOR
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.latent_size // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Patches of one image."""
+        return self.grid**2
+
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens beside the patches: timestep and class, if they are in the context."""
+        return 2 if self.conditioning == "in_context" else 0
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def out_channels(self) -> int:
+        """Predicted channels: noise and variance for each latent channel."""
+        return 2 * self.in_channels
+
+    @property
+    def patch_channels(self) -> int:
+        """Numbers of the latent in one patch."""
+        return self.in_channels * self.patch**2
+
+    @property
+    def modulation_chunks(self) -> int:
+        """Vectors of `width` that a block regresses from its conditioning (Section 3.2 of the paper)."""
+        return {"adaln_zero": 6, "adaln": 4}.get(self.conditioning, 0)
+
+    @property
+    def final_modulation_chunks(self) -> int:
+        """The same of the final layer: shift and scale where there is adaLN."""
+        return 2 if self.modulation_chunks else 0
+
+
+def shape_of(config: ModelConfig) -> Shape:
+    """The shape that a configuration names, for example `DiT-XL/2` at 256 pixels.
+
+    Raises ConfigError for a name that is not in the table or an image that patches do not fill.
+    """
+    match = re.fullmatch(r"DiT-([A-Za-z]+)/([1-9][0-9]*)", config.name)
+    if match is None or match[1] not in ROWS:
+        rows = ", ".join(f"DiT-{row}" for row in ROWS)
+        raise ConfigError(
+            f"unknown model {config.name!r}; expected a row and a patch size, "
+            f"for example DiT-XL/2; rows are {rows}"
+        )
+    patch = int(match[2])
+    _check_image_size(config.image_size, patch, config.name)
+    return Shape(
+        name=config.name,
+        **ROWS[match[1]]._asdict(),
+        patch=patch,
+        image_size=config.image_size,
+        conditioning=config.conditioning,
+        num_classes=config.num_classes,
+    )
+
+
+def _check_image_size(image_size: int, patch: int, name: str) -> None:
+    step = VAE_FACTOR * patch
+    if image_size % step == 0:
+        return
+    below = image_size // step * step
+    near = f"{below} or {below + step}" if below else f"{step}"
+    raise ConfigError(
+        f"image_size {image_size} does not fit {name}: expected a multiple of {step} "
+        f"(the VAE divides by {VAE_FACTOR}, patches by {patch}); near it is {near}"
+    )
+
+
+def num_parameters(shape: Shape) -> int:
+    """Trainable parameters, counted from the definition of the layers."""
+    width = shape.width
+    patch_embed = shape.patch_channels * width + width
+    timestep_mlp = (TIMESTEP_CHANNELS + 1) * width + (width + 1) * width
+    label_table = (shape.num_classes + 1) * width
+    attention = 4 * (width + 1) * width
+    mlp = 2 * MLP_RATIO * width**2 + (MLP_RATIO + 1) * width
+    cross_attention = attention if shape.conditioning == "cross_attention" else 0
+    block = attention + cross_attention + mlp + shape.modulation_chunks * (width + 1) * width
+    out = 2 * shape.patch_channels
+    final = (width + 1) * out + shape.final_modulation_chunks * (width + 1) * width
+    return patch_embed + timestep_mlp + label_table + shape.depth * block + final
+
+
+def num_parameters_with_pos_embed(shape: Shape) -> int:
+    """Numbers in the published state dict: the fixed position embedding is one of its tensors."""
+    return num_parameters(shape) + shape.tokens * shape.width
+
+
+def forward_macs(shape: Shape) -> int:
+    """Multiply-adds of every matrix product in one forward pass of one image.
+
+    Counted: patch embedding, timestep MLP, modulation, qkv, QK^T, PV, projections, MLP, final layer.
+    """
+    width, context = shape.width, shape.tokens + shape.extra_tokens
+    patch_embed = shape.tokens * shape.patch_channels * width
+    timestep_mlp = TIMESTEP_CHANNELS * width + width**2
+    block = _block_macs(shape, context) + shape.modulation_chunks * width**2
+    final = shape.tokens * width * 2 * shape.patch_channels + shape.final_modulation_chunks * width**2
+    return patch_embed + timestep_mlp + shape.depth * block + final
+
+
+def _block_macs(shape: Shape, context: int) -> int:
+    width = shape.width
+    attention = 4 * context * width**2 + 2 * context**2 * width
+    mlp = 2 * MLP_RATIO * context * width**2
+    if shape.conditioning != "cross_attention":
+        return attention + mlp
+    # Query and output of every token; key and value of two tokens, and products against them.
+    cross_attention = 2 * context * width**2 + 2 * 2 * width**2 + 2 * 2 * context * width
+    return attention + cross_attention + mlp
