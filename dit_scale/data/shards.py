@@ -1,0 +1,313 @@
+"""The latent data set on disk or S3: what its bytes mean, and random access to its samples.
+
+    <url>/dataset.json       the commit mark, written last: read by `read_info`
+    <url>/shards/00000.tar   WebDataset: <key>.cls (decimal label), <key>.latent.npy (views, 2C, h, w)
+    <url>/shards/00000.idx   a 24-byte header, then one 24-byte record per sample
+
+A sample id counts the samples of all shards in order, without gaps: id = samples in earlier shards +
+row in its shard. A sample's array is fp16, image then mirrored image, posterior mean then standard
+deviation, unscaled. Everything that is read is checked: a flipped bit is an error, never data.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dit_scale.data.cache import ShardCache
+from dit_scale.errors import DataError
+from dit_scale.storage import MissingKeyError, Storage, open_storage
+
+FORMAT = "dit-scale latents"
+FORMAT_VERSION = 1
+INFO_KEY = "dataset.json"
+
+INDEX_MAGIC = b"DITSIDX\n"
+INDEX_VERSION = 1
+INDEX_HEADER = struct.Struct("<8sIIII")
+"""Magic, version, number of records, CRC-32C of the records, zero."""
+RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("key", "<u4"), ("crc32c", "<u4")])
+"""Where a sample's npy lies in the tar, its class, its place in the source listing, its checksum."""
+
+LATENT_DTYPE = np.dtype("<f2")
+OPEN_SHARDS = 128
+"""Shards of one data set that a process keeps open; below the usual limit of 1024 files."""
+
+Records = npt.NDArray[np.void]
+
+
+class _Part(BaseModel):
+    # A later writer may add keys; what this version needs must be there and of the right kind.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class VaeIdentity(_Part):
+    """Which autoencoder made the latents; `scale` multiplies them on the way into the model."""
+
+    name: str
+    weights_sha256: str
+    scale: float
+    downsample: int
+    latent_channels: int
+    input_range: tuple[float, float] = (-1.0, 1.0)
+
+
+class Source(_Part):
+    """Where the images came from; `listing_sha256` covers their sorted relative paths."""
+
+    kind: str
+    uri: str
+    count: int
+    listing_sha256: str
+
+
+class Quarantined(_Part):
+    """An input that gave no sample, by its place in the listing, its path, and why."""
+
+    key: int
+    path: str
+    reason: str
+
+
+class ShardInfo(_Part):
+    """One shard; sizes and digests are of the whole files."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def tar_key(self) -> str:
+        return f"shards/{self.name}.tar"
+
+    @property
+    def index_key(self) -> str:
+        return f"shards/{self.name}.idx"
+
+
+class DatasetInfo(_Part):
+    """dataset.json, typed."""
+
+    format: str
+    version: int
+    image_size: int
+    latent_shape: tuple[int, int, int, int]
+    """(views, 2C, h, w) of a sample."""
+    latent_dtype: str
+    views: tuple[str, ...]
+    vae: VaeIdentity
+    crop: str
+    encoding: dict[str, Any]
+    """What else the bytes depend on: VAE batch, precision, device, threads, versions."""
+    source: Source
+    class_names: tuple[str, ...]
+    samples: int
+    channel_mean: tuple[float, ...]
+    channel_std: tuple[float, ...]
+    """Per latent channel, of unscaled posterior samples mean + std * n over both views."""
+    shards: tuple[ShardInfo, ...]
+    quarantined: tuple[Quarantined, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def read_info(storage: Storage) -> DatasetInfo:
+    """dataset.json of a finished data set; DataError says what is there instead."""
+    where = f"{storage.url}/{INFO_KEY}"
+    try:
+        tree = json.loads(storage.read(INFO_KEY))
+    except MissingKeyError:
+        begun = storage.exists("encode.json")
+        raise DataError(
+            f"{storage.url} has no {INFO_KEY}: "
+            + (
+                "its encoding has not finished; start the same encode_latents.py command again"
+                if begun
+                else "not a latent data set; make one with data_pipeline/encode_latents.py"
+            )
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON ({error}); it was damaged or is of another kind") from None
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise DataError(f"{where}: expected format {FORMAT!r}, got something else")
+    if tree.get("version") != FORMAT_VERSION:
+        raise DataError(
+            f"{where} has format version {tree.get('version')}, this program reads {FORMAT_VERSION}; "
+            "use the program's version that wrote it, or encode again"
+        )
+    try:
+        info = DatasetInfo.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if info.samples != sum(shard.samples for shard in info.shards):
+        raise DataError(f"{where}: the shards do not add up to {info.samples} samples")
+    return info
+
+
+def write_index(records: Records) -> bytes:
+    """The .idx file of a shard's records."""
+    body = np.ascontiguousarray(records, RECORD).tobytes()
+    header = INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, len(records), google_crc32c.value(body), 0)
+    return header + body
+
+
+def read_index(data: bytes, where: str = "index") -> Records:
+    """The records of an .idx file, checked; `where` names it in errors."""
+    if len(data) < INDEX_HEADER.size or not data.startswith(INDEX_MAGIC):
+        raise DataError(f"{where}: expected the magic {INDEX_MAGIC!r}, got {data[:8]!r}")
+    _, version, count, crc, _ = INDEX_HEADER.unpack_from(data)
+    if version != INDEX_VERSION:
+        raise DataError(f"{where}: index version {version}, this program reads {INDEX_VERSION}")
+    body = data[INDEX_HEADER.size :]
+    if len(body) != count * RECORD.itemsize:
+        raise DataError(
+            f"{where}: expected {count} records, got {len(body) / RECORD.itemsize:.2f}; truncated?"
+        )
+    if google_crc32c.value(body) != crc:
+        raise DataError(f"{where}: its checksum does not fit; the index is damaged, fetch or make it again")
+    return np.frombuffer(body, RECORD)
+
+
+def encode_sample(moments: npt.NDArray[np.float16]) -> bytes:
+    """The npy file of one sample: (views, 2C, h, w) => little-endian fp16, C order."""
+    stream = io.BytesIO()
+    np.lib.format.write_array(
+        stream, np.ascontiguousarray(moments, LATENT_DTYPE), version=(1, 0), allow_pickle=False
+    )
+    return stream.getvalue()
+
+
+def decode_sample(npy: bytes, crc32c: int, where: str = "sample") -> npt.NDArray[np.float16]:
+    """The array of an npy file, a view into `npy`; checksum first, `where` names the sample in errors."""
+    got = google_crc32c.value(npy)
+    if got != crc32c:
+        raise DataError(
+            f"{where}: expected CRC-32C {crc32c:08x}, got {got:08x}; "
+            "the shard is damaged, fetch or encode it again"
+        )
+    body = 10 + int.from_bytes(npy[8:10], "little")
+    try:
+        shape = _npy_shape(npy[:body])
+        return np.frombuffer(npy, LATENT_DTYPE, offset=body).reshape(shape)
+    except ValueError as error:
+        raise DataError(f"{where}: not an npy file of fp16 latents ({error})") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _npy_shape(header: bytes) -> tuple[int, ...]:
+    """Shape in an npy header; a data set has one header only, so it is parsed once."""
+    stream = io.BytesIO(header)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("expected npy version 1.0")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    if fortran_order or dtype != LATENT_DTYPE:
+        raise ValueError(f"expected {LATENT_DTYPE.str} in C order, got {dtype.str}")
+    return shape
+
+
+class _OpenShard:
+    """A shard's file descriptor and records; closed when nobody holds it."""
+
+    def __init__(self, path: Path, shard: ShardInfo, records: Records) -> None:
+        self.records = records
+        self.descriptor = -1
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            found = os.fstat(self.descriptor).st_size
+        except OSError as error:
+            raise DataError(f"cannot open shard {shard.name} at {path}: {error.strerror}") from None
+        if found != shard.bytes:
+            raise DataError(f"shard {shard.name} at {path}: expected {shard.bytes} bytes, got {found}")
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a sample lies: number of the shard, row in it."""
+
+    shard: int
+    row: int
+
+
+class LatentDataset:
+    """Random access to a finished data set; threads may share it, and so may forked processes."""
+
+    def __init__(self, storage: Storage, cache_dir: str | Path) -> None:
+        self.storage = storage
+        self.info = read_info(storage)
+        self._cache = ShardCache(storage, cache_dir)
+        self._ends = np.cumsum([shard.samples for shard in self.info.shards], dtype=np.int64)
+        # pread on kept descriptors, not mmap: a failing disk is then an error, not a dead process.
+        self._open_shard = functools.lru_cache(OPEN_SHARDS)(self._open_shard_now)
+        self._records: dict[int, Records] = {}
+
+    @classmethod
+    def open(cls, url: str | Path, cache_dir: str | Path = "~/.cache/dit_scale/shards") -> "LatentDataset":
+        """The data set at a folder or s3:// prefix; `cache_dir` keeps shards of a remote one."""
+        return cls(open_storage(url), cache_dir)
+
+    def __len__(self) -> int:
+        return self.info.samples
+
+    def records(self, shard: int) -> Records:
+        """The index of a shard, checked against dataset.json."""
+        if shard not in self._records:
+            info = self.info.shards[shard]
+            data = self.storage.read(info.index_key)
+            where = f"{self.storage.url}/{info.index_key}"
+            if hashlib.sha256(data).hexdigest() != info.index_sha256:
+                raise DataError(
+                    f"{where}: its SHA-256 is not the one in {INFO_KEY}; damaged, or of another encoding"
+                )
+            records = read_index(data, where)
+            if len(records) != info.samples:
+                raise DataError(f"{where}: expected {info.samples} records, got {len(records)}")
+            self._records[shard] = records
+        return self._records[shard]
+
+    def labels(self) -> npt.NDArray[np.uint32]:
+        """The class of every sample, by sample id (reads all indexes)."""
+        shards = [self.records(shard)["label"] for shard in range(len(self.info.shards))]
+        return np.concatenate(shards) if shards else np.zeros(0, np.uint32)
+
+    def locate(self, sample_id: int) -> Location:
+        """The shard and row of a sample id in 0..N-1."""
+        if not 0 <= sample_id < len(self):
+            raise DataError(f"sample {sample_id}: this data set has samples 0 to {len(self) - 1}")
+        shard = int(np.searchsorted(self._ends, sample_id, side="right"))
+        return Location(shard, sample_id - int(self._ends[shard]) + self.info.shards[shard].samples)
+
+    def read(self, sample_id: int) -> tuple[npt.NDArray[np.float16], int]:
+        """Moments (views, 2C, h, w), read-only and unscaled, and the label of a sample."""
+        at = self.locate(sample_id)
+        shard = self._open_shard(at.shard)
+        record = shard.records[at.row]
+        npy = os.pread(shard.descriptor, int(record["length"]), int(record["offset"]))
+        where = f"{self.storage.url}: shard {self.info.shards[at.shard].name}, sample {sample_id}"
+        moments = decode_sample(npy, int(record["crc32c"]), where)
+        if moments.shape != self.info.latent_shape:
+            raise DataError(f"{where}: expected shape {self.info.latent_shape}, got {moments.shape}")
+        return moments, int(record["label"])
+
+    def _open_shard_now(self, shard: int) -> _OpenShard:
+        info = self.info.shards[shard]
+        path = self._cache.path(info.tar_key, info.bytes, info.sha256)
+        return _OpenShard(path, info, self.records(shard))
