@@ -9,8 +9,9 @@ Legend: T number of steps of a schedule, S number of steps that respacing keeps.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, repeat
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,14 +62,16 @@ class Schedule:
 
     def to(self, device: torch.device | str) -> "Schedule":
         """The same schedule with its tensors on `device`."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in columns.items() if isinstance(v, Tensor)})
+        tables: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tables)
 
 
 def linear(timesteps: int) -> Schedule:
     """The linear schedule of Ho et al. 2020, Section 4: 1e-4 to 2e-2 at 1000 steps.
 
-    At other lengths the betas are scaled by 1000 / timesteps, so that as much noise is left at the end.
+    At other lengths the betas are scaled by 1000 / timesteps, so that the last step is about as noisy.
     Raises ConfigError where that makes a beta of 1 or more (20 steps or fewer).
     """
     scale = 1000 / max(timesteps, 1)
@@ -150,7 +153,6 @@ def float64_tables(betas_T: Float64) -> dict[str, Float64]:
 
 
 def _from_betas(betas_T: Float64, timesteps_T: Int64) -> Schedule:
-    betas_T.setflags(write=False)
     tables = {  # float64 => fp32
         name: torch.tensor(table_T, dtype=torch.float32) for name, table_T in float64_tables(betas_T).items()
     }
