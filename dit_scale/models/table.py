@@ -1,0 +1,134 @@
+"""`dit-scale models`: every model of the paper, counted twice, beside what the paper prints.
+
+Parameters and multiply-adds are counted from the model itself (built on the meta device, its products
+counted by torch as a forward pass meets them) and again by the formulas of `zoo`. A MAC is one
+multiply-add; the paper calls giga-MACs "Gflops".
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import TypedDict
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from dit_scale.config import ModelConfig
+from dit_scale.models.dit import DiT, build
+from dit_scale.models.zoo import (
+    CONDITIONINGS,
+    PAPER_GMACS,
+    PAPER_NAMES,
+    forward_macs,
+    num_parameters,
+    num_parameters_with_pos_embed,
+    shape_of,
+)
+
+IMAGE_SIZES = (256, 512)
+
+
+class ModelRow(TypedDict):
+    """One model at one image size with one conditioning design; counts from the model and by formula."""
+
+    model: str
+    image_size: int
+    conditioning: str
+    tokens: int
+    parameters: int
+    parameters_formula: int
+    parameters_with_pos_embed: int
+    parameters_with_pos_embed_formula: int
+    forward_macs: int
+    forward_macs_formula: int
+    paper_gmacs: float | None
+
+
+def rows(names: Sequence[str] | None = None) -> Iterator[ModelRow]:
+    """One row for each model, image size and conditioning design.
+
+    `names` are models such as DiT-XL/2; None means the paper's twelve. Raises ConfigError for a name
+    that is not in the table.
+    """
+    configs = [
+        ModelConfig(name=name, image_size=image_size, conditioning=conditioning)
+        for name in (PAPER_NAMES if names is None else names)
+        for image_size in IMAGE_SIZES
+        for conditioning in CONDITIONINGS
+    ]
+    for config in configs:
+        shape_of(config)  # a wrong name is refused before anything is counted
+    return map(count, configs)
+
+
+def count(config: ModelConfig) -> ModelRow:
+    """Build the model on the meta device and count it."""
+    model = build(config, seed=0, device="meta", initialise=False)
+    shape = model.shape
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelRow(
+        model=shape.name,
+        image_size=shape.image_size,
+        conditioning=shape.conditioning,
+        tokens=shape.tokens,
+        parameters=parameters,
+        parameters_formula=num_parameters(shape),
+        parameters_with_pos_embed=parameters + model.pos_embed.numel(),
+        parameters_with_pos_embed_formula=num_parameters_with_pos_embed(shape),
+        forward_macs=count_forward_macs(model),
+        forward_macs_formula=forward_macs(shape),
+        paper_gmacs=PAPER_GMACS.get((shape.name, shape.image_size, shape.conditioning)),
+    )
+
+
+@torch.no_grad()
+def count_forward_macs(model: DiT) -> int:
+    """Multiply-adds of one forward pass of one image, counted by torch while the pass runs."""
+    side, device = model.shape.latent_size, model.pos_embed.device
+    x_BCHW = torch.empty(1, model.shape.in_channels, side, side, device=device)
+    index_B = torch.zeros(1, dtype=torch.int64, device=device)
+    with FlopCounterMode(display=False) as counter:
+        model(x_BCHW, index_B, index_B)
+    return counter.get_total_flops() // 2
+
+
+def run(json_output: bool, names: list[str] | None) -> None:
+    """Print the rows as a table, or as one JSON list."""
+    progress = track(rows(names), "counting", total=None, transient=True, console=Console(stderr=True))
+    if json_output:
+        print(json.dumps(list(progress), indent=2))
+        return
+    table = Table(
+        title="Trainable parameters, and GMACs of one forward pass of one image",
+        caption="formula: what arithmetic alone gives; paper: what it prints as Gflops",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("model", "px", "conditioning"):
+        table.add_column(column)
+    for column in ("tokens", "parameters", "GMACs", "formula", "paper"):
+        table.add_column(column, justify="right")
+    for row in progress:
+        table.add_row(*_cells(row))
+    Console().print(table)
+
+
+def _cells(row: ModelRow) -> list[str]:
+    same = (
+        row["parameters"] == row["parameters_formula"]
+        and row["parameters_with_pos_embed"] == row["parameters_with_pos_embed_formula"]
+        and row["forward_macs"] == row["forward_macs_formula"]
+    )
+    return [
+        row["model"],
+        str(row["image_size"]),
+        row["conditioning"],
+        str(row["tokens"]),
+        f"{row['parameters']:,}",
+        f"{row['forward_macs'] / 1e9:.3f}",
+        "same" if same else "DIFFERS",
+        "" if row["paper_gmacs"] is None else f"{row['paper_gmacs']:.2f}",
+    ]

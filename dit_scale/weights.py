@@ -1,0 +1,229 @@
+"""Weights as other programs have them: read, checked, written, and renamed for diffusers.
+
+`read` takes a safetensors file or a `.pt` file with a flat state dict (as DiT's authors publish
+theirs) or with one of their training checkpoints; nothing in a file is ever run. `write` makes a
+safetensors file in fp32. Names are those of `dit_scale.models.dit.DiT`, which are the published ones;
+`to_diffusers` and `from_diffusers` translate to and from diffusers' DiTTransformer2DModel.
+"""
+
+import argparse
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dit_scale.errors import WeightsError
+from dit_scale.models.embeddings import sincos_pos_embed
+from dit_scale.models.zoo import Shape
+
+StateDict = dict[str, Tensor]
+
+_NUM_NAMED = 3
+"""Tensors that an error names of each kind; a wrong model would list hundreds."""
+
+
+def read(path: str | Path) -> StateDict:
+    """The tensors of a weights file by name, on the CPU and in the type they were saved in.
+
+    Of a training checkpoint with "model", "ema" and "opt" it takes "ema". Raises WeightsError for a
+    file that is missing, damaged, of another kind, or that would have to run code to be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no weights file at {path}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix == ".pt":
+        return _tensors_of(_read_pickle(path), path)
+    raise WeightsError(f"{path}: expected a .safetensors or .pt file, got {path.suffix or 'no suffix'}")
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from None
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Memory-mapped where the format allows: "model" and "opt" of a checkpoint are never read.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds more than tensors, and reading it would run code from the file "
+            f"({str(error).splitlines()[0]}); where the file came from, save its state dict alone, "
+            "best as safetensors"
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        raise WeightsError(f"{path} is damaged or no torch file ({error}); fetch it again") from None
+
+
+def _tensors_of(content: object, path: Path) -> StateDict:
+    if isinstance(content, dict) and isinstance(content.get("ema"), dict):
+        content = content["ema"]
+    if not isinstance(content, dict) or not content:
+        raise WeightsError(f"{path}: expected tensors by name, got {type(content).__name__}")
+    foreign = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise WeightsError(
+            f"{path}: expected tensors by name, or a training checkpoint with 'ema'; "
+            f"got {type(content[foreign[0]]).__name__} under {foreign[0]!r}"
+        )
+    return dict(content)
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put every tensor of `state` into `model`, and none else.
+
+    A model on the meta device takes the tensors themselves; any other copies them and keeps its type
+    and device. Raises WeightsError that names what is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    shapes = [
+        f"{name} (got {tuple(state[name].shape)}, expected {tuple(tensor.shape)})"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:_NUM_NAMED])}{', ...' if len(names) > _NUM_NAMED else ''}"
+        for kind, names in (
+            ("missing", [name for name in own if name not in state]),
+            ("unexpected", [name for name in state if name not in own]),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise WeightsError(
+            f"weights do not fit the model; {'; '.join(problems)}; "
+            "the name, image size, conditioning and number of classes must be those it was trained with"
+        )
+    model.load_state_dict(state, strict=True, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+def write(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors as fp32 safetensors; `path` appears complete or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in state.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=dict(metadata))
+        _fsync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_diffusers(state: Mapping[str, Tensor], shape: Shape) -> StateDict:
+    """Published names => names of diffusers' DiTTransformer2DModel.
+
+    It splits qkv in three, keeps copies of the timestep and class embedders in every block, and
+    computes the position embedding itself. The weights are the same, the model is not quite: its
+    timestep frequencies are 10000**(-i / 127), where the paper's code has 10000**(-i / 128).
+    """
+    _require_adaln_zero(shape)
+    out: StateDict = {}
+    for name, copies in _renamed(shape.depth):
+        tensor = _take(state, name)
+        for index, copy in enumerate(copies):
+            out[copy] = tensor if index == 0 else tensor.clone()
+    for name, parts in _split(shape.depth):
+        out.update(zip(parts, _take(state, name).chunk(3), strict=True))
+    return out
+
+
+def from_diffusers(state: Mapping[str, Tensor], shape: Shape) -> StateDict:
+    """Names of diffusers' DiTTransformer2DModel => published names, the inverse of `to_diffusers`.
+
+    Raises WeightsError where the embedders of two blocks differ: such a model has no published form.
+    """
+    _require_adaln_zero(shape)
+    out = {"pos_embed": sincos_pos_embed(shape.width, shape.grid)}
+    num_read = 0
+    for name, copies in _renamed(shape.depth):
+        tensors = [_take(state, copy) for copy in copies]
+        for copy, tensor in zip(copies, tensors, strict=True):
+            if not torch.equal(tensor, tensors[0]):
+                raise WeightsError(
+                    f"{copy} differs from {copies[0]}; expected one embedder copied into all blocks"
+                )
+        out[name] = tensors[0]
+        num_read += len(copies)
+    for name, parts in _split(shape.depth):
+        out[name] = torch.cat([_take(state, part) for part in parts])
+        num_read += len(parts)
+    if num_read != len(state):
+        raise WeightsError(
+            f"expected {num_read} tensors of a DiTTransformer2DModel with {shape.depth} blocks ({shape.name}), "
+            f"got {len(state)}"
+        )
+    return out
+
+
+def _require_adaln_zero(shape: Shape) -> None:
+    if shape.conditioning != "adaln_zero":
+        raise WeightsError(f"diffusers has adaln_zero only, got conditioning {shape.conditioning!r}")
+
+
+def _take(state: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in state:
+        raise WeightsError(
+            f"expected a tensor {name!r}, got {len(state)} others; is the model the right one?"
+        )
+    return state[name]
+
+
+def _renamed(depth: int) -> Iterator[tuple[str, list[str]]]:
+    """Published name and its copies in diffusers, for all tensors but qkv."""
+    outside = {
+        "x_embedder.proj": "pos_embed.proj",
+        "final_layer.adaLN_modulation.1": "proj_out_1",
+        "final_layer.linear": "proj_out_2",
+    }
+    embedders = {
+        "t_embedder.mlp.0": "timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "timestep_embedder.linear_2",
+        "y_embedder.embedding_table": "class_embedder.embedding_table",
+    }
+    inside = {
+        "attn.proj": "attn1.to_out.0",
+        "mlp.fc1": "ff.net.0.proj",
+        "mlp.fc2": "ff.net.2",
+        "adaLN_modulation.1": "norm1.linear",
+    }
+    layers = {ours: [theirs] for ours, theirs in outside.items()}
+    for ours, theirs in embedders.items():
+        layers[ours] = [f"transformer_blocks.{i}.norm1.emb.{theirs}" for i in range(depth)]
+    for i in range(depth):
+        for ours, theirs in inside.items():
+            layers[f"blocks.{i}.{ours}"] = [f"transformer_blocks.{i}.{theirs}"]
+    for ours, copies in layers.items():
+        yield f"{ours}.weight", [f"{copy}.weight" for copy in copies]
+        if ours != "y_embedder.embedding_table":  # a table has no bias
+            yield f"{ours}.bias", [f"{copy}.bias" for copy in copies]
+
+
+def _split(depth: int) -> Iterator[tuple[str, list[str]]]:
+    """Published name of a packed qkv tensor and its three parts in diffusers."""
+    for i in range(depth):
+        for kind in ("weight", "bias"):
+            parts = [f"transformer_blocks.{i}.attn1.{part}.{kind}" for part in ("to_q", "to_k", "to_v")]
+            yield f"blocks.{i}.attn.qkv.{kind}", parts
