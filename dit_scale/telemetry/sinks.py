@@ -1,0 +1,115 @@
+"""Where measurements go: metrics.jsonl is the record; wandb and TensorBoard mirror it.
+
+The one door to wandb and TensorBoard. On resume, lines of steps that will be taken again are
+dropped from the record, so that it reads as one unbroken run.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from dit_scale.config import TrainConfig
+from dit_scale.errors import ConfigError
+
+
+class Sink(Protocol):
+    """Takes one record of named numbers at a step."""
+
+    def write(self, step: int, record: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl, one object per log point, each line whole on disk before the next step."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) in range(resume_step + 1)]
+            tmp = path.with_suffix(".tmp")
+            tmp.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(tmp, path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Wandb:
+    """A Weights & Biases run of the same name as the folder; resumed under the same id."""
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError(f"log.wandb={config.log.wandb}: wandb is not installed; pip install wandb") from None
+        self._run = wandb.init(
+            project=config.log.wandb_project,
+            name=folder.name,
+            id=folder.name.replace("/", "-"),
+            dir=str(folder),
+            mode=config.log.wandb,  # type: ignore[arg-type]
+            resume="allow",
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True),
+        )
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        self._run.log(record, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """Event files in the run's folder."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError("log.tensorboard: tensorboard is not installed; pip install tensorboard") from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        for name, value in record.items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+def open_sinks(folder: Path, config: TrainConfig, resume_step: int) -> list[Sink]:
+    """The record and the mirrors that the configuration asks for."""
+    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resume_step)]
+    if config.log.wandb != "off":
+        sinks.append(Wandb(folder, config))
+    if config.log.tensorboard:
+        sinks.append(TensorBoard(folder, resume_step))
+    return sinks
+
+
+class Journal:
+    """events.jsonl: what happened to the run, append-only."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", buffering=1)
+
+    def write(self, event: str, **details: Any) -> None:
+        self._file.write(json.dumps({"time_s": time.time(), "event": event, **details}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> int:
+    """The step of a line; a torn last line, cut off by a kill, counts as never written."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return -1

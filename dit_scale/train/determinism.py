@@ -1,0 +1,18 @@
+"""What `determinism: strict` pins, before the first kernel runs (docs/determinism.md)."""
+
+import os
+
+import torch
+
+from dit_scale.config import EngineConfig
+
+
+def pin(config: EngineConfig) -> None:
+    """Make equal inputs give equal bits at the same world size, or say that rounding may differ."""
+    if config.determinism == "fast":
+        return
+    # Each is read once, when its library starts; a choice made outside stays.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

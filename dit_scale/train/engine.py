@@ -1,0 +1,238 @@
+"""The one door to DeepSpeed: a ZeRO-sharded model that steps, and the fp32 state that each rank owns.
+
+Set here because DeepSpeed's defaults would hurt: no clipping unless asked for (it clips at 1.0),
+gradients summed and reduced in fp32 (it uses the weights' type), no overflow reads, overlapped
+reduction in smaller buckets. `Partition` and `Extent` are the world-size free view of ZeRO's flat
+buffers, on which EMA and checkpoints are built.
+
+At ZeRO-1 with bf16 weights and fp32 gradient sums DeepSpeed uses its BF16_Optimizer, otherwise the
+optimizer of the stage; the three are told apart in `_partitions` alone.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_scale.config import EngineConfig, OptimizerConfig
+from dit_scale.data.plan import BatchPlan
+from dit_scale.dist import World
+from dit_scale.train.optim import build_optimizer
+
+MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
+OPTIMIZER_KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A run of elements of one flattened parameter, and where it lies in a partition's flat buffers."""
+
+    parameter: str
+    start: int
+    """First element within the flattened parameter."""
+    length: int
+    offset: int
+    """First element within the flat buffers."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What this rank owns of one optimizer group: flat fp32 buffers of the same layout, by kind."""
+
+    buffers: dict[str, Tensor]
+    extents: tuple[Extent, ...]
+
+
+class Engine:
+    """A model under DeepSpeed ZeRO.
+
+    `owned` lists this rank's partitions. All kinds of optimizer state exist from the start, so that a
+    checkpoint can be taken or filled in at any step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: EngineConfig,
+        optimizer_config: OptimizerConfig,
+        world: World,
+        plan: BatchPlan,
+    ) -> None:
+        deepspeed = _import_deepspeed(world.device)
+        self._optimizer = build_optimizer(model, optimizer_config, world.device)
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=self._optimizer,
+            config=deepspeed_config(config, optimizer_config, plan, world.device),
+            dist_init_required=False,
+        )
+        self._stage = config.zero_stage
+        self.owned = tuple(self._partitions())
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        output: Tensor = self._engine(*inputs)
+        return output
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of one micro-step; `last` marks the one before `step`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> None:
+        """Apply AdamW to the masters with this learning rate, and cast them into the weights."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    @property
+    def grad_norm(self) -> Tensor | float:
+        """Global L2 norm of the last step's gradient before clipping; a tensor has not left the device."""
+        norm: Tensor | float = self._engine.get_global_grad_norm()
+        return norm
+
+    @property
+    def gradient_clipping(self) -> float:
+        """The clipping threshold that DeepSpeed uses; 0.0 is off."""
+        clipping: float = self._engine.gradient_clipping()
+        return clipping
+
+    def hyper_parameters(self) -> tuple[dict[str, Any], ...]:
+        """What each optimizer group is set to."""
+        names = ("lr", "betas", "eps", "weight_decay")
+        return tuple({name: group[name] for name in names} for group in self._optimizer.param_groups)
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self._engine.module
+        return module
+
+    def publish_masters(self) -> None:
+        """Cast the fp32 masters into the weights that the forward pass reads, after they were filled in."""
+        if self._stage == 3:
+            for index in range(len(self._zero.fp16_groups)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(index)
+            persistent = self._zero.persistent_parameters
+            if persistent:
+                persistent[0].all_gather(persistent)
+        elif hasattr(self._zero, "bf16_groups"):
+            self._zero.update_lp_params()
+        else:
+            for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+                rank = torch.distributed.get_rank(self._zero.real_dp_process_group[index])
+                self._zero.parallel_partitioned_bit16_groups[index][rank].data.copy_(master.data)
+            self._all_gather_stage_1_and_2()
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Tell AdamW how many updates its moments have seen (its bias correction)."""
+        for partition in self.owned:
+            state = self._optimizer.state[partition.buffers[MASTER]]
+            state["step"].fill_(float(step))
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    def _all_gather_stage_1_and_2(self) -> None:
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        all_gather_dp_groups(
+            groups_flat=self._zero.bit16_groups_flat,
+            partitioned_param_groups=self._zero.parallel_partitioned_bit16_groups,
+            dp_process_group=self._zero.real_dp_process_group,
+            start_alignment_factor=self._zero.nccl_start_alignment_factor,
+            allgather_bucket_size=self._zero.allgather_bucket_size,
+        )
+        for index in range(len(self._zero.bit16_groups)):
+            self._zero._update_model_bit16_weights(index)
+
+    def _partitions(self) -> Iterator[Partition]:
+        if self._stage == 3:
+            groups, masters = self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat
+            extents_of = _extents_stage_3
+        elif hasattr(self._zero, "bf16_groups"):
+            groups, masters = self._zero.bf16_groups, self._zero.fp32_groups_flat_partition
+            extents_of = _extents_stage_1_and_2
+        else:
+            groups, masters = self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups
+            extents_of = _extents_stage_1_and_2
+        for parameters, master in zip(groups, masters, strict=True):
+            extents = tuple(extents_of(parameters, self._zero.param_names))
+            yield Partition({MASTER: master, **self._moments(master)}, extents)
+
+    def _moments(self, master: Tensor) -> dict[str, Tensor]:
+        """Both moments of a flat master, made here when AdamW has not made them yet."""
+        state = self._optimizer.state[master]
+        if EXP_AVG not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state[EXP_AVG] = torch.zeros_like(master.data)
+            state[EXP_AVG_SQ] = torch.zeros_like(master.data)
+        return {EXP_AVG: state[EXP_AVG], EXP_AVG_SQ: state[EXP_AVG_SQ]}
+
+
+def deepspeed_config(
+    config: EngineConfig, optimizer_config: OptimizerConfig, plan: BatchPlan, device: torch.device
+) -> dict[str, Any]:
+    """DeepSpeed's configuration with every default that matters written out."""
+    bucket = config.reduce_bucket_elements
+    return {
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": 1,  # the boundary is set by hand, step by step
+        "gradient_clipping": optimizer_config.clip_grad_norm,
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            # gloo reduces on the host: there is no stream to overlap with
+            "overlap_comm": config.overlap_comm and device.type == "cuda",
+            "contiguous_gradients": True,
+            # at stages 1 and 2 "reduce_scatter" is an all-reduce as well, and it rounds the fp32 sums
+            # back to the weights' type before it adds them up (3e-4 of the gradient norm in bf16)
+            "reduce_scatter": config.zero_stage == 3,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+        },
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for a device, without its banner and without its CPU kernel compilation."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also in a world of one
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Would compile a shared-memory all-reduce for 30 s and more; gloo carries CPU tensors here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _extents_stage_1_and_2(parameters: list[nn.Parameter], names: dict[nn.Parameter, str]) -> Iterator[Extent]:
+    for parameter in parameters:
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is not None:
+            piece, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield Extent(names[parameter], piece.start, piece.numel, place.start)
+
+
+def _extents_stage_3(parameters: list[nn.Parameter], names: dict[nn.Parameter, str]) -> Iterator[Extent]:
+    offset = 0
+    rank = torch.distributed.get_rank()
+    for parameter in parameters:
+        share = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        start = rank * share
+        real = min(share, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        if real > 0:
+            yield Extent(names[parameter], start, real, offset)
+        offset += share

@@ -1,0 +1,208 @@
+"""THE loop: one training run from its configuration to its last checkpoint.
+
+    dit-scale train configs/demo.yaml
+    deepspeed --num_gpus 8 --no_local_rank --module dit_scale.cli train configs/dit_xl2_256.yaml
+
+Started again with the same command it goes on from the newest committed checkpoint.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from dit_scale import __version__, dist
+from dit_scale.config import TrainConfig
+from dit_scale.data.loader import Loader
+from dit_scale.data.plan import BatchPlan, batch_plan
+from dit_scale.data.shards import LatentDataset
+from dit_scale.diffusion import schedule as schedules
+from dit_scale.dist import World
+from dit_scale.models import dit
+from dit_scale.storage import open_storage
+from dit_scale.telemetry.meters import Meters
+from dit_scale.telemetry.progress import StatusLine
+from dit_scale.telemetry.sinks import Journal, Sink, open_sinks
+from dit_scale.train import checkpoint as checkpoints
+from dit_scale.train import determinism
+from dit_scale.train.ema import Ema, ema_kind
+from dit_scale.train.engine import MASTER, OPTIMIZER_KINDS, Engine
+from dit_scale.train.objective import loss_sums
+from dit_scale.train.optim import learning_rate
+from dit_scale.train.run import (
+    RunState,
+    begin_attempt,
+    check_dataset,
+    checkpoints_of,
+    data_digest,
+    find_checkpoint,
+    restored_kinds,
+)
+from dit_scale.train.signals import REQUEUE_EXIT_CODE, StopRequest
+
+
+def train(config: TrainConfig) -> int:
+    """Run, or resume, to the last step. Returns the exit code: 0 done, 75 stopped on request and saved."""
+    stop = StopRequest()
+    determinism.pin(config.engine)
+    world = dist.start(config.engine)
+    with ExitStack() as stack:
+        stack.callback(dist.stop)
+        plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
+        dataset = LatentDataset.open(config.data.url, config.data.cache_dir)
+        check_dataset(config, dataset)
+        run = Run(config, world, plan, dataset, stack)
+        schedule = schedules.linear(config.diffusion.timesteps).to(world.device)
+        latent_scale, null_class = dataset.info.vae.scale, config.model.num_classes
+        loader = Loader(dataset, config.data, plan, world.rank, config.seed, run.state.step)
+        stack.callback(loader.close)
+        saved_step = run.state.step
+
+        while run.state.step < config.steps:
+            vote = world.begin_any(stop.wanted)
+            step_sums = torch.zeros(3, device=world.device)
+            for micro_step in range(plan.micro_steps):
+                batch = next(loader).to(world.device)
+                sums = loss_sums(
+                    run.engine, schedule, batch, config.seed, latent_scale, null_class, config.diffusion.label_dropout
+                )
+                run.engine.backward(sums[0] * plan.loss_scale, last=micro_step == plan.micro_steps - 1)
+                step_sums += sums.detach()
+            lr = learning_rate(config.optimizer, run.state.step)
+            run.engine.step(lr)
+            run.state.step += 1
+            run.ema.update(run.state.step)
+            run.meters.add(step_sums, run.engine.grad_norm)
+            run.status.advance()
+
+            if run.state.step % config.log.every_steps == 0 or run.state.step == config.steps:
+                run.log(lr)
+            stopping = vote.result()
+            if stopping or run.state.step % config.checkpoint.every_steps == 0 or run.state.step == config.steps:
+                run.save()
+                saved_step = run.state.step
+            if stopping and saved_step < config.steps:
+                run.say(f"stopped on request at step {saved_step}; the same command goes on from there")
+                return REQUEUE_EXIT_CODE
+        run.finish()
+    return 0
+
+
+class Run:
+    """The objects of one attempt, built in order, and the few things that the loop does with them."""
+
+    def __init__(
+        self, config: TrainConfig, world: World, plan: BatchPlan, dataset: LatentDataset, stack: ExitStack
+    ) -> None:
+        self.config, self.world, self.plan = config, world, plan
+        self.state = RunState()
+        self._data_sha256 = data_digest(dataset)
+        self._storage = open_storage(checkpoints_of(config.run))
+        self._notes: list[str] = []
+        self._build_model()
+        self.attempt = world.first_says(lambda: begin_attempt(config))
+        resumed = find_checkpoint(config, self._data_sha256, world, self._restore, self._notes.append)
+        self.meters = Meters(world, config.global_batch, self.state.pending)
+        self.status = StatusLine(config.steps, self.state.step, shown=world.is_first)
+        stack.callback(self.status.close)
+        folder = Path(config.run)
+        self._sinks: list[Sink] = open_sinks(folder, config, self.state.step) if world.is_first else []
+        self._journal = Journal(folder / "events.jsonl") if world.is_first else None
+        for sink in self._sinks:
+            stack.callback(sink.close)
+        if self._journal:
+            stack.callback(self._journal.close)
+        self._announce(resumed is not None)
+
+    def say(self, message: str) -> None:
+        self.status.say(message)
+
+    def log(self, lr: float) -> None:
+        """Close the window of steps since the last log point and write it down."""
+        record = {
+            "samples": self.state.step * self.config.global_batch,
+            **self.meters.take(),
+            "lr": lr,
+        }
+        for sink in self._sinks:
+            sink.write(self.state.step, record)
+        self.status.report(self.state.step, record)
+
+    def save(self) -> None:
+        """Commit a checkpoint of this step, then drop what retention does not keep."""
+        config, state, world = self.config, self.state, self.world
+        state.pending = self.meters.collect()
+        name = checkpoints.name_of(state.step, self.attempt)
+        file = checkpoints.write_rank_file(self._storage, name, world.rank, self.engine.owned)
+        files = world.gather(file)
+        manifest = checkpoints.Manifest(
+            step=state.step,
+            samples=state.step * config.global_batch,
+            attempt=self.attempt,
+            config=config.model_dump(mode="json"),
+            data_sha256=self._data_sha256,
+            model_shapes=self._shapes,
+            optimizer_groups=self.engine.hyper_parameters(),
+            pending_metrics=state.pending,
+            versions={"dit_scale": __version__, "torch": torch.__version__},
+            written_by={"world": world.size, "zero_stage": config.engine.zero_stage},
+            files=tuple(files),
+        )
+        world.first_says(lambda: checkpoints.commit(self._storage, manifest))
+        keep = config.checkpoint
+        dropped = world.first_says(lambda: checkpoints.prune(self._storage, keep.keep, keep.keep_every_steps))
+        self._record("checkpoint", name=name, dropped=dropped)
+
+    def finish(self) -> None:
+        """The run is done: say where everything is."""
+        self._record("done")
+        self.say(f"done: {self.state.step} steps in {self.config.run}")
+
+    def _build_model(self) -> None:
+        """The engine with its fp32 masters at the exact initial weights, and the averages beside them."""
+        config = self.config
+        model = dit.build(config.model, config.seed)
+        initial = {name: p.detach().clone().flatten() for name, p in model.named_parameters() if p.requires_grad}
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        self.attention_backend = model.attention_backend
+        self.engine = Engine(model, config.engine, config.optimizer, self.world, self.plan)
+        if config.engine.compile_blocks:
+            model.compile_blocks()
+        # DeepSpeed makes its masters from weights that are bf16 already.
+        checkpoints.fill(self.engine.owned, [MASTER], lambda _, name, start, n: initial[name][start : start + n])
+        self.engine.publish_masters()
+        self.ema = Ema(config.ema, self.engine.owned)
+        self.ema.start()
+
+    def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+        old, new = restored_kinds(self.config, checkpoint, self._notes.append)
+        owned = self.engine.owned
+        checkpoints.fill(owned, (*OPTIMIZER_KINDS, *old), checkpoint.read)
+        checkpoints.fill(owned, new, lambda _, *extent: checkpoint.read(MASTER, *extent))
+        self.engine.publish_masters()
+        self.engine.set_optimizer_step(checkpoint.manifest.step)
+        self.state = RunState(checkpoint.manifest.step, checkpoint.manifest.pending_metrics)
+
+    def _record(self, event: str, **details: object) -> None:
+        if self._journal:
+            self._journal.write(event, attempt=self.attempt, step=self.state.step, **details)
+
+    def _announce(self, resumed: bool) -> None:
+        plan, config = self.plan, self.config
+        for note in self._notes:
+            self.say(note)
+        self.say(
+            f"{config.model.name} at {config.model.image_size} px, {config.engine.precision}, "
+            f"ZeRO-{config.engine.zero_stage}, attention {self.attention_backend}, on {plan.world} x "
+            f"{self.world.device.type}: {plan.global_batch} samples per step as {plan.micro_steps} micro-steps "
+            f"of {plan.micro_batch} per process"
+        )
+        start = f"resumed at step {self.state.step}" if resumed else "a new run"
+        self.say(f"{config.run}: {start}, attempt {self.attempt}")
+        self._record(
+            "start",
+            resumed=resumed,
+            world=plan.world,
+            attention=self.attention_backend,
+            ema=[ema_kind(profile.name) for profile in config.ema],
+        )

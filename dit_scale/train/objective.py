@@ -1,0 +1,45 @@
+"""What one micro-batch contributes to the step: draws, noising, the model, the hybrid loss.
+
+Every draw is keyed by the sample's position, so the loss of a sample does not depend on which rank
+or micro-step it falls into.
+
+Shapes: B micro-batch, C latent channels, H and W latent sides.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dit_scale import rng
+from dit_scale.data.loader import Batch, draw_latents
+from dit_scale.diffusion.gaussian import q_sample
+from dit_scale.diffusion.loss import hybrid_loss
+from dit_scale.diffusion.schedule import Schedule
+from dit_scale.rng import Purpose
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def drop_labels(y_B: Tensor, position_B: Tensor, null_class: int, share: float, seed: int) -> Tensor:
+    """Replace a share of labels by the null class, for classifier-free guidance."""
+    return torch.where(rng.uniforms(seed, Purpose.LABEL_DROP, position_B) < share, null_class, y_B)
+
+
+def loss_sums(
+    predict: Predict,
+    schedule: Schedule,
+    batch: Batch,
+    seed: int,
+    latent_scale: float,
+    null_class: int,
+    label_dropout: float,
+) -> Tensor:
+    """(total, mse, bound) summed over the batch's samples, fp32 of shape (3,); the gradient flows through [0]."""
+    z_BCHW = draw_latents(batch, seed, latent_scale)
+    t_B = rng.integers(seed, Purpose.TIMESTEP, batch.position_B, len(schedule.timesteps))
+    noise_BCHW = rng.normals(seed, Purpose.NOISE, batch.position_B, tuple(z_BCHW.shape[1:]))
+    y_B = drop_labels(batch.y_B, batch.position_B, null_class, label_dropout, seed)
+    x_BCHW = q_sample(schedule, z_BCHW, t_B, noise_BCHW)
+    loss = hybrid_loss(schedule, predict(x_BCHW, t_B, y_B), z_BCHW, x_BCHW, noise_BCHW, t_B)
+    return torch.stack((loss.total_B, loss.mse_B, loss.vb_B)) @ batch.weight_B

@@ -1,0 +1,44 @@
+"""AdamW by configuration, and the learning rate as a function of the step."""
+
+import torch
+from torch import nn
+
+from dit_scale.config import OptimizerConfig
+from dit_scale.errors import DeviceError
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """The rate of a step (counted from 0): constant after a linear warm-up."""
+    return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters.
+
+    Raises DeviceError when the implementation asked for is not there: apex and DeepSpeed's fused
+    kernels need CUDA, and apex is NVIDIA's (the package of that name on PyPI is another one).
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.implementation == "torch":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    if device.type != "cuda":
+        raise DeviceError(f"optimizer.implementation={config.implementation} needs CUDA; use torch")
+    if config.implementation == "deepspeed":
+        from deepspeed.ops.adam import FusedAdam as DeepSpeedFusedAdam
+
+        return DeepSpeedFusedAdam(parameters, adam_w_mode=True, **settings)
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        raise DeviceError(
+            "optimizer.implementation=apex: NVIDIA apex with its CUDA extensions is not installed; "
+            "build it from its source, or use torch"
+        ) from None
+    optimizer: torch.optim.Optimizer = FusedAdam(parameters, adam_w_mode=True, **settings)
+    return optimizer
