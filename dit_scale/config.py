@@ -57,7 +57,7 @@ class DataConfig(Section):
 class DiffusionConfig(Section):
     """The Gaussian diffusion of the paper (Section 3.1, after ADM)."""
 
-    timesteps: int = Field(1000, ge=2)
+    timesteps: int = Field(1000, gt=20)
     """Length of the linear schedule, betas 1e-4 to 2e-2 at 1000."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Share of samples that train without their class, for classifier-free guidance."""
@@ -77,7 +77,7 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up; 0 starts at `lr`."""
     clip_grad_norm: float = Field(0.0, ge=0)
-    """Largest global gradient norm; 0 does not clip (and is said so to DeepSpeed, which clips at 1.0 if not told)."""
+    """Largest global gradient norm; 0 does not clip."""
     implementation: Literal["torch", "apex", "deepspeed"] = "torch"
     """Whose AdamW: torch (fused on CUDA), apex FusedAdam or DeepSpeed FusedAdam (both need CUDA)."""
 
@@ -96,7 +96,7 @@ class EngineConfig(Section):
     compile_blocks: bool = False
     """torch.compile each transformer block (one compilation, reused by all blocks)."""
     determinism: Literal["strict", "fast"] = "strict"
-    """`strict`: bitwise the same at the same world size; `fast`: the same samples and draws, rounding may differ."""
+    """`strict`: bitwise the same at the same world size; `fast`: the same samples and draws to rounding."""
     cpu_threads: int = Field(1, ge=1)
     """Threads of each process on a CPU; part of what `strict` pins."""
     reduce_bucket_elements: int = Field(50_000_000, gt=0)

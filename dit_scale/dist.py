@@ -55,9 +55,9 @@ class World:
             except Exception as error:  # carried to the other ranks and raised on all of them
                 answer = [(None, error)]
         dist.broadcast_object_list(answer, src=0, group=self.host_group)
-        value, error = answer[0]
-        if error is not None:
-            raise error
+        value, problem = answer[0]
+        if problem is not None:
+            raise problem
         return value  # type: ignore[return-value]
 
     def begin_any(self, flag: bool) -> "AnyOf":
@@ -102,7 +102,9 @@ def start(config: EngineConfig) -> World:
     if "RANK" in os.environ:
         needed = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if needed:
-            raise ConfigError(f"RANK is set but {', '.join(needed)} not: use the deepspeed launcher, or unset RANK")
+            raise ConfigError(
+                f"RANK is set but {', '.join(needed)} not: use the deepspeed launcher, or unset RANK"
+            )
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,6 +42,17 @@ def read(path: str | Path) -> StateDict:
     if path.suffix == ".pt":
         return _tensors_of(_read_pickle(path), path)
     raise WeightsError(f"{path}: expected a .safetensors or .pt file, got {path.suffix or 'no suffix'}")
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a safetensors file says about itself; empty for one that says nothing and for a `.pt`."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from None
 
 
 def _read_safetensors(path: Path) -> StateDict:
@@ -172,8 +183,8 @@ def from_diffusers(state: Mapping[str, Tensor], shape: Shape) -> StateDict:
         num_read += len(parts)
     if num_read != len(state):
         raise WeightsError(
-            f"expected {num_read} tensors of a DiTTransformer2DModel with {shape.depth} blocks ({shape.name}), "
-            f"got {len(state)}"
+            f"expected {num_read} tensors of a DiTTransformer2DModel with {shape.depth} blocks "
+            f"({shape.name}), got {len(state)}"
         )
     return out
 

@@ -39,10 +39,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to the device without waiting for it."""
-        move = (self.moments_B2CHW, self.y_B, self.position_B, self.weight_B)
-        if device.type == "cuda":
-            move = tuple(tensor.pin_memory() for tensor in move)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in move))
+
+        def move(tensor: Tensor) -> Tensor:
+            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+            return pinned.to(device, non_blocking=True)
+
+        return Batch(move(self.moments_B2CHW), move(self.y_B), move(self.position_B), move(self.weight_B))
 
 
 def draw_latents(batch: Batch, seed: int, scale: float) -> Tensor:
@@ -130,6 +132,7 @@ class Loader:
     def _put(self, item: Batch | Exception) -> None:
         while not self._closing.is_set():
             try:
-                return self._queue.put(item, timeout=0.1)
+                self._queue.put(item, timeout=0.1)
             except queue.Full:
                 continue
+            return

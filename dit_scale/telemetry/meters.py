@@ -45,7 +45,10 @@ class Meters:
         """The means since the last log point and the speed; starts the next window."""
         rows = self.collect()
         self._host.clear()
-        means = {name: sum(column) / len(rows) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}
+        means = {
+            name: sum(column) / len(rows)
+            for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)
+        }
         return {**means, "images_per_s": self._clock.restart() * self._global_batch}
 
 

@@ -27,7 +27,9 @@ class JsonLines:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) in range(resume_step + 1)]
+            kept = [
+                line for line in path.read_text().splitlines() if _step_of(line) in range(resume_step + 1)
+            ]
             tmp = path.with_suffix(".tmp")
             tmp.write_text("".join(f"{line}\n" for line in kept))
             os.replace(tmp, path)
@@ -47,7 +49,9 @@ class Wandb:
         try:
             import wandb
         except ImportError:
-            raise ConfigError(f"log.wandb={config.log.wandb}: wandb is not installed; pip install wandb") from None
+            raise ConfigError(
+                f"log.wandb={config.log.wandb}: wandb is not installed; pip install wandb"
+            ) from None
         self._run = wandb.init(
             project=config.log.wandb_project,
             name=folder.name,
@@ -73,15 +77,17 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ConfigError("log.tensorboard: tensorboard is not installed; pip install tensorboard") from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)  # type: ignore[no-untyped-call]
+            raise ConfigError(
+                "log.tensorboard: tensorboard is not installed; pip install tensorboard"
+            ) from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, record: dict[str, float]) -> None:
         for name, value in record.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 def open_sinks(folder: Path, config: TrainConfig, resume_step: int) -> list[Sink]:

@@ -11,7 +11,6 @@ docs/formats.md describes the files.
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -76,6 +75,8 @@ class Manifest(_Record):
     """The resolved configuration of the run that wrote this."""
     data_sha256: str
     """Of the latent data set's dataset.json."""
+    vae_sha256: str
+    """Of the weights of the autoencoder that made the latents."""
     model_shapes: dict[str, tuple[int, ...]]
     """Full shape of every trainable parameter."""
     optimizer_groups: tuple[dict[str, Any], ...]
@@ -139,12 +140,19 @@ class Checkpoint:
         except (ValidationError, StorageError) as error:
             raise CheckpointError(f"{where} cannot be read: {error}") from None
         if (self.manifest.format, self.manifest.version) != (FORMAT, FORMAT_VERSION):
-            raise CheckpointError(f"{where}: version {self.manifest.version}, this program reads {FORMAT_VERSION}")
+            raise CheckpointError(
+                f"{where}: version {self.manifest.version}, this program reads {FORMAT_VERSION}"
+            )
         for file in self.manifest.files:
             self._check_size(file)
 
     def __str__(self) -> str:
         return f"{self.storage.url}/{self.name}"
+
+    @property
+    def bytes(self) -> int:
+        """Of all files beside the manifest."""
+        return sum(file.bytes for file in self.manifest.files)
 
     @cached_property
     def _tensors(self) -> dict[tuple[str, str], list[tuple[FileRecord, TensorRecord]]]:
@@ -165,7 +173,9 @@ class Checkpoint:
         for file, tensor in self._tensors.get((kind, parameter), ()):
             low, high = max(start, tensor.start), min(start + length, tensor.start + tensor.length)
             if low < high:
-                out[low - start : high - start] = self._read_piece(file, tensor, low - tensor.start, high - low)
+                out[low - start : high - start] = self._read_piece(
+                    file, tensor, low - tensor.start, high - low
+                )
                 filled += high - low
         if filled != length:
             raise CheckpointError(f"{self}: {kind} of {parameter} has {filled} of {length} elements")
@@ -240,7 +250,8 @@ def _step(name: str) -> int:
 
 def _block_crcs(data: memoryview) -> tuple[int, ...]:
     return tuple(
-        google_crc32c.value(bytes(data[start : start + BLOCK_BYTES])) for start in range(0, len(data), BLOCK_BYTES)
+        google_crc32c.value(bytes(data[start : start + BLOCK_BYTES]))
+        for start in range(0, len(data), BLOCK_BYTES)
     )
 
 

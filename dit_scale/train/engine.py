@@ -218,7 +218,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _extents_stage_1_and_2(parameters: list[nn.Parameter], names: dict[nn.Parameter, str]) -> Iterator[Extent]:
+def _extents_stage_1_and_2(
+    parameters: list[nn.Parameter], names: dict[nn.Parameter, str]
+) -> Iterator[Extent]:
     for parameter in parameters:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is not None:

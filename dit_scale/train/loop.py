@@ -64,7 +64,13 @@ def train(config: TrainConfig) -> int:
             for micro_step in range(plan.micro_steps):
                 batch = next(loader).to(world.device)
                 sums = loss_sums(
-                    run.engine, schedule, batch, config.seed, latent_scale, null_class, config.diffusion.label_dropout
+                    run.engine,
+                    schedule,
+                    batch,
+                    config.seed,
+                    latent_scale,
+                    null_class,
+                    config.diffusion.label_dropout,
                 )
                 run.engine.backward(sums[0] * plan.loss_scale, last=micro_step == plan.micro_steps - 1)
                 step_sums += sums.detach()
@@ -78,7 +84,11 @@ def train(config: TrainConfig) -> int:
             if run.state.step % config.log.every_steps == 0 or run.state.step == config.steps:
                 run.log(lr)
             stopping = vote.result()
-            if stopping or run.state.step % config.checkpoint.every_steps == 0 or run.state.step == config.steps:
+            if (
+                stopping
+                or run.state.step % config.checkpoint.every_steps == 0
+                or run.state.step == config.steps
+            ):
                 run.save()
                 saved_step = run.state.step
             if stopping and saved_step < config.steps:
@@ -96,7 +106,7 @@ class Run:
     ) -> None:
         self.config, self.world, self.plan = config, world, plan
         self.state = RunState()
-        self._data_sha256 = data_digest(dataset)
+        self._data_sha256, self._vae_sha256 = data_digest(dataset), dataset.info.vae.weights_sha256
         self._storage = open_storage(checkpoints_of(config.run))
         self._notes: list[str] = []
         self._build_model()
@@ -141,6 +151,7 @@ class Run:
             attempt=self.attempt,
             config=config.model_dump(mode="json"),
             data_sha256=self._data_sha256,
+            vae_sha256=self._vae_sha256,
             model_shapes=self._shapes,
             optimizer_groups=self.engine.hyper_parameters(),
             pending_metrics=state.pending,
@@ -162,14 +173,18 @@ class Run:
         """The engine with its fp32 masters at the exact initial weights, and the averages beside them."""
         config = self.config
         model = dit.build(config.model, config.seed)
-        initial = {name: p.detach().clone().flatten() for name, p in model.named_parameters() if p.requires_grad}
+        initial = {
+            name: p.detach().clone().flatten() for name, p in model.named_parameters() if p.requires_grad
+        }
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         self.attention_backend = model.attention_backend
         self.engine = Engine(model, config.engine, config.optimizer, self.world, self.plan)
         if config.engine.compile_blocks:
             model.compile_blocks()
         # DeepSpeed makes its masters from weights that are bf16 already.
-        checkpoints.fill(self.engine.owned, [MASTER], lambda _, name, start, n: initial[name][start : start + n])
+        checkpoints.fill(
+            self.engine.owned, [MASTER], lambda _, name, start, n: initial[name][start : start + n]
+        )
         self.engine.publish_masters()
         self.ema = Ema(config.ema, self.engine.owned)
         self.ema.start()
@@ -194,8 +209,8 @@ class Run:
         self.say(
             f"{config.model.name} at {config.model.image_size} px, {config.engine.precision}, "
             f"ZeRO-{config.engine.zero_stage}, attention {self.attention_backend}, on {plan.world} x "
-            f"{self.world.device.type}: {plan.global_batch} samples per step as {plan.micro_steps} micro-steps "
-            f"of {plan.micro_batch} per process"
+            f"{self.world.device.type}: {plan.global_batch} samples per step in {plan.micro_steps} "
+            f"micro-steps of {plan.micro_batch} per process"
         )
         start = f"resumed at step {self.state.step}" if resumed else "a new run"
         self.say(f"{config.run}: {start}, attempt {self.attempt}")

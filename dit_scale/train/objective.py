@@ -35,7 +35,7 @@ def loss_sums(
     null_class: int,
     label_dropout: float,
 ) -> Tensor:
-    """(total, mse, bound) summed over the batch's samples, fp32 of shape (3,); the gradient flows through [0]."""
+    """(total, mse, bound) summed over the batch's samples, fp32 (3,); the gradient flows through [0]."""
     z_BCHW = draw_latents(batch, seed, latent_scale)
     t_B = rng.integers(seed, Purpose.TIMESTEP, batch.position_B, len(schedule.timesteps))
     noise_BCHW = rng.normals(seed, Purpose.NOISE, batch.position_B, tuple(z_BCHW.shape[1:]))

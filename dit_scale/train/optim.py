@@ -1,5 +1,7 @@
 """AdamW by configuration, and the learning rate as a function of the step."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
     kernels need CUDA, and apex is NVIDIA's (the package of that name on PyPI is another one).
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    settings = {
+    settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,
         "eps": config.eps,

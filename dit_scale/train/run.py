@@ -1,8 +1,8 @@
 """A run's folder: what it is, whether this configuration may go on with it, and from where.
 
-    <run>/config.yaml   the resolved configuration      <run>/metrics.jsonl   the record
-    <run>/events.jsonl  the journal                     <run>/attempts/       one file per start
-    <run>/checkpoints/  committed states                <run>/samples/        pictures
+<run>/config.yaml   the resolved configuration      <run>/metrics.jsonl   the record
+<run>/events.jsonl  the journal                     <run>/attempts/       one file per start
+<run>/checkpoints/  committed states                <run>/samples/        pictures
 """
 
 import hashlib
@@ -62,9 +62,9 @@ def check_dataset(config: TrainConfig, dataset: LatentDataset) -> None:
             f"{config.data.url} holds latents of {info.image_size} px images, "
             f"model.image_size is {config.model.image_size}"
         )
-    if len(info.class_names) > config.model.num_classes:
+    if info.num_classes > config.model.num_classes:
         raise ConfigError(
-            f"{config.data.url} has {len(info.class_names)} classes, model.num_classes is {config.model.num_classes}"
+            f"{config.data.url} has {info.num_classes} classes, model.num_classes is {config.model.num_classes}"
         )
 
 
@@ -103,7 +103,9 @@ def find_checkpoint(
             return checkpoint
         say(f"passing over checkpoint {name}: {problems[0]}")
     if names:
-        raise CheckpointError(f"{config.run}: none of its {len(names)} checkpoints can be read; start a new run")
+        raise CheckpointError(
+            f"{config.run}: none of its {len(names)} checkpoints can be read; start a new run"
+        )
     return None
 
 
