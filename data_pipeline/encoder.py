@@ -1,0 +1,63 @@
+"""The work of one encoder: uint8 crops in, fp16 posterior moments of both views out.
+
+Shapes: B images, V = 2 views (image, its mirror), C latent channels, H W pixels, h w latents.
+"""
+
+from functools import cached_property
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from dit_scale.config import EncodeConfig
+
+if TYPE_CHECKING:
+    from dit_scale.vae import Vae
+
+VIEWS = ("image", "mirror")
+
+
+class Encoder:
+    """Holds a VAE, loaded at the first call: a process that is started again loads it again."""
+
+    def __init__(self, config: EncodeConfig, device: str) -> None:
+        self._config = config
+        self._device = device
+
+    @cached_property
+    def _vae(self) -> "Vae":
+        import torch
+
+        from dit_scale import vae
+
+        torch.set_num_threads(self._config.threads_per_encoder)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self._config.precision]
+        return vae.load(self._config.vae, self._device, dtype)
+
+    def runtime(self) -> dict[str, str]:
+        """What the bits of a latent depend on besides the configuration: device and libraries."""
+        from dit_scale import vae
+
+        return {
+            "device": vae.device_kind(self._vae.device),
+            "torch": version("torch"),
+            "diffusers": version("diffusers"),
+            "pillow": version("pillow"),
+        }
+
+    def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
+        """Pixels of at most `vae_batch` images => moments (B, V, 2C, h, w).
+
+        The VAE always sees `vae_batch` images: a short batch is filled up with black ones.
+        """
+        import torch
+
+        num_images = len(pixels_BHW3)
+        padded = np.zeros((self._config.vae_batch, *pixels_BHW3.shape[1:]), np.uint8)
+        padded[:num_images] = pixels_BHW3
+        # [0, 255] => [-1, 1] in the paper's two steps, which round a little differently from one.
+        x_BHW3 = torch.from_numpy(padded).to(self._vae.device).float().div(255).sub(0.5).div(0.5)
+        x_B3HW = x_BHW3.permute(0, 3, 1, 2).contiguous()
+        views = [self._vae.encode(x_B3HW), self._vae.encode(x_B3HW.flip(3))]
+        return torch.stack(views, dim=1)[:num_images].half().cpu().numpy()

@@ -1,0 +1,161 @@
+"""One shard: a deterministic WebDataset tar, its index and its record, from the latents of a slice.
+
+The record, shards/<name>.json, is put last and is the shard's commit mark: a shard without one is
+made again. Nothing of who encoded it, when or how often is in the bytes.
+
+Shapes: V views, C latent channels, h w latent sides.
+"""
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.images import DecodedBatch
+from dit_scale.data.shards import RECORD, Quarantined, ShardInfo, encode_sample, write_index
+from dit_scale.storage import Storage, open_storage
+
+TAR_HEADER_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample on its way into a shard: place in the listing, path, class, moments (V, 2C, h, w)."""
+
+    key: int
+    path: str
+    label: int
+    moments: npt.NDArray[np.float16]
+
+
+class ShardRecord(ShardInfo):
+    """What dataset.json needs of a shard, kept beside it until the data set is committed."""
+
+    quarantined: tuple[Quarantined, ...]
+    latent_sum: tuple[float, ...]
+    """Per latent channel: sum of the means over samples, views and places."""
+    latent_square_sum: tuple[float, ...]
+    """The same of mean^2 + std^2, the expected square of a posterior sample."""
+
+    @property
+    def record_key(self) -> str:
+        return record_key(self.name)
+
+
+def shard_name(number: int) -> str:
+    """Shard k holds the entries [k * shard_samples, (k + 1) * shard_samples) of the listing."""
+    return f"{number:05d}"
+
+
+def record_key(name: str) -> str:
+    """Key of a shard's commit mark."""
+    return f"shards/{name}.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard in memory."""
+
+    record: ShardRecord
+    tar: bytes
+    index: bytes
+
+    def put(self, storage: Storage) -> None:
+        """Write the tar, then the index, then the commit mark."""
+        storage.write(self.record.tar_key, self.tar)
+        storage.write(self.record.index_key, self.index)
+        storage.write(self.record.record_key, self.record.model_dump_json(indent=1).encode())
+
+
+def build_shard(
+    name: str, rows: Iterable[Row], quarantined: Sequence[Quarantined], latent_channels: int
+) -> Shard:
+    """Tar, index and record of these rows, in their order; rows that are not finite join the quarantine."""
+    stream = io.BytesIO()
+    records: list[tuple[int, int, int, int, int]] = []
+    refused = list(quarantined)
+    sums = np.zeros((2, latent_channels))
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for row in rows:
+            if not np.isfinite(row.moments).all():
+                refused.append(
+                    Quarantined(key=row.key, path=row.path, reason="its latents are not finite in fp16")
+                )
+                continue
+            npy = encode_sample(row.moments)
+            _add(tar, f"{row.key:08d}.cls", str(row.label).encode())
+            offset = _add(tar, f"{row.key:08d}.latent.npy", npy)
+            records.append((offset, len(npy), row.label, row.key, google_crc32c.value(npy)))
+            sums += _channel_sums(row.moments)
+    data = stream.getvalue()
+    index = write_index(np.array(records, RECORD))
+    record = ShardRecord(
+        name=name,
+        samples=len(records),
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        quarantined=tuple(sorted(refused, key=lambda item: item.key)),
+        latent_sum=tuple(sums[0].tolist()),
+        latent_square_sum=tuple(sums[1].tolist()),
+    )
+    return Shard(record, data, index)
+
+
+def write_shard(
+    url: str,
+    name: str,
+    accounts: Sequence[DecodedBatch],
+    latent_channels: int,
+    *moments: npt.NDArray[np.float16],
+) -> ShardRecord:
+    """Build and put one shard from what became of its batches: accounts and moments (B, V, 2C, h, w)."""
+    rows = (
+        Row(entry.key, entry.path, entry.label, latent)
+        for account, batch in zip(accounts, moments, strict=True)
+        for entry, latent in zip(account.good, batch, strict=True)
+    )
+    quarantined = [
+        Quarantined(key=entry.key, path=entry.path, reason=reason)
+        for account in accounts
+        for entry, reason in account.bad
+    ]
+    shard = build_shard(name, rows, quarantined, latent_channels)
+    shard.put(open_storage(url))
+    return shard.record
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append a member that says nothing of its maker; returns where its data begin."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    member.mode = 0o644
+    offset = tar.offset + TAR_HEADER_BYTES
+    tar.addfile(member, io.BytesIO(data))
+    return offset
+
+
+def _channel_sums(moments: npt.NDArray[np.float16]) -> npt.NDArray[np.float64]:
+    """(2, C): sums of the mean and of mean^2 + std^2 over views and places, in double precision."""
+    mean_VChw, std_VChw = np.split(moments.astype(np.float64), 2, axis=1)
+    square_VChw = mean_VChw**2 + std_VChw**2
+    return np.stack([mean_VChw.sum(axis=(0, 2, 3)), square_VChw.sum(axis=(0, 2, 3))])
+
+
+def channel_statistics(
+    records: Sequence[ShardRecord], values_per_sample: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of posterior samples; `values_per_sample` = V h w.
+
+    For z = mean + std * n, E[z] = E[mean] and E[z^2] = E[mean^2 + std^2].
+    """
+    count = sum(record.samples for record in records) * values_per_sample
+    mean = np.sum([record.latent_sum for record in records], axis=0) / count
+    square = np.sum([record.latent_square_sum for record in records], axis=0) / count
+    std = np.sqrt(np.maximum(square - mean**2, 0.0))
+    return tuple(round(value, 9) for value in mean.tolist()), tuple(round(value, 9) for value in std.tolist())
