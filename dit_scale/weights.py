@@ -9,6 +9,7 @@ safetensors file in fp32. Names are those of `dit_scale.models.dit.DiT`, which a
 import argparse
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -67,14 +68,14 @@ def _read_pickle(path: Path) -> object:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Memory-mapped where the format allows: "model" and "opt" of a checkpoint are never read.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign is None:
+            raise WeightsError(f"{path} is damaged or no file of torch.save; fetch it again") from error
         raise WeightsError(
-            f"{path} holds more than tensors, and reading it would run code from the file "
-            f"({str(error).splitlines()[0]}); where the file came from, save its state dict alone, "
-            "best as safetensors"
+            f"{path}: expected tensors alone, got {foreign[1]}, and reading that would run code from the "
+            "file; where it came from, save the state dict alone, best as safetensors"
         ) from None
-    except (RuntimeError, EOFError) as error:
-        raise WeightsError(f"{path} is damaged or no torch file ({error}); fetch it again") from None
 
 
 def _tensors_of(content: object, path: Path) -> StateDict:

@@ -9,6 +9,7 @@ published weights, which load unchanged.
     out = model(x_BCHW, t_B, y_B)
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -107,17 +108,27 @@ def initialise_weights(model: DiT, generator: torch.Generator) -> None:
 
     Linear layers and the patch convolution: Xavier-uniform, zero biases. Class table and timestep
     MLP: normal, 0.02. Zero: the final linear layer, and modulation where blocks start as identity.
+
+    The same bits on every CPU: uniform numbers are scaled by two separately rounded operations, which
+    a compiler cannot fuse, and normals are drawn in float64, whose generator has one code path.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
-            assert module.bias is not None
-            nn.init.zeros_(module.bias)
+            xavier_uniform_(module.weight, generator)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.zero_()
     timestep_weights = [parameter for parameter in model.t_embedder.parameters() if parameter.ndim == 2]
     for weight in (model.y_embedder.embedding_table.weight, *timestep_weights):
-        # In float64: the fp32 generator takes other roundings on CPUs without AVX2.
         weight.copy_(0.02 * torch.randn(weight.shape, generator=generator, dtype=torch.float64))
-    nn.init.zeros_(model.final_layer.linear.weight)
+    model.final_layer.linear.weight.zero_()
     if model.shape.conditioning == "adaln_zero":
         for layer in (*model.blocks, model.final_layer):
-            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+            layer.adaLN_modulation[1].weight.zero_()
+
+
+def xavier_uniform_(weight: Tensor, generator: torch.Generator) -> None:
+    """Uniform in +- sqrt(6 / (fan_in + fan_out)), in place (Glorot & Bengio 2010, equation 16)."""
+    num_out, num_in = weight.flatten(1).shape
+    bound = math.sqrt(6 / (num_in + num_out))
+    weight.uniform_(generator=generator).mul_(2 * bound).sub_(bound)
