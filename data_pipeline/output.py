@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from data_pipeline.encoder import VIEWS
 from data_pipeline.images import CROP, Listing
-from data_pipeline.shards_writer import ShardRecord, channel_statistics, shard_name
+from data_pipeline.shards_writer import ShardRecord, combine_sums, shard_name
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import (
     FORMAT,
@@ -142,7 +142,7 @@ def commit(
     samples = sum(record.samples for record in records)
     if not samples:
         raise DataError(f"{config.source}: not one of {len(listing.entries)} files could be encoded")
-    mean, std = channel_statistics(records, shape[0] * shape[2] * shape[3])
+    mean, std = combine_sums([record.sums for record in records], samples, shape)
     quarantined: list[Quarantined] = [item for record in records for item in record.quarantined]
     info = DatasetInfo(
         format=FORMAT,

@@ -43,6 +43,11 @@ class ShardRecord(ShardInfo):
     """The same of mean^2 + std^2, the expected square of a posterior sample."""
 
     @property
+    def sums(self) -> npt.NDArray[np.float64]:
+        """(2, C), as `channel_sums` of all samples."""
+        return np.array([self.latent_sum, self.latent_square_sum])
+
+    @property
     def record_key(self) -> str:
         return record_key(self.name)
 
@@ -91,7 +96,7 @@ def build_shard(
             _add(tar, f"{row.key:08d}.cls", str(row.label).encode())
             offset = _add(tar, f"{row.key:08d}.latent.npy", npy)
             records.append((offset, len(npy), row.label, row.key, google_crc32c.value(npy)))
-            sums += _channel_sums(row.moments)
+            sums += channel_sums(row.moments)
     data = stream.getvalue()
     index = write_index(np.array(records, RECORD))
     record = ShardRecord(
@@ -140,22 +145,21 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     return offset
 
 
-def _channel_sums(moments: npt.NDArray[np.float16]) -> npt.NDArray[np.float64]:
+def channel_sums(moments: npt.NDArray[np.float16]) -> npt.NDArray[np.float64]:
     """(2, C): sums of the mean and of mean^2 + std^2 over views and places, in double precision."""
     mean_VChw, std_VChw = np.split(moments.astype(np.float64), 2, axis=1)
     square_VChw = mean_VChw**2 + std_VChw**2
     return np.stack([mean_VChw.sum(axis=(0, 2, 3)), square_VChw.sum(axis=(0, 2, 3))])
 
 
-def channel_statistics(
-    records: Sequence[ShardRecord], values_per_sample: int
+def combine_sums(
+    sums: Sequence[npt.NDArray[np.float64]], num_samples: int, latent_shape: tuple[int, int, int, int]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of posterior samples; `values_per_sample` = V h w.
+    """Mean and standard deviation per channel of posterior samples, from the channel sums of all shards.
 
     For z = mean + std * n, E[z] = E[mean] and E[z^2] = E[mean^2 + std^2].
     """
-    count = sum(record.samples for record in records) * values_per_sample
-    mean = np.sum([record.latent_sum for record in records], axis=0) / count
-    square = np.sum([record.latent_square_sum for record in records], axis=0) / count
+    views, _, height, width = latent_shape
+    mean, square = np.sum(sums, axis=0) / (num_samples * views * height * width)
     std = np.sqrt(np.maximum(square - mean**2, 0.0))
     return tuple(round(value, 9) for value in mean.tolist()), tuple(round(value, 9) for value in std.tolist())
