@@ -11,6 +11,7 @@ AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL, instance roles); none appe
 import errno
 import os
 import secrets
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -240,6 +241,7 @@ class S3Storage(Storage):
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._client: Any = None
         self._client_pid = 0
+        self._client_lock = threading.Lock()
 
     def read(self, key: str) -> bytes:
         return self._read_body(key)
@@ -313,22 +315,10 @@ class S3Storage(Storage):
 
     def _client_here(self) -> Any:
         """This process's client: a forked child must not share its parent's connections."""
-        if self._client_pid != os.getpid():
-            import boto3
-            from botocore.config import Config
-
-            # Servers other than Amazon's rarely answer to bucket.host names.
-            style = "path" if os.environ.get("AWS_ENDPOINT_URL") else "auto"
-            self._client = boto3.session.Session().client(
-                "s3",
-                config=Config(
-                    retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-                    connect_timeout=10,
-                    read_timeout=60,
-                    s3={"addressing_style": style},
-                ),
-            )
-            self._client_pid = os.getpid()
+        with self._client_lock:
+            if self._client_pid != os.getpid():
+                self._client = _connect()
+                self._client_pid = os.getpid()
         return self._client
 
     def _call(self, verb: str, key: str, action: Callable[[Any], T]) -> T:
@@ -376,7 +366,7 @@ class S3Storage(Storage):
             return MissingKeyError(f"{where}: there is nothing")
         advice = {
             "NoSuchBucket": f"there is no bucket {self.bucket!r}; create it, or correct the url",
-            "InvalidRange": "the object is shorter than the range that was asked for",
+            "InvalidRange": "the object is shorter than that",
             "AccessDenied": "the credentials do not permit this; check the bucket's policy",
             "403": "the credentials do not permit this; check the bucket's policy",
             "SignatureDoesNotMatch": "the server does not accept the secret key",
@@ -384,6 +374,17 @@ class S3Storage(Storage):
             "ExpiredToken": "the session token has expired; fetch new credentials",
         }.get(code, error.response["Error"].get("Message", ""))
         return StorageError(f"{where}: {code}: {advice}")
+
+
+def _connect() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    # Servers other than Amazon's rarely answer to bucket.host names.
+    style = "path" if os.environ.get("AWS_ENDPOINT_URL") else "auto"
+    retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
+    config = Config(retries=retries, connect_timeout=10, read_timeout=60, s3={"addressing_style": style})
+    return boto3.session.Session().client("s3", config=config)
 
 
 def _pauses() -> Iterator[float]:

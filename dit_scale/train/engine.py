@@ -11,6 +11,7 @@ optimizer of the stage; the three are told apart in `_partitions` alone.
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,8 @@ class Engine:
     def publish_masters(self) -> None:
         """Cast the fp32 masters into the weights that the forward pass reads, after they were filled in."""
         if self._stage == 3:
+            # Small parameters stay gathered between steps: they are gathered anew below.
+            self._zero._partition_all_parameters()
             for index in range(len(self._zero.fp16_groups)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
             persistent = self._zero.persistent_parameters
@@ -207,15 +210,24 @@ def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also in a world of one
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
+    import deepspeed.runtime.bf16_optimizer
+    from deepspeed.utils import logger
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger.setLevel(logging.WARNING)
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = _silent  # prints on every start, with no switch
+    # DeepSpeed calls collectives by names that torch is about to rename; nothing a user can act on.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", f".*torch.distributed.{name}. is deprecated", FutureWarning)
     if device.type == "cpu":
         # Would compile a shared-memory all-reduce for 30 s and more; gloo carries CPU tensors here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _silent(*_: object, **__: object) -> None:
+    """Takes the place of a debug print."""
 
 
 def _extents_stage_1_and_2(

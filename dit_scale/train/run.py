@@ -64,7 +64,8 @@ def check_dataset(config: TrainConfig, dataset: LatentDataset) -> None:
         )
     if info.num_classes > config.model.num_classes:
         raise ConfigError(
-            f"{config.data.url} has {info.num_classes} classes, model.num_classes is {config.model.num_classes}"
+            f"{config.data.url} has {info.num_classes} classes, "
+            f"model.num_classes is {config.model.num_classes}"
         )
 
 

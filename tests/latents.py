@@ -1,0 +1,50 @@
+"""Latent data sets of random numbers, in the real format, for tests and benchmarks that need no images."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.shards_writer import Row, build_shard, shard_name
+from dit_scale.data.shards import FORMAT, FORMAT_VERSION, INFO_KEY, DatasetInfo, ShardInfo, Source, VaeIdentity
+from dit_scale.storage import open_storage
+
+
+def write_latents(
+    url: str | Path, num: int = 40, image_size: int = 32, num_classes: int = 10, shard_samples: int = 16
+) -> None:
+    """A finished data set of `num` random samples, a pure function of the arguments."""
+    storage = open_storage(url)
+    side = image_size // 8
+    shards = []
+    for start in range(0, num, shard_samples):
+        rows = [_row(key, side, num_classes) for key in range(start, min(start + shard_samples, num))]
+        shard = build_shard(shard_name(start // shard_samples), rows, [], latent_channels=4)
+        shard.put(storage)
+        shards.append(ShardInfo.model_validate(shard.record.model_dump()))
+    info = DatasetInfo(
+        format=FORMAT,
+        version=FORMAT_VERSION,
+        image_size=image_size,
+        latent_shape=(2, 8, side, side),
+        latent_dtype="<f2",
+        views=("image", "mirror"),
+        vae=VaeIdentity(name="random", weights_sha256="0" * 64, scale=0.5, downsample=8, latent_channels=4),
+        crop="none",
+        encoding={},
+        source=Source(kind="random", uri="random", count=num, listing_sha256="0" * 64),
+        class_names=tuple(str(label) for label in range(num_classes)),
+        samples=num,
+        channel_mean=(0.0,) * 4,
+        channel_std=(1.0,) * 4,
+        shards=tuple(shards),
+        quarantined=(),
+    )
+    storage.write(INFO_KEY, json.dumps(info.model_dump(mode="json")).encode())
+
+
+def _row(key: int, side: int, num_classes: int) -> Row:
+    draws = np.random.Generator(np.random.Philox(key=key))
+    mean = draws.normal(size=(2, 4, side, side))
+    std = draws.uniform(0.1, 0.5, size=(2, 4, side, side))
+    return Row(key, f"{key}.png", key % num_classes, np.concatenate((mean, std), axis=1).astype(np.float16))
