@@ -1,0 +1,39 @@
+"""An S3 server on loopback for tests: moto's, over real HTTP, with its environment."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+BUCKET = "latents"
+
+
+@contextmanager
+def s3_server() -> Iterator[dict[str, str]]:
+    """Start the server with an empty bucket; yields the variables that lead boto3 to it."""
+    import boto3
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    client = boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        region_name="us-east-1",
+    )
+    try:
+        client.create_bucket(Bucket=BUCKET)
+        yield environment
+    finally:
+        client.close()
+        server.stop()
+        assert server._server is not None
+        server._server.server_close()

@@ -1,0 +1,175 @@
+"""Listing, decoding and the ADM crop."""
+
+import hashlib
+import io
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipeline.images import (
+    Entry,
+    ImageError,
+    center_crop,
+    decode,
+    list_images,
+    read_batch,
+    to_array,
+)
+from dit_scale.errors import DataError
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    draws = np.random.default_rng([width, height])
+    small = draws.integers(0, 256, (min(height, 40), min(width, 40), 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height)).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def adm_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The algorithm stated once more, with numbers instead of images until the end."""
+    width, height = image.size
+    steps = []
+    while width >= 2 * size and height >= 2 * size:
+        width, height = width // 2, height // 2
+        steps.append((width, height, Image.Resampling.BOX))
+    factor = size / (width if width < height else height)
+    steps.append((round(width * factor), round(height * factor), Image.Resampling.BICUBIC))
+    for width, height, filter_ in steps:
+        image = image.resize((width, height), resample=filter_)
+    array = np.array(image)
+    first_row, first_column = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[first_row : first_row + size, first_column : first_column + size]
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.sampled_from([8, 32, 64, 100]))
+@example(64, 64, 32)
+@example(63, 300, 32)
+@example(65, 129, 64)
+@example(500, 375, 64)
+@settings(max_examples=60, deadline=None)
+def test_the_crop_is_adms_bit_for_bit(width: int, height: int, size: int) -> None:
+    image = picture(width, height)
+    array = to_array(center_crop(image, size))
+    assert array.shape == (size, size, 3)
+    assert array.dtype == np.uint8
+    assert np.array_equal(array, adm_crop(image, size))
+
+
+def test_an_image_of_the_right_size_is_not_touched() -> None:
+    image = picture(64, 64)
+    assert np.array_equal(to_array(center_crop(image, 64)), np.array(image))
+
+
+def test_a_strip_is_refused_before_it_fills_the_memory() -> None:
+    with pytest.raises(ImageError, match="too large: 2560000 x 256"):
+        center_crop(Image.new("RGB", (10000, 1)), 256)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image = picture(30, 20) if mode == "I;16" else picture(30, 20, mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30))
+    kind = {"CMYK": "JPEG"}.get(mode, "PNG")
+    assert decode(encoded(image, kind)).mode == "RGB"
+
+
+def test_contents_count_not_the_name_and_exif_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    image = picture(40, 24)
+    (tmp_path / "a/x.JPEG").write_bytes(encoded(image, "PNG"))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (tmp_path / "a/y.png").write_bytes(encoded(image, "PNG", exif=turned))
+    pixels, account = read_batch(str(tmp_path), list_images(str(tmp_path)).entries, 24)
+    assert [entry.path for entry in account.good] == ["a/x.JPEG", "a/y.png"]
+    assert np.array_equal(pixels[0], pixels[1])
+    assert np.array_equal(pixels[0], np.array(image)[:, 8:32])
+
+
+def test_damaged_files_have_reasons_without_addresses() -> None:
+    jpeg, png = encoded(picture(50, 50), "JPEG"), encoded(picture(50, 50), "PNG")
+    for data, reason in (
+        (b"", "not a picture in a known format"),
+        (b"hello", "not a picture in a known format"),
+        (jpeg[: len(jpeg) // 2], "truncated"),
+        (png[: len(png) // 2], "cannot be decoded"),
+        (png[:60] + bytes(50) + png[110:], "cannot be decoded"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture in a known format"),
+    ):
+        reasons = set()
+        for _ in range(2):
+            with pytest.raises(ImageError, match=reason) as caught:
+                decode(data)
+            reasons.add(str(caught.value))
+        assert len(reasons) == 1
+        assert "0x" not in reasons.pop()
+
+
+def test_the_listing_is_sorted_bytewise_and_its_digest_is_the_shells(tmp_path: Path) -> None:
+    paths = [
+        "b/1.png",
+        "b/10.png",
+        "b/2.png",
+        "a b/x.png",
+        "a/x.png",
+        "a/deep/y.png",
+        "Z/q.jpg",
+        "\u00e9/1.png",
+    ]
+    for path in (*paths, "outside.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    (tmp_path / "empty").mkdir()
+    listing = list_images(str(tmp_path))
+    found = [entry.path for entry in listing.entries]
+    assert found == sorted(paths, key=os.fsencode)
+    assert [entry.key for entry in listing.entries] == list(range(len(paths)))
+    assert listing.class_names == ("Z", "a", "a b", "b", "empty", "\u00e9")
+    assert listing.empty_classes == ("empty",)
+    assert listing.outside == ("outside.txt",)
+    for entry in listing.entries:
+        assert listing.class_names[entry.label] == entry.path.split("/")[0]
+    shell = "find . -mindepth 2 -type f -printf '%P\\0' | LC_ALL=C sort -z | sha256sum"
+    ran = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert listing.sha256 == ran.stdout.split()[0]
+    assert listing.sha256 == hashlib.sha256(b"".join(os.fsencode(path) + b"\0" for path in found)).hexdigest()
+
+
+def test_a_source_without_class_folders_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no folder at"):
+        list_images(str(tmp_path / "nothing"))
+    (tmp_path / "x.png").touch()
+    with pytest.raises(DataError, match="expected one folder of images per class"):
+        list_images(str(tmp_path))
+
+
+def test_a_batch_accounts_for_every_entry(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    picture(20, 20).save(tmp_path / "c/b.png")
+    (tmp_path / "c/a.txt").write_text("words")
+    (tmp_path / "c/c.png").write_bytes(b"")
+    (tmp_path / "c/d.png").symlink_to(tmp_path / "gone")
+    listing = list_images(str(tmp_path))
+    pixels, account = read_batch(str(tmp_path), listing.entries, 8)
+    assert pixels.shape == (1, 8, 8, 3)
+    assert account.good == (Entry(1, "c/b.png", 0),)
+    assert [(entry.path, reason) for entry, reason in account.bad] == [
+        ("c/a.txt", "not an image: extension '.txt'"),
+        ("c/c.png", "not a picture in a known format"),
+        ("c/d.png", "there is no such file, or a dangling link"),
+    ]
+    pixels, account = read_batch(str(tmp_path), listing.entries[:1], 8)
+    assert pixels.shape == (0, 8, 8, 3)
+    assert not account.good
