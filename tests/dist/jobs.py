@@ -1,0 +1,124 @@
+"""What the ranks of the tests run: real training, and one plain torch process as the reference."""
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from dit_scale.config import TrainConfig
+from dit_scale.data.loader import read_batch
+from dit_scale.data.shards import LatentDataset
+from dit_scale.diffusion import schedule as schedules
+from dit_scale.models import dit
+from dit_scale.train import engine, loop
+from dit_scale.train.objective import loss_sums
+
+LossRow = dict[str, float]
+
+
+def small_config(run: Path, data: Path, **engine_knobs: object) -> TrainConfig:
+    """A tiny model, 7 samples per step: uneven on 2 and 3 ranks, accumulated in micro-batches of 2."""
+    return TrainConfig.model_validate(
+        {
+            "run": str(run),
+            "steps": 20,
+            "global_batch": 7,
+            "model": {"name": "DiT-Ti/2", "image_size": 32, "num_classes": 10},
+            "data": {"url": str(data)},
+            "engine": {"micro_batch": 2, "device": "cpu", **engine_knobs},
+            "ema": [{"name": "constant", "decay": 0.9}, {"name": "power", "sigma_rel": 0.1}],
+            "checkpoint": {"every_steps": 20},
+            "log": {"every_steps": 1},
+        }
+    )
+
+
+def randomise(model: dit.DiT, generator: torch.Generator) -> None:
+    """Initial weights with nothing at zero: zero layers would hide errors in what stands before them."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def train(config: TrainConfig, random_start: bool = False) -> int:
+    """One rank of a training run."""
+    if not random_start:
+        return loop.train(config)
+    with patch.object(dit, "initialise_weights", randomise):
+        return loop.train(config)
+
+
+def losses(config: TrainConfig) -> list[LossRow]:
+    """The record of a run."""
+    lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
+    keys = ("step", "loss", "mse", "vb", "grad_norm")
+    return [{key: json.loads(line)[key] for key in keys} for line in lines]
+
+
+def plain_model(config: TrainConfig) -> dit.DiT:
+    with patch.object(dit, "initialise_weights", randomise):
+        return dit.build(config.model, config.seed)
+
+
+def plain_sums(config: TrainConfig, model: dit.DiT, dataset: LatentDataset, step: int) -> torch.Tensor:
+    """(loss, mse, bound) of a whole global batch in one forward pass, mean over its samples."""
+    count = config.global_batch
+    positions = torch.arange(step * count, (step + 1) * count).numpy()
+    batch = read_batch(dataset, positions, count, config.seed, config.data.horizontal_flip)
+    schedule = schedules.linear(config.diffusion.timesteps)
+    sums = loss_sums(
+        model, schedule, batch, config.seed, dataset.info.vae.scale, 10, config.diffusion.label_dropout
+    )
+    return sums / count
+
+
+def plain_training(config: TrainConfig) -> tuple[list[LossRow], dict[str, torch.Tensor]]:
+    """The reference: one process, plain torch in fp32, no DeepSpeed, no accumulation."""
+    torch.set_num_threads(1)
+    model = plain_model(config)
+    dataset = LatentDataset.open(config.data.url)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, weight_decay=0.0)
+    rows = []
+    for step in range(config.steps):
+        sums = plain_sums(config, model, dataset, step)
+        optimizer.zero_grad()
+        sums[0].backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        optimizer.step()
+        loss, mse, vb = sums.tolist()
+        rows.append({"step": step + 1, "loss": loss, "mse": mse, "vb": vb, "grad_norm": norm.item()})
+    return rows, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndarray]:
+    """This rank's part of the full gradient by (parameter, start), as SGD's momentum keeps it at first."""
+
+    def sgd(model: torch.nn.Module, *_: object) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+
+    found: dict[tuple[str, int], np.ndarray] = {}
+
+    def keep(run: loop.Run) -> None:
+        for partition in run.engine.owned:
+            master = partition.buffers[engine.MASTER]
+            momentum = run.engine._optimizer.state[master]["momentum_buffer"]
+            for extent in partition.extents:
+                piece = momentum[extent.offset : extent.offset + extent.length]
+                found[extent.parameter, extent.start] = piece.numpy().copy()
+
+    with (
+        patch.object(dit, "initialise_weights", randomise),
+        patch.object(engine, "build_optimizer", sgd),
+        patch.object(loop.Run, "save", keep),
+    ):
+        loop.train(config)
+    return found
+
+
+def plain_gradient(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The gradient of the first global batch in one plain torch process, flattened."""
+    model = plain_model(config)
+    plain_sums(config, model, LatentDataset.open(config.data.url), 0)[0].backward()
+    return {name: p.grad.flatten() for name, p in model.named_parameters() if p.grad is not None}
