@@ -35,6 +35,7 @@ from dit_scale.config import EncodeConfig, dump, load
 from dit_scale.data.shards import INFO_KEY, DatasetInfo, read_info
 from dit_scale.errors import ConfigError, DeviceError, DitScaleError
 from dit_scale.storage import open_storage
+from dit_scale.vae_files import find as find_vae
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -268,13 +269,11 @@ def start_encoders(config: EncodeConfig, console: Console) -> "tuple[list[ActorH
 
 def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
     """The whole job; safe to call again after any stop."""
-    from dit_scale.vae import find
-
     listing = list_images(config.source)
     report_listing(listing, console)
     resolved = resolve_paths(config)
     storage = open_storage(resolved.output)
-    vae = find(resolved.vae).identity
+    vae = find_vae(resolved.vae).identity
     output.latent_shape(config, vae)
     identity = output.identity(config, listing, vae)
     claimed = output.check_identity(storage, identity)
@@ -308,12 +307,10 @@ def dry_run(config: EncodeConfig, console: Console) -> None:
     """Print what would be done, and run one synthetic batch in this process, without Ray."""
     import torch
 
-    from dit_scale.vae import find
-
     print(dump(config))
     listing = list_images(config.source)
     report_listing(listing, console)
-    vae = find(config.vae).identity
+    vae = find_vae(config.vae).identity
     shape = output.latent_shape(config, vae)
     size_bytes = len(listing.entries) * 2 * math.prod(shape)
     print(

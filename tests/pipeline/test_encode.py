@@ -1,0 +1,338 @@
+"""The encoding job as users start it: alone and on a cluster, to disk and S3, stopped and started again."""
+
+import gc
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.verify import main as verify_main
+from dit_scale.data.shards import LatentDataset, read_info
+from dit_scale.storage import open_storage
+from tests.s3 import BUCKET, s3_server
+from tests.tiny_vae import save_tiny_vae
+
+pytestmark = pytest.mark.pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "data_pipeline/encode_latents.py"
+CONFIG = """\
+image_size: 32
+shard_samples: 12
+vae_batch: 4
+max_quarantined: 0.2
+"""
+MARK = f"dit-scale-test-{uuid.uuid4().hex}"
+"""In the environment of every process that these tests start."""
+
+
+def clean_environment(**changes: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
+    return kept | {"DIT_SCALE_TEST": MARK, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | changes
+
+
+def marked_processes() -> list[str]:
+    """Command lines of living processes that carry the mark."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if MARK.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images in three classes and an empty one; a damaged, a truncated and a foreign file; a tiny VAE."""
+    top = tmp_path_factory.mktemp("encode")
+    draws = np.random.default_rng(0)
+    for number in range(36):
+        path = top / f"images/n{number % 3}/{number:03d}.{('png', 'JPEG')[number % 2]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        width, height = (int(side) for side in draws.integers(20, 120, 2))
+        noise = Image.fromarray(draws.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        noise.resize((width, height)).save(path)
+    (top / "images/empty").mkdir()
+    (top / "images/n0/damaged.jpg").write_bytes(b"no picture")
+    (top / "images/n1/notes.txt").write_text("no picture either")
+    whole = (top / "images/n2/005.JPEG").read_bytes()
+    (top / "images/n2/truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    save_tiny_vae(top / "vae")
+    (top / "config.yaml").write_text(CONFIG)
+    return top
+
+
+def arguments(folder: Path, output: str | Path, *overrides: str) -> list[str]:
+    paths = [f"source={folder}/images", f"vae={folder}/vae", f"output={output}"]
+    return ["--config", str(folder / "config.yaml"), *paths, *overrides]
+
+
+def encode(
+    folder: Path, output: str | Path, *overrides: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / SCRIPT), *arguments(folder, output, *overrides)]
+    return subprocess.run(
+        command,
+        env=environment or clean_environment(),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def first_try(folder: Path) -> subprocess.CompletedProcess[str]:
+    """A start that fails half-way, because it allows for one bad input only."""
+    return encode(folder, "latents", "max_quarantined=0.026")
+
+
+@pytest.fixture(scope="module")
+def kept(first_try: subprocess.CompletedProcess[str], folder: Path) -> dict[str, int]:
+    """Files of the shards that the first try finished, and when they were written."""
+    shards = folder / "latents/shards"
+    done = [mark.stem for mark in shards.glob("*.json")]
+    return {path.name: path.stat().st_mtime_ns for path in shards.iterdir() if path.stem in done}
+
+
+@pytest.fixture(scope="module")
+def latents(kept: dict[str, int], folder: Path) -> Path:
+    """The data set that the second start finished."""
+    ran = encode(folder, "latents")
+    assert ran.returncode == 0, ran.stderr
+    return folder / "latents"
+
+
+@pytest.fixture(scope="module")
+def s3_environment() -> Iterator[dict[str, str]]:
+    with s3_server() as environment:
+        yield environment
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def cluster(s3_environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """A Ray head on loopback that can reach the S3 server; yields the environment of its drivers."""
+    address, dashboard = f"127.0.0.1:{free_port()}", free_port()
+    environment = clean_environment(**s3_environment, RAY_USAGE_STATS_ENABLED="0")
+    # Ray's sockets lie in its folder, and a socket's path must be short.
+    temporary = Path("/tmp") / f"ray-{uuid.uuid4().hex[:8]}"
+    command = [shutil.which("ray") or "ray", "start", "--head", "--block", "--num-cpus=3"]
+    command += ["--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}"]
+    head = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        _wait_for_port(dashboard, head)
+        yield environment | {"RAY_ADDRESS": address, "DASHBOARD": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        head.terminate()
+        head.communicate(timeout=30)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _wait_for_port(port: int, process: subprocess.Popen[str]) -> None:
+    for _ in range(300):
+        assert process.poll() is None, process.communicate()[0]
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"nothing listens on port {port}")
+
+
+def assert_same_objects(url: str | Path, latents: Path) -> None:
+    """Every object equal byte for byte."""
+    here, there = open_storage(latents), open_storage(url)
+    assert there.list() == here.list()
+    for key, _ in here.list():
+        assert there.read(key) == here.read(key), key
+
+
+def test_too_many_bad_inputs_stop_the_job_and_keep_what_was_done(
+    first_try: subprocess.CompletedProcess[str], kept: dict[str, int], folder: Path
+) -> None:
+    assert first_try.returncode == 2
+    assert "max_quarantined=0.026 allows 1" in first_try.stderr
+    assert "n1/notes.txt (not an image: extension '.txt')" in first_try.stderr
+    assert "Traceback" not in first_try.stderr
+    assert {"00000.tar", "00000.idx", "00000.json"} <= kept.keys()
+    assert not (folder / "latents/dataset.json").exists()
+
+
+def test_a_second_start_makes_no_shard_again(latents: Path, kept: dict[str, int]) -> None:
+    now = {path.name: path.stat().st_mtime_ns for path in (latents / "shards").iterdir()}
+    assert {name: now[name] for name in kept} == kept
+    assert set(now) == {f"0000{shard}.{kind}" for shard in range(4) for kind in ("tar", "idx", "json")}
+
+
+def test_a_start_after_the_end_does_nothing(latents: Path, folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in latents.rglob("*")}
+    ran = encode(folder, "latents")
+    assert ran.returncode == 0
+    assert "complete, nothing to do" in ran.stderr
+    assert "36 samples of 4 classes in 4 shards" in ran.stdout
+    assert {path: path.stat().st_mtime_ns for path in latents.rglob("*")} == before
+
+
+def test_another_configuration_is_refused_by_name(latents: Path, folder: Path) -> None:
+    ran = encode(folder, "latents", "vae_batch=8", "image_size=64")
+    assert ran.returncode == 2
+    assert "image_size: 32 there, 64 here\n  vae_batch: 4 there, 8 here\n" in ran.stderr
+    assert "shard_samples" not in ran.stderr
+
+
+def test_what_dataset_json_says(latents: Path, folder: Path) -> None:
+    info = read_info(open_storage(latents))
+    assert info.latent_shape == (2, 8, 4, 4)
+    assert info.class_names == ("empty", "n0", "n1", "n2")
+    assert (info.samples, info.source.count) == (36, 39)
+    assert [(item.path, item.reason.split(":")[0]) for item in info.quarantined] == [
+        ("n0/damaged.jpg", "not a picture in a known format"),
+        ("n1/notes.txt", "not an image"),
+        ("n2/truncated.jpg", "cannot be decoded"),
+    ]
+    assert [shard.samples for shard in info.shards] == [12, 11, 11, 2]
+    text = (latents / "dataset.json").read_text()
+    assert text.count(str(folder)) == 1, "the source's uri is the only path"
+
+
+def test_latents_are_those_of_the_image_and_of_its_mirror(latents: Path, folder: Path) -> None:
+    import torch
+
+    from data_pipeline.images import center_crop, decode, list_images, to_array
+    from dit_scale import vae
+
+    entry = list_images(str(folder / "images")).entries[3]
+    pixels = to_array(center_crop(decode((folder / "images" / entry.path).read_bytes()), 32))
+    model = vae.load(str(folder / "vae"))
+    moments, label = LatentDataset.open(latents).read(3)
+    assert label == entry.label == 1
+    for view, image in enumerate((pixels, pixels[:, ::-1])):
+        x_13HW = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255 * 2 - 1
+        expected = model.encode(x_13HW)[0].numpy()
+        assert np.abs(moments[view].astype(np.float32) - expected).max() < 2e-3
+    flipped = moments[0, :, :, ::-1].astype(np.float32)
+    assert np.abs(moments[1].astype(np.float32) - flipped).max() > 1e-2, "encoded, not flipped"
+
+
+def test_a_stock_webdataset_pipeline_reads_the_shards(latents: Path) -> None:
+    import webdataset
+
+    ours = LatentDataset.open(latents)
+    urls = [str(latents / shard.tar_key) for shard in ours.info.shards]
+    pipeline = webdataset.WebDataset(urls, shardshuffle=False).decode().to_tuple("latent.npy", "cls")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves the shards to the collector
+        found = list(pipeline)
+        gc.collect()
+    assert len(found) == len(ours)
+    for sample_id, (moments, label) in enumerate(found):
+        expected, expected_label = ours.read(sample_id)
+        assert label == expected_label
+        assert moments.dtype == expected.dtype
+        assert np.array_equal(moments, expected)
+
+
+def test_verify_finds_a_flipped_bit(
+    latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify_main([str(latents)]) == 0
+    assert "sound: 36 samples in 4 shards, 4 classes, 3 of 39 inputs quarantined" in capsys.readouterr().out
+    copy = Path(shutil.copytree(latents, tmp_path / "copy"))
+    record = LatentDataset.open(copy).records(1)[2]
+    tar = bytearray((copy / "shards/00001.tar").read_bytes())
+    tar[int(record["offset"]) + 500] ^= 1
+    (copy / "shards/00001.tar").write_bytes(tar)
+    assert verify_main([str(copy)]) == 1
+    error = capsys.readouterr().err
+    assert "wrong: shards/00001.tar: its SHA-256 is not the one in dataset.json" in error
+    assert f"wrong: shards/00001.tar, sample with key {record['key']:08d}: expected CRC-32C" in error
+    assert verify_main([str(tmp_path)]) == 2
+    assert "not a latent data set" in capsys.readouterr().err
+
+
+def test_verify_finds_labels_counts_and_statistics(
+    latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = json.loads((latents / "dataset.json").read_text())
+    changes = (
+        ({"quarantined": []}, "do not make up the 39 files"),
+        ({"class_names": ["empty", "n0"]}, "label 2 of 2 classes"),
+        ({"channel_mean": [0.0] * 4}, "channel mean"),
+    )
+    copy = Path(shutil.copytree(latents, tmp_path / "copy"))
+    for change, message in changes:
+        (copy / "dataset.json").write_text(json.dumps(info | change))
+        assert verify_main([str(copy)]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_two_encoders_on_a_cluster_write_the_same_bytes_to_s3(
+    latents: Path, folder: Path, cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{BUCKET}/set"
+    ran = encode(folder, url, "encoders=2", "decoders=2", environment=cluster)
+    assert ran.returncode == 0, ran.stderr
+    for name in cluster:
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, cluster[name])
+    assert_same_objects(url, latents)
+    assert verify_main([url]) == 0
+
+
+def test_a_submitted_job_writes_the_same_bytes(
+    latents: Path, folder: Path, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    submit = ["ray", "job", "submit", "--address", cluster["DASHBOARD"], "--working-dir", ".", "--"]
+    command = [*submit, "python", SCRIPT, *arguments(folder, tmp_path / "set")]
+    environment = {name: value for name, value in cluster.items() if name != "RAY_ADDRESS"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert_same_objects(tmp_path / "set", latents)
+
+
+def test_an_interrupt_leaves_no_process_behind(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / SCRIPT), *arguments(folder, tmp_path / "set", "shard_samples=1")]
+    before = marked_processes()
+    job = subprocess.Popen(
+        command,
+        env=clean_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a terminal's Ctrl-C goes to the group: so does ours
+    )
+    while not (tmp_path / "set/encode.json").exists():
+        assert job.poll() is None, job.communicate()[1]
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGINT)
+    error = job.communicate(timeout=30)[1]
+    assert job.returncode == 130
+    assert "interrupted; start the same command again to go on" in error
+    for _ in range(100):
+        left = [process for process in marked_processes() if process not in before]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert left == []
