@@ -1,0 +1,151 @@
+"""The order of samples at the size of ImageNet, far into a run, and how random it looks."""
+
+import math
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dit_scale.data import order
+from dit_scale.data.loader import micro_positions
+from dit_scale.data.order import mix64, permute, round_keys, sample_ids
+from dit_scale.data.plan import batch_plan
+
+IMAGENET = 1_281_167
+
+
+def epoch_of(seed: int, epoch: int, num_samples: int = IMAGENET) -> np.ndarray:
+    return permute(np.arange(num_samples, dtype=np.uint64), num_samples, seed, epoch)
+
+
+@pytest.fixture(scope="module")
+def first_epoch() -> np.ndarray:
+    return epoch_of(0, 0)
+
+
+def python_permute(index: int, num_samples: int, seed: int, epoch: int) -> int:
+    """The permutation as docs/formats.md states it, in Python's own integers."""
+    low = 2**64 - 1
+
+    def mix(value: int) -> int:
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & low
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB & low
+        return value ^ (value >> 31)
+
+    half = 1
+    while 4**half < num_samples:
+        half += 1
+    while True:
+        left, right = divmod(index, 2**half)
+        for i in range(8):
+            key = mix(mix(seed) + epoch + (i + 1) * 0x9E3779B97F4A7C15 & low)
+            left, right = right, left ^ (mix(right + key & low) & (2**half - 1))
+        index = left << half | right
+        if index < num_samples:
+            return index
+
+
+def test_mix64_gives_the_published_sequence_of_splitmix64() -> None:
+    states = [1234567 + (i + 1) * 0x9E3779B97F4A7C15 & (2**64 - 1) for i in range(5)]
+    assert mix64(np.array(states, dtype=np.uint64)).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 4, 5, 16, 17, 1000, 4**10, IMAGENET, 2**40 + 1])
+def test_permute_is_as_documented(num_samples: int) -> None:
+    index = sorted({0, num_samples // 3, num_samples - 1})
+    for seed, epoch in ((0, 0), (2**32 - 1, 7), (5, 10**9)):
+        ids = permute(np.array(index, dtype=np.uint64), num_samples, seed, epoch)
+        assert ids.tolist() == [python_permute(i, num_samples, seed, epoch) for i in index]
+
+
+@pytest.mark.parametrize("world", [1, 3, 6, 7, 256])
+def test_an_epoch_of_imagenet_has_each_sample_once(first_epoch: np.ndarray, world: int) -> None:
+    plan = batch_plan(256, 32, world)
+    real_of_first_step = np.concatenate(
+        [part[:num_real] for rank in range(world) for part, num_real in micro_positions(plan, rank, 0)]
+    )
+    num_steps = -(-IMAGENET // 256)
+    positions = (real_of_first_step + 256 * np.arange(num_steps)[:, None]).ravel()
+    last = np.concatenate(
+        [part[:n] for rank in range(world) for part, n in micro_positions(plan, rank, num_steps - 1)]
+    )
+    assert np.array_equal(positions[-256:], last)
+    ids = first_epoch[positions[positions < IMAGENET]]
+    assert np.array_equal(np.bincount(ids.astype(np.int64), minlength=IMAGENET), np.ones(IMAGENET))
+
+
+def test_sample_ids_go_on_into_the_next_epoch(first_epoch: np.ndarray) -> None:
+    around = sample_ids(np.arange(IMAGENET - 100, IMAGENET + 100), IMAGENET, 0)
+    assert np.array_equal(around[:100], first_epoch[-100:])
+    assert np.array_equal(around[100:], epoch_of(0, 1)[:100])
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(first_epoch: np.ndarray) -> None:
+    # Two random orders agree in about one place; Poisson with mean 1 exceeds 10 once in 10^8.
+    others = [epoch_of(0, 1), epoch_of(0, 2), epoch_of(1, 0), epoch_of(2**32 - 1, 0)]
+    orders = [first_epoch, *others]
+    for i, one in enumerate(orders):
+        for other in orders[:i]:
+            assert int((one == other).sum()) <= 10
+
+
+def test_an_epoch_is_not_another_seeds_epoch() -> None:
+    keys = {tuple(round_keys(seed, epoch).tolist()) for seed in range(100) for epoch in range(100)}
+    assert len(keys) == 10_000
+
+
+def test_an_epoch_looks_random(first_epoch: np.ndarray) -> None:
+    ids, index = first_epoch.astype(np.float64), np.arange(IMAGENET)
+    limit = 4 / np.sqrt(IMAGENET)
+    assert abs(np.corrcoef(index, ids)[0, 1]) < limit
+    for lag in (1, 2, 256, 257):
+        assert abs(np.corrcoef(ids[:-lag], ids[lag:])[0, 1]) < limit
+    assert abs(np.corrcoef(ids, epoch_of(0, 1).astype(np.float64))[0, 1]) < limit
+    # Any stretch of the epoch is spread evenly over the listing, which is sorted by class.
+    for start in (0, IMAGENET // 2):
+        counts, _ = np.histogram(ids[start : start + 100_000], bins=1000, range=(0, IMAGENET))
+        assert stats.chisquare(counts).pvalue > 1e-3
+    # Steps between neighbours: a permutation rises as often as it falls.
+    rises = int((np.diff(ids) > 0).sum())
+    assert abs(rises - IMAGENET / 2) < 4 * np.sqrt(IMAGENET / 12)
+
+
+@pytest.mark.parametrize("num_samples", [3, 4])
+def test_every_order_of_a_few_samples_is_as_likely(num_samples: int) -> None:
+    counts = Counter(tuple(epoch_of(0, epoch, num_samples).tolist()) for epoch in range(2000))
+    assert len(counts) == math.factorial(num_samples)
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-3
+
+
+def test_work_does_not_grow_with_the_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    worked: list[int] = []
+    feistel = order._feistel
+
+    def counting(value: order.U64, half_bits: int, keys: order.U64) -> order.U64:
+        worked.append(value.size)
+        return feistel(value, half_bits, keys)
+
+    monkeypatch.setattr(order, "_feistel", counting)
+    totals = []
+    for first in (0, 10**6, 10**9, 10**12, 10**15):
+        worked.clear()
+        sample_ids(np.arange(first, first + 1000), IMAGENET, 0)
+        totals.append(sum(worked))
+    # Cycle walking sends a value through 4^11 / N = 3.3 times on average, wherever it is.
+    assert max(totals) < 1.2 * 1000 * 4**11 / IMAGENET
+
+
+def test_positions_follow_from_the_step_without_counting_up_to_it() -> None:
+    plan = batch_plan(256, 32, 7)
+    step = 10**15 // 256
+    firsts = [micro_positions(plan, rank, step)[0][0][0] for rank in range(7)]
+    assert firsts[0] == step * 256
+    assert all(0 < b - a <= 37 for a, b in pairwise(firsts))
