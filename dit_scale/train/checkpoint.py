@@ -9,7 +9,9 @@ needs, checks their blocks, and falls back to the one before when anything does 
 docs/formats.md describes the files.
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
@@ -30,6 +32,9 @@ FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
 BLOCK_BYTES = 4 * 2**20
 """Bytes of a tensor under one checksum; a multiple of 4."""
+
+_NAME = re.compile(r"\d{10}-\d{4}")
+_SEAL = b',"sha256":"'
 
 ReadExtent = Callable[[str, str, int, int], Tensor]
 """(kind, parameter, start, length) => fp32 tensor of `length` elements."""
@@ -124,8 +129,8 @@ def write_rank_file(storage: Storage, name: str, rank: int, owned: Iterable[Part
 def commit(storage: Storage, manifest: Manifest) -> None:
     """Put the manifest, once: from here on the checkpoint exists."""
     key = f"{name_of(manifest.step, manifest.attempt)}/{MANIFEST}"
-    text = json.dumps(manifest.model_dump(mode="json"), separators=(",", ":"))
-    if not storage.write_new(key, text.encode()):
+    body = json.dumps(manifest.model_dump(mode="json"), separators=(",", ":")).encode()[:-1]
+    if not storage.write_new(key, body + _seal(body)):
         raise CheckpointError(f"{storage.url}/{key} is there already: another process writes to this run")
 
 
@@ -136,7 +141,11 @@ class Checkpoint:
         self.storage, self.name = storage, name
         where = f"{storage.url}/{name}/{MANIFEST}"
         try:
-            self.manifest = Manifest.model_validate_json(storage.read(f"{name}/{MANIFEST}"))
+            data = storage.read(f"{name}/{MANIFEST}")
+            body = data.rpartition(_SEAL)[0]
+            if body + _seal(body) != data:
+                raise CheckpointError(f"{where} is damaged (its SHA-256 does not fit)")
+            self.manifest = Manifest.model_validate_json(data)
         except (ValidationError, StorageError) as error:
             raise CheckpointError(f"{where} cannot be read: {error}") from None
         if (self.manifest.format, self.manifest.version) != (FORMAT, FORMAT_VERSION):
@@ -215,8 +224,8 @@ class Checkpoint:
 
 def committed(storage: Storage) -> list[str]:
     """Names of the checkpoints that have a manifest, newest first."""
-    keys = (key for key, _ in storage.list())
-    return sorted((key.split("/")[0] for key in keys if key.endswith(f"/{MANIFEST}")), reverse=True)
+    names = (key.removesuffix(f"/{MANIFEST}") for key, _ in storage.list() if key.endswith(f"/{MANIFEST}"))
+    return sorted(filter(_NAME.fullmatch, names), reverse=True)
 
 
 def fill(owned: Iterable[Partition], kinds: Iterable[str], read: ReadExtent) -> None:
@@ -230,14 +239,20 @@ def fill(owned: Iterable[Partition], kinds: Iterable[str], read: ReadExtent) -> 
                 buffer[extent.offset : extent.offset + extent.length].copy_(values)
 
 
-def prune(storage: Storage, keep: int, keep_every_steps: int) -> list[str]:
-    """Delete old checkpoints, manifest first, and name them. Nothing goes before the newest was re-read."""
-    names = committed(storage)
-    if not names:
-        return []
-    Checkpoint(storage, names[0])
-    old = [name for name in names[keep:] if not (keep_every_steps and _step(name) % keep_every_steps == 0)]
-    for name in old:
+def prune(storage: Storage, newest: str, keep: int, keep_every_steps: int) -> list[str]:
+    """Delete what retention does not keep, manifest first, and name it.
+
+    It counts down from `newest`, which is opened again before anything goes. What sorts above it does
+    not count: the run has passed over it as damaged. Folders below it without a manifest are what kills
+    left behind in the middle of a save or a prune; they go too.
+    """
+    Checkpoint(storage, newest)
+    below = [name for name in committed(storage) if name < newest]
+    spare = below[keep - 1 :]
+    old = [name for name in spare if not (keep_every_steps and _step(name) % keep_every_steps == 0)]
+    folders = {key.split("/")[0] for key, _ in storage.list()} - set(below)
+    abandoned = [name for name in folders if _NAME.fullmatch(name) and name < newest]
+    for name in (*old, *abandoned):
         storage.delete(f"{name}/{MANIFEST}")
         for key, _ in storage.list(f"{name}/"):
             storage.delete(key)
@@ -246,6 +261,11 @@ def prune(storage: Storage, keep: int, keep_every_steps: int) -> list[str]:
 
 def _step(name: str) -> int:
     return int(name.split("-")[0])
+
+
+def _seal(body: bytes) -> bytes:
+    """The end of a manifest: its last key, with the digest of all bytes before it."""
+    return _SEAL + hashlib.sha256(body).hexdigest().encode() + b'"}'
 
 
 def _block_crcs(data: memoryview) -> tuple[int, ...]:

@@ -161,7 +161,9 @@ class Run:
         )
         world.first_says(lambda: checkpoints.commit(self._storage, manifest))
         keep = config.checkpoint
-        dropped = world.first_says(lambda: checkpoints.prune(self._storage, keep.keep, keep.keep_every_steps))
+        dropped = world.first_says(
+            lambda: checkpoints.prune(self._storage, name, keep.keep, keep.keep_every_steps)
+        )
         self._record("checkpoint", name=name, dropped=dropped)
 
     def finish(self) -> None:
