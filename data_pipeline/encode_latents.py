@@ -187,10 +187,10 @@ def cluster(address: str) -> Iterator[None]:
     elif not _is_submitted():
         how["runtime_env"] = {"py_modules": [str(ROOT / "dit_scale"), str(ROOT / "data_pipeline")]}
     try:
-        ray.init(**how)
-    except (ConnectionError, ValueError) as error:
-        raise DeviceError(f"no Ray cluster at {address}: {error}") from None
-    try:
+        try:
+            ray.init(**how)
+        except (ConnectionError, ValueError) as error:
+            raise DeviceError(f"no Ray cluster at {address}: {error}") from None
         yield
     finally:
         ray.shutdown()

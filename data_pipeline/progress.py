@@ -70,8 +70,8 @@ class Watch:
         self._task = self._bar.add_task("encoding", total=total, completed=finished, rate=0.0)
 
     def __enter__(self) -> "Watch":
-        self._bar.start()
         self._check()
+        self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:

@@ -43,13 +43,14 @@ def clean_environment(**changes: str) -> dict[str, str]:
     return kept | {"DIT_SCALE_TEST": MARK, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | changes
 
 
-def marked_processes() -> list[str]:
-    """Command lines of living processes that carry the mark."""
-    found = []
+def marked_processes(name: str = "") -> dict[int, str]:
+    """Process id and command line of living processes that carry the mark."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if MARK.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if MARK.encode() in (folder / "environ").read_bytes() and name in command:
+                found[int(folder.name)] = command
         except OSError:
             continue
     return found
@@ -81,18 +82,33 @@ def arguments(folder: Path, output: str | Path, *overrides: str) -> list[str]:
     return ["--config", str(folder / "config.yaml"), *paths, *overrides]
 
 
-def encode(
+def start(
     folder: Path, output: str | Path, *overrides: str, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / SCRIPT), *arguments(folder, output, *overrides)]
-    return subprocess.run(
-        command,
+) -> subprocess.Popen[str]:
+    """The script in a session of its own, as a terminal would start it."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / SCRIPT), *arguments(folder, output, *overrides)],
         env=environment or clean_environment(),
         cwd=folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        start_new_session=True,
     )
+
+
+def encode(folder: Path, output: str | Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    job = start(folder, output, *overrides)
+    stdout, stderr = job.communicate(timeout=120)
+    return subprocess.CompletedProcess(job.args, job.returncode, stdout, stderr)
+
+
+def wait_until_begun(job: subprocess.Popen[str], output: str | Path) -> None:
+    """Until the encoders are ready and the first batches on their way."""
+    storage = open_storage(output)
+    while not storage.exists("encode.json"):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -288,15 +304,18 @@ def test_verify_finds_labels_counts_and_statistics(
         assert message in capsys.readouterr().err
 
 
-def test_two_encoders_on_a_cluster_write_the_same_bytes_to_s3(
+def test_two_encoders_on_a_cluster_one_of_them_killed_write_the_same_bytes_to_s3(
     latents: Path, folder: Path, cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = f"s3://{BUCKET}/set"
-    ran = encode(folder, url, "encoders=2", "decoders=2", environment=cluster)
-    assert ran.returncode == 0, ran.stderr
     for name in cluster:
         if name.startswith("AWS_"):
             monkeypatch.setenv(name, cluster[name])
+    url = f"s3://{BUCKET}/set"
+    job = start(folder, url, "encoders=2", "decoders=2", environment=cluster)
+    wait_until_begun(job, url)
+    os.kill(min(marked_processes("ray::Encoder")), signal.SIGKILL)
+    error = job.communicate(timeout=120)[1]
+    assert job.returncode == 0, error
     assert_same_objects(url, latents)
     assert verify_main([url]) == 0
 
@@ -314,25 +333,16 @@ def test_a_submitted_job_writes_the_same_bytes(
 
 
 def test_an_interrupt_leaves_no_process_behind(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / SCRIPT), *arguments(folder, tmp_path / "set", "shard_samples=1")]
     before = marked_processes()
-    job = subprocess.Popen(
-        command,
-        env=clean_environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a terminal's Ctrl-C goes to the group: so does ours
-    )
-    while not (tmp_path / "set/encode.json").exists():
-        assert job.poll() is None, job.communicate()[1]
-        time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGINT)
+    job = start(folder, tmp_path / "set", "shard_samples=1")
+    wait_until_begun(job, tmp_path / "set")
+    os.killpg(job.pid, signal.SIGINT)  # as Ctrl-C does: to the whole group
     error = job.communicate(timeout=30)[1]
-    assert job.returncode == 130
+    assert job.returncode == 130, error
     assert "interrupted; start the same command again to go on" in error
     for _ in range(100):
-        left = [process for process in marked_processes() if process not in before]
+        left = {pid: command for pid, command in marked_processes().items() if pid not in before}
         if not left:
             break
         time.sleep(0.1)
-    assert left == []
+    assert left == {}
