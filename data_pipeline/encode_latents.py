@@ -11,6 +11,7 @@ at once is bounded. Start the same command again after any stop: finished shards
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -191,6 +192,8 @@ def cluster(address: str) -> Iterator[None]:
             ray.init(**how)
         except (ConnectionError, ValueError) as error:
             raise DeviceError(f"no Ray cluster at {address}: {error}") from None
+        # A scheduler's SIGTERM is an interrupt too; Ray's own handler prints a stack and leaves with 15.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
     finally:
         ray.shutdown()
@@ -328,7 +331,7 @@ def dry_run(config: EncodeConfig, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: 0 done, 2 a mistake that the message names, 130 interrupted."""
+    """The command line: 0 done, 2 a mistake that the message names, 130 interrupted (Ctrl-C, SIGTERM)."""
     parser = argparse.ArgumentParser(
         description="Encode class folders of images into a latent data set.",
         epilog="Keys are those of EncodeConfig in dit_scale/config.py, for example: "

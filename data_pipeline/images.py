@@ -36,7 +36,7 @@ class ImageError(Exception):
     """Why one input gives no sample; the message is its reason in the quarantine list."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One file of the listing; `key` is its place in it."""
 
