@@ -27,9 +27,8 @@ class JsonLines:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         if path.exists():
-            kept = [
-                line for line in path.read_text().splitlines() if _step_of(line) in range(resume_step + 1)
-            ]
+            lines = path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) in range(resume_step + 1)]
             tmp = path.with_suffix(".tmp")
             tmp.write_text("".join(f"{line}\n" for line in kept))
             os.replace(tmp, path)
@@ -117,5 +116,5 @@ def _step_of(line: str) -> int:
     """The step of a line; a torn last line, cut off by a kill, counts as never written."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return -1
