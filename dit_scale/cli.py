@@ -17,10 +17,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command(args)
     except DitScaleError as error:
-        print(f"dit-scale {args.name}: {error}", file=sys.stderr)
+        print(f"{args.name}: {error}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
-        print(f"dit-scale {args.name}: interrupted", file=sys.stderr)
+        print(f"{args.name}: interrupted", file=sys.stderr)
         return 130
 
 
@@ -43,8 +43,23 @@ def _command(
         description=more.pop("description", help),
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.set_defaults(command=run, name=name)
+    parser.set_defaults(command=run, name=parser.prog)
     return parser
+
+
+def _whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """Reads a whole number of this range."""
+
+    def read(text: str) -> int:
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def _class_list(text: str) -> list[int]:
+    return [_whole(0)(part.strip()) for part in text.split(",")]
 
 
 def _add_train(commands: Any) -> None:
@@ -70,7 +85,7 @@ SIGTERM, SIGUSR1 or Ctrl-C: saves at the next step and leaves with code 75.""",
         help="print the resolved configuration, parameters, FLOPs and memory per device, and stop",
     )
     parser.add_argument(
-        "--world", type=int, default=None, help="processes to plan for in --dry-run (default 1)"
+        "--world", type=_whole(1), default=1, help="processes to plan for in --dry-run (default 1)"
     )
 
 
@@ -81,7 +96,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         from dit_scale.train import dry_run
 
-        dry_run.report(config, args.world or 1)
+        dry_run.report(config, args.world)
         return 0
     from dit_scale.train.loop import train
 
@@ -101,9 +116,11 @@ Image i depends on the weights, --seed, i and its class alone.
   dit-scale sample DiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema --classes 207,360""",
     )
     parser.add_argument("source", help="run folder, checkpoint folder, .safetensors or .pt file")
-    parser.add_argument("--num", type=int, default=16, help="images (default 16)")
-    parser.add_argument("--classes", default=None, help="comma list of class numbers, in turn (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="key of all noise (default 0)")
+    parser.add_argument("--num", type=_whole(1), default=16, help="images (default 16)")
+    parser.add_argument(
+        "--classes", type=_class_list, help="comma list of class numbers, in turn (default: all)"
+    )
+    parser.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="key of all noise (default 0)")
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="default ddpm")
     parser.add_argument("--steps", default="250", help='denoising steps, or "ddim50" (default 250)')
     parser.add_argument(
@@ -118,12 +135,18 @@ Image i depends on the weights, --seed, i and its class alone.
     parser.add_argument("--ema", default=None, help="EMA profile (default: the first of the run)")
     parser.add_argument("--vae", default=None, help="folder or hub name (default: the run's data.vae)")
     parser.add_argument("--model", default=None, help="of a bare weights file, for example DiT-XL/2")
-    parser.add_argument("--image-size", type=int, default=256, help="of a bare weights file (default 256)")
-    parser.add_argument("--num-classes", type=int, default=1000, help="of a bare weights file (default 1000)")
-    parser.add_argument("--batch", type=int, default=32, help="images at once (default 32)")
+    parser.add_argument(
+        "--image-size", type=_whole(1), default=256, help="of a bare weights file (default 256)"
+    )
+    parser.add_argument(
+        "--num-classes", type=_whole(1), default=1000, help="of a bare weights file (default 1000)"
+    )
+    parser.add_argument("--batch", type=_whole(1), default=32, help="images at once (default 32)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the transformer")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default 1)")
+    parser.add_argument(
+        "--threads", type=_whole(1), default=1, help="CPU threads of each process (default 1)"
+    )
     parser.add_argument("--out", default=None, help="folder (default: RUN/samples, else ./samples)")
 
 
@@ -132,7 +155,7 @@ def _sample(args: argparse.Namespace) -> int:
 
     from dit_scale.config import EngineConfig, ModelConfig
     from dit_scale.errors import ConfigError
-    from dit_scale.sample import Settings, sample
+    from dit_scale.sample import Settings, balanced_labels, sample
     from dit_scale.sources import open_source
 
     bare = None
@@ -142,8 +165,7 @@ def _sample(args: argparse.Namespace) -> int:
     vae = args.vae or source.vae
     if vae is None:
         raise ConfigError("a weights file does not name its VAE: pass --vae FOLDER_OR_HUB_NAME")
-    classes = [int(c) for c in args.classes.split(",")] if args.classes else range(source.model.num_classes)
-    labels = [classes[i % len(classes)] for i in range(args.num)]
+    labels = balanced_labels(args.classes or range(source.model.num_classes), args.num)
     settings = Settings(
         args.seed, args.steps, args.sampler, args.guidance, args.guidance_channels, min(args.batch, args.num)
     )
@@ -187,20 +209,32 @@ def _add_checkpoint(commands: Any) -> None:
 
 def _checkpoint_list(args: argparse.Namespace) -> int:
     import json
+    from pathlib import Path
 
+    from dit_scale.errors import CheckpointError, ConfigError
     from dit_scale.storage import open_storage
     from dit_scale.train.checkpoint import Checkpoint, committed
     from dit_scale.train.run import checkpoints_of
 
+    if not (Path(args.run) / "config.yaml").is_file():
+        raise ConfigError(f"{args.run}: expected a run's folder, with its config.yaml")
     storage = open_storage(checkpoints_of(args.run))
-    found = [Checkpoint(storage, name) for name in committed(storage)]
+    rows: list[dict[str, Any]] = []
+    for name in committed(storage):
+        try:
+            found = Checkpoint(storage, name)
+            rows.append({"name": name, "step": found.manifest.step, "bytes": found.bytes})
+        except CheckpointError as error:
+            rows.append({"name": name, "problem": str(error)})
     if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
         print(
-            json.dumps([{"name": c.name, "step": c.manifest.step, "bytes": c.bytes} for c in found], indent=2)
+            row["name"],
+            row.get("problem") or f"step {row['step']:>9}  {row['bytes'] / 1e6:10.1f} MB",
+            sep="  ",
         )
-    else:
-        for c in found:
-            print(f"{c.name}  step {c.manifest.step:>9}  {c.bytes / 1e6:10.1f} MB")
     return 0
 
 

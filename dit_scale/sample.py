@@ -82,8 +82,8 @@ def generate(
     A last batch that is short is filled up, so that all batches have one shape. `advance` is called
     after each denoising step of each batch.
     """
-    device = schedule.timesteps.device
-    parts = []
+    device, side = schedule.timesteps.device, model.shape.image_size
+    parts = [np.empty((0, side, side, 3), dtype=np.uint8)]  # a process may have no image to draw
     for start in range(images.start, images.stop, settings.batch):
         real = min(settings.batch, images.stop - start)
         numbers = [min(start + i, images.stop - 1) for i in range(settings.batch)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_scale import weights
-from dit_scale.config import ModelConfig, TrainConfig
+from dit_scale.config import ModelConfig
 from dit_scale.errors import CheckpointError, WeightsError
 from dit_scale.models import dit
 from dit_scale.models.dit import DiT
@@ -59,7 +59,7 @@ def open_source(path: str, ema: str | None = None, model: ModelConfig | None = N
 
 
 def _from_checkpoint(checkpoint: Checkpoint, ema: str | None) -> Source:
-    config = TrainConfig.model_validate(checkpoint.manifest.config)
+    config = checkpoint.config
     shape = shape_of(config.model)
     profile = ema or config.ema[0].name
     if ema_kind(profile) not in checkpoint.kinds():
@@ -80,9 +80,16 @@ def _from_checkpoint(checkpoint: Checkpoint, ema: str | None) -> Source:
 
 
 def _from_file(path: Path, model: ModelConfig | None) -> Source:
-    described = weights.read_metadata(path).get("model")
-    config = ModelConfig() if described is None else ModelConfig.model_validate_json(described)
-    return Source(model=model or config, state=weights.read(path), description=str(path))
+    said = weights.read_metadata(path)
+    config = ModelConfig.model_validate_json(said["model"]) if "model" in said else ModelConfig()
+    return Source(
+        model=model or config,
+        state=weights.read(path),
+        description=str(path),
+        timesteps=int(said.get("timesteps", 1000)),
+        vae=said.get("vae"),
+        vae_sha256=said.get("vae_sha256"),
+    )
 
 
 def build_model(source: Source, device: torch.device, dtype: torch.dtype) -> DiT:
@@ -93,6 +100,12 @@ def build_model(source: Source, device: torch.device, dtype: torch.dtype) -> DiT
 
 
 def export(source: Source, path: Path) -> None:
-    """Write the weights as one fp32 safetensors file that says which model it is and where it came from."""
-    metadata = {"model": source.model.model_dump_json(), "source": source.description}
-    weights.write(source.state, path, metadata)
+    """Write the weights as one fp32 safetensors file that says all that `open_source` needs to know of it."""
+    metadata = {
+        "model": source.model.model_dump_json(),
+        "source": source.description,
+        "timesteps": str(source.timesteps),
+        "vae": source.vae,
+        "vae_sha256": source.vae_sha256,
+    }
+    weights.write(source.state, path, {key: value for key, value in metadata.items() if value is not None})

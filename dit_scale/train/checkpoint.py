@@ -23,6 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, StorageError
 from dit_scale.storage import MissingKeyError, Storage
 from dit_scale.train.engine import Extent, Partition
@@ -162,6 +163,14 @@ class Checkpoint:
     def bytes(self) -> int:
         """Of all files beside the manifest."""
         return sum(file.bytes for file in self.manifest.files)
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """The configuration of the run that wrote it."""
+        try:
+            return TrainConfig.model_validate(self.manifest.config)
+        except ValidationError as error:
+            raise CheckpointError(f"{self} is of another version of this program: {error}") from None
 
     @cached_property
     def _tensors(self) -> dict[tuple[str, str], list[tuple[FileRecord, TensorRecord]]]:

@@ -110,8 +110,9 @@ class Run:
         self._storage = open_storage(checkpoints_of(config.run))
         self._notes: list[str] = []
         self._build_model()
-        self.attempt = world.first_says(lambda: begin_attempt(config))
+        # A configuration that this run refuses must not count as an attempt or replace its config.yaml.
         resumed = find_checkpoint(config, self._data_sha256, world, self._restore, self._notes.append)
+        self.attempt = world.first_says(lambda: begin_attempt(config))
         self.meters = Meters(world, config.global_batch, self.state.pending)
         self.status = StatusLine(config.steps, self.state.step, shown=world.is_first)
         stack.callback(self.status.close)

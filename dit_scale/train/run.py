@@ -57,6 +57,8 @@ def data_digest(dataset: LatentDataset) -> str:
 def check_dataset(config: TrainConfig, dataset: LatentDataset) -> None:
     """Raises ConfigError when model and data do not fit."""
     info = dataset.info
+    if not info.samples:
+        raise ConfigError(f"{config.data.url} holds no sample")
     if info.image_size != config.model.image_size:
         raise ConfigError(
             f"{config.data.url} holds latents of {info.image_size} px images, "
@@ -124,7 +126,7 @@ def restored_kinds(config: TrainConfig, checkpoint: Checkpoint, say: Say) -> tup
 
 
 def _check_same_run(config: TrainConfig, data_sha256: str, checkpoint: Checkpoint) -> None:
-    before = identity(TrainConfig.model_validate(checkpoint.manifest.config))
+    before = identity(checkpoint.config)
     now = identity(config)
     changed = [f"{key} was {before[key]}, is {now[key]}" for key in now if before[key] != now[key]]
     if checkpoint.manifest.data_sha256 != data_sha256:
