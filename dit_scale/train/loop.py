@@ -111,7 +111,9 @@ class Run:
         self._notes: list[str] = []
         self._build_model()
         # A configuration that this run refuses must not count as an attempt or replace its config.yaml.
-        resumed = find_checkpoint(config, self._data_sha256, world, self._restore, self._notes.append)
+        resumed = find_checkpoint(config, self._data_sha256, world, self._fill, self._notes.append)
+        if resumed is not None:
+            self._go_on_from(resumed)
         self.attempt = world.first_says(lambda: begin_attempt(config))
         self.meters = Meters(world, config.global_batch, self.state.pending)
         self.status = StatusLine(config.steps, self.state.step, shown=world.is_first)
@@ -192,11 +194,14 @@ class Run:
         self.ema = Ema(config.ema, self.engine.owned)
         self.ema.start()
 
-    def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+    def _fill(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Read what this rank owns. No collectives: a rank that cannot read must not keep others waiting."""
         old, new = restored_kinds(self.config, checkpoint, self._notes.append)
         owned = self.engine.owned
         checkpoints.fill(owned, (*OPTIMIZER_KINDS, *old), checkpoint.read)
         checkpoints.fill(owned, new, lambda _, *extent: checkpoint.read(MASTER, *extent))
+
+    def _go_on_from(self, checkpoint: checkpoints.Checkpoint) -> None:
         self.engine.publish_masters()
         self.engine.set_optimizer_step(checkpoint.manifest.step)
         self.state = RunState(checkpoint.manifest.step, checkpoint.manifest.pending_metrics)

@@ -84,9 +84,9 @@ def begin_attempt(config: TrainConfig) -> int:
 
 
 def find_checkpoint(
-    config: TrainConfig, data_sha256: str, world: World, restore: Callable[[Checkpoint], None], say: Say
+    config: TrainConfig, data_sha256: str, world: World, fill: Callable[[Checkpoint], None], say: Say
 ) -> Checkpoint | None:
-    """Restore the newest checkpoint that all ranks can read; None when the run has none.
+    """Fill in the newest checkpoint that all ranks can read; None when the run has none.
 
     A damaged one is named and passed over. Raises ConfigError when the run's folder belongs to another
     configuration or data set, CheckpointError when no checkpoint can be read.
@@ -98,7 +98,7 @@ def find_checkpoint(
         try:
             checkpoint = Checkpoint(storage, name)
             _check_same_run(config, data_sha256, checkpoint)
-            restore(checkpoint)
+            fill(checkpoint)
         except CheckpointError as error:
             problem = str(error)
         problems = [text for text in world.gather(problem) if text]

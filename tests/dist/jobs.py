@@ -52,9 +52,14 @@ def train(config: TrainConfig, random_start: bool = False) -> int:
 
 def losses(config: TrainConfig) -> list[LossRow]:
     """The record of a run."""
-    lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
+    lines = losses_so_far(config)
     keys = ("step", "loss", "mse", "vb", "grad_norm")
     return [{key: json.loads(line)[key] for key in keys} for line in lines]
+
+
+def losses_so_far(config: TrainConfig) -> list[str]:
+    """The lines of the record that are whole."""
+    return (Path(config.run) / "metrics.jsonl").read_text().splitlines(keepends=True)
 
 
 def plain_model(config: TrainConfig) -> dit.DiT:

@@ -1,0 +1,51 @@
+# One command each: `make demo`, `make test`, `make check`. All set-up is theirs: a virtual environment
+# in .venv with the versions that constraints.txt pins. Set PYTHON to choose an interpreter (3.11, 3.12).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Only the CPU kernels of the tests and the demo need this; CUDA machines run as they are.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test test-quick check bench clean
+
+help:
+	@echo "make demo        train on real digits and draw them, from images to a score (about 6 minutes)"
+	@echo "make test        lint, type check and run all tests (about 15 minutes on 2 cores)"
+	@echo "make test-quick  the unit, property and golden tests alone (about 2 minutes)"
+	@echo "make check       ruff and mypy"
+	@echo "make bench       a small benchmark of the training step"
+	@echo "make clean       remove the virtual environment and the demo's run"
+
+$(VENV)/ready: constraints.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON): install Python 3.11 or 3.12, or set PYTHON="; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+		|| { echo "$(PYTHON) is $$($(PYTHON) -V): this project runs on Python 3.11 and 3.12; set PYTHON="; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "no venv module: apt-get install python3-venv (or python3.11-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	# torch first: the packages behind it then keep the build that is there
+	$(BIN)/pip install --quiet torch
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/ready
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/run.sh
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+test-quick: $(VENV)/ready
+	$(BIN)/python -m pytest tests/unit tests/property tests/golden tests/architecture
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/train_step.py --smoke
+
+clean:
+	rm -rf $(VENV) runs/demo
