@@ -1,0 +1,296 @@
+"""Pictures: what each depends on, the files, and the places that weights come from."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from dit_scale import dist, vae
+from dit_scale.config import EngineConfig, ModelConfig
+from dit_scale.diffusion.schedule import Schedule, linear, respace
+from dit_scale.errors import CheckpointError, ConfigError, DeviceError, WeightsError
+from dit_scale.models.dit import DiT
+from dit_scale.models.embeddings import sincos_pos_embed
+from dit_scale.sample import (
+    Settings,
+    balanced_labels,
+    check_vae,
+    generate,
+    sample,
+    sample_latents,
+    write_grid,
+    write_npz,
+)
+from dit_scale.sources import Source, build_model, export, open_source
+from dit_scale.storage import open_storage
+from dit_scale.train import checkpoint as checkpoints
+from dit_scale.train.run import checkpoints_of
+from tests.tiny_run import PROFILES, STEP, write_run
+from tests.tiny_vae import save_tiny_vae
+
+SETTINGS = Settings(seed=3, steps="6", guidance=2.0, batch=4)
+LABELS = [0, 1, 2, 3, 4, 0, 1]
+CPU = EngineConfig(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_vae: str) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder, tiny_vae)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(run: Path) -> Source:
+    return open_source(str(run))
+
+
+@pytest.fixture(scope="module")
+def model(source: Source) -> DiT:
+    return build_model(source, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def schedule(source: Source) -> Schedule:
+    return respace(linear(source.timesteps), SETTINGS.steps)
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_vae: str) -> vae.Vae:
+    return vae.load(tiny_vae)
+
+
+def latents(model: DiT, schedule: Schedule, images: list[int], settings: Settings = SETTINGS) -> Tensor:
+    y_B = torch.tensor([LABELS[image] for image in images])
+    (*_, z_BCHW) = sample_latents(model, schedule, y_B, torch.tensor(images), settings)
+    return z_BCHW
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_an_image_depends_on_its_number_and_class_alone(model: DiT, schedule: Schedule, method: str) -> None:
+    settings = Settings(seed=3, method=method, guidance=2.0)
+    together = latents(model, schedule, [0, 1, 2, 3, 4], settings)
+    alone = latents(model, schedule, [3], settings)
+    shuffled = latents(model, schedule, [4, 3, 0], settings)
+    assert together.shape == (5, 4, 4, 4)
+    assert torch.isfinite(together).all()
+    limit = 1e-5 * float(together.abs().max())
+    torch.testing.assert_close(alone[0], together[3], rtol=0, atol=limit)
+    torch.testing.assert_close(shuffled, together[[4, 3, 0]], rtol=0, atol=limit)
+
+
+def test_number_class_seed_and_guidance_all_matter(model: DiT, schedule: Schedule) -> None:
+    first = latents(model, schedule, [0])
+    others = [
+        latents(model, schedule, [5]),  # the same class
+        latents(model, schedule, [0], Settings(seed=4, guidance=2.0)),
+        latents(model, schedule, [0], Settings(seed=3, guidance=1.0)),
+        latents(model, schedule, [0], Settings(seed=3, guidance=2.0, guidance_channels="all")),
+        latents(model, schedule, [0], Settings(seed=3, guidance=2.0, method="ddim")),
+    ]
+    for other in others:
+        assert (first - other).abs().max() > 1e-3
+    (*_, other_class) = sample_latents(model, schedule, torch.tensor([1]), torch.tensor([0]), SETTINGS)
+    assert (first - other_class).abs().max() > 1e-6
+
+
+def test_the_same_call_gives_the_same_bits(model: DiT, schedule: Schedule) -> None:
+    assert torch.equal(latents(model, schedule, [0, 1]), latents(model, schedule, [0, 1]))
+
+
+def test_batches_and_processes_do_not_show(model: DiT, schedule: Schedule, decoder: vae.Vae) -> None:
+    steps: list[int] = []
+
+    def draw(images: range, batch: int) -> np.ndarray:
+        settings = Settings(seed=3, guidance=2.0, batch=batch)
+        return generate(model, decoder, schedule, LABELS, images, settings, lambda: steps.append(1))
+
+    whole = draw(range(7), 7)
+    assert whole.shape == (7, 32, 32, 3)
+    assert whole.dtype == np.uint8
+    assert len(np.unique(whole)) > 10
+    steps.clear()
+    short_last_batch = draw(range(7), 4)
+    assert len(steps) == 2 * len(schedule)
+    spread = np.concatenate([draw(range(3), 2), draw(range(3, 3), 2), draw(range(3, 7), 2)])
+    for other in (short_last_batch, spread):
+        assert np.abs(whole.astype(int) - other).max() <= 1
+
+
+# Files
+
+
+def test_sample_writes_a_grid_and_an_npz(source: Source, tiny_vae: str, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    sample(source, tiny_vae, LABELS, SETTINGS, tmp_path / "out", CPU)
+    torch.set_num_threads(threads)
+    with np.load(tmp_path / "out" / "samples.npz", allow_pickle=False) as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (7, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert labels.tolist() == LABELS
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.size == (4 * 34 + 2, 2 * 34 + 2)
+        assert np.array_equal(np.asarray(grid)[36:68, 2 + 34 : 34 + 34], images[5])
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("num", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (4, 2, 2), (16, 4, 4), (17, 10, 2), (250, 10, 10)]
+)
+def test_grids(tmp_path: Path, num: int, columns: int, rows: int) -> None:
+    shades = np.arange(num, dtype=np.uint8)[:, None, None, None]
+    write_grid(np.broadcast_to(shades, (num, 4, 6, 3)), tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as file:
+        grid = np.asarray(file)
+    assert grid.shape == (rows * 6 + 2, columns * 8 + 2, 3)
+    shown = grid[3::6, 3::8, 0].ravel()[: min(num, 100)]
+    assert shown.tolist() == list(range(min(num, 100)))
+
+
+def test_npz_is_that_of_the_evaluation_suite(tmp_path: Path) -> None:
+    images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
+    write_npz(images, np.array([7, 8]), tmp_path / "new" / "samples.npz")
+    with np.load(tmp_path / "new" / "samples.npz", allow_pickle=False) as file:
+        assert sorted(file) == ["arr_0", "arr_1"]
+        assert np.array_equal(file["arr_0"], images)
+
+
+def test_classes_come_in_turn() -> None:
+    assert balanced_labels([3, 7], 5) == [3, 7, 3, 7, 3]
+    assert balanced_labels(range(3), 2) == [0, 1]
+    with pytest.raises(ConfigError, match="no classes"):
+        balanced_labels([], 2)
+
+
+# Refusals
+
+
+def test_another_vae_is_refused(source: Source, tmp_path: Path) -> None:
+    other = save_tiny_vae(tmp_path / "other", seed=1)
+    with pytest.raises(WeightsError, match=r"this VAE \(other, sha256 .*\) did not make the latents"):
+        sample(source, other, LABELS, SETTINGS, tmp_path / "out", CPU)
+    assert not (tmp_path / "out").exists()
+    assert not torch.distributed.is_initialized()
+    check_vae(vae.load(other), None)  # a weights file that does not know its VAE takes any
+
+
+@pytest.mark.parametrize("label", [-1, 5, 1000])
+def test_a_class_that_is_not_there_is_refused(
+    source: Source, tiny_vae: str, tmp_path: Path, label: int
+) -> None:
+    with pytest.raises(ConfigError, match=f"class {label}: expected 0 to 4"):
+        sample(source, tiny_vae, [0, label], SETTINGS, tmp_path, CPU)
+
+
+def test_more_steps_than_the_diffusion_has_are_refused(source: Source, tiny_vae: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has 100 of the 100 timesteps"):
+        sample(source, tiny_vae, [0], Settings(steps="250"), tmp_path, CPU)
+    assert not torch.distributed.is_initialized()
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="no CUDA device is visible"):
+        dist.start(EngineConfig(device="cuda"))
+
+
+# Sources
+
+
+def assert_same_weights(one: Source, other: Source) -> None:
+    assert one.model == other.model
+    assert (one.timesteps, one.vae, one.vae_sha256) == (other.timesteps, other.vae, other.vae_sha256)
+    assert set(one.state) == set(other.state)
+    for name, tensor in one.state.items():
+        assert tensor.dtype == other.state[name].dtype == torch.float32
+        assert torch.equal(tensor, other.state[name])
+
+
+def test_a_run_gives_its_first_profile_by_published_names(tmp_path: Path, tiny_vae: str) -> None:
+    averages = write_run(tmp_path, tiny_vae)
+    source = open_source(str(tmp_path))
+    assert set(source.state) == {"pos_embed", *averages["first"]}
+    for name, tensor in averages["first"].items():
+        assert torch.equal(source.state[name], tensor)
+    assert source.timesteps == 100
+    assert source.vae == tiny_vae
+    assert source.description == f"EMA first of {tmp_path}/checkpoints/{checkpoints.name_of(STEP, 1)}"
+
+
+def test_any_profile_can_be_chosen(run: Path, source: Source) -> None:
+    second = open_source(str(run), ema=PROFILES[1])
+    assert not torch.equal(second.state["x_embedder.proj.weight"], source.state["x_embedder.proj.weight"])
+    with pytest.raises(CheckpointError, match="has no EMA profile 'third'; it has first, second"):
+        open_source(str(run), ema="third")
+
+
+def test_the_position_embedding_is_the_formula_to_the_bit(run: Path, model: DiT, tmp_path: Path) -> None:
+    formula = sincos_pos_embed(128, 2)
+    exported = tmp_path / "weights.safetensors"
+    export(open_source(str(run)), exported)
+    for state in (open_source(str(run)).state, open_source(str(exported)).state, model.state_dict()):
+        assert state["pos_embed"].dtype == torch.float32
+        assert torch.equal(state["pos_embed"], formula)
+
+
+def test_a_checkpoints_folder_is_a_source(run: Path, source: Source) -> None:
+    folder = run / "checkpoints" / checkpoints.name_of(STEP, 1)
+    assert_same_weights(open_source(str(folder)), source)
+
+
+def test_export_and_open_is_the_same_source(source: Source, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "weights.safetensors"
+    export(source, path)
+    assert_same_weights(open_source(str(path)), source)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["source"] == source.description
+
+
+def test_a_bare_weights_file_takes_the_model_it_is_told(source: Source, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(source.state, path)
+    opened = open_source(str(path), model=source.model)
+    assert (opened.timesteps, opened.vae, opened.vae_sha256) == (1000, None, None)
+    build_model(opened, torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(WeightsError, match="weights do not fit the model"):
+        build_model(
+            open_source(str(path), model=ModelConfig(name="DiT-S/8")), torch.device("cpu"), torch.float32
+        )
+
+
+def test_the_newest_checkpoint_is_taken(tiny_vae: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", tiny_vae)
+    storage = open_storage(checkpoints_of(tmp_path / "run"))
+    old = checkpoints.Checkpoint(storage, checkpoints.name_of(STEP, 1)).manifest
+    checkpoints.commit(storage, old.model_copy(update={"step": STEP + 1}))
+    checkpoints.commit(storage, old.model_copy(update={"step": STEP - 1}))
+    assert open_source(str(tmp_path / "run")).description.endswith(checkpoints.name_of(STEP + 1, 1))
+
+
+@pytest.mark.parametrize("made", [[], ["config.yaml"]])
+def test_a_place_without_weights(tmp_path: Path, made: list[str]) -> None:
+    for name in made:
+        (tmp_path / name).touch()
+    expected = "no committed checkpoint yet" if made else "expected a run's folder, a checkpoint's folder"
+    with pytest.raises((CheckpointError, WeightsError), match=expected):
+        open_source(str(tmp_path))
+
+
+def test_a_checkpoint_of_another_version_is_named(tiny_vae: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", tiny_vae)
+    storage = open_storage(checkpoints_of(tmp_path / "run"))
+    old = checkpoints.Checkpoint(storage, checkpoints.name_of(STEP, 1)).manifest
+    foreign = old.model_copy(update={"step": STEP + 1, "config": {**old.config, "new_knob": 1}})
+    checkpoints.commit(storage, foreign)
+    with pytest.raises(CheckpointError, match=r"is of another version of this program: .*\n.*new_knob"):
+        open_source(str(tmp_path / "run"))
