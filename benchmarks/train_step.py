@@ -1,0 +1,363 @@
+"""Speed of a training step: images/s, model FLOP/s, and their share of a matrix product timed beside it.
+
+    python benchmarks/train_step.py --model DiT-XL/2 --image-size 256 --compile --attention all
+    python benchmarks/train_step.py --smoke
+
+One device, and the step of training itself: draws, noising, the model under the engine, backward pass,
+AdamW, moving averages, meters; the copy of each micro-batch to the device is part of it. Latents are
+random numbers that lie ready in host memory: reading them, log points and checkpoints are left out.
+
+A figure is the median over steps, between marks set after each one: events in the device's stream on
+CUDA, the host's clock on a CPU. Model FLOPs are 6 x the multiply-adds of one forward pass, so work that
+is done twice to save memory does not count. The matrix product, 8192^3 of random numbers in the same
+type (1024^3 on a CPU), is timed in the same process right after the steps, on a device as warm.
+
+Each row has a process of its own: DeepSpeed does not start twice in one, what an earlier row compiled
+and allocated would colour the next, and one that runs out of memory takes no other with it.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dit_scale import dist
+from dit_scale.config import EngineConfig, ModelConfig, TrainConfig
+from dit_scale.data.loader import Batch
+from dit_scale.data.plan import batch_plan
+from dit_scale.diffusion import schedule as schedules
+from dit_scale.dist import World
+from dit_scale.errors import DeviceError
+from dit_scale.models import attention, dit
+from dit_scale.models.zoo import Shape, forward_macs, shape_of
+from dit_scale.telemetry.meters import Meters
+from dit_scale.train import determinism
+from dit_scale.train.dry_run import FLOPS_PER_MAC, TRAINING_FORWARDS
+from dit_scale.train.ema import Ema
+from dit_scale.train.engine import Engine
+from dit_scale.train.objective import loss_sums
+from dit_scale.train.optim import learning_rate
+
+LATENT_SCALE = 0.18215
+MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
+MATMUL_REPEATS = 50
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PACKAGES = ("dit-scale", "torch", "triton", "deepspeed", "flash-attn", "flash-attn-4")
+SMOKE = {
+    "model": "DiT-Ti/2",
+    "image_size": 32,
+    "micro_batch": 2,
+    "micro_steps": 2,
+    "device": "cpu",
+    "steps": 3,
+    "warmup": 1,
+}
+
+Row = dict[str, Any]
+"""What was measured and how; on failure `problem` says why, and there are no figures."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every row that the arguments ask for; 0 when at least one of them has figures."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.smoke:
+        parser.set_defaults(**SMOKE)
+        args = parser.parse_args(argv)
+    names = _available_backends() if args.attention == "all" else args.attention.split(",")
+    unknown = [name for name in names if name not in attention.BACKENDS]
+    if unknown:
+        parser.error(f"--attention {unknown[0]}: expected all, or some of {', '.join(attention.BACKENDS)}")
+    rows = []
+    for name in names:
+        row = _measure_apart(_config(args, name), args.warmup)
+        rows.append(row)
+        if args.json:
+            print(json.dumps(row), flush=True)
+    console = Console(stderr=args.json)
+    console.print(_table(rows))
+    for row in rows:
+        if "problem" in row:
+            console.print(
+                f"{row['attention']}: {row['problem']}", markup=False, highlight=False, soft_wrap=True
+            )
+    return int(all("problem" in row for row in rows))
+
+
+def measure(config: TrainConfig, warmup: int) -> Row:
+    """The figures of a configuration, made in this process; an error becomes the row's `problem`."""
+    try:
+        return _figures(config, warmup)
+    except Exception as error:  # whatever this row suffers from, the others are still to be measured
+        return {"problem": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+
+
+def _figures(config: TrainConfig, warmup: int) -> Row:
+    determinism.pin(config.engine)
+    world = dist.start(config.engine)
+    device = world.device
+    try:
+        step = TrainingStep(config, world)
+        step_s = median_s(step.take, warmup, config.steps, device)
+        on_cuda = device.type == "cuda"
+        peak_memory_bytes = torch.cuda.max_memory_allocated(device) if on_cuda else None
+        matmul = matmul_flops_per_s(DTYPES[config.engine.precision], device)
+        images_per_s = config.global_batch / step_s
+        flops_per_image = FLOPS_PER_MAC * TRAINING_FORWARDS * forward_macs(shape_of(config.model))
+        return {
+            "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+            "steps": config.steps,
+            "step_s": step_s,
+            "images_per_s": images_per_s,
+            "model_flops_per_image": flops_per_image,
+            "model_flops_per_s": images_per_s * flops_per_image,
+            "matmul_flops_per_s": matmul,
+            "share_of_matmul": images_per_s * flops_per_image / matmul,
+            "peak_memory_bytes": peak_memory_bytes,
+        }
+    finally:
+        dist.stop()
+
+
+class TrainingStep:
+    """The parts of training, put together as dit_scale.train.loop does; `take` is one optimizer step."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self._config, self._world = config, world
+        self._plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
+        model = dit.build(config.model, config.seed)
+        self._engine = Engine(model, config.engine, config.optimizer, world, self._plan)
+        if config.engine.compile_blocks:
+            model.compile_blocks()
+        self._ema = Ema(config.ema, self._engine.owned)
+        self._ema.start()
+        self._meters = Meters(world, config.global_batch)
+        self._schedule = schedules.linear(config.diffusion.timesteps).to(world.device)
+        micro_batch, micro_steps = self._plan.micro_batch, self._plan.micro_steps
+        self._batches = [random_batch(model.shape, micro_batch, index) for index in range(micro_steps)]
+        self._step = 0
+
+    def take(self) -> None:
+        config, device = self._config, self._world.device
+        step_sums = torch.zeros(3, device=device)
+        for index, batch in enumerate(self._batches):
+            sums: Tensor = loss_sums(
+                self._engine,
+                self._schedule,
+                batch.to(device),
+                config.seed,
+                LATENT_SCALE,
+                config.model.num_classes,
+                config.diffusion.label_dropout,
+            )
+            self._engine.backward(sums[0] * self._plan.loss_scale, last=index == len(self._batches) - 1)
+            step_sums += sums.detach()
+        self._engine.step(learning_rate(config.optimizer, self._step))
+        self._step += 1
+        self._ema.update(self._step)
+        self._meters.add(step_sums, self._engine.grad_norm)
+
+
+def random_batch(shape: Shape, micro_batch: int, index: int) -> Batch:
+    """A micro-batch as the loader makes them: moments about as large as those of images, any classes."""
+    generator = torch.Generator().manual_seed(index)
+    size = (micro_batch, shape.in_channels, shape.latent_size, shape.latent_size)
+    mean_BCHW = 5 * torch.randn(size, generator=generator)
+    std_BCHW = torch.rand(size, generator=generator)
+    return Batch(
+        torch.cat((mean_BCHW, std_BCHW), dim=1).to(torch.float16),
+        torch.randint(shape.num_classes, (micro_batch,), generator=generator),
+        index * micro_batch + torch.arange(micro_batch),
+        torch.ones(micro_batch),
+    )
+
+
+def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a product of two square matrices of normal numbers: the yardstick."""
+    side = MATMUL_SIDE[device.type]
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return FLOPS_PER_MAC * side**3 / median_s(lambda: torch.mm(a, b, out=out), 5, MATMUL_REPEATS, device)
+
+
+def median_s(work: Callable[[], object], warmup: int, repeats: int, device: torch.device) -> float:
+    """Median seconds of one call; on CUDA the host may run ahead, only the device is timed."""
+    for _ in range(warmup):
+        work()
+    if device.type == "cpu":
+        return median(b - a for a, b in pairwise(_marks(work, repeats, time.perf_counter)))
+    events = _marks(work, repeats, _cuda_event)
+    events[-1].synchronize()
+    return median(a.elapsed_time(b) / 1e3 for a, b in pairwise(events))
+
+
+def _marks(work: Callable[[], object], repeats: int, mark: Callable[[], Any]) -> list[Any]:
+    marks = [mark()]
+    for _ in range(repeats):
+        work()
+        marks.append(mark())
+    return marks
+
+
+def _cuda_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _measure_apart(config: TrainConfig, warmup: int) -> Row:
+    settings: Row = {
+        "model": config.model.name,
+        "image_size": config.model.image_size,
+        "attention": config.model.attention,
+        "micro_batch": config.engine.micro_batch,
+        "micro_steps": config.global_batch // config.engine.micro_batch,
+        "zero_stage": config.engine.zero_stage,
+        "precision": config.engine.precision,
+        "compiled": config.engine.compile_blocks,
+        "determinism": config.engine.determinism,
+        "versions": _versions(),
+    }
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_print_to_stderr) as pool:
+        try:
+            return settings | pool.submit(measure, config, warmup).result()
+        except BrokenProcessPool:
+            return settings | {"problem": "its process was killed; out of host memory?"}
+
+
+def _print_to_stderr() -> None:
+    """Standard output is for rows; libraries print to it as well."""
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+
+def _config(args: argparse.Namespace, backend: str) -> TrainConfig:
+    return TrainConfig(
+        steps=args.steps,
+        global_batch=args.micro_batch * args.micro_steps,
+        model=ModelConfig(name=args.model, image_size=args.image_size, attention=backend),
+        engine=EngineConfig(
+            zero_stage=args.zero_stage,
+            precision=args.precision,
+            micro_batch=args.micro_batch,
+            device=args.device,
+            compile_blocks=args.compile,
+            determinism=args.determinism,
+        ),
+    )
+
+
+def _available_backends() -> list[str]:
+    names = []
+    for name in attention.BACKENDS:
+        try:
+            attention.choose(name)
+        except DeviceError as error:
+            print(f"left out: {error}", file=sys.stderr)
+        else:
+            names.append(name)
+    return names
+
+
+def _versions() -> dict[str, str]:
+    installed = {name: _version(name) for name in PACKAGES}
+    versions = {name: version for name, version in installed.items() if version}
+    return {"python": platform.python_version(), **versions, "cuda": torch.version.cuda or "none"}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+def _table(rows: list[Row]) -> Table:
+    first = rows[0]
+    devices = {row["device"]: None for row in rows if "device" in row}
+    versions = " ".join(f"{name} {version}" for name, version in first["versions"].items())
+    table = Table(
+        title=f"Training step of {first['model']} at {first['image_size']} px, {first['precision']}, "
+        f"ZeRO-{first['zero_stage']}, {first['micro_steps']} x {first['micro_batch']} images, "
+        f"{'compiled' if first['compiled'] else 'not compiled'}, {first['determinism']}",
+        caption="\n".join((*devices, versions)),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("attention")
+    for column in ("ms/step", "images/s", "model TFLOP/s", "matmul TFLOP/s", "share", "peak GiB"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row["attention"], *_cells(row))
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    if "problem" in row:
+        return ["no figures"]
+    memory = row["peak_memory_bytes"]
+    return [
+        f"{row['step_s'] * 1e3:,.2f}",
+        f"{row['images_per_s']:,.1f}",
+        f"{row['model_flops_per_s'] / 1e12:,.4g}",
+        f"{row['matmul_flops_per_s'] / 1e12:,.4g}",
+        f"{row['share_of_matmul']:.1%}",
+        "" if memory is None else f"{memory / 2**30:.1f}",
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", default="DiT-XL/2")
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--micro-batch", type=int, default=32, help="images per forward pass (default 32)")
+    parser.add_argument("--micro-steps", type=int, default=1, help="forward passes per step (default 1)")
+    parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--determinism", choices=("strict", "fast"), default="strict")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    parser.add_argument(
+        "--attention", default="sdpa", help="backends, a comma list; `all` is those that can be chosen here"
+    )
+    parser.add_argument("--steps", type=int, default=30, help="timed steps (default 30)")
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=10,
+        help="steps before (default 10); the first ones also leave the zero weights of the start behind",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", action="store_true", help="one object per row; the table goes to stderr")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on a CPU, to see that it works")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The benchmark runs, and what it prints hangs together; how fast anything is, is not a test's business."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dit_scale.config import ModelConfig
+from dit_scale.models.zoo import forward_macs, shape_of
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
+
+
+@pytest.fixture(scope="module")
+def done() -> subprocess.CompletedProcess[str]:
+    """One backend that needs CUDA, then one that is always there."""
+    command = [sys.executable, str(SCRIPT), "--smoke", "--json", "--attention", "sdpa_cudnn,sdpa"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def rows(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_figures_are_positive_and_fit_together(rows: list[dict[str, Any]]) -> None:
+    row = rows[1]
+    for figure in ("step_s", "images_per_s", "model_flops_per_s", "matmul_flops_per_s", "share_of_matmul"):
+        assert row[figure] > 0, figure
+    macs = forward_macs(shape_of(ModelConfig(name=row["model"], image_size=row["image_size"])))
+    assert row["model_flops_per_image"] == 6 * macs
+    assert row["images_per_s"] == pytest.approx(row["micro_batch"] * row["micro_steps"] / row["step_s"])
+    assert row["model_flops_per_s"] == pytest.approx(row["images_per_s"] * row["model_flops_per_image"])
+    assert row["share_of_matmul"] == pytest.approx(row["model_flops_per_s"] / row["matmul_flops_per_s"])
+    assert row["share_of_matmul"] < 1
+
+
+def test_settings_and_versions_are_in_the_row(rows: list[dict[str, Any]]) -> None:
+    row = rows[1]
+    assert (row["attention"], row["zero_stage"], row["precision"]) == ("sdpa", 2, "bf16")
+    assert row["device"]
+    assert row["versions"]["torch"] == torch.__version__
+    assert {"python", "deepspeed", "cuda"} <= set(row["versions"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the backend is there with CUDA")
+def test_a_missing_backend_is_a_row_that_says_so(
+    rows: list[dict[str, Any]], done: subprocess.CompletedProcess[str]
+) -> None:
+    assert done.returncode == 0
+    assert rows[0]["attention"] == "sdpa_cudnn"
+    assert "needs a CUDA device" in rows[0]["problem"]
+    assert "images_per_s" not in rows[0]
+    assert "no figures" in done.stderr
+
+
+def test_an_unknown_backend_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT))["main"](["--attention", "flash5"])
+    assert "--attention flash5: expected all, or some of sdpa" in capsys.readouterr().err

@@ -1,0 +1,212 @@
+"""Between two log points nothing of ours waits for the device, and DeepSpeed only where it is known to.
+
+On a CPU every tensor can be read at once, so waits do not show by themselves. Two ways to see them: our
+part of a step runs on the meta device, where reading a number is an error; and a whole training run is
+watched, with each read put down to the function that it was made in.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dit_scale import dist
+from dit_scale.config import EmaProfile, ModelConfig, TrainConfig
+from dit_scale.data.loader import Batch
+from dit_scale.diffusion import schedule as schedules
+from dit_scale.models import dit
+from dit_scale.telemetry.meters import Meters
+from dit_scale.train import loop
+from dit_scale.train.ema import Ema
+from dit_scale.train.engine import MASTER, Extent, Partition
+from dit_scale.train.objective import loss_sums
+from tests.dist.processes import run
+from tests.latents import write_latents
+
+META = torch.device("meta")
+PROFILES = (EmaProfile(name="constant", decay=0.9), EmaProfile(name="power", sigma_rel=0.1))
+LOG_EVERY = 3
+
+EMA_PASS = "aten._foreach_lerp_.Scalar"
+Place = tuple[str, str]
+"""(module, function)"""
+
+OUR_VOTE = {("dit_scale.dist", "result"): LOG_EVERY}
+"""The vote on stopping is a tensor of the host, on any device: read once a step, waited for by no kernel."""
+
+# What DeepSpeed 0.19.8 reads in a step: (stage, precision, clipping) => functions of its runtime.utils.
+# Stage 1 with bf16 weights is its BF16_Optimizer. fp32 has no switch that turns its check off.
+DEEPSPEED_READS = {
+    (1, "bf16", False): ["is_invalid_grad_norm"],
+    (1, "bf16", True): ["is_invalid_grad_norm", "clip_tensors_by_global_norm"],
+    (1, "fp32", False): ["is_invalid_grad_norm"],
+    (2, "bf16", False): [],
+    (2, "bf16", True): ["is_invalid_grad_norm"],
+    (2, "fp32", False): ["is_invalid_grad_norm"],
+    (3, "bf16", False): ["is_invalid_grad_norm"],
+    (3, "bf16", True): ["is_invalid_grad_norm"],
+}
+
+# A Python number that DeepSpeed makes a tensor on the device once a step: on CUDA this waits, too.
+DEEPSPEED_UPLOADS = {
+    1: ("deepspeed.runtime.utils", "mask_nan_or_inf_with_val_inplace"),
+    2: ("deepspeed.runtime.utils", "mask_nan_or_inf_with_val_inplace"),
+    3: ("deepspeed.runtime.zero.stage3", "get_grad_norm_direct"),
+}
+
+
+class Watch:
+    """Counts of one training run between its first log point and its second, by place."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.reads: Counter[Place] = Counter()
+        self.uploads: Counter[Place] = Counter()
+        self.autocast: Counter[Place] = Counter()
+        self.operators: Counter[str] = Counter()
+
+    def log(self, original: Any, run: loop.Run, lr: float) -> None:
+        """Takes the place of `Run.log`: the log point itself may read."""
+        self.on = False
+        original(run, lr)
+        self.on = run.state.step == LOG_EVERY
+
+
+class Operators(TorchDispatchMode):
+    """Sees what reaches the kernels: the scalar read below every bool(), int(), float() and item()."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.watch.on:
+            self.watch.operators[str(func)] += 1
+            if func is torch.ops.aten._local_scalar_dense.default:
+                self.watch.reads[place()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Calls(TorchFunctionMode):
+    """Sees calls that never reach a kernel on a CPU, and numbers that become tensors."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.watch.on:
+            if torch.is_autocast_enabled("cpu"):  # below, in the dispatcher, it would read as off
+                self.watch.autocast[place()] += 1
+            name = getattr(func, "__name__", "")
+            if name in ("tolist", "numpy", "cpu", "__array__"):
+                self.watch.reads[place()] += 1
+            from_number = func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor)
+            if from_number and "device" in (kwargs or {}):
+                self.watch.uploads[place()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def place() -> Place:
+    """The innermost function of dit_scale or DeepSpeed that is being executed."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] in ("dit_scale", "deepspeed"):
+            return module, frame.f_code.co_name
+        frame = frame.f_back
+    return "?", "?"
+
+
+def watch_training(config: TrainConfig) -> Watch:
+    """Train in this process and say what was counted."""
+    watch = Watch()
+    original = loop.Run.log
+    with patch.object(loop.Run, "log", lambda run, lr: watch.log(original, run, lr)):
+        with Operators(watch), Calls(watch):
+            loop.train(config)
+    return watch
+
+
+def config_of(folder: Path, stage: int, precision: str, clipping: bool) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "run": str(folder / "run"),
+            "steps": 2 * LOG_EVERY,
+            "global_batch": 4,
+            "model": {"name": "DiT-Ti/2", "image_size": 32, "num_classes": 10},
+            "data": {"url": str(folder / "latents")},
+            "optimizer": {"clip_grad_norm": float(clipping)},
+            "engine": {"zero_stage": stage, "precision": precision, "micro_batch": 2, "device": "cpu"},
+            "ema": [profile.model_dump() for profile in PROFILES],
+            "log": {"every_steps": LOG_EVERY},
+        }
+    )
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("stage", "precision", "clipping"), DEEPSPEED_READS)
+def test_host_reads_of_a_training_run(tmp_path: Path, stage: int, precision: str, clipping: bool) -> None:
+    write_latents(tmp_path / "latents", num=8)
+    (watch,) = run(1, watch_training, config_of(tmp_path, stage, precision, clipping))
+    theirs = DEEPSPEED_READS[stage, precision, clipping]
+    expected = OUR_VOTE | {("deepspeed.runtime.utils", name): LOG_EVERY for name in theirs}
+    assert watch.reads == expected
+    assert watch.uploads == {DEEPSPEED_UPLOADS[stage]: LOG_EVERY}
+    assert not watch.autocast
+    assert watch.operators[EMA_PASS] == LOG_EVERY * len(PROFILES)
+
+
+def meta_batch(num: int, side: int) -> Batch:
+    return Batch(
+        torch.empty(num, 8, side, side, dtype=torch.float16, device=META),
+        torch.empty(num, dtype=torch.int64, device=META),
+        torch.empty(num, dtype=torch.int64, device=META),
+        torch.empty(num, device=META),
+    )
+
+
+@pytest.mark.parametrize("read", [bool, int, float, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu])
+def test_the_meta_device_has_no_numbers(read: Callable[[torch.Tensor], object]) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):
+        read(torch.empty((), device=META))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_objective_reads_nothing_back(dtype: torch.dtype) -> None:
+    model = dit.build(ModelConfig(name="DiT-Ti/2", image_size=32), 0, META, initialise=False).to(dtype)
+    schedule = schedules.linear(1000).to(META)
+    sums = loss_sums(model, schedule, meta_batch(4, side=4), 0, 0.18215, 1000, 0.1)
+    sums[0].backward()
+    assert sums.device == META
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_meters_read_nothing_back_until_they_are_asked() -> None:
+    meters = Meters(dist.World(0, 1, META, None), global_batch=4)  # type: ignore[arg-type]
+    for _ in range(3):
+        meters.add(torch.empty(3, device=META), torch.empty((), dtype=torch.float64, device=META))
+
+
+@pytest.mark.parametrize("num_partitions", [1, 3])
+def test_an_update_of_the_averages_is_one_fused_pass_per_profile(num_partitions: int) -> None:
+    partitions = tuple(
+        Partition({MASTER: torch.empty(size, device=META)}, (Extent("w", 0, size, 0),))
+        for size in range(5, 5 + num_partitions)
+    )
+    ema = Ema(PROFILES, partitions)
+    ema.start()
+    watch = Watch()
+    watch.on = True
+    with Operators(watch):
+        ema.update(1)
+    assert watch.operators.pop(EMA_PASS) == len(PROFILES)
+    assert set(watch.operators) <= {"aten.detach.default", "aten.alias.default"}  # views, no kernels
