@@ -12,7 +12,7 @@ USER_ERROR_EXIT_CODE = 2
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; mistakes that people can mend print one message and leave with code 2."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
@@ -22,6 +22,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{args.name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Arguments by name; key=value overrides may also stand behind options, where argparse sees none."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in args or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,7 +202,7 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _add_checkpoint(commands: Any) -> None:
-    parser = commands.add_parser("checkpoint", help="list, verify or export the checkpoints of a run")
+    parser = commands.add_parser("checkpoint", help="list or export the checkpoints of a run")
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     listing = _command(actions, "list", _checkpoint_list, "committed checkpoints of a run, newest first")
     listing.add_argument("run", help="the run's folder")

@@ -1,0 +1,341 @@
+"""The command line: quick help, and one message with exit code 2 for every mistake that people make."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_scale import cli
+from dit_scale.data.shards import INFO_KEY
+from dit_scale.sources import open_source
+from dit_scale.storage import open_storage
+from dit_scale.train import checkpoint as checkpoints
+from dit_scale.train.run import checkpoints_of
+from tests.latents import write_latents
+from tests.tiny_run import STEP, write_run
+from tests.tiny_vae import save_tiny_vae
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NEWEST = checkpoints.name_of(STEP, 1)
+
+HEAVY = ("torch", "deepspeed", "diffusers", "numpy", "scipy", "pydantic", "yaml", "boto3", "rich", "PIL")
+
+
+@pytest.fixture
+def same_process() -> Iterator[None]:
+    """Commands run in this process here: put back what they set for their own."""
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        environment.setenv("NCCL_ALGO", "Ring")
+        yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = benchmark
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("latents")
+    write_latents(folder, num=8, shard_samples=4, num_classes=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_vae: str) -> Path:
+    write_run(tmp_path / "run", tiny_vae)
+    return tmp_path / "run"
+
+
+def small(folder: Path, data: Path) -> list[str]:
+    """`train` of a tiny model on the CPU; later overrides win."""
+    return [
+        "train",
+        str(CONFIGS / "dit_xl2_256.yaml"),
+        f"run={folder / 'run'}",
+        f"data.url={data}",
+        "model={name: DiT-Ti/2, image_size: 32, num_classes: 5}",
+        "engine={device: cpu}",
+        "global_batch=2",
+    ]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a command that leaves with code 2, printed once and without a traceback."""
+    assert cli.main(list(arguments)) == cli.USER_ERROR_EXIT_CODE
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"dit-scale {arguments[0]}")
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["models"], ["checkpoint", "export"]])
+def test_help_imports_nothing_of_weight(command: list[str]) -> None:
+    script = f"""
+import sys
+from dit_scale import cli
+try:
+    cli.main({[*command, "--help"]!r})
+except SystemExit as end:
+    assert end.code == 0
+print("loaded:", *sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(" ".join(["usage: dit-scale", *command]))
+    assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    printed = capsys.readouterr().out
+    for command in ("train", "sample", "models", "checkpoint"):
+        assert f"\n    {command}" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["tarin"], "invalid choice: 'tarin'"),
+        (["train"], "the following arguments are required: config"),
+        (["train", "x", "--world", "0"], "--world: expected a whole number from 1"),
+        (["sample", "x", "--num", "0"], "--num: expected a whole number from 1"),
+        (
+            ["sample", "x", "--batch", "many"],
+            "--batch: expected a whole number from 1 to 2147483647, got 'many'",
+        ),
+        (["sample", "x", "--seed", "4294967296"], "--seed: expected a whole number from 0 to 4294967295"),
+        (["sample", "x", "--classes", "1,dog"], "--classes: expected a whole number from 0"),
+        (["sample", "x", "--classes", ""], "--classes: expected a whole number from 0"),
+        (["sample", "x", "--sampler", "euler"], "--sampler: invalid choice: 'euler'"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == cli.USER_ERROR_EXIT_CODE
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["models", "--json", "--x"], ["train", "x", "a=1", "--dry", "--x", "b=2"]]
+)
+def test_arguments_that_do_not_exist(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == cli.USER_ERROR_EXIT_CODE
+    assert "unrecognized arguments: --x" in capsys.readouterr().err
+
+
+# Training
+
+
+def test_a_dry_run_starts_nothing(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*small(tmp_path, data), "--dry-run", "--world", "2"]) == 0
+    assert "2 samples on 2 processes: 1 micro-steps of 1 each" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            ["optimizer.learning_rate=1"],
+            "unknown key 'optimizer.learning_rate'; did you mean 'optimizer.lr'?",
+        ),
+        (["engine.zero_stage=0"], "engine.zero_stage: Input should be 1, 2 or 3, got 0"),
+        (["--dry-run", "--world", "3"], "global_batch=2 is smaller than the 3 processes"),
+        (
+            ["--dry-run", "model.image_size=40"],
+            "image_size 40 does not fit DiT-Ti/2: expected a multiple of 16",
+        ),
+        (["--dry-run", "model.name=DiT-M/2"], "unknown model 'DiT-M/2'"),
+    ],
+)
+def test_configurations_that_cannot_be(
+    tmp_path: Path, data: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, *small(tmp_path, data), *more)
+
+
+def test_overrides_before_and_behind_options(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--dry-run", "global_batch=6", "--world", "3", "engine.zero_stage=3"]
+    assert cli.main([*small(tmp_path, data), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "6 samples on 3 processes" in printed
+    assert "at ZeRO-3" in printed
+
+
+def test_a_missing_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no configuration file at none.yaml" in refused(capsys, "train", "none.yaml")
+
+
+@pytest.mark.usefixtures("same_process")
+def test_a_device_that_is_not_there(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refused(capsys, *small(tmp_path, data), "engine.device=cuda")
+    assert "device=cuda was asked for and no CUDA device is visible; use device=auto or cpu" in said
+
+
+@pytest.mark.usefixtures("same_process")
+def test_a_data_set_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, *small(tmp_path, tmp_path / "nothing"))
+    assert f"{tmp_path}/nothing has no dataset.json: not a latent data set; make one with" in said
+
+
+@pytest.mark.usefixtures("same_process")
+def test_a_data_set_that_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_latents(tmp_path / "data", num=4)
+    (tmp_path / "data" / INFO_KEY).rename(tmp_path / "data" / "encode.json")
+    said = refused(capsys, *small(tmp_path, tmp_path / "data"))
+    assert "its encoding has not finished; start the same encode_latents.py command again" in said
+
+
+@pytest.mark.usefixtures("same_process")
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.image_size=64", "holds latents of 32 px images, model.image_size is 64"),
+        ("model.num_classes=4", "has 5 classes, model.num_classes is 4"),
+    ],
+)
+def test_a_data_set_of_another_kind(
+    tmp_path: Path, data: Path, override: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, *small(tmp_path, data), override)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("same_process")
+def test_a_data_set_without_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_latents(tmp_path / "data", num=0, num_classes=5)
+    assert "holds no sample" in refused(capsys, *small(tmp_path, tmp_path / "data"))
+
+
+@pytest.mark.usefixtures("same_process")
+def test_a_launcher_that_says_half(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    said = refused(capsys, *small(tmp_path, data))
+    assert "RANK is set but WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: use the deepspeed launcher" in said
+
+
+def test_other_errors_are_bugs_and_show_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_models", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["models"])
+
+
+def test_an_interrupt_is_said_quietly(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_models", interrupt)
+    assert cli.main(["models"]) == 130
+    assert capsys.readouterr().err == "dit-scale models: interrupted\n"
+
+
+# Sampling and checkpoints
+
+
+@pytest.mark.usefixtures("same_process")
+def test_sample_draws_from_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--num", "3", "--classes", "4, 2", "--steps", "2", "--device", "cpu", "--ema", "second"]
+    assert cli.main(["sample", str(run), *arguments]) == 0
+    assert f"EMA second of {run}/checkpoints/{NEWEST}: 3 images" in capsys.readouterr().out
+    assert (run / "samples" / "grid.png").is_file()
+    assert (run / "samples" / "samples.npz").is_file()
+
+
+@pytest.mark.usefixtures("same_process")
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--classes", "5"], "class 5: expected 0 to 4"),
+        (["--ema", "paper"], "has no EMA profile 'paper'; it has first, second"),
+        (["--steps", "fast"], "respacing 'fast': expected a number of steps"),
+        (["--steps", "250"], "respacing '250': section 1 of 1 has 100 of the 100 timesteps"),
+    ],
+)
+def test_samples_that_cannot_be_drawn(
+    run: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, "sample", str(run), "--device", "cpu", *more)
+
+
+def test_sources_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "sample", str(tmp_path))
+    assert f"{tmp_path}: expected a run's folder, a checkpoint's folder, or a" in said
+
+
+def test_a_bare_weights_file_needs_a_vae(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "weights.pt"
+    torch.save(open_source(str(run)).state, bare)
+    assert "pass --vae FOLDER_OR_HUB_NAME" in refused(capsys, "sample", str(bare))
+
+
+def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = open_storage(checkpoints_of(run))
+    whole = checkpoints.Checkpoint(storage, NEWEST)
+    checkpoints.commit(storage, whole.manifest.model_copy(update={"step": STEP + 1}))
+    storage.write(f"{checkpoints.name_of(STEP + 2, 1)}/{checkpoints.MANIFEST}", b"{}")
+    assert cli.main(["checkpoint", "list", str(run), "--json"]) == 0
+    damaged, *rows = json.loads(capsys.readouterr().out)
+    assert "is damaged" in damaged.pop("problem")
+    assert damaged == {"name": checkpoints.name_of(STEP + 2, 1)}
+    assert rows == [
+        {"name": checkpoints.name_of(STEP + 1, 1), "step": STEP + 1, "bytes": whole.bytes},
+        {"name": NEWEST, "step": STEP, "bytes": whole.bytes},
+    ]
+    assert cli.main(["checkpoint", "list", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [damaged["name"], *(row["name"] for row in rows)]
+
+
+def test_checkpoint_list_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected a run's folder" in refused(capsys, "checkpoint", "list", str(tmp_path))
+
+
+def test_checkpoint_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "weights.safetensors"
+    assert cli.main(["checkpoint", "export", str(run), str(out), "--ema", "second"]) == 0
+    assert capsys.readouterr().out == f"EMA second of {run}/checkpoints/{NEWEST} -> {out}\n"
+    exported, second = open_source(str(out)), open_source(str(run), ema="second")
+    assert all(torch.equal(exported.state[name], tensor) for name, tensor in second.state.items())
