@@ -1,0 +1,159 @@
+"""What is on disks and in old runs already: these literals may never change.
+
+A change that breaks one of them changes the order of samples, the draws, or bytes that must stay readable
+under runs that exist: it needs a new format version, not a new literal. docs/formats.md quotes them.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.shards_writer import Row, build_shard
+from dit_scale import rng
+from dit_scale.data.order import permute, round_keys, sample_ids
+from dit_scale.data.shards import encode_sample
+from dit_scale.rng import Purpose
+from dit_scale.storage import open_storage
+from dit_scale.train.checkpoint import Checkpoint, committed, name_of
+
+FORMATS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+
+ORDERS = [
+    (10, 0, 0, "2 0 8 1 9 7 4 5"),
+    (10, 0, 1, "1 6 8 0 3 5 2 7"),
+    (1000, 0, 0, "220 982 575 865 695 839 666 898"),
+    (1000, 1, 0, "783 810 757 969 709 615 820 198"),
+    (1281167, 0, 0, "1273905 835138 587561 672872 372343 472362 132299 325656"),
+    (1281167, 0, 1, "954734 95150 1047960 883097 251231 564447 866700 54962"),
+    (1281167, 42, 3, "438048 219895 371694 1246214 677322 742241 728552 992190"),
+]
+
+
+@pytest.mark.parametrize(("num_samples", "seed", "epoch", "expected"), ORDERS)
+def test_order_of_samples(num_samples: int, seed: int, epoch: int, expected: str) -> None:
+    ids = [int(sample_id) for sample_id in expected.split()]
+    assert permute(np.arange(8, dtype=np.uint64), num_samples, seed, epoch).tolist() == ids
+    positions = epoch * num_samples + np.arange(8, dtype=np.int64)
+    assert sample_ids(positions, num_samples, seed).tolist() == ids
+
+
+def test_the_documentation_quotes_them() -> None:
+    for order in ORDERS:
+        assert f"| {' | '.join(map(str, order))} |" in FORMATS
+    for purpose, words in WORDS.items():
+        assert f"| {purpose.name} | {purpose.value} | {words} |" in FORMATS
+    for line in INDEX.splitlines():
+        assert f"    {line}\n" in FORMATS
+
+
+def test_round_keys() -> None:
+    assert [f"{key:016x}" for key in round_keys(0, 0).tolist()] == [
+        "e220a8397b1dcdaf",
+        "6e789e6aa1b965f4",
+        "06c45d188009454f",
+        "f88bb8a8724c81ec",
+        "1b39896a51a8749b",
+        "53cb9f0c747ea2ea",
+        "2c829abe1f4532e1",
+        "c584133ac916ab3c",
+    ]
+
+
+WORDS = {
+    Purpose.TIMESTEP: "131a8a04 494efee7 e24f0e03 5128a584 18f94853 143f41f3",
+    Purpose.NOISE: "97e579fe 1914825b 353f7d34 8e140425 8c5799ed 55039a7e",
+    Purpose.LABEL_DROP: "faab7351 6d6dc285 801e5b4e c4f71380 eb01a08b 312a873e",
+    Purpose.VIEW: "0f867cb6 5026c0d7 c0971fdd 55af23b2 64add369 c97394e7",
+    Purpose.POSTERIOR: "57f1c9bc 5ae47b98 ad11292a bf335982 6e98f98f 115d0bab",
+    Purpose.SAMPLE_START: "1657b92c 3984bdc7 493a7ae7 8803a121 ede8eb21 0f16bfbe",
+    Purpose.SAMPLE_STEP: "456a9d19 fe96eab4 9ab22796 1c635dbd 8c64cf3f fcf32ba8",
+}
+"""Of seed 42 at position 2^32 + 5, stream 0."""
+
+
+def test_every_purpose_has_its_words() -> None:
+    position = torch.tensor([2**32 + 5])
+    for purpose in Purpose:
+        words = rng.words(42, purpose, position, 6)[0].tolist()
+        assert " ".join(f"{word:08x}" for word in words) == WORDS[purpose]
+
+
+def test_words_of_a_later_stream() -> None:
+    words = rng.words(42, Purpose.SAMPLE_STEP, torch.tensor([2**32 + 5]), 4, stream=3)[0].tolist()
+    assert [f"{word:08x}" for word in words] == ["30152883", "a04f2725", "9a3fb882", "d0fc9ad2"]
+
+
+def test_integers_uniforms_and_views() -> None:
+    position_N = torch.arange(8)
+    timesteps = rng.integers(42, Purpose.TIMESTEP, position_N, 1000)
+    assert timesteps.tolist() == [612, 987, 825, 729, 326, 314, 225, 358]
+    assert rng.integers(42, Purpose.VIEW, position_N, 2).tolist() == [1, 1, 1, 1, 1, 0, 1, 0]
+    uniforms = rng.uniforms(42, Purpose.LABEL_DROP, position_N[:3])
+    assert [number.hex() for number in uniforms.tolist()] == [
+        "0x1.0ab4e13800000p-3",
+        "0x1.bec47f0800000p-2",
+        "0x1.cb98a72000000p-5",
+    ]
+
+
+def test_normals_to_one_ulp() -> None:
+    literals = ["0x1.812ac2p-1", "-0x1.6c3df4p-1", "-0x1.ac7bacp-1", "0x1.5c0ec8p+0", "0x1.fc64d8p-1"]
+    expected = np.array([float.fromhex(literal) for literal in literals], dtype=np.float32)
+    drawn = rng.normals(42, Purpose.NOISE, torch.tensor([0]), (5,))[0].numpy()
+    assert (np.abs(drawn - expected) <= np.spacing(np.abs(expected))).all()
+
+
+def test_bytes_of_a_sample() -> None:
+    moments = np.arange(16, dtype=np.float16).reshape(2, 8, 1, 1)
+    header = b"{'descr': '<f2', 'fortran_order': False, 'shape': (2, 8, 1, 1), }".ljust(117) + b"\n"
+    body = "0000003c0040004200440045004600470048804800498049004a804a004b804b"
+    assert encode_sample(moments) == b"\x93NUMPY\x01\x00\x76\x00" + header + bytes.fromhex(body)
+
+
+INDEX = """\
+44495453 4944580a 01000000 02000000 ffb71b95 00000000
+00060000 00000000 a0000000 07000000 03000000 befb3c26
+000e0000 00000000 a0000000 00000000 05000000 e762919c
+"""
+
+
+def test_index_bytes_of_a_shard_of_two() -> None:
+    moments = np.arange(16, dtype=np.float16).reshape(2, 8, 1, 1)
+    rows = [Row(key=3, path="a", label=7, moments=moments), Row(key=5, path="b", label=0, moments=-moments)]
+    shard = build_shard("00000", rows, [], latent_channels=4)
+    assert shard.index.hex(" ", 4) == " ".join(INDEX.split())
+    assert shard.record.sha256 == "34007739fcfbd6a6e089fe541939f69a6e09abb48530d3c9239bc250af638166"
+
+
+def test_checkpoint_names() -> None:
+    assert name_of(400_000, 3) == "0000400000-0003"
+
+
+RANK_FILE = (
+    "4000000000000000"
+    "7b226d61737465722f774034223a7b226474797065223a22463332222c227368617065223a5b325d2c"
+    "22646174615f6f666673657473223a5b302c385d7d7d20"
+    "0000c03f000000c0"
+)
+"""Header length, {"master/w@4":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}, then 1.5 and -2."""
+
+MANIFEST = (
+    '{"format":"dit-scale checkpoint","version":1,"step":3,"samples":768,"attempt":1,"config":{},'
+    '"data_sha256":"d","vae_sha256":"v","model_shapes":{"w":[6]},"optimizer_groups":[],'
+    '"pending_metrics":[[0.5,0.25,0.125,1.0]],"versions":{},"written_by":{},'
+    '"files":[{"key":"0000000003-0001/rank-00000.safetensors","bytes":80,"tensors":'
+    '[{"kind":"master","parameter":"w","start":4,"length":2,"offset":72,"crc32c":[2754783522]}]}],'
+    '"sha256":"5b1711cf70e28dabe65ec5db0f731e78e99973386d223cf0e3f9b1cc5f9deab6"}'
+)
+
+
+def test_a_checkpoint_of_version_1_stays_readable(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    storage.write("0000000003-0001/rank-00000.safetensors", bytes.fromhex(RANK_FILE))
+    storage.write("0000000003-0001/MANIFEST.json", MANIFEST.encode())
+    assert committed(storage) == ["0000000003-0001"]
+    checkpoint = Checkpoint(storage, "0000000003-0001")
+    assert (checkpoint.manifest.step, checkpoint.manifest.samples) == (3, 768)
+    assert checkpoint.read("master", "w", 4, 2).tolist() == [1.5, -2.0]
