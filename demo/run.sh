@@ -23,7 +23,7 @@ show deepspeed --log_level warning --num_gpus 2 --no_local_rank --module dit_sca
 
 step "4/5  500 guided samples, ten classes"
 show deepspeed --log_level warning --num_gpus 2 --no_local_rank --module dit_scale.cli sample $RUN/run \
-    --num 500 --batch 125 --steps 50 --guidance 1.5
+    --images 500 --batch 125 --steps 50 --guidance 1.5
 
 step "5/5  would a classifier of real digits recognise them?"
 show python demo/score.py $RUN/run/samples/samples.npz --at-least 0.95
@@ -34,6 +34,6 @@ cat <<TEXT
   the run          $RUN/run  (config.yaml, metrics.jsonl, events.jsonl, checkpoints/)
   the latents      $RUN/latents
 next, for example:
-  $(command -v dit-scale | sed "s|$PWD/||") sample $RUN/run --classes 3,7 --num 20 --guidance 4 --out $RUN/threes_and_sevens
+  $(command -v dit-scale | sed "s|$PWD/||") sample $RUN/run --classes 3,7 --images 20 --guidance 4 --out $RUN/threes_and_sevens
   $(command -v dit-scale | sed "s|$PWD/||") train configs/dit_xl2_256.yaml --dry-run --world 8
 TEXT

@@ -123,11 +123,12 @@ def _add_sample(commands: Any) -> None:
         description="""Draw images; writes grid.png and samples.npz.
 Image i depends on the weights, --seed, i and its class alone.
 
-  dit-scale sample runs/dit_xl2_256 --num 16 --guidance 4
+  dit-scale sample runs/dit_xl2_256 --images 16 --guidance 4
   dit-scale sample DiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema --classes 207,360""",
     )
     parser.add_argument("source", help="run folder, checkpoint folder, .safetensors or .pt file")
-    parser.add_argument("--num", type=_whole(1), default=16, help="images (default 16)")
+    # not --num: the deepspeed launcher takes that for an abbreviation of its own --num_gpus
+    parser.add_argument("--images", type=_whole(1), default=16, help="images (default 16)")
     parser.add_argument(
         "--classes", type=_class_list, help="comma list of class numbers, in turn (default: all)"
     )
@@ -176,15 +177,20 @@ def _sample(args: argparse.Namespace) -> int:
     vae = args.vae or source.vae
     if vae is None:
         raise ConfigError("a weights file does not name its VAE: pass --vae FOLDER_OR_HUB_NAME")
-    labels = balanced_labels(args.classes or range(source.model.num_classes), args.num)
+    labels = balanced_labels(args.classes or range(source.model.num_classes), args.images)
     settings = Settings(
-        args.seed, args.steps, args.sampler, args.guidance, args.guidance_channels, min(args.batch, args.num)
+        args.seed,
+        args.steps,
+        args.sampler,
+        args.guidance,
+        args.guidance_channels,
+        min(args.batch, args.images),
     )
     here = Path(args.source)
     out = Path(args.out or (here / "samples" if here.is_dir() else "samples"))
     engine = EngineConfig(device=args.device, precision=args.precision, cpu_threads=args.threads)
     sample(source, vae, labels, settings, out, engine)
-    print(f"{source.description}: {args.num} images in {out}/grid.png and {out}/samples.npz")
+    print(f"{source.description}: {args.images} images in {out}/grid.png and {out}/samples.npz")
     return 0
 
 

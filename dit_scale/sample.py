@@ -1,6 +1,6 @@
 """Pictures from a trained model: guided DDPM or DDIM sampling, a grid PNG and an npz.
 
-    dit-scale sample runs/dit_xl2_256 --num 16 --guidance 4
+    dit-scale sample runs/dit_xl2_256 --images 16 --guidance 4
 
 Image i is a pure function of (weights, seed, i, class): each has its own noise, keyed by its number,
 so pictures do not depend on the batch size or the number of processes beyond the rounding of the

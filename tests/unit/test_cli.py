@@ -123,7 +123,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["tarin"], "invalid choice: 'tarin'"),
         (["train"], "the following arguments are required: config"),
         (["train", "x", "--world", "0"], "--world: expected a whole number from 1"),
-        (["sample", "x", "--num", "0"], "--num: expected a whole number from 1"),
+        (["sample", "x", "--images", "0"], "--images: expected a whole number from 1"),
         (
             ["sample", "x", "--batch", "many"],
             "--batch: expected a whole number from 1 to 2147483647, got 'many'",
@@ -275,7 +275,7 @@ def test_an_interrupt_is_said_quietly(
 
 @pytest.mark.usefixtures("same_process")
 def test_sample_draws_from_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--num", "3", "--classes", "4, 2", "--steps", "2", "--device", "cpu", "--ema", "second"]
+    arguments = ["--images", "3", "--classes", "4, 2", "--steps", "2", "--device", "cpu", "--ema", "second"]
     assert cli.main(["sample", str(run), *arguments]) == 0
     assert f"EMA second of {run}/checkpoints/{NEWEST}: 3 images" in capsys.readouterr().out
     assert (run / "samples" / "grid.png").is_file()
