@@ -9,12 +9,13 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from dit_scale import dist, vae
+from dit_scale import dist, rng, vae
 from dit_scale.config import EngineConfig, ModelConfig
 from dit_scale.diffusion.schedule import Schedule, linear, respace
 from dit_scale.errors import CheckpointError, ConfigError, DeviceError, WeightsError
 from dit_scale.models.dit import DiT
 from dit_scale.models.embeddings import sincos_pos_embed
+from dit_scale.rng import Purpose
 from dit_scale.sample import (
     Settings,
     balanced_labels,
@@ -101,6 +102,25 @@ def test_number_class_seed_and_guidance_all_matter(model: DiT, schedule: Schedul
         assert (first - other).abs().max() > 1e-3
     (*_, other_class) = sample_latents(model, schedule, torch.tensor([1]), torch.tensor([0]), SETTINGS)
     assert (first - other_class).abs().max() > 1e-6
+
+
+def test_every_step_has_noise_of_its_own(
+    model: DiT, schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[Purpose, int]] = []
+    normals = rng.normals
+
+    def recording(
+        seed: int, purpose: Purpose, image_B: Tensor, shape: tuple[int, ...], stream: int = 0
+    ) -> Tensor:
+        assert (seed, image_B.tolist(), shape) == (3, [2, 0], (4, 4, 4))
+        drawn.append((purpose, stream))
+        return normals(seed, purpose, image_B, shape, stream)
+
+    monkeypatch.setattr(rng, "normals", recording)
+    latents(model, schedule, [2, 0])
+    # The last of six steps takes none.
+    assert drawn == [(Purpose.SAMPLE_START, 0), *((Purpose.SAMPLE_STEP, step) for step in range(5))]
 
 
 def test_the_same_call_gives_the_same_bits(model: DiT, schedule: Schedule) -> None:
