@@ -23,6 +23,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -106,7 +107,7 @@ def measure(config: TrainConfig, warmup: int) -> Row:
     try:
         return _figures(config, warmup)
     except Exception as error:  # whatever this row suffers from, the others are still to be measured
-        return {"problem": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+        return {"problem": "".join(traceback.format_exception_only(error)).splitlines()[0]}
 
 
 def _figures(config: TrainConfig, warmup: int) -> Row:
