@@ -89,6 +89,8 @@ def test_tensorboard_files_hold_the_numbers(tmp_path: Path) -> None:
 
 
 def test_wandb_offline_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -101,6 +103,7 @@ def test_wandb_offline_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             sink.write(step, {"loss": 0.123456789})
     for sink in sinks:
         sink.close()
+    wandb.teardown()  # waits for wandb's own process, which writes the file, as the end of a run does
     (written,) = (folder / "wandb").glob("offline-run-*/run-my_run.wandb")
     data = written.read_bytes()
     assert b"loss" in data
