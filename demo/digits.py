@@ -57,7 +57,10 @@ def write_images(folder: str | Path) -> Path:
         os.rename(part, folder)  # succeeds only where there is nothing, or an empty folder
     except OSError as error:
         if not _is_finished(folder, paths):  # else another process was quicker
-            raise DataError(f"cannot write the digits to {folder} ({error}); choose another folder") from None
+            raise DataError(
+                f"cannot write the digits to {folder} ({error.strerror}): expected nothing there, or the "
+                "folder that an earlier call finished; remove it, or choose another folder"
+            ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -144,8 +144,8 @@ def _spread(distance_N: np.ndarray) -> dict[str, float]:
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the result as tables."""
     table = Table(title=f"{result['samples']} samples", title_justify="left")
-    table.add_column("share recognised")
-    table.add_column("", justify="right")
+    table.add_column("recognised by the classifier")
+    table.add_column("share", justify="right")
     table.add_row("held-out real digits (the classifier's worth)", f"{result['classifier_held_out']:.1%}")
     for label, share in result["recognised_per_class"].items():
         table.add_row(f"  samples of class {label}", f"{share:.1%}")
