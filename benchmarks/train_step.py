@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,24 +37,18 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from dit_scale import dist
 from dit_scale.config import EngineConfig, ModelConfig, TrainConfig
 from dit_scale.data.loader import Batch
 from dit_scale.data.plan import batch_plan
-from dit_scale.diffusion import schedule as schedules
-from dit_scale.dist import World
 from dit_scale.errors import DeviceError
-from dit_scale.models import attention, dit
+from dit_scale.models import attention
 from dit_scale.models.zoo import Shape, forward_macs, shape_of
 from dit_scale.telemetry.meters import Meters
 from dit_scale.train import determinism
 from dit_scale.train.dry_run import FLOPS_PER_MAC, TRAINING_FORWARDS
-from dit_scale.train.ema import Ema
-from dit_scale.train.engine import Engine
-from dit_scale.train.objective import loss_sums
-from dit_scale.train.optim import learning_rate
+from dit_scale.train.step import TrainingStep
 
 LATENT_SCALE = 0.18215
 MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
@@ -115,13 +109,21 @@ def _figures(config: TrainConfig, warmup: int) -> Row:
     world = dist.start(config.engine)
     device = world.device
     try:
-        step = TrainingStep(config, world)
-        step_s = median_s(step.take, warmup, config.steps, device)
+        plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
+        step = TrainingStep(config, world, plan, LATENT_SCALE)
+        meters = Meters(world, config.global_batch)
+        shape = shape_of(config.model)
+        batches = cycle([random_batch(shape, plan.micro_batch, i) for i in range(plan.micro_steps)])
+
+        def take() -> None:
+            meters.add(step.take(batches, 0), step.engine.grad_norm)
+
+        step_s = median_s(take, warmup, config.steps, device)
         on_cuda = device.type == "cuda"
         peak_memory_bytes = torch.cuda.max_memory_allocated(device) if on_cuda else None
         matmul = matmul_flops_per_s(DTYPES[config.engine.precision], device)
         images_per_s = config.global_batch / step_s
-        flops_per_image = FLOPS_PER_MAC * TRAINING_FORWARDS * forward_macs(shape_of(config.model))
+        flops_per_image = FLOPS_PER_MAC * TRAINING_FORWARDS * forward_macs(shape)
         return {
             "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
             "steps": config.steps,
@@ -135,45 +137,6 @@ def _figures(config: TrainConfig, warmup: int) -> Row:
         }
     finally:
         dist.stop()
-
-
-class TrainingStep:
-    """The parts of training, put together as dit_scale.train.loop does; `take` is one optimizer step."""
-
-    def __init__(self, config: TrainConfig, world: World) -> None:
-        self._config, self._world = config, world
-        self._plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
-        model = dit.build(config.model, config.seed)
-        self._engine = Engine(model, config.engine, config.optimizer, world, self._plan)
-        if config.engine.compile_blocks:
-            model.compile_blocks()
-        self._ema = Ema(config.ema, self._engine.owned)
-        self._ema.start()
-        self._meters = Meters(world, config.global_batch)
-        self._schedule = schedules.linear(config.diffusion.timesteps).to(world.device)
-        micro_batch, micro_steps = self._plan.micro_batch, self._plan.micro_steps
-        self._batches = [random_batch(model.shape, micro_batch, index) for index in range(micro_steps)]
-        self._step = 0
-
-    def take(self) -> None:
-        config, device = self._config, self._world.device
-        step_sums = torch.zeros(3, device=device)
-        for index, batch in enumerate(self._batches):
-            sums: Tensor = loss_sums(
-                self._engine,
-                self._schedule,
-                batch.to(device),
-                config.seed,
-                LATENT_SCALE,
-                config.model.num_classes,
-                config.diffusion.label_dropout,
-            )
-            self._engine.backward(sums[0] * self._plan.loss_scale, last=index == len(self._batches) - 1)
-            step_sums += sums.detach()
-        self._engine.step(learning_rate(config.optimizer, self._step))
-        self._step += 1
-        self._ema.update(self._step)
-        self._meters.add(step_sums, self._engine.grad_norm)
 
 
 def random_batch(shape: Shape, micro_batch: int, index: int) -> Batch:

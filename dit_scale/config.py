@@ -6,22 +6,22 @@ A component is handed its own section, never the root.
 """
 
 import difflib
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dit_scale.errors import ConfigError
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """A frozen group of knobs; the docstring under a field is its help text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -68,7 +68,7 @@ class OptimizerConfig(Section):
 
     lr: float = Field(1e-4, gt=0)
     """Learning rate at full height."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
@@ -103,6 +103,15 @@ class EngineConfig(Section):
     """Gradient elements reduced at once."""
     overlap_comm: bool = True
     """Reduce gradients while the backward pass goes on."""
+
+    @model_validator(mode="after")
+    def _compile_without_hooks(self) -> "EngineConfig":
+        if self.compile_blocks and self.zero_stage == 3:
+            raise ValueError(
+                "compile_blocks=true with zero_stage=3 is slower than without: the hooks that gather "
+                "weights are compiled and compiled again; use stage 1 or 2, or compile_blocks=false"
+            )
+        return self
 
 
 class EmaProfile(Section):
@@ -144,6 +153,11 @@ class LogConfig(Section):
     """Project of the mirror."""
     tensorboard: bool = False
     """Mirror to TensorBoard files in the run's folder."""
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: object) -> object:
+        return "off" if value is False else value
 
 
 class TrainConfig(Section):
@@ -226,7 +240,10 @@ def load(root: type[RootConfig], path: str | Path | None, overrides: Sequence[st
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r}: expected key=value, for example optimizer.lr=2e-4")
-        _set(tree, key.split("."), yaml.safe_load(text) if text else "")
+        try:
+            _set(tree, key.split("."), yaml.safe_load(text) if text else "")
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
     try:
         return root.model_validate(tree)
     except ValidationError as error:
@@ -238,18 +255,12 @@ def dump(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
 
 
-def digest(config: Section) -> str:
-    """SHA-256 of a configuration's canonical JSON, as hex."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no configuration file at {path}; configs/ has one for each recipe")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values at the top level, got {type(tree).__name__}")

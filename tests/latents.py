@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.shards_writer import Row, build_shard, shard_name
-from dit_scale.data.shards import FORMAT, FORMAT_VERSION, INFO_KEY, DatasetInfo, ShardInfo, Source, VaeIdentity
+from dit_scale.data.shards import (
+    FORMAT,
+    FORMAT_VERSION,
+    INFO_KEY,
+    DatasetInfo,
+    ShardInfo,
+    Source,
+    VaeIdentity,
+)
 from dit_scale.storage import open_storage
 
 

@@ -54,7 +54,7 @@ class Wandb:
         self._run = wandb.init(
             project=config.log.wandb_project,
             name=folder.name,
-            id=folder.name.replace("/", "-"),
+            id=config.run.strip("/").replace("/", "-"),
             dir=str(folder),
             mode=config.log.wandb,  # type: ignore[arg-type]
             resume="allow",

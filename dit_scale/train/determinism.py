@@ -18,3 +18,4 @@ def pin(config: EngineConfig) -> None:
     # That would also fill every new buffer, ZeRO's buckets of 100 MB and more in each backward pass.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in the patch embedding too

@@ -207,8 +207,7 @@ def deepspeed_config(
 
 def _import_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed for a device, without its banner and without its CPU kernel compilation."""
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also in a world of one
     import deepspeed
     import deepspeed.ops

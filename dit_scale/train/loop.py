@@ -16,19 +16,15 @@ from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Loader
 from dit_scale.data.plan import BatchPlan, batch_plan
 from dit_scale.data.shards import LatentDataset
-from dit_scale.diffusion import schedule as schedules
 from dit_scale.dist import World
-from dit_scale.models import dit
 from dit_scale.storage import open_storage
 from dit_scale.telemetry.meters import Meters
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.telemetry.sinks import Journal, Sink, open_sinks
 from dit_scale.train import checkpoint as checkpoints
 from dit_scale.train import determinism
-from dit_scale.train.ema import Ema, ema_kind
-from dit_scale.train.engine import MASTER, OPTIMIZER_KINDS, Engine
-from dit_scale.train.objective import loss_sums
-from dit_scale.train.optim import learning_rate
+from dit_scale.train.ema import ema_kind
+from dit_scale.train.engine import MASTER, OPTIMIZER_KINDS
 from dit_scale.train.run import (
     RunState,
     begin_attempt,
@@ -39,6 +35,7 @@ from dit_scale.train.run import (
     restored_kinds,
 )
 from dit_scale.train.signals import REQUEUE_EXIT_CODE, StopRequest
+from dit_scale.train.step import TrainingStep
 
 
 def train(config: TrainConfig) -> int:
@@ -52,47 +49,24 @@ def train(config: TrainConfig) -> int:
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir)
         check_dataset(config, dataset)
         run = Run(config, world, plan, dataset, stack)
-        schedule = schedules.linear(config.diffusion.timesteps).to(world.device)
-        latent_scale, null_class = dataset.info.vae.scale, config.model.num_classes
         loader = Loader(dataset, config.data, plan, world.rank, config.seed, run.state.step)
         stack.callback(loader.close)
-        saved_step = run.state.step
 
         while run.state.step < config.steps:
             vote = world.begin_any(stop.wanted)
-            step_sums = torch.zeros(3, device=world.device)
-            for micro_step in range(plan.micro_steps):
-                batch = next(loader).to(world.device)
-                sums = loss_sums(
-                    run.engine,
-                    schedule,
-                    batch,
-                    config.seed,
-                    latent_scale,
-                    null_class,
-                    config.diffusion.label_dropout,
-                )
-                run.engine.backward(sums[0] * plan.loss_scale, last=micro_step == plan.micro_steps - 1)
-                step_sums += sums.detach()
-            lr = learning_rate(config.optimizer, run.state.step)
-            run.engine.step(lr)
+            loss_sums = run.step.take(loader, run.state.step)
             run.state.step += 1
-            run.ema.update(run.state.step)
-            run.meters.add(step_sums, run.engine.grad_norm)
+            run.meters.add(loss_sums, run.step.engine.grad_norm)
             run.status.advance()
 
-            if run.state.step % config.log.every_steps == 0 or run.state.step == config.steps:
-                run.log(lr)
+            last = run.state.step == config.steps
+            if last or run.state.step % config.log.every_steps == 0:
+                run.log()
             stopping = vote.result()
-            if (
-                stopping
-                or run.state.step % config.checkpoint.every_steps == 0
-                or run.state.step == config.steps
-            ):
+            if last or stopping or run.state.step % config.checkpoint.every_steps == 0:
                 run.save()
-                saved_step = run.state.step
-            if stopping and saved_step < config.steps:
-                run.say(f"stopped on request at step {saved_step}; the same command goes on from there")
+            if stopping and not last:
+                run.say(f"stopped on request at step {run.state.step}; the same command goes on from there")
                 return REQUEUE_EXIT_CODE
         run.finish()
     return 0
@@ -109,7 +83,7 @@ class Run:
         self._data_sha256, self._vae_sha256 = data_digest(dataset), dataset.info.vae.weights_sha256
         self._storage = open_storage(checkpoints_of(config.run))
         self._notes: list[str] = []
-        self._build_model()
+        self.step = TrainingStep(config, world, plan, dataset.info.vae.scale)
         # A configuration that this run refuses must not count as an attempt or replace its config.yaml.
         resumed = find_checkpoint(config, self._data_sha256, world, self._fill, self._notes.append)
         if resumed is not None:
@@ -130,12 +104,12 @@ class Run:
     def say(self, message: str) -> None:
         self.status.say(message)
 
-    def log(self, lr: float) -> None:
+    def log(self) -> None:
         """Close the window of steps since the last log point and write it down."""
         record = {
             "samples": self.state.step * self.config.global_batch,
             **self.meters.take(),
-            "lr": lr,
+            "lr": self.step.engine.hyper_parameters()[0]["lr"],
         }
         for sink in self._sinks:
             sink.write(self.state.step, record)
@@ -146,7 +120,7 @@ class Run:
         config, state, world = self.config, self.state, self.world
         state.pending = self.meters.collect()
         name = checkpoints.name_of(state.step, self.attempt)
-        file = checkpoints.write_rank_file(self._storage, name, world.rank, self.engine.owned)
+        file = checkpoints.write_rank_file(self._storage, name, world.rank, self.step.engine.owned)
         files = world.gather(file)
         manifest = checkpoints.Manifest(
             step=state.step,
@@ -155,8 +129,8 @@ class Run:
             config=config.model_dump(mode="json"),
             data_sha256=self._data_sha256,
             vae_sha256=self._vae_sha256,
-            model_shapes=self._shapes,
-            optimizer_groups=self.engine.hyper_parameters(),
+            model_shapes=self.step.shapes,
+            optimizer_groups=self.step.engine.hyper_parameters(),
             pending_metrics=state.pending,
             versions={"dit_scale": __version__, "torch": torch.__version__},
             written_by={"world": world.size, "zero_stage": config.engine.zero_stage},
@@ -174,36 +148,16 @@ class Run:
         self._record("done")
         self.say(f"done: {self.state.step} steps in {self.config.run}")
 
-    def _build_model(self) -> None:
-        """The engine with its fp32 masters at the exact initial weights, and the averages beside them."""
-        config = self.config
-        model = dit.build(config.model, config.seed)
-        initial = {
-            name: p.detach().clone().flatten() for name, p in model.named_parameters() if p.requires_grad
-        }
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        self.attention_backend = model.attention_backend
-        self.engine = Engine(model, config.engine, config.optimizer, self.world, self.plan)
-        if config.engine.compile_blocks:
-            model.compile_blocks()
-        # DeepSpeed makes its masters from weights that are bf16 already.
-        checkpoints.fill(
-            self.engine.owned, [MASTER], lambda _, name, start, n: initial[name][start : start + n]
-        )
-        self.engine.publish_masters()
-        self.ema = Ema(config.ema, self.engine.owned)
-        self.ema.start()
-
     def _fill(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Read what this rank owns. No collectives: a rank that cannot read must not keep others waiting."""
         old, new = restored_kinds(self.config, checkpoint, self._notes.append)
-        owned = self.engine.owned
+        owned = self.step.engine.owned
         checkpoints.fill(owned, (*OPTIMIZER_KINDS, *old), checkpoint.read)
         checkpoints.fill(owned, new, lambda _, *extent: checkpoint.read(MASTER, *extent))
 
     def _go_on_from(self, checkpoint: checkpoints.Checkpoint) -> None:
-        self.engine.publish_masters()
-        self.engine.set_optimizer_step(checkpoint.manifest.step)
+        self.step.engine.publish_masters()
+        self.step.engine.set_optimizer_step(checkpoint.manifest.step)
         self.state = RunState(checkpoint.manifest.step, checkpoint.manifest.pending_metrics)
 
     def _record(self, event: str, **details: object) -> None:
@@ -216,7 +170,7 @@ class Run:
             self.say(note)
         self.say(
             f"{config.model.name} at {config.model.image_size} px, {config.engine.precision}, "
-            f"ZeRO-{config.engine.zero_stage}, attention {self.attention_backend}, on {plan.world} x "
+            f"ZeRO-{config.engine.zero_stage}, attention {self.step.attention_backend}, on {plan.world} x "
             f"{self.world.device.type}: {plan.global_batch} samples per step in {plan.micro_steps} "
             f"micro-steps of {plan.micro_batch} per process"
         )
@@ -226,6 +180,7 @@ class Run:
             "start",
             resumed=resumed,
             world=plan.world,
-            attention=self.attention_backend,
+            attention=self.step.attention_backend,
             ema=[ema_kind(profile.name) for profile in config.ema],
+            notes=self._notes,
         )

@@ -75,7 +75,7 @@ def begin_attempt(config: TrainConfig) -> int:
     """Claim the next attempt number and write the resolved configuration (rank 0 alone)."""
     folder = Path(config.run)
     storage = open_storage(folder)
-    numbers = [int(Path(key).stem) for key, _ in storage.list("attempts/")]
+    numbers = [int(Path(key).stem) for key, _ in storage.list("attempts/") if Path(key).stem.isdigit()]
     attempt = max(numbers, default=0) + 1
     if not storage.write_new(f"attempts/{attempt:04d}.json", json.dumps({"attempt": attempt}).encode()):
         raise ConfigError(f"{folder}: another process has just started attempt {attempt} of this run")

@@ -106,9 +106,9 @@ def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndar
     found: dict[tuple[str, int], np.ndarray] = {}
 
     def keep(run: loop.Run) -> None:
-        for partition in run.engine.owned:
+        for partition in run.step.engine.owned:
             master = partition.buffers[engine.MASTER]
-            momentum = run.engine._optimizer.state[master]["momentum_buffer"]
+            momentum = run.step.engine._optimizer.state[master]["momentum_buffer"]
             for extent in partition.extents:
                 piece = momentum[extent.offset : extent.offset + extent.length]
                 found[extent.parameter, extent.start] = piece.numpy().copy()

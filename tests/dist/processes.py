@@ -11,7 +11,6 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 TIMEOUT_S = 120.0
@@ -20,7 +19,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.dist.preload"])
 
 
-def start(world: int, job: Callable[..., Any], *args: Any) -> tuple[list[BaseProcess], Any]:
+def start(world: int, job: Callable[..., Any], *args: Any) -> tuple[list[Any], Any]:
     """Start `job(*args)` in every rank; returns the processes and the queue of (rank, error, result)."""
     answers = _context.Queue()
     port = free_port()

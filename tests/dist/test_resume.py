@@ -1,5 +1,6 @@
 """A run that is killed goes on from its newest checkpoint, to the same bits at the same world size."""
 
+import json
 import os
 import signal
 import time
@@ -107,7 +108,7 @@ def test_sigterm_saves_at_a_step_boundary_and_asks_to_be_requeued(
 
 
 def test_damaged_checkpoint_is_passed_over(
-    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path
 ) -> None:
     config = config_of(tmp_path, data)
     assert run(WORLD, jobs.train, config) == [0, 0]
@@ -119,9 +120,10 @@ def test_damaged_checkpoint_is_passed_over(
     victim.write_bytes(damaged)
     assert run(WORLD, jobs.train, config) == [0, 0]
     assert final_files(config) == whole
-    said = capfd.readouterr().err
-    assert f"passing over checkpoint {newest.name}" in said
-    assert "rank-00001.safetensors" in said
+    events = [json.loads(line) for line in (Path(config.run) / "events.jsonl").read_text().splitlines()]
+    (note,) = [event for event in events if event["event"] == "start"][-1]["notes"]
+    assert f"passing over checkpoint {newest.name}" in note
+    assert "rank-00001.safetensors" in note
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -274,9 +274,9 @@ def train_without_waiting(config: TrainConfig) -> int:
     first = config.log.every_steps
     log = loop.Run.log
 
-    def watched_log(run: loop.Run, lr: float) -> None:
+    def watched_log(run: loop.Run) -> None:
         torch.cuda.set_sync_debug_mode("default")
-        log(run, lr)
+        log(run)
         if run.state.step == first:
             torch.cuda.set_sync_debug_mode("error")
             with pytest.raises(RuntimeError, match="synchronizing"):

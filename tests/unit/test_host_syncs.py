@@ -73,10 +73,10 @@ class Watch:
         self.autocast: Counter[Place] = Counter()
         self.operators: Counter[str] = Counter()
 
-    def log(self, original: Any, run: loop.Run, lr: float) -> None:
+    def log(self, original: Any, run: loop.Run) -> None:
         """Takes the place of `Run.log`: the log point itself may read."""
         self.on = False
-        original(run, lr)
+        original(run)
         self.on = run.state.step == LOG_EVERY
 
 
@@ -130,7 +130,7 @@ def watch_training(config: TrainConfig) -> Watch:
     """Train in this process and say what was counted."""
     watch = Watch()
     original = loop.Run.log
-    with patch.object(loop.Run, "log", lambda run, lr: watch.log(original, run, lr)):
+    with patch.object(loop.Run, "log", lambda run: watch.log(original, run)):
         with Operators(watch), Calls(watch):
             loop.train(config)
     return watch

@@ -104,7 +104,7 @@ def test_wandb_offline_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for sink in sinks:
         sink.close()
     wandb.teardown()  # waits for wandb's own process, which writes the file, as the end of a run does
-    (written,) = (folder / "wandb").glob("offline-run-*/run-my_run.wandb")
+    (written,) = (folder / "wandb").glob("offline-run-*/run-runs-dit_xl2_256.wandb")
     data = written.read_bytes()
     assert b"loss" in data
     assert b"0.123456789" in data
