@@ -189,8 +189,8 @@ def _sample(args: argparse.Namespace) -> int:
     here = Path(args.source)
     out = Path(args.out or (here / "samples" if here.is_dir() else "samples"))
     engine = EngineConfig(device=args.device, precision=args.precision, cpu_threads=args.threads)
-    sample(source, vae, labels, settings, out, engine)
-    print(f"{source.description}: {args.images} images in {out}/grid.png and {out}/samples.npz")
+    if sample(source, vae, labels, settings, out, engine):
+        print(f"{source.description}: {args.images} images in {out}/grid.png and {out}/samples.npz")
     return 0
 
 

@@ -102,10 +102,10 @@ def sample(
     settings: Settings,
     out: Path,
     engine: EngineConfig,
-) -> None:
+) -> bool:
     """Draw one image per label, spread over the processes; rank 0 writes grid.png and samples.npz.
 
-    Raises DitScaleError for what does not fit: weights, VAE, classes, respacing.
+    Returns whether this process is the one that wrote them. Raises DitScaleError for what does not fit: weights, VAE, classes, respacing.
     """
     bad = [label for label in labels if not 0 <= label < source.model.num_classes]
     if bad:
@@ -127,6 +127,7 @@ def sample(
             whole = np.concatenate(parts)
             write_npz(whole, np.asarray(labels), out / "samples.npz")
             write_grid(whole, out / "grid.png")
+        return world.is_first
     finally:
         dist.stop()
 

@@ -160,6 +160,9 @@ class DiskStorage(Storage):
         with _disk_errors(self, "delete", key), suppress(FileNotFoundError):
             path.unlink()
             _sync_folder(path.parent)
+            if path.parent != self.folder:
+                with suppress(OSError):  # holds more
+                    path.parent.rmdir()
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
