@@ -105,7 +105,8 @@ def sample(
 ) -> bool:
     """Draw one image per label, spread over the processes; rank 0 writes grid.png and samples.npz.
 
-    Returns whether this process is the one that wrote them. Raises DitScaleError for what does not fit: weights, VAE, classes, respacing.
+    Returns whether this process is the one that wrote them. Raises DitScaleError for what does not fit:
+    weights, VAE, classes, respacing.
     """
     bad = [label for label in labels if not 0 <= label < source.model.num_classes]
     if bad:
