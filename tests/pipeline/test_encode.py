@@ -28,6 +28,7 @@ pytestmark = pytest.mark.pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "data_pipeline/encode_latents.py"
+RAY = str(Path(sys.executable).with_name("ray"))
 CONFIG = """\
 image_size: 32
 shard_samples: 12
@@ -152,7 +153,7 @@ def cluster(s3_environment: dict[str, str]) -> Iterator[dict[str, str]]:
     environment = clean_environment(**s3_environment, RAY_USAGE_STATS_ENABLED="0")
     # Ray's sockets lie in its folder, and a socket's path must be short.
     temporary = Path("/tmp") / f"ray-{uuid.uuid4().hex[:8]}"
-    command = [shutil.which("ray") or "ray", "start", "--head", "--block", "--num-cpus=3"]
+    command = [RAY, "start", "--head", "--block", "--num-cpus=3"]
     command += ["--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}"]
     head = subprocess.Popen(
@@ -323,7 +324,7 @@ def test_two_encoders_on_a_cluster_one_of_them_killed_write_the_same_bytes_to_s3
 def test_a_submitted_job_writes_the_same_bytes(
     latents: Path, folder: Path, cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    submit = ["ray", "job", "submit", "--address", cluster["DASHBOARD"], "--working-dir", ".", "--"]
+    submit = [RAY, "job", "submit", "--address", cluster["DASHBOARD"], "--working-dir", ".", "--"]
     command = [*submit, "python", SCRIPT, *arguments(folder, tmp_path / "set")]
     environment = {name: value for name, value in cluster.items() if name != "RAY_ADDRESS"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
