@@ -41,6 +41,8 @@ MARK = f"dit-scale-test-{uuid.uuid4().hex}"
 
 def clean_environment(**changes: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
+    # a submitted job's `python` is looked up by the head
+    kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"
     return kept | {"DIT_SCALE_TEST": MARK, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | changes
 
 
@@ -327,7 +329,6 @@ def test_a_submitted_job_writes_the_same_bytes(
     submit = [RAY, "job", "submit", "--address", cluster["DASHBOARD"], "--working-dir", ".", "--"]
     command = [*submit, "python", SCRIPT, *arguments(folder, tmp_path / "set")]
     environment = {name: value for name, value in cluster.items() if name != "RAY_ADDRESS"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert_same_objects(tmp_path / "set", latents)
