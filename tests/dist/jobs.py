@@ -1,6 +1,7 @@
 """What the ranks of the tests run: real training, and one plain torch process as the reference."""
 
 import json
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -47,6 +48,26 @@ def train(config: TrainConfig, random_start: bool = False) -> int:
     if not random_start:
         return loop.train(config)
     with patch.object(dit, "initialise_weights", randomise):
+        return loop.train(config)
+
+
+def hold_file(config: TrainConfig) -> Path:
+    return Path(config.run) / "hold"
+
+
+def train_and_hold(config: TrainConfig, step: int) -> int:
+    """One rank of a training run that waits behind the log point of a step while the hold file is there.
+
+    So a signal from outside finds every rank where the test wants it, however busy the machine is.
+    """
+    log = loop.Run.log
+
+    def log_and_hold(run: loop.Run) -> None:
+        log(run)
+        while run.state.step == step and hold_file(config).exists():
+            time.sleep(0.01)
+
+    with patch.object(loop.Run, "log", log_and_hold):
         return loop.train(config)
 
 

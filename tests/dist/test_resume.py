@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,12 +54,15 @@ def final_files(config: TrainConfig) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob("rank-*.safetensors"))]
 
 
-def wait_for_step(config: TrainConfig, step: int) -> None:
+def start_and_hold(config: TrainConfig, step: int) -> tuple[list[Any], Any]:
+    """Start a run, and return when it stands behind this step."""
+    jobs.hold_file(config).touch()
+    ranks, answers = start(WORLD, jobs.train_and_hold, config, step)
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         if (Path(config.run) / "metrics.jsonl").exists() and len(jobs.losses_so_far(config)) >= step:
-            return
-        time.sleep(0.005)
+            return ranks, answers
+        time.sleep(0.01)
     raise AssertionError(f"no step {step} within {TIMEOUT_S} s")
 
 
@@ -78,13 +82,11 @@ def test_killed_and_resumed_gives_the_same_bits(
     stage, uninterrupted = straight
     config = config_of(tmp_path, data, stage)
     for kill_at, victim in ((5, 1), (9, 0)):
-        ranks, _ = start(WORLD, jobs.train, config)
-        wait_for_step(config, kill_at)
+        ranks, _ = start_and_hold(config, kill_at)
         for process in (ranks[victim], ranks[1 - victim]):
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
             process.join()
-        assert len(jobs.losses_so_far(config)) < STEPS, "killed too late to show anything"
     assert run(WORLD, jobs.train, config) == [0, 0]
     assert final_files(config) == final_files(uninterrupted)
     assert jobs.losses(config) == jobs.losses(uninterrupted)
@@ -95,10 +97,10 @@ def test_sigterm_saves_at_a_step_boundary_and_asks_to_be_requeued(
 ) -> None:
     stage, uninterrupted = straight
     config = config_of(tmp_path, data, stage)
-    ranks, answers = start(WORLD, jobs.train, config)
-    wait_for_step(config, 2)
+    ranks, answers = start_and_hold(config, 2)
     assert ranks[1].pid is not None
     os.kill(ranks[1].pid, signal.SIGTERM)
+    jobs.hold_file(config).unlink()
     assert [answers.get(timeout=TIMEOUT_S)[1:] for _ in range(WORLD)] == [(None, 75)] * WORLD
     for process in ranks:
         process.join()
