@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -317,3 +318,10 @@ def test_a_recipe_has_its_command_in_the_header(path: Path) -> None:
     assert header, "expected a comment at the top"
     assert f"configs/{path.name}" in header[0]
     assert re.search(r"dit-scale |dit_scale\.cli |encode_latents\.py", header[0])
+
+
+def test_pytest_enters_every_folder_of_tests(request: pytest.FixtureRequest) -> None:
+    left_out = request.config.getini("norecursedirs")
+    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {"dist", "pipeline", "unit"} <= folders
+    assert not [name for name in folders if any(fnmatch(name, pattern) for pattern in left_out)]
