@@ -50,8 +50,16 @@ class DataConfig(Section):
     """Draw the mirrored view half of the time (both views are stored encoded)."""
     cache_dir: str = "~/.cache/dit_scale/shards"
     """Folder on the node's own disk that keeps shards of a remote data set."""
+    cache_bytes: int = Field(0, ge=0)
+    """Most bytes that shards may take in `cache_dir`; 0 sets no limit."""
+    window_shards: int = Field(0, ge=0)
+    """Shards whose samples are mixed at a time, for caches smaller than the data set; 0 mixes all of it."""
     prefetch_batches: int = Field(4, ge=1)
     """Micro-batches read ahead of the training step."""
+    deadline_s: float = Field(300.0, gt=0, lt=600)
+    """Longest wait for a micro-batch; then the process stops, before its peers give up on it (600 s)."""
+    damaged: Literal["stop", "quarantine"] = "stop"
+    """What to do about a sample whose checksum stays wrong: stop, or replace it and write it down."""
 
 
 class DiffusionConfig(Section):
@@ -90,7 +98,9 @@ class EngineConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations; masters, moments, EMA and gradient sums are always fp32."""
     micro_batch: int = Field(32, gt=0)
-    """Samples per process in one forward pass; the global batch is reached by accumulation."""
+    """Most samples per process in one forward pass; the global batch is reached by accumulation."""
+    memory_gib: float = Field(0.0, ge=0)
+    """Memory of a device to plan for: the micro-batch shrinks until it fits; 0 does not look at it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; `auto` takes CUDA when there is one."""
     compile_blocks: bool = False
@@ -132,14 +142,33 @@ class EmaProfile(Section):
 
 
 class CheckpointConfig(Section):
-    """When the run is saved and what is kept."""
+    """When the run is saved, where, and what is kept."""
 
+    url: str = ""
+    """Folder or s3:// prefix of checkpoints and attempts, the same on all nodes; empty: the run's folder."""
     every_steps: int = Field(5000, gt=0)
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that stay."""
     keep_every_steps: int = Field(0, ge=0)
-    """Checkpoints at multiples of this stay for good; 0 keeps none so."""
+    """Of every so many steps the first checkpoint stays for good; 0 keeps none so."""
+    ema_every_steps: int = Field(0, ge=0)
+    """Steps between stored power-function averages, for `dit-scale ema reconstruct`; 0 stores none."""
+    deadline_s: float = Field(1800.0, gt=0)
+    """A save that takes longer has failed; the last one is waited for this long."""
+
+
+class GuardConfig(Section):
+    """What happens to a step whose loss or gradient cannot be right (docs/determinism.md)."""
+
+    spike_factor: float = Field(0.0, ge=0)
+    """A loss or gradient norm this many times its running mean is a failure; 0: only non-finite ones."""
+    horizon_steps: int = Field(100, ge=1)
+    """Steps over which the running means reach back; as many pass before spikes are judged."""
+    rollback_after: int = Field(10, ge=1)
+    """Failed steps in a row after which the run goes back to a checkpoint and leaves their samples out."""
+    max_rollbacks: int = Field(3, ge=0)
+    """Rollbacks to the same checkpoint before the run gives up."""
 
 
 class LogConfig(Section):
@@ -179,6 +208,7 @@ class TrainConfig(Section):
     ema: tuple[EmaProfile, ...] = (EmaProfile(name="paper", decay=0.9999),)
     """Moving averages kept beside the weights; the first is what samples use unless told otherwise."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from dit_scale import storage as storage_module
 from dit_scale.errors import StorageError
 from dit_scale.storage import DiskStorage, MissingKeyError, S3Storage, Storage, open_storage
+from dit_scale.storage import s3 as s3_module
 from tests.s3 import BUCKET, s3_server
 
 
@@ -149,7 +149,7 @@ def test_disk_writes_are_synced_before_they_are_seen(tmp_path: Path, monkeypatch
 
 def test_a_writer_in_progress_is_not_listed(tmp_path: Path) -> None:
     disk = DiskStorage(tmp_path)
-    with disk._temporary(tmp_path / "key", b"half"):
+    with disk._temporary(tmp_path / "key", [memoryview(b"half")]):
         assert disk.list() == []
 
 
@@ -182,7 +182,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[_FaultyS3], S
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setattr(storage_module, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(s3_module, "FIRST_PAUSE_S", 0.001)
     remote = S3Storage("bucket", "")
     yield handler, remote
     server.shutdown()
@@ -209,7 +209,7 @@ def test_s3_mistakes_are_named(s3: S3Storage, monkeypatch: pytest.MonkeyPatch, t
     absent = S3Storage("no-such-bucket", "")
     with pytest.raises(StorageError, match="there is no bucket 'no-such-bucket'"):
         absent.write("key", b"x")
-    monkeypatch.setattr(storage_module, "ATTEMPTS", 1)
+    monkeypatch.setattr(s3_module, "ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     unreachable = S3Storage(BUCKET, "")
     with pytest.raises(StorageError, match="no answer from the S3 server; check AWS_ENDPOINT_URL"):

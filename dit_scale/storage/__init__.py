@@ -1,0 +1,31 @@
+"""The one door to folders and S3: objects under keys, written whole, never half.
+
+    storage = open_storage("s3://bucket/imagenet256")    # or a folder, or file:///folder
+    storage.write("dataset.json", data)
+
+Keys are relative to the url, use "/" and cannot leave it. A write is seen completely or not at all.
+`disk` and `s3` have the two kinds; boto3 is imported in `s3` alone.
+"""
+
+from pathlib import Path
+
+from dit_scale.errors import StorageError
+from dit_scale.storage.base import MissingKeyError, Storage
+from dit_scale.storage.disk import DiskStorage
+from dit_scale.storage.s3 import S3Storage
+
+__all__ = ["DiskStorage", "MissingKeyError", "S3Storage", "Storage", "open_storage"]
+
+
+def open_storage(url: str | Path) -> Storage:
+    """The storage behind a folder's path, `file:///folder` or `s3://bucket/prefix`; touches nothing yet."""
+    text = str(url)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return DiskStorage(Path(text).expanduser())
+    if scheme == "file" and rest.startswith("/"):
+        return DiskStorage(Path(rest))
+    if scheme == "s3" and rest.strip("/"):
+        bucket, _, prefix = rest.partition("/")
+        return S3Storage(bucket, prefix.strip("/"))
+    raise StorageError(f"cannot open {text!r}: expected a folder, file:///folder or s3://bucket/prefix")

@@ -1,0 +1,152 @@
+"""A folder on a local or shared file system."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dit_scale.errors import StorageError
+from dit_scale.storage.base import MissingKeyError, Storage, check_key, whole
+
+
+class DiskStorage(Storage):
+    """A folder on a local or shared file system."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(os.path.abspath(folder))
+        self.url = str(self.folder)
+
+    def read(self, key: str) -> bytes:
+        with _disk_errors(self, "read", key):
+            return self._path(key).read_bytes()
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        with _disk_errors(self, "read", key), open(self._path(key), "rb") as file:
+            file.seek(start)
+            data = file.read(length)
+        whole(len(data), length, f"{self.url}/{key} at {start}")
+        return data
+
+    def write(self, key: str, data: bytes) -> None:
+        self.write_stream(key, [memoryview(data)], len(data))
+
+    def write_stream(self, key: str, chunks: Iterable[memoryview], size: int) -> None:
+        path = self._path(key)
+        with _disk_errors(self, "write", key), self._temporary(path, chunks) as tmp:
+            whole(tmp.stat().st_size, size, f"{self.url}/{key}")
+            os.replace(tmp, path)
+            _sync_folder(path.parent)
+
+    def write_new(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        with _disk_errors(self, "write", key), self._temporary(path, [memoryview(data)]) as tmp:
+            try:
+                os.link(tmp, path)
+            except FileExistsError:
+                # NFS may repeat a link() that had succeeded: then our own file has two names.
+                if tmp.stat().st_nlink != 2:
+                    return False
+            _sync_folder(path.parent)
+            return True
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def size(self, key: str) -> int:
+        with _disk_errors(self, "read", key):
+            return self._path(key).stat().st_size
+
+    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        top = self.folder / check_key(prefix.rpartition("/")[0]) if "/" in prefix else self.folder
+        found: list[tuple[str, int]] = []
+        if not top.is_dir():
+            return found
+        with _disk_errors(self, "list", prefix):
+            for folder, _, names in os.walk(top, onerror=_raise, followlinks=True):
+                for name in names:
+                    path = os.path.join(folder, name)
+                    key = os.path.relpath(path, self.folder)
+                    if key.startswith(prefix) and not _is_temporary(name):
+                        with suppress(FileNotFoundError):  # deleted since, or a dangling link
+                            found.append((key, os.stat(path).st_size))
+        return sorted(found)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with _disk_errors(self, "delete", key), suppress(FileNotFoundError):
+            path.unlink()
+            _sync_folder(path.parent)
+            if path.parent != self.folder:
+                with suppress(OSError):  # holds more
+                    path.parent.rmdir()
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / check_key(key)
+
+    @contextmanager
+    def _temporary(self, path: Path, chunks: Iterable[memoryview]) -> Iterator[Path]:
+        """A synced file with these pieces beside `path`, gone afterwards unless it was renamed."""
+        _make_folder(path.parent)
+        tmp = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+        try:
+            with open(tmp, "xb", buffering=0) as file:
+                for chunk in chunks:
+                    _write_all(file.fileno(), chunk)
+                os.fsync(file.fileno())
+                # Whoever reads it back sees what the device holds, and it takes no memory from others.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            yield tmp
+        finally:
+            tmp.unlink(missing_ok=True)
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _disk_errors(storage: Storage, verb: str, key: str) -> Iterator[None]:
+    where = f"{storage.url}/{key}"
+    try:
+        yield
+    except FileNotFoundError:
+        raise MissingKeyError(f"cannot {verb} {where}: there is nothing") from None
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "; free some space, what was written before is intact",
+            errno.EDQUOT: "; the quota is used up, what was written before is intact",
+            errno.EACCES: "; check the owner and the mode of the folder",
+            errno.EROFS: "; choose a folder that can be written",
+            errno.EPERM: "; if this file system has no hard links, choose another or s3://",
+            errno.ENOTSUP: "; if this file system has no hard links, choose another or s3://",
+        }.get(error.errno or 0, "")
+        raise StorageError(f"cannot {verb} {where}: {error.strerror}{advice}") from error
