@@ -51,6 +51,7 @@ DOORS = {
 
 WITHOUT_TORCH = (
     "dit_scale.errors",
+    "dit_scale.cli",
     "dit_scale.config",
     "dit_scale.storage",
     "dit_scale.data.order",
@@ -165,8 +166,9 @@ def test_nobody_imports_the_loop_or_the_command_line() -> None:
         for name, path in MODULES.items()
         for entry in imports_of(path)
         if within(entry.name, ("dit_scale.train.loop", "dit_scale.cli"))
+        and not (within(name, ("dit_scale.cli",)) and within(entry.name, ("dit_scale.cli",)))
     ]
-    assert found == [("dit_scale.cli", "dit_scale.train.loop", True)]
+    assert found == [("dit_scale.cli.train", "dit_scale.train.loop", True)]
 
 
 def test_the_library_does_not_know_its_programs() -> None:
@@ -176,8 +178,10 @@ def test_the_library_does_not_know_its_programs() -> None:
 
 
 def test_imports_have_no_cycle() -> None:
+    # `from package import module` in a package's own file asks for the package too; that alone is no cycle.
     graph = {
-        name: {entry.name for entry in imports_of(path)} & set(MODULES) for name, path in MODULES.items()
+        name: ({entry.name for entry in imports_of(path)} & set(MODULES)) - {name}
+        for name, path in MODULES.items()
     }
     while leaves := [name for name, needs in graph.items() if not needs & set(graph)]:
         for name in leaves:

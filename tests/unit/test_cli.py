@@ -254,7 +254,7 @@ def test_a_launcher_that_says_half(
 
 
 def test_other_errors_are_bugs_and_show_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_models", lambda _: 1 / 0)
+    monkeypatch.setattr(cli.models, "_run", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["models"])
 
@@ -265,7 +265,7 @@ def test_an_interrupt_is_said_quietly(
     def interrupt(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_models", interrupt)
+    monkeypatch.setattr(cli.models, "_run", interrupt)
     assert cli.main(["models"]) == 130
     assert capsys.readouterr().err == "dit-scale models: interrupted\n"
 

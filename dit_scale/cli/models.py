@@ -1,0 +1,20 @@
+"""`dit-scale models`: the table of all models."""
+
+import argparse
+from typing import Any
+
+from dit_scale.cli.arguments import command
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = command(commands, "models", _run, "table of all models: parameters and forward GMACs")
+    parser.add_argument("names", nargs="*", help="rows to show, for example DiT-XL/2 (default: all)")
+    parser.add_argument("--json", action="store_true", help="a list of objects, for machines")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from dit_scale.models.table import run
+
+    run(args.json, args.names or None)
+    return 0

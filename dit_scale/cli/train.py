@@ -1,0 +1,48 @@
+"""`dit-scale train`: train a model, or resume its training."""
+
+import argparse
+from typing import Any
+
+from dit_scale.cli.arguments import command, whole
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = command(
+        commands,
+        "train",
+        _run,
+        "train a model, or resume its training",
+        description="""Train a model, or go on from the newest checkpoint of its run.
+
+  one process          dit-scale train configs/demo.yaml
+  eight processes      deepspeed --num_gpus 8 --no_local_rank --module dit_scale.cli train CONFIG
+
+SIGTERM, SIGUSR1 or Ctrl-C: saves at the next step and leaves with code 75.""",
+    )
+    parser.add_argument("config", help="YAML file; configs/ has one for each recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=2e-4 steps=1000"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration, parameters, FLOPs and memory per device, and stop",
+    )
+    parser.add_argument(
+        "--world", type=whole(1), default=1, help="processes to plan for in --dry-run (default 1)"
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from dit_scale.config import TrainConfig, load
+
+    config = load(TrainConfig, args.config, args.overrides)
+    if args.dry_run:
+        from dit_scale.train import dry_run
+
+        dry_run.report(config, args.world)
+        return 0
+    from dit_scale.train.loop import train
+
+    return train(config)
