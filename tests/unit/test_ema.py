@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dit_scale.config import EmaProfile
 from dit_scale.train.ema import Ema, decay_at, ema_kind, power_gamma
@@ -102,14 +104,21 @@ def test_start_copies_the_masters() -> None:
         assert averages(partitions, profile).data_ptr() != partitions[0].buffers[MASTER].data_ptr()
 
 
-@pytest.mark.parametrize("split", [(1000, 1), (1, 1000), (333, 334, 334), (7, 64, 930), (1,) * 9 + (992,)])
-def test_how_it_is_split_does_not_show_in_a_bit(split: tuple[int, ...]) -> None:
-    steps = walk(20, sum(split))
-    whole, pieces = owned(sum(split)), owned(*split)
-    follow(whole, steps)
-    follow(pieces, steps)
+@given(st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=4), min_size=1, max_size=5))
+def test_sharded_averages_are_the_replicated_ones_to_the_bit(buffers_of_ranks: list[list[int]]) -> None:
+    total = sum(map(sum, buffers_of_ranks))
+    steps = walk(12, total)
+    replicated = owned(total)
+    follow(replicated, steps)
+    sharded: list[Partition] = []
+    start = 0
+    for sizes in buffers_of_ranks:
+        rank = owned(*sizes)
+        follow(rank, [values[start : start + sum(sizes)] for values in steps])
+        sharded += rank
+        start += sum(sizes)
     for profile in PROFILES:
-        assert torch.equal(averages(whole, profile), averages(pieces, profile))
+        assert torch.equal(averages(replicated, profile), averages(tuple(sharded), profile))
 
 
 def test_masters_are_left_alone() -> None:
