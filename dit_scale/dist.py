@@ -60,9 +60,9 @@ class World:
             raise problem
         return value  # type: ignore[return-value]
 
-    def begin_any(self, flag: bool) -> "AnyOf":
-        """Start asking whether any rank's flag is up; the answer is read later."""
-        vote = torch.tensor([int(flag)])
+    def begin_any(self, *flags: bool) -> "AnyOf":
+        """Start asking, of each flag, whether any rank has it up; the answers are read later."""
+        vote = torch.tensor([int(flag) for flag in flags])
         return AnyOf(vote, dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True))
 
     def barrier(self) -> None:
@@ -76,9 +76,10 @@ class AnyOf:
     vote: Tensor
     work: dist.Work
 
-    def result(self) -> bool:
+    def result(self) -> tuple[bool, ...]:
+        """One answer per flag, the same on all ranks."""
         self.work.wait()
-        return bool(self.vote.item())
+        return tuple(bool(flag) for flag in self.vote.tolist())
 
 
 def choose_device(name: str) -> torch.device:

@@ -31,3 +31,11 @@ class CheckpointError(DitScaleError):
 
 class DeviceError(DitScaleError):
     """A device or backend that was asked for and is not there."""
+
+
+class SupersededError(CheckpointError):
+    """A later attempt of the same run has begun: this one must not change anything any more."""
+
+
+class StabilityError(DitScaleError):
+    """Losses or gradients that stay wrong, also without the samples that they first went wrong with."""

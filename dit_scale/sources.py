@@ -1,9 +1,13 @@
-"""Where weights come from: a run, one of its checkpoints, an exported file, the published .pt.
+"""Where weights come from: a run, its checkpoints and stored averages, exported files, a published .pt.
 
 All end in a `Source`: the model's configuration and its fp32 state by the published names.
 """
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,10 +20,14 @@ from dit_scale.models import dit
 from dit_scale.models.dit import DiT
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.models.zoo import shape_of
-from dit_scale.storage import open_storage
-from dit_scale.train.checkpoint import MANIFEST, Checkpoint, committed
+from dit_scale.storage import Storage, open_storage
+from dit_scale.train import posthoc
+from dit_scale.train.attempts import committed
+from dit_scale.train.checkpoint import Checkpoint
 from dit_scale.train.ema import ema_kind
-from dit_scale.train.run import checkpoints_of
+from dit_scale.train.manifest import CHECKPOINTS, EMA, MANIFEST, is_name
+from dit_scale.train.posthoc import Profile
+from dit_scale.train.run import root_of_folder
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,19 @@ class Source:
     """The autoencoder that the run was configured with, when the source knows it."""
     vae_sha256: str | None = None
     """Of the weights of the autoencoder that made the latents, when the source knows it."""
+    details: Mapping[str, str] = field(default_factory=dict)
+    """What else an export says about where the weights came from."""
+
+
+@dataclass(frozen=True)
+class StoredAverage:
+    """A power-function average that a run holds."""
+
+    checkpoint: Checkpoint
+    """Of all state, or of averages alone."""
+    name: str
+    """Of its profile in the run's configuration."""
+    profile: Profile
 
 
 def open_source(path: str, ema: str | None = None, model: ModelConfig | None = None) -> Source:
@@ -42,40 +63,57 @@ def open_source(path: str, ema: str | None = None, model: ModelConfig | None = N
     `ema` names the profile (the first of the configuration if None). `model` says what a bare weights
     file is of; exported files say it themselves. Raises CheckpointError, WeightsError or ConfigError.
     """
-    place = Path(path)
-    if place.is_file():
-        return _from_file(place, model)
-    if (place / MANIFEST).is_file():
-        return _from_checkpoint(Checkpoint(open_storage(place.parent), place.name), ema)
-    if (place / "config.yaml").is_file():
-        storage = open_storage(checkpoints_of(place))
-        names = committed(storage)
+    if Path(path).is_file():
+        return _from_file(Path(path), model)
+    newest = checkpoints_at(path)[0][1]
+    return _from_checkpoint(newest(), ema)
+
+
+def checkpoints_at(path: str) -> list[tuple[str, Callable[[], Checkpoint]]]:
+    """The checkpoints of a run's folder, newest first, or the one in a checkpoint's folder, to be opened.
+
+    A checkpoint's folder may be an s3:// url. Raises CheckpointError where there is none.
+    """
+    above, _, name = path.rstrip("/").rpartition("/")
+    if is_name(name) and open_storage(above or ".").exists(f"{name}/{MANIFEST}"):
+        return [(path, lambda: Checkpoint(open_storage(above or "."), name))]
+    if (Path(path) / "config.yaml").is_file():
+        root = root_of_folder(path)
+        names = committed(root)
         if not names:
             raise CheckpointError(f"{path} has no committed checkpoint yet")
-        return _from_checkpoint(Checkpoint(storage, names[0]), ema)
+        return [(name, partial(Checkpoint, root, name)) for name in names]
     raise WeightsError(
         f"{path}: expected a run's folder, a checkpoint's folder, or a .safetensors or .pt file of weights"
     )
 
 
 def _from_checkpoint(checkpoint: Checkpoint, ema: str | None) -> Source:
-    config = checkpoint.config
-    shape = shape_of(config.model)
-    profile = ema or config.ema[0].name
+    profile = ema or checkpoint.config.ema[0].name
     if ema_kind(profile) not in checkpoint.kinds():
         held = sorted(kind.removeprefix("ema.") for kind in checkpoint.kinds() if kind.startswith("ema."))
         raise CheckpointError(f"{checkpoint} has no EMA profile {profile!r}; it has {', '.join(held)}")
+    return _of_run(checkpoint, checkpoint.read_whole(ema_kind(profile)), f"EMA {profile} of {checkpoint}")
+
+
+def _of_run(
+    checkpoint: Checkpoint,
+    trained: Mapping[str, Tensor],
+    description: str,
+    details: Mapping[str, str] | None = None,
+) -> Source:
+    """Of the tensors that a run trains; its configuration is the checkpoint's."""
+    config = checkpoint.config
+    shape = shape_of(config.model)
     return Source(
         model=config.model,
         # Checkpoints hold what is trained; the position embedding is a formula.
-        state={
-            "pos_embed": sincos_pos_embed(shape.width, shape.grid),
-            **checkpoint.read_whole(ema_kind(profile)),
-        },
-        description=f"EMA {profile} of {checkpoint}",
+        state={"pos_embed": sincos_pos_embed(shape.width, shape.grid), **trained},
+        description=description,
         timesteps=config.diffusion.timesteps,
         vae=config.data.vae,
         vae_sha256=checkpoint.manifest.vae_sha256,
+        details=details or {},
     )
 
 
@@ -89,6 +127,59 @@ def _from_file(path: Path, model: ModelConfig | None) -> Source:
         timesteps=int(said.get("timesteps", 1000)),
         vae=said.get("vae"),
         vae_sha256=said.get("vae_sha256"),
+    )
+
+
+def stored_averages(root: Storage) -> tuple[list[StoredAverage], list[str]]:
+    """All power-function averages below a run's root, by step and width; and why others cannot be opened."""
+    found: dict[Profile, StoredAverage] = {}
+    problems = []
+    for path in (*committed(root, CHECKPOINTS), *committed(root, EMA)):
+        try:
+            checkpoint = Checkpoint(root, path)
+            known = checkpoint.config.ema
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for entry in known if checkpoint.manifest.step else ():
+            if entry.sigma_rel is not None and ema_kind(entry.name) in checkpoint.kinds():
+                profile = Profile(entry.sigma_rel, checkpoint.manifest.step)
+                found[profile] = StoredAverage(checkpoint, entry.name, profile)
+    return sorted(found.values(), key=lambda one: (one.profile.step, one.profile.sigma_rel)), problems
+
+
+def reconstruct(
+    stored: Sequence[StoredAverage],
+    target: Profile,
+    show: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> Source:
+    """The average of another width, from those stored up to its step (`dit_scale.train.posthoc`).
+
+    One parameter at a time: the result is the only model in memory. `show`
+    passes on the parameters' names, to tell how far it is. Raises CheckpointError when the stored averages
+    do not give it well enough, or one of them is damaged.
+    """
+    fit = posthoc.fit([average.profile for average in stored], target)
+    used = [(average, weight) for average, weight in zip(stored, fit.weights, strict=True) if weight]
+    newest = used[-1][0].checkpoint
+    trained = {}
+    for parameter in show(newest.manifest.model_shapes):
+        shape = newest.manifest.model_shapes[parameter]
+        total = torch.zeros(math.prod(shape), dtype=torch.float64)
+        for average, weight in used:
+            values = average.checkpoint.read(ema_kind(average.name), parameter, 0, len(total))
+            total.add_(values, alpha=weight)
+        trained[parameter] = total.float().reshape(shape)
+    parts = [
+        {"checkpoint": str(average.checkpoint), "profile": average.name, "weight": weight}
+        for average, weight in used
+    ]
+    return _of_run(
+        newest,
+        trained,
+        f"EMA of sigma_rel {target.sigma_rel:g} at step {target.step}, rebuilt from {len(used)} stored "
+        f"averages of {newest.storage.url} (predicted error {fit.error:.2%})",
+        {"predicted_error": f"{fit.error:.2e}", "rebuilt_from": json.dumps(parts)},
     )
 
 
@@ -107,5 +198,6 @@ def export(source: Source, path: Path) -> None:
         "timesteps": str(source.timesteps),
         "vae": source.vae,
         "vae_sha256": source.vae_sha256,
+        **source.details,
     }
     weights.write(source.state, path, {key: value for key, value in metadata.items() if value is not None})

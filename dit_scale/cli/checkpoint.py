@@ -3,16 +3,20 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command
+from dit_scale.cli.arguments import command, weights_file, whole
 
 
 def add(commands: Any) -> None:
     """Declare the commands."""
-    parser = commands.add_parser("checkpoint", help="list or export the checkpoints of a run")
+    parser = commands.add_parser("checkpoint", help="list, verify, export, keep or prune a run's checkpoints")
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     listing = command(actions, "list", _list, "committed checkpoints of a run, newest first")
     listing.add_argument("run", help="the run's folder")
     listing.add_argument("--json", action="store_true", help="a list of objects, for machines")
+    verify = command(
+        actions, "verify", _verify, "read every byte and name what is damaged; code 1 if anything is"
+    )
+    verify.add_argument("source", help="run folder (all its checkpoints) or checkpoint folder")
     export = command(
         actions,
         "export",
@@ -20,26 +24,40 @@ def add(commands: Any) -> None:
         "write EMA weights as one safetensors file with the published names",
     )
     export.add_argument("source", help="run folder (its newest checkpoint) or checkpoint folder")
-    export.add_argument("out", help="the .safetensors file to write")
+    export.add_argument("out", type=weights_file, help="the .safetensors file to write")
     export.add_argument("--ema", default=None, help="EMA profile (default: the first of the run)")
+    keep = command(actions, "keep", _keep, "keep one checkpoint for good, whatever retention would do")
+    keep.add_argument("run", help="the run's folder")
+    keep.add_argument("name", help="as `checkpoint list` names it, for example 0000400000-0003")
+    prune = command(
+        actions,
+        "prune",
+        _prune,
+        "delete checkpoints that retention would not keep; says which, and deletes with --yes",
+        description="""Delete old checkpoints of a run that is not running.
+Says which would go; deletes them with --yes, after the newest was verified.""",
+    )
+    prune.add_argument("run", help="the run's folder")
+    prune.add_argument(
+        "--keep", type=whole(1), default=None, help="newest that stay (default: as configured)"
+    )
+    prune.add_argument("--yes", action="store_true", help="delete them")
 
 
 def _list(args: argparse.Namespace) -> int:
     import json
-    from pathlib import Path
 
-    from dit_scale.errors import CheckpointError, ConfigError
-    from dit_scale.storage import open_storage
-    from dit_scale.train.checkpoint import Checkpoint, committed
-    from dit_scale.train.run import checkpoints_of
+    from dit_scale.errors import CheckpointError
+    from dit_scale.train.attempts import committed
+    from dit_scale.train.checkpoint import Checkpoint
+    from dit_scale.train.run import root_of_folder
 
-    if not (Path(args.run) / "config.yaml").is_file():
-        raise ConfigError(f"{args.run}: expected a run's folder, with its config.yaml")
-    storage = open_storage(checkpoints_of(args.run))
+    root = root_of_folder(args.run)
     rows: list[dict[str, Any]] = []
-    for name in committed(storage):
+    for path in committed(root):
+        name = path.rpartition("/")[2]
         try:
-            found = Checkpoint(storage, name)
+            found = Checkpoint(root, path)
             rows.append({"name": name, "step": found.manifest.step, "bytes": found.bytes})
         except CheckpointError as error:
             rows.append({"name": name, "problem": str(error)})
@@ -55,6 +73,22 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(args: argparse.Namespace) -> int:
+    from dit_scale.errors import CheckpointError
+    from dit_scale.sources import checkpoints_at
+
+    damaged = False
+    for path, opened in checkpoints_at(args.source):
+        try:
+            checkpoint = opened()
+            checkpoint.verify()
+            print(f"{path}: whole, {checkpoint.bytes / 1e6:.1f} MB in {len(checkpoint.manifest.files)} files")
+        except CheckpointError as error:
+            damaged = True
+            print(f"{path}: {error}")
+    return int(damaged)
+
+
 def _export(args: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -63,4 +97,42 @@ def _export(args: argparse.Namespace) -> int:
     source = open_source(args.source, args.ema)
     export(source, Path(args.out))
     print(f"{source.description} -> {args.out}")
+    return 0
+
+
+def _keep(args: argparse.Namespace) -> int:
+    from dit_scale.errors import CheckpointError
+    from dit_scale.train.attempts import committed
+    from dit_scale.train.manifest import CHECKPOINTS
+    from dit_scale.train.retention import TAG
+    from dit_scale.train.run import root_of_folder
+
+    root = root_of_folder(args.run)
+    path = f"{CHECKPOINTS}/{args.name}"
+    if path not in committed(root):
+        raise CheckpointError(
+            f"{args.run} has no checkpoint {args.name}; `dit-scale checkpoint list` shows them"
+        )
+    root.write(f"{path}/{TAG}", b"")
+    print(f"{path} stays for good")
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from dit_scale.errors import CheckpointError
+    from dit_scale.train import attempts, retention
+    from dit_scale.train.checkpoint import Checkpoint
+    from dit_scale.train.run import config_of_folder, root_of_folder
+
+    config, root = config_of_folder(args.run).checkpoint, root_of_folder(args.run)
+    paths, current = attempts.committed(root), attempts.numbers(root)
+    if not paths:
+        raise CheckpointError(f"{args.run} has no committed checkpoint")
+    keep = args.keep or config.keep
+    gone = retention.superfluous(root, paths[0], keep, config.keep_every_steps)
+    for folder in gone:
+        print(f"{folder}: {'deleted' if args.yes else 'would be deleted'}")
+    if args.yes:
+        Checkpoint(root, paths[0]).verify()
+        retention.prune(root, current[-1] if current else 0, paths[0], keep, config.keep_every_steps)
     return 0

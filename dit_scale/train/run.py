@@ -1,24 +1,30 @@
 """A run's folder: what it is, whether this configuration may go on with it, and from where.
 
 <run>/config.yaml   the resolved configuration      <run>/metrics.jsonl   the record
-<run>/events.jsonl  the journal                     <run>/attempts/       one file per start
-<run>/checkpoints/  committed states                <run>/samples/        pictures
+<run>/events.jsonl  the journal                     <run>/samples/        pictures
+
+and below the root of its state, which is the same folder unless checkpoint.url names another:
+
+<root>/attempts/    one file per start              <root>/checkpoints/   committed states
+<root>/ema/         stored averages, for `dit-scale ema reconstruct`
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dit_scale.config import TrainConfig, dump
+from dit_scale.config import TrainConfig, load
 from dit_scale.data.shards import INFO_KEY, LatentDataset
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, ConfigError
-from dit_scale.storage import open_storage
-from dit_scale.train.checkpoint import Checkpoint, committed
+from dit_scale.storage import Storage, open_storage
+from dit_scale.train import attempts
+from dit_scale.train.attempts import Ranges
+from dit_scale.train.checkpoint import Checkpoint
 from dit_scale.train.ema import ema_kind
+from dit_scale.train.manifest import Manifest, step_and_attempt
 
 Say = Callable[[str], None]
 
@@ -28,12 +34,57 @@ class RunState:
     """What survives a restart beside the tensors."""
 
     step: int = 0
-    pending: tuple[tuple[float, ...], ...] = field(default=())
+    """Steps taken, the skipped ones among them."""
+    pending: tuple[tuple[float, ...], ...] = ()
+    """Rows of the steps since the last log point."""
+    guard: dict[str, float] | None = None
+    """None before the first step."""
+    skipped: tuple[int, ...] = ()
+    """Steps, counted from 1, whose update was left out."""
+    excluded: Ranges = ()
+    """Ranges of positions that the run leaves out."""
+    quarantined: dict[int, str] = field(default_factory=dict)
+    """Sample id => why it cannot be read."""
+
+    @classmethod
+    def of(cls, manifest: Manifest, excluded: Ranges) -> "RunState":
+        """As a checkpoint has it; `excluded` are the ranges left out since."""
+        return cls(
+            manifest.step,
+            manifest.pending_metrics,
+            manifest.guard,
+            manifest.skipped_steps,
+            merged((*manifest.excluded_positions, *excluded)),
+            dict(manifest.quarantined),
+        )
 
 
-def checkpoints_of(run: str | Path) -> str:
-    """Where a run keeps its checkpoints."""
-    return f"{str(run).rstrip('/')}/checkpoints"
+def merged(ranges: Ranges) -> Ranges:
+    """The same positions as sorted, disjoint, half-open ranges."""
+    out: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if out and low <= out[-1][1]:
+            out[-1] = (out[-1][0], max(high, out[-1][1]))
+        else:
+            out.append((low, high))
+    return tuple(out)
+
+
+def root_of(config: TrainConfig) -> Storage:
+    """Where the run keeps its attempts and checkpoints."""
+    return open_storage(config.checkpoint.url or config.run)
+
+
+def config_of_folder(run: str | Path) -> TrainConfig:
+    """The configuration in a run's folder. Raises ConfigError for any other folder."""
+    if not (Path(run) / "config.yaml").is_file():
+        raise ConfigError(f"{run}: expected a run's folder, with its config.yaml")
+    return load(TrainConfig, Path(run) / "config.yaml")
+
+
+def root_of_folder(run: str | Path) -> Storage:
+    """Where the run of this folder keeps its attempts and checkpoints; the folder may have moved."""
+    return open_storage(config_of_folder(run).checkpoint.url or run)
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
@@ -45,6 +96,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         "global_batch": tree["global_batch"],
         "model": model,
         "data.horizontal_flip": tree["data"]["horizontal_flip"],
+        "data.window_shards": tree["data"]["window_shards"],
         "diffusion": tree["diffusion"],
     }
 
@@ -71,43 +123,42 @@ def check_dataset(config: TrainConfig, dataset: LatentDataset) -> None:
         )
 
 
-def begin_attempt(config: TrainConfig) -> int:
-    """Claim the next attempt number and write the resolved configuration (rank 0 alone)."""
-    folder = Path(config.run)
-    storage = open_storage(folder)
-    numbers = [int(Path(key).stem) for key, _ in storage.list("attempts/") if Path(key).stem.isdigit()]
-    attempt = max(numbers, default=0) + 1
-    if not storage.write_new(f"attempts/{attempt:04d}.json", json.dumps({"attempt": attempt}).encode()):
-        raise ConfigError(f"{folder}: another process has just started attempt {attempt} of this run")
-    storage.write("config.yaml", dump(config).encode())
-    return attempt
-
-
 def find_checkpoint(
-    config: TrainConfig, data_sha256: str, world: World, fill: Callable[[Checkpoint], None], say: Say
+    config: TrainConfig,
+    data_sha256: str,
+    world: World,
+    fill: Callable[[Checkpoint], None],
+    say: Say,
+    at_most_step: int | None = None,
 ) -> Checkpoint | None:
     """Fill in the newest checkpoint that all ranks can read; None when the run has none.
 
-    A damaged one is named and passed over. Raises ConfigError when the run's folder belongs to another
-    configuration or data set, CheckpointError when no checkpoint can be read.
+    A damaged one is named and passed over, and so is one beyond `at_most_step`. Raises ConfigError when
+    the run belongs to another configuration or data set, CheckpointError when none can be read.
     """
-    storage = open_storage(checkpoints_of(config.run))
-    names = world.first_says(lambda: committed(storage))
-    for name in names:
-        problem = ""
+    root = root_of(config)
+    paths = world.first_says(lambda: attempts.committed(root))
+    if at_most_step is not None:
+        paths = [path for path in paths if step_and_attempt(path)[0] <= at_most_step]
+    for path in paths:
+        problem, digest = "", ""
         try:
-            checkpoint = Checkpoint(storage, name)
+            checkpoint = Checkpoint(root, path)
+            digest = hashlib.sha256(checkpoint.manifest.model_dump_json().encode()).hexdigest()
             _check_same_run(config, data_sha256, checkpoint)
             fill(checkpoint)
         except CheckpointError as error:
             problem = str(error)
-        problems = [text for text in world.gather(problem) if text]
+        answers = world.gather((problem, digest))
+        problems = [text for text, _ in answers if text]
+        if not problems and len({digest for _, digest in answers}) > 1:
+            problems = ["its manifest is not the same on all ranks"]
         if not problems:
             return checkpoint
-        say(f"passing over checkpoint {name}: {problems[0]}")
-    if names:
+        say(f"passing over checkpoint {path}: {problems[0]}")
+    if paths:
         raise CheckpointError(
-            f"{config.run}: none of its {len(names)} checkpoints can be read; start a new run"
+            f"{root.url}: none of its {len(paths)} checkpoints can be read; start a new run"
         )
     return None
 

@@ -1,0 +1,130 @@
+"""What a checkpoint says about itself: MANIFEST.json, the commit mark, and the names around it. No torch.
+
+    <root>/attempts/0003.json                                 one per start of the run: the chain
+    <root>/checkpoints/<step>-<attempt>/rank-00000.safetensors  what each rank owned, immutable
+    <root>/checkpoints/<step>-<attempt>/MANIFEST.json           written last
+    <root>/ema/<step>-<attempt>/...                             stored averages alone, in the same form
+
+docs/formats.md describes the files.
+"""
+
+import hashlib
+import json
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dit_scale.errors import CheckpointError, StorageError
+from dit_scale.storage import Storage
+
+FORMAT = "dit-scale checkpoint"
+FORMAT_VERSION = 2
+MANIFEST = "MANIFEST.json"
+CHECKPOINTS, EMA, ATTEMPTS = "checkpoints", "ema", "attempts"
+"""Folders below the root of a run's state."""
+
+_NAME = re.compile(r"(?:.*/)?(\d{10})-(\d{4,})")
+_SEAL = b',"sha256":"'
+
+
+class _Record(BaseModel):
+    # A later writer may add keys; what this version needs must be there and of the right kind.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
+
+
+class FileRecord(_Record):
+    """One rank's file; its header names the tensors and the checksums of their blocks."""
+
+    key: str
+    """Below the checkpoint's folder."""
+    bytes: int
+    header_bytes: int
+    """Of the safetensors header with the eight bytes of its length."""
+    header_sha256: str
+
+
+class Manifest(_Record):
+    """MANIFEST.json: which moment of which run this is, and the files that hold it."""
+
+    format: str = FORMAT
+    version: int = FORMAT_VERSION
+    step: int
+    """Steps taken, the skipped ones among them."""
+    samples: int
+    """step * global batch: how far the order of samples was consumed."""
+    attempt: int
+    config: dict[str, Any]
+    """The resolved configuration of the run that wrote this."""
+    data_sha256: str
+    """Of the latent data set's dataset.json."""
+    vae_sha256: str
+    """Of the weights of the autoencoder that made the latents."""
+    model_shapes: dict[str, tuple[int, ...]]
+    """Full shape of every trainable parameter."""
+    optimizer_groups: tuple[dict[str, Any], ...]
+    pending_metrics: tuple[tuple[float, ...], ...] = ()
+    """Rows of the steps since the last log point, so that the log goes on unbroken."""
+    guard: dict[str, float] = {}
+    """The running means that spikes are judged by, and the current streak of failures."""
+    skipped_steps: tuple[int, ...] = ()
+    """Steps, counted from 1, whose update was left out: AdamW has seen `step` minus these."""
+    excluded_positions: tuple[tuple[int, int], ...] = ()
+    """Half-open ranges of positions that the run leaves out since a rollback."""
+    quarantined: dict[int, str] = {}
+    """Sample id => why it cannot be read; it is replaced by the next one."""
+    versions: dict[str, str] = {}
+    written_by: dict[str, int] = {}
+    """World size and ZeRO stage of the writer; of interest to people only."""
+    files: tuple[FileRecord, ...] = ()
+
+
+def name_of(step: int, attempt: int) -> str:
+    """The folder of a checkpoint; names sort by step, then attempt."""
+    return f"{step:010d}-{attempt:04d}"
+
+
+def is_name(name: str) -> bool:
+    """Whether this is the name of a checkpoint, or a path to one."""
+    return _NAME.fullmatch(name) is not None
+
+
+def step_and_attempt(name: str) -> tuple[int, int]:
+    """What a checkpoint's name, or a path that ends in one, says."""
+    match = _NAME.fullmatch(name)
+    assert match, f"{name!r} is no checkpoint's name"
+    return int(match[1]), int(match[2])
+
+
+def sealed(tree: dict[str, Any]) -> bytes:
+    """JSON on one line whose last key is the SHA-256 of all bytes before it."""
+    body = json.dumps(tree, separators=(",", ":")).encode()[:-1]
+    return body + _seal(body)
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """The object in sealed JSON. Raises CheckpointError when a byte of it is not as it was written."""
+    body = data.rpartition(_SEAL)[0]
+    if not body or body + _seal(body) != data:
+        raise CheckpointError(f"{where} is damaged (its SHA-256 does not fit)")
+    tree: dict[str, Any] = json.loads(data)
+    return tree
+
+
+def read_manifest(storage: Storage, name: str) -> Manifest:
+    """The manifest of a checkpoint. Raises CheckpointError when it is missing, damaged or of another kind."""
+    where = f"{storage.url}/{name}/{MANIFEST}"
+    try:
+        tree = unseal(storage.read(f"{name}/{MANIFEST}"), where)
+        if (tree.get("format"), tree.get("version")) != (FORMAT, FORMAT_VERSION):
+            raise CheckpointError(
+                f"{where}: {tree.get('format')} version {tree.get('version')}, "
+                f"this program reads {FORMAT} version {FORMAT_VERSION}"
+            )
+        return Manifest.model_validate(tree)
+    except (ValidationError, StorageError) as error:
+        raise CheckpointError(f"{where} cannot be read: {error}") from None
+
+
+def _seal(body: bytes) -> bytes:
+    return _SEAL + hashlib.sha256(body).hexdigest().encode() + b'"}'

@@ -1,0 +1,173 @@
+"""One rank's file of a checkpoint: a safetensors file that carries the checksums of its own blocks. No torch.
+
+    <8 bytes: length of the header> <header: JSON> <tensors, one behind the other>
+
+A tensor is a run of elements of one flattened parameter: fp32, 1-D, named `<kind>/<parameter>@<start>`.
+The header's `__metadata__` has the CRC-32C of every block of every tensor; the manifest has the
+SHA-256 of the header. So every byte of the file is covered, and any range can be read and checked alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_scale.errors import CheckpointError, StorageError
+from dit_scale.storage import Storage
+from dit_scale.train.manifest import FileRecord
+
+BLOCK_BYTES = 4 * 2**20
+"""Bytes of a tensor under one checksum; a multiple of 4."""
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+"""As in the safetensors format: a longer one is damage."""
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a rank's file."""
+
+    kind: str
+    parameter: str
+    start: int
+    """First element within the flattened parameter."""
+    length: int
+    """Elements."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}/{self.parameter}@{self.start}"
+
+    @property
+    def bytes(self) -> int:
+        return 4 * self.length
+
+
+@dataclass(frozen=True)
+class StoredPiece(Piece):
+    """Where it lies, and what its blocks add up to."""
+
+    offset: int
+    """First byte within the file."""
+    crc32c: tuple[int, ...]
+    """Of every block of `BLOCK_BYTES`, the last one shorter."""
+
+
+def name_of_rank(rank: int) -> str:
+    """The file that a rank writes, below the checkpoint's folder."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write(storage: Storage, key: str, pieces: Sequence[tuple[Piece, Bytes]]) -> int:
+    """Put these pieces as one file, and return its size. Nothing is copied: the data may be shared memory."""
+    header = _header(pieces)
+    size = len(header) + sum(piece.bytes for piece, _ in pieces)
+    chunks = (block.data for _, data in pieces for block in blocks(data))
+    storage.write_stream(key, _chain(memoryview(header), chunks), size)
+    return size
+
+
+def describe(storage: Storage, folder: str, key: str) -> FileRecord:
+    """The record of a file for the manifest, from the file as it lies there."""
+    where = f"{folder}/{key}"
+    header = _read_header(storage, where)
+    return FileRecord(
+        key=key,
+        bytes=storage.size(where),
+        header_bytes=len(header),
+        header_sha256=hashlib.sha256(header).hexdigest(),
+    )
+
+
+def open_file(storage: Storage, folder: str, file: FileRecord) -> tuple[StoredPiece, ...]:
+    """The pieces of a file, its size and header checked. Raises CheckpointError that names the file."""
+    key = f"{folder}/{file.key}"
+    where = f"{storage.url}/{key}"
+    try:
+        size = storage.size(key)
+        if size != file.bytes:
+            raise CheckpointError(f"{where}: expected {file.bytes} bytes, got {size}")
+        header = storage.read_range(key, 0, file.header_bytes)
+    except StorageError as error:
+        raise CheckpointError(str(error)) from None
+    if hashlib.sha256(header).hexdigest() != file.header_sha256:
+        raise CheckpointError(f"{where}: its header is damaged (SHA-256)")
+    return tuple(_pieces(header))
+
+
+def read(storage: Storage, key: str, piece: StoredPiece, start: int, length: int) -> NDArray[np.float32]:
+    """Elements [start, start + length) of a piece, every block around them checked."""
+    first, last = 4 * start // BLOCK_BYTES, (4 * (start + length) - 1) // BLOCK_BYTES
+    begin, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, piece.bytes)
+    try:
+        data = storage.read_range(key, piece.offset + begin, end - begin)
+    except StorageError as error:
+        raise CheckpointError(f"{piece.kind} of {piece.parameter}: {error}") from None
+    got = np.frombuffer(data, np.uint8)
+    for block, crc, number in zip(
+        blocks(got), piece.crc32c[first : last + 1], range(first, last + 1), strict=True
+    ):
+        if google_crc32c.value(block) != crc:
+            low = piece.start + number * BLOCK_BYTES // 4
+            raise CheckpointError(
+                f"{storage.url}/{key}: {piece.kind} of {piece.parameter} is damaged "
+                f"(CRC-32C of elements {low} to {low + len(block) // 4})"
+            )
+    skip = start - begin // 4
+    return np.frombuffer(data, "<f4")[skip : skip + length]
+
+
+def verify(storage: Storage, folder: str, file: FileRecord) -> None:
+    """Read every byte of a file. Raises CheckpointError that names the file, and the tensor if it is one."""
+    for piece in open_file(storage, folder, file):
+        for start in range(0, piece.length, BLOCK_BYTES // 4):
+            read(storage, f"{folder}/{file.key}", piece, start, min(BLOCK_BYTES // 4, piece.length - start))
+
+
+def blocks(data: Bytes) -> Iterator[Bytes]:
+    """The runs of bytes that have a checksum each."""
+    return (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
+
+
+def _header(pieces: Sequence[tuple[Piece, Bytes]]) -> bytes:
+    tree: dict[str, object] = {}
+    checksums, offset = {}, 0
+    for piece, data in pieces:
+        end = offset + piece.bytes
+        tree[piece.name] = {"dtype": "F32", "shape": [piece.length], "data_offsets": [offset, end]}
+        checksums[piece.name] = [google_crc32c.value(block) for block in blocks(data)]
+        offset = end
+    metadata = {"crc32c": json.dumps(checksums, separators=(",", ":"))}
+    body = json.dumps({"__metadata__": metadata, **tree}, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)
+    return len(body).to_bytes(_LENGTH_BYTES, "little") + body
+
+
+def _read_header(storage: Storage, key: str) -> bytes:
+    length = storage.read_range(key, 0, _LENGTH_BYTES)
+    size = int.from_bytes(length, "little")
+    if size > _MAX_HEADER_BYTES:
+        raise CheckpointError(f"{storage.url}/{key}: its header is damaged (length {size})")
+    return length + storage.read_range(key, _LENGTH_BYTES, size)
+
+
+def _pieces(header: bytes) -> Iterator[StoredPiece]:
+    tree = json.loads(header[_LENGTH_BYTES:])
+    checksums = json.loads(tree.pop("__metadata__")["crc32c"])
+    for name, entry in tree.items():
+        kind, _, place = name.partition("/")
+        parameter, _, start = place.rpartition("@")
+        begin, end = entry["data_offsets"]
+        crcs = tuple(checksums[name])
+        yield StoredPiece(kind, parameter, int(start), (end - begin) // 4, len(header) + begin, crcs)
+
+
+def _chain(first: memoryview, rest: Iterable[memoryview]) -> Iterator[memoryview]:
+    yield first
+    yield from rest

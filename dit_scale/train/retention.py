@@ -1,0 +1,65 @@
+"""Which checkpoints stay, and how the others go. No torch."""
+
+from dit_scale.storage import Storage
+from dit_scale.train import attempts
+from dit_scale.train.manifest import CHECKPOINTS, EMA, MANIFEST, is_name, read_manifest, step_and_attempt
+
+TAG = "KEEP"
+"""An object of this name in a checkpoint's folder keeps it for good."""
+
+
+def kept(paths: list[str], keep: int, keep_every_steps: int) -> set[str]:
+    """Of checkpoints (newest first) the newest `keep`, and the first of every so many steps."""
+    stay = set(paths[:keep])
+    if keep_every_steps:
+        first = {step_and_attempt(path)[0] // keep_every_steps: path for path in paths}
+        stay |= {path for window, path in first.items() if window > 0}
+    return stay
+
+
+def superfluous(root: Storage, newest: str, keep: int, keep_every_steps: int) -> list[str]:
+    """Folders that do not stay.
+
+    It counts down from the path `newest`. What sorts above it does not count: the run has passed over it.
+    Folders below it that are no checkpoint, or none on the chain, are what kills and old attempts left
+    behind; they go too.
+    """
+    on_chain = [path for path in attempts.committed(root) if path <= newest]
+    stay = kept(on_chain, keep, keep_every_steps) | _tagged(root) | set(attempts.committed(root, EMA))
+    below = _folders(root, CHECKPOINTS, newest) | _folders(root, EMA, newest)
+    return sorted(below - stay)
+
+
+def prune(root: Storage, attempt: int, newest: str, keep: int, keep_every_steps: int) -> list[str]:
+    """Delete what does not stay, manifests first, and name it.
+
+    `newest` is a checkpoint whose files were read again; its manifest is read again here. Before each
+    delete the chain is asked: SupersededError, and nothing more goes, once a later attempt has begun.
+    """
+    read_manifest(root, newest)
+    gone = superfluous(root, newest, keep, keep_every_steps)
+    for folder in gone:
+        delete(root, attempt, folder)
+    return gone
+
+
+def delete(root: Storage, attempt: int, folder: str) -> None:
+    """Delete a checkpoint, manifest first. Raises SupersededError once a later attempt began."""
+    keys = sorted(
+        (key for key, _ in root.list(f"{folder}/")), key=lambda key: (not key.endswith(MANIFEST), key)
+    )
+    for key in keys:
+        attempts.check_current(root, attempt)
+        root.delete(key)
+
+
+def _folders(root: Storage, top: str, newest: str) -> set[str]:
+    """Folders under `top` whose names sort below that of `newest`."""
+    last = step_and_attempt(newest)
+    folders = {key.rsplit("/", 1)[0] for key, _ in root.list(f"{top}/")}
+    return {folder for folder in folders if is_name(folder) and step_and_attempt(folder) < last}
+
+
+def _tagged(root: Storage) -> set[str]:
+    ending = f"/{TAG}"
+    return {key.removesuffix(ending) for key, _ in root.list(f"{CHECKPOINTS}/") if key.endswith(ending)}

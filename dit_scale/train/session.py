@@ -1,0 +1,344 @@
+"""The objects of one run in this process, and the few things that the loop does with them.
+
+`begin` starts an attempt: it fills in the newest checkpoint, claims the next number, opens the record and
+the loader. A rollback begins another one in the same processes.
+"""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dit_scale import __version__
+from dit_scale.config import TrainConfig, dump
+from dit_scale.data.loader import Loader
+from dit_scale.data.order import positions_of
+from dit_scale.data.plan import batch_plan
+from dit_scale.data.shards import LatentDataset
+from dit_scale.dist import World
+from dit_scale.errors import CheckpointError, StabilityError
+from dit_scale.models.zoo import shape_of
+from dit_scale.storage import open_storage
+from dit_scale.telemetry.meters import COLUMNS, Meters, Row
+from dit_scale.telemetry.progress import StatusLine
+from dit_scale.telemetry.sinks import Journal, Sink, open_sinks
+from dit_scale.train import attempts, checkpoint
+from dit_scale.train.attempts import Attempt, Ranges
+from dit_scale.train.checkpoint import Checkpoint
+from dit_scale.train.ema import ema_kind
+from dit_scale.train.engine import MASTER, OPTIMIZER_KINDS
+from dit_scale.train.manifest import CHECKPOINTS, EMA, Manifest, name_of
+from dit_scale.train.memory import micro_batch_for
+from dit_scale.train.run import (
+    RunState,
+    check_dataset,
+    data_digest,
+    find_checkpoint,
+    merged,
+    restored_kinds,
+    root_of,
+)
+from dit_scale.train.saver import Outcome, Saver
+from dit_scale.train.step import TrainingStep
+
+RETRY_LAST_SAVE_S = 5.0
+
+
+class Session:
+    """Everything that a run needs in this process. Every public method is called by all ranks alike."""
+
+    def __init__(self, config: TrainConfig, world: World, stack: ExitStack) -> None:
+        self.config, self.world = config, world
+        dataset = LatentDataset.open(config.data.url, config.data.cache_dir)
+        check_dataset(config, dataset)
+        micro_batch = micro_batch_for(config, shape_of(config.model), world.size)
+        self.plan = batch_plan(config.global_batch, micro_batch, world.size)
+        self._dataset = dataset
+        self._data_sha256, self._vae_sha256 = data_digest(dataset), dataset.info.vae.weights_sha256
+        self._root = root_of(config)
+        self.state = RunState()
+        self.step = TrainingStep(config, world, self.plan, dataset.info.vae.scale)
+        self.saver = Saver(world, self._root.url, self.step.engine.owned, config.checkpoint)
+        stack.callback(self.saver.close)
+        self._attempt_stack = stack.enter_context(ExitStack())
+        self._rollbacks: dict[int, int] = {}
+
+    def begin(self, at_most_step: int | None = None, excluded: Ranges = ()) -> None:
+        """Start an attempt from the newest checkpoint (up to a step), or from nothing."""
+        config, notes = self.config, list[str]()
+        # A configuration that this run refuses must not count as an attempt or replace its config.yaml.
+        found = find_checkpoint(
+            config,
+            self._data_sha256,
+            self.world,
+            lambda checkpoint: self._fill(checkpoint, notes),
+            notes.append,
+            at_most_step,
+        )
+        self.attempt = self.world.first_says(lambda: self._claim(found, excluded))
+        self._go_on_from(found)
+        self._open(notes, resumed=found is not None)
+
+    def say(self, message: str) -> None:
+        self.status.say(message)
+
+    def keeps_failing(self) -> bool:
+        """Look at the steps since the last look, and name those that were skipped: waits for the device.
+
+        Whether too many in a row were, up to this one.
+        """
+        rows = self.meters.collect()
+        first = self.state.step - len(rows) + 1
+        for step, row in enumerate(rows, first):
+            if step > self._observed_step and row[-1]:
+                self._note_skipped(step, row)
+        self._observed_step = self.state.step
+        return self._failures() >= self.config.guard.rollback_after
+
+    def roll_back(self) -> None:
+        """Go back to before the steps that failed, and leave their positions out from now on.
+
+        Raises StabilityError when that has not helped before.
+        """
+        failures = self._failures()
+        before = self.state.step - failures
+        positions = self._positions(before, self.state.step)
+        excluded = merged((*self.state.excluded, *_ranges(positions)))
+        self._rollbacks[before] = self._rollbacks.get(before, 0) + 1
+        message = f"{failures} steps in a row failed, from step {before + 1} on"
+        if sum(self._rollbacks.values()) > self.config.guard.max_rollbacks:
+            raise StabilityError(
+                f"{self.config.run}: {message}, after {self.config.guard.max_rollbacks} rollbacks; lower "
+                "optimizer.lr or look at one of them with `dit-scale replay`"
+            )
+        self._report(self.saver.wait())
+        self._record("rollback", failed_steps=[before + 1, self.state.step], excluded_positions=excluded)
+        self.say(f"{message}: going back to a checkpoint before it, and on without its samples")
+        self._attempt_stack.close()
+        self.begin(before, excluded)
+
+    def has_found_damage(self) -> bool:
+        """Whether this rank's loader replaced a sample that the run does not know of yet."""
+        return not self.loader.quarantined.keys() <= self.state.quarantined.keys()
+
+    def note_damage(self) -> None:
+        """Make the samples that any rank had to replace known to all, and write them down."""
+        for found in self.world.gather(dict(self.loader.quarantined)):
+            for sample_id, reason in sorted(found.items()):
+                if sample_id not in self.state.quarantined:
+                    self.state.quarantined[sample_id] = reason
+                    self._record("quarantined", sample_id=sample_id, reason=reason)
+                    self.say(f"sample {sample_id} is replaced from now on: {reason}")
+
+    def log(self) -> None:
+        """Close the window of steps since the last log point and write it down."""
+        record = {
+            "samples": self.state.step * self.config.global_batch,
+            **self.meters.take(),
+            "lr": self.step.engine.hyper_parameters()[0]["lr"],
+        }
+        for sink in self._sinks:
+            sink.write(self.state.step, record)
+        self.status.report(self.state.step, record)
+
+    def save_is_due(self) -> bool:
+        """Whether this step, or one that passed while a save was in flight, asks for a save."""
+        every = (self.config.checkpoint.every_steps, self.config.checkpoint.ema_every_steps)
+        return not self.saver.in_flight and any(self._passed(steps) for steps in every)
+
+    def save(self) -> None:
+        """Begin to save this step. Training goes on; `follow_save` sees to the end of it."""
+        name = name_of(self.state.step, self.attempt.number)
+        profiles = self.config.ema
+        kinds = (*OPTIMIZER_KINDS, *(ema_kind(profile.name) for profile in profiles))
+        folders = {f"{CHECKPOINTS}/{name}": kinds}
+        if self._passed(self.config.checkpoint.ema_every_steps):
+            stored = tuple(ema_kind(profile.name) for profile in profiles if profile.sigma_rel is not None)
+            # before the checkpoint: a run that goes on from it has this average behind it
+            folders = {f"{EMA}/{name}": stored, **folders}
+        begin_s = time.monotonic()
+        self.saver.begin(self._manifest(), folders)
+        self._saved_step = self.state.step
+        self._record("save", stall_s=round(time.monotonic() - begin_s, 4))
+
+    def follow_save(self, any_at_work: bool, any_failed: bool) -> None:
+        """See how the save in flight is doing, given the vote of all ranks."""
+        self._report(self.saver.advance(any_at_work, any_failed))
+
+    def save_and_wait(self) -> None:
+        """Commit this step before going on; tried again until `checkpoint.deadline_s` has passed.
+
+        Raises CheckpointError, on all ranks, when it cannot be done.
+        """
+        self._report(self.saver.wait())
+        give_up_s = time.monotonic() + self.config.checkpoint.deadline_s
+        while self._committed_step != self.state.step:
+            self.save()
+            outcome = self.saver.wait()
+            self._report(outcome)
+            assert outcome is not None
+            if outcome.problem and self.world.first_says(lambda: time.monotonic() > give_up_s):
+                raise CheckpointError(f"{self._root.url}: the last save failed: {outcome.problem}")
+            if outcome.problem:
+                time.sleep(RETRY_LAST_SAVE_S)
+
+    def finish(self) -> None:
+        """The run is done: say where everything is."""
+        self._record("done")
+        self.say(f"done: {self.state.step} steps in {self.config.run}")
+
+    def _claim(self, found: Checkpoint | None, excluded: Ranges) -> Attempt:
+        """Begin the next attempt, and write the resolved configuration (rank 0 alone)."""
+        before = attempts.newest(self._root)
+        numbers = attempts.numbers(self._root)
+        attempt = Attempt(
+            numbers[-1] + 1 if numbers else 1,
+            found.name if found else None,
+            merged((*excluded, *(before.excluded_positions if before else ()))),
+        )
+        attempts.claim(self._root, attempt)
+        open_storage(self.config.run).write("config.yaml", dump(self.config).encode())
+        return attempt
+
+    def _fill(self, found: Checkpoint, notes: list[str]) -> None:
+        """Read what this rank owns. No collectives: a rank that cannot read must not keep others waiting."""
+        said = list[str]()
+        old, new = restored_kinds(self.config, found, said.append)
+        owned = self.step.engine.owned
+        checkpoint.fill(owned, (*OPTIMIZER_KINDS, *old), found.read)
+        checkpoint.fill(owned, new, lambda _, *extent: found.read(MASTER, *extent))
+        notes += said
+
+    def _go_on_from(self, found: Checkpoint | None) -> None:
+        excluded = self.attempt.excluded_positions
+        if found is None:
+            self.step.start()
+            self.state = RunState(excluded=excluded)
+        else:
+            self.state = RunState.of(found.manifest, excluded)
+            self.step.resume(found.manifest.guard)
+        self._observed_step = self._saved_step = self._committed_step = self.state.step
+
+    def _open(self, notes: list[str], resumed: bool) -> None:
+        """The record, the journal and the loader of this attempt."""
+        config, state, stack = self.config, self.state, self._attempt_stack
+        self.meters = Meters(config.global_batch, state.pending)
+        self.status = StatusLine(config.steps, state.step, shown=self.world.is_first)
+        stack.callback(self.status.close)
+        folder = Path(config.run)
+        self._sinks: list[Sink] = open_sinks(folder, config, state.step) if self.world.is_first else []
+        self._journal = Journal(folder / "events.jsonl") if self.world.is_first else None
+        for opened in (*self._sinks, *([self._journal] if self._journal else [])):
+            stack.callback(opened.close)
+        self.loader = Loader(
+            self._dataset,
+            config.data,
+            self.plan,
+            self.world.rank,
+            config.seed,
+            state.step,
+            state.excluded,
+            tuple(state.quarantined),
+        )
+        stack.callback(self.loader.close)
+        self._announce(notes, resumed)
+
+    def _announce(self, notes: list[str], resumed: bool) -> None:
+        plan, config = self.plan, self.config
+        for note in notes:
+            self.say(note)
+        self.say(
+            f"{config.model.name} at {config.model.image_size} px, {config.engine.precision}, "
+            f"ZeRO-{config.engine.zero_stage}, attention {self.step.attention_backend}, on {plan.world} x "
+            f"{self.world.device.type}: {plan.global_batch} samples per step in {plan.micro_steps} "
+            f"micro-steps of {plan.micro_batch} per process"
+        )
+        start = f"resumed at step {self.state.step}" if resumed else "a new run"
+        self.say(f"{config.run}: {start}, attempt {self.attempt.number}")
+        self._record(
+            "start",
+            resumed_from=self.attempt.resumed_from,
+            world=plan.world,
+            attention=self.step.attention_backend,
+            ema=[ema_kind(profile.name) for profile in config.ema],
+            excluded_positions=self.state.excluded,
+            notes=notes,
+        )
+
+    def _manifest(self) -> Manifest:
+        config, state = self.config, self.state
+        return Manifest(
+            step=state.step,
+            samples=state.step * config.global_batch,
+            attempt=self.attempt.number,
+            config=config.model_dump(mode="json"),
+            data_sha256=self._data_sha256,
+            vae_sha256=self._vae_sha256,
+            model_shapes=self.step.shapes,
+            optimizer_groups=self.step.engine.hyper_parameters(),
+            pending_metrics=self.meters.collect(),
+            guard=self.step.guard.state(),
+            skipped_steps=state.skipped,
+            excluded_positions=state.excluded,
+            quarantined=dict(state.quarantined),
+            versions={"dit_scale": __version__, "torch": torch.__version__},
+            written_by={"world": self.world.size, "zero_stage": config.engine.zero_stage},
+        )
+
+    def _passed(self, every_steps: int) -> bool:
+        """Whether a multiple of so many steps lies behind the last save."""
+        return every_steps > 0 and self.state.step // every_steps > self._saved_step // every_steps
+
+    def _report(self, outcome: Outcome | None) -> None:
+        """Say and write down how a save ended."""
+        if outcome is None:
+            return
+        name = name_of(outcome.manifest.step, outcome.manifest.attempt)
+        if outcome.problem:
+            self._record("save_failed", name=name, problem=outcome.problem)
+            self.say(f"ALARM: checkpoint {name} is not saved, training goes on: {outcome.problem}")
+            return
+        self._committed_step = outcome.manifest.step
+        self._record("checkpoint", name=name, dropped=outcome.dropped, seconds=round(outcome.seconds, 3))
+        if outcome.retention_problem:
+            self._record("retention_failed", name=name, problem=outcome.retention_problem)
+            self.say(f"ALARM: old checkpoints stay: {outcome.retention_problem}")
+
+    def _note_skipped(self, step: int, row: Row) -> None:
+        self.state.skipped = (*self.state.skipped, step)
+        positions = self._positions(step - 1, step)
+        self._record(
+            "skipped_step",
+            skipped_step=step,
+            **dict(zip(COLUMNS[:-1], map(str, row), strict=False)),
+            positions=_ranges(positions),
+            sample_ids=self.loader.sample_ids(step - 1).tolist(),
+        )
+        self.say(
+            f"step {step} is skipped: loss {row[0]:g}, gradient norm {row[3]:g}; its samples: events.jsonl"
+        )
+
+    def _failures(self) -> int:
+        """How many steps in a row were skipped, up to this one."""
+        count = 0
+        while self.state.step - count in self.state.skipped[-count - 1 :]:
+            count += 1
+        return count
+
+    def _positions(self, first_step: int, end_step: int) -> np.ndarray:
+        """The positions of these steps (counted from 0, the end not among them)."""
+        batch = self.config.global_batch
+        indices = np.arange(first_step * batch, end_step * batch, dtype=np.int64)
+        return positions_of(indices, self.state.excluded)
+
+    def _record(self, event: str, **details: object) -> None:
+        if self._journal:
+            self._journal.write(event, attempt=self.attempt.number, step=self.state.step, **details)
+
+
+def _ranges(positions: np.ndarray) -> Ranges:
+    """Ascending positions as half-open ranges."""
+    cuts = np.flatnonzero(np.diff(positions) != 1) + 1
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(positions, cuts))

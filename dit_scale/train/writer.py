@@ -1,0 +1,160 @@
+"""The process beside each rank that writes its part of a checkpoint while training goes on. No torch.
+
+Started by `dit_scale.train.saver`, which shares a memory file with it: there lies the snapshot. Requests
+and replies are lines of JSON on stdin and stdout.
+
+    {"do": "write", ...}    put this rank's files, read them again, answer when every block was right
+    {"do": "commit", ...}   on rank 0, when all have written: put the manifests, then let retention pass
+
+SIGTERM and Ctrl-C go to the ranks: they decide whether this save is still wanted. The writer ends with
+its rank: at the end of its input, or by the kernel when the rank was killed.
+"""
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import signal
+import sys
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from dit_scale.errors import CheckpointError, DitScaleError, SupersededError
+from dit_scale.storage import Storage, open_storage
+from dit_scale.train import attempts, rankfile, retention
+from dit_scale.train.manifest import CHECKPOINTS, MANIFEST, Manifest, sealed
+from dit_scale.train.rankfile import Bytes, Piece
+
+_PR_SET_PDEATHSIG = 1
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Source(_Message):
+    """A piece of the snapshot: one tensor, and where its bytes lie in the shared memory."""
+
+    kind: str
+    parameter: str
+    start: int
+    length: int
+    memory_offset: int
+    """Bytes."""
+
+
+class Write(_Message):
+    """Put a file of this rank into each folder, with the kinds that belong there."""
+
+    folders: dict[str, tuple[str, ...]]
+
+
+class Commit(_Message):
+    """Put the manifest of each folder, in this order, then let retention pass."""
+
+    folders: tuple[str, ...]
+    manifest: Manifest
+    world: int
+    keep: int
+    keep_every_steps: int
+
+
+class Reply(_Message):
+    """How it went."""
+
+    problem: str = ""
+    superseded: bool = False
+    dropped: tuple[str, ...] = ()
+    """Checkpoints that retention deleted."""
+    retention_problem: str = ""
+    """Why retention stopped; the checkpoint itself is committed."""
+
+
+def write(root: Storage, rank: int, memory: Bytes, sources: list[Source], request: Write) -> Reply:
+    """Put this rank's files and read them again. Raises CheckpointError or StorageError."""
+    for folder, kinds in request.folders.items():
+        pieces = [
+            (
+                Piece(s.kind, s.parameter, s.start, s.length),
+                memory[s.memory_offset : s.memory_offset + 4 * s.length],
+            )
+            for s in sources
+            if s.kind in kinds
+        ]
+        key = rankfile.name_of_rank(rank)
+        rankfile.write(root, f"{folder}/{key}", pieces)
+        rankfile.verify(root, folder, rankfile.describe(root, folder, key))
+    return Reply()
+
+
+def commit(root: Storage, request: Commit) -> Reply:
+    """Make the checkpoint exist, then delete what retention does not keep.
+
+    Raises SupersededError when a later attempt has begun, CheckpointError or StorageError otherwise.
+    """
+    for folder in request.folders:
+        keys = [rankfile.name_of_rank(rank) for rank in range(request.world)]
+        files = tuple(rankfile.describe(root, folder, key) for key in keys)
+        manifest = request.manifest.model_copy(update={"files": files})
+        put_manifest(root, folder, manifest)
+    newest = next(folder for folder in request.folders if folder.startswith(CHECKPOINTS))
+    try:
+        dropped = retention.prune(
+            root, request.manifest.attempt, newest, request.keep, request.keep_every_steps
+        )
+    except SupersededError:
+        raise
+    except DitScaleError as error:
+        return Reply(retention_problem=str(error))
+    return Reply(dropped=tuple(dropped))
+
+
+def put_manifest(root: Storage, folder: str, manifest: Manifest) -> None:
+    """Put the manifest, once: from here on the checkpoint exists."""
+    data = sealed(json.loads(manifest.model_dump_json()))
+    attempts.check_current(root, manifest.attempt)
+    if not root.write_new(f"{folder}/{MANIFEST}", data):
+        raise CheckpointError(
+            f"{root.url}/{folder} has a manifest already: another process writes to this run"
+        )
+
+
+def serve(root: Storage, rank: int, memory: Bytes, sources: list[Source]) -> None:
+    """Answer requests until the input ends."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if request["do"] == "write":
+                reply = write(root, rank, memory, sources, Write.model_validate(request))
+            else:
+                reply = commit(root, Commit.model_validate(request))
+        except (DitScaleError, OSError, MemoryError) as error:  # the rank decides what becomes of the run
+            reply = Reply(problem=str(error), superseded=isinstance(error, SupersededError))
+        print(reply.model_dump_json(), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Started by a rank of a training run, never by hand.")
+    for name in ("--rank", "--memory", "--memory-bytes", "--parent"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--root", required=True)
+    args = parser.parse_args()
+    _die_with(args.parent)
+    sources = [Source.model_validate(entry) for entry in json.loads(sys.stdin.readline())]
+    memory = np.frombuffer(mmap.mmap(args.memory, args.memory_bytes), np.uint8)
+    serve(open_storage(args.root), args.rank, memory, sources)
+
+
+def _die_with(parent: int) -> None:
+    """Signals are the rank's business; its death is ours."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was told
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
