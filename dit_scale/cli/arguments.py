@@ -28,3 +28,10 @@ def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def weights_file(text: str) -> str:
+    """Reads the name of a weights file to write."""
+    if not text.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .safetensors, got {text!r}")
+    return text

@@ -37,7 +37,7 @@ class Fit:
     """A combination of stored averages."""
 
     weights: tuple[float, ...]
-    """Of each stored average; they sum to 1."""
+    """Of each stored average; they sum to 1, and those of later steps than the target's are 0."""
     error: float
     """Distance between the profiles, relative to the length of the wanted one (both in L2).
 
@@ -68,21 +68,23 @@ def lengths(profiles: Sequence[Profile]) -> np.ndarray:
 
 
 def fit(stored: Sequence[Profile], target: Profile) -> Fit:
-    """The combination of stored averages with the profile nearest to the target's.
+    """The combination of stored averages, all different, with the profile nearest to the target's.
 
     Weights that sum to 1, unlike plain least squares, keep what all averages have in common exact; it is
     most of a trained model. Raises CheckpointError when the error is above `MAX_ERROR`.
     """
-    if not stored:
-        raise CheckpointError("no power-function average is stored up to this step")
-    products, wanted = overlaps(stored, stored), overlaps(stored, [target])[:, 0]
-    scale = lengths([target]) / lengths(stored)  # from a share of the target's length to a weight
+    past = [profile for profile in stored if profile.step <= target.step]
+    if not past:
+        raise CheckpointError(f"no power-function average is stored up to step {target.step}")
+    products, wanted = overlaps(past, past), overlaps(past, [target])[:, 0]
+    scale = lengths([target]) / lengths(past)  # from a share of the target's length to a weight
     free, shift = np.linalg.lstsq(products, np.stack([wanted, scale], axis=1))[0].T
     shares = free + shift * (1 - scale @ free) / (scale @ shift)
     error = float(np.sqrt(max(0.0, 1 - 2 * wanted @ shares + shares @ products @ shares)))
     if error > MAX_ERROR:
         raise CheckpointError(_refusal(stored, target, error))
-    return Fit(tuple((shares * scale).tolist()), error)
+    weights = dict(zip(past, (shares * scale).tolist(), strict=True))
+    return Fit(tuple(weights.get(profile, 0.0) for profile in stored), error)
 
 
 def _gammas_and_steps(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,9 @@
 """Post-hoc EMA: the formulas against quadrature, and rebuilt averages against ones that were tracked."""
 
+import json
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_scale.config import EmaProfile
+from dit_scale import cli, weights
+from dit_scale.config import EmaProfile, TrainConfig, dump
 from dit_scale.errors import CheckpointError
+from dit_scale.models.embeddings import sincos_pos_embed
+from dit_scale.models.zoo import shape_of
+from dit_scale.storage import Storage, open_storage
+from dit_scale.train import rankfile
 from dit_scale.train.ema import Ema, ema_kind, power_gamma
 from dit_scale.train.engine import MASTER, Extent, Partition
+from dit_scale.train.manifest import CHECKPOINTS, EMA, MANIFEST, Manifest, name_of
 from dit_scale.train.posthoc import MAX_ERROR, Profile, fit, lengths, overlaps
+from dit_scale.train.writer import put_manifest
 
 STORED_WIDTHS = (0.05, 0.10)
 STEPS, STORE_EVERY, SIZE = 2000, 80, 64
@@ -133,7 +142,7 @@ def test_a_bad_fit_is_refused(target: Profile, said: str) -> None:
 
 
 def test_nothing_stored() -> None:
-    with pytest.raises(CheckpointError, match="no power-function average is stored up to this step"):
+    with pytest.raises(CheckpointError, match="no power-function average is stored up to step 100"):
         fit([], Profile(0.1, 100))
 
 
@@ -181,3 +190,164 @@ def test_a_rebuilt_average_is_the_tracked_one(sigma_rel: float, step: int) -> No
     assert of_whole < 1e-4
     assert of_change < 1e-3
     assert of_change < found.error < MAX_ERROR
+
+
+# Out of a run's files
+
+SHAPES = {"head.weight": (5, 8), "head.bias": (SIZE - 40,)}
+RANKS = ((0, 25), (25, SIZE))
+"""Elements of the flat parameters that each of two ranks owns: the first parameter is cut."""
+
+
+def store(root: Storage, config: TrainConfig, folder: str, step: int, kinds: dict[str, torch.Tensor]) -> None:
+    """A checkpoint with these kinds of flat fp32 state, by two ranks."""
+    path, files = f"{folder}/{name_of(step, 1)}", []
+    for rank, (low, high) in enumerate(RANKS):
+        pieces = []
+        for kind, flat in kinds.items():
+            for parameter, begin, end in (("head.weight", 0, 40), ("head.bias", 40, SIZE)):
+                first, last = max(low, begin), min(high, end)
+                if first < last:
+                    piece = rankfile.Piece(kind, parameter, first - begin, last - first)
+                    pieces.append((piece, flat[first:last].numpy().view(np.uint8)))
+        key = rankfile.name_of_rank(rank)
+        rankfile.write(root, f"{path}/{key}", pieces)
+        files.append(rankfile.describe(root, path, key))
+    manifest = Manifest(
+        step=step,
+        samples=step * config.global_batch,
+        attempt=1,
+        config=config.model_dump(mode="json"),
+        data_sha256="0" * 64,
+        vae_sha256="1" * 64,
+        model_shapes=SHAPES,
+        optimizer_groups=(),
+        files=tuple(files),
+    )
+    put_manifest(root, path, manifest)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that stored averages as it went, and whose last checkpoint is still there."""
+    folder = tmp_path / "run"
+    config = TrainConfig.model_validate(
+        {
+            "run": str(folder),
+            "model": {"name": "DiT-Ti/2", "image_size": 32, "num_classes": 5},
+            "ema": [
+                {"name": "constant", "decay": 0.9},
+                {"name": "narrow", "sigma_rel": 0.05},
+                {"name": "wide", "sigma_rel": 0.1},
+            ],
+        }
+    )
+    root = open_storage(folder)
+    root.write("config.yaml", dump(config).encode())
+    _, averages = tracked((*STORED_WIDTHS, *TARGET_WIDTHS))
+    for step in range(STORE_EVERY, STEPS + 1, STORE_EVERY):
+        narrow, wide = (averages[Profile(width, step)] for width in STORED_WIDTHS)
+        kinds = {"ema.narrow": narrow, "ema.wide": wide}
+        if step < STEPS:
+            store(root, config, EMA, step, kinds)
+        else:
+            store(root, config, CHECKPOINTS, step, {MASTER: wide, "ema.constant": wide, **kinds})
+    return folder
+
+
+def flat(file: Path) -> torch.Tensor:
+    state = weights.read(file)
+    return torch.cat([state[name].flatten() for name in SHAPES])
+
+
+@pytest.mark.parametrize(("more", "step"), [((), STEPS), (("--step", "1680"), 1680)])
+def test_reconstruct_writes_the_tracked_average(
+    run: Path, more: tuple[str, ...], step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run / "between.safetensors"
+    assert cli.main(["ema", "reconstruct", str(run), "--sigma-rel", "0.07", *more, "--out", str(out)]) == 0
+    num_stored = 2 * step // STORE_EVERY
+    assert capsys.readouterr().out.startswith(
+        f"EMA of sigma_rel 0.07 at step {step}, rebuilt from {num_stored} stored averages of {run} (predicted"
+    )
+    begin, averages = tracked((*STORED_WIDTHS, *TARGET_WIDTHS))
+    wanted = averages[Profile(0.07, step)]
+    assert (flat(out) - wanted).norm() < 1e-3 * (wanted - begin).norm()
+
+
+def test_a_reconstructed_file_says_what_it_is(run: Path) -> None:
+    out = run / "between.safetensors"
+    assert cli.main(["ema", "reconstruct", str(run), "--sigma-rel", "0.07", "--out", str(out)]) == 0
+    state, said = weights.read(out), weights.read_metadata(out)
+    model = TrainConfig.model_validate({"model": json.loads(said["model"])}).model
+    position = sincos_pos_embed(shape_of(model).width, shape_of(model).grid)
+    assert torch.equal(state.pop("pos_embed"), position)
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == SHAPES
+    assert said["vae_sha256"] == "1" * 64
+    assert 0 < float(said["predicted_error"]) < 0.01
+    parts = json.loads(said["rebuilt_from"])
+    stored = [
+        (name, step) for step in range(STORE_EVERY, STEPS + 1, STORE_EVERY) for name in ("narrow", "wide")
+    ]
+    places = [f"{run}/{EMA if step < STEPS else CHECKPOINTS}/{name_of(step, 1)}" for _, step in stored]
+    assert [(part["profile"], part["checkpoint"]) for part in parts] == [
+        (name, place) for (name, _), place in zip(stored, places, strict=True)
+    ]
+    assert sum(part["weight"] for part in parts) == pytest.approx(1)
+
+
+def test_what_a_run_has_stored_is_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ema", "list", str(run), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 2 * STEPS // STORE_EVERY
+    assert rows[:2] == [
+        {"step": 80, "sigma_rel": 0.05, "profile": "narrow", "checkpoint": f"{EMA}/{name_of(80, 1)}"},
+        {"step": 80, "sigma_rel": 0.1, "profile": "wide", "checkpoint": f"{EMA}/{name_of(80, 1)}"},
+    ]
+    assert rows[-1]["checkpoint"] == f"{CHECKPOINTS}/{name_of(STEPS, 1)}"
+    assert cli.main(["ema", "list", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rows)
+    assert lines[0].split() == ["step", "80", "sigma_rel", "0.05", "narrow", rows[0]["checkpoint"]]
+
+
+def test_a_manifest_that_is_damaged_is_passed_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / EMA / name_of(800, 1) / MANIFEST).write_bytes(b"{}")
+    out = run / "between.safetensors"
+    assert cli.main(["ema", "reconstruct", str(run), "--sigma-rel", "0.07", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert f"rebuilt from {2 * STEPS // STORE_EVERY - 2} stored averages" in printed.out
+    assert printed.err.startswith(f"passing over {run}/{EMA}/{name_of(800, 1)}/{MANIFEST} is damaged")
+    begin, averages = tracked((*STORED_WIDTHS, *TARGET_WIDTHS))
+    wanted = averages[Profile(0.07, STEPS)]
+    assert (flat(out) - wanted).norm() < 1e-3 * (wanted - begin).norm()
+    assert cli.main(["ema", "list", str(run), "--json"]) == 0
+    assert "is damaged" in json.loads(capsys.readouterr().out)[-1]["problem"]
+
+
+def test_a_tensor_that_is_damaged_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run / EMA / name_of(800, 1) / rankfile.name_of_rank(1)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    out = run / "between.safetensors"
+    assert cli.main(["ema", "reconstruct", str(run), "--sigma-rel", "0.07", "--out", str(out)]) == 2
+    assert f"{file}: ema.wide of head.bias is damaged" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--sigma-rel", "0.01"], "ask for a sigma_rel nearer to theirs"),
+        (["--sigma-rel", "0.07", "--step", "1990"], "as 2000 or 1920"),
+        (["--sigma-rel", "0.07", "--step", "79"], "no power-function average is stored up to step 79"),
+    ],
+)
+def test_what_cannot_be_rebuilt_is_refused(
+    run: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run / "out.safetensors"
+    assert cli.main(["ema", "reconstruct", str(run), *more, "--out", str(out)]) == cli.USER_ERROR_EXIT_CODE
+    assert said in capsys.readouterr().err
+    assert not out.exists()
