@@ -1,6 +1,7 @@
 """The command line: quick help, and one message with exit code 2 for every mistake that people make."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,15 @@ from dit_scale import cli
 from dit_scale.data.shards import INFO_KEY
 from dit_scale.sources import open_source
 from dit_scale.storage import open_storage
-from dit_scale.train import checkpoint as checkpoints
-from dit_scale.train.run import checkpoints_of
+from dit_scale.train.checkpoint import Checkpoint
+from dit_scale.train.manifest import CHECKPOINTS, MANIFEST, name_of
+from dit_scale.train.writer import put_manifest
 from tests.latents import write_latents
 from tests.tiny_run import STEP, write_run
 from tests.tiny_vae import save_tiny_vae
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NEWEST = checkpoints.name_of(STEP, 1)
+NEWEST = name_of(STEP, 1)
 
 HEAVY = ("torch", "deepspeed", "diffusers", "numpy", "scipy", "pydantic", "yaml", "boto3", "rich", "PIL")
 
@@ -92,7 +94,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 # Help
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["models"], ["checkpoint", "export"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["train"], ["sample"], ["models"], ["checkpoint", "export"], ["ema", "reconstruct"]],
+)
 def test_help_imports_nothing_of_weight(command: list[str]) -> None:
     script = f"""
 import sys
@@ -112,7 +117,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     printed = capsys.readouterr().out
-    for command in ("train", "sample", "models", "checkpoint"):
+    for command in ("train", "sample", "models", "checkpoint", "ema"):
         assert f"\n    {command}" in printed
 
 
@@ -131,6 +136,11 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["sample", "x", "--seed", "4294967296"], "--seed: expected a whole number from 0 to 4294967295"),
         (["sample", "x", "--classes", "1,dog"], "--classes: expected a whole number from 0"),
         (["sample", "x", "--classes", ""], "--classes: expected a whole number from 0"),
+        (["checkpoint", "export", "x", "y.pt"], "out: expected a name that ends in .safetensors, got 'y.pt'"),
+        (["ema", "reconstruct", "x", "--out", "y.safetensors"], "required: --sigma-rel"),
+        (["ema", "reconstruct", "x", "--sigma-rel", "0.3"], "expected a number above 0 and below 0.289"),
+        (["ema", "reconstruct", "x", "--sigma-rel", "nan"], "expected a number above 0 and below 0.289"),
+        (["ema", "reconstruct", "x", "--sigma-rel", "thin"], "below 0.289, got 'thin'"),
         (["sample", "x", "--sampler", "euler"], "--sampler: invalid choice: 'euler'"),
     ],
 )
@@ -312,16 +322,18 @@ def test_a_bare_weights_file_needs_a_vae(
 
 
 def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    storage = open_storage(checkpoints_of(run))
-    whole = checkpoints.Checkpoint(storage, NEWEST)
-    checkpoints.commit(storage, whole.manifest.model_copy(update={"step": STEP + 1}))
-    storage.write(f"{checkpoints.name_of(STEP + 2, 1)}/{checkpoints.MANIFEST}", b"{}")
+    root, folder = open_storage(run), run / CHECKPOINTS
+    whole = Checkpoint(root, f"{CHECKPOINTS}/{NEWEST}")
+    next_name, damaged_name = name_of(STEP + 1, 1), name_of(STEP + 2, 1)
+    shutil.copytree(folder / NEWEST, folder / next_name, ignore=shutil.ignore_patterns(MANIFEST))
+    put_manifest(root, f"{CHECKPOINTS}/{next_name}", whole.manifest.model_copy(update={"step": STEP + 1}))
+    root.write(f"{CHECKPOINTS}/{damaged_name}/{MANIFEST}", b"{}")
     assert cli.main(["checkpoint", "list", str(run), "--json"]) == 0
     damaged, *rows = json.loads(capsys.readouterr().out)
     assert "is damaged" in damaged.pop("problem")
-    assert damaged == {"name": checkpoints.name_of(STEP + 2, 1)}
+    assert damaged == {"name": damaged_name}
     assert rows == [
-        {"name": checkpoints.name_of(STEP + 1, 1), "step": STEP + 1, "bytes": whole.bytes},
+        {"name": next_name, "step": STEP + 1, "bytes": whole.bytes},
         {"name": NEWEST, "step": STEP, "bytes": whole.bytes},
     ]
     assert cli.main(["checkpoint", "list", str(run)]) == 0
@@ -331,6 +343,20 @@ def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_checkpoint_list_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a run's folder" in refused(capsys, "checkpoint", "list", str(tmp_path))
+
+
+def test_a_run_without_power_function_averages(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["ema", "list", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    out = tmp_path / "weights.safetensors"
+    said = refused(capsys, "ema", "reconstruct", str(run), "--sigma-rel", "0.1", "--out", str(out))
+    assert "holds no power-function average; it takes an ema profile with sigma_rel" in said
+
+
+def test_averages_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected a run's folder" in refused(capsys, "ema", "list", str(tmp_path))
 
 
 def test_checkpoint_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
