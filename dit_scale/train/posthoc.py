@@ -96,11 +96,11 @@ def _refusal(stored: Sequence[Profile], target: Profile, error: float) -> str:
     widths = ", ".join(f"{width:g}" for width in sorted({profile.sigma_rel for profile in stored}))
     steps = sorted({profile.step for profile in stored}, key=lambda step: (abs(step - target.step), step))
     if target.step in steps:
-        help = "ask for a sigma_rel nearer to theirs, or store more often (checkpoint.ema_every_steps)"
+        advice = "ask for a sigma_rel nearer to theirs, or store more often (checkpoint.ema_every_steps)"
     else:
-        help = f"ask for a step at which there are some, as {' or '.join(map(str, steps[:2]))}"
+        advice = f"ask for a step at which there are some, as {' or '.join(map(str, steps[:2]))}"
     return (
         f"the average of sigma_rel {target.sigma_rel:g} at step {target.step} would be off by {error:.1%}, "
         f"expected at most {MAX_ERROR:.0%}, from the {len(stored)} stored ones of sigma_rel {widths} "
-        f"at steps {min(steps)} to {max(steps)}; {help}"
+        f"at steps {min(steps)} to {max(steps)}; {advice}"
     )
