@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --smoke
 
 One device, and the step of training itself: draws, noising, the model under the engine, backward pass,
-AdamW, moving averages, meters; the copy of each micro-batch to the device is part of it. Latents are
+guard, AdamW, moving averages, meters; the copy of each micro-batch to the device is part of it. Latents are
 random numbers that lie ready in host memory: reading them, log points and checkpoints are left out.
 
 A figure is the median over steps, between marks set after each one: events in the device's stream on
@@ -111,12 +111,13 @@ def _figures(config: TrainConfig, warmup: int) -> Row:
     try:
         plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
         step = TrainingStep(config, world, plan, LATENT_SCALE)
-        meters = Meters(world, config.global_batch)
+        step.start()
+        meters = Meters(config.global_batch)
         shape = shape_of(config.model)
         batches = cycle([random_batch(shape, plan.micro_batch, i) for i in range(plan.micro_steps)])
 
         def take() -> None:
-            meters.add(step.take(batches, 0), step.engine.grad_norm)
+            meters.add(step.take(batches, 0))
 
         step_s = median_s(take, warmup, config.steps, device)
         on_cuda = device.type == "cuda"

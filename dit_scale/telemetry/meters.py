@@ -1,8 +1,4 @@
-"""What a step measures, kept on the device until a log point asks for it.
-
-A row is (total loss, mse, bound, gradient norm) of one step. Losses are this rank's sums until
-`collect` adds them over the ranks and divides by the global batch.
-"""
+"""What each step measured, kept on the device until a log point asks for it."""
 
 import time
 from collections.abc import Sequence
@@ -11,45 +7,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_scale.dist import World
-
 Row = tuple[float, ...]
-COLUMNS = ("loss", "mse", "vb", "grad_norm")
+COLUMNS = ("loss", "mse", "vb", "grad_norm", "skipped")
+"""Of a row: global means of the losses, the global gradient norm, 1.0 when the update was skipped."""
 
 
 class Meters:
     """Rows of the steps since the last log point."""
 
-    def __init__(self, world: World, global_batch: int, pending: Sequence[Row] = ()) -> None:
-        self._world, self._global_batch = world, global_batch
+    def __init__(self, global_batch: int, pending: Sequence[Row] = ()) -> None:
+        self._global_batch = global_batch
         self._host: list[Row] = [tuple(row) for row in pending]
         self._device: list[Tensor] = []
         self._clock = StepClock()
 
-    def add(self, loss_sums: Tensor, grad_norm: Tensor | float) -> None:
-        """One step: fp32 (3,) loss sums of this rank, and the global gradient norm."""
-        norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=loss_sums.device)
-        self._device.append(torch.cat((loss_sums.detach() / self._global_batch, norm.detach().reshape(1))))
+    def add(self, row: Tensor) -> None:
+        """One step: fp32 (5,), see `COLUMNS`, the same on all ranks."""
+        self._device.append(row)
         self._clock.steps += 1
 
     def collect(self) -> tuple[Row, ...]:
-        """All rows so far, on the host and summed over ranks; waits for the device."""
+        """All rows so far, on the host, in the order of the steps; waits for the device."""
         if self._device:
-            rows = torch.stack(self._device)
-            rows[:, :3] = self._world.sum(rows[:, :3].contiguous())
-            self._host += [tuple(row) for row in rows.tolist()]
+            self._host += [tuple(row) for row in torch.stack(self._device).tolist()]
             self._device.clear()
         return tuple(self._host)
 
-    def take(self) -> dict[str, float]:
-        """The means since the last log point and the speed; starts the next window."""
+    def take(self) -> dict[str, float | None]:
+        """Means since the last log point, the steps skipped, and the speed; starts the next window.
+
+        Means are those of the steps that were not skipped, None when there is none.
+        """
+        *names, flag = COLUMNS
         rows = self.collect()
         self._host.clear()
+        good = [values for *values, skipped in rows if not skipped]
+        columns = zip(*good, strict=True) if good else [()] * len(names)
         means = {
-            name: sum(column) / len(rows)
-            for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)
+            name: sum(column) / len(column) if column else None
+            for name, column in zip(names, columns, strict=True)
         }
-        return {**means, "images_per_s": self._clock.restart() * self._global_batch}
+        speed = self._clock.restart() * self._global_batch
+        return {**means, flag: len(rows) - len(good), "images_per_s": speed}
 
 
 @dataclass

@@ -1,11 +1,10 @@
 """`train --dry-run`: the resolved configuration, parameters, FLOPs and memory; nothing is started."""
 
 from dit_scale.config import TrainConfig, dump
-from dit_scale.data.plan import batch_plan
+from dit_scale.data.plan import BatchPlan, batch_plan
 from dit_scale.models.zoo import forward_macs, num_parameters, shape_of
-from dit_scale.train.memory import estimate
+from dit_scale.train.memory import GIB, Memory, estimate, micro_batch_for
 
-GIB = 2**30
 FLOPS_PER_MAC = 2
 TRAINING_FORWARDS = 3
 """A training step costs three forward passes: one forward, two backward; recomputing does not count."""
@@ -14,8 +13,7 @@ TRAINING_FORWARDS = 3
 def report(config: TrainConfig, world: int) -> None:
     """Print what a run on `world` processes would be. Raises ConfigError when it could not be."""
     shape = shape_of(config.model)
-    plan = batch_plan(config.global_batch, config.engine.micro_batch, world)
-    memory = estimate(config, shape, plan)
+    plan = batch_plan(config.global_batch, micro_batch_for(config, shape, world), world)
     flops = FLOPS_PER_MAC * TRAINING_FORWARDS * forward_macs(shape)
     print(dump(config))
     print(
@@ -24,12 +22,26 @@ def report(config: TrainConfig, world: int) -> None:
     print(f"parameters       {num_parameters(shape):,} trainable")
     print(f"forward          {forward_macs(shape) / 1e9:,.3f} GMACs per image")
     print(f"training step    {flops / 1e9:,.2f} GFLOP per image")
+    _report_batch(plan)
+    _report_memory(config, estimate(config, shape, plan))
+
+
+def _report_batch(plan: BatchPlan) -> None:
+    parts = [len(plan.rank_samples(rank)) for rank in range(plan.world)]
     print(
         f"batch            {plan.global_batch} samples on {plan.world} processes: "
         f"{plan.micro_steps} micro-steps of {plan.micro_batch} each"
     )
+    print(f"part of a rank   {max(parts)} samples at most, {min(parts)} at least")
+    print(f"loss scale       {plan.loss_scale:.6g}")
+
+
+def _report_memory(config: TrainConfig, memory: Memory) -> None:
+    limit = f" of {config.engine.memory_gib:g} GiB" if config.engine.memory_gib else ""
     print(
-        f"memory           about {memory.total / GIB:.2f} GiB per process at ZeRO-{config.engine.zero_stage}:"
+        f"memory           about {memory.total / GIB:.2f} GiB{limit} per process "
+        f"at ZeRO-{config.engine.zero_stage}:"
     )
     for part in ("weights", "gradients", "optimizer", "ema", "activations"):
         print(f"  {part:<14} {getattr(memory, part) / GIB:8.3f} GiB")
+    print(f"host snapshot    {memory.snapshot / GIB:8.3f} GiB per process")

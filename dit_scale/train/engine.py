@@ -12,7 +12,7 @@ optimizer of the stage; the three are told apart in `_partitions` alone.
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from dit_scale.config import EngineConfig, OptimizerConfig
 from dit_scale.data.plan import BatchPlan
 from dit_scale.dist import World
-from dit_scale.train.optim import build_optimizer
+from dit_scale.train.optim import build_optimizer, gate
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 OPTIMIZER_KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
+
+Judge = Callable[[Tensor], Tensor]
+"""Global gradient norm => 1.0 when the step must not move the weights, else 0.0; fp32 () on the device."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,10 @@ class Engine:
             config=deepspeed_config(config, optimizer_config, plan, world.device),
             dist_init_required=False,
         )
-        self._stage = config.zero_stage
+        gate(self._optimizer, self._reach_verdict)
+        self._judge: Judge | None = None
+        self._verdict: Tensor | None = None
+        self._stage, self._device = config.zero_stage, world.device
         self.owned = tuple(self._partitions())
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -83,17 +89,18 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> None:
-        """Apply AdamW to the masters with this learning rate, and cast them into the weights."""
+    def step(self, lr: float, judge: Judge) -> tuple[Tensor, Tensor]:
+        """Apply AdamW to the masters with this learning rate, and cast them into the weights.
+
+        `judge` is asked once, between the norm of the gradient (before clipping) and the update, which its
+        1.0 leaves out. It must say so of a norm that is not finite: most settings of DeepSpeed drop such a
+        step by themselves. Returns norm and verdict, fp32 () on the device; the norm is never NaN but inf.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        self._judge, self._verdict = judge, None
         self._engine.step()
-
-    @property
-    def grad_norm(self) -> Tensor | float:
-        """Global L2 norm of the last step's gradient before clipping; a tensor has not left the device."""
-        norm: Tensor | float = self._engine.get_global_grad_norm()
-        return norm
+        return self._grad_norm(), self._reach_verdict()
 
     @property
     def gradient_clipping(self) -> float:
@@ -129,14 +136,27 @@ class Engine:
                 self._zero.parallel_partitioned_bit16_groups[index][rank].data.copy_(master.data)
             self._all_gather_stage_1_and_2()
 
-    def set_optimizer_step(self, step: int) -> None:
-        """Tell AdamW how many updates its moments have seen (its bias correction)."""
+    def set_optimizer_step(self, updates: int) -> None:
+        """Tell AdamW how many updates its moments have seen (its bias correction); skipped steps are none."""
         for partition in self.owned:
             state = self._optimizer.state[partition.buffers[MASTER]]
-            state["step"].fill_(float(step))
+            state["step"].fill_(float(updates))
 
     def close(self) -> None:
         self._engine.destroy()
+
+    def _reach_verdict(self) -> Tensor:
+        """One for all groups of a step. When DeepSpeed lets a step drop, it is reached after the fact."""
+        if self._verdict is None:
+            assert self._judge is not None
+            self._verdict = self._judge(self._grad_norm())
+        return self._verdict
+
+    def _grad_norm(self) -> Tensor:
+        norm: Tensor | float = self._zero._global_grad_norm
+        if isinstance(norm, Tensor):
+            return norm.float()
+        return torch.full((), norm, device=self._device)
 
     def _all_gather_stage_1_and_2(self) -> None:
         from deepspeed.runtime.utils import all_gather_dp_groups

@@ -7,6 +7,7 @@ Shapes: B micro-batch, C latent channels, H and W latent sides.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +22,40 @@ from dit_scale.rng import Purpose
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+class SampleLosses(NamedTuple):
+    """Of each sample of a micro-batch, fillers included; fp32 but for the timesteps."""
+
+    total_B: Tensor
+    mse_B: Tensor
+    """Mean squared error of the predicted noise."""
+    vb_B: Tensor
+    """The timestep's term of the variational bound, in bits per element."""
+    t_B: Tensor
+    """Timesteps drawn, int64."""
+
+
 def drop_labels(y_B: Tensor, position_B: Tensor, null_class: int, share: float, seed: int) -> Tensor:
     """Replace a share of labels by the null class, for classifier-free guidance."""
     return torch.where(rng.uniforms(seed, Purpose.LABEL_DROP, position_B) < share, null_class, y_B)
+
+
+def losses(
+    predict: Predict,
+    schedule: Schedule,
+    batch: Batch,
+    seed: int,
+    latent_scale: float,
+    null_class: int,
+    label_dropout: float,
+) -> SampleLosses:
+    """The losses of a micro-batch, sample by sample; the gradient flows through `total_B`."""
+    z_BCHW = draw_latents(batch, seed, latent_scale)
+    t_B = rng.integers(seed, Purpose.TIMESTEP, batch.position_B, len(schedule.timesteps))
+    noise_BCHW = rng.normals(seed, Purpose.NOISE, batch.position_B, tuple(z_BCHW.shape[1:]))
+    y_B = drop_labels(batch.y_B, batch.position_B, null_class, label_dropout, seed)
+    x_BCHW = q_sample(schedule, z_BCHW, t_B, noise_BCHW)
+    loss = hybrid_loss(schedule, predict(x_BCHW, t_B, y_B), z_BCHW, x_BCHW, noise_BCHW, t_B)
+    return SampleLosses(*loss, t_B)
 
 
 def loss_sums(
@@ -36,10 +68,5 @@ def loss_sums(
     label_dropout: float,
 ) -> Tensor:
     """(total, mse, bound) summed over the batch's samples, fp32 (3,); the gradient flows through [0]."""
-    z_BCHW = draw_latents(batch, seed, latent_scale)
-    t_B = rng.integers(seed, Purpose.TIMESTEP, batch.position_B, len(schedule.timesteps))
-    noise_BCHW = rng.normals(seed, Purpose.NOISE, batch.position_B, tuple(z_BCHW.shape[1:]))
-    y_B = drop_labels(batch.y_B, batch.position_B, null_class, label_dropout, seed)
-    x_BCHW = q_sample(schedule, z_BCHW, t_B, noise_BCHW)
-    loss = hybrid_loss(schedule, predict(x_BCHW, t_B, y_B), z_BCHW, x_BCHW, noise_BCHW, t_B)
+    loss = losses(predict, schedule, batch, seed, latent_scale, null_class, label_dropout)
     return torch.stack((loss.total_B, loss.mse_B, loss.vb_B)) @ batch.weight_B

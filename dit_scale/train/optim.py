@@ -1,9 +1,10 @@
-"""AdamW by configuration, and the learning rate as a function of the step."""
+"""AdamW by configuration, the gate before its updates, and the learning rate as a function of the step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dit_scale.config import OptimizerConfig
 from dit_scale.errors import DeviceError
@@ -44,3 +45,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
         ) from None
     optimizer: torch.optim.Optimizer = FusedAdam(parameters, adam_w_mode=True, **settings)
     return optimizer
+
+
+def gate(optimizer: torch.optim.Optimizer, skip: Callable[[], Tensor]) -> None:
+    """Ask `skip`, fp32 (), before every update: 1.0 leaves masters, moments and their count as they are.
+
+    torch's fused AdamW reads the flag where it lies. The kernels of apex and DeepSpeed know no such flag:
+    with them the host reads it, a wait for the device in each step.
+    """
+    update = optimizer.step
+
+    def step() -> None:
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.found_inf = skip()  # type: ignore[attr-defined]
+            update()
+        elif not skip().item():
+            update()
+
+    optimizer.step = step  # type: ignore[method-assign]

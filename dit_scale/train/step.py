@@ -13,49 +13,65 @@ from dit_scale.dist import World
 from dit_scale.models import dit
 from dit_scale.train import checkpoint
 from dit_scale.train.ema import Ema
-from dit_scale.train.engine import MASTER, Engine
+from dit_scale.train.engine import EXP_AVG, EXP_AVG_SQ, MASTER, Engine
+from dit_scale.train.guard import Guard
 from dit_scale.train.objective import loss_sums
 from dit_scale.train.optim import learning_rate
 
 
 class TrainingStep:
-    """A model under its engine with the averages beside it; `take` moves all of them by one step.
+    """A model under its engine, with its averages and its guard; `take` moves all of them by one step.
 
-    The fp32 masters start at the exact initial weights, a function of the configuration's seed.
+    Before that it needs `start`; or a checkpoint filled into `engine.owned`, and `resume`.
     """
 
     def __init__(self, config: TrainConfig, world: World, plan: BatchPlan, latent_scale: float) -> None:
-        self._config, self._plan, self._device = config, plan, world.device
+        self._config, self._world, self._plan = config, world, plan
         self._latent_scale = latent_scale
         self._schedule = schedules.linear(config.diffusion.timesteps).to(world.device)
-        model = dit.build(config.model, config.seed)
-        trained = {name: p.detach() for name, p in model.named_parameters()}
-        initial = {name: p.clone().flatten() for name, p in trained.items()}
-        self.shapes = {name: tuple(p.shape) for name, p in trained.items()}
+        model = dit.build(config.model, config.seed, initialise=False)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.attention_backend = model.attention_backend
         self.engine = Engine(model, config.engine, config.optimizer, world, plan)
         if config.engine.compile_blocks:
             model.compile_blocks()
-        # DeepSpeed makes its masters from weights that are bf16 already.
-        checkpoint.fill(
-            self.engine.owned, [MASTER], lambda _, name, start, n: initial[name][start : start + n]
-        )
-        self.engine.publish_masters()
         self.ema = Ema(config.ema, self.engine.owned)
+        self.guard = Guard(config.guard, world.device)
+
+    def start(self) -> None:
+        """Stand before the first step: exact initial weights, no moments, averages equal to the weights."""
+        model = dit.build(self._config.model, self._config.seed)
+        initial = {name: p.detach().flatten() for name, p in model.named_parameters()}
+        owned = self.engine.owned
+        checkpoint.fill(owned, [MASTER], lambda _, name, start, n: initial[name][start : start + n])
+        for partition in owned:
+            for kind in (EXP_AVG, EXP_AVG_SQ):
+                partition.buffers[kind].zero_()
         self.ema.start()
+        self.guard.start()
+        self.engine.publish_masters()
+        self.engine.set_optimizer_step(0)
+
+    def resume(self, guard: dict[str, float]) -> None:
+        """Go on from what was filled in, and from the state of the guard that was saved with it."""
+        self.engine.publish_masters()
+        self.guard.restore(guard)
+        self.engine.set_optimizer_step(int(guard["updates"]))
 
     def take(self, batches: Iterator[Batch], step: int) -> Tensor:
         """Take step `step` (counted from 0) from the next micro-batches of this rank.
 
-        Returns this rank's sums of (loss, mse, bound) over its samples, fp32 (3,), on the device.
+        When the guard says so the weights stay; the averages take the step all the same. Returns the row
+        of `meters.COLUMNS`, fp32 (5,) on the device: global means of the losses, the global gradient norm
+        (infinite when it is not finite), and 1.0 when the update was skipped. The same on all ranks.
         """
-        config, plan = self._config, self._plan
-        step_sums = torch.zeros(3, device=self._device)
+        config, plan, device = self._config, self._plan, self._world.device
+        step_sums = torch.zeros(3, device=device)
         for micro_step in range(plan.micro_steps):
             sums = loss_sums(
                 self.engine,
                 self._schedule,
-                next(batches).to(self._device),
+                next(batches).to(device),
                 config.seed,
                 self._latent_scale,
                 config.model.num_classes,
@@ -63,6 +79,8 @@ class TrainingStep:
             )
             self.engine.backward(sums[0] * plan.loss_scale, last=micro_step == plan.micro_steps - 1)
             step_sums += sums.detach()
-        self.engine.step(learning_rate(config.optimizer, step))
+        means = self._world.sum(step_sums) / plan.global_batch
+        rate = learning_rate(config.optimizer, step)
+        norm, skipped = self.engine.step(rate, lambda norm: self.guard.judge(means[0], norm))
         self.ema.update(step + 1)
-        return step_sums
+        return torch.cat((means, torch.stack((norm, skipped))))

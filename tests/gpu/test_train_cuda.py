@@ -20,17 +20,20 @@ import torch
 from torch import Tensor
 
 from dit_scale import rng
-from dit_scale.config import TrainConfig
+from dit_scale.config import GuardConfig, TrainConfig
 from dit_scale.errors import DeviceError
 from dit_scale.models import attention, dit
 from dit_scale.rng import Purpose
-from dit_scale.storage import open_storage
 from dit_scale.train import loop
-from dit_scale.train.checkpoint import Checkpoint, TensorRecord, committed
+from dit_scale.train.attempts import committed
+from dit_scale.train.checkpoint import Checkpoint
 from dit_scale.train.ema import Ema, ema_kind
 from dit_scale.train.engine import MASTER, Engine
-from dit_scale.train.run import checkpoints_of
-from tests.dist import jobs, processes
+from dit_scale.train.guard import Guard
+from dit_scale.train.manifest import FileRecord
+from dit_scale.train.run import root_of
+from dit_scale.train.session import Session
+from tests.dist import guard_jobs, jobs, processes
 from tests.latents import write_latents
 
 DEVICE = "cuda"
@@ -113,7 +116,7 @@ def test_the_large_model_learns(folder: Path, data: dict[int, Path], size: int, 
 
 def train_without_saving(config: TrainConfig) -> int:
     """The state of the large model is 11 GB; saving is tested with the small one."""
-    with patch.object(loop.Run, "save"):
+    with patch.object(Session, "save"), patch.object(Session, "save_and_wait"):
         return loop.train(config)
 
 
@@ -141,11 +144,12 @@ def test_started_twice_gives_the_same_bits(straight: TrainConfig, folder: Path) 
     again = straight.model_copy(update={"run": str(folder)})
     assert processes.run(1, jobs.train, again) == [0]
     assert jobs.losses(again) == jobs.losses(straight)
-    assert final_tensors(again) == final_tensors(straight)
+    assert final_files(again) == final_files(straight)
 
 
 def test_killed_and_resumed_gives_the_same_bits(straight: TrainConfig, folder: Path) -> None:
     config = straight.model_copy(update={"run": str(folder)})
+    assert processes.run(1, jobs.train, config.model_copy(update={"steps": SAVE_EVERY})) == [0]
     ranks, _ = processes.start(1, train_until_killed, config)
     for process in ranks:
         process.join(processes.TIMEOUT_S)
@@ -153,7 +157,7 @@ def test_killed_and_resumed_gives_the_same_bits(straight: TrainConfig, folder: P
     assert newest(config).manifest.step == SAVE_EVERY
     assert processes.run(1, jobs.train, config) == [0]
     assert jobs.losses(config) == jobs.losses(straight)
-    assert final_tensors(config) == final_tensors(straight)
+    assert final_files(config) == final_files(straight)
 
 
 def train_until_killed(config: TrainConfig) -> None:
@@ -169,15 +173,15 @@ def train_until_killed(config: TrainConfig) -> None:
 
 
 def newest(config: TrainConfig) -> Checkpoint:
-    storage = open_storage(checkpoints_of(config.run))
-    return Checkpoint(storage, committed(storage)[0])
+    root = root_of(config)
+    return Checkpoint(root, committed(root)[0])
 
 
-def final_tensors(config: TrainConfig) -> list[tuple[TensorRecord, ...]]:
-    """Checksums of all that the last checkpoint holds: masters, moments, averages."""
+def final_files(config: TrainConfig) -> tuple[FileRecord, ...]:
+    """With the checksums of all that the last checkpoint holds: masters, moments, averages."""
     checkpoint = newest(config)
     assert checkpoint.manifest.step == config.steps
-    return [file.tensors for file in checkpoint.manifest.files]
+    return checkpoint.manifest.files
 
 
 # State
@@ -185,15 +189,13 @@ def final_tensors(config: TrainConfig) -> list[tuple[TensorRecord, ...]]:
 
 def test_saved_masters_and_averages_are_those_of_the_formula(folder: Path, data: dict[int, Path]) -> None:
     config = config_of(folder, data[256])
-    keep_all = config.checkpoint.model_copy(update={"every_steps": 1, "keep": STEPS})
-    config = config.model_copy(update={"checkpoint": keep_all, "steps": 3})
-    assert processes.run(1, jobs.train, config) == [0]
     average = {
         name: weight.double() for name, weight in dit.build(config.model, config.seed).named_parameters()
     }
-    storage = open_storage(checkpoints_of(config.run))
-    for name in reversed(committed(storage)):
-        checkpoint = Checkpoint(storage, name)
+    for steps in (1, 2, 3):
+        assert processes.run(1, jobs.train, config.model_copy(update={"steps": steps})) == [0]
+        checkpoint = newest(config)
+        assert checkpoint.manifest.step == steps
         masters, saved = checkpoint.read_whole(MASTER), checkpoint.read_whole(ema_kind("constant"))
         for weight in average:
             average[weight] = DECAY * average[weight] + (1 - DECAY) * masters[weight].double()
@@ -219,6 +221,17 @@ def test_draws_are_those_of_the_cpu() -> None:
     ulps = (here.view(torch.int32) - there.view(torch.int32)).abs().max().item()
     print(f"normals: at most {ulps} unit(s) in the last place apart")
     assert ulps <= 1
+
+
+# The guard
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_failed_steps_leave_nothing(folder: Path, data: dict[int, Path], stage: int) -> None:
+    config = config_of(folder, data[256], zero_stage=stage)
+    config = config.model_copy(update={"guard": GuardConfig(spike_factor=20.0, horizon_steps=1)})
+    (outcome,) = processes.run(1, guard_jobs.pass_over_failures, config)
+    assert [row[-1] for row in outcome.rows] == [0, 1, 1, 1, 0]
 
 
 # Attention
@@ -268,14 +281,17 @@ def test_the_host_does_not_wait_between_log_points(folder: Path, data: dict[int,
 def train_without_waiting(config: TrainConfig) -> int:
     """Waiting is an error in all that is ours, from the first log point to the second.
 
-    What DeepSpeed does in its backward pass and its step is let be: tests/unit/test_host_syncs.py says
-    where it waits.
+    What DeepSpeed does in its backward pass and its step is let be, but for the guard, which is asked in
+    there: tests/unit/test_host_syncs.py says where DeepSpeed waits.
     """
     first = config.log.every_steps
-    log = loop.Run.log
+    log, keeps_failing = Session.log, Session.keeps_failing
 
-    def watched_log(run: loop.Run) -> None:
+    def log_point_begins(run: Session) -> bool:
         torch.cuda.set_sync_debug_mode("default")
+        return keeps_failing(run)
+
+    def log_point_ends(run: Session) -> None:
         log(run)
         if run.state.step == first:
             torch.cuda.set_sync_debug_mode("error")
@@ -283,23 +299,25 @@ def train_without_waiting(config: TrainConfig) -> int:
                 torch.ones((), device=DEVICE).item()
 
     with (
-        patch.object(loop.Run, "log", watched_log),
-        patch.object(Engine, "backward", unwatched(Engine.backward)),
-        patch.object(Engine, "step", unwatched(Engine.step)),
+        patch.object(Session, "keeps_failing", log_point_begins),
+        patch.object(Session, "log", log_point_ends),
+        patch.object(Engine, "backward", in_mode("default", Engine.backward)),
+        patch.object(Engine, "step", in_mode("default", Engine.step)),
+        patch.object(Guard, "judge", in_mode("error", Guard.judge)),
     ):
         return loop.train(config)
 
 
-def unwatched(method: Any) -> Any:
-    """The same method, allowed to wait."""
+def in_mode(mode: str, method: Any) -> Any:
+    """The same method, allowed to wait or not."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("default")
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode(mode)
         try:
             return method(*args, **kwargs)
         finally:
-            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.set_sync_debug_mode(before)
 
     return call
 
@@ -323,7 +341,7 @@ def test_two_devices_give_the_same_bits_each_time(folder: Path, data: dict[int, 
     for config in configs:
         assert processes.run(2, jobs.train, config) == [0, 0]
     assert jobs.losses(configs[0]) == jobs.losses(configs[1])
-    assert final_tensors(configs[0]) == final_tensors(configs[1])
+    assert final_files(configs[0]) == final_files(configs[1])
 
 
 def largest_difference(got: TrainConfig, wanted: TrainConfig) -> float:

@@ -18,16 +18,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_scale import dist
-from dit_scale.config import EmaProfile, ModelConfig, TrainConfig
+from dit_scale.config import EmaProfile, GuardConfig, ModelConfig, TrainConfig
 from dit_scale.data.loader import Batch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
-from dit_scale.telemetry.meters import Meters
+from dit_scale.telemetry.meters import COLUMNS, Meters
 from dit_scale.train import loop
 from dit_scale.train.ema import Ema
 from dit_scale.train.engine import MASTER, Extent, Partition
+from dit_scale.train.guard import Guard
 from dit_scale.train.objective import loss_sums
+from dit_scale.train.session import Session
 from tests.dist.processes import run
 from tests.latents import write_latents
 
@@ -73,9 +74,14 @@ class Watch:
         self.autocast: Counter[Place] = Counter()
         self.operators: Counter[str] = Counter()
 
-    def log(self, original: Any, run: loop.Run) -> None:
-        """Takes the place of `Run.log`: the log point itself may read."""
+    def keeps_failing(self, original: Any, run: Session) -> bool:
+        """Takes the place of `Session.keeps_failing`, with which a log point begins: it may read."""
         self.on = False
+        failing: bool = original(run)
+        return failing
+
+    def log(self, original: Any, run: Session) -> None:
+        """Takes the place of `Session.log`, with which a log point ends."""
         original(run)
         self.on = run.state.step == LOG_EVERY
 
@@ -129,10 +135,14 @@ def place() -> Place:
 def watch_training(config: TrainConfig) -> Watch:
     """Train in this process and say what was counted."""
     watch = Watch()
-    original = loop.Run.log
-    with patch.object(loop.Run, "log", lambda run: watch.log(original, run)):
-        with Operators(watch), Calls(watch):
-            loop.train(config)
+    log, keeps_failing = Session.log, Session.keeps_failing
+    with (
+        patch.object(Session, "log", lambda run: watch.log(log, run)),
+        patch.object(Session, "keeps_failing", lambda run: watch.keeps_failing(keeps_failing, run)),
+        Operators(watch),
+        Calls(watch),
+    ):
+        loop.train(config)
     return watch
 
 
@@ -147,6 +157,7 @@ def config_of(folder: Path, stage: int, precision: str, clipping: bool) -> Train
             "optimizer": {"clip_grad_norm": float(clipping)},
             "engine": {"zero_stage": stage, "precision": precision, "micro_batch": 2, "device": "cpu"},
             "ema": [profile.model_dump() for profile in PROFILES],
+            "guard": {"spike_factor": 100.0, "horizon_steps": 1},
             "log": {"every_steps": LOG_EVERY},
         }
     )
@@ -191,9 +202,23 @@ def test_the_objective_reads_nothing_back(dtype: torch.dtype) -> None:
 
 
 def test_meters_read_nothing_back_until_they_are_asked() -> None:
-    meters = Meters(dist.World(0, 1, META, None), global_batch=4)  # type: ignore[arg-type]
+    meters = Meters(global_batch=4)
     for _ in range(3):
-        meters.add(torch.empty(3, device=META), torch.empty((), dtype=torch.float64, device=META))
+        meters.add(torch.empty(len(COLUMNS), device=META))
+
+
+@pytest.mark.parametrize("spike_factor", [0.0, 3.0])
+def test_the_guard_reads_nothing_back_and_sends_no_number(spike_factor: float) -> None:
+    guard = Guard(GuardConfig(spike_factor=spike_factor), META)
+    watch = Watch()
+    watch.on = True
+    with Operators(watch), Calls(watch):
+        verdicts = [guard.judge(*torch.empty(2, device=META)) for _ in range(3)]
+    assert {(verdict.device, verdict.dtype, verdict.shape) for verdict in verdicts} == {
+        (META, torch.float32, ())
+    }
+    assert not watch.reads
+    assert not watch.uploads
 
 
 @pytest.mark.parametrize("num_partitions", [1, 3])

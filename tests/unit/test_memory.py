@@ -1,0 +1,80 @@
+"""The estimate of memory, the micro-batch that fits into it, and what a dry run says of both."""
+
+from typing import Any
+
+import pytest
+
+from dit_scale.config import TrainConfig
+from dit_scale.data.plan import batch_plan
+from dit_scale.errors import ConfigError
+from dit_scale.models.zoo import num_parameters, shape_of
+from dit_scale.train import dry_run
+from dit_scale.train.memory import GIB, estimate, micro_batch_for
+
+PROFILES = [{"name": "a", "decay": 0.9}, {"name": "b", "decay": 0.99}]
+
+
+def config_of(global_batch: int = 256, **engine: Any) -> TrainConfig:
+    tree = {"global_batch": global_batch, "engine": {"micro_batch": 32, **engine}, "ema": PROFILES}
+    return TrainConfig.model_validate(tree)
+
+
+def total_gib(config: TrainConfig, micro_batch: int, world: int) -> float:
+    plan = batch_plan(config.global_batch, micro_batch, world)
+    return estimate(config, shape_of(config.model), plan).total / GIB
+
+
+def test_a_snapshot_is_what_a_process_owns_and_not_on_the_device() -> None:
+    config = config_of()
+    shape = shape_of(config.model)
+    memory = estimate(config, shape, batch_plan(256, 32, 8))
+    owned = -(-num_parameters(shape) // 8)
+    assert memory.snapshot == 4 * owned * (1 + 2 + len(PROFILES)) == memory.optimizer + memory.ema
+    on_device = memory.weights + memory.gradients + memory.optimizer + memory.ema + memory.activations
+    assert memory.total == on_device
+
+
+def test_without_a_limit_the_micro_batch_is_what_was_asked_for() -> None:
+    config = config_of(micro_batch=10_000)
+    assert micro_batch_for(config, shape_of(config.model), 1) == 10_000
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 3, 8])
+def test_the_micro_batch_is_the_largest_that_fits(stage: int, world: int) -> None:
+    config = config_of(zero_stage=stage, memory_gib=18.0)
+    micro_batch = micro_batch_for(config, shape_of(config.model), world)
+    assert 0 < micro_batch <= 32
+    assert total_gib(config, micro_batch, world) <= 18.0
+    assert micro_batch == 32 or total_gib(config, micro_batch + 1, world) > 18.0
+
+
+def test_a_limit_that_is_met_exactly_is_met() -> None:
+    exact = total_gib(config_of(), 32, 8)
+    config = config_of(memory_gib=exact)
+    assert micro_batch_for(config, shape_of(config.model), 8) == 32
+
+
+@pytest.mark.parametrize(
+    ("stage", "remedy"), [(2, "use engine.zero_stage=3, more"), (3, "use more processes")]
+)
+def test_a_model_that_does_not_fit_is_refused_with_what_would_help(stage: int, remedy: str) -> None:
+    config = config_of(zero_stage=stage, memory_gib=1.0)
+    needed = total_gib(config, 1, 2)
+    with pytest.raises(ConfigError, match=rf"about {needed:.2f} GiB .* engine.memory_gib is 1: {remedy}"):
+        micro_batch_for(config, shape_of(config.model), 2)
+
+
+def test_a_dry_run_prints_what_depends_on_the_world(capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(global_batch=250, memory_gib=6.0)
+    dry_run.report(config, 8)
+    printed = capsys.readouterr().out
+    micro_batch = micro_batch_for(config, shape_of(config.model), 8)
+    plan = batch_plan(250, micro_batch, 8)
+    assert plan.micro_steps > 1
+    memory = estimate(config, shape_of(config.model), plan)
+    assert f"250 samples on 8 processes: {plan.micro_steps} micro-steps of {plan.micro_batch} each" in printed
+    assert "part of a rank   32 samples at most, 31 at least" in printed
+    assert "loss scale       0.032\n" in printed
+    assert f"about {memory.total / GIB:.2f} GiB of 6 GiB per process at ZeRO-2" in printed
+    assert f"host snapshot    {memory.snapshot / GIB:8.3f} GiB" in printed
