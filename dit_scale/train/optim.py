@@ -62,4 +62,4 @@ def gate(optimizer: torch.optim.Optimizer, skip: Callable[[], Tensor]) -> None:
         elif not skip().item():
             update()
 
-    optimizer.step = step  # type: ignore[method-assign]
+    optimizer.step = step  # type: ignore[method-assign, assignment]
