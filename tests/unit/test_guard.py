@@ -92,6 +92,13 @@ def test_a_restored_guard_goes_on_to_the_same_bits() -> None:
         assert later.state() == guard.state()
 
 
+def test_a_guard_that_starts_again_has_forgotten_everything() -> None:
+    guard = warmed_up(new_guard())
+    judge(guard, nan, 2.0)
+    guard.start()
+    assert guard.state() == new_guard().state()
+
+
 def adamw(weights: torch.nn.Linear) -> torch.optim.Optimizer:
     return build_optimizer(weights, OptimizerConfig(lr=0.1, weight_decay=0.1), CPU)
 
