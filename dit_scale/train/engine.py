@@ -92,9 +92,10 @@ class Engine:
     def step(self, lr: float, judge: Judge) -> tuple[Tensor, Tensor]:
         """Apply AdamW to the masters with this learning rate, and cast them into the weights.
 
-        `judge` is asked once, between the norm of the gradient (before clipping) and the update, which its
-        1.0 leaves out. It must say so of a norm that is not finite: most settings of DeepSpeed drop such a
-        step by themselves. Returns norm and verdict, fp32 () on the device; the norm is never NaN but inf.
+        `judge` is asked once, between the norm of the gradient (before clipping) and the update: at its 1.0
+        the update is left out. It must say 1.0 to a norm that is not finite, because in most settings
+        DeepSpeed itself drops such a step. Returns norm and verdict, fp32 () on the device; a norm that is
+        not finite is inf, never NaN.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
