@@ -168,7 +168,7 @@ class GuardConfig(Section):
     rollback_after: int = Field(10, ge=1)
     """Failed steps in a row after which the run goes back to a checkpoint and leaves their samples out."""
     max_rollbacks: int = Field(3, ge=0)
-    """Rollbacks to the same checkpoint before the run gives up."""
+    """Rollbacks without a newer checkpoint before the run gives up."""
 
 
 class LogConfig(Section):

@@ -25,11 +25,12 @@ class StatusLine:
     def advance(self) -> None:
         self._bar.advance(self._task)
 
-    def report(self, step: int, record: dict[str, float]) -> None:
-        """Show the numbers of a log point."""
+    def report(self, step: int, record: dict[str, float | None]) -> None:
+        """Show the numbers of a log point; a number that is None has no value there."""
+        shown = {name: float("nan") if value is None else value for name, value in record.items()}
         status = (
-            f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  "
-            f"lr {record['lr']:.1e}  {record['images_per_s']:8.1f} img/s"
+            f"loss {shown['loss']:.4f}  grad {shown['grad_norm']:.3f}  "
+            f"lr {shown['lr']:.1e}  {shown['images_per_s']:8.1f} img/s"
         )
         self._bar.update(self._task, status=status)
         if self._shown and not self._console.is_terminal:

@@ -15,9 +15,9 @@ from dit_scale.errors import ConfigError
 
 
 class Sink(Protocol):
-    """Takes one record of named numbers at a step."""
+    """Takes one record of named numbers at a step; None where all steps of a window were skipped."""
 
-    def write(self, step: int, record: dict[str, float]) -> None: ...
+    def write(self, step: int, record: dict[str, float | None]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -34,7 +34,7 @@ class JsonLines:
             os.replace(tmp, path)
         self._file = path.open("a", buffering=1)
 
-    def write(self, step: int, record: dict[str, float]) -> None:
+    def write(self, step: int, record: dict[str, float | None]) -> None:
         self._file.write(json.dumps({"step": step, **record}) + "\n")
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ class Wandb:
             settings=wandb.Settings(silent=True),
         )
 
-    def write(self, step: int, record: dict[str, float]) -> None:
+    def write(self, step: int, record: dict[str, float | None]) -> None:
         self._run.log(record, step=step)
 
     def close(self) -> None:
@@ -81,9 +81,10 @@ class TensorBoard:
             ) from None
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
-    def write(self, step: int, record: dict[str, float]) -> None:
+    def write(self, step: int, record: dict[str, float | None]) -> None:
         for name, value in record.items():
-            self._writer.add_scalar(name, value, step)
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._writer.close()

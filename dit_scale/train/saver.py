@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -241,5 +242,6 @@ class Saver:
         self._writer.wait()
         for pipe in (self._writer.stdin, self._writer.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # a request that it did not live to read
+                    pipe.close()
         self._writer = None

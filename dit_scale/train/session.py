@@ -63,7 +63,8 @@ class Session:
         self.saver = Saver(world, self._root.url, self.step.engine.owned, config.checkpoint)
         stack.callback(self.saver.close)
         self._attempt_stack = stack.enter_context(ExitStack())
-        self._rollbacks: dict[int, int] = {}
+        self._rollbacks = 0
+        self._observed_step = self._saved_step = self._committed_step = 0
 
     def begin(self, at_most_step: int | None = None, excluded: Ranges = ()) -> None:
         """Start an attempt from the newest checkpoint (up to a step), or from nothing."""
@@ -106,9 +107,8 @@ class Session:
         before = self.state.step - failures
         positions = self._positions(before, self.state.step)
         excluded = merged((*self.state.excluded, *_ranges(positions)))
-        self._rollbacks[before] = self._rollbacks.get(before, 0) + 1
         message = f"{failures} steps in a row failed, from step {before + 1} on"
-        if sum(self._rollbacks.values()) > self.config.guard.max_rollbacks:
+        if self._rollbacks == self.config.guard.max_rollbacks:
             raise StabilityError(
                 f"{self.config.run}: {message}, after {self.config.guard.max_rollbacks} rollbacks; lower "
                 "optimizer.lr or look at one of them with `dit-scale replay`"
@@ -117,15 +117,16 @@ class Session:
         self._record("rollback", failed_steps=[before + 1, self.state.step], excluded_positions=excluded)
         self.say(f"{message}: going back to a checkpoint before it, and on without its samples")
         self._attempt_stack.close()
+        self._rollbacks += 1
         self.begin(before, excluded)
 
     def has_found_damage(self) -> bool:
         """Whether this rank's loader replaced a sample that the run does not know of yet."""
-        return not self.loader.quarantined.keys() <= self.state.quarantined.keys()
+        return not self.loader.quarantined().keys() <= self.state.quarantined.keys()
 
     def note_damage(self) -> None:
         """Make the samples that any rank had to replace known to all, and write them down."""
-        for found in self.world.gather(dict(self.loader.quarantined)):
+        for found in self.world.gather(self.loader.quarantined()):
             for sample_id, reason in sorted(found.items()):
                 if sample_id not in self.state.quarantined:
                     self.state.quarantined[sample_id] = reason
@@ -139,6 +140,8 @@ class Session:
             **self.meters.take(),
             "lr": self.step.engine.hyper_parameters()[0]["lr"],
         }
+        for note in self.loader.notes():
+            self.say(note)
         for sink in self._sinks:
             sink.write(self.state.step, record)
         self.status.report(self.state.step, record)
@@ -154,8 +157,8 @@ class Session:
         profiles = self.config.ema
         kinds = (*OPTIMIZER_KINDS, *(ema_kind(profile.name) for profile in profiles))
         folders = {f"{CHECKPOINTS}/{name}": kinds}
-        if self._passed(self.config.checkpoint.ema_every_steps):
-            stored = tuple(ema_kind(profile.name) for profile in profiles if profile.sigma_rel is not None)
+        stored = tuple(ema_kind(profile.name) for profile in profiles if profile.sigma_rel is not None)
+        if stored and self._passed(self.config.checkpoint.ema_every_steps):
             # before the checkpoint: a run that goes on from it has this average behind it
             folders = {f"{EMA}/{name}": stored, **folders}
         begin_s = time.monotonic()
@@ -230,8 +233,10 @@ class Session:
         folder = Path(config.run)
         self._sinks: list[Sink] = open_sinks(folder, config, state.step) if self.world.is_first else []
         self._journal = Journal(folder / "events.jsonl") if self.world.is_first else None
-        for opened in (*self._sinks, *([self._journal] if self._journal else [])):
-            stack.callback(opened.close)
+        for sink in self._sinks:
+            stack.callback(sink.close)
+        if self._journal:
+            stack.callback(self._journal.close)
         self.loader = Loader(
             self._dataset,
             config.data,
@@ -247,6 +252,7 @@ class Session:
 
     def _announce(self, notes: list[str], resumed: bool) -> None:
         plan, config = self.plan, self.config
+        notes = [*notes, *self.loader.notes()]
         for note in notes:
             self.say(note)
         self.say(
@@ -301,6 +307,8 @@ class Session:
             self.say(f"ALARM: checkpoint {name} is not saved, training goes on: {outcome.problem}")
             return
         self._committed_step = outcome.manifest.step
+        if self._committed_step not in outcome.manifest.skipped_steps:
+            self._rollbacks = 0
         self._record("checkpoint", name=name, dropped=outcome.dropped, seconds=round(outcome.seconds, 3))
         if outcome.retention_problem:
             self._record("retention_failed", name=name, problem=outcome.retention_problem)

@@ -1,7 +1,7 @@
 """What the ranks of the tests run: real training, and one plain torch process as the reference."""
 
 import json
-import time
+import os
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,8 +13,9 @@ from dit_scale.data.loader import read_batch
 from dit_scale.data.shards import LatentDataset
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
-from dit_scale.train import engine, loop
+from dit_scale.train import engine, loop, session
 from dit_scale.train.objective import loss_sums
+from tests.dist.points import Hold, held
 
 LossRow = dict[str, float]
 
@@ -51,23 +52,11 @@ def train(config: TrainConfig, random_start: bool = False) -> int:
         return loop.train(config)
 
 
-def hold_file(config: TrainConfig) -> Path:
-    return Path(config.run) / "hold"
-
-
-def train_and_hold(config: TrainConfig, step: int) -> int:
-    """One rank of a training run that waits behind the log point of a step while the hold file is there.
-
-    So a signal from outside finds every rank where the test wants it, however busy the machine is.
-    """
-    log = loop.Run.log
-
-    def log_and_hold(run: loop.Run) -> None:
-        log(run)
-        while run.state.step == step and hold_file(config).exists():
-            time.sleep(0.01)
-
-    with patch.object(loop.Run, "log", log_and_hold):
+def train_held(config: TrainConfig, hold: Hold, victim: int) -> int:
+    """One rank of a training run, in which rank `victim`, or its writer, is held at a point."""
+    if int(os.environ["RANK"]) != victim:
+        return loop.train(config)
+    with held(hold):
         return loop.train(config)
 
 
@@ -126,7 +115,7 @@ def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndar
 
     found: dict[tuple[str, int], np.ndarray] = {}
 
-    def keep(run: loop.Run) -> None:
+    def keep(run: session.Session) -> None:
         for partition in run.step.engine.owned:
             master = partition.buffers[engine.MASTER]
             momentum = run.step.engine._optimizer.state[master]["momentum_buffer"]
@@ -137,8 +126,8 @@ def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndar
     with (
         patch.object(dit, "initialise_weights", randomise),
         patch.object(engine, "build_optimizer", sgd),
-        patch.object(loop.Run, "log", keep),
-        patch.object(loop.Run, "save", lambda run: None),  # SGD has other hyper-parameters
+        patch.object(session.Session, "log", keep),
+        patch.object(session.Session, "save_and_wait", lambda run: None),  # SGD has other hyper-parameters
     ):
         loop.train(config)
     return found

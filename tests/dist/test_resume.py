@@ -109,9 +109,7 @@ def test_sigterm_saves_at_a_step_boundary_and_asks_to_be_requeued(
     assert jobs.losses(config) == jobs.losses(uninterrupted)
 
 
-def test_damaged_checkpoint_is_passed_over(
-    data: Path, tmp_path: Path
-) -> None:
+def test_damaged_checkpoint_is_passed_over(data: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path, data)
     assert run(WORLD, jobs.train, config) == [0, 0]
     whole = final_files(config)

@@ -1,0 +1,13 @@
+"""A writer that can be held at a point: `python -m tests.dist.held_writer FOLDER POINT NTH <writer's options>`."""
+
+import sys
+from pathlib import Path
+
+from dit_scale.train import writer
+from tests.dist.points import WRITER_POINTS, Hold
+
+if __name__ == "__main__":
+    folder, point, nth = sys.argv[1:4]
+    del sys.argv[1:4]
+    with WRITER_POINTS[point](Hold(Path(folder), point, int(nth))):
+        writer.main()

@@ -1,0 +1,139 @@
+"""A run that is killed anywhere, and goes on, ends with the bits of the run that nobody disturbed.
+
+Every kill is a SIGKILL from outside, sent to one rank while it, or its writer, stands at a named point; then
+the others are killed, as a launcher would. One run is killed at all points of a list in turn.
+"""
+
+import json
+import os
+import queue
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_scale.config import TrainConfig
+from dit_scale.train.attempts import committed
+from dit_scale.train.run import root_of
+from tests.dist import jobs
+from tests.dist.points import RANK_POINTS, WRITER_POINTS, Hold
+from tests.dist.processes import TIMEOUT_S, run, start
+from tests.latents import write_latents
+
+pytestmark = pytest.mark.dist
+
+WORLD = 2
+
+# point, in which pass since the start, rank. A save is due every three steps; two checkpoints are kept.
+IN_THE_STEP = [
+    ("before forward", 5, 1),
+    ("inside backward", 5, 0),
+    ("inside the reduce", 20, 1),
+    ("between optimizer and EMA", 5, 0),
+    ("behind the step", 5, 1),
+    ("inside a line of the log", 5, 0),
+    ("inside the snapshot", 2, 1),
+    ("behind the snapshot", 2, 0),
+    ("before the commit", 2, 0),
+]
+IN_THE_WRITER = [
+    ("writer: before the file", 2, 1),
+    ("writer: inside the file", 3, 0),
+    ("writer: before its name", 2, 1),
+    ("writer: before reading again", 2, 0),
+    ("writer: before the manifest", 2, 0),
+    ("writer: behind the chain's answer", 2, 0),
+    ("writer: manifest without its name", 2, 0),
+    ("writer: behind the manifest", 2, 0),
+    ("writer: in retention", 1, 0),
+    ("writer: inside retention", 2, 0),
+]
+AT_THE_START = [
+    ("behind the step", 14, 0),
+    ("restoring", 20, 1),
+    ("before the attempt", 1, 0),
+    ("behind the attempt", 1, 0),
+    ("cutting the log", 2, 0),
+]
+THREE = [("inside the reduce", 20, 0), ("between optimizer and EMA", 5, 1), ("writer: inside the file", 3, 0)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("latents")
+    write_latents(folder, num=40)
+    return folder
+
+
+def config_of(folder: Path, data: Path, stage: int, steps: int) -> TrainConfig:
+    config = jobs.small_config(folder, data, zero_stage=stage)
+    checkpoint = config.checkpoint.model_copy(update={"every_steps": 3, "ema_every_steps": 6})
+    return config.model_copy(update={"steps": steps, "checkpoint": checkpoint})
+
+
+def final_files(config: TrainConfig) -> list[bytes]:
+    """Every rank's file of the newest checkpoint: masters, moments, averages."""
+    newest = committed(root_of(config))[0]
+    folder = Path(config.run) / newest
+    assert int(folder.name.split("-")[0]) == config.steps
+    return [path.read_bytes() for path in sorted(folder.glob("rank-*.safetensors"))]
+
+
+def events(config: TrainConfig, name: str) -> list[dict[str, Any]]:
+    lines = (Path(config.run) / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def kill_at(config: TrainConfig, folder: Path, point: str, nth: int, victim: int) -> None:
+    """Start the run, and kill it when rank `victim` stands at the point."""
+    folder.mkdir()
+    hold = Hold(folder, point, nth)
+    ranks, answers = start(WORLD, jobs.train_held, config, hold, victim)
+    try:
+        wait_for(hold, answers)
+    finally:
+        for process in (ranks[victim], *ranks):
+            assert process.pid is not None
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+
+
+def wait_for(hold: Hold, answers: Any) -> int:
+    """The id of the process that stands at the point."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        if hold.reached.exists():
+            return int(hold.reached.read_text())
+        with suppress(queue.Empty):
+            raise AssertionError(f"a rank ended before {hold.point!r}: {answers.get(timeout=0.01)}")
+    raise AssertionError(f"{hold.point!r} was not reached within {TIMEOUT_S} s")
+
+
+@pytest.mark.parametrize(
+    ("stage", "kills"),
+    [(2, IN_THE_STEP), (2, IN_THE_WRITER), (2, AT_THE_START), (1, THREE), (3, THREE)],
+    ids=["stage 2, the step", "stage 2, the writer", "stage 2, the start", "stage 1", "stage 3"],
+)
+def test_killed_and_resumed_gives_the_same_bits(
+    data: Path, tmp_path: Path, stage: int, kills: list[tuple[str, int, int]]
+) -> None:
+    steps = 6 * len(kills) + 6
+    straight = config_of(tmp_path / "straight", data, stage, steps)
+    assert run(WORLD, jobs.train, straight) == [0] * WORLD
+    config = config_of(tmp_path / "killed", data, stage, steps)
+    for number, (point, nth, victim) in enumerate(kills):
+        kill_at(config, tmp_path / f"hold{number}", point, nth, victim)
+    assert run(WORLD, jobs.train, config) == [0] * WORLD
+    assert final_files(config) == final_files(straight)
+    assert jobs.losses(config) == jobs.losses(straight)
+    print(f"ZeRO-{stage}: killed at {len(kills)} points, resumed from", end=" ")
+    print([event["resumed_from"] for event in events(config, "start")])
+
+
+def test_every_point_has_its_kill() -> None:
+    killed = {point for point, _, _ in (*IN_THE_STEP, *IN_THE_WRITER, *AT_THE_START)}
+    assert killed >= {*RANK_POINTS, *WRITER_POINTS} - {"writer: retention, the chain has answered"}
