@@ -1,4 +1,7 @@
-"""A writer that can be held at a point: `python -m tests.dist.held_writer FOLDER POINT NTH <writer's options>`."""
+"""A writer that can be held at a point.
+
+python -m tests.dist.held_writer FOLDER POINT NTH <options of the writer>
+"""
 
 import sys
 from pathlib import Path

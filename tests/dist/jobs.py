@@ -37,6 +37,12 @@ def small_config(run: Path, data: Path, **engine_knobs: object) -> TrainConfig:
     )
 
 
+def saving(config: TrainConfig, steps: int, **knobs: object) -> TrainConfig:
+    """The same run for so many steps, with these knobs of its checkpoints."""
+    checkpoint = config.checkpoint.model_copy(update=knobs)
+    return config.model_copy(update={"steps": steps, "checkpoint": checkpoint})
+
+
 def randomise(model: dit.DiT, generator: torch.Generator) -> None:
     """Initial weights with nothing at zero: zero layers would hide errors in what stands before them."""
     with torch.no_grad():
@@ -58,6 +64,20 @@ def train_held(config: TrainConfig, hold: Hold, victim: int) -> int:
         return loop.train(config)
     with held(hold):
         return loop.train(config)
+
+
+def train_and_tell(config: TrainConfig) -> tuple[dict[str, object], ...]:
+    """One rank of a training run; the hyper-parameters of its optimizer groups right after the load."""
+    told: list[tuple[dict[str, object], ...]] = []
+    begin = session.Session.begin
+
+    def begin_and_tell(run: session.Session) -> None:
+        begin(run)
+        told.append(run.step.engine.hyper_parameters())
+
+    with patch.object(session.Session, "begin", begin_and_tell):
+        assert loop.train(config) == 0
+    return told[0]
 
 
 def losses(config: TrainConfig) -> list[LossRow]:

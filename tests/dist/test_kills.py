@@ -4,23 +4,15 @@ Every kill is a SIGKILL from outside, sent to one rank while it, or its writer, 
 the others are killed, as a launcher would. One run is killed at all points of a list in turn.
 """
 
-import json
-import os
-import queue
-import signal
-import time
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dit_scale.config import TrainConfig
-from dit_scale.train.attempts import committed
-from dit_scale.train.run import root_of
 from tests.dist import jobs
 from tests.dist.points import RANK_POINTS, WRITER_POINTS, Hold
-from tests.dist.processes import TIMEOUT_S, run, start
+from tests.dist.processes import run, start
+from tests.dist.runs import events, final_files, kill, wait_for
 from tests.latents import write_latents
 
 pytestmark = pytest.mark.dist
@@ -70,47 +62,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(folder: Path, data: Path, stage: int, steps: int) -> TrainConfig:
     config = jobs.small_config(folder, data, zero_stage=stage)
-    checkpoint = config.checkpoint.model_copy(update={"every_steps": 3, "ema_every_steps": 6})
-    return config.model_copy(update={"steps": steps, "checkpoint": checkpoint})
-
-
-def final_files(config: TrainConfig) -> list[bytes]:
-    """Every rank's file of the newest checkpoint: masters, moments, averages."""
-    newest = committed(root_of(config))[0]
-    folder = Path(config.run) / newest
-    assert int(folder.name.split("-")[0]) == config.steps
-    return [path.read_bytes() for path in sorted(folder.glob("rank-*.safetensors"))]
-
-
-def events(config: TrainConfig, name: str) -> list[dict[str, Any]]:
-    lines = (Path(config.run) / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == name]
+    return jobs.saving(config, steps=steps, every_steps=3, ema_every_steps=6)
 
 
 def kill_at(config: TrainConfig, folder: Path, point: str, nth: int, victim: int) -> None:
-    """Start the run, and kill it when rank `victim` stands at the point."""
+    """Start the run, and kill it when rank `victim`, or its writer, stands at the point."""
     folder.mkdir()
     hold = Hold(folder, point, nth)
     ranks, answers = start(WORLD, jobs.train_held, config, hold, victim)
     try:
         wait_for(hold, answers)
     finally:
-        for process in (ranks[victim], *ranks):
-            assert process.pid is not None
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
-                process.join()
-
-
-def wait_for(hold: Hold, answers: Any) -> int:
-    """The id of the process that stands at the point."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        if hold.reached.exists():
-            return int(hold.reached.read_text())
-        with suppress(queue.Empty):
-            raise AssertionError(f"a rank ended before {hold.point!r}: {answers.get(timeout=0.01)}")
-    raise AssertionError(f"{hold.point!r} was not reached within {TIMEOUT_S} s")
+        kill((ranks[victim], *ranks))
 
 
 @pytest.mark.parametrize(

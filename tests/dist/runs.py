@@ -1,0 +1,51 @@
+"""What the tests look at in a run's folder, and how they follow processes that are held."""
+
+import json
+import os
+import queue
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dit_scale.config import TrainConfig
+from dit_scale.train.attempts import committed
+from dit_scale.train.run import root_of
+from tests.dist.points import Hold
+from tests.dist.processes import TIMEOUT_S
+
+
+def final_files(config: TrainConfig) -> list[bytes]:
+    """Every rank's file of the newest checkpoint: masters, moments, averages."""
+    root = root_of(config)
+    newest = committed(root)[0]
+    assert int(newest.split("/")[1].split("-")[0]) == config.steps
+    return [root.read(key) for key, _ in root.list(f"{newest}/rank-")]
+
+
+def events(config: TrainConfig, name: str) -> list[dict[str, Any]]:
+    """The events of a kind in the journal."""
+    lines = (Path(config.run) / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def wait_for(hold: Hold, answers: Any) -> int:
+    """The id of the process that stands at the point; `answers` are those of ranks that ended before."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        if hold.reached.exists():
+            return int(hold.reached.read_text())
+        with suppress(queue.Empty):
+            raise AssertionError(f"a rank ended before {hold.point!r}: {answers.get(timeout=0.01)}")
+    raise AssertionError(f"{hold.point!r} was not reached within {TIMEOUT_S} s")
+
+
+def kill(processes: Sequence[Any]) -> None:
+    """SIGKILL, one after the other, those that are alive."""
+    for process in processes:
+        assert process.pid is not None
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
