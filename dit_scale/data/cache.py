@@ -1,81 +1,205 @@
-"""Shards of a remote data set on the node's own disk, fetched once for all processes of the node.
+"""Shards of a remote data set on the node's own disk, for all processes of the node, within a budget.
 
-Files are named by their SHA-256, so data sets may share a folder and a file that is there is whole:
-it gets its name only after its digest was checked.
+    <folder>/<sha256>.tar    a whole shard: it gets this name only after its digest was checked
+    <folder>/<sha256>.tmp    a download; it has its full size from the start, which reserves the room
+
+Names are digests, so data sets may share a folder, and files outlive the run. Kernel locks (flock)
+say what is in use and end with their process: an exclusive one on a download, a shared one on a shard
+that is being read, and for a moment one on the folder by whoever begins a download. Shards that
+nobody reads are evicted when room is needed, the least recently opened first.
 """
 
 import fcntl
 import hashlib
 import os
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import Event
+from typing import NamedTuple
 
 from dit_scale.errors import DataError
 from dit_scale.storage import Storage
 
 PART_BYTES = 16 * 2**20
 """Bytes asked for at once: the most that is fetched again when a connection breaks."""
+RETRY_PAUSES_S = (0.0, 0.2, 0.4, 0.8)
+"""Pauses before each attempt to read something whose checksum may turn out wrong."""
+_OURS = re.compile(r"[0-9a-f]{64}\.(tar|tmp)")
+
+
+class ShardFile(NamedTuple):
+    """A shard's tar in its storage."""
+
+    name: str
+    key: str
+    size_bytes: int
+    sha256: str
+
+
+class NoRoomError(DataError):
+    """The cache cannot take a shard: its budget or the disk is used up, or the folder cannot be used."""
 
 
 class ShardCache:
-    """Local paths of a storage's objects: their own on disk, a verified copy for S3."""
+    """Verified copies of a storage's shards in a local folder of at most `limit_bytes` (0: no limit)."""
 
-    def __init__(self, storage: Storage, folder: str | Path) -> None:
-        self.storage = storage
+    def __init__(self, storage: Storage, folder: str | Path, limit_bytes: int = 0) -> None:
+        self.storage, self.limit_bytes = storage, limit_bytes
         self.folder = Path(folder).expanduser()
 
-    def path(self, key: str, size_bytes: int, sha256: str) -> Path:
-        """The local file of `key`; DataError when the storage holds other bytes than `sha256` names."""
-        local = self.storage.local_path(key)
-        if local is not None:
-            return local
-        path = self.folder / f"{sha256}{Path(key).suffix}"
-        if not path.exists():
-            with self._locked(sha256):
-                if not path.exists():  # another process may have fetched it while this one waited
-                    self._fetch(key, size_bytes, sha256, path)
-        return path
+    def holds(self, file: ShardFile) -> bool:
+        """Whether the shard was fetched, by whatever process."""
+        return self._path(file).exists()
 
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Hold this name among all processes of the node; the kernel frees it when a process dies."""
+    def open(self, file: ShardFile) -> int | None:
+        """A descriptor of the shard, which cannot be evicted until it is closed; None when it is not here.
+
+        A file of another size is dropped; other wrong bytes are for the reader to find, and to `drop`.
+        """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.folder / f"{name}.lock", "wb")  # noqa: SIM115
-        except OSError as error:
-            raise DataError(
-                f"cannot use {self.folder} as cache: {error.strerror}; set data.cache_dir"
-            ) from None
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            descriptor = os.open(self._path(file), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        # The lock is refused while the file is being evicted; afterwards it has no name any more.
+        if _locked(descriptor, fcntl.LOCK_SH) and os.fstat(descriptor).st_nlink:
+            if os.fstat(descriptor).st_size == file.size_bytes:
+                with suppress(PermissionError):  # another user's file
+                    os.utime(descriptor)  # eviction goes by this time
+                return descriptor
+            self.drop(file, descriptor)
+        os.close(descriptor)
+        return None
 
-    def _fetch(self, key: str, size_bytes: int, sha256: str, path: Path) -> None:
-        where = f"{self.storage.url}/{key}"
-        found = self.storage.size(key)
-        if found != size_bytes:
-            raise DataError(f"{where}: expected {size_bytes} bytes as in dataset.json, got {found}")
+    def drop(self, file: ShardFile, descriptor: int) -> None:
+        """Remove the damaged file behind this descriptor, unless another has taken its place."""
+        with suppress(PermissionError):
+            _unlink(self._path(file), descriptor)
+
+    def fetch(self, file: ShardFile, keep: Collection[ShardFile] = (), stop: Event | None = None) -> bool:
+        """Download the shard; True once it is here, False when another process is at it or `stop` is set.
+
+        Raises NoRoomError when there is no room and evicting others than `keep` makes none, DataError
+        when the storage gives other bytes than the digest names time and again, StorageError.
+        """
+        stop = stop or Event()
+        try:
+            with ExitStack() as stack:
+                part = self._claim(file, keep, stack)
+                if part is None:
+                    return self.holds(file)
+                found = ""
+                for pause_s in RETRY_PAUSES_S:
+                    if not stop.wait(pause_s):
+                        found = self._download(file, part, stop)
+                    if stop.is_set():
+                        return False
+                    if found == file.sha256:
+                        os.fsync(part)
+                        os.replace(self._path(file, "tmp"), self._path(file))
+                        return True
+        except OSError as error:
+            raise NoRoomError(
+                f"cannot keep shard {file.name} in {self.folder}: {error.strerror}; set data.cache_dir"
+            ) from None
+        raise DataError(
+            f"{self.storage.url}/{file.key}: expected SHA-256 {file.sha256} as in dataset.json, got {found}, "
+            f"{len(RETRY_PAUSES_S)} times; it stays out of the cache. Verify the data set"
+        )
+
+    def _path(self, file: ShardFile, suffix: str = "tar") -> Path:
+        return self.folder / f"{file.sha256}.{suffix}"
+
+    def _download(self, file: ShardFile, part: int, stop: Event) -> str:
+        """Write the shard from its storage; returns the SHA-256 of what came until `stop`."""
         digest = hashlib.sha256()
-        tmp = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            with open(tmp, "xb") as file:
-                for start in range(0, size_bytes, PART_BYTES):
-                    part = self.storage.read_range(key, start, min(PART_BYTES, size_bytes - start))
-                    digest.update(part)
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            if digest.hexdigest() != sha256:
-                raise DataError(
-                    f"{where}: expected SHA-256 {sha256} as in dataset.json, got {digest.hexdigest()}; "
-                    "the shard is damaged: encode it again"
+        for start in range(0, file.size_bytes, PART_BYTES):
+            if stop.is_set():
+                break
+            data = self.storage.read_range(file.key, start, min(PART_BYTES, file.size_bytes - start))
+            digest.update(data)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.pwrite(part, rest, start + len(data) - len(rest)) :]
+        return digest.hexdigest()
+
+    def _claim(self, file: ShardFile, keep: Collection[ShardFile], stack: ExitStack) -> int | None:
+        """A locked file of the shard's size; `stack` removes it unless it was renamed.
+
+        None when the shard is here by now, or another process is downloading it.
+        """
+        path = self._path(file, "tmp")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _opened(self.folder, os.O_RDONLY | os.O_DIRECTORY) as folder:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if self.holds(file):
+                return None
+            part = stack.enter_context(_opened(path, os.O_RDWR | os.O_CREAT))
+            if not _locked(part, fcntl.LOCK_EX):
+                return None
+            stack.callback(_unlink, path, part)
+            os.ftruncate(part, 0)  # what a killed download left
+            self._make_room(file, keep)
+            os.posix_fallocate(part, 0, file.size_bytes)
+            return part
+
+    def _make_room(self, file: ShardFile, keep: Collection[ShardFile]) -> None:
+        """Remove what killed downloads left, and evict as needed; the folder must be locked."""
+        kept = {self._path(other).name for other in keep}
+        used, idle = 0, []
+        for name in filter(_OURS.fullmatch, os.listdir(self.folder)):
+            path = self.folder / name
+            with suppress(FileNotFoundError), ExitStack() as locks:  # found damaged and dropped since
+                found = path.stat()
+                if name.endswith(".tmp") and _lock_idle(path, locks):
+                    path.unlink()
+                    continue
+                used += found.st_size
+                if name.endswith(".tar") and name not in kept:
+                    idle.append((found.st_mtime_ns, found.st_size, path))
+        if not self.limit_bytes:
+            return
+        with ExitStack() as locks:
+            evicted = []
+            for _, size_bytes, path in sorted(idle):
+                if used + file.size_bytes > self.limit_bytes and _lock_idle(path, locks):
+                    evicted.append(path)
+                    used -= size_bytes
+            if used + file.size_bytes > self.limit_bytes:
+                raise NoRoomError(
+                    f"{self.folder} has no room for shard {file.name} ({file.size_bytes} bytes) within "
+                    f"data.cache_bytes={self.limit_bytes}; raise it, or set data.window_shards"
                 )
-            os.replace(tmp, path)
-        except OSError as error:
-            raise DataError(
-                f"cannot cache {where} in {self.folder}: {error.strerror}; set data.cache_dir"
-            ) from None
-        finally:
-            tmp.unlink(missing_ok=True)
+            for path in evicted:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    """Take the kernel's lock on a file without waiting."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_idle(path: Path, locks: ExitStack) -> bool:
+    """Lock a file that nobody reads or writes, for as long as `locks` lives."""
+    return _locked(locks.enter_context(_opened(path, os.O_RDONLY)), fcntl.LOCK_EX)
+
+
+def _unlink(path: Path, descriptor: int) -> None:
+    """Remove a file's name if it still belongs to the file behind the descriptor."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            path.unlink()

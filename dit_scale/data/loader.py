@@ -1,27 +1,40 @@
 """From positions to tensors: the micro-batches of one rank, read ahead of the training step.
 
-The sequence is a pure function of (data set, seed, batch plan, rank, first step): starting at step
-s costs the same for any s. A part that is short of a full micro-batch is filled up with its last
-sample at weight 0, so that all ranks run the same shapes.
+The sequence is a pure function of (data set, seed, window, excluded positions, batch plan, rank, first
+step): starting at step s costs the same for any s. A part that is short of a full micro-batch is
+filled up with its last sample at weight 0, so that all ranks run the same shapes. A sample that is
+damaged for good ends the run or is replaced, as configured; a place that does not answer ends it.
 
 Shapes: B micro-batch, C latent channels, H and W latent sides.
 """
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dit_scale import rng
 from dit_scale.config import DataConfig
-from dit_scale.data.order import sample_ids
+from dit_scale.data.download import Downloader
+from dit_scale.data.order import Order, Ranges, positions_of
 from dit_scale.data.plan import BatchPlan
-from dit_scale.data.shards import LatentDataset
+from dit_scale.data.quarantine import Quarantine
+from dit_scale.data.shards import LATENT_DTYPE, LatentDataset
+from dit_scale.errors import ConfigError, DataError
 from dit_scale.rng import Purpose
+
+BLOCK_SAMPLES = 4096
+"""Samples whose ids and views are computed at once: for a few, most of the time is overhead."""
+CLOSE_S = 10.0
+"""Longest wait for the threads at the end; one that a storage keeps waiting is left behind."""
+
+I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -54,36 +67,56 @@ def draw_latents(batch: Batch, seed: int, scale: float) -> Tensor:
     return (mean_BCHW + std_BCHW * noise_BCHW) * scale
 
 
-def read_batch(
-    dataset: LatentDataset, positions_B: np.ndarray, num_real: int, seed: int, flip: bool
-) -> Batch:
-    """Read the samples at these positions; those from `num_real` on are fillers."""
-    position_B = torch.from_numpy(positions_B)
-    views_B = rng.integers(seed, Purpose.VIEW, position_B, 2).numpy() if flip else np.zeros_like(positions_B)
-    ids_B = sample_ids(positions_B, len(dataset), seed)
-    samples = [dataset.read(int(sample_id)) for sample_id in ids_B]
-    moments = np.stack([moments[view] for (moments, _), view in zip(samples, views_B, strict=True)])
-    labels = np.array([label for _, label in samples], dtype=np.int64)
-    weight_B = (torch.arange(len(positions_B)) < num_real).float()
-    return Batch(torch.from_numpy(moments), torch.from_numpy(labels), position_B, weight_B)
+class Reader:
+    """Reads what belongs to given positions of a run."""
+
+    def __init__(
+        self, dataset: LatentDataset, order: Order, seed: int, flip: bool, quarantine: Quarantine
+    ) -> None:
+        self._dataset, self._order, self._seed = dataset, order, seed
+        self._num_views = 2 if flip else 1
+        self._quarantine = quarantine
+
+    def draws(self, positions: I64) -> tuple[I64, I64]:
+        """Sample id and view at each position, of the same shape."""
+        flat = torch.from_numpy(positions.reshape(-1))
+        views = rng.integers(self._seed, Purpose.VIEW, flat, self._num_views).numpy()
+        return self._order.ids(positions), views.reshape(positions.shape)
+
+    def batch(self, positions_B: I64, ids_B: I64, views_B: I64, num_real: int) -> Batch:
+        """The samples with these ids; those from `num_real` on are fillers."""
+        moments_B2CHW, labels_B = self._read(ids_B, views_B)
+        return Batch(
+            torch.from_numpy(moments_B2CHW),
+            torch.from_numpy(labels_B),
+            torch.from_numpy(positions_B),
+            (torch.arange(len(positions_B)) < num_real).float(),
+        )
+
+    def _read(self, ids_B: I64, views_B: I64) -> tuple[NDArray[np.float16], I64]:
+        """Moments and labels, damaged samples replaced."""
+        ids_B = self._quarantine.replace(ids_B)
+        moments_B2CHW = np.empty((len(ids_B), *self._dataset.info.latent_shape[1:]), LATENT_DTYPE)
+        labels_B, damaged = self._dataset.read_views(ids_B, views_B, moments_B2CHW)
+        if damaged:
+            self._quarantine.add(damaged)
+            rows = np.isin(ids_B, list(damaged))
+            moments_B2CHW[rows], labels_B[rows] = self._read(ids_B[rows], views_B[rows])
+        return moments_B2CHW, labels_B
 
 
-def micro_positions(plan: BatchPlan, rank: int, step: int) -> list[tuple[np.ndarray, int]]:
-    """The positions of each micro-step of a step, filled up to the micro-batch, and how many are real."""
-    mine = plan.rank_samples(rank)
-    first = step * plan.global_batch + mine.start
-    parts = []
-    for start in range(0, plan.micro_steps * plan.micro_batch, plan.micro_batch):
-        index = np.arange(start, start + plan.micro_batch, dtype=np.int64)
-        num_real = int(np.clip(len(mine) - start, 0, plan.micro_batch))
-        parts.append((first + np.minimum(index, len(mine) - 1), num_real))
-    return parts
+def read_batch(dataset: LatentDataset, positions_B: I64, num_real: int, seed: int, flip: bool) -> Batch:
+    """The micro-batch at these positions of a run without windows, as a Loader gives it out."""
+    quarantine = Quarantine(len(dataset), (), "stop")
+    reader = Reader(dataset, Order(len(dataset), seed), seed, flip, quarantine)
+    return reader.batch(positions_B, *reader.draws(positions_B), num_real)
 
 
 class Loader:
     """An endless iterator over micro-batches from `first_step` on, read by a thread of its own.
 
-    An error in the thread is raised by the `next` that would have returned its batch.
+    `excluded` are positions that the run leaves out, `quarantined` sample ids known to be damaged.
+    An error in the thread is raised by the `next` that would have returned its batch, and from then on.
     """
 
     def __init__(
@@ -94,10 +127,25 @@ class Loader:
         rank: int,
         seed: int,
         first_step: int,
+        excluded: Ranges = (),
+        quarantined: Iterable[int] = (),
     ) -> None:
-        self._dataset, self._flip, self._seed = dataset, config.horizontal_flip, seed
-        self._plan, self._rank, self._step = plan, rank, first_step
+        info = dataset.info
+        if config.horizontal_flip and info.latent_shape[0] < 2:
+            raise ConfigError(f"{config.url} has no mirrored views: set data.horizontal_flip=false")
+        self._dataset, self._plan, self._rank, self._excluded = dataset, plan, rank, excluded
+        self._step, self._taken, self._deadline_s = first_step, 0, config.deadline_s
+        sizes = [shard.samples for shard in info.shards]
+        self._order = Order(info.samples, seed, sizes, config.window_shards)
+        self._quarantine = Quarantine(info.samples, quarantined, config.damaged)
+        self._reader = Reader(dataset, self._order, seed, config.horizontal_flip, self._quarantine)
+        self._notes: deque[str] = deque()
+        self._downloader = None
+        if dataset.files.is_remote:
+            self._check_budget(config.window_shards)
+            self._downloader = Downloader(dataset.files, self._notes.append)
         self._queue: queue.Queue[Batch | Exception] = queue.Queue(maxsize=config.prefetch_batches)
+        self._error: Exception | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
         self._thread.start()
@@ -106,33 +154,86 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        item = self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
+        if self._error is None:
+            try:
+                item = self._queue.get(timeout=self._deadline_s)
+            except queue.Empty:
+                item = DataError(self._overdue())
+            if not isinstance(item, Exception):
+                self._taken += 1
+                return item
+            self._error = item
+        raise self._error
+
+    def sample_ids(self, step: int) -> I64:
+        """The ids of the samples of a whole step, of all ranks, int64 (global_batch,)."""
+        indices = step * self._plan.global_batch + np.arange(self._plan.global_batch)
+        return self._quarantine.replace(self._order.ids(positions_of(indices, self._excluded)))
+
+    def quarantined(self) -> dict[int, str]:
+        """Damaged samples that this loader found and replaced so far: sample id => reason."""
+        return self._quarantine.found()
+
+    def notes(self) -> list[str]:
+        """What a person should know about the cache, each thing once: messages since the last call."""
+        return [self._notes.popleft() for _ in range(len(self._notes))]
 
     def close(self) -> None:
-        """Stop reading ahead and wait for the thread."""
+        """Stop reading ahead and wait for the threads, unless a storage keeps them waiting."""
         self._closing.set()
-        self._thread.join()
+        if self._downloader is not None:
+            self._downloader.close(CLOSE_S)
+        self._thread.join(CLOSE_S)
 
     def _read_ahead(self) -> None:
+        plan = self._plan
+        num_real = plan.num_real(self._rank)
+        num_steps = max(1, BLOCK_SAMPLES // (plan.micro_steps * plan.micro_batch))
         step = self._step
-        while not self._closing.is_set():
-            for positions_B, num_real in micro_positions(self._plan, self._rank, step):
-                try:
-                    item: Batch | Exception = read_batch(
-                        self._dataset, positions_B, num_real, self._seed, self._flip
-                    )
-                except Exception as error:  # handed to the consumer, who raises it
-                    item = error
-                self._put(item)
-            step += 1
+        try:
+            while True:
+                indices = plan.indices(self._rank, step, num_steps)
+                positions = positions_of(indices, self._excluded)
+                ids, views = self._reader.draws(positions)
+                for at in np.ndindex(num_steps, plan.micro_steps):
+                    self._fetch_ahead(int(positions[at][0]))
+                    batch = self._reader.batch(positions[at], ids[at], views[at], num_real[at[1]])
+                    if not self._put(batch):
+                        return
+                step += num_steps
+        except Exception as error:  # handed to the consumer, who raises it
+            self._put(error)
 
-    def _put(self, item: Batch | Exception) -> None:
+    def _fetch_ahead(self, position: int) -> None:
+        if self._downloader is not None:
+            shards = self._order.shards_ahead(position)
+            if self._downloader.want(shards):
+                self._dataset.files.close_others(shards)
+
+    def _put(self, item: Batch | Exception) -> bool:
+        """Whether it was put: False once the loader is closed."""
         while not self._closing.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
             except queue.Full:
                 continue
-            return
+            return True
+        return False
+
+    def _overdue(self) -> str:
+        step, micro_step = divmod(self._taken, self._plan.micro_steps)
+        return (
+            f"step {self._step + step}, micro-batch {micro_step}: not read within data.deadline_s="
+            f"{self._deadline_s:g} s; waiting for {self._dataset.waits_for() or 'the loader itself'}. "
+            f"Does {self._dataset.storage.url} answer?"
+        )
+
+    def _check_budget(self, window_shards: int) -> None:
+        limit = self._dataset.cache.limit_bytes
+        largest = sorted((shard.bytes for shard in self._dataset.info.shards), reverse=True)
+        need = sum(largest[: 2 * window_shards])
+        if limit and need > limit:
+            self._notes.append(
+                f"data.cache_bytes={limit} does not hold two windows of {window_shards} shards ({need} B): "
+                "some samples will be read one by one from the storage; raise it or lower data.window_shards"
+            )

@@ -1,14 +1,19 @@
-"""Which sample is at which position: a keyed permutation per epoch, O(1) memory, numpy only.
+"""Which sample is at which position: keyed permutations per epoch, no work that grows with the position.
 
-position = step * global_batch + i counts samples since the start of the run and is never reset.
-epoch = position // N. The sample at a position is a permutation of (position mod N), keyed by
-(seed, epoch): each sample exactly once per epoch, no padding, no duplicates, for any N.
+position = step * global_batch + i counts samples since the start of the run and is never reset;
+positions that a run leaves out are stepped over. epoch = position // N. The sample at a position is
+a permutation of (position mod N), keyed by (seed, epoch): each sample exactly once per epoch, no
+padding, no duplicates, for any N. With windows, samples are mixed within a few shards at a time.
 
-The permutation is a balanced Feistel network of `ROUNDS` rounds on 2h bits, the smallest even
+A permutation is a balanced Feistel network of `ROUNDS` rounds on 2h bits, the smallest even
 number of bits that holds N, with cycle walking: a value of N or more is sent through again. Its
 round function and key schedule are the SplitMix64 finaliser and sequence (Steele, Lea, Flood,
 "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014). docs/formats.md has golden vectors.
 """
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +23,9 @@ _GAMMA = 0x9E3779B97F4A7C15
 _U64 = 0xFFFFFFFFFFFFFFFF
 
 U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+Ranges = Sequence[tuple[int, int]]
+"""Half-open ranges of positions, sorted and disjoint."""
 
 
 def mix64(value: U64) -> U64:
@@ -27,23 +35,32 @@ def mix64(value: U64) -> U64:
     return value ^ (value >> np.uint64(31))
 
 
-def round_keys(seed: int, epoch: int) -> U64:
-    """SplitMix64 outputs 1..ROUNDS of the state mix64(seed) + epoch, one key per round."""
-    start = int(mix64(np.array([seed], dtype=np.uint64))[0]) + epoch
-    states = [(start + (i + 1) * _GAMMA) & _U64 for i in range(ROUNDS)]
+def round_keys(seed: int, epoch: int, *branch: int) -> U64:
+    """SplitMix64 outputs 1..ROUNDS of the state mix64(seed) + epoch, one key per round.
+
+    Each number of `branch` leads to a state of its own: mix64(state + gamma) + number.
+    """
+    state = _mix(seed) + epoch
+    for number in branch:
+        state = _mix(state + _GAMMA) + number
+    states = [(state + (i + 1) * _GAMMA) & _U64 for i in range(ROUNDS)]
     return mix64(np.array(states, dtype=np.uint64))
 
 
-def permute(index: U64, num_samples: int, seed: int, epoch: int) -> U64:
-    """The permutation of [0, num_samples) keyed by (seed, epoch), elementwise over `index`."""
+def permute(index: U64, num_samples: int, seed: int, epoch: int, *branch: int) -> U64:
+    """The permutation of [0, num_samples) keyed by (seed, epoch, *branch), elementwise over `index`."""
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
-    keys = round_keys(seed, epoch)
+    keys = round_keys(seed, epoch, *branch)
     out = _feistel(index.astype(np.uint64), half_bits, keys)
     outside = np.flatnonzero(out >= num_samples)
     while outside.size:
         out[outside] = _feistel(out[outside], half_bits, keys)
         outside = outside[out[outside] >= num_samples]
     return out
+
+
+def _mix(value: int) -> int:
+    return int(mix64(np.array([value & _U64], dtype=np.uint64))[0])
 
 
 def _feistel(value: U64, half_bits: int, keys: U64) -> U64:
@@ -54,7 +71,7 @@ def _feistel(value: U64, half_bits: int, keys: U64) -> U64:
     return (left << shift) | right
 
 
-def sample_ids(positions: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.int64]:
+def sample_ids(positions: I64, num_samples: int, seed: int) -> I64:
     """The sample id at each position, int64 of the same shape (positions may span epochs)."""
     epochs, index = np.divmod(positions, num_samples)
     ids = np.empty_like(positions)
@@ -62,6 +79,108 @@ def sample_ids(positions: NDArray[np.int64], num_samples: int, seed: int) -> NDA
         here = epochs == epoch
         ids[here] = permute(index[here].astype(np.uint64), num_samples, seed, int(epoch)).astype(np.int64)
     return ids
+
+
+def positions_of(indices: I64, excluded: Ranges) -> I64:
+    """The position of each sample of a run that leaves out `excluded`: index k is the k-th that is left.
+
+    int64 of the same shape. A range that is appended moves no position before it.
+    """
+    if not excluded:
+        return indices
+    starts, ends = np.array(excluded, dtype=np.int64).T
+    lengths = ends - starts
+    assert (lengths > 0).all(), f"empty range in {excluded}"
+    assert (starts[1:] >= ends[:-1]).all(), f"not sorted or not disjoint: {excluded}"
+    left_out = np.concatenate(([0], np.cumsum(lengths)))
+    # The index of the first sample behind each range.
+    resumes = starts - left_out[:-1]
+    return indices + left_out[np.searchsorted(resumes, indices, side="right")]
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """One epoch of a windowed order."""
+
+    shards: I64
+    """Numbers of all shards, in the epoch's order."""
+    shard_ends: I64
+    """Samples up to the end of each of them, counted in that order."""
+    window_ends: I64
+    """The same for each window."""
+
+
+class Order:
+    """The samples of a run by position: mixed over the whole data set, or over some shards at a time.
+
+    With `window_shards` W > 0, each epoch permutes the shards, takes W after W of them as a window,
+    and permutes the samples within each window; `shard_samples` has the sizes of all shards.
+    """
+
+    def __init__(
+        self, num_samples: int, seed: int, shard_samples: Sequence[int] = (), window_shards: int = 0
+    ) -> None:
+        assert not window_shards or sum(shard_samples) == num_samples
+        self.num_samples, self.seed, self.window_shards = num_samples, seed, window_shards
+        self._sizes = np.array(shard_samples, dtype=np.int64)
+        self._firsts = np.cumsum(self._sizes) - self._sizes
+        self._windows = functools.lru_cache(maxsize=2)(self._windows_now)
+        self._ahead = functools.lru_cache(maxsize=2)(self._ahead_now)
+
+    def ids(self, positions: I64) -> I64:
+        """The sample id at each position, int64 of the same shape (positions may span epochs)."""
+        if not self.window_shards:
+            return sample_ids(positions, self.num_samples, self.seed)
+        epochs, index = np.divmod(positions, self.num_samples)
+        ids = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            ids[here] = self._ids_in_epoch(int(epoch), index[here])
+        return ids
+
+    def shards_ahead(self, position: int) -> tuple[int, ...]:
+        """Shards that hold the samples of this position's window, then those of the next one.
+
+        All shards when there are no windows. The same object as long as the answer is the same.
+        """
+        if not self.window_shards:
+            return self._ahead(0, 0)
+        epoch, index = divmod(position, self.num_samples)
+        window = int(np.searchsorted(self._windows(epoch).window_ends, index, side="right"))
+        return self._ahead(epoch, window)
+
+    def _ids_in_epoch(self, epoch: int, index: I64) -> I64:
+        """Ids at places in [0, N) of an epoch."""
+        windows = self._windows(epoch)
+        numbers = np.searchsorted(windows.window_ends, index, side="right")
+        places = np.empty_like(index)
+        for number in np.unique(numbers):
+            here = numbers == number
+            end = int(windows.window_ends[number])
+            start = int(windows.window_ends[number - 1]) if number else 0
+            row = (index[here] - start).astype(np.uint64)
+            mixed = permute(row, end - start, self.seed, epoch, int(number) + 1)
+            places[here] = start + mixed.astype(np.int64)
+        at = np.searchsorted(windows.shard_ends, places, side="right")
+        shards = windows.shards[at]
+        return places - windows.shard_ends[at] + self._sizes[shards] + self._firsts[shards]
+
+    def _windows_now(self, epoch: int) -> _Windows:
+        numbers = np.arange(len(self._sizes), dtype=np.uint64)
+        shards = permute(numbers, len(numbers), self.seed, epoch, 0).astype(np.int64)
+        shard_ends = np.cumsum(self._sizes[shards])
+        last = np.minimum(np.arange(0, len(shards), self.window_shards) + self.window_shards, len(shards)) - 1
+        return _Windows(shards, shard_ends, shard_ends[last])
+
+    def _ahead_now(self, epoch: int, window: int) -> tuple[int, ...]:
+        if not self.window_shards:
+            return tuple(range(len(self._sizes)))
+        size = self.window_shards
+        windows = self._windows(epoch)
+        ahead = windows.shards[window * size : (window + 2) * size].tolist()
+        if (window + 1) * size >= len(windows.shards):
+            ahead += [s for s in self._windows(epoch + 1).shards[:size].tolist() if s not in ahead]
+        return tuple(ahead)
 
 
 def rank_slice(global_batch: int, rank: int, world: int) -> range:

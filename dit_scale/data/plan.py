@@ -5,6 +5,9 @@ Plain arithmetic, no torch. `train --dry-run` prints it.
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dit_scale.data.order import rank_slice
 from dit_scale.errors import ConfigError
 
@@ -23,6 +26,21 @@ class BatchPlan:
     def rank_samples(self, rank: int) -> range:
         """The indices within the global batch that a rank takes."""
         return rank_slice(self.global_batch, rank, self.world)
+
+    def indices(self, rank: int, first_step: int, num_steps: int = 1) -> NDArray[np.int64]:
+        """Indices of a rank's samples since the start of the run, int64 (steps, micro-steps, micro-batch).
+
+        Behind a rank's last sample of a step stand fillers, which repeat it.
+        """
+        mine = self.rank_samples(rank)
+        places = np.minimum(np.arange(self.micro_steps * self.micro_batch), len(mine) - 1) + mine.start
+        steps = np.arange(first_step, first_step + num_steps, dtype=np.int64)
+        return (steps[:, None] * self.global_batch + places).reshape(-1, self.micro_steps, self.micro_batch)
+
+    def num_real(self, rank: int) -> list[int]:
+        """How many samples of each micro-step of a rank are no fillers."""
+        starts = np.arange(self.micro_steps) * self.micro_batch
+        return np.clip(len(self.rank_samples(rank)) - starts, 0, self.micro_batch).tolist()
 
     @property
     def loss_scale(self) -> float:

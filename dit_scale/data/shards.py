@@ -13,8 +13,8 @@ import functools
 import hashlib
 import io
 import json
-import os
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dit_scale.data.cache import ShardCache
+from dit_scale.data.cache import RETRY_PAUSES_S, ShardCache, ShardFile
+from dit_scale.data.files import DamagedError, ShardFiles, concurrently
 from dit_scale.errors import DataError
 from dit_scale.storage import MissingKeyError, Storage, open_storage
 
@@ -40,10 +41,10 @@ RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("key
 """Where a sample's npy lies in the tar, its class, its place in the source listing, its checksum."""
 
 LATENT_DTYPE = np.dtype("<f2")
-OPEN_SHARDS = 128
-"""Shards of one data set that a process keeps open; below the usual limit of 1024 files."""
 
 Records = npt.NDArray[np.void]
+Latents = npt.NDArray[np.float16]
+I64 = npt.NDArray[np.int64]
 
 
 class _Part(BaseModel):
@@ -220,25 +221,6 @@ def _npy_shape(header: bytes) -> tuple[int, ...]:
     return shape
 
 
-class _OpenShard:
-    """A shard's file descriptor and records; closed when nobody holds it."""
-
-    def __init__(self, path: Path, shard: ShardInfo, records: Records) -> None:
-        self.records = records
-        self.descriptor = -1
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            found = os.fstat(self.descriptor).st_size
-        except OSError as error:
-            raise DataError(f"cannot open shard {shard.name} at {path}: {error.strerror}") from None
-        if found != shard.bytes:
-            raise DataError(f"shard {shard.name} at {path}: expected {shard.bytes} bytes, got {found}")
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
 @dataclass(frozen=True)
 class Location:
     """Where a sample lies: number of the shard, row in it."""
@@ -250,43 +232,41 @@ class Location:
 class LatentDataset:
     """Random access to a finished data set; threads may share it, and so may forked processes."""
 
-    def __init__(self, storage: Storage, cache_dir: str | Path) -> None:
+    def __init__(self, storage: Storage, cache_dir: str | Path, cache_bytes: int = 0) -> None:
         self.storage = storage
-        self.info = read_info(storage)
-        self._cache = ShardCache(storage, cache_dir)
-        self._ends = np.cumsum([shard.samples for shard in self.info.shards], dtype=np.int64)
-        # pread on kept descriptors, not mmap: a failing disk is then an error, not a dead process.
-        self._open_shard = functools.lru_cache(OPEN_SHARDS)(self._open_shard_now)
-        self._records: dict[int, Records] = {}
+        self.info = info = read_info(storage)
+        self.cache = ShardCache(storage, cache_dir, cache_bytes)
+        tars = [ShardFile(shard.name, shard.tar_key, shard.bytes, shard.sha256) for shard in info.shards]
+        self.files = ShardFiles(storage, self.cache, tars)
+        self._ends = np.cumsum([shard.samples for shard in info.shards], dtype=np.int64)
+        self._table = np.empty(info.samples, RECORD)
+        self._has_index = np.zeros(len(info.shards), dtype=bool)
+        self._header = encode_sample(np.zeros(info.latent_shape, LATENT_DTYPE))
+        self._header = self._header[: -int(np.prod(info.latent_shape)) * LATENT_DTYPE.itemsize]
 
     @classmethod
-    def open(cls, url: str | Path, cache_dir: str | Path = "~/.cache/dit_scale/shards") -> "LatentDataset":
-        """The data set at a folder or s3:// prefix; `cache_dir` keeps shards of a remote one."""
-        return cls(open_storage(url), cache_dir)
+    def open(
+        cls, url: str | Path, cache_dir: str | Path = "~/.cache/dit_scale/shards", cache_bytes: int = 0
+    ) -> "LatentDataset":
+        """The data set at a folder or s3:// prefix.
+
+        `cache_dir` keeps shards of a remote one, at most `cache_bytes` of them (0: no limit).
+        """
+        return cls(open_storage(url), cache_dir, cache_bytes)
 
     def __len__(self) -> int:
         return self.info.samples
 
     def records(self, shard: int) -> Records:
         """The index of a shard, checked against dataset.json."""
-        if shard not in self._records:
-            info = self.info.shards[shard]
-            data = self.storage.read(info.index_key)
-            where = f"{self.storage.url}/{info.index_key}"
-            if hashlib.sha256(data).hexdigest() != info.index_sha256:
-                raise DataError(
-                    f"{where}: its SHA-256 is not the one in {INFO_KEY}; damaged, or of another encoding"
-                )
-            records = read_index(data, where)
-            if len(records) != info.samples:
-                raise DataError(f"{where}: expected {info.samples} records, got {len(records)}")
-            self._records[shard] = records
-        return self._records[shard]
+        self._read_indexes(np.array([shard]))
+        end = int(self._ends[shard])
+        return self._table[end - self.info.shards[shard].samples : end]
 
     def labels(self) -> npt.NDArray[np.uint32]:
         """The class of every sample, by sample id (reads all indexes)."""
-        shards = [self.records(shard)["label"] for shard in range(len(self.info.shards))]
-        return np.concatenate(shards) if shards else np.zeros(0, np.uint32)
+        self._read_indexes(np.arange(len(self.info.shards)))
+        return self._table["label"].copy()
 
     def locate(self, sample_id: int) -> Location:
         """The shard and row of a sample id in 0..N-1."""
@@ -296,18 +276,73 @@ class LatentDataset:
         return Location(shard, sample_id - int(self._ends[shard]) + self.info.shards[shard].samples)
 
     def read(self, sample_id: int) -> tuple[npt.NDArray[np.float16], int]:
-        """Moments (views, 2C, h, w), read-only and unscaled, and the label of a sample."""
-        at = self.locate(sample_id)
-        shard = self._open_shard(at.shard)
-        record = shard.records[at.row]
-        npy = os.pread(shard.descriptor, int(record["length"]), int(record["offset"]))
-        where = f"{self.storage.url}: shard {self.info.shards[at.shard].name}, sample {sample_id}"
-        moments = decode_sample(npy, int(record["crc32c"]), where)
+        """Moments (views, 2C, h, w), read-only and unscaled, and the label of a sample.
+
+        Raises DamagedError when its checksum stays wrong, DataError, StorageError.
+        """
+        shard = self.locate(sample_id).shard
+        self._read_indexes(np.array([shard]))
+        offset, length, label, _, crc32c = self._table[sample_id].tolist()
+        where = f"{self.storage.url}: {self._name(sample_id)}"
+        with self.files.waits_for(sample_id):
+            npy = self.files.read(shard, offset, length, crc32c, where)
+        moments = decode_sample(npy, crc32c, where)
         if moments.shape != self.info.latent_shape:
             raise DataError(f"{where}: expected shape {self.info.latent_shape}, got {moments.shape}")
-        return moments, int(record["label"])
+        return moments, label
 
-    def _open_shard_now(self, shard: int) -> _OpenShard:
+    def read_views(self, ids_B: I64, views_B: I64, out_B2CHW: Latents) -> tuple[I64, dict[int, str]]:
+        """Fill in one view of each sample; returns the labels, and why samples are damaged, by their ids."""
+        shards_B = np.searchsorted(self._ends, ids_B, side="right")
+        self._read_indexes(shards_B)
+        records_B = self._table[ids_B]
+        columns = (ids_B, shards_B, records_B["offset"], records_B["length"], records_B["crc32c"], views_B)
+        places = zip(*(column.tolist() for column in columns), strict=True)
+        left = self.files.read_views(places, self._header, self.info.latent_shape[0], out_B2CHW)
+        damaged: dict[int, str] = {}
+
+        def read_one(row: int) -> None:
+            try:
+                out_B2CHW[row] = self.read(int(ids_B[row]))[0][views_B[row]]
+            except DamagedError as error:
+                damaged[int(ids_B[row])] = str(error)
+
+        concurrently(read_one, left)
+        return records_B["label"].astype(np.int64), damaged
+
+    def waits_for(self) -> str:
+        """What has been being read for the longest time, and for how long; empty when nothing is."""
+        waiting = self.files.waiting.copy()
+        if not waiting:
+            return ""
+        what = min(waiting, key=lambda what: waiting[what])
+        name = what if isinstance(what, str) else self._name(what)
+        return f"{name} for {time.monotonic() - waiting[what]:.1f} s"
+
+    def _name(self, sample_id: int) -> str:
+        return f"shard {self.info.shards[self.locate(sample_id).shard].name}, sample {sample_id}"
+
+    def _read_indexes(self, shards: npt.NDArray[np.int64]) -> None:
+        """Have the records of these shards in the table."""
+        if self._has_index[shards].all():
+            return
+        concurrently(self._read_index, np.unique(shards[~self._has_index[shards]]).tolist())
+
+    def _read_index(self, shard: int) -> None:
         info = self.info.shards[shard]
-        path = self._cache.path(info.tar_key, info.bytes, info.sha256)
-        return _OpenShard(path, info, self.records(shard))
+        where = f"{self.storage.url}/{info.index_key}"
+        with self.files.waits_for(where):
+            for pause_s in RETRY_PAUSES_S:
+                time.sleep(pause_s)
+                data = self.storage.read(info.index_key)
+                if hashlib.sha256(data).hexdigest() == info.index_sha256:
+                    break
+            else:
+                raise DataError(
+                    f"{where}: its SHA-256 is not the one in {INFO_KEY}; damaged, or of another encoding"
+                )
+        records = read_index(data, where)
+        if len(records) != info.samples:
+            raise DataError(f"{where}: expected {info.samples} records, got {len(records)}")
+        self._table[self._ends[shard] - info.samples : self._ends[shard]] = records
+        self._has_index[shard] = True

@@ -3,9 +3,10 @@
 import itertools
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ import torch
 
 from dit_scale import rng
 from dit_scale.config import DataConfig
-from dit_scale.data.loader import Batch, Loader, draw_latents, micro_positions, read_batch
-from dit_scale.data.order import sample_ids
+from dit_scale.data import files
+from dit_scale.data.loader import Batch, Loader, draw_latents, read_batch
+from dit_scale.data.order import Order, Ranges, positions_of, sample_ids
 from dit_scale.data.plan import BatchPlan, batch_plan
 from dit_scale.data.shards import LatentDataset
-from dit_scale.errors import DataError
+from dit_scale.errors import ConfigError, DataError
 from dit_scale.rng import Purpose
 from tests.latents import write_latents
 
@@ -38,9 +40,16 @@ def dataset(folder: Path) -> LatentDataset:
 
 @contextmanager
 def loading(
-    dataset: LatentDataset, plan: BatchPlan, rank: int = 0, first_step: int = 0, **config: object
+    dataset: LatentDataset,
+    plan: BatchPlan,
+    rank: int = 0,
+    first_step: int = 0,
+    excluded: Ranges = (),
+    quarantined: Iterable[int] = (),
+    **config: object,
 ) -> Iterator[Loader]:
-    loader = Loader(dataset, DataConfig.model_validate(config), plan, rank, SEED, first_step)
+    knobs = DataConfig.model_validate(config)
+    loader = Loader(dataset, knobs, plan, rank, SEED, first_step, excluded, quarantined)
     try:
         yield loader
     finally:
@@ -90,8 +99,8 @@ def test_fillers_weigh_nothing(dataset: LatentDataset) -> None:
 
 def test_a_filler_repeats_the_ranks_last_sample(dataset: LatentDataset) -> None:
     plan = batch_plan(global_batch=7, micro_batch=2, world=3)
-    parts = micro_positions(plan, 0, step=4)
-    assert [(positions.tolist(), num_real) for positions, num_real in parts] == [([28, 29], 2), ([30, 30], 1)]
+    assert plan.indices(0, first_step=4).tolist() == [[[28, 29], [30, 30]]]
+    assert plan.num_real(0) == [2, 1]
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 9])
@@ -99,9 +108,8 @@ def test_reading_ahead_changes_nothing(dataset: LatentDataset, prefetch: int) ->
     plan = batch_plan(global_batch=6, micro_batch=2, world=1)
     with loading(dataset, plan, prefetch_batches=prefetch) as loader:
         batches = take(loader, 12)
-    parts = [part for step in range(4) for part in micro_positions(plan, 0, step)]
-    for batch, (positions, num_real) in zip(batches, parts, strict=True):
-        assert_same(batch, read_batch(dataset, positions, num_real, SEED, flip=True))
+    for batch, positions in zip(batches, np.arange(24).reshape(12, 2), strict=True):
+        assert_same(batch, read_batch(dataset, positions, 2, SEED, flip=True))
 
 
 def test_a_later_start_goes_on_where_an_earlier_one_would_be(dataset: LatentDataset) -> None:
@@ -144,28 +152,184 @@ def test_a_batch_moves_whole(dataset: LatentDataset) -> None:
     assert {tensor.device.type for tensor in vars(batch.to(torch.device("meta"))).values()} == {"meta"}
 
 
-def test_damage_reaches_the_next_that_would_have_returned_it(folder: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(folder, tmp_path / "set"))
-    whole = LatentDataset.open(copy)
-    sample_id = 21  # row 5 of the second shard
-    tar = copy / "shards" / "00001.tar"
-    data = bytearray(tar.read_bytes())
-    data[int(whole.records(1)[5]["offset"]) + 200] ^= 4
-    tar.write_bytes(data)
-    position = int(np.flatnonzero(sample_ids(np.arange(NUM), NUM, SEED) == sample_id)[0])
-    plan = batch_plan(global_batch=1, micro_batch=1, world=1)
-    with loading(LatentDataset.open(copy), plan) as loader:
+@pytest.mark.parametrize("world", [1, 3])
+def test_excluded_positions_are_stepped_over(dataset: LatentDataset, world: int) -> None:
+    plan = batch_plan(global_batch=6, micro_batch=2, world=world)
+    excluded = ((3, 4), (8, 20))
+    positions = positions_of(np.arange(36), excluded)
+    seen: dict[int, torch.Tensor] = {}
+    for rank in range(world):
+        with loading(dataset, plan, rank, excluded=excluded) as loader:
+            for batch in take(loader, 6 * plan.micro_steps):
+                for i in np.flatnonzero(batch.weight_B.numpy()):
+                    seen[int(batch.position_B[i])] = batch.moments_B2CHW[i]
+    assert sorted(seen) == positions.tolist()
+    alone = read_batch(dataset, positions, 36, SEED, flip=True)
+    for position, moments in zip(positions.tolist(), alone.moments_B2CHW, strict=True):
+        assert torch.equal(seen[position], moments)
+
+
+@pytest.mark.parametrize("window_shards", [1, 2])
+def test_windows_are_read_in_their_order(dataset: LatentDataset, window_shards: int) -> None:
+    order = Order(NUM, SEED, [16, 16, 8], window_shards)
+    with loading(dataset, batch_plan(8, 4, 1), window_shards=window_shards) as loader:
+        batches = take(loader, 30)
+        assert loader.sample_ids(3).tolist() == order.ids(np.arange(24, 32)).tolist()
+    ids = order.ids(np.arange(120))
+    assert torch.cat([batch.y_B for batch in batches]).tolist() == (ids % 10).tolist()
+    views = rng.integers(SEED, Purpose.VIEW, torch.arange(120), 2)
+    for i, moments in enumerate(torch.cat([batch.moments_B2CHW for batch in batches])):
+        assert np.array_equal(moments.numpy(), dataset.read(int(ids[i]))[0][views[i]])
+
+
+def test_batches_that_were_given_out_stay_as_they_are(dataset: LatentDataset) -> None:
+    with loading(dataset, batch_plan(4, 4, 1), prefetch_batches=1) as loader:
+        batches = take(loader, 30)
+        copies = [batch.moments_B2CHW.clone() for batch in batches]
+        take(loader, 30)
+    assert all(torch.equal(batch.moments_B2CHW, copy) for batch, copy in zip(batches, copies, strict=True))
+
+
+def test_views_that_are_not_there_are_not_drawn(tmp_path: Path) -> None:
+    write_latents(tmp_path, num=4, views=1)
+    dataset = LatentDataset.open(tmp_path)
+    with pytest.raises(ConfigError, match=r"has no mirrored views: set data.horizontal_flip=false"):
+        Loader(dataset, DataConfig(), batch_plan(2, 2, 1), 0, SEED, 0)
+    with loading(dataset, batch_plan(2, 2, 1), horizontal_flip=False) as loader:
+        batch = next(loader)
+    ids = sample_ids(np.arange(2), 4, SEED)
+    assert np.array_equal(batch.moments_B2CHW[1].numpy(), dataset.read(int(ids[1]))[0][0])
+
+
+# Damage
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "RETRY_PAUSES_S", (0.0, 0.0))
+
+
+def damage(folder: Path, *sample_ids: int) -> LatentDataset:
+    """The data set in this folder, after a bit of each of these samples was flipped."""
+    whole = LatentDataset.open(folder)
+    for sample_id in sample_ids:
+        at = whole.locate(sample_id)
+        tar = folder / whole.info.shards[at.shard].tar_key
+        data = bytearray(tar.read_bytes())
+        data[int(whole.records(at.shard)[at.row]["offset"]) + 200] ^= 4
+        tar.write_bytes(data)
+    return LatentDataset.open(folder)
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "set"))
+
+
+def test_damage_reaches_the_next_that_would_have_returned_it(copy: Path, no_pauses: None) -> None:
+    position = int(np.flatnonzero(sample_ids(np.arange(NUM), NUM, SEED) == 21)[0])
+    with loading(damage(copy, 21), batch_plan(1, 1, 1)) as loader:
         assert [int(batch.position_B[0]) for batch in take(loader, position)] == list(range(position))
-        with pytest.raises(DataError, match="shard 00001, sample 21: expected CRC-32C"):
+        for _ in range(2):  # it stays an error
+            with pytest.raises(DataError, match=r"shard 00001, sample 21: .* or set data.damaged=quarantine"):
+                next(loader)
+
+
+def test_a_missing_shard_is_an_error_too(copy: Path) -> None:
+    for tar in (copy / "shards").glob("*.tar"):
+        tar.unlink()
+    with loading(LatentDataset.open(copy), batch_plan(4, 4, 1), damaged="quarantine") as loader:
+        with pytest.raises(DataError, match="cannot open shard"):
             next(loader)
 
 
-def test_a_missing_shard_is_an_error_too(folder: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(folder, tmp_path / "set"))
-    for tar in (copy / "shards").glob("*.tar"):
-        tar.unlink()
-    with loading(LatentDataset.open(copy), batch_plan(4, 4, 1)) as loader:
-        with pytest.raises(DataError, match="cannot open shard"):
+DAMAGED = {21: 22, 6: 8, 7: 8, 39: 1, 0: 1}
+"""Sample id => the one that stands in for it: the next that is whole, and 0 comes after 39."""
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("known", [(), (0, 7)])
+def test_damaged_samples_are_replaced_by_the_next_whole_one(
+    dataset: LatentDataset, copy: Path, no_pauses: None, world: int, known: tuple[int, ...]
+) -> None:
+    plan = batch_plan(global_batch=7, micro_batch=2, world=world)
+    steps = 12  # two epochs and a bit
+    positions = np.arange(7 * steps)
+    ids = [DAMAGED.get(int(sample_id), int(sample_id)) for sample_id in sample_ids(positions, NUM, SEED)]
+    views = rng.integers(SEED, Purpose.VIEW, torch.from_numpy(positions), 2)
+    real: list[int] = []
+    found: dict[int, str] = {}
+    damaged = damage(copy, *DAMAGED)
+    for rank in range(world):
+        with loading(damaged, plan, rank, quarantined=known, damaged="quarantine") as loader:
+            for batch in take(loader, steps * plan.micro_steps):
+                for i in np.flatnonzero(batch.weight_B.numpy()):
+                    position = int(batch.position_B[i])
+                    moments, label = dataset.read(ids[position])
+                    assert int(batch.y_B[i]) == label
+                    assert np.array_equal(batch.moments_B2CHW[i].numpy(), moments[views[position]])
+                    real.append(position)
+            found |= loader.quarantined()
+            loader.quarantined().clear()  # a copy
+            assert world > 1 or loader.quarantined().keys() == DAMAGED.keys() - set(known)
+            if world == 1:
+                assert loader.sample_ids(4).tolist() == ids[28:35]
+    assert sorted(real) == positions.tolist()
+    assert found.keys() == DAMAGED.keys() - set(known)
+    assert all(f"sample {sample_id}: expected CRC-32C" in reason for sample_id, reason in found.items())
+
+
+def test_known_damage_is_not_read_and_stops_nothing(
+    dataset: LatentDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    real = LatentDataset.read_views
+
+    def read_views(self: LatentDataset, ids_B: np.ndarray, *rest: np.ndarray) -> object:
+        read.extend(ids_B.tolist())
+        return real(self, ids_B, *rest)
+
+    monkeypatch.setattr(LatentDataset, "read_views", read_views)
+    with loading(dataset, batch_plan(8, 4, 1), quarantined=DAMAGED, damaged="stop") as loader:
+        take(loader, 20)
+        assert loader.quarantined() == {}
+    assert set(read) == set(range(NUM)) - DAMAGED.keys()
+
+
+def test_much_damage_is_an_error(copy: Path, no_pauses: None) -> None:
+    with loading(
+        damage(copy, *range(5)), batch_plan(4, 4, 1), quarantined=range(20, 26), damaged="quarantine"
+    ) as loader:
+        with pytest.raises(DataError, match=r"11 of 40 samples are damaged.* sample [0-4]: expected CRC"):
+            take(loader, 10)
+
+
+@pytest.mark.parametrize("damaged", ["stop", "quarantine"])
+def test_much_known_damage_is_an_error_at_once(
+    dataset: LatentDataset, damaged: Literal["stop", "quarantine"]
+) -> None:
+    config = DataConfig(damaged=damaged)
+    with pytest.raises(DataError, match=r"11 of 40 samples are damaged, at most 10 may be"):
+        Loader(dataset, config, batch_plan(4, 4, 1), 0, SEED, 0, quarantined=range(11))
+
+
+def test_a_batch_that_does_not_come_is_an_error_that_says_what_is_missing(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = LatentDataset.open(copy)
+    answers, read = threading.Event(), dataset.storage.read
+    monkeypatch.setattr(dataset.storage, "read", lambda key: (answers.wait(60), read(key))[1])
+    plan = batch_plan(1, 1, 1)
+    first = int(sample_ids(np.array([15]), NUM, SEED)[0])
+    with loading(dataset, plan, first_step=15, deadline_s=0.2) as loader:
+        name = f"{dataset.locate(first).shard:05d}.idx"
+        message = (
+            rf"step 15, micro-batch 0: not read within data.deadline_s=0.2 s; waiting for .*{name} for 0"
+        )
+        with pytest.raises(DataError, match=message):
+            next(loader)
+        answers.set()
+        with pytest.raises(DataError, match=message):  # it stays an error
             next(loader)
 
 

@@ -9,8 +9,7 @@ import pytest
 from scipy import stats
 
 from dit_scale.data import order
-from dit_scale.data.loader import micro_positions
-from dit_scale.data.order import mix64, permute, round_keys, sample_ids
+from dit_scale.data.order import Order, mix64, permute, round_keys, sample_ids
 from dit_scale.data.plan import batch_plan
 
 IMAGENET = 1_281_167
@@ -25,7 +24,7 @@ def first_epoch() -> np.ndarray:
     return epoch_of(0, 0)
 
 
-def python_permute(index: int, num_samples: int, seed: int, epoch: int) -> int:
+def python_permute(index: int, num_samples: int, seed: int, epoch: int, *branch: int) -> int:
     """The permutation as docs/formats.md states it, in Python's own integers."""
     low = 2**64 - 1
 
@@ -34,17 +33,33 @@ def python_permute(index: int, num_samples: int, seed: int, epoch: int) -> int:
         value = (value ^ (value >> 27)) * 0x94D049BB133111EB & low
         return value ^ (value >> 31)
 
+    state = mix(seed) + epoch
+    for number in branch:
+        state = mix(state + 0x9E3779B97F4A7C15 & low) + number
     half = 1
     while 4**half < num_samples:
         half += 1
     while True:
         left, right = divmod(index, 2**half)
         for i in range(8):
-            key = mix(mix(seed) + epoch + (i + 1) * 0x9E3779B97F4A7C15 & low)
+            key = mix(state + (i + 1) * 0x9E3779B97F4A7C15 & low)
             left, right = right, left ^ (mix(right + key & low) & (2**half - 1))
         index = left << half | right
         if index < num_samples:
             return index
+
+
+def python_windows(sizes: list[int], window_shards: int, seed: int, epoch: int) -> list[int]:
+    """An epoch of windows as docs/formats.md states it."""
+    shards = [python_permute(i, len(sizes), seed, epoch, 0) for i in range(len(sizes))]
+    ids = []
+    for window, first in enumerate(range(0, len(sizes), window_shards)):
+        chosen = shards[first : first + window_shards]
+        samples = [sum(sizes[:shard]) + row for shard in chosen for row in range(sizes[shard])]
+        ids += [
+            samples[python_permute(i, len(samples), seed, epoch, window + 1)] for i in range(len(samples))
+        ]
+    return ids
 
 
 def test_mix64_gives_the_published_sequence_of_splitmix64() -> None:
@@ -66,18 +81,46 @@ def test_permute_is_as_documented(num_samples: int) -> None:
         assert ids.tolist() == [python_permute(i, num_samples, seed, epoch) for i in index]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "window_shards"),
+    [([5, 3, 4, 6, 2], 2), ([1], 1), ([0, 7, 0, 0, 9], 1), ([0, 7, 0, 0, 9], 3), ([40, 1, 33], 99)],
+)
+def test_windows_are_as_documented(sizes: list[int], window_shards: int) -> None:
+    num = sum(sizes)
+    for seed, epoch in ((0, 0), (2**32 - 1, 7), (5, 10**9)):
+        ids = Order(num, seed, sizes, window_shards).ids(np.arange(epoch * num, (epoch + 1) * num))
+        assert ids.tolist() == python_windows(sizes, window_shards, seed, epoch)
+
+
+def test_without_windows_all_is_mixed() -> None:
+    positions = np.arange(250)
+    order = Order(100, 3, [40, 60])
+    assert order.ids(positions).tolist() == sample_ids(positions, 100, 3).tolist()
+    assert order.shards_ahead(0) == (0, 1)
+    assert order.shards_ahead(10**12) is order.shards_ahead(0)
+
+
+def test_windows_ahead_go_on_into_the_next_epoch() -> None:
+    order = Order(70, 3, [10] * 7, window_shards=3)
+    first, later = (
+        [order.shards_ahead(epoch * 70 + window * 30) for window in range(3)] for epoch in (10**9, 10**9 + 1)
+    )
+    assert sorted(first[0][:3] + first[1][:3] + first[2][:1]) == list(range(7))
+    assert first[0][3:] == first[1][:3]
+    assert first[1][3:] == first[2][:1]
+    assert set(first[2]) == {*first[2][:1], *later[0][:3]}
+
+
 @pytest.mark.parametrize("world", [1, 3, 6, 7, 256])
 def test_an_epoch_of_imagenet_has_each_sample_once(first_epoch: np.ndarray, world: int) -> None:
     plan = batch_plan(256, 32, world)
-    real_of_first_step = np.concatenate(
-        [part[:num_real] for rank in range(world) for part, num_real in micro_positions(plan, rank, 0)]
-    )
     num_steps = -(-IMAGENET // 256)
-    positions = (real_of_first_step + 256 * np.arange(num_steps)[:, None]).ravel()
-    last = np.concatenate(
-        [part[:n] for rank in range(world) for part, n in micro_positions(plan, rank, num_steps - 1)]
-    )
-    assert np.array_equal(positions[-256:], last)
+    real = []
+    for rank in range(world):
+        indices = plan.indices(rank, 0, num_steps)
+        real += [indices[:, m, :num_real].ravel() for m, num_real in enumerate(plan.num_real(rank))]
+    positions = np.concatenate(real)
+    assert len(positions) == num_steps * 256
     ids = first_epoch[positions[positions < IMAGENET]]
     assert np.array_equal(np.bincount(ids.astype(np.int64), minlength=IMAGENET), np.ones(IMAGENET))
 
@@ -134,18 +177,20 @@ def test_work_does_not_grow_with_the_position(monkeypatch: pytest.MonkeyPatch) -
         return feistel(value, half_bits, keys)
 
     monkeypatch.setattr(order, "_feistel", counting)
-    totals = []
-    for first in (0, 10**6, 10**9, 10**12, 10**15):
-        worked.clear()
-        sample_ids(np.arange(first, first + 1000), IMAGENET, 0)
-        totals.append(sum(worked))
-    # Cycle walking sends a value through 4^11 / N = 3.3 times on average, wherever it is.
-    assert max(totals) < 1.2 * 1000 * 4**11 / IMAGENET
+    plain = Order(IMAGENET, 0)
+    windows = Order(IMAGENET, 0, [4096] * 312 + [3215], window_shards=8)
+    for one in (plain, windows):
+        for first in (0, 10**6, 10**9, 10**12, 10**15):
+            worked.clear()
+            one.ids(np.arange(first, first + 1000))
+            # Cycle walking sends a value through less than 4 times on average, wherever it is; a windowed
+            # epoch (two, across a border) begins with a permutation of 313 shards.
+            assert sum(worked) < 1.2 * 4 * (1000 + 2 * 313)
 
 
 def test_positions_follow_from_the_step_without_counting_up_to_it() -> None:
     plan = batch_plan(256, 32, 7)
     step = 10**15 // 256
-    firsts = [micro_positions(plan, rank, step)[0][0][0] for rank in range(7)]
+    firsts = [int(plan.indices(rank, step)[0, 0, 0]) for rank in range(7)]
     assert firsts[0] == step * 256
     assert all(0 < b - a <= 37 for a, b in pairwise(firsts))

@@ -1,11 +1,12 @@
 """The latent data set's bytes: indexes, samples, ids, damage that is found, the cache of remote shards."""
 
+import hashlib
 import json
+import re
 import shutil
 import struct
 import tarfile
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.shards_writer import Row, ShardRecord, build_shard, combine_sums
-from dit_scale.data import shards
-from dit_scale.data.cache import ShardCache
+from dit_scale.data import files, shards
+from dit_scale.data.files import DamagedError
 from dit_scale.data.shards import (
     INFO_KEY,
     RECORD,
@@ -142,7 +143,7 @@ def test_ids_skip_an_empty_shard(copy: Path) -> None:
 def test_threads_share_a_data_set_with_few_open_shards(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(files, "OPEN_SHARDS", 1)
     dataset = LatentDataset.open(finished)
     expected = [dataset.read(sample_id)[0].copy() for sample_id in range(40)]
     with ThreadPoolExecutor(8) as pool:
@@ -152,7 +153,7 @@ def test_threads_share_a_data_set_with_few_open_shards(
 
 
 @pytest.mark.parametrize("at", [700, 3000, -12_000])
-def test_a_flipped_bit_of_a_sample_is_an_error_that_names_it(copy: Path, at: int) -> None:
+def test_a_flipped_bit_of_a_sample_is_an_error_that_names_it(copy: Path, no_pauses: None, at: int) -> None:
     path = copy / "shards/00001.tar"
     record = LatentDataset.open(copy).records(1)[5]
     inside = int(record["offset"]) + at % int(record["length"])
@@ -170,7 +171,7 @@ def test_a_truncated_shard_is_an_error(copy: Path) -> None:
         LatentDataset.open(copy).read(39)
 
 
-def test_an_index_of_another_encoding_is_an_error(copy: Path) -> None:
+def test_an_index_of_another_encoding_is_an_error(copy: Path, no_pauses: None) -> None:
     shutil.copy(copy / "shards/00000.idx", copy / "shards/00001.idx")
     with pytest.raises(DataError, match=r"00001.idx: its SHA-256 is not the one in dataset.json"):
         LatentDataset.open(copy).read(16)
@@ -245,38 +246,157 @@ def remote(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]
         yield storage
 
 
-def test_remote_shards_are_cached_verified_and_fetched_once(
-    remote: Storage, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (shards, files):
+        monkeypatch.setattr(module, "RETRY_PAUSES_S", (0.0,) * 4)
+
+
+Change = Callable[[int, bytes], bytes]
+
+
+def when_reading(storage: Storage, change: Change, method: str) -> list[str]:
+    """Let `change` see each answer and its number; returns the growing list of keys that were asked for."""
+    keys: list[str] = []
+    real = getattr(storage, method)
+
+    def read(key: str, *at: int) -> bytes:
+        keys.append(key)
+        return change(len(keys), real(key, *at))
+
+    setattr(storage, method, read)
+    return keys
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
+
+
+def test_a_remote_sample_is_a_range_until_its_shard_is_in_the_cache(
+    remote: Storage, finished: Path, tmp_path: Path
 ) -> None:
-    ranges: list[str] = []
-    real = remote.read_range
-    monkeypatch.setattr(remote, "read_range", lambda key, *at: (ranges.append(key), real(key, *at))[1])
     here, there = LatentDataset.open(finished), LatentDataset(remote, tmp_path)
+    keys = when_reading(remote, lambda _, data: data, "read_range")
     for sample_id in (0, 17, 39, 1):
-        assert np.array_equal(here.read(sample_id)[0], there.read(sample_id)[0])
-    info = there.info.shards[0]
-    barrier = threading.Barrier(4)
-
-    def fetch(_: int) -> Path:
-        barrier.wait()
-        return ShardCache(remote, tmp_path / "other").path(info.tar_key, info.bytes, info.sha256)
-
-    with ThreadPoolExecutor(4) as pool:
-        assert len(set(pool.map(fetch, range(4)))) == 1
-    assert ranges == [shard.tar_key for shard in there.info.shards] + [info.tar_key]
+        moments, label = there.read(sample_id)
+        assert np.array_equal(moments, here.read(sample_id)[0])
+        assert label == sample_id % 10
+    assert [key[-9:] for key in keys] == ["00000.tar", "00001.tar", "00002.tar", "00000.tar"]
+    assert list(tmp_path.iterdir()) == []
+    there.cache.fetch(there.files.shards[0])
+    keys.clear()
+    assert np.array_equal(there.read(5)[0], here.read(5)[0])
+    assert keys == []
 
 
-def test_a_damaged_remote_shard_never_enters_the_cache(remote: Storage, tmp_path: Path) -> None:
-    key = "shards/00000.tar"
-    data = bytearray(remote.read(key))
-    data[5000] ^= 1
-    remote.write(key, bytes(data))
-    with pytest.raises(DataError, match=r"00000.tar: expected SHA-256 .* the shard is damaged"):
-        LatentDataset(remote, tmp_path).read(0)
-    remote.write(key, bytes(data[:-512]))
-    with pytest.raises(DataError, match=r"00000.tar: expected \d+ bytes as in dataset.json"):
-        LatentDataset(remote, tmp_path).read(0)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".lock"}
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"cannot use .* as cache: .*; set data.cache_dir"):
-        LatentDataset(remote, tmp_path / "file" / "folder").read(0)
+def test_what_came_wrong_is_asked_for_again(remote: Storage, tmp_path: Path, no_pauses: None) -> None:
+    dataset = LatentDataset(remote, tmp_path)
+    indexes = when_reading(remote, lambda n, data: data if n == 3 else flipped(data), "read")
+    ranges = when_reading(remote, lambda n, data: data if n == 3 else flipped(data), "read_range")
+    assert dataset.read(20)[1] == 0
+    assert (indexes, ranges) == (["shards/00001.idx"] * 3, ["shards/00001.tar"] * 3)
+
+
+def test_what_stays_wrong_is_an_error_that_names_it(remote: Storage, tmp_path: Path, no_pauses: None) -> None:
+    dataset = LatentDataset(remote, tmp_path)
+    ranges = when_reading(remote, lambda _, data: flipped(data), "read_range")
+    with pytest.raises(DamagedError, match=r"shard 00001, sample 20: expected CRC-32C .*, 4 times"):
+        dataset.read(20)
+    assert len(ranges) == 4
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path, at: flip_bit(path, at),
+        lambda path, at: path.write_bytes(bytes(path.stat().st_size)),
+        lambda path, at: path.write_bytes(path.read_bytes()[:-1]),
+    ],
+    ids=["flipped", "zeroed", "truncated"],
+)
+def test_a_damaged_copy_in_the_cache_is_found_dropped_and_made_up_for(
+    remote: Storage, finished: Path, tmp_path: Path, damage: Callable[[Path, int], None]
+) -> None:
+    expected = LatentDataset.open(finished).read(20)[0]
+    dataset = LatentDataset(remote, tmp_path)
+    file = dataset.files.shards[1]
+    dataset.cache.fetch(file)
+    (path,) = tmp_path.iterdir()
+    damage(path, int(dataset.records(1)[4]["offset"]) + 300)
+    assert np.array_equal(dataset.read(20)[0], expected)
+    assert not path.exists()
+    assert dataset.cache.fetch(file)
+    ranges = when_reading(remote, lambda _, data: data, "read_range")
+    assert np.array_equal(dataset.read(20)[0], expected)
+    assert ranges == []
+
+
+def views_of(dataset: LatentDataset, ids: list[int]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    out = np.full((len(ids), 8, 4, 4), np.nan, np.float16)
+    labels, damaged = dataset.read_views(np.array(ids), np.arange(len(ids)) % 2, out)
+    return out, labels, damaged
+
+
+@pytest.mark.parametrize("where", ["disk", "storage", "cache", "cache in part"])
+def test_many_views_are_those_of_one_sample_at_a_time(
+    remote: Storage, finished: Path, tmp_path: Path, where: str
+) -> None:
+    here = LatentDataset.open(finished)
+    dataset = here if where == "disk" else LatentDataset(remote, tmp_path)
+    for file in dataset.files.shards[: {"cache": 3, "cache in part": 1}.get(where, 0)]:
+        dataset.cache.fetch(file)
+    ids = [3, 39, 16, 3, 15, 0, 22]
+    out, labels, damaged = views_of(dataset, ids)
+    assert damaged == {}
+    assert labels.tolist() == [sample_id % 10 for sample_id in ids]
+    for row, sample_id in enumerate(ids):
+        assert np.array_equal(out[row], here.read(sample_id)[0][row % 2])
+
+
+def test_damaged_samples_among_many_are_named(copy: Path, no_pauses: None) -> None:
+    whole = LatentDataset.open(copy)
+    expected = views_of(whole, [5, 21, 30, 21, 16])
+    flip_bit(copy / "shards/00001.tar", int(whole.records(1)[5]["offset"]) + 100)
+    dataset = LatentDataset.open(copy)
+    out, labels, damaged = views_of(dataset, [5, 21, 30, 21, 16])
+    assert list(damaged) == [21]
+    assert "shard 00001, sample 21: expected CRC-32C" in damaged[21]
+    assert labels.tolist() == expected[1].tolist()
+    for row in (0, 2, 4):
+        assert np.array_equal(out[row], expected[0][row])
+
+
+def test_an_array_with_another_header_is_read_all_the_same(tmp_path: Path) -> None:
+    """Other programs may write the same array with more padding, or with its keys in another order."""
+    moments = np.arange(2 * 8 * 4 * 4).reshape(2, 8, 4, 4).astype("<f2")
+    header = "{'shape': (2, 8, 4, 4), 'fortran_order': False, 'descr': '<f2'}"
+    npys = [
+        b"\x93NUMPY\x01\x00%c\x00%s\n" % (size, header.ljust(size - 1).encode()) + moments.tobytes()
+        for size in (118, 182)
+    ]
+    write_latents(tmp_path, num=2)
+    info = json.loads((tmp_path / INFO_KEY).read_text())
+    records = [(0, len(npys[0]), 4, 0, google_crc32c.value(npys[0]))]
+    records.append((len(npys[0]), len(npys[1]), 5, 1, google_crc32c.value(npys[1])))
+    index, tar = write_index(np.array(records, RECORD)), b"".join(npys)
+    (tmp_path / "shards/00000.tar").write_bytes(tar)
+    (tmp_path / "shards/00000.idx").write_bytes(index)
+    info["shards"][0] |= {"bytes": len(tar), "index_sha256": hashlib.sha256(index).hexdigest()}
+    edit_info(tmp_path, shards=info["shards"])
+    out, labels, damaged = views_of(LatentDataset.open(tmp_path), [0, 1])
+    assert damaged == {}
+    assert labels.tolist() == [4, 5]
+    assert np.array_equal(out, moments)
+
+
+def test_what_is_being_read_can_be_asked(copy: Path) -> None:
+    dataset = LatentDataset.open(copy)
+    assert dataset.waits_for() == ""
+    seen: list[str] = []
+    when_reading(dataset.storage, lambda _, data: (seen.append(dataset.waits_for()), data)[1], "read")
+    dataset.read(17)
+    assert len(seen) == 1
+    assert re.fullmatch(r".*/shards/00001.idx for \d+\.\d s", seen[0])
+    with dataset.files.waits_for(17):
+        assert re.fullmatch(r"shard 00001, sample 17 for \d+\.\d s", dataset.waits_for())
+    assert dataset.waits_for() == ""

@@ -1,0 +1,252 @@
+"""Speed of the data loader: samples/s on one core beside stock webdataset, order, resume, a cold cache.
+
+    python benchmarks/loader.py
+    python benchmarks/loader.py --smoke
+
+Data sets are random numbers in the real format, written to a temporary folder; they stay in the
+system's page cache, so that what is measured is the reading program and not the disk.
+
+- `read`: the Loader as training uses it, its thread included, in order of training (every sample
+  from another place) and checksums verified, against `wds.WebDataset(...).decode()` front to back,
+  one process without workers. Each has a process of its own, both are tied to the same core and take
+  turns; figures are medians over the rounds, without a first one that warms up. Real records hold two
+  views of which one is drawn; with one view nothing is read that is not used, as in webdataset.
+- `order`: sample ids/s at the size of ImageNet, in blocks as the Loader asks for them.
+- `resume`: from nothing to the first micro-batch, at the start of a run and far into one.
+- `cold`: the same from an S3 server on this machine with an empty cache, and until all is cached.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+# Found also where the package is not installed; as a script, Python looks beside this file only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from dit_scale.config import DataConfig
+from dit_scale.data.loader import BLOCK_SAMPLES, Loader
+from dit_scale.data.order import Order
+from dit_scale.data.plan import batch_plan
+from dit_scale.data.shards import LatentDataset
+from dit_scale.storage import open_storage
+from tests.latents import write_latents
+
+IMAGENET_SHARDS = (*[4096] * 312, 3215)
+"""1,281,167 samples."""
+RECORDS = ((256, 1), (512, 1), (256, 2), (512, 2))
+"""Image size and views: 16, 64, 32 and 128 KiB."""
+FAR = 10**12
+"""A position that no run reaches."""
+
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure everything, print a line each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--smoke", action="store_true", help="a few small samples: does it run?")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, default=128, help="size of each data set")
+    parser.add_argument("--micro-batch", type=int, default=32)
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.rounds, args.megabytes, args.micro_batch = 1, 1, 4
+    with tempfile.TemporaryDirectory() as folder:
+        for row in measure(Path(folder), args):
+            row |= {"micro_batch": args.micro_batch, "rounds": args.rounds, "versions": versions()}
+            print(json.dumps(row) if args.json else text(row), flush=True)
+    return 0
+
+
+def measure(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
+    """All rows, each as soon as it is there."""
+    sets = {}
+    for image_size, views in RECORDS:
+        sets[image_size, views] = folder / f"{image_size}-{views}"
+        num = args.megabytes * 2**20 // record_bytes(image_size, views)
+        write_latents(sets[image_size, views], num, image_size, 1000, -(-num // 8), views)
+    with one_core() as ours, one_core() as theirs:
+        for (image_size, views), path in sets.items():
+            rates = [
+                (
+                    ours.submit(loader_rate, path, args.micro_batch).result(),
+                    theirs.submit(webdataset_rate, path).result(),
+                )
+                for _ in range(1 + args.rounds)
+            ]
+            loader, webdataset = (median(column) for column in zip(*rates[1:], strict=True))
+            yield {
+                "what": "read",
+                "image_size": image_size,
+                "views": views,
+                "record_bytes": record_bytes(image_size, views),
+                "samples_per_s": loader,
+                "webdataset_samples_per_s": webdataset,
+                "ratio": loader / webdataset,
+            }
+        for window_shards in (0, 16):
+            rates = [ours.submit(ids_per_s, window_shards, i * 10**6).result() for i in range(args.rounds)]
+            yield {"what": "order", "window_shards": window_shards, "ids_per_s": median(rates)}
+        for position in (0, FAR):
+            times = [
+                ours.submit(first_batch_s, sets[256, 2], position, args.micro_batch).result()
+                for _ in range(args.rounds)
+            ]
+            yield {"what": "resume", "position": position, "first_batch_s": median(times)}
+    yield cold(sets[256, 2], folder, args.micro_batch)
+
+
+def record_bytes(image_size: int, views: int) -> int:
+    """Bytes of a sample's latents, in fp16."""
+    return views * 8 * (image_size // 8) ** 2 * 2
+
+
+def loader_rate(path: Path, micro_batch: int, epochs: int = 4) -> float:
+    """Samples/s of a Loader, from its start."""
+    dataset = LatentDataset.open(path)
+    dataset.labels()  # reads the indexes, which happens once in a run
+    plan = batch_plan(micro_batch, micro_batch, 1)
+    num_batches = epochs * len(dataset) // micro_batch
+    flip = len(dataset.info.views) == 2
+    start = time.perf_counter()
+    loader = Loader(dataset, DataConfig(horizontal_flip=flip), plan, rank=0, seed=0, first_step=0)
+    taken = sum(len(batch.y_B) for batch in islice(loader, num_batches))
+    elapsed = time.perf_counter() - start
+    loader.close()
+    return taken / elapsed
+
+
+def webdataset_rate(path: Path) -> float:
+    """Samples/s of webdataset, from its start."""
+    import webdataset
+
+    tars = sorted(str(tar) for tar in (path / "shards").glob("*.tar"))
+    start = time.perf_counter()
+    taken = 0
+    for sample in webdataset.WebDataset(tars, shardshuffle=False).decode():
+        assert sample["latent.npy"].dtype == np.float16
+        assert isinstance(sample["cls"], int)
+        taken += 1
+    return taken / (time.perf_counter() - start)
+
+
+def ids_per_s(window_shards: int, first: int, num_blocks: int = 64) -> float:
+    """Sample ids/s over consecutive blocks of positions."""
+    order = Order(sum(IMAGENET_SHARDS), 0, IMAGENET_SHARDS, window_shards)
+    start = time.perf_counter()
+    for block in range(num_blocks):
+        order.ids(first + block * BLOCK_SAMPLES + np.arange(BLOCK_SAMPLES))
+    return num_blocks * BLOCK_SAMPLES / (time.perf_counter() - start)
+
+
+def first_batch_s(url: str | Path, position: int, micro_batch: int) -> float:
+    """Seconds from nothing to the first micro-batch."""
+    start = time.perf_counter()
+    dataset = LatentDataset.open(url)
+    plan = batch_plan(micro_batch, micro_batch, 1)
+    loader = Loader(dataset, DataConfig(), plan, rank=0, seed=0, first_step=position // micro_batch)
+    next(loader)
+    elapsed = time.perf_counter() - start
+    loader.close()
+    return elapsed
+
+
+def cold(path: Path, folder: Path, micro_batch: int) -> Row:
+    """The first micro-batch from S3 with nothing cached, beside the time until all shards are."""
+    from tests.s3 import BUCKET, s3_server
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line per request
+    with s3_server() as environment:
+        os.environ |= environment
+        source, target = open_storage(path), open_storage(f"s3://{BUCKET}/latents")
+        for key, _ in source.list():
+            target.write(key, source.read(key))
+        with one_core() as process:
+            return process.submit(cold_start, target.url, folder / "cache", micro_batch).result()
+
+
+def cold_start(url: str, cache_dir: Path, micro_batch: int) -> Row:
+    """Figures of a Loader whose cache is empty."""
+    start = time.perf_counter()
+    dataset = LatentDataset.open(url, cache_dir)
+    plan = batch_plan(micro_batch, micro_batch, 1)
+    loader = Loader(dataset, DataConfig(), plan, rank=0, seed=0, first_step=0)
+    next(loader)
+    first_s = time.perf_counter() - start
+    files = dataset.files.shards
+    num_cached = sum(map(dataset.cache.holds, files))
+    while not all(map(dataset.cache.holds, files)):
+        time.sleep(0.01)
+    all_s = time.perf_counter() - start
+    loader.close()
+    return {
+        "what": "cold",
+        "first_batch_s": first_s,
+        "shards": len(files),
+        "shards_cached_by_then": num_cached,
+        "all_cached_s": all_s,
+        "data_bytes": sum(file.size_bytes for file in files),
+    }
+
+
+@contextmanager
+def one_core() -> Iterator[ProcessPoolExecutor]:
+    """A process tied to the last core of those that this one may use."""
+    spawn = multiprocessing.get_context("spawn")
+    core = max(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_settle, initargs=(core,)) as pool:
+        yield pool
+
+
+def _settle(core: int) -> None:
+    os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+
+
+def versions() -> dict[str, str]:
+    """Programs that the figures depend on."""
+    packages = ("numpy", "torch", "webdataset", "google-crc32c")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
+def text(row: Row) -> str:
+    """A row for people."""
+    match row["what"]:
+        case "read":
+            return (
+                f"read    {row['image_size']} px, {row['views']} view(s), {row['record_bytes'] // 1024} KiB: "
+                f"{row['samples_per_s']:,.0f} samples/s, webdataset {row['webdataset_samples_per_s']:,.0f}, "
+                f"{row['ratio']:.1f} times"
+            )
+        case "order":
+            return f"order   windows of {row['window_shards']} shards: {row['ids_per_s']:,.0f} ids/s"
+        case "resume":
+            return f"resume  position {row['position']:,}: first batch in {row['first_batch_s'] * 1e3:.1f} ms"
+    return (
+        f"cold    first batch in {row['first_batch_s'] * 1e3:.0f} ms with {row['shards_cached_by_then']} of "
+        f"{row['shards']} shards cached, all of them in {row['all_cached_s'] * 1e3:.0f} ms"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
