@@ -62,6 +62,6 @@ class Quarantine:
         count = len(self._known | self._found.keys())
         if count > self._most:
             raise DataError(
-                f"{count} of {self._num_samples} samples are damaged, at most {self._most} may be; verify the "
-                f"data set and encode its damaged shards again. {reason}".rstrip()
+                f"{count} of {self._num_samples} samples are damaged, at most {self._most} may be; verify "
+                f"the data set and encode its damaged shards again. {reason}".rstrip()
             )
