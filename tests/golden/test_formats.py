@@ -12,7 +12,7 @@ import torch
 
 from data_pipeline.shards_writer import Row, build_shard
 from dit_scale import rng
-from dit_scale.data.order import permute, round_keys, sample_ids
+from dit_scale.data.order import Order, permute, positions_of, round_keys, sample_ids
 from dit_scale.data.shards import encode_sample
 from dit_scale.rng import Purpose
 from dit_scale.storage import open_storage
@@ -39,8 +39,27 @@ def test_order_of_samples(num_samples: int, seed: int, epoch: int, expected: str
     assert sample_ids(positions, num_samples, seed).tolist() == ids
 
 
+WINDOWS = [
+    (0, 0, "18 10 19 11 9 8 0 13 2 1 14 15 3 17 4 12 16 6 7 5"),
+    (0, 1, "18 19 12 14 13 15 16 17 2 1 3 0 7 5 4 6 11 8 10 9"),
+    (42, 3, "0 1 3 18 2 4 19 12 8 14 9 11 15 17 10 16 13 5 7 6"),
+]
+
+
+@pytest.mark.parametrize(("seed", "epoch", "expected"), WINDOWS)
+def test_order_in_windows(seed: int, epoch: int, expected: str) -> None:
+    order = Order(20, seed, (5, 3, 4, 6, 2), window_shards=2)
+    ids = order.ids(epoch * 20 + np.arange(20, dtype=np.int64))
+    assert ids.tolist() == [int(sample_id) for sample_id in expected.split()]
+
+
+def test_positions_left_out() -> None:
+    excluded = [(2, 4), (4, 5), (7, 100)]
+    assert positions_of(np.arange(6), excluded).tolist() == [0, 1, 5, 6, 100, 101]
+
+
 def test_the_documentation_quotes_them() -> None:
-    for order in ORDERS:
+    for order in ORDERS + WINDOWS:
         assert f"| {' | '.join(map(str, order))} |" in FORMATS
     for purpose, words in WORDS.items():
         assert f"| {purpose.name} | {purpose.value} | {words} |" in FORMATS
@@ -58,6 +77,16 @@ def test_round_keys() -> None:
         "53cb9f0c747ea2ea",
         "2c829abe1f4532e1",
         "c584133ac916ab3c",
+    ]
+    assert [f"{key:016x}" for key in round_keys(0, 0, 1).tolist()] == [
+        "2a98f501af37e97f",
+        "fc2b89606a4b1eda",
+        "612214bf3070918f",
+        "6e766f5af4a87906",
+        "c7ea91a7ebd2cffa",
+        "19601641f1714605",
+        "7ce1ff97feb47940",
+        "89662a525489f124",
     ]
 
 
