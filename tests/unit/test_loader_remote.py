@@ -132,6 +132,13 @@ def test_batches_come_before_any_shard_is_whole_and_then_from_the_cache(
     assert_right(batches, LatentDataset.open(folder))
 
 
+def test_samples_of_a_batch_are_asked_for_together(remote: LatentDataset, folder: Path) -> None:
+    together = threading.Barrier(4)  # of the four samples of a batch
+    Requests(remote, lambda *_: together.wait(60))
+    batch = read_batch(remote, np.arange(4), 4, SEED, flip=True)
+    assert_right([batch], LatentDataset.open(folder))
+
+
 def test_a_later_run_finds_the_cache_filled(remote: LatentDataset, folder: Path) -> None:
     with loading(remote):
         wait_until(lambda: all_cached(remote))
