@@ -1,7 +1,7 @@
 """What a storage does, whatever it is made of."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dit_scale.errors import StorageError
@@ -50,6 +50,10 @@ class Storage(ABC):
     @abstractmethod
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         """(key, bytes) of every object whose key starts with `prefix`, sorted by key."""
+
+    def leftovers(self, prefix: str = "") -> Sequence[str]:
+        """What killed writers left under this prefix and `list` does not show, as keys to delete."""
+        return ()
 
     @abstractmethod
     def delete(self, key: str) -> None:

@@ -3,7 +3,7 @@
 import errno
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class DiskStorage(Storage):
         with _disk_errors(self, "write", key), self._temporary(path, chunks) as tmp:
             whole(tmp.stat().st_size, size, f"{self.url}/{key}")
             os.replace(tmp, path)
-            _sync_folder(path.parent)
+            self._sync_folders(path.parent)
 
     def write_new(self, key: str, data: bytes) -> bool:
         path = self._path(key)
@@ -48,7 +48,7 @@ class DiskStorage(Storage):
                 # NFS may repeat a link() that had succeeded: then our own file has two names.
                 if tmp.stat().st_nlink != 2:
                     return False
-            _sync_folder(path.parent)
+            self._sync_folders(path.parent)
             return True
 
     def exists(self, key: str) -> bool:
@@ -59,19 +59,17 @@ class DiskStorage(Storage):
             return self._path(key).stat().st_size
 
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        top = self.folder / check_key(prefix.rpartition("/")[0]) if "/" in prefix else self.folder
         found: list[tuple[str, int]] = []
-        if not top.is_dir():
-            return found
         with _disk_errors(self, "list", prefix):
-            for folder, _, names in os.walk(top, onerror=_raise, followlinks=True):
-                for name in names:
-                    path = os.path.join(folder, name)
-                    key = os.path.relpath(path, self.folder)
-                    if key.startswith(prefix) and not _is_temporary(name):
-                        with suppress(FileNotFoundError):  # deleted since, or a dangling link
-                            found.append((key, os.stat(path).st_size))
+            for key in self._walk(prefix):
+                if not _is_temporary(key):
+                    with suppress(FileNotFoundError):  # deleted since, or a dangling link
+                        found.append((key, os.stat(self.folder / key).st_size))
         return sorted(found)
+
+    def leftovers(self, prefix: str = "") -> Sequence[str]:
+        with _disk_errors(self, "list", prefix):
+            return sorted(key for key in self._walk(prefix) if _is_temporary(key))
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -88,18 +86,35 @@ class DiskStorage(Storage):
     def _path(self, key: str) -> Path:
         return self.folder / check_key(key)
 
+    def _walk(self, prefix: str) -> Iterator[str]:
+        """Every key that starts with `prefix`, also those of temporary files."""
+        top = self.folder / check_key(prefix.rpartition("/")[0]) if "/" in prefix else self.folder
+        for folder, _, names in os.walk(top, onerror=_raise_unless_gone, followlinks=True):
+            keys = (os.path.relpath(os.path.join(folder, name), self.folder) for name in names)
+            yield from (key for key in keys if key.startswith(prefix))
+
+    def _sync_folders(self, folder: Path) -> None:
+        """Make the entries of a folder durable, and those above it: whoever made it may have been killed."""
+        while folder != self.folder:
+            _sync_folder(folder)
+            folder = folder.parent
+        _sync_folder(folder)
+
     @contextmanager
     def _temporary(self, path: Path, chunks: Iterable[memoryview]) -> Iterator[Path]:
         """A synced file with these pieces beside `path`, gone afterwards unless it was renamed."""
         _make_folder(path.parent)
         tmp = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
         try:
-            with open(tmp, "xb", buffering=0) as file:
+            descriptor = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
                 for chunk in chunks:
-                    _write_all(file.fileno(), chunk)
-                os.fsync(file.fileno())
+                    _write_all(descriptor, chunk)
+                os.fsync(descriptor)
                 # Whoever reads it back sees what the device holds, and it takes no memory from others.
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
             yield tmp
         finally:
             tmp.unlink(missing_ok=True)
@@ -110,11 +125,14 @@ def _write_all(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _raise_unless_gone(error: OSError) -> None:
+    """A folder that is not there holds nothing; another process may delete meanwhile."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
-def _is_temporary(name: str) -> bool:
+def _is_temporary(key: str) -> bool:
+    name = key.rpartition("/")[2]
     return name.startswith(".") and name.endswith(".tmp")
 
 
