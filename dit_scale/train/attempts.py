@@ -56,11 +56,19 @@ def numbers(root: Storage) -> list[int]:
     return sorted(int(key) for key in keys if key.isdecimal())
 
 
+def read(root: Storage, number: int) -> Attempt:
+    """The record of an attempt. Raises CheckpointError, naming it, when it is damaged."""
+    key = _key(number)
+    tree = unseal(root.read(key), f"{root.url}/{key}")
+    excluded = tuple((int(low), int(high)) for low, high in tree["excluded_positions"])
+    return Attempt(number, tree["resumed_from"], excluded)
+
+
 def newest(root: Storage) -> Attempt | None:
     """The newest attempt whose record is whole; None when there is none."""
     for number in reversed(numbers(root)):
         try:
-            return _read(root, number)
+            return read(root, number)
         except CheckpointError:
             continue
     return None
@@ -76,16 +84,18 @@ def check_current(root: Storage, attempt: int) -> None:
 
 def committed(root: Storage, folder: str = CHECKPOINTS) -> list[str]:
     """Paths of the checkpoints on the chain that have a manifest, newest first."""
-    paths = (
-        key.removesuffix(f"/{MANIFEST}") for key, _ in root.list(f"{folder}/") if key.endswith(f"/{MANIFEST}")
+    names = (
+        key.removeprefix(f"{folder}/").removesuffix(f"/{MANIFEST}")
+        for key, _ in root.list(f"{folder}/")
+        if key.endswith(f"/{MANIFEST}")
     )
     limits = _limits(root)
-    found = [path for path in paths if is_name(path) and _counts(path, limits)]
-    return sorted(found, reverse=True)
+    found = [name for name in names if is_name(name) and _counts(name, limits)]
+    return [f"{folder}/{name}" for name in sorted(found, key=step_and_attempt, reverse=True)]
 
 
-def _counts(path: str, limits: dict[int, float] | None) -> bool:
-    step, attempt = step_and_attempt(path)
+def _counts(name: str, limits: dict[int, float] | None) -> bool:
+    step, attempt = step_and_attempt(name)
     return limits is None or step <= limits.get(attempt, -1)
 
 
@@ -100,7 +110,7 @@ def _limits(root: Storage) -> dict[int, float] | None:
         if number not in limits:
             continue
         try:
-            before = _read(root, number).resumed_from
+            before = read(root, number).resumed_from
         except CheckpointError:
             # Nobody knows where it went on from. What its predecessor committed is sound, late or not.
             if left:
@@ -110,13 +120,6 @@ def _limits(root: Storage) -> dict[int, float] | None:
             step, attempt = step_and_attempt(before)
             limits[attempt] = step
     return limits
-
-
-def _read(root: Storage, number: int) -> Attempt:
-    key = _key(number)
-    tree = unseal(root.read(key), f"{root.url}/{key}")
-    excluded = tuple((int(low), int(high)) for low, high in tree["excluded_positions"])
-    return Attempt(number, tree["resumed_from"], excluded)
 
 
 def _key(number: int) -> str:

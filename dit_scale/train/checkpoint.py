@@ -90,8 +90,10 @@ class Checkpoint:
         for kind in self.kinds():
             for parameter, shape in self.manifest.model_shapes.items():
                 pieces = [piece for _, piece in self._pieces.get((kind, parameter), ())]
-                size = int(np.prod(shape, dtype=np.int64))
-                if sum(piece.length for piece in pieces) != size:
+                end = 0
+                for piece in sorted(pieces, key=lambda piece: piece.start):
+                    end = end + piece.length if piece.start == end else -1
+                if end != int(np.prod(shape, dtype=np.int64)):
                     raise CheckpointError(f"{self}: {kind} of {parameter} is not whole")
 
 

@@ -24,7 +24,7 @@ MANIFEST = "MANIFEST.json"
 CHECKPOINTS, EMA, ATTEMPTS = "checkpoints", "ema", "attempts"
 """Folders below the root of a run's state."""
 
-_NAME = re.compile(r"(?:.*/)?(\d{10})-(\d{4,})")
+_NAME = re.compile(r"(\d{10})-(\d{4,})")
 _SEAL = b',"sha256":"'
 
 
@@ -85,13 +85,13 @@ def name_of(step: int, attempt: int) -> str:
 
 
 def is_name(name: str) -> bool:
-    """Whether this is the name of a checkpoint, or a path to one."""
+    """Whether this is the name of a checkpoint's folder."""
     return _NAME.fullmatch(name) is not None
 
 
 def step_and_attempt(name: str) -> tuple[int, int]:
     """What a checkpoint's name, or a path that ends in one, says."""
-    match = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(name.rpartition("/")[2])
     assert match, f"{name!r} is no checkpoint's name"
     return int(match[1]), int(match[2])
 

@@ -64,25 +64,19 @@ def name_of_rank(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write(storage: Storage, key: str, pieces: Sequence[tuple[Piece, Bytes]]) -> int:
-    """Put these pieces as one file, and return its size. Nothing is copied: the data may be shared memory."""
+def write(storage: Storage, key: str, pieces: Sequence[tuple[Piece, Bytes]]) -> FileRecord:
+    """Put these pieces as one file. Nothing is copied: the data may be shared memory."""
     header = _header(pieces)
     size = len(header) + sum(piece.bytes for piece, _ in pieces)
     chunks = (block.data for _, data in pieces for block in blocks(data))
     storage.write_stream(key, _chain(memoryview(header), chunks), size)
-    return size
+    return _record(key.rpartition("/")[2], size, header)
 
 
 def describe(storage: Storage, folder: str, key: str) -> FileRecord:
     """The record of a file for the manifest, from the file as it lies there."""
     where = f"{folder}/{key}"
-    header = _read_header(storage, where)
-    return FileRecord(
-        key=key,
-        bytes=storage.size(where),
-        header_bytes=len(header),
-        header_sha256=hashlib.sha256(header).hexdigest(),
-    )
+    return _record(key, storage.size(where), _read_header(storage, where))
 
 
 def open_file(storage: Storage, folder: str, file: FileRecord) -> tuple[StoredPiece, ...]:
@@ -147,6 +141,15 @@ def _header(pieces: Sequence[tuple[Piece, Bytes]]) -> bytes:
     body = json.dumps({"__metadata__": metadata, **tree}, separators=(",", ":")).encode()
     body += b" " * (-len(body) % 8)
     return len(body).to_bytes(_LENGTH_BYTES, "little") + body
+
+
+def _record(key: str, size: int, header: bytes) -> FileRecord:
+    return FileRecord(
+        key=key,
+        bytes=size,
+        header_bytes=len(header),
+        header_sha256=hashlib.sha256(header).hexdigest(),
+    )
 
 
 def _read_header(storage: Storage, key: str) -> bytes:

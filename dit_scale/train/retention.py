@@ -24,7 +24,8 @@ def superfluous(root: Storage, newest: str, keep: int, keep_every_steps: int) ->
     Folders below it that are no checkpoint, or none on the chain, are what kills and old attempts left
     behind; they go too.
     """
-    on_chain = [path for path in attempts.committed(root) if path <= newest]
+    last = step_and_attempt(newest)
+    on_chain = [path for path in attempts.committed(root) if step_and_attempt(path) <= last]
     stay = kept(on_chain, keep, keep_every_steps) | _tagged(root) | set(attempts.committed(root, EMA))
     below = _folders(root, CHECKPOINTS, newest) | _folders(root, EMA, newest)
     return sorted(below - stay)
@@ -45,19 +46,21 @@ def prune(root: Storage, attempt: int, newest: str, keep: int, keep_every_steps:
 
 def delete(root: Storage, attempt: int, folder: str) -> None:
     """Delete a checkpoint, manifest first. Raises SupersededError once a later attempt began."""
-    keys = sorted(
-        (key for key, _ in root.list(f"{folder}/")), key=lambda key: (not key.endswith(MANIFEST), key)
-    )
-    for key in keys:
+    for key in sorted(_keys(root, folder), key=lambda key: (key != f"{folder}/{MANIFEST}", key)):
         attempts.check_current(root, attempt)
         root.delete(key)
 
 
 def _folders(root: Storage, top: str, newest: str) -> set[str]:
-    """Folders under `top` whose names sort below that of `newest`."""
+    """Folders of checkpoints under `top` whose names sort below that of `newest`."""
     last = step_and_attempt(newest)
-    folders = {key.rsplit("/", 1)[0] for key, _ in root.list(f"{top}/")}
-    return {folder for folder in folders if is_name(folder) and step_and_attempt(folder) < last}
+    names = {key.split("/")[1] for key in _keys(root, top)}
+    return {f"{top}/{name}" for name in names if is_name(name) and step_and_attempt(name) < last}
+
+
+def _keys(root: Storage, folder: str) -> list[str]:
+    """All that lies in a folder, also what killed writers left there."""
+    return [key for key, _ in root.list(f"{folder}/")] + [*root.leftovers(f"{folder}/")]
 
 
 def _tagged(root: Storage) -> set[str]:

@@ -83,9 +83,8 @@ def write(root: Storage, rank: int, memory: Bytes, sources: list[Source], reques
             for s in sources
             if s.kind in kinds
         ]
-        key = rankfile.name_of_rank(rank)
-        rankfile.write(root, f"{folder}/{key}", pieces)
-        rankfile.verify(root, folder, rankfile.describe(root, folder, key))
+        record = rankfile.write(root, f"{folder}/{rankfile.name_of_rank(rank)}", pieces)
+        rankfile.verify(root, folder, record)
     return Reply()
 
 
@@ -112,13 +111,14 @@ def commit(root: Storage, request: Commit) -> Reply:
 
 
 def put_manifest(root: Storage, folder: str, manifest: Manifest) -> None:
-    """Put the manifest, once: from here on the checkpoint exists."""
-    data = sealed(json.loads(manifest.model_dump_json()))
+    """Put the manifest, once: from here on the checkpoint exists. That this very one is there is fine."""
+    key, data = f"{folder}/{MANIFEST}", sealed(json.loads(manifest.model_dump_json()))
     attempts.check_current(root, manifest.attempt)
-    if not root.write_new(f"{folder}/{MANIFEST}", data):
+    if not root.write_new(key, data) and root.read(key) != data:
         raise CheckpointError(
             f"{root.url}/{folder} has a manifest already: another process writes to this run"
         )
+    attempts.check_current(root, manifest.attempt)  # one that was stopped in between does not count
 
 
 def serve(root: Storage, rank: int, memory: Bytes, sources: list[Source]) -> None:
