@@ -28,7 +28,9 @@ def add(commands: Any) -> None:
     export.add_argument("--ema", default=None, help="EMA profile (default: the first of the run)")
     keep = command(actions, "keep", _keep, "keep one checkpoint for good, whatever retention would do")
     keep.add_argument("run", help="the run's folder")
-    keep.add_argument("name", help="as `checkpoint list` names it, for example 0000400000-0003")
+    keep.add_argument(
+        "checkpoint", metavar="NAME", help="as `checkpoint list` names it, for example 0000400000-0003"
+    )
     prune = command(
         actions,
         "prune",
@@ -108,10 +110,10 @@ def _keep(args: argparse.Namespace) -> int:
     from dit_scale.train.run import root_of_folder
 
     root = root_of_folder(args.run)
-    path = f"{CHECKPOINTS}/{args.name}"
+    path = f"{CHECKPOINTS}/{args.checkpoint}"
     if path not in committed(root):
         raise CheckpointError(
-            f"{args.run} has no checkpoint {args.name}; `dit-scale checkpoint list` shows them"
+            f"{args.run} has no checkpoint {args.checkpoint}; `dit-scale checkpoint list` shows them"
         )
     root.write(f"{path}/{TAG}", b"")
     print(f"{path} stays for good")
@@ -129,10 +131,12 @@ def _prune(args: argparse.Namespace) -> int:
     if not paths:
         raise CheckpointError(f"{args.run} has no committed checkpoint")
     keep = args.keep or config.keep
-    gone = retention.superfluous(root, paths[0], keep, config.keep_every_steps)
-    for folder in gone:
-        print(f"{folder}: {'deleted' if args.yes else 'would be deleted'}")
+    rule = (paths[0], keep, config.keep_every_steps)
     if args.yes:
         Checkpoint(root, paths[0]).verify()
-        retention.prune(root, current[-1] if current else 0, paths[0], keep, config.keep_every_steps)
+        gone = retention.prune(root, current[-1] if current else 0, *rule)
+    else:
+        gone = retention.superfluous(root, *rule)
+    for folder in gone:
+        print(f"{folder}: {'deleted' if args.yes else 'would be deleted'}")
     return 0
