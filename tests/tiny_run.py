@@ -1,4 +1,4 @@
-"""A run's folder with one checkpoint of a tiny model, made without training."""
+"""A run's folder with checkpoints of a tiny model, made without training."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from dit_scale import vae_files
 from dit_scale.config import TrainConfig, dump
 from dit_scale.models import dit
 from dit_scale.storage import open_storage
-from dit_scale.train import checkpoint as checkpoints
 from dit_scale.train.ema import ema_kind
 from dit_scale.train.engine import OPTIMIZER_KINDS, Extent, Partition
-from dit_scale.train.run import checkpoints_of
+from dit_scale.train.manifest import CHECKPOINTS, name_of
+from tests import checkpoints
 
 STEP, ATTEMPT = 40, 1
 PROFILES = ("first", "second")
@@ -37,28 +37,18 @@ def random_weights(config: TrainConfig, seed: int) -> dict[str, Tensor]:
     return {name: 0.05 * torch.randn(tuple(p.shape), generator=generator) for name, p in parameters}
 
 
-def write_run(run: Path, vae: str) -> dict[str, dict[str, Tensor]]:
-    """Write the run; its two EMA profiles are returned. Two ranks have written the checkpoint."""
+def write_run(run: Path, vae: str, step: int = STEP) -> dict[str, dict[str, Tensor]]:
+    """Write the run, or one more checkpoint of it, as two ranks would; its EMA profiles are returned."""
     config = tiny_config(run, vae)
     averages = {name: random_weights(config, seed) for seed, name in enumerate(PROFILES)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in averages["first"].items()}
-    storage, name = open_storage(checkpoints_of(run)), checkpoints.name_of(STEP, ATTEMPT)
-    files = [checkpoints.write_rank_file(storage, name, rank, _share(averages, rank)) for rank in (0, 1)]
-    manifest = checkpoints.Manifest(
-        step=STEP,
-        samples=STEP * config.global_batch,
-        attempt=ATTEMPT,
+    checkpoints.write(
+        open_storage(run),
+        f"{CHECKPOINTS}/{name_of(step, ATTEMPT)}",
+        [_share(averages, rank) for rank in (0, 1)],
         config=config.model_dump(mode="json"),
-        data_sha256="0" * 64,
         vae_sha256=vae_files.find(vae).identity.weights_sha256,
-        model_shapes=shapes,
-        optimizer_groups=(),
-        pending_metrics=(),
-        versions={},
-        written_by={"world": 2, "zero_stage": 1},
-        files=tuple(files),
+        model_shapes={name: tuple(tensor.shape) for name, tensor in averages["first"].items()},
     )
-    checkpoints.commit(storage, manifest)
     open_storage(run).write("config.yaml", dump(config).encode())
     return averages
 

@@ -15,6 +15,7 @@ from dit_scale import cli
 from dit_scale.data.shards import INFO_KEY
 from dit_scale.sources import open_source
 from dit_scale.storage import open_storage
+from dit_scale.train.attempts import committed
 from dit_scale.train.checkpoint import Checkpoint
 from dit_scale.train.manifest import CHECKPOINTS, MANIFEST, name_of
 from dit_scale.train.writer import put_manifest
@@ -343,6 +344,76 @@ def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_checkpoint_list_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a run's folder" in refused(capsys, "checkpoint", "list", str(tmp_path))
+
+
+def damage(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def test_checkpoint_verify(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:
+    write_run(run, tiny_vae, STEP + 1)
+    newest, older = name_of(STEP + 1, 1), NEWEST
+    assert cli.main(["checkpoint", "verify", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"{CHECKPOINTS}/{newest}", f"{CHECKPOINTS}/{older}"]
+    assert all(line.endswith("MB in 2 files") for line in lines)
+    file = run / CHECKPOINTS / older / "rank-00001.safetensors"
+    damage(file)
+    assert cli.main(["checkpoint", "verify", str(run)]) == 1
+    whole, damaged = capsys.readouterr().out.splitlines()
+    assert whole == lines[0]
+    assert damaged.startswith(f"{CHECKPOINTS}/{older}: {file}: ema.second of ")
+    assert "is damaged (CRC-32C of elements" in damaged
+    folder = run / CHECKPOINTS
+    assert cli.main(["checkpoint", "verify", str(folder / newest)]) == 0
+    assert capsys.readouterr().out.startswith(f"{folder / newest}: whole, ")
+    assert cli.main(["checkpoint", "verify", str(folder / older)]) == 1
+    assert f"{file}: ema.second of" in capsys.readouterr().out
+
+
+def test_checkpoint_prune(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:
+    for step in (STEP + 1, STEP + 2, STEP + 3):
+        write_run(run, tiny_vae, step)
+    oldest, old, next_newest, newest = (f"{CHECKPOINTS}/{name_of(STEP + n, 1)}" for n in range(4))
+    root = open_storage(run)
+    assert cli.main(["checkpoint", "prune", str(run)]) == 0
+    assert capsys.readouterr().out == f"{oldest}: would be deleted\n{old}: would be deleted\n"
+    assert committed(root) == [newest, next_newest, old, oldest]
+    assert cli.main(["checkpoint", "prune", str(run), "--yes"]) == 0
+    assert capsys.readouterr().out == f"{oldest}: deleted\n{old}: deleted\n"
+    assert cli.main(["checkpoint", "prune", str(run), "--yes", "--keep", "1"]) == 0
+    assert capsys.readouterr().out == f"{next_newest}: deleted\n"
+    assert committed(root) == [newest]
+
+
+def test_checkpoint_keep(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:
+    write_run(run, tiny_vae, STEP + 1)
+    assert cli.main(["checkpoint", "keep", str(run), NEWEST]) == 0
+    assert capsys.readouterr().out == f"{CHECKPOINTS}/{NEWEST} stays for good\n"
+    assert cli.main(["checkpoint", "prune", str(run), "--yes", "--keep", "1"]) == 0
+    assert capsys.readouterr().out == ""
+    assert cli.main(["checkpoint", "verify", str(run)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    for name in (name_of(STEP + 2, 1), "latest"):
+        said = refused(capsys, "checkpoint", "keep", str(run), name)
+        assert f"{run} has no checkpoint {name}; `dit-scale checkpoint list` shows them" in said
+
+
+def test_nothing_is_pruned_when_the_newest_is_damaged(
+    run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str
+) -> None:
+    write_run(run, tiny_vae, STEP + 1)
+    damage(run / CHECKPOINTS / name_of(STEP + 1, 1) / "rank-00000.safetensors")
+    assert "is damaged" in refused(capsys, "checkpoint", "prune", str(run), "--yes", "--keep", "1")
+    assert len(committed(open_storage(run))) == 2
+
+
+def test_a_run_without_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / CHECKPOINTS)
+    assert "has no committed checkpoint" in refused(capsys, "checkpoint", "prune", str(run))
+    assert "has no committed checkpoint yet" in refused(capsys, "checkpoint", "verify", str(run))
 
 
 def test_a_run_without_power_function_averages(

@@ -28,8 +28,9 @@ from dit_scale.sample import (
 )
 from dit_scale.sources import Source, build_model, export, open_source
 from dit_scale.storage import open_storage
-from dit_scale.train import checkpoint as checkpoints
-from dit_scale.train.run import checkpoints_of
+from dit_scale.train.checkpoint import Checkpoint
+from dit_scale.train.manifest import CHECKPOINTS, name_of
+from tests import checkpoints
 from tests.tiny_run import PROFILES, STEP, write_run
 from tests.tiny_vae import save_tiny_vae
 
@@ -244,7 +245,7 @@ def test_a_run_gives_its_first_profile_by_published_names(tmp_path: Path, tiny_v
         assert torch.equal(source.state[name], tensor)
     assert source.timesteps == 100
     assert source.vae == tiny_vae
-    assert source.description == f"EMA first of {tmp_path}/checkpoints/{checkpoints.name_of(STEP, 1)}"
+    assert source.description == f"EMA first of {tmp_path}/checkpoints/{name_of(STEP, 1)}"
 
 
 def test_any_profile_can_be_chosen(run: Path, source: Source) -> None:
@@ -264,7 +265,7 @@ def test_the_position_embedding_is_the_formula_to_the_bit(run: Path, model: DiT,
 
 
 def test_a_checkpoints_folder_is_a_source(run: Path, source: Source) -> None:
-    folder = run / "checkpoints" / checkpoints.name_of(STEP, 1)
+    folder = run / CHECKPOINTS / name_of(STEP, 1)
     assert_same_weights(open_source(str(folder)), source)
 
 
@@ -289,12 +290,9 @@ def test_a_bare_weights_file_takes_the_model_it_is_told(source: Source, tmp_path
 
 
 def test_the_newest_checkpoint_is_taken(tiny_vae: str, tmp_path: Path) -> None:
-    write_run(tmp_path / "run", tiny_vae)
-    storage = open_storage(checkpoints_of(tmp_path / "run"))
-    old = checkpoints.Checkpoint(storage, checkpoints.name_of(STEP, 1)).manifest
-    checkpoints.commit(storage, old.model_copy(update={"step": STEP + 1}))
-    checkpoints.commit(storage, old.model_copy(update={"step": STEP - 1}))
-    assert open_source(str(tmp_path / "run")).description.endswith(checkpoints.name_of(STEP + 1, 1))
+    for step in (STEP, STEP + 1, STEP - 1):
+        write_run(tmp_path, tiny_vae, step)
+    assert open_source(str(tmp_path)).description.endswith(name_of(STEP + 1, 1))
 
 
 @pytest.mark.parametrize("made", [[], ["config.yaml"]])
@@ -307,10 +305,9 @@ def test_a_place_without_weights(tmp_path: Path, made: list[str]) -> None:
 
 
 def test_a_checkpoint_of_another_version_is_named(tiny_vae: str, tmp_path: Path) -> None:
-    write_run(tmp_path / "run", tiny_vae)
-    storage = open_storage(checkpoints_of(tmp_path / "run"))
-    old = checkpoints.Checkpoint(storage, checkpoints.name_of(STEP, 1)).manifest
-    foreign = old.model_copy(update={"step": STEP + 1, "config": {**old.config, "new_knob": 1}})
-    checkpoints.commit(storage, foreign)
+    write_run(tmp_path, tiny_vae)
+    root = open_storage(tmp_path)
+    config = Checkpoint(root, f"{CHECKPOINTS}/{name_of(STEP, 1)}").manifest.config
+    checkpoints.write(root, f"{CHECKPOINTS}/{name_of(STEP + 1, 1)}", [], config={**config, "new_knob": 1})
     with pytest.raises(CheckpointError, match=r"is of another version of this program: .*\n.*new_knob"):
-        open_source(str(tmp_path / "run"))
+        open_source(str(tmp_path))

@@ -1,0 +1,70 @@
+"""Checkpoints put in one go by the shipped pieces: no run, no writer process."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dit_scale.config import TrainConfig
+from dit_scale.storage import Storage
+from dit_scale.train import rankfile
+from dit_scale.train.engine import Partition
+from dit_scale.train.manifest import Manifest, step_and_attempt
+from dit_scale.train.rankfile import Bytes, Piece
+from dit_scale.train.writer import put_manifest
+
+Ranks = Sequence[Iterable[Partition]]
+"""What each rank owns."""
+
+
+def write(root: Storage, path: str, ranks: Ranks, **fields: Any) -> Manifest:
+    """Put the rank files and the manifest of the checkpoint at `path`, below the root.
+
+    `fields` are of the manifest; the shapes are those of flat parameters if they are not among them.
+    """
+    files = tuple(write_rank(root, path, rank, owned) for rank, owned in enumerate(ranks))
+    step, attempt = step_and_attempt(path)
+    defaults = {
+        "step": step,
+        "samples": 256 * step,
+        "attempt": attempt,
+        "config": TrainConfig().model_dump(mode="json"),
+        "data_sha256": "1" * 64,
+        "vae_sha256": "2" * 64,
+        "model_shapes": _flat_shapes(ranks),
+        "optimizer_groups": ({"lr": 1e-4, "betas": [0.9, 0.999]},),
+        "written_by": {"world": len(ranks), "zero_stage": 2},
+        "files": files,
+    }
+    manifest = Manifest.model_validate({**defaults, **fields})
+    put_manifest(root, path, manifest)
+    return manifest
+
+
+def write_rank(root: Storage, path: str, rank: int, owned: Iterable[Partition]) -> rankfile.FileRecord:
+    """Put the file of one rank, with all kinds that its partitions hold."""
+    key = rankfile.name_of_rank(rank)
+    rankfile.write(root, f"{path}/{key}", pieces(owned))
+    return rankfile.describe(root, path, key)
+
+
+def pieces(owned: Iterable[Partition]) -> list[tuple[Piece, Bytes]]:
+    """The tensors of a rank's file."""
+    return [
+        (
+            Piece(kind, extent.parameter, extent.start, extent.length),
+            buffer.detach().numpy()[extent.offset : extent.offset + extent.length].view(np.uint8),
+        )
+        for partition in owned
+        for kind, buffer in partition.buffers.items()
+        for extent in partition.extents
+    ]
+
+
+def _flat_shapes(ranks: Ranks) -> dict[str, tuple[int]]:
+    sizes: dict[str, int] = {}
+    for owned in ranks:
+        for partition in owned:
+            for extent in partition.extents:
+                sizes[extent.parameter] = sizes.get(extent.parameter, 0) + extent.length
+    return {parameter: (size,) for parameter, size in sizes.items()}

@@ -1,0 +1,218 @@
+"""The chain of attempts: which checkpoints a reader takes, and who may still write."""
+
+import multiprocessing
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_scale.errors import CheckpointError, SupersededError
+from dit_scale.storage import Storage, open_storage
+from dit_scale.train import attempts
+from dit_scale.train.attempts import Attempt, committed
+from dit_scale.train.manifest import ATTEMPTS, CHECKPOINTS, EMA, MANIFEST, name_of
+
+
+def path_of(step: int, attempt: int, folder: str = CHECKPOINTS) -> str:
+    return f"{folder}/{name_of(step, attempt)}"
+
+
+def put(root: Storage, *paths: str) -> None:
+    """Manifests that nobody opens here; put as by an attempt that asked `check_current` long ago."""
+    for path in paths:
+        root.write(f"{path}/{MANIFEST}", b"")
+
+
+def claim(root: Storage, number: int, resumed_from: str | None = None) -> None:
+    attempts.claim(root, Attempt(number, resumed_from))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Storage:
+    return open_storage(tmp_path)
+
+
+# Records
+
+
+def test_a_record_comes_back_as_it_was_claimed(root: Storage) -> None:
+    assert attempts.numbers(root) == []
+    assert attempts.newest(root) is None
+    one = Attempt(1)
+    two = Attempt(2, path_of(30, 1), ((0, 4), (8, 20)))
+    for attempt in (one, two):
+        attempts.claim(root, attempt)
+    assert attempts.numbers(root) == [1, 2]
+    assert attempts.read(root, 1) == one
+    assert attempts.newest(root) == attempts.read(root, 2) == two
+
+
+def test_numbers_have_no_largest(root: Storage) -> None:
+    for number in (9999, 10000):
+        claim(root, number)
+    root.write(f"{ATTEMPTS}/notes.json", b"a user's")
+    assert attempts.numbers(root) == [9999, 10000]
+    assert attempts.newest(root) == Attempt(10000)
+
+
+CLAIMERS, ROUNDS = 3, 20
+
+
+def claimer(folder: Path, barrier: Barrier, answers: Connection) -> None:
+    """One of several processes that start the same run, at the same moment, again and again."""
+    root = open_storage(folder)
+    for number in range(1, ROUNDS + 1):
+        barrier.wait()
+        try:
+            claim(root, number)
+            answers.send("")
+        except SupersededError as error:
+            answers.send(str(error))
+
+
+def test_of_many_claimers_one_wins(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, pipes = context.Barrier(CLAIMERS), [context.Pipe() for _ in range(CLAIMERS)]
+    started = [
+        context.Process(target=claimer, args=(tmp_path, barrier, there), daemon=True) for _, there in pipes
+    ]
+    for process, (_, there) in zip(started, pipes, strict=True):
+        process.start()
+        there.close()  # so that its end is seen here
+    for number in range(1, ROUNDS + 1):
+        won, *lost = sorted(here.recv() for here, _ in pipes)
+        assert won == ""
+        lost_to = f"{tmp_path}: another process has just started attempt {number} of this run"
+        assert lost == [lost_to] * (CLAIMERS - 1)
+    for process in started:
+        process.join()
+    assert attempts.newest(open_storage(tmp_path)) == Attempt(ROUNDS)
+
+
+def test_an_attempt_is_current_until_the_next_one(root: Storage) -> None:
+    claim(root, 1)
+    attempts.check_current(root, 1)
+    claim(root, 2)
+    attempts.check_current(root, 2)
+    with pytest.raises(
+        SupersededError, match="attempt 2 of this run has begun; attempt 1 may change nothing"
+    ):
+        attempts.check_current(root, 1)
+
+
+# The chain
+
+
+def test_names_are_listed_newest_first(root: Storage) -> None:
+    put(
+        root, *(path_of(step, attempt) for step, attempt in ((9, 1), (100, 1), (10, 1), (10, 2), (10, 10000)))
+    )
+    assert committed(root) == [
+        path_of(100, 1),
+        path_of(10, 10000),
+        path_of(10, 2),
+        path_of(10, 1),
+        path_of(9, 1),
+    ]
+
+
+def test_only_folders_of_the_format_are_listed(root: Storage) -> None:
+    name = name_of(10, 1)
+    put(root, "checkpoints/best", f"checkpoints/old/{name}", f"checkpoints/{name}/old", f"old/{name}", name)
+    root.write(f"checkpoints/{MANIFEST}", b"")
+    root.write(f"{path_of(20, 1)}/rank-00000.safetensors", b"")
+    assert committed(root) == []
+
+
+def test_without_a_record_all_count(root: Storage) -> None:
+    paths = [path_of(20, 2), path_of(10, 1)]
+    put(root, *paths)
+    assert committed(root) == paths
+
+
+def test_what_an_old_attempt_puts_later_does_not_count(root: Storage) -> None:
+    claim(root, 1)
+    put(root, path_of(10, 1), path_of(20, 1))
+    claim(root, 2, path_of(20, 1))
+    put(root, path_of(30, 1), path_of(40, 1), path_of(30, 1, EMA))
+    assert committed(root) == [path_of(20, 1), path_of(10, 1)]
+    put(root, path_of(30, 2), path_of(20, 1, EMA), path_of(30, 2, EMA))
+    assert committed(root) == [path_of(30, 2), path_of(20, 1), path_of(10, 1)]
+    assert committed(root, EMA) == [path_of(30, 2, EMA), path_of(20, 1, EMA)]
+
+
+def test_a_damaged_one_that_was_passed_over_does_not_count(root: Storage) -> None:
+    claim(root, 1)
+    put(root, path_of(10, 1), path_of(20, 1))
+    claim(root, 2, path_of(10, 1))
+    assert committed(root) == [path_of(10, 1)]
+    put(root, path_of(20, 2))
+    assert committed(root) == [path_of(20, 2), path_of(10, 1)]
+
+
+def test_an_attempt_of_which_nothing_was_taken_is_off_the_chain(root: Storage) -> None:
+    claim(root, 1)
+    put(root, path_of(10, 1))
+    claim(root, 2, path_of(10, 1))
+    put(root, path_of(20, 2))
+    claim(root, 3, path_of(10, 1))
+    assert committed(root) == [path_of(10, 1)]
+
+
+def test_a_start_from_nothing_has_no_past(root: Storage) -> None:
+    claim(root, 1)
+    put(root, path_of(10, 1))
+    claim(root, 2)
+    assert committed(root) == []
+    put(root, path_of(5, 2))
+    assert committed(root) == [path_of(5, 2)]
+
+
+def test_a_damaged_record_is_named_and_passed_over(root: Storage, tmp_path: Path) -> None:
+    claim(root, 1)
+    attempts.claim(root, Attempt(2, path_of(10, 1), ((0, 8),)))
+    claim(root, 3, path_of(20, 2))
+    record = tmp_path / ATTEMPTS / "0003.json"
+    record.write_bytes(record.read_bytes().replace(b"20-0002", b"20-0001"))
+    with pytest.raises(CheckpointError, match=f"{ATTEMPTS}/0003.json is damaged"):
+        attempts.read(root, 3)
+    assert attempts.newest(root) == Attempt(2, path_of(10, 1), ((0, 8),))
+    assert attempts.numbers(root) == [1, 2, 3], "its number stays taken"
+
+
+@pytest.mark.parametrize("damaged", [1, 2, 3])
+def test_a_damaged_record_loses_no_checkpoint(root: Storage, damaged: int) -> None:
+    paths = [path_of(30, 3), path_of(20, 2), path_of(10, 1)]
+    for number, resumed_from in ((1, None), (2, path_of(10, 1)), (3, path_of(20, 2))):
+        claim(root, number, resumed_from)
+        put(root, paths[-number])
+    root.write(f"{ATTEMPTS}/{damaged:04d}.json", b"")
+    assert committed(root) == paths
+
+
+# Any run
+
+
+@given(st.data())
+@settings(max_examples=50)
+def test_the_list_is_the_past_of_the_newest_attempt(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Any starts, saves and late saves, against a list that each start cuts and each save makes longer."""
+    root = open_storage(tmp_path_factory.mktemp("run"))
+    past: list[str] = []
+    steps: dict[int, int] = {}  # attempt => step that it is at
+    for number in range(1, data.draw(st.integers(1, 5), "attempts") + 1):
+        resumed_from = data.draw(st.sampled_from([None, *past]), "resumed from")
+        past = past[: past.index(resumed_from) + 1] if resumed_from else []
+        claim(root, number, resumed_from)
+        steps[number] = int(resumed_from.split("/")[1].split("-")[0]) if resumed_from else 0
+        for writer in data.draw(st.lists(st.sampled_from([number, *steps]), max_size=5), "saves of"):
+            steps[writer] += data.draw(st.integers(1, 3), "steps")
+            put(root, path_of(steps[writer], writer))
+            if writer == number:
+                past.append(path_of(steps[writer], writer))
+        assert committed(root) == past[::-1]
