@@ -16,7 +16,11 @@ from dit_scale.data.order import Order, permute, positions_of, round_keys, sampl
 from dit_scale.data.shards import encode_sample
 from dit_scale.rng import Purpose
 from dit_scale.storage import open_storage
-from dit_scale.train.checkpoint import Checkpoint, committed, name_of
+from dit_scale.train import attempts, rankfile
+from dit_scale.train.attempts import Attempt
+from dit_scale.train.checkpoint import Checkpoint
+from dit_scale.train.manifest import Manifest, name_of, sealed
+from dit_scale.train.writer import put_manifest
 
 FORMATS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
 
@@ -63,7 +67,7 @@ def test_the_documentation_quotes_them() -> None:
         assert f"| {' | '.join(map(str, order))} |" in FORMATS
     for purpose, words in WORDS.items():
         assert f"| {purpose.name} | {purpose.value} | {words} |" in FORMATS
-    for line in INDEX.splitlines():
+    for line in (INDEX + RANK_HEADER + FILE_RECORD + ATTEMPT).splitlines():
         assert f"    {line}\n" in FORMATS
 
 
@@ -160,29 +164,57 @@ def test_checkpoint_names() -> None:
     assert name_of(400_000, 3) == "0000400000-0003"
 
 
+RANK_HEADER = """\
+{"__metadata__":{"crc32c":"{\\"master/w@4\\":[2754783522]}"},
+"master/w@4":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}
+"""
 RANK_FILE = (
-    "4000000000000000"
-    "7b226d61737465722f774034223a7b226474797065223a22463332222c227368617065223a5b325d2c"
-    "22646174615f6f666673657473223a5b302c385d7d7d20"
-    "0000c03f000000c0"
+    bytes.fromhex("8000000000000000")
+    + RANK_HEADER.replace("\n", "").ljust(128).encode()
+    + bytes.fromhex("0000c03f000000c0")
 )
-"""Header length, {"master/w@4":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}, then 1.5 and -2."""
+"""Length of the header, the header, then 1.5 and -2."""
 
+FILE_RECORD = """\
+{"key":"rank-00000.safetensors","bytes":144,"header_bytes":136,
+"header_sha256":"d4febef18ccaa7150efca01514db4d9baf1f607fed02e06aabc43853d2bfda08"}
+"""
+CHECKPOINT = "checkpoints/0000000003-0001"
 MANIFEST = (
-    '{"format":"dit-scale checkpoint","version":1,"step":3,"samples":768,"attempt":1,"config":{},'
+    '{"format":"dit-scale checkpoint","version":2,"step":3,"samples":768,"attempt":1,"config":{},'
     '"data_sha256":"d","vae_sha256":"v","model_shapes":{"w":[6]},"optimizer_groups":[],'
-    '"pending_metrics":[[0.5,0.25,0.125,1.0]],"versions":{},"written_by":{},'
-    '"files":[{"key":"0000000003-0001/rank-00000.safetensors","bytes":80,"tensors":'
-    '[{"kind":"master","parameter":"w","start":4,"length":2,"offset":72,"crc32c":[2754783522]}]}],'
-    '"sha256":"5b1711cf70e28dabe65ec5db0f731e78e99973386d223cf0e3f9b1cc5f9deab6"}'
-)
+    '"pending_metrics":[[0.5,0.25,0.125,1.0,0.0]],"guard":{"updates":2.0},"skipped_steps":[2],'
+    '"excluded_positions":[[256,512]],"quarantined":{"7":"unreadable"},"versions":{},"written_by":{},'
+    f'"files":[{FILE_RECORD}],'
+    '"sha256":"cd26224596d5225f9083c2e21c68ced2d09904efe6abe097076c92b51f457bd8"}'
+).replace("\n", "")
+ATTEMPT = """\
+{"attempt":2,"resumed_from":"checkpoints/0000000003-0001","excluded_positions":[[256,512]],
+"nonce":"00000000000000000000000000000000",
+"sha256":"8d0bd13ff353d5f9a23c8b33adee616fe530aff32d33a74463c22bb6d562d6cc"}
+"""
 
 
-def test_a_checkpoint_of_version_1_stays_readable(tmp_path: Path) -> None:
-    storage = open_storage(tmp_path)
-    storage.write("0000000003-0001/rank-00000.safetensors", bytes.fromhex(RANK_FILE))
-    storage.write("0000000003-0001/MANIFEST.json", MANIFEST.encode())
-    assert committed(storage) == ["0000000003-0001"]
-    checkpoint = Checkpoint(storage, "0000000003-0001")
-    assert (checkpoint.manifest.step, checkpoint.manifest.samples) == (3, 768)
+def test_a_checkpoint_of_version_2_stays_readable(tmp_path: Path) -> None:
+    root = open_storage(tmp_path)
+    root.write(f"{CHECKPOINT}/rank-00000.safetensors", RANK_FILE)
+    root.write(f"{CHECKPOINT}/MANIFEST.json", MANIFEST.encode())
+    root.write("attempts/0001.json", sealed({"attempt": 1, "resumed_from": None, "excluded_positions": []}))
+    root.write("attempts/0002.json", ATTEMPT.replace("\n", "").encode())
+    assert attempts.newest(root) == Attempt(2, CHECKPOINT, ((256, 512),))
+    assert attempts.committed(root) == [CHECKPOINT]
+    checkpoint = Checkpoint(root, CHECKPOINT)
+    manifest = checkpoint.manifest
+    assert (manifest.step, manifest.samples, manifest.guard) == (3, 768, {"updates": 2.0})
+    assert (manifest.skipped_steps, manifest.quarantined) == ((2,), {7: "unreadable"})
     assert checkpoint.read("master", "w", 4, 2).tolist() == [1.5, -2.0]
+
+
+def test_bytes_of_a_checkpoint(tmp_path: Path) -> None:
+    root, values = open_storage(tmp_path), np.array([1.5, -2.0], "<f4")
+    pieces = [(rankfile.Piece("master", "w", 4, 2), values.view(np.uint8))]
+    record = rankfile.write(root, f"{CHECKPOINT}/rank-00000.safetensors", pieces)
+    assert root.read(f"{CHECKPOINT}/rank-00000.safetensors") == RANK_FILE
+    assert record == Manifest.model_validate_json(MANIFEST).files[0]
+    put_manifest(root, CHECKPOINT, Manifest.model_validate_json(MANIFEST))
+    assert root.read(f"{CHECKPOINT}/MANIFEST.json") == MANIFEST.encode()
