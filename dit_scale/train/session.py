@@ -43,7 +43,8 @@ from dit_scale.train.run import (
 from dit_scale.train.saver import Outcome, Saver
 from dit_scale.train.step import TrainingStep
 
-RETRY_LAST_SAVE_S = 5.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+"""Between two tries of the last save."""
 
 
 class Session:
@@ -66,8 +67,13 @@ class Session:
         self._rollbacks = 0
         self._observed_step = self._saved_step = self._committed_step = 0
 
-    def begin(self, at_most_step: int | None = None, excluded: Ranges = ()) -> None:
-        """Start an attempt from the newest checkpoint (up to a step), or from nothing."""
+    def begin(
+        self, at_most_step: int | None = None, excluded: Ranges = (), behind: Attempt | None = None
+    ) -> None:
+        """Start an attempt from the newest checkpoint (up to a step), or from nothing.
+
+        Raises SupersededError when another one has begun behind the attempt `behind`.
+        """
         config, notes = self.config, list[str]()
         # A configuration that this run refuses must not count as an attempt or replace its config.yaml.
         found = find_checkpoint(
@@ -78,7 +84,7 @@ class Session:
             notes.append,
             at_most_step,
         )
-        self.attempt = self.world.first_says(lambda: self._claim(found, excluded))
+        self.attempt = self.world.first_says(lambda: self._claim(found, excluded, behind))
         self._go_on_from(found)
         self._open(notes, resumed=found is not None)
 
@@ -88,7 +94,8 @@ class Session:
     def keeps_failing(self) -> bool:
         """Look at the steps since the last look, and name those that were skipped: waits for the device.
 
-        Whether too many in a row were, up to this one.
+        Whether too many in a row were, up to this one. Multiples of log.every_steps alone decide that: at
+        which other steps the run comes here depends on how long its saves take.
         """
         rows = self.meters.collect()
         first = self.state.step - len(rows) + 1
@@ -96,7 +103,8 @@ class Session:
             if step > self._observed_step and row[-1]:
                 self._note_skipped(step, row)
         self._observed_step = self.state.step
-        return self._failures() >= self.config.guard.rollback_after
+        decides = self.state.step % self.config.log.every_steps == 0
+        return decides and self._failures() >= self.config.guard.rollback_after
 
     def roll_back(self) -> None:
         """Go back to before the steps that failed, and leave their positions out from now on.
@@ -118,7 +126,7 @@ class Session:
         self.say(f"{message}: going back to a checkpoint before it, and on without its samples")
         self._attempt_stack.close()
         self._rollbacks += 1
-        self.begin(before, excluded)
+        self.begin(before, excluded, behind=self.attempt)
 
     def has_found_damage(self) -> bool:
         """Whether this rank's loader replaced a sample that the run does not know of yet."""
@@ -152,7 +160,14 @@ class Session:
         return not self.saver.in_flight and any(self._passed(steps) for steps in every)
 
     def save(self) -> None:
-        """Begin to save this step. Training goes on; `follow_save` sees to the end of it."""
+        """Begin to save this step, unless it failed: what a rollback needs must not be pushed out.
+
+        Training goes on; `follow_save` sees to the end of it.
+        """
+        if not self._failures():
+            self._begin_save()
+
+    def _begin_save(self) -> None:
         name = name_of(self.state.step, self.attempt.number)
         profiles = self.config.ema
         kinds = (*OPTIMIZER_KINDS, *(ema_kind(profile.name) for profile in profiles))
@@ -176,28 +191,29 @@ class Session:
         Raises CheckpointError, on all ranks, when it cannot be done.
         """
         self._report(self.saver.wait())
-        give_up_s = time.monotonic() + self.config.checkpoint.deadline_s
+        give_up_s, pause_s = time.monotonic() + self.config.checkpoint.deadline_s, FIRST_PAUSE_S
         while self._committed_step != self.state.step:
-            self.save()
+            self._begin_save()
             outcome = self.saver.wait()
             self._report(outcome)
             assert outcome is not None
             if outcome.problem and self.world.first_says(lambda: time.monotonic() > give_up_s):
                 raise CheckpointError(f"{self._root.url}: the last save failed: {outcome.problem}")
             if outcome.problem:
-                time.sleep(RETRY_LAST_SAVE_S)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def finish(self) -> None:
         """The run is done: say where everything is."""
         self._record("done")
         self.say(f"done: {self.state.step} steps in {self.config.run}")
 
-    def _claim(self, found: Checkpoint | None, excluded: Ranges) -> Attempt:
+    def _claim(self, found: Checkpoint | None, excluded: Ranges, behind: Attempt | None) -> Attempt:
         """Begin the next attempt, and write the resolved configuration (rank 0 alone)."""
         before = attempts.newest(self._root)
-        numbers = attempts.numbers(self._root)
+        last = behind.number if behind else max(attempts.numbers(self._root), default=0)
         attempt = Attempt(
-            numbers[-1] + 1 if numbers else 1,
+            last + 1,
             found.name if found else None,
             merged((*excluded, *(before.excluded_positions if before else ()))),
         )
