@@ -34,6 +34,10 @@ class SampleLosses(NamedTuple):
     """Timesteps drawn, int64."""
 
 
+Watch = Callable[[Batch, SampleLosses], None]
+"""Sees a micro-batch and the losses of its samples."""
+
+
 def drop_labels(y_B: Tensor, position_B: Tensor, null_class: int, share: float, seed: int) -> Tensor:
     """Replace a share of labels by the null class, for classifier-free guidance."""
     return torch.where(rng.uniforms(seed, Purpose.LABEL_DROP, position_B) < share, null_class, y_B)
@@ -66,7 +70,13 @@ def loss_sums(
     latent_scale: float,
     null_class: int,
     label_dropout: float,
+    watch: Watch | None = None,
 ) -> Tensor:
-    """(total, mse, bound) summed over the batch's samples, fp32 (3,); the gradient flows through [0]."""
+    """(total, mse, bound) summed over the batch's samples, fp32 (3,); the gradient flows through [0].
+
+    `watch` is shown the samples one by one.
+    """
     loss = losses(predict, schedule, batch, seed, latent_scale, null_class, label_dropout)
+    if watch is not None:
+        watch(batch, loss)
     return torch.stack((loss.total_B, loss.mse_B, loss.vb_B)) @ batch.weight_B

@@ -15,7 +15,7 @@ from dit_scale.train import checkpoint
 from dit_scale.train.ema import Ema
 from dit_scale.train.engine import EXP_AVG, EXP_AVG_SQ, MASTER, Engine
 from dit_scale.train.guard import Guard
-from dit_scale.train.objective import loss_sums
+from dit_scale.train.objective import Watch, loss_sums
 from dit_scale.train.optim import learning_rate
 
 
@@ -58,8 +58,8 @@ class TrainingStep:
         self.guard.restore(guard)
         self.engine.set_optimizer_step(int(guard["updates"]))
 
-    def take(self, batches: Iterator[Batch], step: int) -> Tensor:
-        """Take step `step` (counted from 0) from the next micro-batches of this rank.
+    def take(self, batches: Iterator[Batch], step: int, watch: Watch | None = None) -> Tensor:
+        """Take step `step` (counted from 0) from the next micro-batches of this rank; `watch` sees them.
 
         When the guard says so the weights stay; the averages take the step all the same. Returns the row
         of `meters.COLUMNS`, fp32 (5,) on the device: global means of the losses, the global gradient norm
@@ -76,6 +76,7 @@ class TrainingStep:
                 self._latent_scale,
                 config.model.num_classes,
                 config.diffusion.label_dropout,
+                watch,
             )
             self.engine.backward(sums[0] * plan.loss_scale, last=micro_step == plan.micro_steps - 1)
             step_sums += sums.detach()
