@@ -1,0 +1,80 @@
+"""Samples that spoil a step or cannot be read, and a run that tells which samples it was fed."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import google_crc32c
+import numpy as np
+import torch
+
+from dit_scale.config import TrainConfig
+from dit_scale.data.loader import Batch
+from dit_scale.data.shards import INFO_KEY, LATENT_DTYPE, LatentDataset, encode_sample, write_index
+from dit_scale.train import loop
+from dit_scale.train.objective import SampleLosses
+from dit_scale.train.step import TrainingStep
+
+Fed = dict[int, list[tuple[int, int]]]
+"""Step, counted from 1 => (position, label) of the samples of one rank, or of all."""
+
+
+def spoil(folder: Path, sample_ids: Collection[int]) -> None:
+    """Make the latents of these samples NaN; all checksums fit."""
+    dataset = LatentDataset.open(folder)
+    npy = encode_sample(np.full(dataset.info.latent_shape, np.nan, LATENT_DTYPE))
+    shards = list(dataset.info.shards)
+    for number, shard in enumerate(shards):
+        tar, records = bytearray((folder / shard.tar_key).read_bytes()), dataset.records(number).copy()
+        for at in map(dataset.locate, sample_ids):
+            if at.shard == number:
+                start = int(records["offset"][at.row])
+                tar[start : start + len(npy)] = npy
+                records["crc32c"][at.row] = google_crc32c.value(npy)
+        index = write_index(records)
+        (folder / shard.tar_key).write_bytes(tar)
+        (folder / shard.index_key).write_bytes(index)
+        digests = {
+            "sha256": hashlib.sha256(tar).hexdigest(),
+            "index_sha256": hashlib.sha256(index).hexdigest(),
+        }
+        shards[number] = shard.model_copy(update=digests)
+    info = dataset.info.model_copy(update={"shards": tuple(shards)})
+    (folder / INFO_KEY).write_text(json.dumps(info.model_dump(mode="json")))
+
+
+def damage(folder: Path, sample_id: int) -> None:
+    """Flip a bit of a sample: its checksum does not fit any more."""
+    dataset = LatentDataset.open(folder)
+    at = dataset.locate(sample_id)
+    path = folder / dataset.info.shards[at.shard].tar_key
+    tar = bytearray(path.read_bytes())
+    tar[int(dataset.records(at.shard)["offset"][at.row]) + 200] ^= 1
+    path.write_bytes(tar)
+
+
+def train_and_tell(config: TrainConfig) -> Fed:
+    """One rank of a training run; a step that was taken twice tells of the second time."""
+    fed: Fed = {}
+    take = TrainingStep.take
+
+    def take_and_tell(self: TrainingStep, batches: Iterator[Batch], step: int, *more: Any) -> torch.Tensor:
+        samples = fed[step + 1] = []
+
+        def tell(batch: Batch, _: SampleLosses) -> None:
+            real = batch.weight_B > 0
+            samples.extend(zip(batch.position_B[real].tolist(), batch.y_B[real].tolist(), strict=True))
+
+        return take(self, batches, step, tell)
+
+    with patch.object(TrainingStep, "take", take_and_tell):
+        assert loop.train(config) == 0
+    return fed
+
+
+def of_all(ranks: list[Fed]) -> Fed:
+    """What all ranks were fed, in the order of positions."""
+    return {step: sorted(sample for fed in ranks for sample in fed[step]) for step in ranks[0]}

@@ -1,0 +1,235 @@
+"""Steps that fail are passed over, rolled back when they keep failing, and damaged samples replaced.
+
+All of it in whole runs, with data sets in which some samples are NaN or damaged on the disk. Whatever happens
+to a run, it ends with the bits that it has when nobody kills it.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_scale.config import TrainConfig
+from dit_scale.data.order import Order, positions_of
+from dit_scale.errors import DataError, StabilityError
+from dit_scale.train import attempts
+from dit_scale.train.checkpoint import Checkpoint
+from dit_scale.train.manifest import Manifest
+from dit_scale.train.run import root_of
+from tests.dist import jobs
+from tests.dist.points import Hold
+from tests.dist.processes import TIMEOUT_S, run, start
+from tests.dist.rollback_jobs import Fed, damage, of_all, spoil, train_and_tell
+from tests.dist.runs import events, final_files, kill, wait_for
+from tests.latents import write_latents
+
+pytestmark = pytest.mark.dist
+
+WORLD, BATCH, STEPS, NUM = 2, 7, 12, 200
+"""No sample comes twice: NUM is more than all steps need, those that are left out included."""
+
+
+def sample_of(step: int, place: int) -> int:
+    """The id of a sample in a step, counted from 1, of a run that leaves nothing out."""
+    return int(ids_at(np.array([(step - 1) * BATCH + place]))[0])
+
+
+def ids_at(positions: np.ndarray) -> np.ndarray:
+    return Order(NUM, seed=0).ids(positions)
+
+
+def config_of(
+    folder: Path, data: Path, log_every_steps: int = 1, damaged: str = "stop", **guard: int
+) -> TrainConfig:
+    config = jobs.saving(jobs.small_config(folder, data, precision="fp32"), steps=STEPS, every_steps=3)
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"damaged": damaged}),
+            "guard": config.guard.model_copy(update=guard),
+            "log": config.log.model_copy(update={"every_steps": log_every_steps}),
+        }
+    )
+
+
+def kill_at(config: TrainConfig, folder: Path, point: str, nth: int, victim: int) -> None:
+    """Start the run, and kill it when rank `victim` stands at the point."""
+    folder.mkdir()
+    hold = Hold(folder, point, nth)
+    ranks, answers = start(WORLD, jobs.train_held, config, hold, victim)
+    try:
+        wait_for(hold, answers)
+    finally:
+        kill(ranks)
+
+
+def manifest_at_the_end(config: TrainConfig) -> Manifest:
+    root = root_of(config)
+    return Checkpoint(root, attempts.committed(root)[0]).manifest
+
+
+def resumed_from(config: TrainConfig) -> list[str | None]:
+    root = root_of(config)
+    return [attempts.read(root, number).resumed_from for number in attempts.numbers(root)]
+
+
+def assert_same_end(config: TrainConfig, straight: TrainConfig) -> None:
+    assert final_files(config) == final_files(straight)
+    assert jobs.losses(config) == jobs.losses(straight)
+    ends = [manifest_at_the_end(each) for each in (config, straight)]
+    assert len({end.model_dump_json(exclude={"attempt", "config"}) for end in ends}) == 1
+
+
+def test_bad_samples_here_and_there(tmp_path: Path) -> None:
+    data = tmp_path / "latents"
+    write_latents(data, num=NUM)
+    spoil(data, {sample_of(3, place=6), sample_of(8, place=0)})
+    straight = config_of(tmp_path / "straight", data, log_every_steps=4, rollback_after=2)
+    assert run(WORLD, jobs.train, straight) == [0, 0]
+    noted = events(straight, "skipped_step")
+    assert [(event["skipped_step"], event["positions"]) for event in noted] == [
+        (3, [[14, 21]]),
+        (8, [[49, 56]]),
+    ]
+    assert [event["sample_ids"] for event in noted] == [
+        ids_at(np.arange(14, 21)).tolist(),
+        ids_at(np.arange(49, 56)).tolist(),
+    ]
+    assert [(event["loss"], event["grad_norm"]) for event in noted] == [("nan", "inf")] * 2
+    assert manifest_at_the_end(straight).skipped_steps == (3, 8)
+    assert manifest_at_the_end(straight).excluded_positions == ()
+    lines = [json.loads(line) for line in jobs.losses_so_far(straight)]
+    assert [(line["step"], line["skipped"]) for line in lines] == [(4, 1), (8, 1), (12, 0)]
+
+    config = config_of(tmp_path / "killed", data, log_every_steps=4, rollback_after=2)
+    kill_at(config, tmp_path / "hold", "before forward", 8, 1)
+    assert run(WORLD, jobs.train, config) == [0, 0]
+    assert resumed_from(config)[1] is not None
+    assert_same_end(config, straight)
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set with which four steps in a row fail, from the fifth on."""
+    data = tmp_path_factory.mktemp("failing")
+    write_latents(data, num=NUM)
+    spoil(data, {sample_of(step, place) for step, place in ((5, 2), (6, 6), (7, 0), (8, 3))})
+    return data
+
+
+def failing_config(folder: Path, data: Path) -> TrainConfig:
+    """Two failures in a row are too many, but that is seen at step 8; a save is due at step 6."""
+    return config_of(folder, data, log_every_steps=4, rollback_after=2)
+
+
+@pytest.fixture(scope="module")
+def rolled_back(failing: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Fed]:
+    """A run that nobody disturbed, and what it was fed."""
+    config = failing_config(tmp_path_factory.mktemp("straight"), failing)
+    return config, of_all(run(WORLD, train_and_tell, config))
+
+
+def test_steps_that_keep_failing_are_rolled_back(rolled_back: tuple[TrainConfig, Fed]) -> None:
+    config, fed = rolled_back
+    excluded = ((4 * BATCH, 8 * BATCH),)
+    for step in range(1, STEPS + 1):
+        positions = positions_of(np.arange((step - 1) * BATCH, step * BATCH), excluded)
+        labels = ids_at(positions) % 10
+        assert fed[step] == list(zip(positions.tolist(), labels.tolist(), strict=True))
+    (rollback,) = events(config, "rollback")
+    assert (rollback["attempt"], rollback["failed_steps"]) == (1, [5, 8])
+    assert rollback["excluded_positions"] == [list(*excluded)]
+    saved = [event["name"] for event in events(config, "checkpoint") if event["attempt"] == 1]
+    assert saved == ["0000000003-0001"]
+    end = manifest_at_the_end(config)
+    assert (end.attempt, end.skipped_steps, end.excluded_positions) == (2, (), excluded)
+    assert resumed_from(config) == [None, "checkpoints/0000000003-0001"]
+    assert [row["step"] for row in jobs.losses(config)] == [4, 8, 12]
+
+
+def test_killed_right_behind_a_rollback(
+    failing: Path, rolled_back: tuple[TrainConfig, Fed], tmp_path: Path
+) -> None:
+    config = failing_config(tmp_path / "run", failing)
+    kill_at(config, tmp_path / "hold", "behind the attempt", 2, 0)
+    assert run(WORLD, jobs.train, config) == [0, 0]
+    assert resumed_from(config) == [None, *["checkpoints/0000000003-0001"] * 2]
+    assert len(events(config, "rollback")) == 1
+    assert_same_end(config, rolled_back[0])
+
+
+def test_an_old_attempt_that_wakes_up_cannot_roll_back(
+    failing: Path, rolled_back: tuple[TrainConfig, Fed], tmp_path: Path
+) -> None:
+    config = failing_config(tmp_path / "run", failing)
+    hold = Hold(tmp_path, "before the attempt", 2)
+    old, answers = start(WORLD, jobs.train_held, config, hold, 0)
+    try:
+        wait_for(hold, answers)
+        assert run(WORLD, jobs.train, config) == [0, 0]
+        hold.go.touch()
+        errors = [answers.get(timeout=TIMEOUT_S)[1] for _ in range(WORLD)]
+    finally:
+        kill(old)
+    assert all("SupersededError" in error and "just started attempt 2" in error for error in errors)
+    assert resumed_from(config) == [None, *["checkpoints/0000000003-0001"] * 2]
+    assert_same_end(config, rolled_back[0])
+
+
+def test_a_rollback_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    data = tmp_path / "latents"
+    write_latents(data, num=NUM)
+    spoil(data, {sample_of(step, place=step) for step in (2, 3)})
+    config = config_of(tmp_path / "run", data, rollback_after=2)
+    fed = of_all(run(WORLD, train_and_tell, config))
+    first, second = range(7), range(21, 28)
+    assert [[position for position, _ in fed[step]] for step in (1, 2)] == [list(first), list(second)]
+    assert resumed_from(config) == [None, None]
+    assert manifest_at_the_end(config).excluded_positions == ((7, 21),)
+    assert [row["step"] for row in jobs.losses(config)] == list(range(1, STEPS + 1))
+
+
+def test_a_run_that_nothing_helps_gives_up(tmp_path: Path) -> None:
+    data = tmp_path / "latents"
+    write_latents(data, num=NUM)
+    spoil(data, range(NUM))
+    config = config_of(tmp_path / "run", data, rollback_after=2, max_rollbacks=2)
+    with pytest.raises(AssertionError, match=StabilityError.__name__) as failure:
+        run(WORLD, jobs.train, config)
+    assert "2 steps in a row failed, from step 1 on, after 2 rollbacks; lower optimizer.lr" in str(
+        failure.value
+    )
+    assert [event["excluded_positions"] for event in events(config, "rollback")] == [[[0, 14]], [[0, 28]]]
+    assert resumed_from(config) == [None] * 3
+
+
+def test_a_damaged_sample_is_replaced(tmp_path: Path) -> None:
+    data, bad = tmp_path / "latents", sample_of(4, place=6)
+    write_latents(data, num=NUM)
+    whole = config_of(tmp_path / "whole", data)
+    wanted = of_all(run(WORLD, train_and_tell, whole))
+    wanted[4][6] = (27, (bad + 1) % NUM % 10)
+
+    damage(data, bad)
+    configs = [config_of(tmp_path / name, data, damaged="quarantine") for name in ("two", "one", "killed")]
+    two, one, killed = configs
+    for config, world in ((two, 2), (one, 1)):
+        assert of_all(run(world, train_and_tell, config)) == wanted
+        (event,) = events(config, "quarantined")
+        assert event["sample_id"] == bad
+        assert manifest_at_the_end(config).quarantined == {bad: event["reason"]}
+        assert "shard" in event["reason"]
+        assert f"sample {bad}" in event["reason"]
+    for row, other in zip(jobs.losses(two), jobs.losses(one), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+    kill_at(killed, tmp_path / "hold", "before forward", 9, 0)
+    assert run(WORLD, jobs.train, killed) == [0, 0]
+    assert resumed_from(killed)[1] is not None
+    assert_same_end(killed, two)
+
+    stopping = config_of(tmp_path / "stopping", data)
+    with pytest.raises(AssertionError, match=DataError.__name__) as failure:
+        run(WORLD, jobs.train, stopping)
+    assert f"sample {bad}: expected CRC-32C" in str(failure.value)
+    assert "set data.damaged=quarantine to go on without the sample" in str(failure.value)
