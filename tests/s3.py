@@ -1,7 +1,7 @@
 """An S3 server on loopback for tests: moto's, over real HTTP, with its environment."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
@@ -11,8 +11,6 @@ BUCKET = "latents"
 @contextmanager
 def s3_server() -> Iterator[dict[str, str]]:
     """Start the server with an empty bucket; yields the variables that lead boto3 to it."""
-    import boto3
-
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -22,18 +20,25 @@ def s3_server() -> Iterator[dict[str, str]]:
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    client = boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_ENDPOINT_URL"],
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-        region_name="us-east-1",
-    )
     try:
-        client.create_bucket(Bucket=BUCKET)
+        make_bucket(environment, BUCKET)
         yield environment
     finally:
-        client.close()
         server.stop()
         assert server._server is not None
         server._server.server_close()
+
+
+def make_bucket(environment: dict[str, str], bucket: str) -> None:
+    """An empty bucket on the server that these variables lead to."""
+    import boto3
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        region_name=environment["AWS_DEFAULT_REGION"],
+    )
+    with closing(client):
+        client.create_bucket(Bucket=bucket)

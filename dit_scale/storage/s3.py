@@ -2,23 +2,59 @@
 
 Credentials and endpoint come from where boto3 looks for them (AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL, instance roles); none appear in a message.
+
+A request that fails for a reason that may pass (no connection, 5xx, a body that breaks off or crawls)
+is made again, with growing pauses, until ATTEMPTS or DEADLINE_S. Any attempt may have reached the server
+although its answer did not reach us; every operation gives the right result all the same. After a
+StorageError, what was to be written may be there or not.
+
+Bytes that change on their way are noticed in uploads and in `read`, not in `read_range`: S3 has no
+checksum of a part of an object, so readers of ranges need their own.
+
+A process that dies in a large write leaves parts that nobody sees but that take room: give the bucket
+a lifecycle rule that aborts incomplete multipart uploads.
 """
 
+import hashlib
 import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import dit_scale.storage.transfer as transfer
 from dit_scale.errors import StorageError
 from dit_scale.storage.base import MissingKeyError, Storage, check_key, whole
+from dit_scale.storage.transfer import BrokenError, Watch
 
-ATTEMPTS = 6
-"""Times that one request is made of S3 before it fails."""
+ATTEMPTS = 20
+"""Times that one request is made. Where 3 of 10 fail, one request in 3e10 fails as often as this."""
+SURE_ATTEMPTS = 3
+"""Times that it is made at least, whatever the clock says: a long body may break off late."""
+DEADLINE_S = 120.0
+"""Time in which one request must succeed; no attempt begins in its last `transfer.STALL_S`."""
 FIRST_PAUSE_S = 0.2
 """Pause before the second attempt; it doubles with each further one."""
+LONGEST_PAUSE_S = 8.0
+
+PART_BYTES = 16 * 2**20
+"""Larger objects are uploaded in parts of this size, or of the size that makes MAX_PARTS of them."""
+MIN_PART_BYTES = 5 * 2**20
+"""Limit of S3, as the next two are; only the last part may be smaller."""
+MAX_PARTS = 10_000
+MAX_OBJECT_BYTES = 5 * 2**40
+
+_MD5_DIGITS = 32
+_WRITER = "writer"
+"""Name of the object metadata that tells who put it."""
+_PASSING_STATUS = (409, 429)
+"""Two operations met; too many of them."""
+_PASSING_CODES = ("BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch")
+"""Errors that a body which was cut off or damaged on its way causes, and the request to slow down."""
+_MISSING_CODES = ("NoSuchKey", "404")
 
 T = TypeVar("T")
 
@@ -35,45 +71,70 @@ class S3Storage(Storage):
         self._client_lock = threading.Lock()
 
     def read(self, key: str) -> bytes:
-        return self._read_body(key)
+        where = self._where(key)
+        doubted = set()
+
+        def get(s3: Any, watch: Watch) -> bytes:
+            answer = s3.get_object(**where)
+            data = _receive(answer, watch)
+            etag, mine = answer.get("ETag", "").strip('"'), _etag(data)
+            same_parts = len(etag) == len(mine) and etag[_MD5_DIGITS:] == mine[_MD5_DIGITS:]
+            # An object that others put in parts of another size, or that the server encrypts with keys
+            # of its own, has another ETag: bytes that do not fit are believed when they come twice.
+            if same_parts and etag != mine and mine not in doubted:
+                doubted.add(mine)
+                raise BrokenError(f"the bytes that came should have ETag {mine}, theirs is {etag}")
+            return data
+
+        return self._call("read", key, get)
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         if length == 0:
             return b""
-        data = self._read_body(key, Range=f"bytes={start}-{start + length - 1}")
+        wanted = {**self._where(key), "Range": f"bytes={start}-{start + length - 1}"}
+        data = self._call("read", key, lambda s3, watch: _receive(s3.get_object(**wanted), watch))
         whole(len(data), length, f"{self.url}/{key} at {start}")
         return data
 
     def write(self, key: str, data: bytes) -> None:
-        name = self._name(key)
-        self._call("write", key, lambda s3: s3.put_object(Bucket=self.bucket, Key=name, Body=data))
+        self.write_stream(key, [memoryview(data)], len(data))
 
     def write_stream(self, key: str, chunks: Iterable[memoryview], size: int) -> None:
-        data = b"".join(chunks)
-        whole(len(data), size, f"{self.url}/{key}")
-        self.write(key, data)
+        """Like `Storage.write_stream`; holds one part in memory."""
+        if size > MAX_OBJECT_BYTES:
+            raise StorageError(
+                f"cannot write {self.url}/{key}: {size} bytes, and S3 takes at most {MAX_OBJECT_BYTES}; "
+                "divide the object"
+            )
+        where = self._where(key)
+        exact = transfer.exactly(chunks, size, f"{self.url}/{key}")
+        part_bytes = _part_bytes(size)
+        if size > part_bytes:
+            self._upload(key, transfer.parts(exact, part_bytes))
+        else:
+            data = b"".join(exact)
+            self._call("write", key, lambda s3, watch: s3.put_object(**where, Body=_body(data, watch)))
 
     def write_new(self, key: str, data: bytes) -> bool:
+        """Like `Storage.write_new`, also for writers of the same bytes.
+
+        The object carries a name of its writer that nobody else has. When the key is taken, perhaps by
+        an attempt of ours whose answer was lost, that name tells who won.
+        """
         from botocore.exceptions import ClientError
 
-        name = self._name(key)
-        for pause_s in _pauses():
-            time.sleep(pause_s)
+        where, writer = self._where(key), secrets.token_hex(16)
+
+        def put(s3: Any, watch: Watch) -> bool:
             try:
-                self._client_here().put_object(Bucket=self.bucket, Key=name, Body=data, IfNoneMatch="*")
-                return True
+                s3.put_object(**where, Body=_body(data, watch), IfNoneMatch="*", Metadata={_WRITER: writer})
             except ClientError as error:
-                code = error.response["Error"].get("Code")
-                if code == "PreconditionFailed":
-                    # boto3 repeats a put whose answer was lost; then the object that is there is ours.
-                    repeated = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
-                    return repeated and self.read(key) == data
-                if code != "ConditionalRequestConflict":
-                    raise self._explain("write", key, error) from error
-            except Exception as error:
-                raise self._explain("write", key, error) from error
-            # Two conditional puts met: S3 asks to try again.
-        raise StorageError(f"cannot write {self.url}/{key}: {ATTEMPTS} conditional puts met another one")
+                if _status(error) != 412:
+                    raise
+                return False
+            return True
+
+        return self._call("write", key, put) or self._was_put_by(key, writer)
 
     def exists(self, key: str) -> bool:
         try:
@@ -83,32 +144,32 @@ class S3Storage(Storage):
         return True
 
     def size(self, key: str) -> int:
-        name = self._name(key)
-        return self._call(
-            "read", key, lambda s3: s3.head_object(Bucket=self.bucket, Key=name)["ContentLength"]
-        )
+        where = self._where(key)
+        return self._call("read", key, lambda s3, _: s3.head_object(**where)["ContentLength"])
 
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        def pages(s3: Any) -> list[tuple[str, int]]:
-            pager = s3.get_paginator("list_objects_v2")
-            return [
-                (entry["Key"][len(self.prefix) :], entry["Size"])
-                for page in pager.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-                for entry in page.get("Contents", ())
-            ]
-
-        return sorted(self._call("list", prefix, pages))
+        wanted = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
+        entries: Any = []
+        truncated = True
+        while truncated:
+            page = self._call(
+                "list", prefix, lambda s3, _: _with("IsTruncated", s3.list_objects_v2(**wanted))
+            )
+            entries += page.get("Contents", ())
+            if truncated := page["IsTruncated"]:
+                wanted["ContinuationToken"] = page["NextContinuationToken"]
+        return sorted((entry["Key"][len(self.prefix) :], entry["Size"]) for entry in entries)
 
     def delete(self, key: str) -> None:
-        name = self._name(key)
-        self._call("delete", key, lambda s3: s3.delete_object(Bucket=self.bucket, Key=name))
+        where = self._where(key)
+        self._call("delete", key, lambda s3, _: s3.delete_object(**where))
 
     def local_path(self, key: str) -> Path | None:
         check_key(key)
         return None
 
-    def _name(self, key: str) -> str:
-        return self.prefix + check_key(key)
+    def _where(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self.prefix + check_key(key)}
 
     def _client_here(self) -> Any:
         """This process's client: a forked child must not share its parent's connections."""
@@ -118,35 +179,88 @@ class S3Storage(Storage):
                 self._client_pid = os.getpid()
         return self._client
 
-    def _call(self, verb: str, key: str, action: Callable[[Any], T]) -> T:
+    def _upload(self, key: str, parts: Iterable[bytearray]) -> None:
+        """Put an object in parts; nobody sees it before all of them are there."""
+        where, writer = self._where(key), secrets.token_hex(16)
+
+        def begin(s3: Any, _: Watch) -> dict[str, Any]:
+            return _with("UploadId", s3.create_multipart_upload(**where, Metadata={_WRITER: writer}))
+
+        begun = self._call("write", key, begin)
+        upload = {**where, "UploadId": begun["UploadId"]}
         try:
-            return action(self._client_here())
-        except Exception as error:
-            raise self._explain(verb, key, error) from error
+            sent = [self._send_part(key, upload, number, part) for number, part in enumerate(parts, 1)]
+            self._complete(key, upload, sent, writer)
+        except BaseException:
+            with suppress(StorageError):
+                self._call(
+                    "abort", key, lambda s3, _: s3.abort_multipart_upload(**upload), 2 * transfer.STALL_S
+                )
+            raise
 
-    def _read_body(self, key: str, **wanted: str) -> bytes:
-        """A body, asked for again when it breaks off: boto3 repeats requests, but not bodies."""
-        from botocore.exceptions import HTTPClientError, IncompleteReadError, ResponseStreamingError
+    def _send_part(self, key: str, upload: dict[str, str], number: int, part: bytearray) -> dict[str, Any]:
+        answer = self._call(
+            "write",
+            key,
+            lambda s3, watch: s3.upload_part(**upload, PartNumber=number, Body=_body(part, watch)),
+        )
+        return {"PartNumber": number, "ETag": answer["ETag"]}
 
-        name = self._name(key)
-        for pause_s in _pauses():
-            time.sleep(pause_s)
-            answer = self._call("read", key, lambda s3: s3.get_object(Bucket=self.bucket, Key=name, **wanted))
+    def _complete(
+        self, key: str, upload: dict[str, str], sent: Sequence[dict[str, Any]], writer: str
+    ) -> None:
+        from botocore.exceptions import ClientError
+
+        def complete(s3: Any, _: Watch) -> bool:
             try:
-                data = answer["Body"].read()
-                if len(data) == answer["ContentLength"]:
-                    return data
-                reason = f"got {len(data)} of {answer['ContentLength']} bytes"
-            except (HTTPClientError, IncompleteReadError, ResponseStreamingError, OSError) as error:
-                reason = str(error)
-        raise StorageError(f"cannot read {self.url}/{key}: the body broke off {ATTEMPTS} times ({reason})")
+                _with("ETag", s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": sent}))
+            except ClientError as error:
+                if _status(error) != 404:
+                    raise
+                return False
+            return True
 
-    def _explain(self, verb: str, key: str, error: Exception) -> StorageError:
+        # The server knows an upload no more that an attempt of ours completed whose answer was lost.
+        if not (self._call("write", key, complete) or self._was_put_by(key, writer)):
+            raise StorageError(f"cannot write {self.url}/{key}: somebody aborted the upload; write it again")
+
+    def _was_put_by(self, key: str, writer: str) -> bool:
+        """Whether the object that lies there carries this writer's name."""
+        where = self._where(key)
+        try:
+            head = self._call("read", key, lambda s3, _: s3.head_object(**where))
+        except MissingKeyError:
+            return False
+        return head["Metadata"].get(_WRITER) == writer
+
+    def _call(
+        self, verb: str, key: str, action: Callable[[Any, Watch], T], deadline_s: float | None = None
+    ) -> T:
+        """What `action` gives when no passing fault meets it any more; `deadline_s` is DEADLINE_S if None."""
+        last_start_s = (DEADLINE_S if deadline_s is None else deadline_s) - transfer.STALL_S
+        where = f"cannot {verb} {self.url}/{key}"
+        begin_s = time.monotonic()
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return transfer.attempt(lambda watch: action(self._client_here(), watch))
+            except StorageError:
+                raise
+            except Exception as error:
+                if not _passes(error):
+                    raise self._explain(where, error) from error
+                pause_s = _pause_s(attempt)
+                spent_s = time.monotonic() - begin_s
+                too_late = spent_s + pause_s > last_start_s and attempt >= SURE_ATTEMPTS
+                if too_late or attempt >= ATTEMPTS:
+                    tried = f"{where}, tried {attempt} times in {spent_s:.0f} s"
+                    raise self._explain(tried, error) from error
+            time.sleep(pause_s)
+
+    def _explain(self, where: str, error: Exception) -> StorageError:
         from botocore import exceptions
 
-        where = f"cannot {verb} {self.url}/{key}"
-        if isinstance(error, StorageError):
-            return error
         if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
             return StorageError(
                 f"{where}: no complete S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
@@ -156,10 +270,12 @@ class S3Storage(Storage):
             return StorageError(
                 f"{where}: no answer from the S3 server; check AWS_ENDPOINT_URL and the network"
             )
+        if isinstance(error, BrokenError):
+            return StorageError(f"{where}: {error}")
         if not isinstance(error, exceptions.ClientError):
             return StorageError(f"{where}: {type(error).__name__}: {error}")
-        code = error.response["Error"].get("Code", "unknown error")
-        if code in ("NoSuchKey", "404"):
+        code = _code(error)
+        if code in _MISSING_CODES:
             return MissingKeyError(f"{where}: there is nothing")
         advice = {
             "NoSuchBucket": f"there is no bucket {self.bucket!r}; create it, or correct the url",
@@ -173,19 +289,91 @@ class S3Storage(Storage):
         return StorageError(f"{where}: {code}: {advice}")
 
 
+def _body(data: bytes | bytearray, watch: Watch) -> bytes | transfer.WatchedBody:
+    """What boto3 sends: few bytes as they are, for even at the slowest rate they are gone in STALL_S."""
+    few = transfer.STALL_S * transfer.SLOWEST_BYTES_PER_S
+    return bytes(data) if len(data) <= few else transfer.WatchedBody(data, watch)
+
+
+def _part_bytes(size: int) -> int:
+    return max(PART_BYTES, MIN_PART_BYTES, -(-size // MAX_PARTS))
+
+
+def _etag(data: bytes) -> str:
+    """The ETag of an object that was put as this module puts it: MD5, or MD5 of the parts' MD5s."""
+
+    def md5(piece: bytes | memoryview) -> Any:
+        return hashlib.md5(piece, usedforsecurity=False)
+
+    part_bytes = _part_bytes(len(data))
+    if len(data) <= part_bytes:
+        return md5(data).hexdigest()
+    starts = range(0, len(data), part_bytes)
+    digests = b"".join(md5(memoryview(data)[start : start + part_bytes]).digest() for start in starts)
+    return f"{md5(digests).hexdigest()}-{len(starts)}"
+
+
+def _receive(answer: dict[str, Any], watch: Watch) -> bytes:
+    with closing(answer["Body"]) as body:
+        return transfer.receive(body.read, watch)
+
+
+def _with(field: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer itself. boto3 takes one that broke off before its body for an empty one."""
+    if field not in answer:
+        raise BrokenError(f"an answer without {field}")
+    return answer
+
+
+def _status(error: Any) -> int:
+    """Of HTTP: it comes with the head, and is known when the body with the code was lost."""
+    return error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
+
+
+def _code(error: Any) -> str:
+    return error.response["Error"].get("Code", "unknown error")
+
+
+def _passes(error: Exception) -> bool:
+    """Whether another attempt may succeed."""
+    from botocore import exceptions
+    from botocore.parsers import ResponseParserError
+
+    if isinstance(error, exceptions.ClientError):
+        status = _status(error)
+        passing = status in _PASSING_STATUS or (status >= 500 and status != 501)
+        return passing or _code(error) in _PASSING_CODES
+    if isinstance(error, exceptions.SSLError):
+        return "CERTIFICATE_VERIFY_FAILED" not in str(error)
+    passing_types = (
+        BrokenError,
+        ResponseParserError,
+        exceptions.ConnectionError,
+        exceptions.FlexibleChecksumError,
+        exceptions.HTTPClientError,
+        exceptions.IncompleteReadError,
+    )
+    return isinstance(error, passing_types)
+
+
 def _connect() -> Any:
     import boto3
     from botocore.config import Config
 
-    # Servers other than Amazon's rarely answer to bucket.host names.
-    style = "path" if os.environ.get("AWS_ENDPOINT_URL") else "auto"
-    retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
-    config = Config(retries=retries, connect_timeout=10, read_timeout=60, s3={"addressing_style": style})
+    config = Config(
+        # All attempts are made in one place, which knows the deadline: boto3's would multiply with them.
+        retries={"mode": "standard", "total_max_attempts": 1},
+        connect_timeout=transfer.STALL_S,
+        read_timeout=transfer.STALL_S,
+        # Servers other than Amazon's rarely answer to bucket.host names.
+        s3={"addressing_style": "path" if os.environ.get("AWS_ENDPOINT_URL") else "auto"},
+        # The checksums that boto3 adds by itself are sent as trailers over TLS, which servers from before
+        # them, Ceph 16 among these, refuse. Without them the SHA-256 of every body is signed instead.
+        request_checksum_calculation="when_required",
+    )
     return boto3.session.Session().client("s3", config=config)
 
 
-def _pauses() -> Iterator[float]:
-    """0, then pauses that double, with jitter so that many processes do not march in step."""
-    yield 0.0
-    for attempt in range(ATTEMPTS - 1):
-        yield FIRST_PAUSE_S * 2**attempt * (0.5 + secrets.randbelow(1000) / 1000)
+def _pause_s(attempt: int) -> float:
+    """Growing, and with jitter so that many processes do not march in step."""
+    return min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S) * (0.5 + secrets.randbelow(1000) / 1000)

@@ -1,0 +1,1 @@
+"""Real servers and the faults between them and the code under test."""

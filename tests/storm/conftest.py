@@ -1,0 +1,14 @@
+"""Servers that all tests of this folder share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.ceph import CephServer, ceph_s3
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[CephServer]:
+    """A real S3 server with an empty bucket."""
+    with ceph_s3() as server:
+        yield server

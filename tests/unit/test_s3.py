@@ -1,0 +1,380 @@
+"""S3 storage between a server and a network that both fail: every operation, every kind of fault."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import numpy as np
+import pytest
+
+from dit_scale.errors import StorageError
+from dit_scale.storage import MissingKeyError, S3Storage, transfer
+from dit_scale.storage import s3 as s3_module
+from dit_scale.storage.transfer import BrokenError, Watch, WatchedBody
+from tests.faults.proxy import KINDS, FaultProxy
+from tests.s3 import BUCKET, s3_server
+
+PART = s3_module.MIN_PART_BYTES
+DATA = np.random.default_rng(0).bytes(2 * PART + 1000)
+FEW = DATA[:50_000]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def environment(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(s3_module, "PART_BYTES", PART)
+    monkeypatch.setattr(s3_module, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(s3_module, "LONGEST_PAUSE_S", 0.01)
+
+
+@pytest.fixture
+def proxy(server: dict[str, str], environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Between the storage and its server."""
+    with FaultProxy(int(server["AWS_ENDPOINT_URL"].rpartition(":")[2])) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        yield proxy
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "STALL_S", 0.5)
+
+
+@pytest.fixture
+def s3(environment: None, request: pytest.FixtureRequest) -> S3Storage:
+    return S3Storage(BUCKET, request.node.name)
+
+
+@pytest.fixture
+def direct(server: dict[str, str]) -> Any:
+    """A client of the server, past the proxy."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=server["AWS_ENDPOINT_URL"],
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        region_name="us-east-1",
+    )
+    yield client
+    client.close()
+
+
+def pieces(data: bytes, size: int) -> Iterator[memoryview]:
+    return (memoryview(data)[start : start + size] for start in range(0, len(data), size))
+
+
+def unfinished(direct: Any, s3: S3Storage) -> list[str]:
+    """Keys with uploads that were neither completed nor aborted."""
+    answer = direct.list_multipart_uploads(Bucket=BUCKET, Prefix=s3.prefix)
+    return [upload["Key"] for upload in answer.get("Uploads", ())]
+
+
+# Faults
+
+
+def read(s3: S3Storage) -> None:
+    assert s3.read("there") == FEW
+
+
+def read_range(s3: S3Storage) -> None:
+    assert s3.read_range("there", 100, 40_000) == FEW[100:40_100]
+
+
+def write(s3: S3Storage) -> None:
+    s3.write("new", FEW)
+    assert s3.read("new") == FEW
+
+
+def write_stream(s3: S3Storage) -> None:
+    s3.write_stream("big", pieces(DATA, 10**6), len(DATA))
+    assert s3.read("big") == DATA
+
+
+def write_new(s3: S3Storage) -> None:
+    assert s3.write_new("first", FEW)
+    assert not s3.write_new("first", FEW)
+
+
+def exists(s3: S3Storage) -> None:
+    assert s3.exists("there")
+    assert not s3.exists("nothing")
+
+
+def size(s3: S3Storage) -> None:
+    assert s3.size("there") == len(FEW)
+
+
+def list_(s3: S3Storage) -> None:
+    assert ("there", len(FEW)) in s3.list()
+
+
+def delete(s3: S3Storage) -> None:
+    s3.delete("there")
+    assert not s3.exists("there")
+
+
+OPERATIONS = (read, read_range, write, write_stream, write_new, exists, size, list_, delete)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_operation_outlives_every_fault(
+    kind: str, s3: S3Storage, proxy: FaultProxy, impatient: None
+) -> None:
+    s3.write("there", FEW)
+    met = set()
+    for operation in OPERATIONS:
+        if kind == "flip" and operation is read_range:
+            continue  # S3 has no checksum for it, its reader does
+        before = proxy.injected[kind]
+        proxy.set({kind: 1.0}, at_most=1)
+        operation(s3)
+        proxy.calm()
+        if proxy.injected[kind] > before:
+            met.add(operation)
+    if kind in ("cut_request", "stall_request"):
+        assert met == {write, write_stream, write_new}
+    elif kind in ("cut_reply", "short", "stall_reply", "trickle"):
+        assert met >= {read, read_range, list_, write_stream}
+    elif kind == "flip":
+        assert met >= {read, write, write_stream}
+    else:
+        assert met == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("kind", ["drop_reply", "late_error", "short"])
+def test_a_lost_answer_to_the_last_request_of_an_upload(kind: str, s3: S3Storage, proxy: FaultProxy) -> None:
+    proxy.set({kind: 1.0}, only="POST .*uploadId=", at_most=2)
+    s3.write_stream("key", pieces(DATA, PART), len(DATA))
+    assert proxy.injected[kind] == 2
+    assert s3.read("key") == DATA
+
+
+def test_an_upload_that_the_server_knows_no_more(s3: S3Storage, proxy: FaultProxy) -> None:
+    """Because it is complete, or because somebody aborted it: an object of its size proves nothing."""
+    proxy.errors = [("404 Not Found", "NoSuchUpload")]
+    proxy.set({"late_error": 1.0}, only="POST .*uploadId=", at_most=1)
+    s3.write_stream("key", pieces(DATA, PART), len(DATA))
+    assert s3.read("key") == DATA
+    proxy.set({"error": 1.0}, only="POST .*uploadId=", at_most=1)
+    with pytest.raises(StorageError, match=r"cannot write .*key: somebody aborted the upload"):
+        s3.write_stream("key", pieces(DATA[::-1], PART), len(DATA))
+    assert s3.read("key") == DATA
+    assert proxy.injected == {"late_error": 1, "error": 1}
+
+
+@pytest.mark.parametrize("kind", ["drop_reply", "late_error"])
+def test_write_new_knows_its_own_object(kind: str, s3: S3Storage, proxy: FaultProxy) -> None:
+    proxy.set({kind: 1.0}, only="PUT ", at_most=1)
+    assert s3.write_new("key", b"the same bytes")
+    proxy.set({"error": 1.0}, only="PUT ", at_most=1)
+    assert not s3.write_new("key", b"the same bytes")
+    assert proxy.injected == {kind: 1, "error": 1}
+
+
+def test_a_list_is_whole_across_pages(
+    s3: S3Storage, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
+    keys = [f"folder {number}/%41+\u00e9" for number in range(10)]
+    for key in keys:
+        s3.write(key, key.encode())
+    proxy.set({"short": 0.3, "error": 0.3})
+    assert s3.list() == [(key, len(key.encode())) for key in keys]
+    assert proxy.injected["short"] + proxy.injected["error"] > 0
+
+
+def test_bytes_that_others_checked_in_are_checked(s3: S3Storage, direct: Any, proxy: FaultProxy) -> None:
+    """Objects with a checksum of S3's own, as boto3 adds it by default."""
+    direct.put_object(Bucket=BUCKET, Key=f"{s3.prefix}key", Body=FEW)
+    proxy.set({"flip": 1.0}, at_most=2)
+    assert s3.read("key") == FEW
+    assert proxy.injected["flip"] == 2
+
+
+def test_an_etag_of_another_kind_is_believed(s3: S3Storage, direct: Any) -> None:
+    upload = {"Bucket": BUCKET, "Key": f"{s3.prefix}key"}
+    upload["UploadId"] = direct.create_multipart_upload(**upload)["UploadId"]
+    cut = PART + 1000
+    tags = [
+        direct.upload_part(**upload, PartNumber=number, Body=part)["ETag"]
+        for number, part in enumerate((DATA[:cut], DATA[cut : 2 * PART]), 1)
+    ]
+    parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
+    direct.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+    assert s3.read("key") == DATA[: 2 * PART]
+
+
+# A server that does not come back
+
+
+@pytest.mark.parametrize("mode", ["down", "blackhole"])
+def test_an_absent_server_is_an_error_within_the_deadline(
+    mode: str, s3: S3Storage, proxy: FaultProxy, direct: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "STALL_S", 0.1)
+    monkeypatch.setattr(s3_module, "DEADLINE_S", 0.4)
+    getattr(proxy, mode)()
+    reason = "no answer from the S3 server; check AWS" if mode == "down" else "no answer in|Read timeout"
+    for verb, operation in (("read", s3.read), ("list", s3.list), ("delete", s3.delete)):
+        with pytest.raises(
+            StorageError, match=rf"cannot {verb} s3:.*key, tried \d+ times in \d+ s: ({reason})"
+        ):
+            operation("key")
+    with pytest.raises(StorageError, match="cannot write"):
+        s3.write_stream("key", pieces(DATA, PART), len(DATA))
+    monkeypatch.undo()
+    proxy.calm()
+    assert direct.list_objects_v2(Bucket=BUCKET, Prefix=s3.prefix)["KeyCount"] == 0
+
+
+def test_pauses_grow_to_a_limit() -> None:
+    pauses = [s3_module._pause_s(attempt) for attempt in range(1, s3_module.ATTEMPTS)]
+    for attempt, pause in enumerate(pauses):
+        expected = min(s3_module.FIRST_PAUSE_S * 2**attempt, s3_module.LONGEST_PAUSE_S)
+        assert 0.5 * expected <= pause <= 1.5 * expected
+    assert len(set(pauses[-8:])) > 1
+    assert 0.3**s3_module.ATTEMPTS < 1e-10
+
+
+def test_mistakes_are_not_repeated(s3: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_module, "FIRST_PAUSE_S", 10**6)
+    with pytest.raises(StorageError, match="there is no bucket"):
+        S3Storage("no-such-bucket", "").write_stream("key", pieces(DATA, PART), len(DATA))
+    with pytest.raises(MissingKeyError):
+        s3.read("nothing")
+
+
+# Objects in parts
+
+
+def test_an_upload_holds_one_part_and_shows_nothing_before_its_end(s3: S3Storage, direct: Any) -> None:
+    def watched() -> Iterator[memoryview]:
+        for number, piece in enumerate(pieces(DATA, PART)):
+            assert not s3.exists("key")
+            if number:
+                (upload,) = direct.list_multipart_uploads(Bucket=BUCKET, Prefix=s3.prefix)["Uploads"]
+                where = {"Bucket": BUCKET, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                assert len(direct.list_parts(**where)["Parts"]) == number
+            yield piece
+
+    s3.write_stream("key", watched(), len(DATA))
+    assert s3.read("key") == DATA
+    assert unfinished(direct, s3) == []
+
+
+def test_a_buffer_that_is_used_again(s3: S3Storage) -> None:
+    buffer = bytearray(1_000_003)
+
+    def reused() -> Iterator[memoryview]:
+        for piece in pieces(DATA, len(buffer)):
+            buffer[: len(piece)] = piece
+            yield memoryview(buffer)[: len(piece)]
+
+    s3.write_stream("key", reused(), len(DATA))
+    assert s3.read("key") == DATA
+
+
+def test_pieces_may_hold_numbers(s3: S3Storage) -> None:
+    values = np.arange(PART // 4 + 5, dtype=np.float32)
+    s3.write_stream("key", [values[:7].data, values[7:].data], values.nbytes)
+    assert s3.read("key") == values.tobytes()
+
+
+class Stop(KeyboardInterrupt):
+    """As Ctrl-C, but nobody else's."""
+
+
+@pytest.mark.parametrize("end", [ValueError("no more"), Stop()])
+def test_an_upload_whose_source_fails_is_aborted(end: BaseException, s3: S3Storage, direct: Any) -> None:
+    def failing() -> Iterator[memoryview]:
+        yield from pieces(DATA[: 2 * PART], PART)
+        raise end
+
+    with pytest.raises(type(end)):
+        s3.write_stream("key", failing(), len(DATA))
+    assert s3.list() == []
+    assert unfinished(direct, s3) == []
+
+
+@pytest.mark.parametrize("size", [10, len(DATA)])
+@pytest.mark.parametrize("too_much", [-1, 1])
+def test_pieces_that_do_not_add_up(size: int, too_much: int, s3: S3Storage, direct: Any) -> None:
+    data = DATA[: size - 1] + bytes(1 + too_much)
+    hold = "more" if too_much == 1 else str(size - 1)
+    with pytest.raises(StorageError, match=f"key: expected {size} bytes, the pieces hold {hold}"):
+        s3.write_stream("key", pieces(data, 10**6), size)
+    assert s3.list() == []
+    assert unfinished(direct, s3) == []
+
+
+def test_limits_of_s3(s3: S3Storage, direct: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match="5497558138881 bytes, and S3 takes at most 5497558138880; divide"):
+        s3.write_stream("key", [], 5 * 2**40 + 1)
+    largest = s3_module._part_bytes(s3_module.MAX_OBJECT_BYTES)
+    assert largest * s3_module.MAX_PARTS >= s3_module.MAX_OBJECT_BYTES
+    monkeypatch.setattr(s3_module, "MAX_PARTS", 2)
+    s3.write("key", DATA)
+    assert direct.head_object(Bucket=BUCKET, Key=f"{s3.prefix}key")["ETag"].endswith('-2"')
+    assert s3.read("key") == DATA
+
+
+# Watched transfers
+
+
+def test_a_body_is_a_file_over_the_bytes() -> None:
+    watch = Watch()
+    body = WatchedBody(bytearray(b"0123456789"), watch)
+    assert (body.readable(), body.seekable(), body.seek(0, 2), body.seek(-3, 1)) == (True, True, 10, 7)
+    assert body.read() == b"789"
+    assert body.seek(2) == body.tell() == 2
+    assert (body.read(3), body.read(0), body.read(100), body.read(1)) == (b"234", b"", b"56789", b"")
+    assert watch.bytes == 11
+    watch.given_up = True
+    body.seek(0)
+    with pytest.raises(BrokenError, match="given up"):
+        body.read(1)
+
+
+def test_an_attempt_that_stalls_is_given_up_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "STALL_S", 0.05)
+    monkeypatch.setattr(transfer, "SLOWEST_BYTES_PER_S", 1000)
+    crawl, ended = threading.Event(), threading.Event()
+
+    def crawling(watch: Watch) -> None:
+        watch.moved(10_000)
+        try:
+            while not crawl.wait(0.01):
+                watch.moved(1)
+        except BrokenError:
+            ended.set()
+
+    with pytest.raises(BrokenError, match=r"no answer in 0\.05 s, in which \d+ bytes of a body moved"):
+        transfer.attempt(crawling)
+    assert ended.wait(10)
+
+
+def test_an_attempt_that_moves_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "STALL_S", 0.05)
+    monkeypatch.setattr(transfer, "SLOWEST_BYTES_PER_S", 1)
+    ten = iter(range(10))
+
+    def slow(watch: Watch) -> str:
+        for _ in ten:
+            watch.moved(100)
+            threading.Event().wait(0.02)
+        return "done"
+
+    assert transfer.attempt(slow) == "done"
+
+
+def test_an_attempt_hands_on_what_it_raises() -> None:
+    with pytest.raises(ZeroDivisionError):
+        transfer.attempt(lambda _: 1 // 0)
