@@ -52,7 +52,7 @@ class Session:
 
     def __init__(self, config: TrainConfig, world: World, stack: ExitStack) -> None:
         self.config, self.world = config, world
-        dataset = LatentDataset.open(config.data.url, config.data.cache_dir)
+        dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
         check_dataset(config, dataset)
         micro_batch = micro_batch_for(config, shape_of(config.model), world.size)
         self.plan = batch_plan(config.global_batch, micro_batch, world.size)

@@ -2,7 +2,10 @@
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -13,7 +16,7 @@ from dit_scale.data.loader import read_batch
 from dit_scale.data.shards import LatentDataset
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
-from dit_scale.train import engine, loop, session
+from dit_scale.train import engine, loop, saver, session
 from dit_scale.train.objective import loss_sums
 from tests.dist.points import Hold, held
 
@@ -64,6 +67,18 @@ def train_held(config: TrainConfig, hold: Hold, victim: int) -> int:
         return loop.train(config)
     with held(hold):
         return loop.train(config)
+
+
+def train_with_impatient_writer(config: TrainConfig, hold: Hold, victim: int) -> int:
+    """The same with writers that do not wait long for a server."""
+    with patch.object(saver, "WRITER", (sys.executable, "-m", "tests.dist.impatient_writer")):
+        return train_held(config, hold, victim)
+
+
+def in_environment(environment: dict[str, str], job: Callable[..., Any], *args: Any) -> Any:
+    """Any job with these variables set: the server that ranks are forked from has its own."""
+    os.environ.update(environment)
+    return job(*args)
 
 
 def train_and_tell(config: TrainConfig) -> tuple[dict[str, object], ...]:

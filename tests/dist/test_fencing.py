@@ -1,0 +1,111 @@
+"""An old attempt that wakes up after the next one began can neither commit nor prune.
+
+The old one is held at a point, stopped with SIGSTOP, and woken with SIGCONT when the new one is done.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_scale.config import TrainConfig
+from dit_scale.train.attempts import committed
+from dit_scale.train.checkpoint import Checkpoint
+from dit_scale.train.run import root_of
+from tests.dist import jobs
+from tests.dist.points import Hold
+from tests.dist.processes import TIMEOUT_S, run, start
+from tests.dist.runs import final_files, kill, wait_for
+from tests.latents import write_latents
+from tests.s3 import BUCKET, s3_server
+
+pytestmark = pytest.mark.dist
+
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("latents")
+    write_latents(folder, num=40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(
+    request: pytest.FixtureRequest, server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, dict[str, str]]:
+    """The root of a run's state, and what a process needs to reach it."""
+    if request.param == "disk":
+        return "", {}
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{request.node.name}", server
+
+
+def config_of(folder: Path, data: Path, url: str) -> TrainConfig:
+    return jobs.saving(jobs.small_config(folder, data), steps=24, every_steps=3, url=url)
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    config = config_of(tmp_path_factory.mktemp("straight"), data, "")
+    assert run(WORLD, jobs.train, config) == [0, 0]
+    return config
+
+
+def family(process: Any) -> list[int]:
+    """The ids of a rank and of its writer."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [process.pid, *map(int, children)]
+
+
+@pytest.mark.parametrize(
+    ("point", "nth"),
+    [
+        ("writer: before the manifest", 2),
+        ("writer: behind the chain's answer", 2),
+        ("writer: in retention", 1),
+        ("writer: retention, the chain has answered", 4),
+    ],
+)
+def test_an_old_attempt_that_wakes_up_changes_nothing(
+    data: Path, straight: TrainConfig, tmp_path: Path, place: tuple[str, dict[str, str]], point: str, nth: int
+) -> None:
+    url, environment = place
+    config = config_of(tmp_path / "run", data, url)
+    root = root_of(config)
+    hold = Hold(tmp_path, point, nth)
+    old, answers = start(WORLD, jobs.in_environment, environment, jobs.train_held, config, hold, 0)
+    try:
+        wait_for(hold, answers)
+        stopped = [number for process in old for number in family(process)]
+        for number in stopped:
+            os.kill(number, signal.SIGSTOP)
+        assert run(WORLD, jobs.in_environment, environment, jobs.train, config) == [0, 0]
+        before, keys = committed(root), {key for key, _ in root.list()}
+        hold.go.touch()
+        for number in stopped:
+            os.kill(number, signal.SIGCONT)
+        errors = [answers.get(timeout=TIMEOUT_S)[1] for _ in range(WORLD)]
+    finally:
+        kill(old)
+    print(errors)
+    assert all("SupersededError" in error and "attempt 2 of this run has begun" in error for error in errors)
+    assert committed(root) == before
+    assert keys <= {key for key, _ in root.list()}, "the old attempt deleted something of the new one's"
+    for path in before:
+        Checkpoint(root, path).verify()
+    assert final_files(config) == final_files(straight)
+    assert jobs.losses(config) == jobs.losses(straight)
+    assert run(WORLD, jobs.in_environment, environment, jobs.train, config) == [0, 0]
+    assert final_files(config) == final_files(straight)

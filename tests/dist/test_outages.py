@@ -1,0 +1,171 @@
+"""Storage that fails during a save: training goes on, the alarm is there, the next save succeeds."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_scale.config import TrainConfig, dump
+from tests.dist import jobs
+from tests.dist.points import Hold
+from tests.dist.processes import TIMEOUT_S, run, start
+from tests.dist.runs import events, final_files, kill, wait_for
+from tests.faults.proxy import FaultProxy
+from tests.latents import write_latents
+from tests.needs import needs
+from tests.s3 import BUCKET, s3_server
+
+pytestmark = pytest.mark.dist
+
+WORLD = 2
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("latents")
+    write_latents(folder, num=40)
+    return folder
+
+
+def config_of(folder: Path, data: Path, **checkpoint: object) -> TrainConfig:
+    return jobs.saving(jobs.small_config(folder, data), steps=STEPS, every_steps=4, **checkpoint)
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    config = config_of(tmp_path_factory.mktemp("straight"), data)
+    assert run(WORLD, jobs.train, config) == [0, 0]
+    return config
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    needs(mounted.returncode == 0, f"a file system of its own: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def wait_for_event(config: TrainConfig, name: str, ahead_of_s: float = -1e9) -> None:
+    """Wait for an event whose time is later than so many seconds from now."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        found = events(config, name) if (Path(config.run) / "events.jsonl").exists() else []
+        if any(event["time_s"] > time.time() + ahead_of_s for event in found):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no {name} in the journal")
+
+
+def finish(answers: Any) -> list[Any]:
+    return [answers.get(timeout=TIMEOUT_S)[1:] for _ in range(WORLD)]
+
+
+def test_disk_full(data: Path, straight: TrainConfig, tmp_path: Path, small_disk: Path) -> None:
+    config = config_of(tmp_path / "run", data, url=str(small_disk))
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 1_000_000))
+    hold = Hold(tmp_path, "behind the step", 12)
+    ranks, answers = start(WORLD, jobs.train_held, config, hold, 0)
+    try:
+        wait_for(hold, answers)
+        failures = events(config, "save_failed")
+        filler.unlink()
+        hold.go.touch()
+        assert finish(answers) == [(None, 0)] * WORLD
+    finally:
+        kill(ranks)
+    assert failures, "training went on to step 12 although the save of step 4 had failed"
+    assert "No space left on device; free some space" in failures[0]["problem"]
+    assert events(config, "checkpoint")
+    assert final_files(config) == final_files(straight)
+
+
+def test_s3_is_down(
+    data: Path, straight: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        s3_server() as environment,
+        FaultProxy(int(environment["AWS_ENDPOINT_URL"].rpartition(":")[2])) as proxy,
+    ):
+        behind = {**environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
+        for name, value in behind.items():
+            monkeypatch.setenv(name, value)
+        config = config_of(tmp_path / "run", data, url=f"s3://{BUCKET}/down")
+        hold = Hold(tmp_path, "behind the step", 3)
+        ranks, answers = start(
+            WORLD, jobs.in_environment, behind, jobs.train_with_impatient_writer, config, hold, 0
+        )
+        try:
+            wait_for(hold, answers)
+            proxy.down()
+            hold.go.touch()
+            wait_for_event(config, "save_failed")
+            proxy.calm()
+            assert finish(answers) == [(None, 0)] * WORLD
+        finally:
+            kill(ranks)
+        assert "no answer from the S3 server" in events(config, "save_failed")[0]["problem"]
+        assert final_files(config) == final_files(straight)
+
+
+def test_a_writer_that_is_killed_is_replaced(data: Path, straight: TrainConfig, tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", data)
+    hold = Hold(tmp_path, "writer: inside the file", 2)
+    ranks, answers = start(WORLD, jobs.train_held, config, hold, 1)
+    try:
+        os.kill(wait_for(hold, answers), signal.SIGKILL)
+        hold.go.touch()
+        assert finish(answers) == [(None, 0)] * WORLD
+    finally:
+        kill(ranks)
+    (failure,) = events(config, "save_failed")
+    assert "rank 1: its writer process ended with -9" in failure["problem"]
+    assert final_files(config) == final_files(straight)
+
+
+@pytest.fixture(scope="module")
+def wall_clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that shifts the wall clock of the process that loads it."""
+    needs(shutil.which("gcc") is not None, "gcc")
+    library = tmp_path_factory.mktemp("clock") / "wall_clock.so"
+    source = Path(__file__).parents[1] / "faults" / "wall_clock.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    return library
+
+
+def test_the_clock_jumps_by_a_day(data: Path, tmp_path: Path, wall_clock: Path) -> None:
+    """The wall clock as the processes see it goes a day forth, then two days back."""
+    offset_s = tmp_path / "offset"
+    offset_s.write_text("0")
+    shifted = {"LD_PRELOAD": str(wall_clock), "WALL_CLOCK_OFFSET": str(offset_s)}
+    configs = {}
+    for name, more in (("straight", {}), ("jumping", shifted)):
+        config = jobs.saving(jobs.small_config(tmp_path / name, data), steps=40, every_steps=4)
+        configs[name] = config
+        (tmp_path / f"{name}.yaml").write_text(dump(config))
+        command = [sys.executable, "-m", "dit_scale.cli", "train", str(tmp_path / f"{name}.yaml")]
+        with (tmp_path / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(command, env={**os.environ, **more}, stdout=log, stderr=log)
+            if more:
+                for seconds in (86_400, -86_400):
+                    wait_for_event(config, "checkpoint", ahead_of_s=-1000 if seconds > 0 else 80_000)
+                    offset_s.write_text(str(seconds))
+            assert process.wait(timeout=TIMEOUT_S) == 0, (tmp_path / f"{name}.log").read_text()
+    times = [event["time_s"] - time.time() for event in events(configs["jumping"], "checkpoint")]
+    assert max(times) > 80_000
+    assert min(times) < -80_000
+    assert final_files(configs["jumping"]) == final_files(configs["straight"])
+    assert jobs.losses(configs["jumping"]) == jobs.losses(configs["straight"])
