@@ -43,9 +43,7 @@ def write(root: Storage, path: str, ranks: Ranks, **fields: Any) -> Manifest:
 
 def write_rank(root: Storage, path: str, rank: int, owned: Iterable[Partition]) -> rankfile.FileRecord:
     """Put the file of one rank, with all kinds that its partitions hold."""
-    key = rankfile.name_of_rank(rank)
-    rankfile.write(root, f"{path}/{key}", pieces(owned))
-    return rankfile.describe(root, path, key)
+    return rankfile.write(root, f"{path}/{rankfile.name_of_rank(rank)}", pieces(owned))
 
 
 def pieces(owned: Iterable[Partition]) -> list[tuple[Piece, Bytes]]:

@@ -16,7 +16,9 @@ def add(commands: Any) -> None:
     verify = command(
         actions, "verify", _verify, "read every byte and name what is damaged; code 1 if anything is"
     )
-    verify.add_argument("source", help="run folder (all its checkpoints) or checkpoint folder")
+    verify.add_argument(
+        "source", help="run folder (all its checkpoints, stored averages and attempts) or checkpoint folder"
+    )
     export = command(
         actions,
         "export",
@@ -76,11 +78,28 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from functools import partial
+    from pathlib import Path
+
     from dit_scale.errors import CheckpointError
     from dit_scale.sources import checkpoints_at
+    from dit_scale.train import attempts
+    from dit_scale.train.checkpoint import Checkpoint
+    from dit_scale.train.manifest import EMA
+    from dit_scale.train.run import root_of_folder
 
     damaged = False
-    for path, opened in checkpoints_at(args.source):
+    to_verify = checkpoints_at(args.source)
+    if (Path(args.source) / "config.yaml").is_file():
+        root = root_of_folder(args.source)
+        to_verify += [(path, partial(Checkpoint, root, path)) for path in attempts.committed(root, EMA)]
+        for number in attempts.numbers(root):
+            try:
+                attempts.read(root, number)
+            except CheckpointError as error:
+                damaged = True
+                print(error)
+    for path, opened in to_verify:
         try:
             checkpoint = opened()
             checkpoint.verify()

@@ -9,7 +9,7 @@ SHA-256 of the header. So every byte of the file is covered, and any range can b
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import google_crc32c
@@ -23,8 +23,6 @@ from dit_scale.train.manifest import FileRecord
 BLOCK_BYTES = 4 * 2**20
 """Bytes of a tensor under one checksum; a multiple of 4."""
 _LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000
-"""As in the safetensors format: a longer one is damage."""
 
 Bytes = NDArray[np.uint8]
 
@@ -70,13 +68,12 @@ def write(storage: Storage, key: str, pieces: Sequence[tuple[Piece, Bytes]]) -> 
     size = len(header) + sum(piece.bytes for piece, _ in pieces)
     chunks = (block.data for _, data in pieces for block in blocks(data))
     storage.write_stream(key, _chain(memoryview(header), chunks), size)
-    return _record(key.rpartition("/")[2], size, header)
-
-
-def describe(storage: Storage, folder: str, key: str) -> FileRecord:
-    """The record of a file for the manifest, from the file as it lies there."""
-    where = f"{folder}/{key}"
-    return _record(key, storage.size(where), _read_header(storage, where))
+    return FileRecord(
+        key=key.rpartition("/")[2],
+        bytes=size,
+        header_bytes=len(header),
+        header_sha256=hashlib.sha256(header).hexdigest(),
+    )
 
 
 def open_file(storage: Storage, folder: str, file: FileRecord) -> tuple[StoredPiece, ...]:
@@ -87,7 +84,10 @@ def open_file(storage: Storage, folder: str, file: FileRecord) -> tuple[StoredPi
         size = storage.size(key)
         if size != file.bytes:
             raise CheckpointError(f"{where}: expected {file.bytes} bytes, got {size}")
-        header = storage.read_range(key, 0, file.header_bytes)
+        header = _read_again_if(
+            lambda data: hashlib.sha256(data).hexdigest() != file.header_sha256,
+            lambda: storage.read_range(key, 0, file.header_bytes),
+        )
     except StorageError as error:
         raise CheckpointError(str(error)) from None
     if hashlib.sha256(header).hexdigest() != file.header_sha256:
@@ -99,20 +99,20 @@ def read(storage: Storage, key: str, piece: StoredPiece, start: int, length: int
     """Elements [start, start + length) of a piece, every block around them checked."""
     first, last = 4 * start // BLOCK_BYTES, (4 * (start + length) - 1) // BLOCK_BYTES
     begin, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, piece.bytes)
+    crcs = piece.crc32c[first : last + 1]
     try:
-        data = storage.read_range(key, piece.offset + begin, end - begin)
+        data = _read_again_if(
+            lambda data: bool(_bad_blocks(data, crcs)),
+            lambda: storage.read_range(key, piece.offset + begin, end - begin),
+        )
     except StorageError as error:
         raise CheckpointError(f"{piece.kind} of {piece.parameter}: {error}") from None
-    got = np.frombuffer(data, np.uint8)
-    for block, crc, number in zip(
-        blocks(got), piece.crc32c[first : last + 1], range(first, last + 1), strict=True
-    ):
-        if google_crc32c.value(block) != crc:
-            low = piece.start + number * BLOCK_BYTES // 4
-            raise CheckpointError(
-                f"{storage.url}/{key}: {piece.kind} of {piece.parameter} is damaged "
-                f"(CRC-32C of elements {low} to {low + len(block) // 4})"
-            )
+    for number in _bad_blocks(data, crcs):
+        low = piece.start + (first + number) * BLOCK_BYTES // 4
+        raise CheckpointError(
+            f"{storage.url}/{key}: {piece.kind} of {piece.parameter} is damaged "
+            f"(CRC-32C of elements {low} to {min(low + BLOCK_BYTES // 4, piece.start + piece.length)})"
+        )
     skip = start - begin // 4
     return np.frombuffer(data, "<f4")[skip : skip + length]
 
@@ -129,6 +129,18 @@ def blocks(data: Bytes) -> Iterator[Bytes]:
     return (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
 
 
+def _read_again_if(wrong: Callable[[bytes], bool], get: Callable[[], bytes]) -> bytes:
+    """What a storage holds, asked for twice if it is wrong: bytes of a range may change on their way."""
+    data = get()
+    return get() if wrong(data) else data
+
+
+def _bad_blocks(data: bytes, crcs: Sequence[int]) -> list[int]:
+    """Which blocks do not have their checksum."""
+    found = enumerate(zip(blocks(np.frombuffer(data, np.uint8)), crcs, strict=True))
+    return [number for number, (block, crc) in found if google_crc32c.value(block) != crc]
+
+
 def _header(pieces: Sequence[tuple[Piece, Bytes]]) -> bytes:
     tree: dict[str, object] = {}
     checksums, offset = {}, 0
@@ -141,23 +153,6 @@ def _header(pieces: Sequence[tuple[Piece, Bytes]]) -> bytes:
     body = json.dumps({"__metadata__": metadata, **tree}, separators=(",", ":")).encode()
     body += b" " * (-len(body) % 8)
     return len(body).to_bytes(_LENGTH_BYTES, "little") + body
-
-
-def _record(key: str, size: int, header: bytes) -> FileRecord:
-    return FileRecord(
-        key=key,
-        bytes=size,
-        header_bytes=len(header),
-        header_sha256=hashlib.sha256(header).hexdigest(),
-    )
-
-
-def _read_header(storage: Storage, key: str) -> bytes:
-    length = storage.read_range(key, 0, _LENGTH_BYTES)
-    size = int.from_bytes(length, "little")
-    if size > _MAX_HEADER_BYTES:
-        raise CheckpointError(f"{storage.url}/{key}: its header is damaged (length {size})")
-    return length + storage.read_range(key, _LENGTH_BYTES, size)
 
 
 def _pieces(header: bytes) -> Iterator[StoredPiece]:

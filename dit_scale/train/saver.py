@@ -135,16 +135,16 @@ class Saver:
         """
         if not self.in_flight or any_at_work:
             return None
+        replies = self._world.gather(self._reply)
         if any_failed or self._phase == "committing":
-            return self._end()
+            return self._end(replies)
         self._phase = "committing"
         if self._world.is_first:
             assert self._manifest is not None
             config = self._config
             request = Commit(
-                folders=tuple(self._folders),
+                files={folder: tuple(reply.files[folder] for reply in replies) for folder in self._folders},
                 manifest=self._manifest,
-                world=self._world.size,
                 keep=config.keep,
                 keep_every_steps=config.keep_every_steps,
             )
@@ -167,8 +167,7 @@ class Saver:
             self._forget_writer()
         os.close(self.snapshot.file)
 
-    def _end(self) -> Outcome:
-        replies = self._world.gather(self._reply)
+    def _end(self, replies: list[Reply]) -> Outcome:
         assert self._manifest is not None
         bad = [(rank, reply) for rank, reply in enumerate(replies) if reply.problem]
         manifest, self._manifest = self._manifest, None

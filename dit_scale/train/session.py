@@ -157,7 +157,7 @@ class Session:
     def save_is_due(self) -> bool:
         """Whether this step, or one that passed while a save was in flight, asks for a save."""
         every = (self.config.checkpoint.every_steps, self.config.checkpoint.ema_every_steps)
-        return not self.saver.in_flight and any(self._passed(steps) for steps in every)
+        return not self.saver.in_flight and any(self._passed(steps, self._saved_step) for steps in every)
 
     def save(self) -> None:
         """Begin to save this step, unless it failed: what a rollback needs must not be pushed out.
@@ -173,7 +173,7 @@ class Session:
         kinds = (*OPTIMIZER_KINDS, *(ema_kind(profile.name) for profile in profiles))
         folders = {f"{CHECKPOINTS}/{name}": kinds}
         stored = tuple(ema_kind(profile.name) for profile in profiles if profile.sigma_rel is not None)
-        if stored and self._passed(self.config.checkpoint.ema_every_steps):
+        if stored and self._passed(self.config.checkpoint.ema_every_steps, since=self._committed_step):
             # before the checkpoint: a run that goes on from it has this average behind it
             folders = {f"{EMA}/{name}": stored, **folders}
         begin_s = time.monotonic()
@@ -309,9 +309,9 @@ class Session:
             written_by={"world": self.world.size, "zero_stage": config.engine.zero_stage},
         )
 
-    def _passed(self, every_steps: int) -> bool:
-        """Whether a multiple of so many steps lies behind the last save."""
-        return every_steps > 0 and self.state.step // every_steps > self._saved_step // every_steps
+    def _passed(self, every_steps: int, since: int) -> bool:
+        """Whether a multiple of so many steps lies between that step and this one."""
+        return every_steps > 0 and self.state.step // every_steps > since // every_steps
 
     def _report(self, outcome: Outcome | None) -> None:
         """Say and write down how a save ended."""

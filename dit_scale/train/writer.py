@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from dit_scale.errors import CheckpointError, DitScaleError, SupersededError
 from dit_scale.storage import Storage, open_storage
 from dit_scale.train import attempts, rankfile, retention
-from dit_scale.train.manifest import CHECKPOINTS, MANIFEST, Manifest, sealed
+from dit_scale.train.manifest import CHECKPOINTS, MANIFEST, FileRecord, Manifest, sealed
 from dit_scale.train.rankfile import Bytes, Piece
 
 _PR_SET_PDEATHSIG = 1
@@ -54,9 +54,9 @@ class Write(_Message):
 class Commit(_Message):
     """Put the manifest of each folder, in this order, then let retention pass."""
 
-    folders: tuple[str, ...]
+    files: dict[str, tuple[FileRecord, ...]]
+    """Folder => what every rank has put there."""
     manifest: Manifest
-    world: int
     keep: int
     keep_every_steps: int
 
@@ -66,6 +66,8 @@ class Reply(_Message):
 
     problem: str = ""
     superseded: bool = False
+    files: dict[str, FileRecord] = {}
+    """Folder => the file that this rank has put there."""
     dropped: tuple[str, ...] = ()
     """Checkpoints that retention deleted."""
     retention_problem: str = ""
@@ -74,6 +76,7 @@ class Reply(_Message):
 
 def write(root: Storage, rank: int, memory: Bytes, sources: list[Source], request: Write) -> Reply:
     """Put this rank's files and read them again. Raises CheckpointError or StorageError."""
+    files = {}
     for folder, kinds in request.folders.items():
         pieces = [
             (
@@ -83,9 +86,9 @@ def write(root: Storage, rank: int, memory: Bytes, sources: list[Source], reques
             for s in sources
             if s.kind in kinds
         ]
-        record = rankfile.write(root, f"{folder}/{rankfile.name_of_rank(rank)}", pieces)
-        rankfile.verify(root, folder, record)
-    return Reply()
+        files[folder] = rankfile.write(root, f"{folder}/{rankfile.name_of_rank(rank)}", pieces)
+        rankfile.verify(root, folder, files[folder])
+    return Reply(files=files)
 
 
 def commit(root: Storage, request: Commit) -> Reply:
@@ -93,12 +96,9 @@ def commit(root: Storage, request: Commit) -> Reply:
 
     Raises SupersededError when a later attempt has begun, CheckpointError or StorageError otherwise.
     """
-    for folder in request.folders:
-        keys = [rankfile.name_of_rank(rank) for rank in range(request.world)]
-        files = tuple(rankfile.describe(root, folder, key) for key in keys)
-        manifest = request.manifest.model_copy(update={"files": files})
-        put_manifest(root, folder, manifest)
-    newest = next(folder for folder in request.folders if folder.startswith(CHECKPOINTS))
+    for folder, files in request.files.items():
+        put_manifest(root, folder, request.manifest.model_copy(update={"files": files}))
+    newest = next(folder for folder in request.files if folder.startswith(CHECKPOINTS))
     try:
         dropped = retention.prune(
             root, request.manifest.attempt, newest, request.keep, request.keep_every_steps

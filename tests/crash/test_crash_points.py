@@ -81,8 +81,8 @@ def save(root: Storage, step: int, attempt: int, keep: int, averages: bool = Fal
     name = name_of(step, attempt)
     folders: dict[str, tuple[str, ...]] = {f"{EMA}/{name}": ("ema.wide",)} if averages else {}
     folders[f"{CHECKPOINTS}/{name}"] = KINDS
-    for rank in (0, 1):
-        writer.write(root, rank, *snapshot(step, rank), writer.Write(folders=folders))
+    request = writer.Write(folders=folders)
+    ranks = [writer.write(root, rank, *snapshot(step, rank), request).files for rank in (0, 1)]
     manifest = Manifest(
         step=step,
         samples=step * 8,
@@ -93,8 +93,9 @@ def save(root: Storage, step: int, attempt: int, keep: int, averages: bool = Fal
         model_shapes=SHAPES,
         optimizer_groups=(),
     )
-    request = writer.Commit(folders=tuple(folders), manifest=manifest, world=2, keep=keep, keep_every_steps=0)
-    assert writer.commit(root, request).retention_problem == ""
+    files = {folder: tuple(rank[folder] for rank in ranks) for folder in folders}
+    commit = writer.Commit(files=files, manifest=manifest, keep=keep, keep_every_steps=0)
+    assert writer.commit(root, commit).retention_problem == ""
 
 
 @dataclass

@@ -210,9 +210,7 @@ def store(root: Storage, config: TrainConfig, folder: str, step: int, kinds: dic
                 if first < last:
                     piece = rankfile.Piece(kind, parameter, first - begin, last - first)
                     pieces.append((piece, flat[first:last].numpy().view(np.uint8)))
-        key = rankfile.name_of_rank(rank)
-        rankfile.write(root, f"{path}/{key}", pieces)
-        files.append(rankfile.describe(root, path, key))
+        files.append(rankfile.write(root, f"{path}/{rankfile.name_of_rank(rank)}", pieces))
     manifest = Manifest(
         step=step,
         samples=step * config.global_batch,

@@ -198,9 +198,9 @@ def test_a_commit_whose_retention_fails_is_a_commit(root: Storage, monkeypatch: 
     start(root, 1)
     put(root, path_of(10))
     manifest = checkpoints.write(open_storage(Path(root.url) / "elsewhere"), path_of(20), [])
-    for rank, owned in enumerate(RANKS):
-        checkpoints.write_rank(root, path_of(20), rank, owned)
-    request = writer.Commit(folders=(path_of(20),), manifest=manifest, world=2, keep=1, keep_every_steps=0)
+    ranks = enumerate(RANKS)
+    files = {path_of(20): tuple(checkpoints.write_rank(root, path_of(20), *rank) for rank in ranks)}
+    request = writer.Commit(files=files, manifest=manifest, keep=1, keep_every_steps=0)
 
     def refuse(self: DiskStorage, key: str) -> None:
         raise StorageError(f"cannot delete {key}")
