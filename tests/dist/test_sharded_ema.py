@@ -1,0 +1,90 @@
+"""Averages kept in shards, each rank those of what it owns, are bitwise those of one replica of all weights."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dit_scale.config import EmaProfile, TrainConfig
+from dit_scale.train import loop, session
+from dit_scale.train.attempts import committed
+from dit_scale.train.checkpoint import Checkpoint
+from dit_scale.train.ema import Ema, ema_kind
+from dit_scale.train.engine import MASTER, Extent, Partition
+from dit_scale.train.run import root_of
+from dit_scale.train.step import TrainingStep
+from tests.dist import jobs
+from tests.dist.processes import run
+from tests.latents import write_latents
+
+pytestmark = pytest.mark.dist
+
+WORLD = 3
+PROFILES = (EmaProfile(name="constant", decay=0.9), EmaProfile(name="power", sigma_rel=0.1))
+
+Weights = list[tuple[str, int, np.ndarray]]
+"""What a rank owns: (parameter, first element, fp32 values)."""
+
+
+def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
+    """One rank of a training run; its masters at the start and behind every step."""
+    kept: list[Weights] = []
+
+    def keep(step: TrainingStep) -> None:
+        kept.append(
+            [
+                (e.parameter, e.start, part.buffers[MASTER].detach().numpy()[e.offset :][: e.length].copy())
+                for part in step.engine.owned
+                for e in part.extents
+            ]
+        )
+
+    take, begin = TrainingStep.take, session.Session.begin
+
+    def begin_and_keep(run: session.Session) -> None:
+        begin(run)
+        keep(run.step)
+
+    def take_and_keep(step: TrainingStep, batches: object, number: int) -> Tensor:
+        row = take(step, batches, number)  # type: ignore[arg-type]
+        keep(step)
+        return row
+
+    with (
+        patch.object(TrainingStep, "take", take_and_keep),
+        patch.object(session.Session, "begin", begin_and_keep),
+    ):
+        assert loop.train(config) == 0
+    return kept
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sharded_is_replicated(tmp_path: Path, stage: int) -> None:
+    write_latents(tmp_path / "data", num=40)
+    config = jobs.small_config(tmp_path / "run", tmp_path / "data", zero_stage=stage)
+    config = jobs.saving(config, steps=6, every_steps=6).model_copy(update={"ema": PROFILES})
+    ranks = run(WORLD, train_and_keep_masters, config)
+    root = root_of(config)
+    checkpoint = Checkpoint(root, committed(root)[0])
+    sizes = {name: torch.Size(shape).numel() for name, shape in checkpoint.manifest.model_shapes.items()}
+    offsets = dict(zip(sizes, torch.tensor([0, *sizes.values()]).cumsum(0).tolist(), strict=False))
+    replica = Partition(
+        {MASTER: torch.full((sum(sizes.values()),), torch.nan)},
+        tuple(Extent(name, 0, size, offsets[name]) for name, size in sizes.items()),
+    )
+    ema = Ema(PROFILES, (replica,))
+    for step, parts in enumerate(zip(*ranks, strict=True)):
+        for name, start, values in (piece for part in parts for piece in part):
+            replica.buffers[MASTER][offsets[name] + start :][: len(values)] = torch.from_numpy(values)
+        assert not replica.buffers[MASTER].isnan().any()
+        if step == 0:
+            ema.start()
+        else:
+            ema.update(step)
+    for profile in PROFILES:
+        kind = ema_kind(profile.name)
+        for name, tensor in checkpoint.read_whole(kind).items():
+            assert torch.equal(tensor.flatten(), replica.buffers[kind][offsets[name] :][: sizes[name]])
