@@ -8,12 +8,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Only the CPU kernels of the tests and the demo need this; CUDA machines run as they are.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-quick check bench clean
+.PHONY: help demo test test-quick chaos check bench clean
 
 help:
 	@echo "make demo        train on real digits and draw them, from images to a score (about 5 minutes)"
-	@echo "make test        lint, type check and run all tests (about 8 minutes on 2 cores)"
+	@echo "make test        lint, type check and run all tests (about 20 minutes on 2 cores)"
 	@echo "make test-quick  the unit, property and golden tests alone (about 2 minutes)"
+	@echo "make chaos       kill a training run 200 times at random (about 15 minutes)"
 	@echo "make check       ruff and mypy"
 	@echo "make bench       a small benchmark of the training step"
 	@echo "make clean       remove the virtual environment and the demo's run"
@@ -43,6 +44,9 @@ test: check
 
 test-quick: $(VENV)/ready
 	$(BIN)/python -m pytest tests/unit tests/property tests/golden tests/architecture
+
+chaos: $(VENV)/ready
+	$(BIN)/python -m tests.chaos.campaign
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/train_step.py --smoke
