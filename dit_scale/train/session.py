@@ -16,6 +16,7 @@ from dit_scale.config import TrainConfig, dump
 from dit_scale.data.loader import Loader
 from dit_scale.data.order import positions_of
 from dit_scale.data.plan import batch_plan
+from dit_scale.data.quarantine import Quarantine
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, StabilityError
@@ -190,6 +191,7 @@ class Session:
 
         Raises CheckpointError, on all ranks, when it cannot be done.
         """
+        self.note_damage()
         self._report(self.saver.wait())
         give_up_s, pause_s = time.monotonic() + self.config.checkpoint.deadline_s, FIRST_PAUSE_S
         while self._committed_step != self.state.step:
@@ -333,12 +335,15 @@ class Session:
     def _note_skipped(self, step: int, row: Row) -> None:
         self.state.skipped = (*self.state.skipped, step)
         positions = self._positions(step - 1, step)
+        # the loader of this rank does not know of damage that the others found
+        quarantine = Quarantine(len(self._dataset), self.state.quarantined, self.config.data.damaged)
+        sample_ids = quarantine.replace(self.loader.sample_ids(step - 1))
         self._record(
             "skipped_step",
             skipped_step=step,
             **dict(zip(COLUMNS[:-1], map(str, row), strict=False)),
             positions=_ranges(positions),
-            sample_ids=self.loader.sample_ids(step - 1).tolist(),
+            sample_ids=sample_ids.tolist(),
         )
         self.say(
             f"step {step} is skipped: loss {row[0]:g}, gradient norm {row[3]:g}; its samples: events.jsonl"
