@@ -13,13 +13,41 @@ import torch
 
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Batch
+from dit_scale.data.order import Order
 from dit_scale.data.shards import INFO_KEY, LATENT_DTYPE, LatentDataset, encode_sample, write_index
 from dit_scale.train import loop
 from dit_scale.train.objective import SampleLosses
 from dit_scale.train.step import TrainingStep
+from tests.dist import jobs
 
 Fed = dict[int, list[tuple[int, int]]]
 """Step, counted from 1 => (position, label) of the samples of one rank, or of all."""
+
+
+WORLD, BATCH, STEPS, NUM = 2, 7, 12, 200
+"""No sample comes twice: NUM is more than all steps need, those that are left out included."""
+
+
+def sample_of(step: int, place: int) -> int:
+    """The id of a sample in a step, counted from 1, of a run that leaves nothing out."""
+    return int(ids_at(np.array([(step - 1) * BATCH + place]))[0])
+
+
+def ids_at(positions: np.ndarray) -> np.ndarray:
+    return Order(NUM, seed=0).ids(positions)
+
+
+def config_of(
+    folder: Path, data: Path, log_every_steps: int = 1, damaged: str = "stop", **guard: int
+) -> TrainConfig:
+    config = jobs.saving(jobs.small_config(folder, data, precision="fp32"), steps=STEPS, every_steps=3)
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"damaged": damaged}),
+            "guard": config.guard.model_copy(update=guard),
+            "log": config.log.model_copy(update={"every_steps": log_every_steps}),
+        }
+    )
 
 
 def spoil(folder: Path, sample_ids: Collection[int]) -> None:

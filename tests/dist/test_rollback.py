@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dit_scale.config import TrainConfig
-from dit_scale.data.order import Order, positions_of
+from dit_scale.data.order import positions_of
 from dit_scale.errors import DataError, StabilityError
 from dit_scale.train import attempts
 from dit_scale.train.checkpoint import Checkpoint
@@ -20,36 +20,24 @@ from dit_scale.train.run import root_of
 from tests.dist import jobs
 from tests.dist.points import Hold
 from tests.dist.processes import TIMEOUT_S, run, start
-from tests.dist.rollback_jobs import Fed, damage, of_all, spoil, train_and_tell
+from tests.dist.rollback_jobs import (
+    BATCH,
+    NUM,
+    STEPS,
+    WORLD,
+    Fed,
+    config_of,
+    damage,
+    ids_at,
+    of_all,
+    sample_of,
+    spoil,
+    train_and_tell,
+)
 from tests.dist.runs import events, final_files, kill, wait_for
 from tests.latents import write_latents
 
 pytestmark = pytest.mark.dist
-
-WORLD, BATCH, STEPS, NUM = 2, 7, 12, 200
-"""No sample comes twice: NUM is more than all steps need, those that are left out included."""
-
-
-def sample_of(step: int, place: int) -> int:
-    """The id of a sample in a step, counted from 1, of a run that leaves nothing out."""
-    return int(ids_at(np.array([(step - 1) * BATCH + place]))[0])
-
-
-def ids_at(positions: np.ndarray) -> np.ndarray:
-    return Order(NUM, seed=0).ids(positions)
-
-
-def config_of(
-    folder: Path, data: Path, log_every_steps: int = 1, damaged: str = "stop", **guard: int
-) -> TrainConfig:
-    config = jobs.saving(jobs.small_config(folder, data, precision="fp32"), steps=STEPS, every_steps=3)
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"damaged": damaged}),
-            "guard": config.guard.model_copy(update=guard),
-            "log": config.log.model_copy(update={"every_steps": log_every_steps}),
-        }
-    )
 
 
 def kill_at(config: TrainConfig, folder: Path, point: str, nth: int, victim: int) -> None:
@@ -206,13 +194,16 @@ def test_a_run_that_nothing_helps_gives_up(tmp_path: Path) -> None:
 def test_a_damaged_sample_is_replaced(tmp_path: Path) -> None:
     data, bad = tmp_path / "latents", sample_of(4, place=6)
     write_latents(data, num=NUM)
-    whole = config_of(tmp_path / "whole", data)
+    spoil(data, {sample_of(4, place=0)})
+    whole = config_of(tmp_path / "whole", data, log_every_steps=6)
     wanted = of_all(run(WORLD, train_and_tell, whole))
-    wanted[4][6] = (27, (bad + 1) % NUM % 10)
+    wanted[4][6] = (27, (bad + 1) % 10)
 
     damage(data, bad)
-    configs = [config_of(tmp_path / name, data, damaged="quarantine") for name in ("two", "one", "killed")]
-    two, one, killed = configs
+    two, one, killed = (
+        config_of(tmp_path / name, data, log_every_steps=6, damaged="quarantine")
+        for name in ("two", "one", "killed")
+    )
     for config, world in ((two, 2), (one, 1)):
         assert of_all(run(world, train_and_tell, config)) == wanted
         (event,) = events(config, "quarantined")
@@ -220,6 +211,8 @@ def test_a_damaged_sample_is_replaced(tmp_path: Path) -> None:
         assert manifest_at_the_end(config).quarantined == {bad: event["reason"]}
         assert "shard" in event["reason"]
         assert f"sample {bad}" in event["reason"]
+        (skipped,) = events(config, "skipped_step")
+        assert skipped["sample_ids"] == [*ids_at(np.arange(21, 27)).tolist(), bad + 1]
     for row, other in zip(jobs.losses(two), jobs.losses(one), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
