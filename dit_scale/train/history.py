@@ -1,0 +1,135 @@
+"""How a run came to a step: which attempt took it, from where it can be reached, what was written of it."""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_scale.config import TrainConfig
+from dit_scale.errors import CheckpointError, ConfigError
+from dit_scale.storage import Storage
+from dit_scale.telemetry.meters import COLUMNS, Row
+from dit_scale.train import attempts
+from dit_scale.train.attempts import Attempt
+from dit_scale.train.manifest import read_manifest, step_and_attempt
+from dit_scale.train.run import root_of
+
+Line = dict[str, Any]
+"""Of the journal or the record."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the run wrote down of one step alone."""
+
+    row: Row
+    where: str
+
+
+@dataclass(frozen=True)
+class Past:
+    """How a run came to a step."""
+
+    attempt: Attempt
+    """The one that took the step."""
+    at_most_step: int
+    """Checkpoints up to here, those that count today, are on the way to the step."""
+    recorded: Recorded | None
+    quarantined: tuple[int, ...]
+    """Samples that the attempt found damaged, up to the step."""
+    world: int | None
+    """Processes of the attempt; None when the journal does not say."""
+    rolled_back: tuple[int, ...]
+    """Other attempts that failed at this step and were rolled back."""
+
+
+def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
+    """The past of a step (counted from 1), of the run as it is now, or as it was in `attempt`.
+
+    Raises ConfigError for a step that the run has not come to, CheckpointError for an attempt that it has
+    not seen or whose record is damaged.
+    """
+    root, folder = root_of(config), Path(config.run)
+    journal, record = list(_lines(folder / "events.jsonl")), list(_lines(folder / "metrics.jsonl"))
+    committed = attempts.committed(root)
+    reached = max(
+        [line["step"] for line in (*journal, *record)] + [step_and_attempt(path)[0] for path in committed],
+        default=0,
+    )
+    if step > min(reached + config.log.every_steps, config.steps):
+        raise ConfigError(f"{config.run}: step {step} was not taken yet, the run has come to about {reached}")
+    taker = _taker(root, step, attempt)
+    later = [number for number in attempts.numbers(root) if number > taker.number]
+    begun_at = min((_begun_at(attempts.read(root, number)) for number in later), default=step)
+    of_taker = [event for event in journal if event["attempt"] == taker.number]
+    damage = [event for event in of_taker if event["event"] == "quarantined"]
+    return Past(
+        attempt=taker,
+        at_most_step=min(step - 1, begun_at),
+        recorded=_skipped(of_taker, step)
+        or (None if begun_at < step else _line(record, step) or _pending(root, committed, step)),
+        # a sample is noted one step after the one that it was first needed for, at the latest
+        quarantined=tuple(event["sample_id"] for event in damage if event["step"] <= step + 1),
+        world=next((event["world"] for event in of_taker if event["event"] == "start"), None),
+        rolled_back=tuple(
+            event["attempt"]
+            for event in journal
+            if event["event"] == "rollback" and event["attempt"] != taker.number
+            if event["failed_steps"][0] <= step <= event["failed_steps"][1]
+        ),
+    )
+
+
+def _taker(root: Storage, step: int, attempt: int | None) -> Attempt:
+    """The attempt that took a step, on the chain that ends with `attempt` (None: the newest)."""
+    numbers = attempts.numbers(root)
+    if not numbers:
+        raise CheckpointError(f"{root.url}: no attempt of this run has begun")
+    if attempt is not None and attempt not in numbers:
+        raise CheckpointError(f"{root.url}: expected an attempt from 1 to {numbers[-1]}, got {attempt}")
+    found = attempts.read(root, attempt or numbers[-1])
+    while _begun_at(found) >= step:
+        assert found.resumed_from is not None
+        found = attempts.read(root, step_and_attempt(found.resumed_from)[1])
+    return found
+
+
+def _begun_at(attempt: Attempt) -> int:
+    """Steps that it found taken."""
+    return step_and_attempt(attempt.resumed_from)[0] if attempt.resumed_from else 0
+
+
+def _skipped(events: list[Line], step: int) -> Recorded | None:
+    """A skipped step is in the journal with all its digits."""
+    for event in events:
+        if event["event"] == "skipped_step" and event["skipped_step"] == step:
+            return Recorded((*(float(event[name]) for name in COLUMNS[:-1]), 1.0), "events.jsonl")
+    return None
+
+
+def _line(record: list[Line], step: int) -> Recorded | None:
+    """A line of metrics.jsonl has the means since the line before it, of the steps that were not skipped."""
+    for before, line in zip([{"step": 0}, *record], record, strict=False):
+        if before["step"] == step - 1 and line["step"] == step and not line["skipped"]:
+            return Recorded((*(line[name] for name in COLUMNS[:-1]), 0.0), "metrics.jsonl")
+    return None
+
+
+def _pending(root: Storage, committed: list[str], step: int) -> Recorded | None:
+    """A checkpoint has the rows of the steps since the last log point."""
+    for path in committed:
+        with suppress(CheckpointError):
+            manifest = read_manifest(root, path)
+            later_rows = manifest.step - step
+            if 0 <= later_rows < len(manifest.pending_metrics):
+                return Recorded(tuple(manifest.pending_metrics[-1 - later_rows]), path)
+    return None
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    """The whole lines of a file that may not be there; a kill can leave half a line at its end."""
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(text)

@@ -1,0 +1,131 @@
+"""A step taken once more is the run's step, to the bit on as many processes, and nothing is written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_scale.config import TrainConfig, dump
+from dit_scale.train.replay import Replay, replay
+from tests.dist import jobs
+from tests.dist.processes import run
+from tests.dist.rollback_jobs import BATCH, NUM, WORLD, config_of, damage, sample_of, spoil
+from tests.dist.runs import events
+from tests.latents import write_latents
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """Steps 5 to 8 fail, which is seen at 8; the run goes back to step 3 and on without their samples."""
+    folder = tmp_path_factory.mktemp("rolled_back")
+    write_latents(folder / "latents", num=NUM)
+    spoil(folder / "latents", [sample_of(step, place=6) for step in (5, 6, 7, 8)])
+    config = config_of(folder / "run", folder / "latents", log_every_steps=4, rollback_after=2)
+    config = jobs.saving(config, steps=9, keep=10)
+    assert run(WORLD, jobs.train, config) == [0, 0]
+    return config
+
+
+def content(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def replayed(config: TrainConfig, step: int, attempt: int | None = None) -> Replay:
+    """On as many processes as the run had; the run is not touched."""
+    before = content(Path(config.run))
+    found, nothing = run(WORLD, replay, config.run, step, attempt)
+    assert nothing is None
+    assert content(Path(config.run)) == before
+    assert isinstance(found, Replay)
+    return found
+
+
+def positions(found: Replay) -> list[int]:
+    return sorted(sample.position for sample in found.samples)
+
+
+def test_a_step_from_the_start_of_the_run(rolled_back: TrainConfig) -> None:
+    found = replayed(rolled_back, step=2)
+    assert found.checkpoint is None
+    assert found.past.attempt.number == 1
+    assert found.past.recorded is not None
+    assert found.past.recorded.where == "checkpoints/0000000003-0001"
+    assert found.differences() == {}
+    assert positions(found) == list(range(BATCH, 2 * BATCH))
+    assert [sample.loss for sample in found.samples] == sorted((s.loss for s in found.samples), reverse=True)
+    assert sum(sample.loss for sample in found.samples) / BATCH == pytest.approx(found.row[0], rel=1e-6)
+    assert all(sample.label == sample.sample_id % 10 for sample in found.samples)
+
+
+def test_a_step_behind_a_rollback(rolled_back: TrainConfig) -> None:
+    found = replayed(rolled_back, step=6)
+    assert found.checkpoint == "checkpoints/0000000003-0001"
+    assert found.past.attempt.number == 2
+    assert found.past.rolled_back == (1,)
+    assert found.past.recorded is not None
+    assert found.past.recorded.where == "checkpoints/0000000006-0002"
+    assert found.differences() == {}
+    assert positions(found) == list(range(9 * BATCH, 10 * BATCH))
+
+
+def test_a_step_that_was_rolled_back(rolled_back: TrainConfig) -> None:
+    (rollback,) = events(rolled_back, "rollback")
+    found = replayed(rolled_back, step=6, attempt=rollback["attempt"])
+    assert found.checkpoint == "checkpoints/0000000003-0001"
+    assert found.row[-1] == 1.0
+    assert found.past.recorded is not None
+    assert found.past.recorded.where == "events.jsonl"
+    assert found.differences() == {}
+    assert found.past.rolled_back == ()
+    assert positions(found) == list(range(5 * BATCH, 6 * BATCH))
+    assert [sample.finite for sample in found.samples] == [False] + [True] * (BATCH - 1)
+    assert found.samples[0].sample_id == sample_of(6, place=6)
+
+
+def command(run: Path, attempt: int) -> tuple[dict[str, Any], str]:
+    """What `dit-scale replay --step 6` in one process says for machines, and beside it."""
+    arguments = ["replay", str(run), "--step=6", f"--attempt={attempt}", "--json"]
+    line = [sys.executable, "-m", "dit_scale.cli", *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    tree = json.loads(done.stdout)
+    assert (tree["attempt"], tree["world"], tree["world_of_the_run"]) == (attempt, 1, WORLD)
+    assert len(tree["samples"]) == tree["num_samples"] == BATCH
+    return tree, done.stderr
+
+
+def test_the_command_on_another_number_of_processes(rolled_back: TrainConfig) -> None:
+    tree, beside = command(Path(rolled_back.run), attempt=2)
+    assert all(difference < 1e-4 for difference in tree["differences"].values())
+    assert "checkpoints/0000000003-0001\nsteps to take again before it: 2\n" in beside
+
+
+def test_the_command_on_a_run_that_moved_and_changed(rolled_back: TrainConfig, tmp_path: Path) -> None:
+    shutil.copytree(rolled_back.run, tmp_path / "run")
+    changed = rolled_back.optimizer.model_copy(update={"lr": 0.5})
+    (tmp_path / "run" / "config.yaml").write_text(dump(rolled_back.model_copy(update={"optimizer": changed})))
+    tree, beside = command(tmp_path / "run", attempt=1)
+    assert (tree["loss"], tree["grad_norm"], tree["skipped"], tree["differences"]) == ("nan", "inf", 1.0, {})
+    assert f"from {tmp_path}/run/checkpoints/0000000003-0001\n" in beside
+    assert "optimizer.lr was 0.0001 when that was saved, is 0.5\n" in beside
+
+
+def test_a_sample_that_was_damaged_then(tmp_path: Path) -> None:
+    data, bad = tmp_path / "latents", sample_of(2, place=1)
+    write_latents(data, num=NUM)
+    config = jobs.saving(config_of(tmp_path / "run", data, damaged="quarantine"), steps=4, every_steps=4)
+    damage(data, bad)
+    assert run(WORLD, jobs.train, config) == [0, 0]
+    damage(data, bad)  # the same bit again: it is whole
+    found = replayed(config, step=2)
+    assert found.past.recorded is not None
+    assert found.past.recorded.where == "metrics.jsonl"
+    assert found.differences() == {}
+    assert [sample.sample_id for sample in found.samples if sample.position == BATCH + 1] == [bad + 1]

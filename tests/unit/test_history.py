@@ -1,0 +1,206 @@
+"""Which attempt took a step, from where it can be reached, and what the run wrote down of it."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_scale.config import TrainConfig
+from dit_scale.errors import CheckpointError, ConfigError
+from dit_scale.storage import Storage, open_storage
+from dit_scale.train import attempts
+from dit_scale.train.attempts import Attempt
+from dit_scale.train.history import Past, past_of
+from dit_scale.train.manifest import ATTEMPTS, CHECKPOINTS, name_of, step_and_attempt
+from tests import checkpoints
+
+STEPS = 40
+EXCLUDED = ((96, 160),)
+
+
+def config_of(run: Path, log_every_steps: int = 10) -> TrainConfig:
+    tree = {"run": str(run), "steps": STEPS, "log": {"every_steps": log_every_steps}}
+    return TrainConfig.model_validate(tree)
+
+
+def path_of(step: int, attempt: int) -> str:
+    return f"{CHECKPOINTS}/{name_of(step, attempt)}"
+
+
+def write_lines(path: Path, *lines: dict[str, Any]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def event(name: str, attempt: int, step: int, **details: Any) -> dict[str, Any]:
+    return {"event": name, "attempt": attempt, "step": step, **details}
+
+
+def line(step: int, loss: float, skipped: int = 0) -> dict[str, Any]:
+    return {"step": step, "loss": loss, "mse": 2.0, "vb": 3.0, "grad_norm": 4.0, "skipped": skipped}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """Attempt 2 goes on from step 10, 3 from step 20; 3 fails and is rolled back to step 12, in 4."""
+    root = open_storage(tmp_path)
+    for step, attempt in ((5, 1), (10, 1), (12, 2), (20, 2), (24, 3), (30, 4)):
+        checkpoints.write(root, path_of(step, attempt), [])
+    attempts.claim(root, Attempt(1))
+    attempts.claim(root, Attempt(2, path_of(10, 1)))
+    attempts.claim(root, Attempt(3, path_of(20, 2)))
+    attempts.claim(root, Attempt(4, path_of(12, 2), EXCLUDED))
+    return config_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("step", "attempt", "taker", "at_most_step"),
+    [
+        (1, None, 1, 0),
+        (5, None, 1, 4),
+        (10, None, 1, 9),
+        (11, None, 2, 10),
+        (13, None, 4, 12),
+        (31, None, 4, 30),
+        (13, 3, 2, 12),
+        (20, 3, 2, 12),
+        (21, 3, 3, 12),
+        (25, 3, 3, 12),
+        (13, 4, 4, 12),
+        (13, 1, 1, 10),
+    ],
+)
+def test_the_attempt_that_took_a_step(
+    config: TrainConfig, step: int, attempt: int | None, taker: int, at_most_step: int
+) -> None:
+    past = past_of(config, step, attempt)
+    assert past.attempt == attempts.read(open_storage(config.run), taker)
+    assert past.at_most_step == at_most_step
+
+
+Starts = list[tuple[int, list[int]]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(1, 3), max_size=3)), min_size=1, max_size=4)
+)
+def test_every_way_of_going_on(starts: Starts) -> None:
+    """Each start goes on from one of the checkpoints that count, and commits after so many steps each."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = open_storage(folder)
+        by_attempt, by_checkpoint = begin_all(root, starts)
+        for attempt, taken_by in by_attempt.items():
+            for step in range(1, len(taken_by) + 1):
+                past = past_of(config_of(Path(folder), log_every_steps=STEPS), step, attempt)
+                assert past.attempt.number == taken_by[step - 1]
+                assert past.at_most_step < step
+                for path in attempts.committed(root):
+                    reached = step_and_attempt(path)[0]
+                    if reached <= past.at_most_step:
+                        assert by_checkpoint[path] == taken_by[:reached]
+
+
+def begin_all(root: Storage, starts: Starts) -> tuple[dict[int, list[int]], dict[str, list[int]]]:
+    """Which attempt took each step, by attempt and by checkpoint."""
+    by_attempt: dict[int, list[int]] = {}
+    by_checkpoint: dict[str, list[int]] = {}
+    for number, (choice, commits) in enumerate(starts, 1):
+        options = [*attempts.committed(root), None]
+        chosen = options[choice % len(options)]
+        attempts.claim(root, Attempt(number, chosen))
+        taken_by = list(by_checkpoint[chosen]) if chosen else []
+        for steps in commits:
+            taken_by += [number] * steps
+            path = path_of(len(taken_by), number)
+            checkpoints.write(root, path, [])
+            by_checkpoint[path] = list(taken_by)
+        by_attempt[number] = taken_by
+    return by_attempt, by_checkpoint
+
+
+# What was written down
+
+
+def recorded(config: TrainConfig, step: int, attempt: int | None = None) -> tuple[float, ...] | None:
+    found = past_of(config, step, attempt).recorded
+    return found and found.row
+
+
+def test_lines_that_stand_for_one_step(config: TrainConfig) -> None:
+    lines = (line(1, 0.1), line(2, 0.2), line(4, 0.4), line(5, 0.5), line(6, 0.6, skipped=1), line(22, 2.2))
+    write_lines(Path(config.run) / "metrics.jsonl", *lines)
+    assert recorded(config, 1) == (0.1, 2.0, 3.0, 4.0, 0.0)
+    assert recorded(config, 2) == (0.2, 2.0, 3.0, 4.0, 0.0)
+    assert recorded(config, 5) == (0.5, 2.0, 3.0, 4.0, 0.0)
+    assert [recorded(config, step) for step in (3, 4, 6, 22)] == [None] * 4
+
+
+def test_rows_that_a_later_checkpoint_has(config: TrainConfig) -> None:
+    rows = tuple((float(step), 2.0, 3.0, 4.0, 0.0) for step in (31, 32, 33))
+    checkpoints.write(open_storage(config.run), path_of(33, 4), [], pending_metrics=rows)
+    assert [recorded(config, step) for step in (30, 31, 32, 33, 34)] == [None, *rows, None]
+    found = past_of(config, 32, None).recorded
+    assert found is not None
+    assert found.where == path_of(33, 4)
+
+
+def test_skipped_steps_are_in_the_journal_by_attempt(config: TrainConfig) -> None:
+    row = {"loss": "nan", "mse": "0.1", "vb": "inf", "grad_norm": "1e-05"}
+    skipped = event("skipped_step", 3, 22, skipped_step=21, **row)
+    write_lines(Path(config.run) / "events.jsonl", skipped)
+    write_lines(Path(config.run) / "metrics.jsonl", line(20, 2.0), line(21, 2.1))
+    assert str(recorded(config, 21, 3)) == "(nan, 0.1, inf, 1e-05, 1.0)"
+    assert recorded(config, 21) == (2.1, 2.0, 3.0, 4.0, 0.0)
+    assert recorded(config, 22, 3) is None, "the record is of the run as it is now"
+
+
+def test_what_else_the_journal_knows(config: TrainConfig) -> None:
+    journal = Path(config.run) / "events.jsonl"
+    write_lines(
+        journal,
+        event("start", 3, 20, world=2),
+        event("quarantined", 3, 22, sample_id=7, reason="damaged"),
+        event("quarantined", 3, 24, sample_id=8, reason="damaged"),
+        event("rollback", 3, 25, failed_steps=[22, 25]),
+        event("start", 4, 12, world=3),
+        event("quarantined", 4, 14, sample_id=9, reason="damaged"),
+    )
+    with journal.open("a") as file:
+        file.write('{"event": "quaran')
+    assert summary(past_of(config, 21, 3)) == ((7,), 2, ())
+    assert summary(past_of(config, 22, 3)) == ((7,), 2, ())
+    assert summary(past_of(config, 23, 3)) == ((7, 8), 2, ())
+    assert summary(past_of(config, 21, None)) == ((9,), 3, ())
+    assert summary(past_of(config, 22, None)) == ((9,), 3, (3,))
+    assert summary(past_of(config, 5, None)) == ((), None, ())
+
+
+def summary(past: Past) -> tuple[tuple[int, ...], int | None, tuple[int, ...]]:
+    return past.quarantined, past.world, past.rolled_back
+
+
+# What cannot be
+
+
+def test_steps_that_were_not_taken(config: TrainConfig) -> None:
+    assert past_of(config, 40, None).attempt.number == 4
+    for beyond, log_every_steps in ((41, 10), (36, 5)):
+        with pytest.raises(ConfigError, match=f"step {beyond} was not taken yet, .* come to about 30"):
+            past_of(config_of(Path(config.run), log_every_steps), beyond, None)
+
+
+def test_attempts_that_do_not_exist(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected an attempt from 1 to 4, got 5"):
+        past_of(config, 5, 5)
+    with pytest.raises(CheckpointError, match="no attempt of this run has begun"):
+        past_of(config_of(tmp_path / "new"), 1, None)
+
+
+def test_a_damaged_record_is_named(config: TrainConfig) -> None:
+    open_storage(config.run).write(f"{ATTEMPTS}/0002.json", b"{}")
+    with pytest.raises(CheckpointError, match=r"attempts/0002\.json is damaged"):
+        past_of(config, 11, None)
