@@ -22,6 +22,8 @@ from dit_scale.train.manifest import FileRecord
 
 BLOCK_BYTES = 4 * 2**20
 """Bytes of a tensor under one checksum; a multiple of 4."""
+READS = 4
+"""Times that bytes are asked for whose checksum is wrong: those of a range may change on their way."""
 _LENGTH_BYTES = 8
 
 Bytes = NDArray[np.uint8]
@@ -130,9 +132,12 @@ def blocks(data: Bytes) -> Iterator[Bytes]:
 
 
 def _read_again_if(wrong: Callable[[bytes], bool], get: Callable[[], bytes]) -> bytes:
-    """What a storage holds, asked for twice if it is wrong: bytes of a range may change on their way."""
-    data = get()
-    return get() if wrong(data) else data
+    """What a storage holds, asked for up to READS times while it is wrong."""
+    for _ in range(READS):
+        data = get()
+        if not wrong(data):
+            break
+    return data
 
 
 def _bad_blocks(data: bytes, crcs: Sequence[int]) -> list[int]:

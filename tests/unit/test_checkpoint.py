@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -335,6 +336,27 @@ def test_a_file_that_shrinks_while_it_is_read(mended: Path) -> None:
     path.write_bytes(data[:-200])
     with pytest.raises(CheckpointError, match=r"of .*rank-00002.safetensors at .* expected \d+ bytes"):
         assert_whole(checkpoint)
+
+
+class FlippingDisk(DiskStorage):
+    """The first answers to every range have a wrong bit."""
+
+    def __init__(self, folder: Path, wrong_answers: int) -> None:
+        super().__init__(folder)
+        self._answers = Counter[tuple[str, int]]()
+        self._wrong_answers = wrong_answers
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        data = super().read_range(key, start, length)
+        self._answers[key, start] += 1
+        wrong = self._answers[key, start] <= self._wrong_answers
+        return damage(data, length // 2, bytes([data[length // 2] ^ 1])) if wrong else data
+
+
+def test_bits_that_flip_on_their_way_are_no_damage(finished: Path, small_blocks: None) -> None:
+    assert_whole(Checkpoint(FlippingDisk(finished, rankfile.READS - 1), PATH))
+    with pytest.raises(CheckpointError, match="its header is damaged"):
+        Checkpoint(FlippingDisk(finished, rankfile.READS), PATH)
 
 
 def test_a_missing_file_is_named(root: Storage) -> None:
