@@ -1,0 +1,285 @@
+"""One run that is started, killed at a random moment, and started again, as often as one asks.
+
+A kill is a SIGKILL to one rank, or to its writer, and then, some time later, to the other ranks, as a
+launcher would. Before it the victim and all writers are stopped, and their stacks are read.
+"""
+
+import os
+import queue
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from dit_scale.config import TrainConfig
+from dit_scale.train.signals import REQUEUE_EXIT_CODE
+from tests.chaos import record
+from tests.chaos.stacks import (
+    AT_WORK,
+    IN_SAVE,
+    RANK_SECTIONS,
+    WRITER_SECTIONS,
+    read_stacks,
+    section_of,
+)
+from tests.dist import jobs
+from tests.dist.processes import start
+from tests.dist.runs import kill
+
+WORLD = 2
+POLL_S = 0.002
+START_LIMIT_S = 120.0
+STEP_LIMIT_S = 5.0
+"""Far more than a start, or a step, takes: who needs longer hangs."""
+MAX_NEW_STEPS = 10
+MAX_DELAY_S = 0.5
+BURST_S = 0.03
+"""A writer that is found at work goes on for about so long."""
+
+Aim = Literal["anywhere", "save", "stop", "start"]
+AIMS: dict[Aim, float] = {"anywhere": 0.5, "save": 0.3, "stop": 0.1, "start": 0.1}
+"""How a moment is chosen, and how often.
+
+anywhere: some new steps after the resume, and a part of a step
+save: the same, then until a writer is at work, and a few milliseconds
+stop: the same, then SIGTERM to one rank, and a part of the last save
+start: a part of the start; such a kill comes on top, it does not count
+"""
+
+
+class RunError(Exception):
+    """The run did what it should not."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn for a cycle, before it begins."""
+
+    aim: Aim
+    new_steps: int
+    part: float
+    rank: int
+    writer: bool
+    delay_s: float
+    """From the kill of the victim to that of the others."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What became of it."""
+
+    aim: Aim
+    victim: str
+    section: str
+    """Where the victim stood."""
+    writers: tuple[str, ...]
+    """Where the writer of each rank stood."""
+    resumed_step: int
+    step: int
+    """The newest one in the record."""
+    delay_s: float
+    cycle_s: float
+
+    @property
+    def counts(self) -> bool:
+        return self.aim != "start"
+
+    @property
+    def in_save(self) -> bool:
+        """Whether a snapshot, a writer's work or the wait for the last save was cut off."""
+        return self.section in IN_SAVE or not AT_WORK.isdisjoint(self.writers)
+
+
+def draw(draws: random.Random) -> Plan:
+    return Plan(
+        aim=draws.choices(list(AIMS), list(AIMS.values()))[0],
+        new_steps=draws.randint(1, MAX_NEW_STEPS),
+        part=draws.random(),
+        rank=draws.randrange(WORLD),
+        writer=draws.random() < 1 / 3,
+        delay_s=draws.choice((0.0, draws.uniform(0, MAX_DELAY_S))),
+    )
+
+
+def train(config: TrainConfig, output: Path) -> int:
+    """One rank of the run; what it prints goes to the end of a file."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    return jobs.train(config)
+
+
+def undisturbed(config: TrainConfig, output: Path) -> None:
+    """Run to the last step. Raises RunError when a rank fails."""
+    with _ranks(config, output) as (ranks, answers):
+        for _ in ranks:
+            try:
+                rank, error, result = answers.get(timeout=START_LIMIT_S + STEP_LIMIT_S * config.steps)
+            except queue.Empty:
+                raise RunError("the undisturbed run hangs") from None
+            if error or result:
+                raise RunError(f"rank {rank} ended with {result}:\n{error}")
+
+
+class Hunt:
+    """A run and its kills so far."""
+
+    def __init__(self, config: TrainConfig, output: Path) -> None:
+        self.config, self._output = config, output
+        self._journal = record.Journal(Path(config.run) / "events.jsonl")
+        self._metrics = Path(config.run) / "metrics.jsonl"
+        self._starts_s = [3.0]
+
+    def cycle(self, plan: Plan) -> Kill | None:
+        """Start the run and kill it. None when it had ended before, as it was asked to.
+
+        Raises RunError when the run fails by itself, hangs, or leaves a writer behind.
+        """
+        begin_s = time.monotonic()
+        attempts, resumed_step = self._journal.follow().attempts, -1
+        with _ranks(self.config, self._output) as (ranks, answers):
+            if plan.aim == "start":
+                time.sleep(plan.part * 1.2 * median(self._starts_s))
+            else:
+                resumed_step = self._wait_for_moment(plan, attempts, ranks, answers)
+            _check_answers(answers)
+            blow = _strike(plan, [process.pid for process in ranks])
+            if blow is None:
+                _check_answers(answers)
+                return None
+            time.sleep(plan.delay_s)
+        _check_gone(blow.writers)
+        return Kill(
+            plan.aim,
+            blow.victim,
+            blow.section,
+            tuple(blow.writers.values()),
+            resumed_step,
+            record.last_step(self._metrics),
+            round(plan.delay_s, 3),
+            round(time.monotonic() - begin_s, 3),
+        )
+
+    def _wait_for_moment(self, plan: Plan, attempts: int, ranks: list[Any], answers: Any) -> int:
+        """Stay until the moment that was drawn; returns the step at which the run went on."""
+        begin_s, journal = time.monotonic(), self._journal
+        _wait(lambda: journal.follow().attempts > attempts, ranks, answers, START_LIMIT_S)
+        resumed_step = journal.resumed_step
+        self._starts_s.append(time.monotonic() - begin_s)
+        goal = resumed_step + plan.new_steps
+        first_s = time.monotonic()
+        limit_s = STEP_LIMIT_S * MAX_NEW_STEPS
+        _wait(lambda: record.last_step(self._metrics) >= goal, ranks, answers, limit_s)
+        step_s = (time.monotonic() - first_s) / plan.new_steps
+        if plan.aim == "save":
+            writers = [writer for process in ranks for writer in _writers(process.pid)]
+            _wait(lambda: any(_state(writer) in "RD" for writer in writers), ranks, answers, limit_s)
+            time.sleep(plan.part * BURST_S)
+        elif plan.aim == "stop":
+            _send(ranks[plan.rank].pid, signal.SIGTERM)
+            # The step under way comes first; a save is quicker when nobody trains beside it.
+            time.sleep(plan.part * (step_s + median(journal.follow().saves_s or [step_s]) / 3))
+        else:
+            time.sleep(plan.part * step_s)
+        return resumed_step
+
+
+@contextmanager
+def _ranks(config: TrainConfig, output: Path) -> Iterator[tuple[list[Any], Any]]:
+    """The ranks of a run and the queue of their answers; the end of the block ends them."""
+    ranks, answers = start(WORLD, train, config, output)
+    try:
+        yield ranks, answers
+    finally:
+        kill(ranks)
+        answers.close()
+
+
+def _wait(done: Callable[[], bool], ranks: list[Any], answers: Any, limit_s: float) -> None:
+    end_s = time.monotonic() + limit_s
+    while not done():
+        if not all(process.is_alive() for process in ranks):
+            _check_answers(answers)
+            raise RunError("a rank ended by itself")
+        if time.monotonic() > end_s:
+            raise RunError(f"nothing happened within {limit_s:g} s")
+        time.sleep(POLL_S)
+
+
+@dataclass(frozen=True)
+class Blow:
+    """A kill in the moment that it is dealt."""
+
+    victim: str
+    section: str
+    writers: dict[int, str]
+    """Process id => section."""
+
+
+def _strike(plan: Plan, ranks: list[int]) -> Blow | None:
+    """Kill the victim where it stands; None when it has ended already.
+
+    A rank that has no writer yet takes its place.
+    """
+    writer_of = {rank: _writers(rank) for rank in ranks}
+    writers = [writer for found in writer_of.values() for writer in found]
+    name, victim = f"rank {plan.rank}", ranks[plan.rank]
+    if plan.writer and writer_of[victim]:
+        name, victim = f"writer of {name}", writer_of[victim][0]
+    stopped = {victim, *writers}
+    for process_id in stopped:
+        _send(process_id, signal.SIGSTOP)
+    if _state(victim) in "XZ":
+        return None
+    stacks = read_stacks(stopped)
+    _send(victim, signal.SIGKILL)
+    for process_id in stopped:
+        _send(process_id, signal.SIGCONT)
+    found = {writer: section_of(stacks[writer], WRITER_SECTIONS) for writer in writers}
+    section = f"writer: {found[victim]}" if victim in found else section_of(stacks[victim], RANK_SECTIONS)
+    return Blow(name, section, found)
+
+
+def _send(process_id: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process_id, number)
+
+
+def _writers(rank: int) -> list[int]:
+    """The ids of a rank's writer processes: one, or none while it starts."""
+    found = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        children = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
+        for child in children:
+            if b"dit_scale.train.writer" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
+def _check_gone(writers: dict[int, str]) -> None:
+    """Raises RunError when a writer outlives its rank."""
+    end_s = time.monotonic() + STEP_LIMIT_S
+    while left := [writer for writer in writers if _state(writer) not in "XZ"]:
+        if time.monotonic() > end_s:
+            raise RunError(f"writers {left} outlived their ranks")
+        time.sleep(POLL_S)
+
+
+def _state(process_id: int) -> str:
+    """One letter, as in proc(5): R runs, D waits for a disk, Z is dead, X is gone."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    return "X"
+
+
+def _check_answers(answers: Any) -> None:
+    """Raises RunError when a rank has ended for another reason than that the run was asked to stop."""
+    while not answers.empty():
+        rank, error, result = answers.get()
+        if error or result != REQUEUE_EXIT_CODE:
+            raise RunError(f"rank {rank} ended with {result}:\n{error}")

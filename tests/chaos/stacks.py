@@ -1,0 +1,122 @@
+"""In which section of a run a process stands: read from its Python stack by py-spy, from outside.
+
+A process that is stopped (SIGSTOP) stays where it is while its stack is read; it takes no part in that.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+PY_SPY = Path(sys.executable).with_name("py-spy")
+
+Stack = tuple[str, ...]
+"""`file:function` of every frame of a main thread, the innermost first."""
+
+RANK_SECTIONS = (
+    ("snapshot", "dit_scale/train/saver.py:take"),
+    ("waiting for the last save", "dit_scale/train/saver.py:wait"),
+    ("beginning a save", "dit_scale/train/session.py:save"),
+    ("following a save", "dit_scale/train/session.py:follow_save"),
+    ("log", "dit_scale/train/session.py:log"),
+    ("data wait", "dit_scale/data/loader.py:__next__"),
+    ("forward", "dit_scale/train/objective.py:loss_sums"),
+    ("reduce", "dit_scale/train/engine.py:backward", "torch/distributed/distributed_c10d.py:"),
+    ("backward", "dit_scale/train/engine.py:backward"),
+    ("sum of the losses", "dit_scale/dist.py:sum"),
+    ("optimizer", "dit_scale/train/engine.py:step"),
+    ("EMA", "dit_scale/train/ema.py:update"),
+    ("vote", "dit_scale/dist.py:begin_any"),
+    ("vote", "dit_scale/dist.py:result"),
+    ("vote", "dit_scale/train/saver.py:flags"),
+    ("restore", "dit_scale/train/run.py:find_checkpoint"),
+    ("restore", "dit_scale/train/session.py:_go_on_from"),
+    ("start", "dit_scale/train/session.py:__init__"),
+    ("start", "dit_scale/train/session.py:begin"),
+    ("start", "dit_scale/dist.py:start"),
+    ("start", "dit_scale/train/determinism.py:pin"),
+    ("leaving", "dit_scale/data/loader.py:close"),
+    ("leaving", "dit_scale/train/saver.py:close"),
+    ("leaving", "dit_scale/dist.py:stop"),
+    ("between these", "dit_scale/train/loop.py:train"),
+    ("start", "tests/dist/processes.py:_rank"),
+    ("start", "multiprocessing/forkserver.py:"),
+)
+"""Section, and the frames that a rank has on its stack there; the first one that fits counts.
+
+`file:` stands for any function of the file.
+"""
+
+WRITER_SECTIONS = (
+    ("retention", "dit_scale/train/retention.py:prune"),
+    ("committing", "dit_scale/train/writer.py:commit"),
+    ("reading again", "dit_scale/train/rankfile.py:verify"),
+    ("writing", "dit_scale/train/writer.py:write"),
+    ("idle", "dit_scale/train/writer.py:serve"),
+    ("starting", ""),
+)
+"""The same for a writer."""
+
+UNKNOWN = "unknown"
+"""Of a stack that could not be read."""
+SECTIONS = (
+    *dict.fromkeys(section for section, *_ in RANK_SECTIONS),
+    *(f"writer: {section}" for section, *_ in WRITER_SECTIONS),
+    UNKNOWN,
+    f"writer: {UNKNOWN}",
+)
+"""All that a victim can stand in."""
+AT_WORK = {"retention", "committing", "reading again", "writing"}
+"""Sections of a writer that are part of a save."""
+IN_SAVE = {"snapshot", "waiting for the last save"}
+"""Sections of a rank that are part of a save."""
+
+
+def section_of(stack: Stack, sections: Iterable[tuple[str, ...]]) -> str:
+    """The first section of which every frame is on the stack."""
+    for section, *frames in sections:
+        if stack and all(any(_is_at(place, frame) for place in stack) for frame in frames):
+            return section
+    return UNKNOWN
+
+
+def read_stacks(process_ids: Iterable[int]) -> dict[int, Stack]:
+    """The stack of the main thread of each process; empty where py-spy could not read it."""
+    readers = {
+        number: subprocess.Popen(_dump(number), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for number in process_ids
+    }
+    return {number: _main_thread(number, reader.communicate()[0]) for number, reader in readers.items()}
+
+
+def why_not() -> str:
+    """Why stacks cannot be read here; empty when they can."""
+    if not PY_SPY.exists():
+        return f"no py-spy beside {sys.executable}: pip install py-spy"
+    tried = subprocess.run(_dump(os.getpid()), capture_output=True, text=True)
+    if tried.returncode:
+        return f"py-spy may not read another process (root may, and CAP_SYS_PTRACE): {tried.stderr}"
+    return ""
+
+
+def _is_at(place: str, frame: str) -> bool:
+    return place.endswith(frame) or (frame.endswith(":") and frame in place)
+
+
+def _dump(process_id: int) -> list[str]:
+    # py-spy would stop the process by itself and trips over one that is stopped already.
+    return [str(PY_SPY), "dump", "--nonblocking", "--json", "--full-filenames", "--pid", str(process_id)]
+
+
+def _main_thread(process_id: int, dump: bytes) -> Stack:
+    for thread in json.loads(dump or "[]"):
+        if thread["os_thread_id"] == process_id:
+            return tuple(f"{frame['filename']}:{_plain(frame['name'])}" for frame in thread["frames"])
+    return ()
+
+
+def _plain(name: str) -> str:
+    """Without the class or function around it."""
+    return name.rpartition(".")[2]
