@@ -101,10 +101,13 @@ def open_sinks(folder: Path, config: TrainConfig, resume_step: int) -> list[Sink
 
 
 class Journal:
-    """events.jsonl: what happened to the run, append-only."""
+    """events.jsonl: what happened to the run, append-only; the half line of a killed writer is cut off."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", buffering=1)
+        whole_bytes = path.read_bytes().rfind(b"\n") + 1
+        if whole_bytes < path.stat().st_size:
+            self._file.truncate(whole_bytes)
 
     def write(self, event: str, **details: Any) -> None:
         self._file.write(json.dumps({"time_s": time.time(), "event": event, **details}) + "\n")

@@ -122,3 +122,14 @@ def test_the_journal_only_grows(tmp_path: Path) -> None:
     times = [event.pop("time_s") for event in events]
     assert times == sorted(times)
     assert events == [{"step": 3, "name": "x"}] * 2
+
+
+def test_half_a_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    for torn in ('{"event": "sta', ""):
+        path.write_text('{"event": "first"}\n' + torn)
+        journal = Journal(path)
+        journal.write("second")
+        journal.close()
+        lines = path.read_text().splitlines()
+        assert [json.loads(line)["event"] for line in lines] == ["first", "second"]
