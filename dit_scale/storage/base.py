@@ -11,6 +11,10 @@ class MissingKeyError(StorageError):
     """There is nothing under this key."""
 
 
+class UnavailableError(StorageError):
+    """The storage gave no answer, or none that tells what is there."""
+
+
 class Storage(ABC):
     """A flat space of immutable-by-habit objects; every method raises StorageError."""
 

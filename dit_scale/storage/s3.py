@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import dit_scale.storage.transfer as transfer
 from dit_scale.errors import StorageError
-from dit_scale.storage.base import MissingKeyError, Storage, check_key, whole
+from dit_scale.storage.base import MissingKeyError, Storage, UnavailableError, check_key, whole
 from dit_scale.storage.transfer import BrokenError, Watch
 
 ATTEMPTS = 20
@@ -262,18 +262,18 @@ class S3Storage(Storage):
         from botocore import exceptions
 
         if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
-            return StorageError(
+            return UnavailableError(
                 f"{where}: no complete S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                 "AWS_PROFILE, or run where a role is attached"
             )
         if isinstance(error, exceptions.EndpointConnectionError | exceptions.ConnectTimeoutError):
-            return StorageError(
+            return UnavailableError(
                 f"{where}: no answer from the S3 server; check AWS_ENDPOINT_URL and the network"
             )
         if isinstance(error, BrokenError):
-            return StorageError(f"{where}: {error}")
+            return UnavailableError(f"{where}: {error}")
         if not isinstance(error, exceptions.ClientError):
-            return StorageError(f"{where}: {type(error).__name__}: {error}")
+            return UnavailableError(f"{where}: {type(error).__name__}: {error}")
         code = _code(error)
         if code in _MISSING_CODES:
             return MissingKeyError(f"{where}: there is nothing")
@@ -286,7 +286,8 @@ class S3Storage(Storage):
             "InvalidAccessKeyId": "the server does not know the access key",
             "ExpiredToken": "the session token has expired; fetch new credentials",
         }.get(code, error.response["Error"].get("Message", ""))
-        return StorageError(f"{where}: {code}: {advice}")
+        kind = StorageError if code == "InvalidRange" else UnavailableError
+        return kind(f"{where}: {code}: {advice}")
 
 
 def _body(data: bytes | bytearray, watch: Watch) -> bytes | transfer.WatchedBody:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dit_scale.errors import CheckpointError, StorageError
-from dit_scale.storage import Storage
+from dit_scale.storage import Storage, UnavailableError
 
 FORMAT = "dit-scale checkpoint"
 FORMAT_VERSION = 2
@@ -122,6 +122,8 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
                 f"this program reads {FORMAT} version {FORMAT_VERSION}"
             )
         return Manifest.model_validate(tree)
+    except UnavailableError:
+        raise
     except (ValidationError, StorageError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from None
 

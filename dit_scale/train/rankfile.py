@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_scale.errors import CheckpointError, StorageError
-from dit_scale.storage import Storage
+from dit_scale.storage import Storage, UnavailableError
 from dit_scale.train.manifest import FileRecord
 
 BLOCK_BYTES = 4 * 2**20
@@ -90,6 +90,8 @@ def open_file(storage: Storage, folder: str, file: FileRecord) -> tuple[StoredPi
             lambda data: hashlib.sha256(data).hexdigest() != file.header_sha256,
             lambda: storage.read_range(key, 0, file.header_bytes),
         )
+    except UnavailableError:
+        raise
     except StorageError as error:
         raise CheckpointError(str(error)) from None
     if hashlib.sha256(header).hexdigest() != file.header_sha256:
@@ -107,6 +109,8 @@ def read(storage: Storage, key: str, piece: StoredPiece, start: int, length: int
             lambda data: bool(_bad_blocks(data, crcs)),
             lambda: storage.read_range(key, piece.offset + begin, end - begin),
         )
+    except UnavailableError:
+        raise
     except StorageError as error:
         raise CheckpointError(f"{piece.kind} of {piece.parameter}: {error}") from None
     for number in _bad_blocks(data, crcs):

@@ -19,7 +19,7 @@ from dit_scale.config import TrainConfig, load
 from dit_scale.data.shards import INFO_KEY, LatentDataset
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, ConfigError
-from dit_scale.storage import Storage, open_storage
+from dit_scale.storage import Storage, UnavailableError, open_storage
 from dit_scale.train import attempts
 from dit_scale.train.attempts import Ranges
 from dit_scale.train.checkpoint import Checkpoint
@@ -134,14 +134,15 @@ def find_checkpoint(
     """Fill in the newest checkpoint that all ranks can read; None when the run has none.
 
     A damaged one is named and passed over, and so is one beyond `at_most_step`. Raises ConfigError when
-    the run belongs to another configuration or data set, CheckpointError when none can be read.
+    the run belongs to another configuration or data set, CheckpointError when all are damaged, and
+    UnavailableError when the storage does not answer: nothing is passed over for that.
     """
     root = root_of(config)
     paths = world.first_says(lambda: attempts.committed(root))
     if at_most_step is not None:
         paths = [path for path in paths if step_and_attempt(path)[0] <= at_most_step]
     for path in paths:
-        problem, digest = "", ""
+        problem, digest, unavailable = "", "", False
         try:
             checkpoint = Checkpoint(root, path)
             digest = hashlib.sha256(checkpoint.manifest.model_dump_json().encode()).hexdigest()
@@ -149,9 +150,13 @@ def find_checkpoint(
             fill(checkpoint)
         except CheckpointError as error:
             problem = str(error)
-        answers = world.gather((problem, digest))
-        problems = [text for text, _ in answers if text]
-        if not problems and len({digest for _, digest in answers}) > 1:
+        except UnavailableError as error:
+            problem, unavailable = str(error), True
+        answers = world.gather((problem, digest, unavailable))
+        if gone := [text for text, _, unavailable in answers if unavailable]:
+            raise UnavailableError(f"checkpoint {path} may be whole, but is not to be had: {gone[0]}")
+        problems = [text for text, _, _ in answers if text]
+        if not problems and len({digest for _, digest, _ in answers}) > 1:
             problems = ["its manifest is not the same on all ranks"]
         if not problems:
             return checkpoint
