@@ -10,6 +10,9 @@ from pathlib import Path
 from dit_scale.errors import StorageError
 from dit_scale.storage.base import MissingKeyError, Storage, check_key, whole
 
+_WINDOW_BYTES = 256 * 2**20
+"""The end of a growing file whose pages leave memory as soon as the device has them: each look walks them."""
+
 
 class DiskStorage(Storage):
     """A folder on a local or shared file system."""
@@ -108,8 +111,12 @@ class DiskStorage(Storage):
         try:
             descriptor = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
+                size = 0
                 for chunk in chunks:
                     _write_all(descriptor, chunk)
+                    size += len(chunk)
+                    # The device begins now and not at the sync; the pages that it has are used again.
+                    os.posix_fadvise(descriptor, max(0, size - _WINDOW_BYTES), 0, os.POSIX_FADV_DONTNEED)
                 os.fsync(descriptor)
                 # Whoever reads it back sees what the device holds, and it takes no memory from others.
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

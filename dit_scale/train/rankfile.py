@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import google_crc32c
 import numpy as np
@@ -27,6 +28,7 @@ READS = 4
 _LENGTH_BYTES = 8
 
 Bytes = NDArray[np.uint8]
+Fault = TypeVar("Fault", bool, list[int])
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def open_file(storage: Storage, folder: str, file: FileRecord) -> tuple[StoredPi
         size = storage.size(key)
         if size != file.bytes:
             raise CheckpointError(f"{where}: expected {file.bytes} bytes, got {size}")
-        header = _read_again_if(
+        header, damaged = _read_again_if(
             lambda data: hashlib.sha256(data).hexdigest() != file.header_sha256,
             lambda: storage.read_range(key, 0, file.header_bytes),
         )
@@ -94,7 +96,7 @@ def open_file(storage: Storage, folder: str, file: FileRecord) -> tuple[StoredPi
         raise
     except StorageError as error:
         raise CheckpointError(str(error)) from None
-    if hashlib.sha256(header).hexdigest() != file.header_sha256:
+    if damaged:
         raise CheckpointError(f"{where}: its header is damaged (SHA-256)")
     return tuple(_pieces(header))
 
@@ -105,15 +107,15 @@ def read(storage: Storage, key: str, piece: StoredPiece, start: int, length: int
     begin, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, piece.bytes)
     crcs = piece.crc32c[first : last + 1]
     try:
-        data = _read_again_if(
-            lambda data: bool(_bad_blocks(data, crcs)),
+        data, bad = _read_again_if(
+            lambda data: _bad_blocks(data, crcs),
             lambda: storage.read_range(key, piece.offset + begin, end - begin),
         )
     except UnavailableError:
         raise
     except StorageError as error:
         raise CheckpointError(f"{piece.kind} of {piece.parameter}: {error}") from None
-    for number in _bad_blocks(data, crcs):
+    for number in bad:
         low = piece.start + (first + number) * BLOCK_BYTES // 4
         raise CheckpointError(
             f"{storage.url}/{key}: {piece.kind} of {piece.parameter} is damaged "
@@ -135,13 +137,14 @@ def blocks(data: Bytes) -> Iterator[Bytes]:
     return (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
 
 
-def _read_again_if(wrong: Callable[[bytes], bool], get: Callable[[], bytes]) -> bytes:
-    """What a storage holds, asked for up to READS times while it is wrong."""
+def _read_again_if(fault_of: Callable[[bytes], Fault], get: Callable[[], bytes]) -> tuple[bytes, Fault]:
+    """What a storage holds, and its fault; asked for up to READS times while there is one."""
     for _ in range(READS):
         data = get()
-        if not wrong(data):
+        fault = fault_of(data)
+        if not fault:
             break
-    return data
+    return data, fault
 
 
 def _bad_blocks(data: bytes, crcs: Sequence[int]) -> list[int]:
