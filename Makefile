@@ -16,7 +16,7 @@ help:
 	@echo "make test-quick  the unit, property and golden tests alone (about 2 minutes)"
 	@echo "make chaos       kill a training run 200 times at random (about 15 minutes)"
 	@echo "make check       ruff and mypy"
-	@echo "make bench       a small benchmark of the training step"
+	@echo "make bench       the benchmarks of training, saving and loading, in small (about a minute)"
 	@echo "make clean       remove the virtual environment and the demo's run"
 
 $(VENV)/ready: constraints.txt pyproject.toml
@@ -50,6 +50,8 @@ chaos: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/train_step.py --smoke
+	$(BIN)/python benchmarks/save.py --smoke
+	$(BIN)/python benchmarks/loader.py --smoke
 
 clean:
 	rm -rf $(VENV) runs/demo

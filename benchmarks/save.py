@@ -1,0 +1,388 @@
+"""What saving costs and how fast resuming is: the stall of the loop, write speed beside dd, state filled in.
+
+    python benchmarks/save.py --folder /where/checkpoints/go
+    python benchmarks/save.py --smoke
+
+One process trains a real run on random latents, saves it and resumes it; the state is fp32: masters, both
+moments, one moving average. Figures are medians over the rounds, and what is compared takes turns.
+
+- `stall`: the copy of the state into memory shared with the writer, for which the loop stops, beside a
+  copy of the same buffers into plain memory that was touched before (on CUDA: pinned).
+- `step`: a turn of the training loop without a save, one with the begin of a save, and those until the
+  loop knows of its commit. On a CPU the writer and the step compete for cores and memory. The device is
+  waited for after each turn, which training itself does not do.
+- `write`: a rank's file from checksums to fsync, as the writer puts it, beside
+  `dd bs=4M conv=fsync` of the same memory into the same folder, each after a `sync`. `verified` is the
+  time until every byte was read again.
+- `resume`: a new process, its imports done except DeepSpeed's, until the first micro-batch. Nothing
+  of checkpoint and data is in the system's page cache.
+- `fill`: a checkpoint opened, read, verified and copied into the buffers of its owners, from the
+  device or from the page cache; at a world of 3 the shares of its ranks one after the other.
+"""
+
+import argparse
+import json
+import mmap
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+# Found also where the package is not installed; as a script, Python looks beside this file only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from dit_scale import dist
+from dit_scale.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, ModelConfig, TrainConfig
+from dit_scale.storage import Storage, open_storage
+from dit_scale.train import attempts, checkpoint, determinism, rankfile
+from dit_scale.train.checkpoint import Checkpoint
+from dit_scale.train.engine import Extent, Partition
+from dit_scale.train.rankfile import Piece
+from dit_scale.train.saver import Snapshot
+from dit_scale.train.session import Session
+from tests.latents import write_latents
+
+WARMUP_STEPS = 3
+STEPS_BETWEEN_SAVES = 3
+OTHER_WORLD = 3
+FILLS = ((1, False), (1, True), (OTHER_WORLD, True))
+"""World size of the reader, and whether the checkpoint lies in the page cache."""
+NEVER = 10**6
+"""Steps: saves and log points come when they are asked for."""
+PACKAGES = ("dit-scale", "torch", "deepspeed", "numpy", "google-crc32c")
+SMOKE = {"model": "DiT-Ti/2", "image_size": 32, "micro_batch": 2, "rounds": 1, "device": "cpu"}
+
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure everything, print a line each."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.smoke:
+        parser.set_defaults(**SMOKE)
+        args = parser.parse_args(argv)
+    if args.folder and not args.folder.is_dir():
+        parser.error(f"--folder {args.folder}: expected a folder")
+    settings = {
+        "model": args.model,
+        "image_size": args.image_size,
+        "micro_batch": args.micro_batch,
+        "rounds": args.rounds,
+        "versions": _versions(),
+    }
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for row in measure(Path(folder), args):
+            print(json.dumps(settings | row) if args.json else _text(row), flush=True)
+    if not args.json:
+        print(row["device"], *(f"{name} {version}" for name, version in settings["versions"].items()))
+    return 0
+
+
+def measure(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
+    """All rows: those of a process that trains, then those of the processes that resume its run."""
+    config = _config(folder, args)
+    write_latents(config.data.url, 16 * args.micro_batch, args.image_size, config.model.num_classes)
+    with _process() as process:
+        rows = process.submit(saving, config, folder, args.rounds).result()
+    yield from rows
+    shared = {key: rows[0][key] for key in ("device", "state_bytes")}
+    times = []
+    for _ in range(args.rounds):
+        with _process() as process:
+            times.append(process.submit(resuming, config).result())
+    built_s, filled_s, first_batch_s, *fills_s = (median(column) for column in zip(*times, strict=True))
+    resume = {"built_s": built_s, "filled_s": filled_s, "first_batch_s": first_batch_s}
+    yield {"what": "resume", **resume, **shared}
+    for (world, cached), fill_s in zip(FILLS, fills_s, strict=True):
+        speed = {"fill_s": fill_s, "bytes_per_s": shared["state_bytes"] / fill_s}
+        yield {"what": "fill", "world": world, "cached": cached, **speed, **shared}
+
+
+def saving(config: TrainConfig, folder: Path, rounds: int) -> list[Row]:
+    """Train and save in this process; the newest checkpoint stays. The rows `stall`, `step` and `write`."""
+    determinism.pin(config.engine)
+    world = dist.start(config.engine)
+    with ExitStack() as stack:
+        stack.callback(dist.stop)
+        run = Session(config, world, stack)
+        run.begin()
+        for _ in range(WARMUP_STEPS):
+            turn(run)
+        shared = {"device": _device_name(world.device), "state_bytes": run.saver.snapshot.bytes}
+        rows = [
+            stall(run.saver.snapshot, run.step.engine.owned, rounds),
+            step(run, rounds),
+            write(run.saver.snapshot, open_storage(folder / "write"), folder / "dd", rounds),
+        ]
+    return [row | shared for row in rows]
+
+
+def stall(snapshot: Snapshot, owned: Iterable[Partition], rounds: int) -> Row:
+    """The copy that a save stops for, beside a plain one."""
+    buffers = [buffer.detach().flatten() for partition in owned for buffer in partition.buffers.values()]
+    plain = [torch.empty(b.shape, dtype=b.dtype, pin_memory=b.is_cuda).zero_() for b in buffers]
+
+    def copy() -> None:
+        for host, buffer in zip(plain, buffers, strict=True):
+            host.copy_(buffer, non_blocking=True)
+        _wait(buffers[0].device)
+
+    times = [(_seconds(snapshot.take), _seconds(copy)) for _ in range(1 + rounds)]
+    take_s, copy_s = (median(column) for column in zip(*times[1:], strict=True))
+    return {
+        "what": "stall",
+        "take_s": take_s,
+        "take_bytes_per_s": snapshot.bytes / take_s,
+        "copy_s": copy_s,
+        "copy_bytes_per_s": snapshot.bytes / copy_s,
+    }
+
+
+def step(run: Session, rounds: int) -> Row:
+    """Turns of the loop without a save, with one that begins, and with one in flight."""
+    seconds: dict[str, list[float]] = {
+        name: [] for name in ("quiet", "beginning", "save", "writing", "committed")
+    }
+    for _ in range(rounds):
+        seconds["quiet"] += [_seconds(lambda: turn(run)) for _ in range(STEPS_BETWEEN_SAVES)]
+        turn_s, save_s = _seconds(lambda: turn(run)), _seconds(run.save)
+        seconds["beginning"].append(turn_s + save_s)
+        seconds["save"].append(save_s)
+        writing = []
+        while run.saver.in_flight:
+            writing.append(_seconds(lambda: turn(run)))
+        seconds["writing"] += writing
+        seconds["committed"].append(save_s + sum(writing))
+    return {
+        "what": "step",
+        **{f"{name}_s": median(values) for name, values in seconds.items()},
+        "steps_writing": len(seconds["writing"]) / rounds,
+    }
+
+
+def turn(run: Session) -> None:
+    """One turn of the training loop, as `dit_scale.train.loop` has it between two saves and log points."""
+    vote = run.world.begin_any(*run.saver.flags())
+    row = run.step.take(run.loader, run.state.step)
+    run.state.step += 1
+    run.meters.add(row)
+    run.follow_save(*vote.result())
+    _wait(run.world.device)
+
+
+def write(snapshot: Snapshot, storage: Storage, dd_file: Path, rounds: int) -> Row:
+    """A rank's file from the snapshot, beside dd."""
+    memory = np.frombuffer(mmap.mmap(snapshot.file, snapshot.bytes), np.uint8)
+    pieces = [
+        (
+            Piece(s.kind, s.parameter, s.start, s.length),
+            memory[s.memory_offset : s.memory_offset + 4 * s.length],
+        )
+        for s in snapshot.sources
+    ]
+    dd = ["dd", f"if=/dev/fd/{snapshot.file}", f"of={dd_file}", "bs=4M", "conv=fsync", "status=none"]
+    key = f"checkpoint/{rankfile.name_of_rank(0)}"
+    times = []
+    for _ in range(rounds):
+        os.sync()
+        dd_s = _seconds(lambda: subprocess.run(dd, pass_fds=[snapshot.file], check=True))
+        dd_file.unlink()
+        os.sync()
+        begin = time.perf_counter()
+        record = rankfile.write(storage, key, pieces)
+        write_s = time.perf_counter() - begin
+        rankfile.verify(storage, "checkpoint", record)
+        times.append((dd_s, write_s, time.perf_counter() - begin))
+        storage.delete(key)
+    dd_s, write_s, verified_s = (median(column) for column in zip(*times, strict=True))
+    return {
+        "what": "write",
+        "write_s": write_s,
+        "write_bytes_per_s": snapshot.bytes / write_s,
+        "dd_s": dd_s,
+        "dd_bytes_per_s": snapshot.bytes / dd_s,
+        "ratio": dd_s / write_s,
+        "verified_s": verified_s,
+    }
+
+
+def resuming(config: TrainConfig) -> tuple[float, ...]:
+    """Seconds for what it takes to run (built, filled in, first micro-batch), then for three ways to fill."""
+    root = Path(config.run)
+    _drop_cached(root, Path(config.data.url))
+    determinism.pin(config.engine)
+    marks = [time.perf_counter()]
+    with ExitStack() as stack:
+        world = dist.start(config.engine)
+        stack.callback(dist.stop)
+        run = Session(config, world, stack)
+        marks.append(time.perf_counter())
+        run.begin()
+        _wait(world.device)
+        marks.append(time.perf_counter())
+        next(run.loader)
+        marks.append(time.perf_counter())
+        owned = run.step.engine.owned
+        _drop_cached(root)
+        cold, cached = (_seconds(partial(fill, root, owned)) for _ in range(2))
+        other_world = 0.0
+        for rank in range(OTHER_WORLD):
+            other_world += _seconds(partial(fill, root, share_of(owned, rank, OTHER_WORLD)))
+    built_s, filled_s, first_batch_s = (b - a for a, b in pairwise(marks))
+    return built_s, filled_s, first_batch_s, cold, cached, other_world
+
+
+def fill(root: Path, owned: Sequence[Partition]) -> None:
+    """Fill in the newest checkpoint of a run."""
+    storage = open_storage(root)
+    found = Checkpoint(storage, attempts.committed(storage)[0])
+    checkpoint.fill(owned, owned[0].buffers, found.read)
+    _wait(next(iter(owned[0].buffers.values())).device)
+
+
+def share_of(owned: Iterable[Partition], rank: int, world: int) -> tuple[Partition, ...]:
+    """What a rank would own of this state in another world: an equal run of each flat buffer."""
+    shares = []
+    for partition in owned:
+        kinds, whole = tuple(partition.buffers), next(iter(partition.buffers.values()))
+        length = -(-whole.numel() // world)
+        begin = rank * length
+        extents = []
+        for e in partition.extents:
+            low, high = max(begin, e.offset), min(begin + length, e.offset + e.length)
+            if low < high:
+                extents.append(Extent(e.parameter, e.start + low - e.offset, high - low, low - begin))
+        buffers = {kind: torch.empty(length, device=whole.device).zero_() for kind in kinds}
+        shares.append(Partition(buffers, tuple(extents)))
+    return tuple(shares)
+
+
+def _drop_cached(*folders: Path) -> None:
+    """Take these files, which were synced, out of the page cache."""
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _process() -> Iterator[ProcessPoolExecutor]:
+    """A new process: DeepSpeed does not start twice in one."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_print_to_stderr) as pool:
+        yield pool
+
+
+def _print_to_stderr() -> None:
+    """Standard output is for rows; libraries print to it as well."""
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+
+def _config(folder: Path, args: argparse.Namespace) -> TrainConfig:
+    return TrainConfig(
+        run=str(folder / "run"),
+        steps=NEVER,
+        global_batch=args.micro_batch,
+        model=ModelConfig(name=args.model, image_size=args.image_size),
+        data=DataConfig(url=str(folder / "latents")),
+        engine=EngineConfig(micro_batch=args.micro_batch, device=args.device),
+        checkpoint=CheckpointConfig(every_steps=NEVER, keep=1),
+        log=LogConfig(every_steps=NEVER),
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda or "none",
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _text(row: Row) -> str:
+    """A row for people."""
+    ms = {key: f"{value * 1e3:,.0f} ms" for key, value in row.items() if key.endswith("_s")}
+    gb = {key: f"{value / 1e9:.2f} GB" for key, value in row.items() if "bytes" in key}
+    match row["what"]:
+        case "stall":
+            return (
+                f"stall   {ms['take_s']} for {gb['state_bytes']}, {gb['take_bytes_per_s']}/s; "
+                f"a plain copy {ms['copy_s']}, {gb['copy_bytes_per_s']}/s"
+            )
+        case "step":
+            return (
+                f"step    {ms['quiet_s']}; {ms['beginning_s']} with the begin of a save ({ms['save_s']}), "
+                f"{ms['writing_s']} in the {row['steps_writing']:.1f} steps until its commit, after "
+                f"{ms['committed_s']}"
+            )
+        case "write":
+            return (
+                f"write   {gb['write_bytes_per_s']}/s, {row['ratio']:.2f} of dd ({gb['dd_bytes_per_s']}/s); "
+                f"{ms['write_s']}, verified after {ms['verified_s']}"
+            )
+        case "resume":
+            return (
+                f"resume  {ms['built_s']} for model, engine and writer, {ms['filled_s']} for the state, "
+                f"{ms['first_batch_s']} for the first batch"
+            )
+    source = "the page cache" if row["cached"] else "the device"
+    return f"fill    world {row['world']}, from {source}: {ms['fill_s']}, {gb['bytes_per_s']}/s"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", default="DiT-B/2", help="default DiT-B/2: 2.09 GB of state")
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--micro-batch", type=int, default=1, help="images per step (default 1)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="on the device to measure; two states must fit (default: of temporary files)",
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on a CPU: does it run?")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
