@@ -47,13 +47,14 @@ import numpy as np
 import torch
 
 from dit_scale import dist
+from dit_scale.checkpoint import attempts, rankfile, reader
+from dit_scale.checkpoint.partition import Extent, Partition
+from dit_scale.checkpoint.rankfile import Piece
+from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.saver import Snapshot
 from dit_scale.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, ModelConfig, TrainConfig
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train import attempts, checkpoint, determinism, rankfile
-from dit_scale.train.checkpoint import Checkpoint
-from dit_scale.train.engine import Extent, Partition
-from dit_scale.train.rankfile import Piece
-from dit_scale.train.saver import Snapshot
+from dit_scale.train import determinism
 from dit_scale.train.session import Session
 from tests.latents import write_latents
 
@@ -252,7 +253,7 @@ def fill(root: Path, owned: Sequence[Partition]) -> None:
     """Fill in the newest checkpoint of a run."""
     storage = open_storage(root)
     found = Checkpoint(storage, attempts.committed(storage)[0])
-    checkpoint.fill(owned, owned[0].buffers, found.read)
+    reader.fill(owned, owned[0].buffers, found.read)
     _wait(next(iter(owned[0].buffers.values())).device)
 
 

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from dit_scale import weights
+from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, is_name
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import ModelConfig
 from dit_scale.errors import CheckpointError, WeightsError
 from dit_scale.models import dit
@@ -22,10 +25,7 @@ from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.models.zoo import shape_of
 from dit_scale.storage import Storage, open_storage
 from dit_scale.train import posthoc
-from dit_scale.train.attempts import committed
-from dit_scale.train.checkpoint import Checkpoint
 from dit_scale.train.ema import ema_kind
-from dit_scale.train.manifest import CHECKPOINTS, EMA, MANIFEST, is_name
 from dit_scale.train.posthoc import Profile
 from dit_scale.train.run import root_of_folder
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from dit_scale.checkpoint import rankfile
+from dit_scale.checkpoint.manifest import Manifest, step_and_attempt
+from dit_scale.checkpoint.partition import Partition
+from dit_scale.checkpoint.rankfile import Bytes, Piece
+from dit_scale.checkpoint.writer import put_manifest
 from dit_scale.config import TrainConfig
 from dit_scale.storage import Storage
-from dit_scale.train import rankfile
-from dit_scale.train.engine import Partition
-from dit_scale.train.manifest import Manifest, step_and_attempt
-from dit_scale.train.rankfile import Bytes, Piece
-from dit_scale.train.writer import put_manifest
 
 Ranks = Sequence[Iterable[Partition]]
 """What each rank owns."""

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from dit_scale import vae_files
+from dit_scale.checkpoint.manifest import CHECKPOINTS, name_of
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
 from dit_scale.config import TrainConfig, dump
 from dit_scale.models import dit
 from dit_scale.storage import open_storage
 from dit_scale.train.ema import ema_kind
-from dit_scale.train.engine import OPTIMIZER_KINDS, Extent, Partition
-from dit_scale.train.manifest import CHECKPOINTS, name_of
 from tests import checkpoints
 
 STEP, ATTEMPT = 40, 1

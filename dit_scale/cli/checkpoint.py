@@ -51,9 +51,9 @@ Says which would go; deletes them with --yes, after the newest was verified.""",
 def _list(args: argparse.Namespace) -> int:
     import json
 
+    from dit_scale.checkpoint.attempts import committed
+    from dit_scale.checkpoint.reader import Checkpoint
     from dit_scale.errors import CheckpointError
-    from dit_scale.train.attempts import committed
-    from dit_scale.train.checkpoint import Checkpoint
     from dit_scale.train.run import root_of_folder
 
     root = root_of_folder(args.run)
@@ -81,11 +81,11 @@ def _verify(args: argparse.Namespace) -> int:
     from functools import partial
     from pathlib import Path
 
+    from dit_scale.checkpoint import attempts
+    from dit_scale.checkpoint.manifest import EMA
+    from dit_scale.checkpoint.reader import Checkpoint
     from dit_scale.errors import CheckpointError
     from dit_scale.sources import checkpoints_at
-    from dit_scale.train import attempts
-    from dit_scale.train.checkpoint import Checkpoint
-    from dit_scale.train.manifest import EMA
     from dit_scale.train.run import root_of_folder
 
     damaged = False
@@ -122,10 +122,10 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _keep(args: argparse.Namespace) -> int:
+    from dit_scale.checkpoint.attempts import committed
+    from dit_scale.checkpoint.manifest import CHECKPOINTS
+    from dit_scale.checkpoint.retention import TAG
     from dit_scale.errors import CheckpointError
-    from dit_scale.train.attempts import committed
-    from dit_scale.train.manifest import CHECKPOINTS
-    from dit_scale.train.retention import TAG
     from dit_scale.train.run import root_of_folder
 
     root = root_of_folder(args.run)
@@ -140,9 +140,9 @@ def _keep(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
+    from dit_scale.checkpoint import attempts, retention
+    from dit_scale.checkpoint.reader import Checkpoint
     from dit_scale.errors import CheckpointError
-    from dit_scale.train import attempts, retention
-    from dit_scale.train.checkpoint import Checkpoint
     from dit_scale.train.run import config_of_folder, root_of_folder
 
     config, root = config_of_folder(args.run).checkpoint, root_of_folder(args.run)

@@ -9,8 +9,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.config import EmaProfile
-from dit_scale.train.engine import MASTER, Partition
 
 
 def ema_kind(profile: str) -> str:

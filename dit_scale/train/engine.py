@@ -2,8 +2,8 @@
 
 Set here because DeepSpeed's defaults would hurt: no clipping unless asked for (it clips at 1.0),
 gradients summed and reduced in fp32 (it uses the weights' type), no overflow reads, overlapped
-reduction in smaller buckets. `Partition` and `Extent` are the world-size free view of ZeRO's flat
-buffers, on which EMA and checkpoints are built.
+reduction in smaller buckets. `Engine.owned` is the world-size free view of ZeRO's flat buffers, on which
+EMA and checkpoints are built.
 
 At ZeRO-1 with bf16 weights and fp32 gradient sums DeepSpeed uses its BF16_Optimizer, otherwise the
 optimizer of the stage; the three are told apart in `_partitions` alone.
@@ -13,42 +13,19 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, Extent, Partition
 from dit_scale.config import EngineConfig, OptimizerConfig
 from dit_scale.data.plan import BatchPlan
 from dit_scale.dist import World
 from dit_scale.train.optim import build_optimizer, gate
 
-MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
-OPTIMIZER_KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
-
 Judge = Callable[[Tensor], Tensor]
 """Global gradient norm => 1.0 when the step must not move the weights, else 0.0; fp32 () on the device."""
-
-
-@dataclass(frozen=True)
-class Extent:
-    """A run of elements of one flattened parameter, and where it lies in a partition's flat buffers."""
-
-    parameter: str
-    start: int
-    """First element within the flattened parameter."""
-    length: int
-    offset: int
-    """First element within the flat buffers."""
-
-
-@dataclass(frozen=True)
-class Partition:
-    """What this rank owns of one optimizer group: flat fp32 buffers of the same layout, by kind."""
-
-    buffers: dict[str, Tensor]
-    extents: tuple[Extent, ...]
 
 
 class Engine:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint.attempts import Attempt
+from dit_scale.checkpoint.manifest import read_manifest, step_and_attempt
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import Storage
 from dit_scale.telemetry.meters import COLUMNS, Row
-from dit_scale.train import attempts
-from dit_scale.train.attempts import Attempt
-from dit_scale.train.manifest import read_manifest, step_and_attempt
 from dit_scale.train.run import root_of
 
 Line = dict[str, Any]

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_scale import dist
+from dit_scale.checkpoint import reader
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Batch, Loader
 from dit_scale.data.order import positions_of
@@ -21,9 +24,7 @@ from dit_scale.dist import World
 from dit_scale.models.zoo import shape_of
 from dit_scale.telemetry.meters import COLUMNS, Meters, Row
 from dit_scale.telemetry.progress import StatusLine
-from dit_scale.train import checkpoint, determinism
-from dit_scale.train.checkpoint import Checkpoint
-from dit_scale.train.engine import OPTIMIZER_KINDS
+from dit_scale.train import determinism
 from dit_scale.train.history import Past, past_of
 from dit_scale.train.memory import micro_batch_for
 from dit_scale.train.objective import SampleLosses, drop_labels
@@ -140,7 +141,7 @@ def _fill(
     """Stand at the newest checkpoint on the way to the step; None for the start of the run."""
 
     def fill(found: Checkpoint) -> None:
-        checkpoint.fill(training.engine.owned, OPTIMIZER_KINDS, found.read)
+        reader.fill(training.engine.owned, OPTIMIZER_KINDS, found.read)
 
     found = find_checkpoint(config, data_digest(dataset), world, fill, say, past.at_most_step)
     if found is None:

@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint.attempts import Ranges
+from dit_scale.checkpoint.manifest import Manifest, step_and_attempt
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig, load
 from dit_scale.data.shards import INFO_KEY, LatentDataset
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import Storage, UnavailableError, open_storage
-from dit_scale.train import attempts
-from dit_scale.train.attempts import Ranges
-from dit_scale.train.checkpoint import Checkpoint
 from dit_scale.train.ema import ema_kind
-from dit_scale.train.manifest import Manifest, step_and_attempt
 
 Say = Callable[[str], None]
 

@@ -12,6 +12,12 @@ import numpy as np
 import torch
 
 from dit_scale import __version__
+from dit_scale.checkpoint import attempts, reader
+from dit_scale.checkpoint.attempts import Attempt, Ranges
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, Manifest, name_of
+from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
+from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.saver import Outcome, Saver
 from dit_scale.config import TrainConfig, dump
 from dit_scale.data.loader import Loader
 from dit_scale.data.order import positions_of
@@ -25,12 +31,7 @@ from dit_scale.storage import open_storage
 from dit_scale.telemetry.meters import COLUMNS, Meters, Row
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.telemetry.sinks import Journal, Sink, open_sinks
-from dit_scale.train import attempts, checkpoint
-from dit_scale.train.attempts import Attempt, Ranges
-from dit_scale.train.checkpoint import Checkpoint
 from dit_scale.train.ema import ema_kind
-from dit_scale.train.engine import MASTER, OPTIMIZER_KINDS
-from dit_scale.train.manifest import CHECKPOINTS, EMA, Manifest, name_of
 from dit_scale.train.memory import micro_batch_for
 from dit_scale.train.run import (
     RunState,
@@ -41,7 +42,6 @@ from dit_scale.train.run import (
     restored_kinds,
     root_of,
 )
-from dit_scale.train.saver import Outcome, Saver
 from dit_scale.train.step import TrainingStep
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
@@ -228,8 +228,8 @@ class Session:
         said = list[str]()
         old, new = restored_kinds(self.config, found, said.append)
         owned = self.step.engine.owned
-        checkpoint.fill(owned, (*OPTIMIZER_KINDS, *old), found.read)
-        checkpoint.fill(owned, new, lambda _, *extent: found.read(MASTER, *extent))
+        reader.fill(owned, (*OPTIMIZER_KINDS, *old), found.read)
+        reader.fill(owned, new, lambda _, *extent: found.read(MASTER, *extent))
         notes += said
 
     def _go_on_from(self, found: Checkpoint | None) -> None:

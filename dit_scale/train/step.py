@@ -5,15 +5,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dit_scale.checkpoint import reader
+from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Batch
 from dit_scale.data.plan import BatchPlan
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.dist import World
 from dit_scale.models import dit
-from dit_scale.train import checkpoint
 from dit_scale.train.ema import Ema
-from dit_scale.train.engine import EXP_AVG, EXP_AVG_SQ, MASTER, Engine
+from dit_scale.train.engine import Engine
 from dit_scale.train.guard import Guard
 from dit_scale.train.objective import Watch, loss_sums
 from dit_scale.train.optim import learning_rate
@@ -43,7 +44,7 @@ class TrainingStep:
         model = dit.build(self._config.model, self._config.seed)
         initial = {name: p.detach().flatten() for name, p in model.named_parameters()}
         owned = self.engine.owned
-        checkpoint.fill(owned, [MASTER], lambda _, name, start, n: initial[name][start : start + n])
+        reader.fill(owned, [MASTER], lambda _, name, start, n: initial[name][start : start + n])
         for partition in owned:
             for kind in (EXP_AVG, EXP_AVG_SQ):
                 partition.buffers[kind].zero_()

@@ -256,7 +256,7 @@ def _writers(rank: int) -> list[int]:
     with suppress(FileNotFoundError, ProcessLookupError):
         children = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
         for child in children:
-            if b"dit_scale.train.writer" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"dit_scale.checkpoint.writer" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found.append(int(child))
     return found
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.manifest import EMA, step_and_attempt
 from dit_scale.config import TrainConfig
-from dit_scale.train.attempts import committed
-from dit_scale.train.manifest import EMA, step_and_attempt
 from dit_scale.train.run import root_of
 from tests.dist.runs import final_files
 

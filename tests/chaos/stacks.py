@@ -16,8 +16,8 @@ Stack = tuple[str, ...]
 """`file:function` of every frame of a main thread, the innermost first."""
 
 RANK_SECTIONS = (
-    ("snapshot", "dit_scale/train/saver.py:take"),
-    ("waiting for the last save", "dit_scale/train/saver.py:wait"),
+    ("snapshot", "dit_scale/checkpoint/saver.py:take"),
+    ("waiting for the last save", "dit_scale/checkpoint/saver.py:wait"),
     ("beginning a save", "dit_scale/train/session.py:save"),
     ("following a save", "dit_scale/train/session.py:follow_save"),
     ("log", "dit_scale/train/session.py:log"),
@@ -30,7 +30,7 @@ RANK_SECTIONS = (
     ("EMA", "dit_scale/train/ema.py:update"),
     ("vote", "dit_scale/dist.py:begin_any"),
     ("vote", "dit_scale/dist.py:result"),
-    ("vote", "dit_scale/train/saver.py:flags"),
+    ("vote", "dit_scale/checkpoint/saver.py:flags"),
     ("restore", "dit_scale/train/run.py:find_checkpoint"),
     ("restore", "dit_scale/train/session.py:_go_on_from"),
     ("start", "dit_scale/train/session.py:__init__"),
@@ -38,7 +38,7 @@ RANK_SECTIONS = (
     ("start", "dit_scale/dist.py:start"),
     ("start", "dit_scale/train/determinism.py:pin"),
     ("leaving", "dit_scale/data/loader.py:close"),
-    ("leaving", "dit_scale/train/saver.py:close"),
+    ("leaving", "dit_scale/checkpoint/saver.py:close"),
     ("leaving", "dit_scale/dist.py:stop"),
     ("between these", "dit_scale/train/loop.py:train"),
     ("start", "tests/dist/processes.py:_rank"),
@@ -50,11 +50,11 @@ RANK_SECTIONS = (
 """
 
 WRITER_SECTIONS = (
-    ("retention", "dit_scale/train/retention.py:prune"),
-    ("committing", "dit_scale/train/writer.py:commit"),
-    ("reading again", "dit_scale/train/rankfile.py:verify"),
-    ("writing", "dit_scale/train/writer.py:write"),
-    ("idle", "dit_scale/train/writer.py:serve"),
+    ("retention", "dit_scale/checkpoint/retention.py:prune"),
+    ("committing", "dit_scale/checkpoint/writer.py:commit"),
+    ("reading again", "dit_scale/checkpoint/rankfile.py:verify"),
+    ("writing", "dit_scale/checkpoint/writer.py:write"),
+    ("idle", "dit_scale/checkpoint/writer.py:serve"),
     ("starting", ""),
 )
 """The same for a writer."""

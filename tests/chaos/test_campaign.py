@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.manifest import EMA
 from dit_scale.config import TrainConfig
-from dit_scale.train.attempts import committed
-from dit_scale.train.manifest import EMA
 from dit_scale.train.run import root_of
 from tests.chaos import record, stacks
 from tests.chaos.campaign import config_of, new_stage, run_stage

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dit_scale.checkpoint import attempts, rankfile, writer
+from dit_scale.checkpoint.attempts import Attempt, committed
+from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, Manifest, name_of, step_and_attempt
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.errors import CheckpointError
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train import attempts, rankfile, writer
-from dit_scale.train.attempts import Attempt, committed
-from dit_scale.train.checkpoint import Checkpoint
-from dit_scale.train.manifest import ATTEMPTS, CHECKPOINTS, EMA, Manifest, name_of, step_and_attempt
 from tests.faults.power_loss import Disk, Tree
 from tests.faults.recorder import Call, Killed, Recorder
 

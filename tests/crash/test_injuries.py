@@ -14,17 +14,17 @@ import torch
 
 from data_pipeline.verify import verify
 from dit_scale import dist
+from dit_scale.checkpoint import attempts, rankfile
+from dit_scale.checkpoint.attempts import Attempt, committed
+from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, MANIFEST, name_of
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EngineConfig, TrainConfig
 from dit_scale.data import files, shards
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, DataError
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train import attempts, rankfile
-from dit_scale.train.attempts import Attempt, committed
-from dit_scale.train.checkpoint import Checkpoint
-from dit_scale.train.engine import OPTIMIZER_KINDS, Extent, Partition
-from dit_scale.train.manifest import ATTEMPTS, CHECKPOINTS, MANIFEST, name_of
 from dit_scale.train.run import find_checkpoint
 from tests import checkpoints
 from tests.latents import write_latents

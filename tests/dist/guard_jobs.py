@@ -16,8 +16,8 @@ from dit_scale.data.plan import batch_plan
 from dit_scale.data.shards import LatentDataset
 from dit_scale.models import dit
 from dit_scale.train import engine as engines
-from dit_scale.train.checkpoint import fill
-from dit_scale.train.engine import MASTER, OPTIMIZER_KINDS
+from dit_scale.checkpoint.reader import fill
+from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
 from dit_scale.train.step import TrainingStep
 from tests.dist import jobs
 

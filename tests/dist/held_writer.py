@@ -6,7 +6,7 @@ python -m tests.dist.held_writer FOLDER POINT NTH <options of the writer>
 import sys
 from pathlib import Path
 
-from dit_scale.train import writer
+from dit_scale.checkpoint import writer
 from tests.dist.points import WRITER_POINTS, Hold
 
 if __name__ == "__main__":

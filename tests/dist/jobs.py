@@ -16,7 +16,8 @@ from dit_scale.data.loader import read_batch
 from dit_scale.data.shards import LatentDataset
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
-from dit_scale.train import engine, loop, saver, session
+from dit_scale.checkpoint import saver
+from dit_scale.train import engine, loop, session
 from dit_scale.train.objective import loss_sums
 from tests.dist.points import Hold, held
 

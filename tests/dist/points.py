@@ -21,7 +21,8 @@ import torch
 
 from dit_scale.storage import disk
 from dit_scale.telemetry import sinks
-from dit_scale.train import attempts, retention, saver, session, writer
+from dit_scale.checkpoint import attempts, retention, saver, writer
+from dit_scale.train import session
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from dit_scale.config import TrainConfig
-from dit_scale.train.attempts import committed
-from dit_scale.train.checkpoint import Checkpoint
+from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.train.run import root_of
 from tests.dist import jobs
 from tests.dist.points import Hold

@@ -8,7 +8,7 @@ import pytest
 
 from dit_scale.config import TrainConfig
 from dit_scale.errors import ConfigError
-from dit_scale.train.attempts import committed
+from dit_scale.checkpoint.attempts import committed
 from dit_scale.train.run import root_of
 from tests.dist import jobs
 from tests.dist.points import Hold

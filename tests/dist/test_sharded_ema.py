@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dit_scale.config import EmaProfile, TrainConfig
 from dit_scale.train import loop, session
-from dit_scale.train.attempts import committed
-from dit_scale.train.checkpoint import Checkpoint
+from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.train.ema import Ema, ema_kind
-from dit_scale.train.engine import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.train.run import root_of
 from dit_scale.train.step import TrainingStep
 from tests.dist import jobs

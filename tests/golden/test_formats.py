@@ -12,15 +12,15 @@ import torch
 
 from data_pipeline.shards_writer import Row, build_shard
 from dit_scale import rng
+from dit_scale.checkpoint import attempts, rankfile
+from dit_scale.checkpoint.attempts import Attempt
+from dit_scale.checkpoint.manifest import Manifest, name_of, sealed
+from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.writer import put_manifest
 from dit_scale.data.order import Order, permute, positions_of, round_keys, sample_ids
 from dit_scale.data.shards import encode_sample
 from dit_scale.rng import Purpose
 from dit_scale.storage import open_storage
-from dit_scale.train import attempts, rankfile
-from dit_scale.train.attempts import Attempt
-from dit_scale.train.checkpoint import Checkpoint
-from dit_scale.train.manifest import Manifest, name_of, sealed
-from dit_scale.train.writer import put_manifest
 
 FORMATS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
 

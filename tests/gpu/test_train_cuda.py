@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 
 from dit_scale import rng
+from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.manifest import FileRecord
+from dit_scale.checkpoint.partition import MASTER
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import GuardConfig, TrainConfig
 from dit_scale.errors import DeviceError
 from dit_scale.models import attention, dit
 from dit_scale.rng import Purpose
 from dit_scale.train import loop
-from dit_scale.train.attempts import committed
-from dit_scale.train.checkpoint import Checkpoint
 from dit_scale.train.ema import Ema, ema_kind
-from dit_scale.train.engine import MASTER, Engine
+from dit_scale.train.engine import Engine
 from dit_scale.train.guard import Guard
-from dit_scale.train.manifest import FileRecord
 from dit_scale.train.run import root_of
 from dit_scale.train.session import Session
 from tests.dist import guard_jobs, jobs, processes

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint.attempts import Attempt, committed
+from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, MANIFEST, name_of
 from dit_scale.errors import CheckpointError, SupersededError
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train import attempts
-from dit_scale.train.attempts import Attempt, committed
-from dit_scale.train.manifest import ATTEMPTS, CHECKPOINTS, EMA, MANIFEST, name_of
 
 
 def path_of(step: int, attempt: int, folder: str = CHECKPOINTS) -> str:

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
+from dit_scale.checkpoint import attempts, rankfile, writer
+from dit_scale.checkpoint.attempts import Attempt, committed
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, FileRecord, Manifest, name_of
+from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, Extent, Partition
+from dit_scale.checkpoint.reader import Checkpoint, fill
+from dit_scale.checkpoint.saver import Snapshot
 from dit_scale.errors import CheckpointError, SupersededError
 from dit_scale.storage import DiskStorage, Storage, open_storage
-from dit_scale.train import attempts, rankfile, writer
-from dit_scale.train.attempts import Attempt, committed
-from dit_scale.train.checkpoint import Checkpoint, fill
-from dit_scale.train.engine import EXP_AVG, EXP_AVG_SQ, MASTER, Extent, Partition
-from dit_scale.train.manifest import CHECKPOINTS, EMA, MANIFEST, FileRecord, Manifest, name_of
-from dit_scale.train.saver import Snapshot
 from tests import checkpoints
 
 WEIGHT, BIAS, LAST = "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias", "final_layer.linear.weight"

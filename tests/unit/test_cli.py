@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from dit_scale import cli
+from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
+from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.writer import put_manifest
 from dit_scale.data.shards import INFO_KEY
 from dit_scale.sources import open_source
 from dit_scale.storage import open_storage
-from dit_scale.train.attempts import committed
-from dit_scale.train.checkpoint import Checkpoint
-from dit_scale.train.manifest import CHECKPOINTS, MANIFEST, name_of
-from dit_scale.train.writer import put_manifest
 from tests.latents import write_latents
 from tests.tiny_run import STEP, write_run
 from tests.tiny_vae import save_tiny_vae

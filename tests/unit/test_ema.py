@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.config import EmaProfile
 from dit_scale.train.ema import Ema, decay_at, ema_kind, power_gamma
-from dit_scale.train.engine import MASTER, Extent, Partition
 
 CONSTANT = EmaProfile(name="constant", decay=0.9)
 POWER = EmaProfile(name="power", sigma_rel=0.1)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from dit_scale import dist
+from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
+from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import CheckpointConfig, EngineConfig, TrainConfig
 from dit_scale.dist import World
 from dit_scale.storage import UnavailableError, s3
-from dit_scale.train.checkpoint import Checkpoint
-from dit_scale.train.engine import MASTER, Extent, Partition
-from dit_scale.train.manifest import CHECKPOINTS, MANIFEST, name_of
 from dit_scale.train.run import find_checkpoint, root_of
 from tests import checkpoints
 from tests.faults.proxy import FaultProxy

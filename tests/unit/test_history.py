@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint.attempts import Attempt
+from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, name_of, step_and_attempt
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train import attempts
-from dit_scale.train.attempts import Attempt
 from dit_scale.train.history import Past, past_of
-from dit_scale.train.manifest import ATTEMPTS, CHECKPOINTS, name_of, step_and_attempt
 from tests import checkpoints
 
 STEPS = 40

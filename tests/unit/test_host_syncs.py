@@ -18,6 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.config import EmaProfile, GuardConfig, ModelConfig, TrainConfig
 from dit_scale.data.loader import Batch
 from dit_scale.diffusion import schedule as schedules
@@ -25,7 +26,6 @@ from dit_scale.models import dit
 from dit_scale.telemetry.meters import COLUMNS, Meters
 from dit_scale.train import loop
 from dit_scale.train.ema import Ema
-from dit_scale.train.engine import MASTER, Extent, Partition
 from dit_scale.train.guard import Guard
 from dit_scale.train.objective import loss_sums
 from dit_scale.train.session import Session

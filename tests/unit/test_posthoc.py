@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_scale import cli, weights
+from dit_scale.checkpoint import rankfile
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, Manifest, name_of
+from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.writer import put_manifest
 from dit_scale.config import EmaProfile, TrainConfig, dump
 from dit_scale.errors import CheckpointError
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.models.zoo import shape_of
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train import rankfile
 from dit_scale.train.ema import Ema, ema_kind, power_gamma
-from dit_scale.train.engine import MASTER, Extent, Partition
-from dit_scale.train.manifest import CHECKPOINTS, EMA, MANIFEST, Manifest, name_of
 from dit_scale.train.posthoc import MAX_ERROR, Profile, fit, lengths, overlaps
-from dit_scale.train.writer import put_manifest
 
 STORED_WIDTHS = (0.05, 0.10)
 STEPS, STORE_EVERY, SIZE = 2000, 80, 64

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from dit_scale import cli
+from dit_scale.checkpoint.attempts import Attempt
 from dit_scale.cli.replay import text, tree
 from dit_scale.telemetry.meters import Row
-from dit_scale.train.attempts import Attempt
 from dit_scale.train.history import Past, Recorded
 from dit_scale.train.replay import Replay, Sample
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from dit_scale.checkpoint import attempts, retention, writer
+from dit_scale.checkpoint.attempts import Attempt, committed
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, name_of
+from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.errors import CheckpointError, StorageError, SupersededError
 from dit_scale.storage import DiskStorage, Storage, open_storage
-from dit_scale.train import attempts, retention, writer
-from dit_scale.train.attempts import Attempt, committed
-from dit_scale.train.checkpoint import Checkpoint
-from dit_scale.train.engine import MASTER, Extent, Partition
-from dit_scale.train.manifest import CHECKPOINTS, EMA, MANIFEST, name_of
 from tests import checkpoints
 
 RANKS = [[Partition({MASTER: torch.arange(4).float()}, (Extent("w", start, 4, 0),))] for start in (0, 4)]

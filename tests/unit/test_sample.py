@@ -10,6 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dit_scale import dist, rng, vae
+from dit_scale.checkpoint.manifest import CHECKPOINTS, name_of
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EngineConfig, ModelConfig
 from dit_scale.diffusion.schedule import Schedule, linear, respace
 from dit_scale.errors import CheckpointError, ConfigError, DeviceError, WeightsError
@@ -28,8 +30,6 @@ from dit_scale.sample import (
 )
 from dit_scale.sources import Source, build_model, export, open_source
 from dit_scale.storage import open_storage
-from dit_scale.train.checkpoint import Checkpoint
-from dit_scale.train.manifest import CHECKPOINTS, name_of
 from tests import checkpoints
 from tests.tiny_run import PROFILES, STEP, write_run
 from tests.tiny_vae import save_tiny_vae

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.save import share_of
+from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.config import ModelConfig
 from dit_scale.models.zoo import num_parameters, shape_of
-from dit_scale.train.engine import MASTER, Extent, Partition
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "save.py"
 COPIES = 4

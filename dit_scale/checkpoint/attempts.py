@@ -10,9 +10,7 @@ every commit and every delete, tells it so.
 import secrets
 from dataclasses import dataclass, field
 
-from dit_scale.errors import CheckpointError, SupersededError
-from dit_scale.storage import Storage
-from dit_scale.train.manifest import (
+from dit_scale.checkpoint.manifest import (
     ATTEMPTS,
     CHECKPOINTS,
     MANIFEST,
@@ -21,6 +19,8 @@ from dit_scale.train.manifest import (
     step_and_attempt,
     unseal,
 )
+from dit_scale.errors import CheckpointError, SupersededError
+from dit_scale.storage import Storage
 
 Ranges = tuple[tuple[int, int], ...]
 

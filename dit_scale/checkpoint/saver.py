@@ -23,14 +23,14 @@ from typing import Literal
 
 import torch
 
+from dit_scale.checkpoint.manifest import Manifest
+from dit_scale.checkpoint.partition import Partition
+from dit_scale.checkpoint.writer import Commit, Reply, Source, Write
 from dit_scale.config import CheckpointConfig
 from dit_scale.dist import World
 from dit_scale.errors import SupersededError
-from dit_scale.train.engine import Partition
-from dit_scale.train.manifest import Manifest
-from dit_scale.train.writer import Commit, Reply, Source, Write
 
-WRITER = (sys.executable, "-m", "dit_scale.train.writer")
+WRITER = (sys.executable, "-m", "dit_scale.checkpoint.writer")
 _POLL_S = 0.005
 
 

@@ -1,8 +1,8 @@
 """Which checkpoints stay, and how the others go. No torch."""
 
+from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, is_name, read_manifest, step_and_attempt
 from dit_scale.storage import Storage
-from dit_scale.train import attempts
-from dit_scale.train.manifest import CHECKPOINTS, EMA, MANIFEST, is_name, read_manifest, step_and_attempt
 
 TAG = "KEEP"
 """An object of this name in a checkpoint's folder keeps it for good."""

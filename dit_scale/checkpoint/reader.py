@@ -13,13 +13,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dit_scale.checkpoint import rankfile
+from dit_scale.checkpoint.manifest import FileRecord, read_manifest
+from dit_scale.checkpoint.partition import Partition
+from dit_scale.checkpoint.rankfile import StoredPiece
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError
 from dit_scale.storage import Storage
-from dit_scale.train import rankfile
-from dit_scale.train.engine import Partition
-from dit_scale.train.manifest import FileRecord, read_manifest
-from dit_scale.train.rankfile import StoredPiece
 
 ReadExtent = Callable[[str, str, int, int], Tensor]
 """(kind, parameter, start, length) => fp32 tensor of `length` elements."""

@@ -17,9 +17,9 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_scale.checkpoint.manifest import FileRecord
 from dit_scale.errors import CheckpointError, StorageError
 from dit_scale.storage import Storage, UnavailableError
-from dit_scale.train.manifest import FileRecord
 
 BLOCK_BYTES = 4 * 2**20
 """Bytes of a tensor under one checksum; a multiple of 4."""

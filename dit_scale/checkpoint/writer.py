@@ -1,6 +1,6 @@
 """The process beside each rank that writes its part of a checkpoint while training goes on. No torch.
 
-Started by `dit_scale.train.saver`, which shares a memory file with it: there lies the snapshot. Requests
+Started by `dit_scale.checkpoint.saver`, which shares a memory file with it: there lies the snapshot. Requests
 and replies are lines of JSON on stdin and stdout.
 
     {"do": "write", ...}    put this rank's files, read them again, answer when every block was right
@@ -21,11 +21,11 @@ import sys
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from dit_scale.checkpoint import attempts, rankfile, retention
+from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, FileRecord, Manifest, sealed
+from dit_scale.checkpoint.rankfile import Bytes, Piece
 from dit_scale.errors import CheckpointError, DitScaleError, SupersededError
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train import attempts, rankfile, retention
-from dit_scale.train.manifest import CHECKPOINTS, MANIFEST, FileRecord, Manifest, sealed
-from dit_scale.train.rankfile import Bytes, Piece
 
 _PR_SET_PDEATHSIG = 1
 
