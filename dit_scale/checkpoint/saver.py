@@ -198,13 +198,14 @@ class Saver:
         self._send(json.dumps([source.model_dump() for source in self.snapshot.sources]))
 
     def _ask(self, what: str, request: Write | Commit) -> None:
+        self._reply, self._awaiting = Reply(), True
         if self._writer is None:
             self._start()
-        self._reply, self._awaiting = Reply(), True
         self._send(f'{{"do":"{what}",{request.model_dump_json()[1:]}')
 
     def _send(self, line: str) -> None:
-        assert self._writer is not None
+        if self._writer is None:  # it has just died, and the reply says so
+            return
         assert self._writer.stdin is not None
         try:
             self._writer.stdin.write(line.encode() + b"\n")

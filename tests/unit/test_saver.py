@@ -1,0 +1,93 @@
+"""The rank's side of a save: a writer that does not start costs the save, not the run."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_scale import dist
+from dit_scale.checkpoint import saver as savers
+from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.manifest import Manifest
+from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.saver import Outcome, Saver
+from dit_scale.config import CheckpointConfig, EngineConfig
+from dit_scale.dist import World
+from dit_scale.storage import open_storage
+
+PATH = "checkpoints/0000000003-0001"
+FOLDERS = {PATH: (MASTER,)}
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    yield dist.start(EngineConfig(device="cpu"))
+    dist.stop()
+
+
+def partition() -> Partition:
+    return Partition({MASTER: torch.arange(6.0)}, (Extent("w", 0, 6, 0),))
+
+
+def manifest() -> Manifest:
+    return Manifest(
+        step=3,
+        samples=24,
+        attempt=1,
+        config={},
+        data_sha256="d",
+        vae_sha256="v",
+        model_shapes={"w": (6,)},
+        optimizer_groups=(),
+    )
+
+
+def saved(saver: Saver) -> Outcome:
+    saver.begin(manifest(), FOLDERS)
+    outcome = saver.wait()
+    assert outcome is not None
+    return outcome
+
+
+def test_a_save_is_what_was_there_when_it_began(world: World, tmp_path: Path) -> None:
+    owned = partition()
+    saver = Saver(world, str(tmp_path), [owned], CheckpointConfig())
+    saver.begin(manifest(), FOLDERS)
+    owned.buffers[MASTER].fill_(-1)  # training goes on
+    outcome = saver.wait()
+    assert outcome is not None
+    assert (outcome.problem, outcome.dropped) == ("", ())
+    root = open_storage(tmp_path)
+    assert committed(root) == [PATH]
+    assert Checkpoint(root, PATH).read(MASTER, "w", 0, 6).tolist() == [0, 1, 2, 3, 4, 5]
+    saver.close()
+
+
+@pytest.mark.parametrize("lives_s", [0, 0.5])
+def test_a_writer_that_does_not_start_costs_the_save_alone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives_s: float
+) -> None:
+    with monkeypatch.context() as patch:
+        command = (sys.executable, "-c", f"import time; time.sleep({lives_s}); raise SystemExit(7)")
+        patch.setattr(savers, "WRITER", command)
+        saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
+        for _ in range(2):
+            assert "its writer process ended with 7" in saved(saver).problem
+            time.sleep(0.1)
+    assert saved(saver).problem == ""
+    assert committed(open_storage(tmp_path)) == [PATH]
+    saver.close()
+
+
+def test_a_save_that_takes_too_long_has_failed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(savers, "WRITER", (sys.executable, "-c", "import time; time.sleep(1000)"))
+        saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig(deadline_s=0.2))
+        assert saved(saver).problem == "rank 0: not written within checkpoint.deadline_s=0.2"
+    saver.close()
