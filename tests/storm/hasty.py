@@ -1,0 +1,32 @@
+"""A process that soon gives up on a request, soon makes it again, and uploads rank files in parts.
+
+So a storm takes no hours, and has more requests to meet.
+
+python -m tests.storm.hasty MODULE <its arguments>
+"""
+
+import runpy
+import sys
+from collections.abc import Callable
+
+from dit_scale.storage import s3, transfer
+
+KNOBS = (
+    # Not less: on a busy machine an answer may take that long.
+    (transfer, "STALL_S", 2.0),
+    (s3, "FIRST_PAUSE_S", 0.01),
+    (s3, "LONGEST_PAUSE_S", 0.2),
+    (s3, "PART_BYTES", s3.MIN_PART_BYTES),
+)
+
+
+def hurry(set_knob: Callable[[object, str, float], None] = setattr) -> None:
+    """Be hasty from now on, in this process."""
+    for module, name, value in KNOBS:
+        set_knob(module, name, value)
+
+
+if __name__ == "__main__":
+    hurry()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
