@@ -65,7 +65,12 @@ def check_that_a_bit_is_seen(folder: Path, result: StageResult) -> None:
     ],
 )
 def test_a_stack_has_its_section(functions: tuple[str, ...], section: str) -> None:
-    folders = {"dist.py": "dit_scale/", "distributed_c10d.py": "torch/distributed/", "graph.py": "torch/"}
+    folders = {
+        "dist.py": "dit_scale/",
+        "distributed_c10d.py": "torch/distributed/",
+        "graph.py": "torch/",
+        "saver.py": "dit_scale/checkpoint/",
+    }
     stack = tuple(f"/x/{folders.get(f.split(':')[0], 'dit_scale/train/')}{f}" for f in functions)
     assert stacks.section_of(stack, stacks.RANK_SECTIONS) == section
 
