@@ -10,14 +10,14 @@ import deepspeed
 import torch
 
 from dit_scale import dist
+from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
+from dit_scale.checkpoint.reader import fill
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Batch, Loader
 from dit_scale.data.plan import batch_plan
 from dit_scale.data.shards import LatentDataset
 from dit_scale.models import dit
 from dit_scale.train import engine as engines
-from dit_scale.checkpoint.reader import fill
-from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
 from dit_scale.train.step import TrainingStep
 from tests.dist import jobs
 

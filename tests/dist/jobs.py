@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,12 +12,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from dit_scale.checkpoint import saver
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import read_batch
 from dit_scale.data.shards import LatentDataset
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
-from dit_scale.checkpoint import saver
 from dit_scale.train import engine, loop, session
 from dit_scale.train.objective import loss_sums
 from tests.dist.points import Hold, held
@@ -62,8 +63,28 @@ def train(config: TrainConfig, random_start: bool = False) -> int:
         return loop.train(config)
 
 
+@contextmanager
+def paced() -> Iterator[None]:
+    """Training waits for a save two steps behind its begin: saves fall on the same steps on any machine."""
+    follow = session.Session.follow_save
+
+    def follow_save(run: session.Session, *vote: bool) -> None:
+        follow(run, *vote)
+        if run.saver.in_flight and run.state.step - run._saved_step >= 2:
+            run._report(run.saver.wait())
+
+    with patch.object(session.Session, "follow_save", follow_save):
+        yield
+
+
 def train_held(config: TrainConfig, hold: Hold, victim: int) -> int:
-    """One rank of a training run, in which rank `victim`, or its writer, is held at a point."""
+    """One rank of a paced training run, in which rank `victim`, or its writer, is held at a point."""
+    with paced():
+        return train_held_unpaced(config, hold, victim)
+
+
+def train_held_unpaced(config: TrainConfig, hold: Hold, victim: int) -> int:
+    """The same at full speed: how many steps go by during a save depends on the machine."""
     if int(os.environ["RANK"]) != victim:
         return loop.train(config)
     with held(hold):

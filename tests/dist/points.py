@@ -19,9 +19,9 @@ from unittest.mock import patch
 
 import torch
 
+from dit_scale.checkpoint import attempts, retention, saver, writer
 from dit_scale.storage import disk
 from dit_scale.telemetry import sinks
-from dit_scale.checkpoint import attempts, retention, saver, writer
 from dit_scale.train import session
 
 
@@ -206,7 +206,7 @@ WRITER_POINTS: dict[str, Patch] = {
     "writer: behind the chain's answer": after(writer.attempts, "check_current"),
     "writer: manifest without its name": before(disk.os, "link"),
     "writer: behind the manifest": after(writer, "put_manifest"),
-    "writer: in retention": before(disk.DiskStorage, "delete"),
+    "writer: in retention": before(retention, "delete"),
     "writer: inside retention": after(disk.DiskStorage, "delete"),
     "writer: retention, the chain has answered": lambda hold: after(retention.attempts, "check_current")(
         hold

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dit_scale.config import TrainConfig
 from dit_scale.checkpoint.attempts import committed
+from dit_scale.config import TrainConfig
 from dit_scale.train.run import root_of
 from tests.dist.points import Hold
 from tests.dist.processes import TIMEOUT_S

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_scale.config import TrainConfig
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.partition import MASTER
+from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.config import TrainConfig
 from dit_scale.train.run import root_of
 from tests.dist import jobs
 from tests.dist.processes import run

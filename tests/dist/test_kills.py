@@ -37,7 +37,7 @@ IN_THE_WRITER = [
     ("writer: before its name", 2, 1),
     ("writer: before reading again", 2, 0),
     ("writer: before the manifest", 2, 0),
-    ("writer: behind the chain's answer", 2, 0),
+    ("writer: behind the chain's answer", 3, 0),
     ("writer: manifest without its name", 2, 0),
     ("writer: behind the manifest", 2, 0),
     ("writer: in retention", 1, 0),

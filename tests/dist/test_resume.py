@@ -2,13 +2,16 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from dit_scale.config import TrainConfig
-from dit_scale.errors import ConfigError
 from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.config import EmaProfile, TrainConfig
+from dit_scale.errors import ConfigError
 from dit_scale.train.run import root_of
 from tests.dist import jobs
 from tests.dist.points import Hold
@@ -97,3 +100,53 @@ def test_another_configuration_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="seed was 0, is 1") as failure:
         run(1, jobs.train, other)
     assert ConfigError.__name__ in str(failure.value)
+
+
+def test_averages_may_come_and_go(data: Path, tmp_path: Path) -> None:
+    config = jobs.saving(config_of(tmp_path / "run", data), steps=4, every_steps=4)
+    kept, gone, new = *config.ema, EmaProfile(name="new", decay=0.5)
+    assert run(WORLD, jobs.train, config) == [0, 0]
+    longer = config.model_copy(update={"steps": 5})
+    changed = longer.model_copy(update={"ema": (kept, new)})
+    straight = longer.model_copy(update={"run": str(tmp_path / "straight")})
+    assert run(WORLD, jobs.train, changed) == [0, 0]
+    assert run(WORLD, jobs.train, straight) == [0, 0]
+    assert events(config, "start")[-1]["notes"] == [
+        "ema.new: not in the checkpoint, starts from its weights",
+        "ema.power: in the checkpoint and no longer configured, dropped",
+    ]
+    before, after, whole = (
+        Checkpoint(root_of(run), committed(root_of(run))[number])
+        for run, number in ((changed, 1), (changed, 0), (straight, 0))
+    )
+    assert gone.name == "power"
+    assert after.kinds() == {"master", "exp_avg", "exp_avg_sq", "ema.constant", "ema.new"}
+    for name, weights in after.read_whole("master").items():
+        start = before.read_whole("master")[name]
+        assert torch.equal(weights, whole.read_whole("master")[name])
+        assert torch.equal(after.read_whole("ema.new")[name], torch.lerp(start, weights, 0.5))
+        assert torch.equal(after.read_whole("ema.constant")[name], whole.read_whole("ema.constant")[name])
+
+
+def test_a_save_that_falls_due_during_another_waits_for_it(
+    straight: tuple[int, TrainConfig], data: Path, tmp_path: Path
+) -> None:
+    stage, uninterrupted = straight
+    config = config_of(tmp_path / "run", data, stage)
+    hold = Hold(tmp_path, "writer: before the file", 1)
+    ranks, answers = start(WORLD, jobs.train_held_unpaced, config, hold, 0)
+    wait_for(hold, answers)
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(jobs.losses_so_far(config)) < 10:  # past step 8, where another save is due
+        assert time.monotonic() < deadline, "training does not go on during a save"
+        time.sleep(0.01)
+    hold.go.touch()
+    assert [answers.get(timeout=TIMEOUT_S)[1:] for _ in range(WORLD)] == [(None, 0)] * WORLD
+    for process in ranks:
+        process.join()
+    first, *later = [event["step"] for event in events(config, "save")]
+    assert first == 4
+    assert min(later) >= 10
+    assert later[-1] == STEPS
+    assert not events(config, "save_failed")
+    assert final_files(config) == final_files(uninterrupted)

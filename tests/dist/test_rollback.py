@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint.manifest import Manifest
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
 from dit_scale.data.order import positions_of
 from dit_scale.errors import DataError, StabilityError
-from dit_scale.checkpoint import attempts
-from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.checkpoint.manifest import Manifest
 from dit_scale.train.run import root_of
 from tests.dist import jobs
 from tests.dist.points import Hold

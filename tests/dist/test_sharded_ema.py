@@ -1,4 +1,4 @@
-"""Averages kept in shards, each rank those of what it owns, are bitwise those of one replica of all weights."""
+"""Averages kept in shards, each rank those of what it owns, are bitwise those of one replica."""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, TrainConfig
 from dit_scale.train import loop, session
-from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.train.ema import Ema, ema_kind
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.train.run import root_of
 from dit_scale.train.step import TrainingStep
 from tests.dist import jobs
