@@ -12,9 +12,9 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo        train on real digits and draw them, from images to a score (about 5 minutes)"
-	@echo "make test        lint, type check and run all tests (about 20 minutes on 2 cores)"
+	@echo "make test        lint, type check and run all tests (about 15 minutes on 2 cores)"
 	@echo "make test-quick  the unit, property and golden tests alone (about 2 minutes)"
-	@echo "make chaos       kill a training run 200 times at random (about 15 minutes)"
+	@echo "make chaos       kill a training run 200 times at random (about 17 minutes)"
 	@echo "make check       ruff and mypy"
 	@echo "make bench       the benchmarks of training, saving and loading, in small (about a minute)"
 	@echo "make clean       remove the virtual environment and the demo's run"

@@ -136,6 +136,7 @@ def serve(root: Storage, rank: int, memory: Bytes, sources: list[Source]) -> Non
 
 
 def main() -> None:
+    """Serve the rank that started this process, until it ends."""
     parser = argparse.ArgumentParser(description="Started by a rank of a training run, never by hand.")
     for name in ("--rank", "--memory", "--memory-bytes", "--parent"):
         parser.add_argument(name, type=int, required=True)

@@ -1,9 +1,9 @@
 """`train --dry-run`: the resolved configuration, parameters, FLOPs and memory; nothing is started."""
 
 from dit_scale.config import TrainConfig, dump
-from dit_scale.data.plan import BatchPlan, batch_plan
+from dit_scale.data.plan import BatchPlan
 from dit_scale.models.zoo import forward_macs, num_parameters, shape_of
-from dit_scale.train.memory import GIB, Memory, estimate, micro_batch_for
+from dit_scale.train.memory import GIB, Memory, estimate, plan_of
 
 FLOPS_PER_MAC = 2
 TRAINING_FORWARDS = 3
@@ -13,7 +13,7 @@ TRAINING_FORWARDS = 3
 def report(config: TrainConfig, world: int) -> None:
     """Print what a run on `world` processes would be. Raises ConfigError when it could not be."""
     shape = shape_of(config.model)
-    plan = batch_plan(config.global_batch, micro_batch_for(config, shape, world), world)
+    plan = plan_of(config, world)
     flops = FLOPS_PER_MAC * TRAINING_FORWARDS * forward_macs(shape)
     print(dump(config))
     print(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dit_scale.config import TrainConfig
 from dit_scale.data.plan import BatchPlan, batch_plan
 from dit_scale.errors import ConfigError
-from dit_scale.models.zoo import Shape, num_parameters
+from dit_scale.models.zoo import Shape, num_parameters, shape_of
 
 GIB = 2**30
 
@@ -51,6 +51,12 @@ def estimate(config: TrainConfig, shape: Shape, plan: BatchPlan) -> Memory:
         activations=element * token_widths * _SAVED_WIDTHS_PER_BLOCK * shape.depth,
         snapshot=4 * owned * (3 + len(config.ema)),
     )
+
+
+def plan_of(config: TrainConfig, world: int) -> BatchPlan:
+    """All that depends on the number of processes. Raises ConfigError when there can be no such run."""
+    micro_batch = micro_batch_for(config, shape_of(config.model), world)
+    return batch_plan(config.global_batch, micro_batch, world)
 
 
 def micro_batch_for(config: TrainConfig, shape: Shape, world: int) -> int:

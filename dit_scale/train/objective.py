@@ -33,6 +33,10 @@ class SampleLosses(NamedTuple):
     t_B: Tensor
     """Timesteps drawn, int64."""
 
+    def sums(self, weight_B: Tensor) -> Tensor:
+        """(total, mse, bound) over the samples by weight, fp32 (3,); the gradient flows through [0]."""
+        return torch.stack((self.total_B, self.mse_B, self.vb_B)) @ weight_B
+
 
 Watch = Callable[[Batch, SampleLosses], None]
 """Sees a micro-batch and the losses of its samples."""
@@ -60,23 +64,3 @@ def losses(
     x_BCHW = q_sample(schedule, z_BCHW, t_B, noise_BCHW)
     loss = hybrid_loss(schedule, predict(x_BCHW, t_B, y_B), z_BCHW, x_BCHW, noise_BCHW, t_B)
     return SampleLosses(*loss, t_B)
-
-
-def loss_sums(
-    predict: Predict,
-    schedule: Schedule,
-    batch: Batch,
-    seed: int,
-    latent_scale: float,
-    null_class: int,
-    label_dropout: float,
-    watch: Watch | None = None,
-) -> Tensor:
-    """(total, mse, bound) summed over the batch's samples, fp32 (3,); the gradient flows through [0].
-
-    `watch` is shown the samples one by one.
-    """
-    loss = losses(predict, schedule, batch, seed, latent_scale, null_class, label_dropout)
-    if watch is not None:
-        watch(batch, loss)
-    return torch.stack((loss.total_B, loss.mse_B, loss.vb_B)) @ batch.weight_B

@@ -18,15 +18,13 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Batch, Loader
 from dit_scale.data.order import positions_of
-from dit_scale.data.plan import batch_plan
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
-from dit_scale.models.zoo import shape_of
 from dit_scale.telemetry.meters import COLUMNS, Meters, Row
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.train import determinism
 from dit_scale.train.history import Past, past_of
-from dit_scale.train.memory import micro_batch_for
+from dit_scale.train.memory import plan_of
 from dit_scale.train.objective import SampleLosses, drop_labels
 from dit_scale.train.run import (
     RunState,
@@ -98,8 +96,7 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
         past = world.first_says(lambda: past_of(config, step, attempt))
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
         check_dataset(config, dataset)
-        micro_batch = micro_batch_for(config, shape_of(config.model), world.size)
-        plan = batch_plan(config.global_batch, micro_batch, world.size)
+        plan = plan_of(config, world.size)
         # without averages: the steps do not depend on them
         training = TrainingStep(config.model_copy(update={"ema": ()}), world, plan, dataset.info.vae.scale)
         notes: list[str] = []

@@ -21,18 +21,16 @@ from dit_scale.checkpoint.saver import Outcome, Saver
 from dit_scale.config import TrainConfig, dump
 from dit_scale.data.loader import Loader
 from dit_scale.data.order import positions_of
-from dit_scale.data.plan import batch_plan
 from dit_scale.data.quarantine import Quarantine
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, StabilityError
-from dit_scale.models.zoo import shape_of
 from dit_scale.storage import open_storage
 from dit_scale.telemetry.meters import COLUMNS, Meters, Row
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.telemetry.sinks import Journal, Sink, open_sinks
 from dit_scale.train.ema import ema_kind
-from dit_scale.train.memory import micro_batch_for
+from dit_scale.train.memory import plan_of
 from dit_scale.train.run import (
     RunState,
     check_dataset,
@@ -55,8 +53,7 @@ class Session:
         self.config, self.world = config, world
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
         check_dataset(config, dataset)
-        micro_batch = micro_batch_for(config, shape_of(config.model), world.size)
-        self.plan = batch_plan(config.global_batch, micro_batch, world.size)
+        self.plan = plan_of(config, world.size)
         self._dataset = dataset
         self._data_sha256, self._vae_sha256 = data_digest(dataset), dataset.info.vae.weights_sha256
         self._root = root_of(config)

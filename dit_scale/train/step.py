@@ -16,7 +16,7 @@ from dit_scale.models import dit
 from dit_scale.train.ema import Ema
 from dit_scale.train.engine import Engine
 from dit_scale.train.guard import Guard
-from dit_scale.train.objective import Watch, loss_sums
+from dit_scale.train.objective import Watch, losses
 from dit_scale.train.optim import learning_rate
 
 
@@ -69,16 +69,19 @@ class TrainingStep:
         config, plan, device = self._config, self._plan, self._world.device
         step_sums = torch.zeros(3, device=device)
         for micro_step in range(plan.micro_steps):
-            sums = loss_sums(
+            batch = next(batches).to(device)
+            by_sample = losses(
                 self.engine,
                 self._schedule,
-                next(batches).to(device),
+                batch,
                 config.seed,
                 self._latent_scale,
                 config.model.num_classes,
                 config.diffusion.label_dropout,
-                watch,
             )
+            if watch is not None:
+                watch(batch, by_sample)
+            sums = by_sample.sums(batch.weight_B)
             self.engine.backward(sums[0] * plan.loss_scale, last=micro_step == plan.micro_steps - 1)
             step_sums += sums.detach()
         means = self._world.sum(step_sums) / plan.global_batch

@@ -22,7 +22,7 @@ RANK_SECTIONS = (
     ("following a save", "dit_scale/train/session.py:follow_save"),
     ("log", "dit_scale/train/session.py:log"),
     ("data wait", "dit_scale/data/loader.py:__next__"),
-    ("forward", "dit_scale/train/objective.py:loss_sums"),
+    ("forward", "dit_scale/train/objective.py:losses"),
     ("reduce", "dit_scale/train/engine.py:backward", "torch/distributed/distributed_c10d.py:"),
     ("backward", "dit_scale/train/engine.py:backward"),
     ("sum of the losses", "dit_scale/dist.py:sum"),

@@ -1,7 +1,6 @@
 """The campaign in short: some kills at one ZeRO stage, and that it would see a difference."""
 
 import ast
-import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from tests.chaos import record, stacks
 from tests.chaos.campaign import config_of, new_stage, run_stage
 from tests.chaos.report import Campaign, StageResult, as_text, histogram
 from tests.dist import jobs
+from tests.needs import needs
 
 ROOT = Path(__file__).parents[2]
 KILLS, SEED = 6, 37
@@ -24,9 +24,8 @@ KILLS, SEED = 6, 37
 
 @pytest.mark.dist
 def test_killed_at_random_moments_a_run_gives_the_same_bits(tmp_path: Path) -> None:
-    if reason := stacks.why_not():
-        verdict = pytest.fail if os.environ.get("DIT_SCALE_REQUIRE_ALL") == "1" else pytest.skip
-        verdict(reason)
+    reason = stacks.why_not()
+    needs(not reason, reason)
     result = new_stage(2, KILLS)
     run_stage(result, random.Random(SEED), tmp_path / "stage2", print)
     assert result.problems == []

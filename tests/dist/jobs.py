@@ -19,7 +19,7 @@ from dit_scale.data.shards import LatentDataset
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.train import engine, loop, session
-from dit_scale.train.objective import loss_sums
+from dit_scale.train.objective import losses as losses_of
 from tests.dist.points import Hold, held
 
 LossRow = dict[str, float]
@@ -140,10 +140,10 @@ def plain_sums(config: TrainConfig, model: dit.DiT, dataset: LatentDataset, step
     positions = torch.arange(step * count, (step + 1) * count).numpy()
     batch = read_batch(dataset, positions, count, config.seed, config.data.horizontal_flip)
     schedule = schedules.linear(config.diffusion.timesteps)
-    sums = loss_sums(
+    by_sample = losses_of(
         model, schedule, batch, config.seed, dataset.info.vae.scale, 10, config.diffusion.label_dropout
     )
-    return sums / count
+    return by_sample.sums(batch.weight_B) / count
 
 
 def plain_training(config: TrainConfig) -> tuple[list[LossRow], dict[str, torch.Tensor]]:

@@ -13,8 +13,9 @@ from typing import Any
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.config import TrainConfig
 from dit_scale.train.run import root_of
+from tests.dist import jobs
 from tests.dist.points import Hold
-from tests.dist.processes import TIMEOUT_S
+from tests.dist.processes import TIMEOUT_S, start
 
 
 def final_files(config: TrainConfig) -> list[bytes]:
@@ -49,3 +50,14 @@ def kill(processes: Sequence[Any]) -> None:
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             process.join()
+
+
+def kill_at(world: int, config: TrainConfig, folder: Path, point: str, nth: int, victim: int) -> None:
+    """Start a run, and kill it when rank `victim`, or its writer, stands at the point."""
+    folder.mkdir()
+    hold = Hold(folder, point, nth)
+    ranks, answers = start(world, jobs.train_held, config, hold, victim)
+    try:
+        wait_for(hold, answers)
+    finally:
+        kill((ranks[victim], *ranks))

@@ -10,9 +10,9 @@ import pytest
 
 from dit_scale.config import TrainConfig
 from tests.dist import jobs
-from tests.dist.points import RANK_POINTS, WRITER_POINTS, Hold
-from tests.dist.processes import run, start
-from tests.dist.runs import events, final_files, kill, wait_for
+from tests.dist.points import RANK_POINTS, WRITER_POINTS
+from tests.dist.processes import run
+from tests.dist.runs import events, final_files, kill_at
 from tests.latents import write_latents
 
 pytestmark = pytest.mark.dist
@@ -65,17 +65,6 @@ def config_of(folder: Path, data: Path, stage: int, steps: int) -> TrainConfig:
     return jobs.saving(config, steps=steps, every_steps=3, ema_every_steps=6)
 
 
-def kill_at(config: TrainConfig, folder: Path, point: str, nth: int, victim: int) -> None:
-    """Start the run, and kill it when rank `victim`, or its writer, stands at the point."""
-    folder.mkdir()
-    hold = Hold(folder, point, nth)
-    ranks, answers = start(WORLD, jobs.train_held, config, hold, victim)
-    try:
-        wait_for(hold, answers)
-    finally:
-        kill((ranks[victim], *ranks))
-
-
 @pytest.mark.parametrize(
     ("stage", "kills"),
     [(2, IN_THE_STEP), (2, IN_THE_WRITER), (2, AT_THE_START), (1, THREE), (3, THREE)],
@@ -89,7 +78,7 @@ def test_killed_and_resumed_gives_the_same_bits(
     assert run(WORLD, jobs.train, straight) == [0] * WORLD
     config = config_of(tmp_path / "killed", data, stage, steps)
     for number, (point, nth, victim) in enumerate(kills):
-        kill_at(config, tmp_path / f"hold{number}", point, nth, victim)
+        kill_at(WORLD, config, tmp_path / f"hold{number}", point, nth, victim)
     assert run(WORLD, jobs.train, config) == [0] * WORLD
     assert final_files(config) == final_files(straight)
     assert jobs.losses(config) == jobs.losses(straight)

@@ -34,21 +34,10 @@ from tests.dist.rollback_jobs import (
     spoil,
     train_and_tell,
 )
-from tests.dist.runs import events, final_files, kill, wait_for
+from tests.dist.runs import events, final_files, kill, kill_at, wait_for
 from tests.latents import write_latents
 
 pytestmark = pytest.mark.dist
-
-
-def kill_at(config: TrainConfig, folder: Path, point: str, nth: int, victim: int) -> None:
-    """Start the run, and kill it when rank `victim` stands at the point."""
-    folder.mkdir()
-    hold = Hold(folder, point, nth)
-    ranks, answers = start(WORLD, jobs.train_held, config, hold, victim)
-    try:
-        wait_for(hold, answers)
-    finally:
-        kill(ranks)
 
 
 def manifest_at_the_end(config: TrainConfig) -> Manifest:
@@ -90,7 +79,7 @@ def test_bad_samples_here_and_there(tmp_path: Path) -> None:
     assert [(line["step"], line["skipped"]) for line in lines] == [(4, 1), (8, 1), (12, 0)]
 
     config = config_of(tmp_path / "killed", data, log_every_steps=4, rollback_after=2)
-    kill_at(config, tmp_path / "hold", "before forward", 8, 1)
+    kill_at(WORLD, config, tmp_path / "hold", "before forward", 8, 1)
     assert run(WORLD, jobs.train, config) == [0, 0]
     assert resumed_from(config)[1] is not None
     assert_same_end(config, straight)
@@ -139,7 +128,7 @@ def test_killed_right_behind_a_rollback(
     failing: Path, rolled_back: tuple[TrainConfig, Fed], tmp_path: Path
 ) -> None:
     config = failing_config(tmp_path / "run", failing)
-    kill_at(config, tmp_path / "hold", "behind the attempt", 2, 0)
+    kill_at(WORLD, config, tmp_path / "hold", "behind the attempt", 2, 0)
     assert run(WORLD, jobs.train, config) == [0, 0]
     assert resumed_from(config) == [None, *["checkpoints/0000000003-0001"] * 2]
     assert len(events(config, "rollback")) == 1
@@ -216,7 +205,7 @@ def test_a_damaged_sample_is_replaced(tmp_path: Path) -> None:
     for row, other in zip(jobs.losses(two), jobs.losses(one), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
-    kill_at(killed, tmp_path / "hold", "before forward", 9, 0)
+    kill_at(WORLD, killed, tmp_path / "hold", "before forward", 9, 0)
     assert run(WORLD, jobs.train, killed) == [0, 0]
     assert resumed_from(killed)[1] is not None
     assert_same_end(killed, two)

@@ -27,7 +27,7 @@ from dit_scale.telemetry.meters import COLUMNS, Meters
 from dit_scale.train import loop
 from dit_scale.train.ema import Ema
 from dit_scale.train.guard import Guard
-from dit_scale.train.objective import loss_sums
+from dit_scale.train.objective import losses
 from dit_scale.train.session import Session
 from tests.dist.processes import run
 from tests.latents import write_latents
@@ -195,7 +195,8 @@ def test_the_meta_device_has_no_numbers(read: Callable[[torch.Tensor], object]) 
 def test_the_objective_reads_nothing_back(dtype: torch.dtype) -> None:
     model = dit.build(ModelConfig(name="DiT-Ti/2", image_size=32), 0, META, initialise=False).to(dtype)
     schedule = schedules.linear(1000).to(META)
-    sums = loss_sums(model, schedule, meta_batch(4, side=4), 0, 0.18215, 1000, 0.1)
+    batch = meta_batch(4, side=4)
+    sums = losses(model, schedule, batch, 0, 0.18215, 1000, 0.1).sums(batch.weight_B)
     sums[0].backward()
     assert sums.device == META
     assert all(parameter.grad is not None for parameter in model.parameters())
