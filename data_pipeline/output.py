@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from data_pipeline.encoder import VIEWS
 from data_pipeline.images import CROP, Listing
-from data_pipeline.shards_writer import ShardRecord, combine_sums, shard_name
+from data_pipeline.shards_writer import ShardRecord, shard_name
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import (
     FORMAT,
@@ -25,6 +25,7 @@ from dit_scale.data.shards import (
     Source,
     VaeIdentity,
 )
+from dit_scale.data.statistics import combine_sums
 from dit_scale.errors import ConfigError, DataError
 from dit_scale.storage import Storage
 

@@ -60,6 +60,8 @@ WITHOUT_TORCH = (
     "dit_scale.data.plan",
     "dit_scale.data.quarantine",
     "dit_scale.data.shards",
+    "dit_scale.data.statistics",
+    "dit_scale.data.verify",
     "dit_scale.models.zoo",
     "dit_scale.vae_files",
     "dit_scale.checkpoint.writer",

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.verify import verify
 from dit_scale import dist
 from dit_scale.checkpoint import attempts, rankfile
 from dit_scale.checkpoint.attempts import Attempt, committed
@@ -22,6 +21,7 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EngineConfig, TrainConfig
 from dit_scale.data import files, shards
 from dit_scale.data.shards import LatentDataset
+from dit_scale.data.verify import verify
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, DataError
 from dit_scale.storage import Storage, open_storage

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.shards_writer import Row, ShardRecord, build_shard, combine_sums
+from data_pipeline.shards_writer import Row, ShardRecord, build_shard
 from dit_scale.data import files, shards
 from dit_scale.data.files import DamagedError
 from dit_scale.data.shards import (
@@ -29,6 +29,7 @@ from dit_scale.data.shards import (
     read_info,
     write_index,
 )
+from dit_scale.data.statistics import combine_sums
 from dit_scale.errors import DataError
 from dit_scale.storage import Storage, open_storage
 from tests.latents import write_latents

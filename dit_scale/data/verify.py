@@ -1,0 +1,220 @@
+"""A latent data set read again from the first byte to the last: everything that is wrong with it.
+
+Digests of every tar and index, the tar's members against the index, checksum, shape and label of every
+sample, the counts, the quarantine and the channel statistics. Needs the memory of as many shards as are
+read at once, however large the data set is.
+"""
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dit_scale.data.shards import (
+    INFO_KEY,
+    DatasetInfo,
+    Records,
+    ShardInfo,
+    decode_sample,
+    read_index,
+    read_info,
+)
+from dit_scale.data.statistics import channel_sums, combine_sums
+from dit_scale.errors import DataError, StorageError
+from dit_scale.storage import Storage, UnavailableError
+
+STATISTICS_TOLERANCE = 1e-6
+"""Largest difference of channel statistics: another NumPy may add in another order."""
+
+
+def verify(
+    storage: Storage, threads: int = 4, console: Console | None = None
+) -> tuple[DatasetInfo, list[str]]:
+    """dataset.json and everything that is wrong; `threads` shards are read, and held in memory, at once.
+
+    A console that is a terminal gets a bar. Raises DataError when there is no finished data set,
+    UnavailableError when the storage does not answer: what cannot be read may be whole.
+    """
+    info = read_info(storage)
+    problems, whole = list(_description(info)), _WholeSet(info)
+    bar = Progress(
+        TextColumn("verifying"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console is None or not console.is_terminal,
+    )
+    task = bar.add_task("verifying", total=sum(shard.bytes for shard in info.shards))
+
+    def verify_one(shard: ShardInfo) -> _ShardReport:
+        report = _verify_shard(storage, info, shard)
+        bar.advance(task, shard.bytes)
+        return report
+
+    with bar, ThreadPoolExecutor(threads) as pool:
+        for report in pool.map(verify_one, info.shards):
+            problems += report.problems
+            whole.add(report)
+    return info, problems + list(whole.problems())
+
+
+def sound(info: DatasetInfo) -> str:
+    """What to say of a data set without a problem."""
+    return (
+        f"sound: {info.samples} samples in {len(info.shards)} shards, {info.num_classes} classes, "
+        f"{len(info.quarantined)} of {info.source.count} inputs quarantined"
+    )
+
+
+@dataclass
+class _ShardReport:
+    """What was read of one shard."""
+
+    num_channels: int
+    problems: list[str] = field(default_factory=list)
+    keys: npt.NDArray[np.int64] | None = None
+    """None when the index could not be read."""
+    sums: npt.NDArray[np.float64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = np.zeros((2, self.num_channels))
+
+
+def _description(info: DatasetInfo) -> Iterator[str]:
+    """dataset.json in itself."""
+    views, channels, height, width = info.latent_shape
+    expected = (len(info.views), 2 * info.vae.latent_channels, info.image_size, info.image_size)
+    if (views, channels, height * info.vae.downsample, width * info.vae.downsample) != expected:
+        yield (
+            f"{INFO_KEY}: latent_shape {info.latent_shape} does not fit {len(info.views)} views of "
+            f"{info.image_size} px images and a VAE of {info.vae.latent_channels} channels that divides "
+            f"sides by {info.vae.downsample}"
+        )
+
+
+def _verify_shard(storage: Storage, info: DatasetInfo, shard: ShardInfo) -> _ShardReport:
+    """Digests, members, checksums, shapes and labels of one shard."""
+    report = _ShardReport(info.latent_shape[1] // 2)
+    try:
+        tar, index = storage.read(shard.tar_key), storage.read(shard.index_key)
+        if len(tar) != shard.bytes:
+            report.problems.append(f"{shard.tar_key}: {len(tar)} bytes, {INFO_KEY} says {shard.bytes}")
+        for key, data, sha256 in (
+            (shard.tar_key, tar, shard.sha256),
+            (shard.index_key, index, shard.index_sha256),
+        ):
+            if hashlib.sha256(data).hexdigest() != sha256:
+                report.problems.append(f"{key}: its SHA-256 is not the one in {INFO_KEY}")
+        records = read_index(index, shard.index_key)
+    except UnavailableError:
+        raise
+    except (StorageError, DataError) as error:
+        report.problems.append(str(error))
+        return report
+    if len(records) != shard.samples:
+        report.problems.append(f"{shard.index_key}: {len(records)} records, {INFO_KEY} says {shard.samples}")
+    report.keys = records["key"].astype(np.int64)
+    report.problems += _members(shard, tar, records)
+    report.problems += _samples(report, info, shard, tar, records)
+    return report
+
+
+def _members(shard: ShardInfo, tar: bytes, records: Records) -> Iterator[str]:
+    """The tar as any reader sees it: for each record its label, then its array, at the place it names."""
+    expected: list[tuple[str, int | None, bytes | None]] = []
+    for record in records:
+        expected.append((f"{record['key']:08d}.cls", None, str(record["label"]).encode()))
+        expected.append((f"{record['key']:08d}.latent.npy", int(record["offset"]), None))
+    found = []
+    try:
+        with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+            for member in members:
+                is_label = member.name.endswith(".cls")
+                text = tar[member.offset_data : member.offset_data + member.size] if is_label else None
+                found.append((member.name, None if is_label else member.offset_data, text))
+    except tarfile.TarError as error:
+        yield f"{shard.tar_key}: not a whole tar ({error})"
+    if found != expected:
+        wrong = next((a for a, b in zip(found, expected, strict=False) if a != b), None)
+        yield f"{shard.tar_key}: members do not fit the index: {len(found)} of {len(expected)}, first {wrong}"
+
+
+def _samples(
+    report: _ShardReport, info: DatasetInfo, shard: ShardInfo, tar: bytes, records: Records
+) -> Iterator[str]:
+    for record in records:
+        where = f"{shard.tar_key}, sample with key {record['key']:08d}"
+        npy = tar[int(record["offset"]) : int(record["offset"]) + int(record["length"])]
+        try:
+            moments = decode_sample(npy, int(record["crc32c"]), where)
+        except DataError as error:
+            yield str(error)
+            continue
+        if moments.shape != info.latent_shape:
+            yield f"{where}: shape {moments.shape}, {INFO_KEY} says {info.latent_shape}"
+            continue
+        if not np.isfinite(moments).all():
+            yield f"{where}: not finite"
+        if record["label"] >= info.num_classes:
+            yield f"{where}: label {record['label']} of {info.num_classes} classes"
+        report.sums += channel_sums(moments)
+
+
+class _WholeSet:
+    """What the shards add up to, looked at one after another in their order."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        self._info = info
+        self._refused = np.array([item.key for item in info.quarantined], dtype=np.int64)
+        self._num_samples, self._last_key = 0, -1
+        self._in_order = self._disjoint = self._indexes_read = self._shards_sound = True
+        self._sums = np.zeros((2, info.latent_shape[1] // 2))
+
+    def add(self, report: _ShardReport) -> None:
+        """The next shard."""
+        self._shards_sound &= not report.problems
+        self._sums += report.sums
+        if report.keys is None:
+            self._indexes_read = False
+        elif len(report.keys):
+            self._in_order &= bool((np.diff(report.keys, prepend=self._last_key) > 0).all())
+            self._disjoint &= not np.isin(report.keys, self._refused).any()
+            self._num_samples += len(report.keys)
+            self._last_key = int(report.keys[-1])
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the whole, once all shards were added."""
+        info = self._info
+        if not self._in_order:
+            yield "keys: expected every one once and in the order of the listing"
+        if self._indexes_read and not self._is_complete():
+            yield (
+                f"count: {self._num_samples} samples and {len(self._refused)} quarantined inputs "
+                f"do not make up the {info.source.count} files of the source"
+            )
+        if not self._num_samples:
+            yield "count: no sample"
+        elif self._shards_sound:  # the statistics of damaged samples would only repeat what was said
+            mean, std = combine_sums([self._sums], self._num_samples, info.latent_shape)
+            for name, here, there in (("mean", mean, info.channel_mean), ("std", std, info.channel_std)):
+                if len(here) != len(there) or not np.allclose(here, there, rtol=0, atol=STATISTICS_TOLERANCE):
+                    yield f"channel {name}: {here} here, {there} in {INFO_KEY}"
+
+    def _is_complete(self) -> bool:
+        """Whether each place in the source's listing has a sample or a reason, and none has both."""
+        count, keys = self._info.source.count, [self._last_key, *self._refused.tolist()]
+        return (
+            self._num_samples + len(self._refused) == count
+            and self._disjoint
+            and len(np.unique(self._refused)) == len(self._refused)
+            and min(self._refused, default=0) >= 0
+            and max(keys) < count
+        )
