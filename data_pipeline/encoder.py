@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dit_scale.config import EncodeConfig
+from dit_scale.data.shards import VaeIdentity
+from dit_scale.errors import DeviceError, WeightsError
 
 if TYPE_CHECKING:
     from dit_scale.vae import Vae
@@ -21,9 +23,8 @@ VIEWS = ("image", "mirror")
 class Encoder:
     """Holds a VAE, loaded at the first call: a process that is started again loads it again."""
 
-    def __init__(self, config: EncodeConfig, device: str) -> None:
-        self._config = config
-        self._device = device
+    def __init__(self, config: EncodeConfig, identity: VaeIdentity, device: str) -> None:
+        self._config, self._identity, self._device = config, identity, device
 
     @cached_property
     def _vae(self) -> "Vae":
@@ -33,10 +34,19 @@ class Encoder:
 
         torch.set_num_threads(self._config.threads_per_encoder)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self._config.precision]
-        return vae.load(self._config.vae, self._device, dtype)
+        loaded = vae.load(
+            self._config.vae, self._device, dtype, self._config.channels_last, self._config.compile
+        )
+        if loaded.identity().weights_sha256 != self._identity.weights_sha256:
+            raise WeightsError(
+                f"the VAE {self._config.vae} is not the same on every node: weights with SHA-256 "
+                f"{loaded.identity().weights_sha256[:12]} here, {self._identity.weights_sha256[:12]} where "
+                "the job was started; copy one to all nodes"
+            )
+        return loaded
 
-    def runtime(self) -> dict[str, str]:
-        """What the bits of a latent depend on besides the configuration: device and libraries."""
+    @cached_property
+    def _runtime(self) -> dict[str, str]:
         from dit_scale import vae
 
         return {
@@ -46,13 +56,23 @@ class Encoder:
             "pillow": version("pillow"),
         }
 
-    def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
+    def runtime(self) -> dict[str, str]:
+        """What the bits of a latent depend on besides the configuration: device and libraries."""
+        return self._runtime
+
+    def encode(self, pixels_BHW3: npt.NDArray[np.uint8], runtime: dict[str, str]) -> npt.NDArray[np.float16]:
         """Pixels of at most `vae_batch` images => moments (B, V, 2C, h, w).
 
-        The VAE always sees `vae_batch` images: a short batch is filled up with black ones.
+        The VAE always sees `vae_batch` images: a short batch is filled up with black ones. DeviceError
+        when the runtime is not this one: Ray may start an encoder again on a node of another kind.
         """
         import torch
 
+        if self._runtime != runtime:
+            raise DeviceError(
+                f"an encoder was started again on another kind of machine: {self._runtime}, the data set is "
+                f"made on {runtime}. Start again with nodes of one kind; finished shards are kept"
+            )
         num_images = len(pixels_BHW3)
         padded = np.zeros((self._config.vae_batch, *pixels_BHW3.shape[1:]), np.uint8)
         padded[:num_images] = pixels_BHW3

@@ -1,18 +1,25 @@
 """What an encoding job leaves in its output, so that any later start can go on where it stopped.
 
-encode.json          the job's identity, put once and never replaced: another one is refused
-shards/<name>.json   a finished shard
-dataset.json         the commit mark of the whole: it is a function of the identity and the shards
+encode.json           the job's identity, put once and never replaced: another one is refused
+listing.safetensors   what the keys are the places of
+metrics.jsonl         how far each start was, when
+shards/<name>.json    a finished shard
+dataset.json          the commit mark of the whole: it is a function of the identity and the shards
 """
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from pydantic import ValidationError
 
 from data_pipeline.encoder import VIEWS
-from data_pipeline.images import CROP, Listing
-from data_pipeline.shards_writer import ShardRecord, shard_name
+from data_pipeline.images import CROP
+from data_pipeline.inputs import Listing
+from data_pipeline.inputs.saved import difference
+from data_pipeline.progress import few
+from data_pipeline.shards_writer import ShardRecord, put_once, shard_name
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import (
     FORMAT,
@@ -27,9 +34,12 @@ from dit_scale.data.shards import (
 )
 from dit_scale.data.statistics import combine_sums
 from dit_scale.errors import ConfigError, DataError
-from dit_scale.storage import Storage
+from dit_scale.storage import MissingKeyError, Storage
 
 IDENTITY_KEY = "encode.json"
+
+READS_AT_ONCE = 16
+"""Records of finished shards that are read at once: on S3 each waits for the network."""
 
 Identity = dict[str, str | int | float]
 
@@ -37,6 +47,8 @@ ENCODING_KEYS = (
     "shard_samples",
     "vae_batch",
     "precision",
+    "channels_last",
+    "compile",
     "threads",
     "device",
     "torch",
@@ -58,61 +70,86 @@ def identity(config: EncodeConfig, listing: Listing, vae: VaeIdentity) -> Identi
         "vae_scale": vae.scale,
         "vae_batch": config.vae_batch,
         "precision": config.precision,
+        "channels_last": config.channels_last,
+        "compile": config.compile,
         "threads": config.threads_per_encoder,
     }
 
 
-def check_identity(storage: Storage, wanted: Identity) -> Identity | None:
-    """The identity the output was begun with, None when it is free; ConfigError names keys that differ."""
-    if not storage.exists(IDENTITY_KEY):
-        if storage.exists(INFO_KEY) or storage.list("shards/"):
-            raise ConfigError(f"{storage.url} holds another data set; choose an empty output")
-        return None
+def read_identity(storage: Storage) -> Identity | None:
+    """What the output was begun with, None when it is free; ConfigError when it holds something else."""
     try:
         found: Identity = json.loads(storage.read(IDENTITY_KEY))
+        return found
+    except MissingKeyError:
+        if storage.exists(INFO_KEY) or storage.list("shards/"):
+            raise ConfigError(f"{storage.url} holds another data set; choose an empty output") from None
+        return None
     except ValueError as error:
         raise DataError(
             f"{storage.url}/{IDENTITY_KEY} is damaged ({error}); choose an empty output"
         ) from None
-    differing = [
-        f"  {key}: {found.get(key)!r} there, {value!r} here"
-        for key, value in wanted.items()
-        if found.get(key) != value
-    ]
-    if differing:
-        raise ConfigError(
-            f"{storage.url} was begun with another configuration:\n"
-            + "\n".join(differing)
-            + "\nGo on with that one, or choose another output"
+
+
+def check_identity(
+    storage: Storage, found: Identity, wanted: Identity, listing: Listing, saved: Listing | None
+) -> None:
+    """ConfigError names what differs; `saved` is the listing that the output was begun with."""
+    differing = [key for key, value in wanted.items() if found.get(key) != value]
+    if not differing:
+        return
+    lines = [f"  {key}: {found.get(key)!r} there, {wanted[key]!r} here" for key in differing]
+    if "source_listing_sha256" in differing:
+        changes = difference(saved, listing) if saved else "its first listing was not saved"
+        lines.append(
+            f"The source holds other images than when this output was begun: {changes}. Make it what it was, "
+            "or encode what is there now into another output"
         )
-    return found
+    if "vae_weights_sha256" in differing:
+        lines.append("vae is another autoencoder than the one that made the shards that are there")
+    raise ConfigError(
+        f"{storage.url} was begun with another configuration; its shards stay as they are:\n"
+        + "\n".join(lines)
+        + "\nGo on with that configuration, or choose another output"
+    )
 
 
-def claim(storage: Storage, wanted: Identity) -> None:
+def claim(storage: Storage, wanted: Identity, listing: Listing) -> Identity:
     """Begin the output with this identity, or find it begun with the same one."""
-    data = (json.dumps(wanted, indent=1) + "\n").encode()
-    if not storage.write_new(IDENTITY_KEY, data):
-        check_identity(storage, wanted)
+    if not storage.write_new(IDENTITY_KEY, (json.dumps(wanted, indent=1) + "\n").encode()):
+        check_identity(storage, read_identity(storage) or {}, wanted, listing, listing)
+    return wanted
 
 
 def finished_shards(storage: Storage) -> dict[str, ShardRecord]:
-    """The shards whose record is there and whose files have the sizes it says."""
+    """The shards whose record is there. DataError when a record, or a file that it promises, is damaged."""
     sizes = dict(storage.list("shards/"))
-    records = {}
-    for key in sizes:
-        if key.endswith(".json"):
-            try:
-                record = ShardRecord.model_validate_json(storage.read(key))
-            except ValidationError:
-                continue  # a damaged mark is no mark: the shard is made again
-            if sizes.get(record.tar_key) == record.bytes and record.index_key in sizes:
-                records[record.name] = record
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        marks = pool.map(lambda key: _read_record(storage, key), [k for k in sizes if k.endswith(".json")])
+        records = {record.name: record for record in marks}
+    for record in records.values():
+        for key, size in ((record.tar_key, record.bytes), (record.index_key, record.index_bytes)):
+            if sizes.get(key) != size:
+                raise DataError(
+                    f"{storage.url}/{key}: expected {size} bytes as {record.record_key} says, got "
+                    f"{sizes.get(key, 'no such file')}; it was damaged after it was made. "
+                    f"Delete {record.record_key} and {key}, and start again: the shard is made again"
+                )
     return records
+
+
+def _read_record(storage: Storage, key: str) -> ShardRecord:
+    try:
+        return ShardRecord.model_validate_json(storage.read(key))
+    except ValidationError:
+        raise DataError(
+            f"{storage.url}/{key} is damaged; delete it and start again: the shard is made again"
+        ) from None
 
 
 def plan(listing: Listing, shard_samples: int) -> dict[str, range]:
     """Shard name => its slice of the listing."""
-    count = len(listing.entries)
+    count = len(listing)
     starts = range(0, count, shard_samples)
     return {
         shard_name(number): range(start, min(start + shard_samples, count))
@@ -140,9 +177,10 @@ def commit(
 ) -> DatasetInfo:
     """Put dataset.json; `claimed` is what the output was begun with, `records` are all shards, in order."""
     shape = latent_shape(config, vae)
+    _check_classes(config, listing, records)
     samples = sum(record.samples for record in records)
     if not samples:
-        raise DataError(f"{config.source}: not one of {len(listing.entries)} files could be encoded")
+        raise DataError(f"{config.source}: not one of {len(listing)} images could be encoded")
     mean, std = combine_sums([record.sums for record in records], samples, shape)
     quarantined: list[Quarantined] = [item for record in records for item in record.quarantined]
     info = DatasetInfo(
@@ -156,9 +194,9 @@ def commit(
         crop=CROP,
         encoding={key: claimed[key] for key in ENCODING_KEYS},
         source=Source(
-            kind="class_folders",
+            kind=listing.kind,
             uri=config.source,
-            count=len(listing.entries),
+            count=len(listing),
             listing_sha256=listing.sha256,
         ),
         class_names=listing.class_names,
@@ -168,5 +206,22 @@ def commit(
         shards=tuple(ShardInfo.model_validate(record.model_dump()) for record in records),
         quarantined=tuple(quarantined),
     )
-    storage.write(INFO_KEY, (json.dumps(info.model_dump(mode="json"), indent=1) + "\n").encode())
+    put_once(storage, INFO_KEY, (json.dumps(info.model_dump(mode="json"), indent=1) + "\n").encode())
     return info
+
+
+def _check_classes(config: EncodeConfig, listing: Listing, records: Sequence[ShardRecord]) -> None:
+    """DataError when every image of a class is quarantined: the class would silently be missing."""
+    lost = np.array([item.key for record in records for item in record.quarantined], np.int64)
+    left = np.bincount(np.delete(listing.labels, lost), minlength=len(listing.class_names))
+    names = [name for name, count in zip(listing.class_names, left, strict=True) if not count]
+    refuse_empty(config, names, "of the class no image could be decoded")
+
+
+def refuse_empty(config: EncodeConfig, names: Sequence[str], why: str) -> None:
+    """DataError for classes without an image, unless they are allowed."""
+    if names and not config.allow_empty_classes:
+        raise DataError(
+            f"{why}: {few(names)}. Bring the images and start again (finished shards are kept as long as "
+            "the listing is the same), take the class away, or set allow_empty_classes=true"
+        )

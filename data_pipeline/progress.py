@@ -4,14 +4,19 @@ On a terminal a bar; elsewhere (a log file, `ray job logs`) one line per finishe
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_pipeline.images import DecodedBatch, Listing
+import data_pipeline.inputs as inputs
+from data_pipeline.decoder import DecodedBatch
+from data_pipeline.inputs import Listing
+from data_pipeline.metrics import Metrics
 from data_pipeline.shards_writer import ShardRecord
+from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import DatasetInfo, Quarantined
 from dit_scale.errors import DataError
 
@@ -19,13 +24,21 @@ SHOWN = 5
 """Names of inputs that a message shows before it says how many more there are."""
 
 
+@contextmanager
+def listing_bar(console: Console) -> Iterator[inputs.Progress]:
+    """A bar over the archives of an input while they are listed; none where images are files."""
+    columns = (TextColumn("listing"), BarColumn(), MofNCompleteColumn(), TextColumn("archives, left"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("listing", visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=console.is_terminal)
+
+
 def report_listing(listing: Listing, console: Console) -> None:
-    """Say what was found, and what will give no samples."""
-    console.print(f"{len(listing.entries)} files in {len(listing.class_names)} class folders")
-    if listing.empty_classes:
-        console.print(f"empty class folders, which keep their labels: {_few(listing.empty_classes)}")
-    if listing.outside:
-        console.print(f"not in a class folder, left out: {_few(listing.outside)}")
+    """Say what was found, and what is left out."""
+    inside = f" in {len(listing.archives)} archives" if listing.archives else ""
+    console.print(f"{len(listing)} images of {len(listing.class_names)} classes{inside}: {listing.kind}")
+    if listing.ignored:
+        console.print(f"not in a class folder, left out: {few(listing.ignored)}")
 
 
 def summary(info: DatasetInfo) -> str:
@@ -41,23 +54,31 @@ def summary(info: DatasetInfo) -> str:
     ]
     if info.quarantined:
         lines.append(
-            f"{len(info.quarantined)} inputs gave no sample: {_few(map(_describe, info.quarantined))}"
+            f"{len(info.quarantined)} inputs gave no sample: {few(map(_describe, info.quarantined))}"
         )
     return "\n".join(lines)
 
 
 class Watch:
-    """Follows a job: a bar with images per second and the time left, and the count of quarantined inputs."""
+    """Follows a job: a bar with images per second and the time left, rows of metrics, bad inputs."""
 
     def __init__(
-        self, total: int, max_quarantined: float, done: Iterable[ShardRecord], console: Console
+        self,
+        total: int,
+        config: EncodeConfig,
+        done: Iterable[ShardRecord],
+        console: Console,
+        metrics: Metrics,
     ) -> None:
-        self._total, self._max_quarantined, self._console = total, max_quarantined, console
-        self._bad = {item.key: item for record in done for item in record.quarantined}
-        finished = sum(record.samples + len(record.quarantined) for record in done)
-        self._left = total - finished
+        self._total, self._console, self._metrics = total, console, metrics
+        self._max_quarantined, self._log_every_s = config.max_quarantined, config.log_every_s
+        records = list(done)
+        self._bad = {item.key: item for record in records for item in record.quarantined}
+        self._num_before = sum(record.samples + len(record.quarantined) for record in records)
+        self._num_shards = len(records)
         self._num_seen = 0
-        self._started = time.monotonic()
+        self._started_s = self._logged_s = time.monotonic()
+        self._num_logged = 0
         self._bar = Progress(
             TextColumn("encoding"),
             BarColumn(),
@@ -67,44 +88,72 @@ class Watch:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("encoding", total=total, completed=finished, rate=0.0)
+        self._task = self._bar.add_task("encoding", total=total, completed=self._num_before, rate=0.0)
 
     def __enter__(self) -> "Watch":
         self._check()
-        self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         self._bar.stop()
+        if kind is None:
+            self._log()
+        self._metrics.close()
+
+    def start(self) -> None:
+        """All is ready: the clock runs from here."""
+        self._started_s = self._logged_s = time.monotonic()
+        self._bar.start()
 
     def batch(self, account: DecodedBatch) -> None:
         """A VAE batch is through."""
-        num_images = len(account.good) + len(account.bad)
-        self._num_seen += num_images
+        self._num_seen += len(account)
         for entry, reason in account.bad:
             self._bad[entry.key] = Quarantined(key=entry.key, path=entry.path, reason=reason)
-        self._bar.update(self._task, advance=num_images, rate=self._rate())
+        self._bar.update(self._task, advance=len(account), rate=self._rate())
         self._check()
+        if time.monotonic() - self._logged_s >= self._log_every_s:
+            self._log()
 
     def shard(self, record: ShardRecord) -> None:
         """A shard is committed."""
         self._bad |= {item.key: item for item in record.quarantined}
+        self._num_shards += 1
         if not self._console.is_terminal:
             self._console.print(
-                f"shard {record.name}: {record.samples} samples; {self._num_seen} of {self._left} images, "
-                f"{self._rate():.1f} images/s"
+                f"shard {record.name}: {record.samples} samples; {self._num_seen} of "
+                f"{self._total - self._num_before} images, {self._rate():.1f} images/s"
             )
         self._check()
 
+    def stall(self, waits_for: str) -> None:
+        """Nothing has come for a while."""
+        self._console.print(f"{waits_for}; are all nodes up? `ray status` on the cluster tells")
+
     def _rate(self) -> float:
-        return self._num_seen / max(time.monotonic() - self._started, 1e-9)
+        return self._num_seen / max(time.monotonic() - self._started_s, 1e-9)
+
+    def _log(self) -> None:
+        now_s = time.monotonic()
+        images_per_s = (self._num_seen - self._num_logged) / max(now_s - self._logged_s, 1e-9)
+        self._logged_s, self._num_logged = now_s, self._num_seen
+        self._metrics.write(
+            self._num_before + self._num_seen,
+            {
+                "of_images": self._total,
+                "shards": self._num_shards,
+                "quarantined": len(self._bad),
+                "images_per_s": round(images_per_s, 2),
+                "elapsed_s": round(now_s - self._started_s, 2),
+            },
+        )
 
     def _check(self) -> None:
         allowed = int(self._max_quarantined * self._total)
         if len(self._bad) > allowed:
             raise DataError(
                 f"{len(self._bad)} of {self._total} inputs gave no sample, max_quarantined="
-                f"{self._max_quarantined:g} allows {allowed}: {_few(map(_describe, self._bad.values()))}. "
+                f"{self._max_quarantined:g} allows {allowed}: {few(map(_describe, self._bad.values()))}. "
                 "Mend them, or raise max_quarantined and start again; finished shards are kept"
             )
 
@@ -113,7 +162,8 @@ def _describe(item: Quarantined) -> str:
     return f"{item.path} ({item.reason})"
 
 
-def _few(names: Iterable[str]) -> str:
+def few(names: Iterable[str]) -> str:
+    """The first names of many, and how many more there are."""
     listed = list(names)
     more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
     return ", ".join(listed[:SHOWN]) + more

@@ -1,7 +1,8 @@
 """One shard: a deterministic WebDataset tar, its index and its record, from the latents of a slice.
 
 The record, shards/<name>.json, is put last and is the shard's commit mark: a shard without one is
-made again. Nothing of who encoded it, when or how often is in the bytes.
+made again. Nothing of who encoded it, when or how often is in the bytes, so that several processes may
+make the same shard: each object is put once, and who comes later must bring the same bytes.
 
 Shapes: V views, C latent channels, h w latent sides.
 """
@@ -17,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.decoder import DecodedBatch
-from dit_scale.data.shards import RECORD, Quarantined, ShardInfo, encode_sample, write_index
+from dit_scale.data.shards import INDEX_HEADER, RECORD, Quarantined, ShardInfo, encode_sample, write_index
 from dit_scale.data.statistics import channel_sums
+from dit_scale.errors import DataError
 from dit_scale.storage import Storage, open_storage
 
 TAR_HEADER_BYTES = 512
@@ -49,6 +51,10 @@ class ShardRecord(ShardInfo):
         return np.array([self.latent_sum, self.latent_square_sum])
 
     @property
+    def index_bytes(self) -> int:
+        return INDEX_HEADER.size + RECORD.itemsize * self.samples
+
+    @property
     def record_key(self) -> str:
         return record_key(self.name)
 
@@ -72,10 +78,22 @@ class Shard:
     index: bytes
 
     def put(self, storage: Storage) -> None:
-        """Write the tar, then the index, then the commit mark."""
-        storage.write(self.record.tar_key, self.tar)
-        storage.write(self.record.index_key, self.index)
-        storage.write(self.record.record_key, self.record.model_dump_json(indent=1).encode())
+        """Put the tar, then the index, then the commit mark."""
+        put_once(storage, self.record.tar_key, self.tar)
+        put_once(storage, self.record.index_key, self.index)
+        put_once(storage, self.record.record_key, self.record.model_dump_json(indent=1).encode())
+
+
+def put_once(storage: Storage, key: str, data: bytes) -> None:
+    """Put an object that is a function of the job; DataError when other bytes are under its key."""
+    if storage.write_new(key, data):
+        return
+    if (found := hashlib.sha256(storage.read(key)).hexdigest()) != (made := hashlib.sha256(data).hexdigest()):
+        raise DataError(
+            f"{storage.url}/{key} is there with other bytes (SHA-256 {found[:12]}) than were made now "
+            f"({made[:12]}): it was damaged, or made on another kind of machine. Delete it and what has the "
+            "same name beside it, and start again, or choose another output"
+        )
 
 
 def build_shard(

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.images import Pixels, center_crop, list_images, read_batch, to_array
+from data_pipeline.decoder import read_batch
+from data_pipeline.images import Pixels, center_crop, to_array
+from data_pipeline.inputs import open_input
 from dit_scale.errors import DataError, DitScaleError
 
 SIDE = 8
@@ -77,8 +79,8 @@ def crops(size: int, folder: str | Path | None = None) -> tuple[Pixels, np.ndarr
     From scikit-learn, or from the PNG files of a folder that `write_images` made; both are equal.
     """
     if folder is not None:
-        listing = list_images(str(folder))
-        pixels_NSS3, account = read_batch(str(folder), listing.entries, size)
+        listing = open_input(str(folder)).list()
+        pixels_NSS3, account = read_batch(str(folder), listing.entries(), size)
         if account.bad:
             raise DataError(f"{folder}: {account.bad[0][0].path}: {account.bad[0][1]}")
         return pixels_NSS3, np.array([int(listing.class_names[entry.label]) for entry in account.good])

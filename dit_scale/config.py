@@ -171,22 +171,27 @@ class GuardConfig(Section):
     """Rollbacks without a newer checkpoint before the run gives up."""
 
 
-class LogConfig(Section):
-    """What is written down; metrics.jsonl is the record, the others mirror it."""
+class Mirrored(Section):
+    """Metrics that Weights & Biases may mirror."""
 
-    every_steps: int = Field(100, gt=0)
-    """Steps between two log points; nothing is read from the device in between."""
     wandb: Literal["off", "online", "offline"] = "off"
     """Mirror to Weights & Biases."""
     wandb_project: str = "dit-scale"
     """Project of the mirror."""
-    tensorboard: bool = False
-    """Mirror to TensorBoard files in the run's folder."""
 
     @field_validator("wandb", mode="before")
     @classmethod
     def _yaml_reads_off_as_false(cls, value: object) -> object:
         return "off" if value is False else value
+
+
+class LogConfig(Mirrored):
+    """What is written down; metrics.jsonl is the record, the others mirror it."""
+
+    every_steps: int = Field(100, gt=0)
+    """Steps between two log points; nothing is read from the device in between."""
+    tensorboard: bool = False
+    """Mirror to TensorBoard files in the run's folder."""
 
 
 class TrainConfig(Section):
@@ -219,11 +224,14 @@ class TrainConfig(Section):
         return self
 
 
-class EncodeConfig(Section):
-    """One encoding job: class folders of images in, a latent data set out."""
+class EncodeConfig(Mirrored):
+    """One encoding job: images in, a latent data set out."""
 
     source: str = "data/imagenet/train"
-    """Folder or s3:// prefix with one sub-folder per class; every node must see it."""
+    """Folder or s3:// prefix that every node sees, with one sub-folder of images per class, with class
+    tars, WebDataset tars or Parquet files; ILSVRC2012_img_train.tar itself; a pattern, DIR/train-*.tar."""
+    allow_empty_classes: bool = False
+    """Whether classes may be without an image, as in a part of a data set; they keep their labels."""
     output: str = "data/imagenet256"
     """Folder or s3:// prefix that becomes the latent data set; every node must see it."""
     vae: str = "stabilityai/sd-vae-ft-ema"
@@ -236,24 +244,35 @@ class EncodeConfig(Section):
     """Images per VAE pass; part of what a shard's bytes depend on."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the VAE; latents are stored as fp16 either way."""
+    channels_last: bool = False
+    """Layout of the VAE's tensors: faster in bf16 on a GPU; part of what a shard's bytes depend on."""
+    compile: bool = False
+    """Compile the VAE's encoder; part of what a shard's bytes depend on."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the VAE runs; `auto` takes CUDA when there is one."""
-    encoders: int = Field(1, ge=1)
-    """Ray actors that hold a VAE."""
-    cpus_per_encoder: float = Field(0.5, gt=0)
-    """CPUs that Ray reserves for an encoder; a fraction, so that small machines have room for decoders."""
+    nodes: int = Field(1, ge=1)
+    """Ray nodes to wait for before encoders are placed."""
+    wait_s: float = Field(600.0, ge=0)
+    """Time in which those nodes must come."""
+    encoders: int = Field(0, ge=0)
+    """Ray actors that hold a VAE; 0: as many as the nodes have room for."""
+    cpus_per_encoder: float = Field(1.0, gt=0)
+    """CPUs that Ray reserves for an encoder; a fraction leaves room for decoders on a small machine."""
     gpus_per_encoder: float = Field(1.0, ge=0)
     """GPUs that Ray reserves for an encoder when `device` is cuda."""
     threads_per_encoder: int = Field(1, ge=1)
     """Threads of the VAE on a CPU; part of what a shard's bytes depend on."""
-    decoders: int = Field(1, ge=1)
-    """Ray tasks that decode and crop images at once (one core: about 220 images/s of ImageNet)."""
+    decoders: int = Field(0, ge=0)
+    """Ray tasks that decode and crop images at once (one core: about 220 images/s of ImageNet); 0: as
+    many as the nodes have room for beside the encoders and one task that writes."""
     cpus_per_decoder: float = Field(0.5, gt=0)
     """CPUs that Ray reserves for a task that decodes, or writes a shard."""
     max_quarantined: float = Field(0.001, ge=0, le=1)
     """Largest share of inputs that may be unreadable before the job fails."""
     ray_address: str = "auto"
     """`auto` joins the cluster that RAY_ADDRESS names, else starts a local one (`local`); or host:port."""
+    log_every_s: float = Field(15.0, gt=0)
+    """Time between two rows of metrics.jsonl in the output."""
 
 
 RootConfig = TypeVar("RootConfig", TrainConfig, EncodeConfig)

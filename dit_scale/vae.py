@@ -20,7 +20,14 @@ LOGVAR_RANGE = (-30.0, 20.0)
 class Vae:
     """A frozen autoencoder on a device; batches go through as they are, nothing is random."""
 
-    def __init__(self, files: VaeFiles, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        files: VaeFiles,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
         from diffusers import AutoencoderKL
 
         self.device = torch.device(device)
@@ -36,7 +43,10 @@ class Vae:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise WeightsError(f"cannot load the VAE in {files.folder}: {error}") from error
-        self._model = model.to(self.device).eval().requires_grad_(False)
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._model = model.to(self.device, memory_format=self._format).eval().requires_grad_(False)
+        if compile:
+            self._model.encoder.compile(dynamic=False)
         self.scale = files.identity.scale
 
     def identity(self) -> VaeIdentity:
@@ -47,7 +57,8 @@ class Vae:
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Images in [-1, 1] => posterior mean, then standard deviation (B, 2C, h, w); fp32, unscaled."""
         with _plain_convolutions():
-            posterior = self._model.encode(images_B3HW.to(self.device, self.dtype)).latent_dist
+            x_B3HW = images_B3HW.to(self.device, self.dtype, memory_format=self._format)
+            posterior = self._model.encode(x_B3HW).latent_dist
         mean_BChw, logvar_BChw = posterior.parameters.float().chunk(2, dim=1)
         std_BChw = torch.exp(0.5 * logvar_BChw.clamp(*LOGVAR_RANGE))
         return torch.cat([mean_BChw, std_BChw], dim=1)
@@ -61,9 +72,19 @@ class Vae:
         return pixels.permute(0, 2, 3, 1).contiguous()
 
 
-def load(name_or_folder: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
-    """The autoencoder in a folder or under a hub name; safetensors only."""
-    return Vae(find(name_or_folder), device, dtype)
+def load(
+    name_or_folder: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    compile: bool = False,
+) -> Vae:
+    """The autoencoder in a folder or under a hub name; safetensors only.
+
+    `channels_last` is the layout that tensor cores read without a copy; `compile` compiles the encoder
+    for the shape of its first batch. Either changes the last bits of latents.
+    """
+    return Vae(find(name_or_folder), device, dtype, channels_last, compile)
 
 
 def device_kind(device: torch.device | str) -> str:

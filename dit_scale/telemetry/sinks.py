@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from dit_scale.config import TrainConfig
+from dit_scale.config import Mirrored, TrainConfig
 from dit_scale.errors import ConfigError
 
 
@@ -42,23 +42,23 @@ class JsonLines:
 
 
 class Wandb:
-    """A Weights & Biases run of the same name as the folder; resumed under the same id."""
+    """A Weights & Biases run with its files in a folder; resumed under the same id."""
 
-    def __init__(self, folder: Path, config: TrainConfig) -> None:
+    def __init__(
+        self, folder: Path, name: str, run_id: str, mirrored: Mirrored, config: dict[str, Any]
+    ) -> None:
         try:
             import wandb
         except ImportError:
-            raise ConfigError(
-                f"log.wandb={config.log.wandb}: wandb is not installed; pip install wandb"
-            ) from None
+            raise ConfigError(f"wandb={mirrored.wandb}: wandb is not installed; pip install wandb") from None
         self._run = wandb.init(
-            project=config.log.wandb_project,
-            name=folder.name,
-            id=config.run.strip("/").replace("/", "-"),
+            project=mirrored.wandb_project,
+            name=name,
+            id=run_id.strip("/").replace("/", "-"),
             dir=str(folder),
-            mode=config.log.wandb,  # type: ignore[arg-type]
+            mode=mirrored.wandb,  # type: ignore[arg-type]
             resume="allow",
-            config=config.model_dump(mode="json"),
+            config=config,
             settings=wandb.Settings(silent=True),
         )
 
@@ -94,7 +94,8 @@ def open_sinks(folder: Path, config: TrainConfig, resume_step: int) -> list[Sink
     """The record and the mirrors that the configuration asks for."""
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resume_step)]
     if config.log.wandb != "off":
-        sinks.append(Wandb(folder, config))
+        resolved = config.model_dump(mode="json")
+        sinks.append(Wandb(folder, folder.name, config.run, config.log, resolved))
     if config.log.tensorboard:
         sinks.append(TensorBoard(folder, resume_step))
     return sinks

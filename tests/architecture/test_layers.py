@@ -27,7 +27,7 @@ LAYERS = (
     ("models", "diffusion", "data", "vae_files", "vae", "weights"),
     ("checkpoint",),
     ("train", "telemetry", "elastic"),
-    ("sources", "sample", "evaluate"),
+    ("sources", "sample", "pictures", "evaluate"),
     ("cli",),
 )
 """Parts of dit_scale; a part imports from its own row and from rows above it, which are the lower layers."""
@@ -43,7 +43,7 @@ DOORS = {
     "botocore": ("dit_scale.storage.s3",),
     "diffusers": ("dit_scale.vae", "dit_scale.weights"),
     "huggingface_hub": ("dit_scale.vae_files",),
-    "ray": ("data_pipeline.encode_latents",),
+    "ray": ("data_pipeline.flow", "data_pipeline.ray_cluster"),
     "wandb": ("dit_scale.telemetry.sinks",),
     "tensorboard": ("dit_scale.telemetry.sinks",),
     "torch.utils.tensorboard": ("dit_scale.telemetry.sinks",),
@@ -65,7 +65,9 @@ WITHOUT_TORCH = (
     "dit_scale.models.zoo",
     "dit_scale.vae_files",
     "dit_scale.checkpoint.writer",
+    "data_pipeline.decoder",
     "data_pipeline.images",
+    "data_pipeline.inputs",
     "data_pipeline.shards_writer",
     "data_pipeline.verify",
 )

@@ -9,23 +9,25 @@ from PIL import Image
 from rich.console import Console
 
 from data_pipeline import output
-from data_pipeline.encode_latents import choose_device, main, resolve_paths
+from data_pipeline.encode_latents import main, resolve_paths
 from data_pipeline.encoder import Encoder
-from data_pipeline.images import Entry, Listing
+from data_pipeline.inputs import Listing
+from data_pipeline.metrics import Metrics
 from data_pipeline.progress import Watch
-from data_pipeline.shards_writer import Row, build_shard
+from data_pipeline.ray_cluster import Placement, place
+from data_pipeline.shards_writer import Row, Shard, build_shard
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import Quarantined, VaeIdentity
-from dit_scale.errors import ConfigError, DataError, DeviceError
+from dit_scale.errors import ConfigError, DataError, DeviceError, WeightsError
 from dit_scale.storage import Storage, open_storage
+from dit_scale.vae_files import find
 from tests.tiny_vae import save_tiny_vae
 
 VAE = VaeIdentity(name="x", weights_sha256="1", scale=0.2, downsample=8, latent_channels=4)
 
 
 def listing(num: int) -> Listing:
-    entries = tuple(Entry(key, f"a/{key}.png", 0) for key in range(num))
-    return Listing(entries, ("a",), (), (), "digest")
+    return Listing("class_folders", ("a",), [f"a/{key}.png" for key in range(num)], np.zeros(num, np.int32))
 
 
 def config(**changes: object) -> EncodeConfig:
@@ -37,20 +39,29 @@ def storage(tmp_path: Path) -> Storage:
     return open_storage(tmp_path)
 
 
-def test_the_device_is_what_the_cluster_has() -> None:
-    assert choose_device(config(), [{"CPU": 2.0}]) == "cpu"
-    assert choose_device(config(), [{"CPU": 2.0}, {"CPU": 8.0, "GPU": 1.0}]) == "cuda"
-    assert choose_device(config(device="cpu"), [{"CPU": 8.0, "GPU": 1.0}]) == "cpu"
-    assert choose_device(config(encoders=3), [{"CPU": 2.0}]) == "cpu"
+def test_the_vae_runs_on_what_the_cluster_has() -> None:
+    assert place(config(), [{"CPU": 2.0}]) == Placement("cpu", 1, 1)
+    gpus = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 4.0}]
+    assert place(config(), gpus) == Placement("cuda", 8, 55)
+    assert place(config(cpus_per_decoder=4), gpus) == Placement("cuda", 8, 6)
+    assert place(config(device="cpu"), gpus) == Placement("cpu", 35, 1)
+    assert place(config(encoders=3, cpus_per_encoder=0.5, decoders=7), [{"CPU": 2.0}]) == Placement(
+        "cpu", 3, 7
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "nodes", "message"),
     [
         ({"device": "cuda"}, [{"CPU": 8.0}], r"1 encoders .*'GPU': 1.0.* do not fit .*0 GPUs, room for 0"),
-        ({"encoders": 5}, [{"CPU": 2.0}], "5 encoders .* room for 4"),
+        ({"encoders": 5, "cpus_per_encoder": 0.5}, [{"CPU": 2.0}], "5 encoders .* room for 4"),
         ({"encoders": 2, "cpus_per_encoder": 1.5}, [{"CPU": 2.0}, {"CPU": 1.0}], "room for 1"),
-        ({"encoders": 4}, [{"CPU": 2.0}], r"leave 0 of 2 CPUs, a decoder reserves 0.5"),
+        (
+            {"encoders": 4, "cpus_per_encoder": 0.5},
+            [{"CPU": 2.0}],
+            r"leave 0 of 2 CPUs, a decoder reserves 0.5",
+        ),
+        ({}, [{"CPU": 1.0}], "leave 0 of 1 CPUs"),
         ({}, [], "room for 0"),
     ],
 )
@@ -58,7 +69,7 @@ def test_what_ray_would_wait_for_forever_is_refused(
     changes: dict[str, object], nodes: list[dict[str, float]], message: str
 ) -> None:
     with pytest.raises(DeviceError, match=message):
-        choose_device(config(**changes), nodes)
+        place(config(**changes), nodes)
 
 
 def test_paths_are_made_absolute_for_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,57 +89,127 @@ def test_paths_are_made_absolute_for_workers(tmp_path: Path, monkeypatch: pytest
         resolve_paths(config(source="/in", output="out"))
 
 
-def test_an_output_belongs_to_one_identity(storage: Storage) -> None:
-    wanted = output.identity(config(), listing(3), VAE)
-    assert output.check_identity(storage, wanted) is None
-    output.claim(storage, wanted | {"device": "cpu"})
-    output.claim(storage, wanted | {"device": "cpu"})
-    assert output.check_identity(storage, wanted) == wanted | {"device": "cpu"}
+FREE = {"source", "output", "vae", "max_quarantined", "allow_empty_classes", "ray_address"}
+FREE |= {
+    "nodes",
+    "wait_s",
+    "encoders",
+    "decoders",
+    "cpus_per_encoder",
+    "gpus_per_encoder",
+    "cpus_per_decoder",
+}
+FREE |= {"device", "log_every_s", "wandb", "wandb_project"}
+BOUND: dict[str, object] = {
+    "image_size": 512,
+    "shard_samples": 1,
+    "vae_batch": 1,
+    "precision": "bf16",
+    "channels_last": True,
+    "compile": True,
+    "threads_per_encoder": 2,
+}
+
+
+def test_every_key_is_part_of_the_identity_or_is_not() -> None:
+    assert FREE | BOUND.keys() == EncodeConfig.model_fields.keys(), "say where a new key belongs"
+
+
+@pytest.mark.parametrize("key", BOUND)
+def test_an_output_belongs_to_one_identity(storage: Storage, key: str) -> None:
+    images = listing(3)
+    wanted = output.identity(config(), images, VAE)
+    assert output.read_identity(storage) is None
+    output.claim(storage, wanted | {"device": "cpu"}, images)
+    output.claim(storage, wanted | {"device": "cpu"}, images)
+    found = output.read_identity(storage)
+    assert found == wanted | {"device": "cpu"}
+    output.check_identity(storage, found, wanted, images, images)
     with pytest.raises(ConfigError, match="device: 'cpu' there, 'H200' here"):
-        output.claim(storage, wanted | {"device": "H200"})
-    free = {"output", "vae", "source", "encoders", "decoders", "max_quarantined", "ray_address", "device"}
-    free |= {"cpus_per_encoder", "gpus_per_encoder", "cpus_per_decoder"}
-    bound = {
-        "image_size": 512,
-        "shard_samples": 1,
-        "vae_batch": 1,
-        "precision": "bf16",
-        "threads_per_encoder": 2,
-    }
-    assert free | bound.keys() == EncodeConfig.model_fields.keys(), "say where a new key belongs"
-    for key, value in bound.items():
-        with pytest.raises(ConfigError, match="begun with another configuration"):
-            output.check_identity(storage, output.identity(config(**{key: value}), listing(3), VAE))
+        output.claim(storage, wanted | {"device": "H200"}, images)
+    other = output.identity(config(**{key: BOUND[key]}), images, VAE)
+    with pytest.raises(ConfigError, match="begun with another configuration"):
+        output.check_identity(storage, found, other, images, images)
+
+
+def test_a_damaged_identity_is_named(storage: Storage) -> None:
     storage.write("encode.json", b"{")
     with pytest.raises(DataError, match="is damaged"):
-        output.check_identity(storage, wanted)
+        output.read_identity(storage)
 
 
 def test_an_output_that_holds_something_else_is_refused(storage: Storage) -> None:
     storage.write("dataset.json", b"{}")
     with pytest.raises(ConfigError, match="holds another data set"):
-        output.check_identity(storage, {})
+        output.read_identity(storage)
 
 
-def test_only_whole_shards_count_as_finished(storage: Storage) -> None:
-    row = Row(0, "a/0.png", 0, np.zeros((2, 8, 4, 4), np.float16))
-    for number in range(4):
-        build_shard(f"0000{number}", [row], [], 4).put(storage)
-    storage.write("shards/00001.tar", b"short")
-    storage.delete("shards/00002.idx")
-    storage.write("shards/00003.json", b"{}")
-    assert list(output.finished_shards(storage)) == ["00000"]
+def test_another_listing_and_another_vae_are_explained(storage: Storage) -> None:
+    found = output.identity(config(), listing(3), VAE)
+    wanted = output.identity(config(), listing(4), VAE.model_copy(update={"weights_sha256": "2"}))
+    with pytest.raises(ConfigError) as caught:
+        output.check_identity(storage, found, wanted, listing(4), listing(3))
+    assert "other images than when this output was begun: 1 new (a/3.png)" in str(caught.value)
+    assert "vae is another autoencoder than the one that made the shards" in str(caught.value)
+    assert "its shards stay as they are" in str(caught.value)
+
+
+@pytest.fixture
+def shard() -> Shard:
+    return build_shard("00000", [Row(0, "a/0.png", 0, np.zeros((2, 8, 4, 4), np.float16))], [], 4)
+
+
+def test_a_shard_without_its_mark_is_not_finished(storage: Storage, shard: Shard) -> None:
+    shard.put(storage)
+    assert output.finished_shards(storage) == {"00000": shard.record}
+    storage.delete("shards/00000.json")
+    assert output.finished_shards(storage) == {}
+
+
+@pytest.mark.parametrize("key", ["shards/00000.tar", "shards/00000.idx", "shards/00000.json"])
+def test_what_was_damaged_after_it_was_finished_is_named(storage: Storage, shard: Shard, key: str) -> None:
+    shard.put(storage)
+    storage.write(key, b"short")
+    with pytest.raises(DataError, match=rf"{key}.* damaged.*elete .*start again"):
+        output.finished_shards(storage)
+    with pytest.raises(DataError, match=rf"{key} is there with other bytes .* Delete it"):
+        shard.put(storage)
+    for name in ("tar", "json"):
+        storage.delete(f"shards/00000.{name}")
+    storage.delete(key)
+    shard.put(storage)
+    assert output.finished_shards(storage) == {"00000": shard.record}
+
+
+def test_who_comes_second_finds_its_own_bytes(storage: Storage, shard: Shard) -> None:
+    shard.put(storage)
+    before = {key: storage.local_path(key).stat() for key, _ in storage.list()}
+    shard.put(storage)
+    assert {key: storage.local_path(key).stat() for key, _ in storage.list()} == before
+
+
+def test_a_class_that_lost_all_its_images_is_an_error(storage: Storage) -> None:
+    images = Listing("class_folders", ("a", "b"), ["a/0.png", "b/1.png"], np.array([0, 1], np.int32))
+    row = Row(0, "a/0.png", 0, np.zeros((2, 8, 32, 32), np.float16))
+    record = build_shard("00000", [row], [Quarantined(key=1, path="b/1.png", reason="torn")], 4).record
+    claimed = output.identity(config(), images, VAE) | dict.fromkeys(output.ENCODING_KEYS, "")
+    with pytest.raises(DataError, match=r"no image could be decoded: b. .*allow_empty_classes=true"):
+        output.commit(storage, config(), images, VAE, claimed, [record])
+    assert not storage.exists("dataset.json")
+    info = output.commit(storage, config(allow_empty_classes=True), images, VAE, claimed, [record])
+    assert (info.samples, info.num_classes) == (1, 2)
 
 
 def test_shards_are_slices_of_the_listing() -> None:
     assert output.plan(listing(5), 2) == {"00000": range(2), "00001": range(2, 4), "00002": range(4, 5)}
 
 
-def test_the_quarantine_is_counted_once_over_all_starts() -> None:
+def test_the_quarantine_is_counted_once_over_all_starts(storage: Storage) -> None:
     bad = Quarantined(key=1, path="a/1.png", reason="torn")
     record = build_shard("00000", [], [bad], 4).record
     console = Console(quiet=True)
-    with Watch(10, 0.1, [record], console) as watch:
+    metrics = Metrics(storage, config())
+    with Watch(10, config(max_quarantined=0.1), [record], console, metrics) as watch:
         watch.shard(record)
         with pytest.raises(
             DataError, match=r"2 of 10 inputs .* allows 1: a/1.png \(torn\), a/2.png \(torn\)"
@@ -136,18 +217,37 @@ def test_the_quarantine_is_counted_once_over_all_starts() -> None:
             watch.shard(
                 build_shard("00001", [], [Quarantined(key=2, path="a/2.png", reason="torn")], 4).record
             )
-    with pytest.raises(DataError, match="allows 0"), Watch(10, 0.0, [record], console):
-        pass
+    with pytest.raises(DataError, match="allows 0"):
+        with Watch(10, config(max_quarantined=0.0), [record], console, metrics):
+            pass
+
+
+def tiny_encoder(folder: Path) -> tuple[Encoder, dict[str, str]]:
+    vae = save_tiny_vae(folder / "vae")
+    encoder = Encoder(config(vae=vae, vae_batch=4), find(vae).identity, "cpu")
+    return encoder, encoder.runtime()
+
+
+def test_an_encoder_on_another_kind_of_machine_refuses(tmp_path: Path) -> None:
+    encoder, runtime = tiny_encoder(tmp_path)
+    with pytest.raises(DeviceError, match=r"another kind of machine.*finished shards are kept"):
+        encoder.encode(np.zeros((1, 32, 32, 3), np.uint8), runtime | {"device": "cpu AVX7"})
+
+
+def test_an_encoder_that_finds_another_vae_refuses(tmp_path: Path) -> None:
+    encoder = Encoder(config(vae=save_tiny_vae(tmp_path / "vae")), VAE, "cpu")
+    with pytest.raises(WeightsError, match=r"not the same on every node.*copy one to all nodes"):
+        encoder.runtime()
 
 
 def test_a_short_batch_gives_the_bits_of_a_full_one(tmp_path: Path) -> None:
-    encoder = Encoder(config(vae=save_tiny_vae(tmp_path / "vae"), vae_batch=4), "cpu")
+    encoder, runtime = tiny_encoder(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    full, short = encoder.encode(pixels), encoder.encode(pixels[:2])
+    full, short = encoder.encode(pixels, runtime), encoder.encode(pixels[:2], runtime)
     assert full.shape == (4, 2, 8, 4, 4)
     assert full.dtype == np.float16
     assert np.array_equal(full[:2], short)
-    mirrored = encoder.encode(pixels[:, :, ::-1])
+    mirrored = encoder.encode(pixels[:, :, ::-1], runtime)
     assert np.array_equal(mirrored, full[:, ::-1])
 
 
@@ -160,7 +260,7 @@ def test_the_command_line_without_ray(tmp_path: Path, capsys: pytest.CaptureFixt
     captured = capsys.readouterr()
     assert "latents [2, 8, 4, 4]\n1 shards" in captured.out
     assert "images/s per encoder" in captured.out
-    assert "1 files in 1 class folders" in captured.err
+    assert "1 images of 1 classes: class_folders" in captured.err
     assert not (tmp_path / "out").exists()
     for wrong, message in (
         (["sorce=x"], "unknown key 'sorce'; did you mean 'source'?"),
@@ -170,7 +270,10 @@ def test_the_command_line_without_ray(tmp_path: Path, capsys: pytest.CaptureFixt
     ):
         assert main(wrong) == 2
         assert message in capsys.readouterr().err
-    (tmp_path / "out").mkdir()
+    (tmp_path / "images/b").mkdir()
+    assert main([*paths, "image_size=32"]) == 2
+    assert "classes without an image: b. Bring the images" in capsys.readouterr().err
+    (tmp_path / "images/b").rmdir()
     (tmp_path / "out/encode.json").write_text(json.dumps({"image_size": 32}))
     assert main(paths) == 2
     assert "image_size: 32 there, 256 here" in capsys.readouterr().err

@@ -1,9 +1,6 @@
-"""Listing, decoding and the ADM crop."""
+"""Decoding and the ADM crop."""
 
-import hashlib
 import io
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.images import (
-    Entry,
-    ImageError,
-    center_crop,
-    decode,
-    list_images,
-    read_batch,
-    to_array,
-)
-from dit_scale.errors import DataError
+from data_pipeline.decoder import read_batch
+from data_pipeline.images import center_crop, decode, to_array
+from data_pipeline.inputs import Entry, InputError, open_input
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -72,7 +62,7 @@ def test_an_image_of_the_right_size_is_not_touched() -> None:
 
 
 def test_a_strip_is_refused_before_it_fills_the_memory() -> None:
-    with pytest.raises(ImageError, match="too large: 2560000 x 256"):
+    with pytest.raises(InputError, match="too large: 2560000 x 256"):
         center_crop(Image.new("RGB", (10000, 1)), 256)
 
 
@@ -92,7 +82,7 @@ def test_contents_count_not_the_name_and_exif_is_ignored(tmp_path: Path) -> None
     turned = Image.Exif()
     turned[0x0112] = 6
     (tmp_path / "a/y.png").write_bytes(encoded(image, "PNG", exif=turned))
-    pixels, account = read_batch(str(tmp_path), list_images(str(tmp_path)).entries, 24)
+    pixels, account = read_batch(str(tmp_path), open_input(str(tmp_path)).list().entries(), 24)
     assert [entry.path for entry in account.good] == ["a/x.JPEG", "a/y.png"]
     assert np.array_equal(pixels[0], pixels[1])
     assert np.array_equal(pixels[0], np.array(image)[:, 8:32])
@@ -110,49 +100,11 @@ def test_damaged_files_have_reasons_without_addresses() -> None:
     ):
         reasons = set()
         for _ in range(2):
-            with pytest.raises(ImageError, match=reason) as caught:
+            with pytest.raises(InputError, match=reason) as caught:
                 decode(data)
             reasons.add(str(caught.value))
         assert len(reasons) == 1
         assert "0x" not in reasons.pop()
-
-
-def test_the_listing_is_sorted_bytewise_and_its_digest_is_the_shells(tmp_path: Path) -> None:
-    paths = [
-        "b/1.png",
-        "b/10.png",
-        "b/2.png",
-        "a b/x.png",
-        "a/x.png",
-        "a/deep/y.png",
-        "Z/q.jpg",
-        "\u00e9/1.png",
-    ]
-    for path in (*paths, "outside.txt"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).touch()
-    (tmp_path / "empty").mkdir()
-    listing = list_images(str(tmp_path))
-    found = [entry.path for entry in listing.entries]
-    assert found == sorted(paths, key=os.fsencode)
-    assert [entry.key for entry in listing.entries] == list(range(len(paths)))
-    assert listing.class_names == ("Z", "a", "a b", "b", "empty", "\u00e9")
-    assert listing.empty_classes == ("empty",)
-    assert listing.outside == ("outside.txt",)
-    for entry in listing.entries:
-        assert listing.class_names[entry.label] == entry.path.split("/")[0]
-    shell = "find . -mindepth 2 -type f -printf '%P\\0' | LC_ALL=C sort -z | sha256sum"
-    ran = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert listing.sha256 == ran.stdout.split()[0]
-    assert listing.sha256 == hashlib.sha256(b"".join(os.fsencode(path) + b"\0" for path in found)).hexdigest()
-
-
-def test_a_source_without_class_folders_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folder at"):
-        list_images(str(tmp_path / "nothing"))
-    (tmp_path / "x.png").touch()
-    with pytest.raises(DataError, match="expected one folder of images per class"):
-        list_images(str(tmp_path))
 
 
 def test_a_batch_accounts_for_every_entry(tmp_path: Path) -> None:
@@ -161,15 +113,15 @@ def test_a_batch_accounts_for_every_entry(tmp_path: Path) -> None:
     (tmp_path / "c/a.txt").write_text("words")
     (tmp_path / "c/c.png").write_bytes(b"")
     (tmp_path / "c/d.png").symlink_to(tmp_path / "gone")
-    listing = list_images(str(tmp_path))
-    pixels, account = read_batch(str(tmp_path), listing.entries, 8)
+    listing = open_input(str(tmp_path)).list()
+    pixels, account = read_batch(str(tmp_path), listing.entries(), 8)
     assert pixels.shape == (1, 8, 8, 3)
     assert account.good == (Entry(1, "c/b.png", 0),)
     assert [(entry.path, reason) for entry, reason in account.bad] == [
-        ("c/a.txt", "not an image: extension '.txt'"),
+        ("c/a.txt", "not a picture in a known format"),
         ("c/c.png", "not a picture in a known format"),
-        ("c/d.png", "there is no such file, or a dangling link"),
+        ("c/d.png", "a link to nothing"),
     ]
-    pixels, account = read_batch(str(tmp_path), listing.entries[:1], 8)
+    pixels, account = read_batch(str(tmp_path), listing.entries(range(1)), 8)
     assert pixels.shape == (0, 8, 8, 3)
     assert not account.good

@@ -1,0 +1,61 @@
+"""The work of one decoding task: entries of the listing in, uint8 crops out.
+
+An input that gives no sample is not skipped but reported, with a reason that is the same on every machine.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.images import Pixels, center_crop, decode, to_array
+from data_pipeline.inputs import Entry, Input, InputError, open_input
+
+READS_AHEAD = 8
+"""Images that are fetched at once from a remote source, where each one waits for the network."""
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """What became of some entries: those that gave pixels, in order, and (entry, reason) of the others."""
+
+    good: tuple[Entry, ...]
+    bad: tuple[tuple[Entry, str], ...]
+
+    def __len__(self) -> int:
+        return len(self.good) + len(self.bad)
+
+
+def read_batch(source: str, entries: Sequence[Entry], size: int) -> tuple[Pixels, DecodedBatch]:
+    """Read, decode and crop entries of a listing => uint8 (good ones, size, size, 3), and their account."""
+    pixels = np.empty((len(entries), size, size, 3), np.uint8)
+    good: list[Entry] = []
+    bad: list[tuple[Entry, str]] = []
+    for entry, data in zip(entries, _read(_opened(source), entries), strict=True):
+        try:
+            if isinstance(data, InputError):
+                raise data
+            pixels[len(good)] = to_array(center_crop(decode(data), size))
+            good.append(entry)
+        except InputError as error:
+            bad.append((entry, str(error)))
+    return pixels[: len(good)], DecodedBatch(tuple(good), tuple(bad))
+
+
+_opened = functools.lru_cache(maxsize=4)(open_input)
+
+
+def _read(source: Input, entries: Sequence[Entry]) -> Iterator[bytes | InputError]:
+    def read(entry: Entry) -> bytes | InputError:
+        try:
+            return source.read(entry)
+        except InputError as error:
+            return error
+
+    if not source.remote:
+        yield from map(read, entries)
+        return
+    with ThreadPoolExecutor(READS_AHEAD) as pool:
+        yield from pool.map(read, entries)

@@ -1,0 +1,78 @@
+"""The listing as a job leaves it in its output: for the next start, and for people who ask what a key was.
+
+A later start compares it with what is there now, and need not walk unchanged archives again.
+"""
+
+import json
+import os
+from dataclasses import asdict
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from data_pipeline.inputs.base import Archive, Listing
+from dit_scale.errors import DataError
+from dit_scale.storage import MissingKeyError, Storage
+
+LISTING_KEY = "listing.safetensors"
+
+_COLUMNS = ("labels", "archive_numbers", "starts", "sizes")
+_FACTS = ("kind", "class_names", "labels_in_paths", "ignored")
+
+
+def save_listing(storage: Storage, listing: Listing) -> None:
+    """Put the listing; an earlier one is replaced."""
+    facts = {name: getattr(listing, name) for name in _FACTS}
+    facts |= {"archives": [asdict(archive) for archive in listing.archives], "sha256": listing.sha256}
+    arrays = {
+        "facts": _packed(json.dumps(facts).encode()),
+        "paths": _packed(b"\0".join(map(os.fsencode, listing.paths))),
+    }
+    arrays |= {name: getattr(listing, name) for name in _COLUMNS if getattr(listing, name) is not None}
+    storage.write(LISTING_KEY, save(arrays))
+
+
+def load_listing(storage: Storage) -> Listing | None:
+    """The listing that the output was begun with; None when there is none, DataError when it is damaged."""
+    try:
+        arrays = load(storage.read(LISTING_KEY))
+        facts = json.loads(arrays.pop("facts").tobytes())
+        paths = os.fsdecode(arrays.pop("paths").tobytes()).split("\0")
+        sha256 = facts.pop("sha256")
+        listing = Listing(
+            kind=facts["kind"],
+            class_names=tuple(facts["class_names"]),
+            paths=paths,
+            labels_in_paths=facts["labels_in_paths"],
+            archives=tuple(Archive(**archive) for archive in facts["archives"]),
+            ignored=tuple(facts["ignored"]),
+            **{name: arrays[name] for name in _COLUMNS if name in arrays},
+        )
+        if listing.sha256 != sha256:
+            raise ValueError("its checksum does not fit")
+    except MissingKeyError:
+        return None
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{storage.url}/{LISTING_KEY} is damaged ({error}); delete it, the next start makes it again"
+        ) from None
+    return listing
+
+
+def difference(old: Listing, new: Listing, shown: int = 3) -> str:
+    """What became of the images between two listings, in words; empty when nothing that matters."""
+    if old.sha256 == new.sha256:
+        return ""
+    before, now = set(old.paths), set(new.paths)
+    parts = []
+    for paths, verb in ((now - before, "new"), (before - now, "gone")):
+        if paths:
+            names = ", ".join(sorted(paths)[:shown]) + (", ..." if len(paths) > shown else "")
+            parts.append(f"{len(paths)} {verb} ({names})")
+    return " and ".join(parts) or "the same names with other labels"
+
+
+def _packed(data: bytes) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(data, np.uint8)
