@@ -9,6 +9,7 @@ matrix products.
 Shapes: B images at once, C latent channels, H and W latent sides.
 """
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from dit_scale.errors import ConfigError, WeightsError
 from dit_scale.models.dit import DiT
 from dit_scale.rng import Purpose
 from dit_scale.sources import Source, build_model
+from dit_scale.storage import open_storage
 
 GRID_IMAGES = 100
 """Most images that a grid shows."""
@@ -153,8 +155,9 @@ def write_grid(images: np.ndarray, path: Path) -> None:
     for index, image in enumerate(images):
         top, left = 2 + index // columns * (height + 2), 2 + index % columns * (width + 2)
         grid[top : top + height, left : left + width] = image
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid).save(path)
+    stream = io.BytesIO()
+    Image.fromarray(grid).save(stream, format="PNG")
+    open_storage(path.parent).write(path.name, stream.getvalue())
 
 
 def write_npz(images: np.ndarray, labels: np.ndarray, path: Path) -> None:

@@ -15,6 +15,7 @@ from dit_scale.data.shards import (
     Source,
     VaeIdentity,
 )
+from dit_scale.data.statistics import combine_sums
 from dit_scale.storage import open_storage
 
 
@@ -32,17 +33,20 @@ def write_latents(
     """
     storage = open_storage(url)
     side = image_size // 8
-    shards = []
+    shape = (views, 8, side, side)
+    shards, sums = [], []
     for start in range(0, num, shard_samples):
         rows = [_row(key, side, num_classes, views) for key in range(start, min(start + shard_samples, num))]
         shard = build_shard(shard_name(start // shard_samples), rows, [], latent_channels=4)
         shard.put(storage)
         shards.append(ShardInfo.model_validate(shard.record.model_dump()))
+        sums.append(shard.record.sums)
+    mean, std = combine_sums(sums, num, shape) if num else ((0.0,) * 4, (1.0,) * 4)
     info = DatasetInfo(
         format=FORMAT,
         version=FORMAT_VERSION,
         image_size=image_size,
-        latent_shape=(views, 8, side, side),
+        latent_shape=shape,
         latent_dtype="<f2",
         views=("image", "mirror")[:views],
         vae=VaeIdentity(name="random", weights_sha256="0" * 64, scale=0.5, downsample=8, latent_channels=4),
@@ -51,8 +55,8 @@ def write_latents(
         source=Source(kind="random", uri="random", count=num, listing_sha256="0" * 64),
         class_names=tuple(str(label) for label in range(num_classes)),
         samples=num,
-        channel_mean=(0.0,) * 4,
-        channel_std=(1.0,) * 4,
+        channel_mean=mean,
+        channel_std=std,
         shards=tuple(shards),
         quarantined=(),
     )

@@ -143,8 +143,11 @@ def _members(shard: ShardInfo, tar: bytes, records: Records) -> Iterator[str]:
     except tarfile.TarError as error:
         yield f"{shard.tar_key}: not a whole tar ({error})"
     if found != expected:
-        wrong = next((a for a, b in zip(found, expected, strict=False) if a != b), None)
-        yield f"{shard.tar_key}: members do not fit the index: {len(found)} of {len(expected)}, first {wrong}"
+        wrong = [a for a, b in zip(found, expected, strict=False) if a != b]
+        yield (
+            f"{shard.tar_key}: members do not fit the index: {len(found)}, expected {len(expected)}"
+            + (f"; first wrong {wrong[0]}" if wrong else "")
+        )
 
 
 def _samples(

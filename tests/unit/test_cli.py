@@ -97,7 +97,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["sample"], ["models"], ["checkpoint", "export"], ["ema", "reconstruct"]],
+    [
+        [],
+        ["train"],
+        ["sample"],
+        ["models"],
+        ["checkpoint", "export"],
+        ["ema", "reconstruct"],
+        ["latents", "show"],
+    ],
 )
 def test_help_imports_nothing_of_weight(command: list[str]) -> None:
     script = f"""
@@ -118,7 +126,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     printed = capsys.readouterr().out
-    for command in ("train", "sample", "models", "checkpoint", "ema"):
+    for command in ("train", "sample", "models", "latents", "checkpoint", "ema"):
         assert f"\n    {command}" in printed
 
 
