@@ -147,7 +147,9 @@ def test_every_input_has_a_sample_or_a_reason_and_none_has_both(copy: Path, keys
     source = json.loads((copy / INFO_KEY).read_text())["source"]
     edit_info(copy, quarantined=quarantined, source=source | {"count": 22})
     (problem,) = problems(copy)
-    assert problem.startswith(f"count: 20 samples and {len(keys)} quarantined inputs do not make up the 22 files")
+    assert problem.startswith(
+        f"count: 20 samples and {len(keys)} quarantined inputs do not make up the 22 files"
+    )
 
 
 def test_shards_out_of_order(copy: Path) -> None:
