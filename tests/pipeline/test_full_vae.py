@@ -1,0 +1,87 @@
+"""The encoding job with an autoencoder of Stable Diffusion's real size, beside a plain loop over it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+
+from dit_scale.data.shards import LatentDataset
+from tests.tiny_vae import save_full_vae
+
+pytestmark = pytest.mark.pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_PARAMETERS = 83_653_863
+THREADS = 2
+OTHER_BATCH_TOLERANCE = 2e-3
+"""Largest difference of a moment to that of another VAE batch size, as a share of all moments' deviation.
+
+fp16 storage alone rounds by up to 5e-4 of a value; convolutions over another number of images may add
+in another order.
+"""
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_full_vae(tmp_path_factory.mktemp("full") / "vae")
+
+
+def write_images(folder: Path, number: int) -> list[Path]:
+    """Smooth pictures with fine noise, of odd sizes, on both sides of the crop's halving."""
+    draws = np.random.default_rng(0)
+    paths = []
+    for index, size in enumerate([(1100, 1063), (527, 700)][:number]):
+        coarse = Image.fromarray(draws.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+        picture = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.int16)
+        noisy = np.clip(picture + draws.integers(-12, 13, picture.shape), 0, 255).astype(np.uint8)
+        paths.append(folder / f"c{index}" / "x.jpg")
+        paths[-1].parent.mkdir(parents=True)
+        Image.fromarray(noisy).save(paths[-1], quality=92)
+    return paths
+
+
+def plain_loop(vae: str, paths: list[Path], size: int, batch: int) -> npt.NDArray[np.float32]:
+    """What the paper's code does: crop, scale, encode, image and mirror: (N, 2, 8, size/8, size/8)."""
+    from diffusers import AutoencoderKL
+
+    from tests.unit.test_images import adm_crop
+
+    model = AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS
+    crops = np.stack([adm_crop(Image.open(path).convert("RGB"), size) for path in paths])
+    x_N3HW = torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous().float().div(255).sub(0.5).div(0.5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    moments = []
+    with torch.no_grad():
+        for x_B3HW in x_N3HW.split(batch):
+            views = [model.encode(view).latent_dist for view in (x_B3HW, x_B3HW.flip(3))]
+            moments.append(torch.stack([torch.cat([view.mean, view.std], 1) for view in views], 1))
+    torch.set_num_threads(before)
+    return torch.cat(moments).numpy()
+
+
+@pytest.mark.parametrize(("size", "num_images"), [(256, 2), (512, 1)])
+def test_latents_are_those_of_a_plain_loop(vae: str, size: int, num_images: int, tmp_path: Path) -> None:
+    paths = write_images(tmp_path / "images", num_images)
+    command = [sys.executable, str(ROOT / "data_pipeline/encode_latents.py")]
+    command += [f"source={tmp_path}/images", f"output={tmp_path}/out", f"vae={vae}", f"image_size={size}"]
+    command += [f"vae_batch={num_images}", f"threads_per_encoder={THREADS}", "cpus_per_encoder=1"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ran = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=400)
+    assert ran.returncode == 0, ran.stderr
+
+    dataset = LatentDataset.open(tmp_path / "out")
+    ours = np.stack([dataset.read(number)[0] for number in range(num_images)])
+    assert np.array_equal(ours, plain_loop(vae, paths, size, num_images).astype(np.float16)), "the same batch"
+    if num_images > 1:
+        alone = plain_loop(vae, paths, size, 1)
+        largest = np.abs(ours - alone).max() / alone.std()
+        print(f"largest difference to batches of one image: {largest:.2e} of the moments' deviation")
+        assert largest < OTHER_BATCH_TOLERANCE
