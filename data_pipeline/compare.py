@@ -1,0 +1,86 @@
+"""Samples of a data set beside the images that they were made of: does it hold what it should?
+
+Shapes: H W image sides.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+
+from data_pipeline.decoder import read_batch
+from data_pipeline.encode_latents import find_listing
+from data_pipeline.images import Pixels
+from data_pipeline.inputs import Listing
+from data_pipeline.inputs.saved import difference, load_listing
+from dit_scale.config import EncodeConfig
+from dit_scale.data.shards import LatentDataset
+from dit_scale.errors import DataError
+from dit_scale.pictures import decode, side_by_side
+from dit_scale.vae import Vae
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A sample beside its image."""
+
+    sample_id: int
+    label: int
+    path: str
+    psnr_db: float
+    """Of the decoded image view against the crop."""
+    picture: Pixels
+    """The crop, then the decoded views, side by side."""
+
+
+def find_source(dataset: LatentDataset, source: str | None, console: Console) -> tuple[str, Listing]:
+    """The images that a data set was made of: where (by default where they were then), and their listing.
+
+    DataError when they are not there, or others are.
+    """
+    info = dataset.info
+    uri = source or info.source.uri
+    saved = load_listing(dataset.storage)
+    try:
+        listing = find_listing(EncodeConfig(source=uri, allow_empty_classes=True), saved, console)
+    except DataError as error:
+        raise DataError(
+            f"cannot list the images of {dataset.storage.url} at {uri}; --source says where they are now"
+            f"\n{error}"
+        ) from None
+    if (listing.sha256, listing.class_names) != (info.source.listing_sha256, info.class_names):
+        changes = difference(saved, listing) if saved else ""
+        raise DataError(
+            f"the source has changed, nothing was compared: {uri} lists {len(listing)} images of "
+            f"{len(listing.class_names)} classes, sha256 {listing.sha256[:12]}; the data set was made of "
+            f"{info.source.count} images of {info.num_classes} classes, "
+            f"sha256 {info.source.listing_sha256[:12]}" + (f". Since then: {changes}" if changes else "")
+        )
+    return uri, listing
+
+
+def compare(
+    dataset: LatentDataset, uri: str, listing: Listing, decoder: Vae, ids: Sequence[int]
+) -> Iterator[Compared]:
+    """Each of these samples decoded, and cropped from its source. DataError when an image gives none now."""
+    for sample_id in ids:
+        place = dataset.locate(sample_id)
+        key = int(dataset.records(place.shard)[place.row]["key"])
+        (entry,) = listing.entries(range(key, key + 1))
+        crops, account = read_batch(uri, [entry], dataset.info.image_size)
+        if account.bad:
+            raise DataError(
+                f"{uri}: {entry.path}, of which sample {sample_id} was made, gives no sample now: "
+                f"{account.bad[0][1]}"
+            )
+        views, label = decode(dataset, decoder, sample_id)
+        picture = side_by_side([crops[0], *views])
+        yield Compared(sample_id, label, entry.path, psnr(crops[0], views[0]), picture)
+
+
+def psnr(one_HW3: Pixels, other_HW3: Pixels) -> float:
+    """Peak signal-to-noise ratio of two uint8 images in dB: 10 log10(255^2 / mean squared difference)."""
+    mean_square = float(np.mean((one_HW3.astype(np.float64) - other_HW3) ** 2))
+    return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
