@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Images to latents on a SLURM cluster: a Ray cluster inside the allocation, the encoding job on it.
+#
+#   sbatch cluster/slurm_encode_latents.sh source=/data/imagenet/train output=s3://bucket/imagenet256
+#   sbatch --nodes=4 --partition=a100 cluster/slurm_encode_latents.sh \
+#       --config configs/encode_imagenet_512.yaml source=/data/imagenet/train output=/scratch/imagenet512
+#
+# Submit from the root of the project (or with --chdir=ROOT), which all nodes must see, as they must see
+# source and output. The options below are defaults: those given to sbatch win. Arguments are --config FILE,
+# first, if it is not CONFIG or configs/encode_imagenet_256.yaml, then keys of EncodeConfig in
+# dit_scale/config.py.
+#
+# The environment (PATH, AWS_*, HF_*) is the one at submission. For a cluster that wants `module load` or an
+# activation inside the job: put it into a file, DIT_SCALE_ENV=$HOME/dit_scale_env.sh sbatch ...; it is
+# sourced first.
+#
+# Two minutes before the time limit, and when it is preempted, the job stops and queues itself again; finished
+# shards are kept. After anything else the same command goes on, too. The exit code is that of the encoding
+# job: 2 is a mistake that the end of the log names.
+#
+# RAY_TMPDIR is where Ray keeps its sockets, its logs and what does not fit into memory: a short path on a
+# disk of each node, /tmp if not set. Each start makes a token of its own, without which nobody else can use
+# the Ray cluster (RAY_AUTH_MODE=disabled turns that off).
+
+#SBATCH --job-name=encode-latents
+#SBATCH --output=encode-latents-%j.log
+#SBATCH --open-mode=append
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=32
+#SBATCH --gpus-per-node=8
+#SBATCH --mem=256G
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+
+# shellcheck source=/dev/null
+[ -z "${DIT_SCALE_ENV:-}" ] || source "$DIT_SCALE_ENV" || exit
+set -euo pipefail
+
+config=${CONFIG:-configs/encode_imagenet_256.yaml}
+if [ "${1:-}" = --config ]; then
+    config=${2:?--config needs a file}
+    shift 2
+fi
+if ! [ -f data_pipeline/encode_latents.py ]; then
+    echo "error: no data_pipeline/encode_latents.py in $PWD; submit from the root of the project" >&2
+    exit 2
+fi
+
+export PYTHONUNBUFFERED=1 RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # nobody's work is left on a node that is told to end
+RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
+export RAY_AUTH_TOKEN
+
+# One Ray node in the foreground: ray_node FOLDER OPTION ... Its folder goes with it. It has the CPUs and GPUs
+# that SLURM gave, and takes its ports from the system, because several jobs may share a machine. On SIGTERM
+# (SLURM) or SIGUSR1 (srun hands it on) it ends, after 20 s by force; Ray ends its processes with it. What Ray
+# said at its start is told only when it ends by itself.
+ray_node() {
+    local folder=$1 told='' ray
+    shift
+    timeout --foreground --kill-after=20 0 ray start --block --disable-usage-stats --log-style=record \
+        --temp-dir="$folder" --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
+        --dashboard-agent-listen-port=0 "$@" >"$folder/start.log" 2>&1 &
+    ray=$!
+    trap 'told=yes; kill -TERM "$ray" 2>/dev/null' TERM USR1
+    # a signal ends a wait, but not yet Ray
+    while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
+    if [ -z "$told" ]; then
+        echo "error: Ray on $SLURMD_NODENAME ended by itself:" >&2
+        cat "$folder/start.log" >&2
+    fi
+    rm -rf "$folder"
+}
+export -f ray_node
+
+folder=$(mktemp -d "${RAY_TMPDIR:-/tmp}/ds-$SLURM_JOB_ID-XXXXXX")
+job='' workers='' head=''
+
+# Ends what was started, the encoding job first, by process ids. SLURM kills what is left after this script.
+# shellcheck disable=SC2329
+stop() {
+    trap '' TERM USR1
+    set +e
+    if [ -n "$job" ]; then
+        kill -TERM "$job" 2>/dev/null
+        wait "$job"
+    fi
+    [ -z "$workers" ] || kill -USR1 "$workers" 2>/dev/null
+    [ -z "$head" ] || kill -TERM "$head" 2>/dev/null
+    wait
+    rm -rf "$folder"
+}
+# shellcheck disable=SC2329
+requeue() {
+    echo "stopping $(date +%T): the time limit is near or the job is preempted; it queues itself again" >&2
+    stop
+    trap - EXIT
+    scontrol requeue "$SLURM_JOB_ID"
+    exit
+}
+trap stop EXIT
+trap 'exit 143' TERM
+trap requeue USR1
+
+# Ray chooses all ports but that of its client server; this one lies beneath those that systems hand out.
+ray_node "$folder" --head --port=0 --ray-client-server-port=$((20000 + SLURM_JOB_ID % 10000)) \
+    --include-dashboard=false &
+head=$!
+until [ -s "$folder/ray_current_cluster" ]; do
+    kill -0 "$head" 2>/dev/null || { echo "error: the Ray head did not start" >&2; exit 1; }
+    sleep 0.2
+done
+address=$(cat "$folder/ray_current_cluster")
+
+# All nodes behind the first. The job goes on when one of them is lost, so srun must not end the others.
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    others=$((SLURM_JOB_NUM_NODES - 1))
+    # shellcheck disable=SC2016
+    srun --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --relative=1 --export=ALL \
+        --wait=0 --kill-on-bad-exit=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+        bash -c 'ray_node "$(mktemp -d "${RAY_TMPDIR:-/tmp}/ds-$SLURM_JOB_ID-XXXXXX")" --address="$0"' \
+        "$address" &
+    workers=$!
+fi
+
+timeout --foreground --kill-after=60 0 python data_pipeline/encode_latents.py --config "$config" \
+    ray_address="$address" nodes="$SLURM_JOB_NUM_NODES" "$@" &
+job=$!
+status=0
+wait "$job" || status=$?
+job=''
+exit "$status"

@@ -1,0 +1,274 @@
+"""A real SLURM on this one machine for tests: munged, slurmctld and a slurmd for each node.
+
+    with slurm_cluster(nodes=2) as slurm:
+        job = slurm.submit("script.sh", "key=value", options=["--nodes=2", "--cpus-per-task=1"])
+        assert slurm.wait(job) == ("COMPLETED", 0)
+
+Each node claims the hardware of `Node`, so requests of a real size are judged as on a real cluster; what a
+job starts shares this machine. Jobs of the partition `high` preempt those of `low`, which queue again.
+"""
+
+import getpass
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.needs import needs
+
+PACKAGES = {
+    "munged": "munge",
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "srun": "slurm-client",
+}
+"""Program => the Debian package that has it."""
+START_S = 60.0
+WAIT_S = 300.0
+
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+# A job that was queued again waits so long (at least 5) and a second more; 120 s by default.
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd-%n.log
+# Without control groups, which not every host lets a test have.
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerParameters=batch_sched_delay=1,sched_interval=1,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=10
+FirstJobId={first_job}
+# Nodes have what is claimed below, whatever this machine has.
+SlurmdParameters=config_overrides
+SlurmctldParameters=preempt_send_user_signal
+GresTypes=gpu
+"""
+PARTITIONS = """
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE MaxTime=INFINITE State=UP
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
+"""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node claims to have."""
+
+    cpus: int = 64
+    gpus: int = 8
+    memory_mb: int = 512_000
+
+
+class SlurmError(Exception):
+    """A program of SLURM that did not do what it should."""
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """A running cluster; its nodes are node1, node2, ..."""
+
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that lead SLURM's programs to it, and none other that SLURM or Ray would heed."""
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_", "RAY_"))
+        }
+        return kept | {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def run(
+        self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """A command of SLURM, to its end; `environment` is added."""
+        variables = self.environment | dict(environment or {})
+        return subprocess.run(
+            command, env=variables, cwd=cwd, capture_output=True, text=True, timeout=START_S, check=False
+        )
+
+    def submit(
+        self,
+        script: str | Path,
+        *arguments: str,
+        options: Sequence[str] = (),
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> int:
+        """sbatch; returns the number of the job."""
+        command = ["sbatch", "--parsable", *options, str(script), *arguments]
+        ran = self.run(*command, cwd=cwd, environment=environment)
+        if ran.returncode:
+            raise SlurmError(f"{' '.join(command)}: {ran.stderr}")
+        return int(ran.stdout)
+
+    def job(self, job: int) -> dict[str, str]:
+        """What scontrol says of a job: JobState, ExitCode, Restarts, ..."""
+        ran = self.run("scontrol", "--oneliner", "show", "job", str(job))
+        if ran.returncode:
+            raise SlurmError(f"job {job}: {ran.stderr}")
+        return dict(word.split("=", 1) for word in ran.stdout.split() if "=" in word)
+
+    def wait(self, job: int, *states: str) -> tuple[str, int]:
+        """Until a job is in one of these states, or has ended; returns its state and exit code."""
+        ends = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        until = time.monotonic() + WAIT_S
+        while (found := self.job(job))["JobState"] not in ends:
+            if time.monotonic() > until:
+                raise SlurmError(f"job {job} is {found['JobState']} ({found['Reason']}), not {ends}")
+            time.sleep(0.2)
+        return found["JobState"], int(found["ExitCode"].partition(":")[0])
+
+
+@contextmanager
+def slurm_cluster(nodes: int, node: Node | None = None) -> Iterator[Slurm]:
+    """Start it, which takes some seconds; end its jobs and its daemons.
+
+    Skips the test where a program is missing, and fails it where DIT_SCALE_REQUIRE_ALL is 1.
+    """
+    missing = sorted({package for program, package in PACKAGES.items() if not _find(program)})
+    needs(not missing, f"SLURM: apt-get install {' '.join(missing)}")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-")))
+        daemons = _Daemons(folder, stack)
+        try:
+            daemons.start(nodes, node or Node())
+            slurm = Slurm(folder)
+            _wait_for_nodes(slurm, nodes)
+        except SlurmError as error:
+            logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("log/*")))
+            raise SlurmError(f"{error}\n{logs}") from None
+        stack.callback(_end_jobs, slurm)
+        yield slurm
+
+
+class _Daemons:
+    """Starts the daemons; the stack ends them."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder, self._stack = folder, stack
+
+    def start(self, nodes: int, node: Node) -> None:
+        folder = self._folder
+        folder.chmod(0o755)
+        for name in ("state", "log", "munge"):
+            (folder / name).mkdir()
+        self._configure(nodes, node)
+        key = folder / "munge/key"
+        key.write_bytes(random.randbytes(1024))
+        key.chmod(0o400)
+        files = [f"--{kind}-file={folder}/munge/{kind}" for kind in ("key", "pid", "seed")]
+        # --force: munged would rather not run as root
+        self._daemon(
+            "munged", "--foreground", "--force", *files, f"--socket={folder}/munge/socket", log="munged.log"
+        )
+        _wait_for(lambda: (folder / "munge/socket").exists(), "munged made no socket")
+        configuration = ["-D", "-f", str(folder / "slurm.conf")]
+        self._daemon("slurmctld", *configuration, "-i")
+        for number in range(1, nodes + 1):
+            self._daemon("slurmd", *configuration, "-N", f"node{number}")
+
+    def _configure(self, nodes: int, node: Node) -> None:
+        folder, host = self._folder, socket.gethostname().partition(".")[0]
+        ports = _free_ports(nodes + 1)
+        text = CONFIGURATION.format(
+            folder=folder,
+            host=host,
+            port=ports[0],
+            user=getpass.getuser(),
+            first_job=random.SystemRandom().randrange(1, 10**6),
+        )
+        for number, port in enumerate(ports[1:], start=1):
+            (folder / f"spool-node{number}").mkdir()
+            text += (
+                f"NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
+                f"CPUs={node.cpus} RealMemory={node.memory_mb} Gres=gpu:{node.gpus}\n"
+            )
+        (folder / "slurm.conf").write_text(text + PARTITIONS)
+        for number in range(node.gpus):
+            (folder / f"nvidia{number}").symlink_to("/dev/null")  # slurmd wants a device
+        gpus = f"Name=gpu File={folder}/nvidia[0-{node.gpus - 1}]\n" if node.gpus else ""
+        (folder / "gres.conf").write_text(gpus)
+
+    def _daemon(self, program: str, *arguments: str, log: str | None = None) -> None:
+        """Start it in the foreground, as a child that the kernel ends when this process dies."""
+        path = _find(program)
+        assert path is not None
+        with open(self._folder / "log" / (log or f"{program}.out"), "ab") as output:
+            process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", path, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RAY_"))},
+            )
+        self._stack.callback(_end, process)
+
+
+def _end(daemon: "subprocess.Popen[bytes]") -> None:
+    daemon.send_signal(signal.SIGTERM)
+    try:
+        daemon.wait(timeout=2)
+    except subprocess.TimeoutExpired:  # a slurmd may not listen
+        daemon.kill()
+        daemon.wait()
+
+
+def _end_jobs(slurm: Slurm) -> None:
+    """No job is left that the daemons could not end."""
+    slurm.run("scancel", f"--user={getpass.getuser()}")
+    _wait_for(lambda: not slurm.run("squeue", "--noheader").stdout.strip(), "jobs do not end")
+
+
+def _wait_for_nodes(slurm: Slurm, nodes: int) -> None:
+    def idle() -> bool:
+        states = slurm.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T").stdout.split()
+        return states == ["idle"] * nodes
+
+    _wait_for(idle, "the nodes do not come up")
+
+
+def _wait_for(there: Callable[[], bool], error: str) -> None:
+    until = time.monotonic() + START_S
+    while not there():
+        if time.monotonic() > until:
+            raise SlurmError(f"{error} within {START_S:.0f} s")
+        time.sleep(0.05)
+
+
+def _find(program: str) -> str | None:
+    """Where it lies; daemons lie in folders that are not on everybody's PATH."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on, all different."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]

@@ -1,0 +1,215 @@
+"""cluster/slurm_encode_latents.sh as it is shipped, on a real SLURM of two nodes."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cluster.slurm import Slurm, slurm_cluster
+from tests.tiny_vae import save_tiny_vae
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "cluster/slurm_encode_latents.sh"
+CONFIG = """\
+image_size: 32
+shard_samples: 2
+vae_batch: 2
+device: cpu
+encoders: 2
+# two do not fit on a node of one CPU: both nodes must have joined
+cpus_per_encoder: 0.6
+cpus_per_decoder: 0.2
+decoders: 1
+"""
+SMALL = ("--nodes=2", "--cpus-per-task=1", "--gpus-per-node=1", "--mem=1G", "--time=10")
+"""A request that leaves room for another job on the same nodes."""
+NUM_SHARDS = 60
+ENVIRONMENT = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def processes(output: Path) -> dict[str, dict[str, str]]:
+    """Command line => environment of the living processes of the job that writes this output."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            lines = (folder / "environ").read_text().split("\0")
+            if f"DIT_SCALE_TEST={output}" in lines:
+                command = (folder / "cmdline").read_text().replace("\0", " ")
+                found[command] = dict(line.split("=", 1) for line in lines if "=" in line)
+        except OSError:
+            continue
+    return found
+
+
+def raylets_of(output: Path) -> dict[str, dict[str, str]]:
+    return {line: env for line, env in processes(output).items() if line.split(" ")[0].endswith("/raylet")}
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    with slurm_cluster(nodes=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small images in three classes, a tiny VAE, a configuration."""
+    top = tmp_path_factory.mktemp("slurm_encode")
+    draws = np.random.default_rng(0)
+    for number in range(2 * NUM_SHARDS):
+        path = top / f"images/n{number % 3}/{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draws.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(path)
+    save_tiny_vae(top / "vae")
+    (top / "config.yaml").write_text(CONFIG)
+    return top
+
+
+def arguments(folder: Path, output: Path) -> list[str]:
+    paths = [f"source={folder}/images", f"vae={folder}/vae", f"output={output}"]
+    return ["--config", str(folder / "config.yaml"), *paths]
+
+
+def submit(slurm: Slurm, folder: Path, output: Path, *overrides: str) -> int:
+    return slurm.submit(
+        SCRIPT,
+        *arguments(folder, output),
+        *overrides,
+        options=[*SMALL, f"--output={output}-%j.log"],
+        cwd=ROOT,
+        environment=ENVIRONMENT | {"DIT_SCALE_TEST": str(output)},
+    )
+
+
+def log(job: int, output: Path) -> str:
+    return Path(f"{output}-{job}.log").read_text()
+
+
+def shards(output: Path) -> dict[str, int]:
+    """Files of the shards that are finished, and when they were written."""
+    done = {mark.stem for mark in (output / "shards").glob("*.json")}
+    return {p.name: p.stat().st_mtime_ns for p in (output / "shards").glob("*") if p.stem in done}
+
+
+def wait_for_shards(slurm: Slurm, job: int, output: Path) -> None:
+    """Until some shards are finished, and many are not."""
+    while len(shards(output)) < 6:
+        state = slurm.job(job)["JobState"]
+        assert state in ("PENDING", "RUNNING", "CONFIGURING"), log(job, output)
+        time.sleep(0.02)
+
+
+def assert_same_files(output: Path, reference: Path) -> None:
+    """Every object of the data set equal byte for byte; neither the journal nor the metrics are of it."""
+    names = [
+        path.relative_to(reference) for path in [*reference.glob("shards/*"), reference / "dataset.json"]
+    ]
+    assert len(names) == 3 * NUM_SHARDS + 1
+    assert {path.name for path in output.glob("shards/*")} == {
+        path.name for path in reference.glob("shards/*")
+    }
+    for name in names:
+        assert (output / name).read_bytes() == (reference / name).read_bytes(), name
+
+
+def assert_nothing_is_left(job: int, output: Path) -> None:
+    """No process of the job, no folder of its Ray."""
+    for _ in range(100):
+        if not (left := processes(output)):
+            break
+        time.sleep(0.1)
+    assert left == {}
+    assert list(Path("/tmp").glob(f"ds-{job}-*")) == []
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Path:
+    """The data set that the plain command makes, by one encoder in a local Ray."""
+    command = [sys.executable, "data_pipeline/encode_latents.py", *arguments(folder, folder / "reference")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ran = subprocess.run(
+        [*command, "encoders=1"],
+        cwd=ROOT,
+        env=environment | ENVIRONMENT | {"RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return folder / "reference"
+
+
+def test_the_real_request_fits_a_real_cluster(slurm: Slurm) -> None:
+    """Two nodes of 64 CPUs and 8 GPUs: as shipped it fits; what such a cluster cannot give is refused."""
+    assert slurm.run("sbatch", "--test-only", SCRIPT, cwd=ROOT).returncode == 0
+    for too_much in ("--nodes=3", "--gpus-per-node=9", "--cpus-per-task=65"):
+        ran = slurm.run("sbatch", "--test-only", too_much, SCRIPT, cwd=ROOT)
+        assert "Requested node configuration is not available" in ran.stderr
+
+
+def test_two_jobs_on_the_same_nodes_one_is_cancelled_the_other_writes_the_same_bytes(
+    slurm: Slurm, folder: Path, reference: Path, tmp_path: Path
+) -> None:
+    output, other_output = tmp_path / "set", tmp_path / "other"
+    job = submit(slurm, folder, output)
+    other = submit(slurm, folder, other_output, "shard_samples=1", "vae_batch=1")
+    wait_for_shards(slurm, other, other_output)
+    raylets = raylets_of(other_output)
+    assert slurm.run("scancel", str(other)).returncode == 0
+    assert slurm.wait(other)[0] == "CANCELLED"
+    assert_nothing_is_left(other, other_output)
+    assert slurm.wait(job) == ("COMPLETED", 0), log(job, output)
+    assert_same_files(output, reference)
+    assert_nothing_is_left(job, output)
+
+    assert sorted(env["SLURMD_NODENAME"] for env in raylets.values()) == ["node1", "node2"]
+    for line, env in raylets.items():
+        resources = line.partition("--static_resource_list=")[2].split()[0].split(",")
+        assert [resources[resources.index(kind) + 1] for kind in ("CPU", "GPU")] == ["1", "1"], resources
+        assert len(env["CUDA_VISIBLE_DEVICES"]) == 1
+        assert env["RAY_AUTH_MODE"] == "token"
+        assert len(env["RAY_AUTH_TOKEN"]) == 64
+        assert env["RAY_AUTH_TOKEN"] not in log(other, other_output)
+
+
+def test_a_job_that_is_told_of_its_time_limit_queues_itself_again_and_keeps_its_shards(
+    slurm: Slurm, folder: Path, reference: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "set"
+    job = submit(slurm, folder, output)
+    wait_for_shards(slurm, job, output)
+    assert slurm.run("scancel", "--signal=USR1", "--batch", str(job)).returncode == 0
+    slurm.wait(job, "PENDING")
+    assert_nothing_is_left(job, output)
+    kept = shards(output)
+    assert 0 < len(kept) < 3 * NUM_SHARDS
+    assert slurm.wait(job) == ("COMPLETED", 0), log(job, output)
+    assert slurm.job(job)["Restarts"] == "1"
+    assert "it queues itself again" in log(job, output)
+    now = shards(output)
+    assert {name: now[name] for name in kept} == kept
+    assert_same_files(output, reference)
+    assert_nothing_is_left(job, output)
+
+
+def test_a_mistake_is_the_exit_code_of_the_job(slurm: Slurm, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "set"
+    options = ["--nodes=1", *SMALL[1:], f"--output={output}-%j.log"]
+    words = [*arguments(folder, output), "shard_sample=2"]
+    variables = ENVIRONMENT | {"DIT_SCALE_TEST": str(output)}
+    job = slurm.submit(SCRIPT, *words, options=options, cwd=ROOT, environment=variables)
+    elsewhere = slurm.submit(ROOT / SCRIPT, options=options, cwd=tmp_path)
+    assert slurm.wait(elsewhere) == ("FAILED", 2)
+    assert "submit from the root of the project" in log(elsewhere, output)
+    assert slurm.wait(job) == ("FAILED", 2)
+    assert "unknown key 'shard_sample'; did you mean 'shard_samples'?" in log(job, output)
+    assert_nothing_is_left(job, output)
