@@ -16,7 +16,7 @@ help:
 	@echo "make test-quick  the unit, property and golden tests alone (about 2 minutes)"
 	@echo "make chaos       kill a training run 200 times at random (about 17 minutes)"
 	@echo "make check       ruff and mypy"
-	@echo "make bench       the benchmarks of training, saving and loading, in small (about a minute)"
+	@echo "make bench       the benchmarks of encoding, training, saving and loading, in small (about a minute)"
 	@echo "make clean       remove the virtual environment and the demo's run"
 
 $(VENV)/ready: constraints.txt pyproject.toml
@@ -49,6 +49,7 @@ chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos.campaign
 
 bench: $(VENV)/ready
+	$(BIN)/python benchmarks/encode.py --smoke
 	$(BIN)/python benchmarks/train_step.py --smoke
 	$(BIN)/python benchmarks/save.py --smoke
 	$(BIN)/python benchmarks/loader.py --smoke

@@ -126,7 +126,7 @@ def _figures(config: TrainConfig, warmup: int) -> Row:
         images_per_s = config.global_batch / step_s
         flops_per_image = FLOPS_PER_MAC * TRAINING_FORWARDS * forward_macs(shape)
         return {
-            "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+            "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
             "steps": config.steps,
             "step_s": step_s,
             "images_per_s": images_per_s,
@@ -199,7 +199,7 @@ def _measure_apart(config: TrainConfig, warmup: int) -> Row:
         "precision": config.engine.precision,
         "compiled": config.engine.compile_blocks,
         "determinism": config.engine.determinism,
-        "versions": _versions(),
+        "versions": versions(),
     }
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_print_to_stderr) as pool:
@@ -242,10 +242,11 @@ def _available_backends() -> list[str]:
     return names
 
 
-def _versions() -> dict[str, str]:
-    installed = {name: _version(name) for name in PACKAGES}
-    versions = {name: version for name, version in installed.items() if version}
-    return {"python": platform.python_version(), **versions, "cuda": torch.version.cuda or "none"}
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of Python, of the packages that are installed, of CUDA."""
+    installed = {name: _version(name) for name in packages}
+    found = {name: version for name, version in installed.items() if version}
+    return {"python": platform.python_version(), **found, "cuda": torch.version.cuda or "none"}
 
 
 def _version(package: str) -> str | None:
@@ -255,7 +256,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Of the processor, and how many of its threads torch uses."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
