@@ -1,0 +1,97 @@
+"""Encoding on CUDA: the same bits in every process, and the latents of the CPU within stated tolerances."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.encoder import Encoder
+from data_pipeline.metrics import METRICS_KEY
+from dit_scale.config import EncodeConfig
+from dit_scale.storage import open_storage
+from dit_scale.vae_files import find
+from tests.tiny_vae import save_full_vae, save_tiny_vae
+
+DEVICE = "cuda"
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"precision": "bf16", "channels_last": True},
+    "compiled": {"precision": "bf16", "channels_last": True, "compile": True},
+}
+TOLERANCES = {"fp32": 2e-3, "bf16": 0.1, "compiled": 0.1}
+"""Largest difference of a moment to the CPU's in fp32, as a share of the deviation of all moments."""
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: torch sees no device"),
+]
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_full_vae(tmp_path_factory.mktemp("cuda") / "vae")
+
+
+def moments(vae: str, device: str, setting: dict[str, Any]) -> npt.NDArray[np.float16]:
+    """Two crops of 256 pixels, encoded in this process."""
+    config = EncodeConfig(vae=vae, image_size=256, vae_batch=2, threads_per_encoder=2, **setting)
+    encoder = Encoder(config, find(vae).identity, device)
+    draws = np.random.default_rng(0)
+    small = draws.integers(0, 256, (2, 9, 9, 3), dtype=np.uint8)
+    crops = [np.asarray(Image.fromarray(image).resize((256, 256))) for image in small]
+    return encoder.encode(np.stack(crops), encoder.runtime())
+
+
+@pytest.fixture(scope="module")
+def on_cpu(vae: str) -> npt.NDArray[np.float32]:
+    return moments(vae, "cpu", {}).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_make_the_same_bits_and_those_of_the_cpu_within_a_tolerance(
+    name: str, vae: str, on_cpu: npt.NDArray[np.float32]
+) -> None:
+    found = []
+    for _ in range(2):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found.append(pool.apply(moments, (vae, DEVICE, SETTINGS[name])))
+    assert np.array_equal(*found)
+    largest = np.abs(found[0] - on_cpu).max() / on_cpu.std()
+    print(f"{name}: largest difference to the CPU {largest:.2e} of the moments' deviation")
+    assert largest < TOLERANCES[name]
+
+
+def test_one_and_two_encoders_on_a_device_make_the_same_shards(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / f"images/n{number % 2}/{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draws.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(path)
+    vae = save_tiny_vae(tmp_path / "vae")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    sets = []
+    for number, share in ((1, 1.0), (2, 0.5)):
+        command = [sys.executable, str(ROOT / "data_pipeline/encode_latents.py"), f"source={tmp_path}/images"]
+        command += [f"output={tmp_path}/{number}", f"vae={vae}", "image_size=64", "vae_batch=4"]
+        command += [
+            "shard_samples=10",
+            "cpus_per_encoder=0.5",
+            f"device={DEVICE}",
+            f"encoders={number}",
+            f"gpus_per_encoder={share}",
+        ]
+        ran = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stderr
+        storage = open_storage(tmp_path / str(number))
+        sets.append({key: storage.read(key) for key, _ in storage.list() if key != METRICS_KEY})
+    assert sets[0].keys() == sets[1].keys()
+    assert [key for key in sets[0] if sets[0][key] != sets[1][key]] == []
