@@ -52,9 +52,9 @@ class Entry:
     archive: str = ""
     """Name of the archive that holds it; empty when it is a file."""
     start: int = 0
-    """Where it is in the archive: the first byte of its data in a tar, its row in a Parquet file."""
+    """Where it is in the archive: the first byte of its headers in a tar, its row in a Parquet file."""
     size: int = 0
-    """Its bytes in a tar."""
+    """Bytes of its headers and its data in a tar."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.inputs.base import Archive, Entry, Input, InputError, Listing, Progress, in_order, silent
+from data_pipeline.inputs.places import KINDS
 from dit_scale.errors import DataError
 from dit_scale.storage import DiskStorage, MissingKeyError, Storage
 
@@ -28,10 +29,7 @@ class ClassFolders(Input):
         paths, folders = _walk(storage) if isinstance(storage, DiskStorage) else _list(storage)
         inside = [path for path in paths if "/" in path]
         if not inside:
-            raise DataError(
-                f"{self.url}: expected one folder of images per class (or the tars or Parquet files of a "
-                "data set), found no file in any folder"
-            )
+            raise DataError(f"{self.url}: expected {KINDS}. Found no file in any folder, and no archive")
         class_names = sorted(folders, key=os.fsencode)
         label = {name: number for number, name in enumerate(class_names)}
         ordered = [inside[row] for row in in_order(inside, self.url)]
@@ -58,7 +56,7 @@ class ClassFolders(Input):
 
 def _walk(storage: DiskStorage) -> tuple[list[str], set[str]]:
     if not storage.folder.is_dir():
-        raise DataError(f"no folder at {storage.folder}; expected one sub-folder of images per class")
+        raise DataError(f"no folder at {storage.folder}; expected {KINDS}")
     with os.scandir(storage.folder) as top:
         children = [(child.name, child.is_dir()) for child in top]
     folders = {name for name, is_folder in children if is_folder}

@@ -43,6 +43,7 @@ DOORS = {
     "botocore": ("dit_scale.storage.s3",),
     "diffusers": ("dit_scale.vae", "dit_scale.weights"),
     "huggingface_hub": ("dit_scale.vae_files",),
+    "pyarrow": ("data_pipeline.inputs.parquet",),
     "ray": ("data_pipeline.flow", "data_pipeline.ray_cluster"),
     "wandb": ("dit_scale.telemetry.sinks",),
     "tensorboard": ("dit_scale.telemetry.sinks",),

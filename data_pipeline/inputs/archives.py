@@ -1,0 +1,140 @@
+"""What the inputs share whose images lie in archives: these are listed side by side, and put in one order."""
+
+from abc import abstractmethod
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_pipeline.inputs.base import Archive, Input, Listing, Progress, in_order, silent
+from data_pipeline.inputs.places import KINDS, Place
+from dit_scale.errors import DataError
+
+LISTED_AT_ONCE = 8
+"""Archives; each holds one window in memory while it is listed."""
+MAX_CLASSES = 2**20
+"""A larger label is no label."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """An archive, or an archive in an archive: what one thread lists."""
+
+    number: int
+    """Place of the archive in `Input.archives()`."""
+    key: str
+    start: int
+    end: int
+    label: int = 0
+    """Of its images, where an archive is a class."""
+    name: str = ""
+    """Of its class, likewise."""
+
+
+@dataclass
+class Found:
+    """The images of a part, in columns."""
+
+    paths: list[str] = field(default_factory=list)
+    labels: "array[int]" = field(default_factory=lambda: array("i"))
+    starts: "array[int]" = field(default_factory=lambda: array("q"))
+    sizes: "array[int]" = field(default_factory=lambda: array("q"))
+    class_names: dict[int, str] = field(default_factory=dict)
+    """Those that it tells."""
+    ignored: list[str] = field(default_factory=list)
+    """Files in it that are no images."""
+
+    def add(self, path: str, label: int, start: int, size: int) -> None:
+        """One more image."""
+        self.paths.append(path)
+        self.labels.append(label)
+        self.starts.append(start)
+        self.sizes.append(size)
+
+
+class ArchiveInput(Input):
+    """Archives of one kind at a place."""
+
+    suffix: str
+    labels_in_paths = False
+
+    def __init__(self, place: Place) -> None:
+        self.url, self.remote = place.url, place.remote
+        self.place, self.storage = place, place.storage
+
+    def archives(self) -> tuple[Archive, ...]:
+        return self._top()[0]
+
+    def list(self, progress: Progress = silent) -> Listing:
+        archives, others = self._top()
+        parts, ignored = self.parts(archives)
+        found = self._list_all(parts, progress)
+        paths = [path for part in found for path in part.paths]
+        if not paths:
+            raise DataError(f"{self.url}: no image in {len(archives)} archives; expected {KINDS}")
+        class_names = self._class_names(found)
+        order = in_order(paths, self.url)
+        numbers = np.repeat([part.number for part in parts], [len(part.paths) for part in found])
+        return Listing(
+            kind=self.kind,
+            class_names=class_names,
+            paths=[paths[row] for row in order],
+            labels=_joined([part.labels for part in found], np.int32)[order],
+            labels_in_paths=self.labels_in_paths,
+            archives=archives,
+            archive_numbers=numbers.astype(np.int32)[order],
+            starts=_joined([part.starts for part in found], np.int64)[order],
+            sizes=_joined([part.sizes for part in found], np.int64)[order],
+            ignored=(*others, *ignored, *(name for part in found for name in part.ignored)),
+        )
+
+    def parts(self, archives: Sequence[Archive]) -> tuple[Sequence[Part], Sequence[str]]:
+        """What to list, and what else is in the archives."""
+        return [Part(number, one.name, 0, one.bytes) for number, one in enumerate(archives)], []
+
+    @abstractmethod
+    def list_part(self, part: Part) -> Found:
+        """The images of one part, in any order."""
+
+    def _list_all(self, parts: Sequence[Part], progress: Progress) -> Sequence[Found]:
+        found = []
+        progress(0, len(parts))
+        with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
+            for done, one in enumerate(pool.map(self.list_part, parts), 1):
+                found.append(one)
+                progress(done, len(parts))
+        return found
+
+    def _class_names(self, found: Sequence[Found]) -> tuple[str, ...]:
+        names: dict[int, str] = {}
+        for part in found:
+            for label, name in part.class_names.items():
+                if names.setdefault(label, name) != name:
+                    raise DataError(
+                        f"{self.url}: label {label} is {names[label]!r} in one place, {name!r} in another; "
+                        "expected archives of one data set"
+                    )
+        largest = max(max(names, default=0), *(max(part.labels, default=0) for part in found))
+        return tuple(names.get(label, str(label)) for label in range(largest + 1))
+
+    def _top(self) -> tuple[tuple[Archive, ...], Sequence[str]]:
+        """The archives at the place, and the other files there."""
+        files, _ = self.place.top()
+        archives = (Archive(name, size) for name, size in files.items() if name.endswith(self.suffix))
+        return tuple(archives), [name for name in files if not name.endswith(self.suffix)]
+
+
+def checked_label(label: int, where: str) -> int:
+    """The label itself; DataError for one that cannot be the number of a class."""
+    if not 0 <= label < MAX_CLASSES:
+        raise DataError(
+            f"{where}: label {label}; expected the number of a class. A split without labels (-1) cannot be "
+            "encoded"
+        )
+    return label
+
+
+def _joined(columns: "Sequence[array[int]]", dtype: type) -> np.ndarray:
+    return np.concatenate([np.asarray(column, dtype) for column in columns])
