@@ -215,13 +215,13 @@ def _check_classes(config: EncodeConfig, listing: Listing, records: Sequence[Sha
     lost = np.array([item.key for record in records for item in record.quarantined], np.int64)
     left = np.bincount(np.delete(listing.labels, lost), minlength=len(listing.class_names))
     names = [name for name, count in zip(listing.class_names, left, strict=True) if not count]
-    refuse_empty(config, names, "of the class no image could be decoded")
+    refuse_empty(config, names, "classes of which no image could be decoded")
 
 
 def refuse_empty(config: EncodeConfig, names: Sequence[str], why: str) -> None:
     """DataError for classes without an image, unless they are allowed."""
     if names and not config.allow_empty_classes:
         raise DataError(
-            f"{why}: {few(names)}. Bring the images and start again (finished shards are kept as long as "
-            "the listing is the same), take the class away, or set allow_empty_classes=true"
+            f"{why}: {few(names)}. Bring its images, take the class away (either is another listing, for "
+            "another output), or set allow_empty_classes=true: the class keeps its label"
         )

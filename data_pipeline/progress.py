@@ -15,7 +15,7 @@ import data_pipeline.inputs as inputs
 from data_pipeline.decoder import DecodedBatch
 from data_pipeline.inputs import Listing
 from data_pipeline.metrics import Metrics
-from data_pipeline.shards_writer import ShardRecord
+from data_pipeline.shards_writer import ShardRecord, shard_name
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import DatasetInfo, Quarantined
 from dit_scale.errors import DataError
@@ -71,7 +71,8 @@ class Watch:
         metrics: Metrics,
     ) -> None:
         self._total, self._console, self._metrics = total, console, metrics
-        self._max_quarantined, self._log_every_s = config.max_quarantined, config.log_every_s
+        self._max_quarantined, self._shard_samples = config.max_quarantined, config.shard_samples
+        self._log_every_s = config.log_every_s
         records = list(done)
         self._bad = {item.key: item for record in records for item in record.quarantined}
         self._num_before = sum(record.samples + len(record.quarantined) for record in records)
@@ -148,13 +149,18 @@ class Watch:
             },
         )
 
+    def _shards(self) -> list[str]:
+        """What a person deletes to have bad inputs read again."""
+        return sorted({f"shards/{shard_name(key // self._shard_samples)}.*" for key in self._bad})
+
     def _check(self) -> None:
         allowed = int(self._max_quarantined * self._total)
         if len(self._bad) > allowed:
             raise DataError(
                 f"{len(self._bad)} of {self._total} inputs gave no sample, max_quarantined="
                 f"{self._max_quarantined:g} allows {allowed}: {few(map(_describe, self._bad.values()))}. "
-                "Mend them, or raise max_quarantined and start again; finished shards are kept"
+                f"Mend them and delete their shards as far as they are there ({few(self._shards())}), or "
+                "raise max_quarantined; then start again, finished shards are kept"
             )
 
 

@@ -284,6 +284,8 @@ class S3Storage(Storage):
             "403": "the credentials do not permit this; check the bucket's policy",
             "SignatureDoesNotMatch": "the server does not accept the secret key",
             "InvalidAccessKeyId": "the server does not know the access key",
+            "QuotaExceeded": "the quota of the bucket or of its owner is used up; raise it, or make room: "
+            "what was written before is intact",
             "ExpiredToken": "the session token has expired; fetch new credentials",
         }.get(code, error.response["Error"].get("Message", ""))
         kind = StorageError if code == "InvalidRange" else UnavailableError

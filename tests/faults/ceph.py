@@ -8,9 +8,10 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.needs import needs
@@ -79,6 +80,8 @@ class CephServer:
     """The variables that lead boto3 to it."""
     gateway: "subprocess.Popen[bytes]"
     """The process that answers, for tests that stop it for a while."""
+    admin: Callable[..., None]
+    """Runs radosgw-admin with these arguments: users and quotas."""
 
 
 @contextmanager
@@ -117,8 +120,9 @@ class _Cluster:
     def start(self) -> CephServer:
         self._start_monitor()
         self._start_osd()
+        admin = partial(self._run, "radosgw-admin", "-n", "client.rgw")
         user = ("--uid=storm", "--display-name=storm", f"--access-key={ACCESS_KEY}")
-        self._run("radosgw-admin", "-n", "client.rgw", "user", "create", *user, f"--secret-key={SECRET_KEY}")
+        admin("user", "create", *user, f"--secret-key={SECRET_KEY}")
         gateway = self._daemon("radosgw", "-n", "client.rgw")
         url = f"http://127.0.0.1:{self.port}"
         _wait_for_answer(url, gateway)
@@ -129,7 +133,7 @@ class _Cluster:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
         make_bucket(environment, BUCKET)
-        return CephServer(self.port, environment, gateway)
+        return CephServer(self.port, environment, gateway, admin)
 
     def _start_monitor(self) -> None:
         keyring, monmap = str(self.folder / "keyring"), str(self.folder / "monmap")

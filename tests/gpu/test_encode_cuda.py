@@ -1,9 +1,7 @@
 """Encoding on CUDA: the same bits in every process, and the latents of the CPU within stated tolerances."""
 
 import multiprocessing
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,12 @@ import torch
 from PIL import Image
 
 from data_pipeline.encoder import Encoder
-from data_pipeline.metrics import METRICS_KEY
 from dit_scale.config import EncodeConfig
-from dit_scale.storage import open_storage
 from dit_scale.vae_files import find
+from tests.encoding import clean_environment, job_command, objects, write_images
 from tests.tiny_vae import save_full_vae, save_tiny_vae
 
 DEVICE = "cuda"
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"precision": "bf16", "channels_last": True},
@@ -71,27 +67,15 @@ def test_two_processes_make_the_same_bits_and_those_of_the_cpu_within_a_toleranc
 
 
 def test_one_and_two_encoders_on_a_device_make_the_same_shards(tmp_path: Path) -> None:
-    draws = np.random.default_rng(0)
-    for number in range(40):
-        path = tmp_path / f"images/n{number % 2}/{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draws.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(path)
+    write_images(tmp_path / "images", 40)
     vae = save_tiny_vae(tmp_path / "vae")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     sets = []
     for number, share in ((1, 1.0), (2, 0.5)):
-        command = [sys.executable, str(ROOT / "data_pipeline/encode_latents.py"), f"source={tmp_path}/images"]
-        command += [f"output={tmp_path}/{number}", f"vae={vae}", "image_size=64", "vae_batch=4"]
-        command += [
-            "shard_samples=10",
-            "cpus_per_encoder=0.5",
-            f"device={DEVICE}",
-            f"encoders={number}",
-            f"gpus_per_encoder={share}",
-        ]
-        ran = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=300)
+        command = job_command(f"source={tmp_path}/images", f"output={tmp_path}/{number}", f"vae={vae}")
+        command += ["image_size=64", "vae_batch=4", "shard_samples=10", "cpus_per_encoder=0.5"]
+        command += [f"device={DEVICE}", f"encoders={number}", f"gpus_per_encoder={share}"]
+        ran = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr
-        storage = open_storage(tmp_path / str(number))
-        sets.append({key: storage.read(key) for key, _ in storage.list() if key != METRICS_KEY})
+        sets.append(objects(tmp_path / str(number)))
     assert sets[0].keys() == sets[1].keys()
     assert [key for key in sets[0] if sets[0][key] != sets[1][key]] == []

@@ -16,19 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from data_pipeline.metrics import METRICS_KEY
 from data_pipeline.verify import main as verify_main
 from dit_scale.data.shards import LatentDataset, read_info
 from dit_scale.storage import open_storage
+from tests.encoding import ROOT, SCRIPT, clean_environment, job_command, objects, write_images
 from tests.s3 import BUCKET, s3_server
 from tests.tiny_vae import save_tiny_vae
 
 pytestmark = pytest.mark.pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = "data_pipeline/encode_latents.py"
 RAY = str(Path(sys.executable).with_name("ray"))
 CONFIG = """\
 image_size: 32
@@ -41,14 +38,8 @@ decoders: 1
 encoders: 1
 """
 MARK = f"dit-scale-test-{uuid.uuid4().hex}"
-"""In the environment of every process that these tests start."""
-
-
-def clean_environment(**changes: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
-    # a submitted job's `python` is looked up by the head
-    kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"
-    return kept | {"DIT_SCALE_TEST": MARK, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | changes
+ENVIRONMENT = clean_environment(DIT_SCALE_TEST=MARK)
+"""Of every process that these tests start."""
 
 
 def marked_processes(name: str = "") -> dict[int, str]:
@@ -68,13 +59,7 @@ def marked_processes(name: str = "") -> dict[int, str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images in three classes and an empty one; a damaged, a truncated and a foreign file; a tiny VAE."""
     top = tmp_path_factory.mktemp("encode")
-    draws = np.random.default_rng(0)
-    for number in range(36):
-        path = top / f"images/n{number % 3}/{number:03d}.{('png', 'JPEG')[number % 2]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        width, height = (int(side) for side in draws.integers(20, 120, 2))
-        noise = Image.fromarray(draws.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        noise.resize((width, height)).save(path)
+    write_images(top / "images", 36)
     (top / "images/empty").mkdir()
     (top / "images/n0/damaged.jpg").write_bytes(b"no picture")
     (top / "images/n1/notes.txt").write_text("no picture either")
@@ -95,8 +80,8 @@ def start(
 ) -> subprocess.Popen[str]:
     """The script in a session of its own, as a terminal would start it."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / SCRIPT), *arguments(folder, output, *overrides)],
-        env=environment or clean_environment(),
+        job_command(*arguments(folder, output, *overrides)),
+        env=environment or ENVIRONMENT,
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -157,7 +142,7 @@ def free_port() -> int:
 def cluster(s3_environment: dict[str, str]) -> Iterator[dict[str, str]]:
     """A Ray head on loopback that can reach the S3 server; yields the environment of its drivers."""
     address, dashboard = f"127.0.0.1:{free_port()}", free_port()
-    environment = clean_environment(**s3_environment, RAY_USAGE_STATS_ENABLED="0")
+    environment = ENVIRONMENT | s3_environment | {"RAY_USAGE_STATS_ENABLED": "0"}
     # Ray's sockets lie in its folder, and a socket's path must be short.
     temporary = Path("/tmp") / f"ray-{uuid.uuid4().hex[:8]}"
     command = [RAY, "start", "--head", "--block", "--num-cpus=3"]
@@ -186,23 +171,13 @@ def _wait_for_port(port: int, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"nothing listens on port {port}")
 
 
-def assert_same_objects(url: str | Path, latents: Path) -> None:
-    """Every object equal byte for byte, but for the metrics, which tell the time."""
-    here, there = (
-        {key: storage.read(key) for key, _ in storage.list() if key != METRICS_KEY}
-        for storage in (open_storage(latents), open_storage(url))
-    )
-    assert there.keys() == here.keys()
-    for key in here:
-        assert there[key] == here[key], key
-
-
 def test_too_many_bad_inputs_stop_the_job_and_keep_what_was_done(
     first_try: subprocess.CompletedProcess[str], kept: dict[str, int], folder: Path
 ) -> None:
     assert first_try.returncode == 2
     assert "max_quarantined=0.026 allows 1" in first_try.stderr
     assert "n1/notes.txt (not a picture in a known format)" in first_try.stderr
+    assert "delete their shards as far as they are there (shards/00000.*, shards/00001.*)" in first_try.stderr
     assert "Traceback" not in first_try.stderr
     assert {"00000.tar", "00000.idx", "00000.json"} <= kept.keys()
     assert not (folder / "latents/dataset.json").exists()
@@ -329,7 +304,7 @@ def test_two_encoders_on_a_cluster_one_of_them_killed_write_the_same_bytes_to_s3
     os.kill(min(marked_processes("ray::Encoder")), signal.SIGKILL)
     error = job.communicate(timeout=120)[1]
     assert job.returncode == 0, error
-    assert_same_objects(url, latents)
+    assert objects(url) == objects(latents)
     assert verify_main([url]) == 0
 
 
@@ -341,7 +316,7 @@ def test_a_submitted_job_writes_the_same_bytes(
     environment = {name: value for name, value in cluster.items() if name != "RAY_ADDRESS"}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert_same_objects(tmp_path / "set", latents)
+    assert objects(tmp_path / "set") == objects(latents)
 
 
 def test_an_interrupt_leaves_no_process_behind(folder: Path, tmp_path: Path) -> None:

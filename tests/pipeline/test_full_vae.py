@@ -1,8 +1,6 @@
 """The encoding job with an autoencoder of Stable Diffusion's real size, beside a plain loop over it."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,11 @@ import torch
 from PIL import Image
 
 from dit_scale.data.shards import LatentDataset
+from tests.encoding import clean_environment, job_command
 from tests.tiny_vae import save_full_vae
 
 pytestmark = pytest.mark.pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_PARAMETERS = 83_653_863
 THREADS = 2
 OTHER_BATCH_TOLERANCE = 2e-3
@@ -70,11 +68,9 @@ def plain_loop(vae: str, paths: list[Path], size: int, batch: int) -> npt.NDArra
 @pytest.mark.parametrize(("size", "num_images"), [(256, 2), (512, 1)])
 def test_latents_are_those_of_a_plain_loop(vae: str, size: int, num_images: int, tmp_path: Path) -> None:
     paths = write_images(tmp_path / "images", num_images)
-    command = [sys.executable, str(ROOT / "data_pipeline/encode_latents.py")]
-    command += [f"source={tmp_path}/images", f"output={tmp_path}/out", f"vae={vae}", f"image_size={size}"]
-    command += [f"vae_batch={num_images}", f"threads_per_encoder={THREADS}", "cpus_per_encoder=1"]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    ran = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=400)
+    command = job_command(f"source={tmp_path}/images", f"output={tmp_path}/out", f"vae={vae}")
+    command += [f"image_size={size}", f"vae_batch={num_images}", f"threads_per_encoder={THREADS}"]
+    ran = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=400)
     assert ran.returncode == 0, ran.stderr
 
     dataset = LatentDataset.open(tmp_path / "out")

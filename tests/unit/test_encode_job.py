@@ -272,7 +272,7 @@ def test_the_command_line_without_ray(tmp_path: Path, capsys: pytest.CaptureFixt
         assert message in capsys.readouterr().err
     (tmp_path / "images/b").mkdir()
     assert main([*paths, "image_size=32"]) == 2
-    assert "classes without an image: b. Bring the images" in capsys.readouterr().err
+    assert "classes without an image: b. Bring its images" in capsys.readouterr().err
     (tmp_path / "images/b").rmdir()
     (tmp_path / "out/encode.json").write_text(json.dumps({"image_size": 32}))
     assert main(paths) == 2
