@@ -1,0 +1,335 @@
+"""Each kind of archive, on disk and on S3: what it lists, what it reads, what it refuses."""
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from data_pipeline.inputs import Entry, InputError, Listing, open_input
+from data_pipeline.inputs.parquet import Parquet
+from dit_scale.errors import DataError
+from tests.archives import (
+    ARCHIVES,
+    KINDS,
+    Images,
+    class_folders,
+    class_tars,
+    imagenet_tar,
+    parquet,
+    tar_of,
+    upload,
+    watch_reads,
+    web_dataset,
+    write_parquet,
+)
+from tests.s3 import BUCKET, s3_server
+
+IMAGES: Images = {
+    "n01440764": {f"n01440764_{number}.JPEG": b"one" * number for number in (1, 10, 2)},
+    "n02": {f"n02_{number}.JPEG": b"two" * number for number in (7, 8, 9)},
+    "n01": {"n01_5.JPEG": b"three"},
+}
+EMPTY: Images = {**IMAGES, "n015": {}}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture(params=["disk", "s3"])
+def put(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Leaves a source where it is, or puts it on S3."""
+    if request.param == "disk":
+        return lambda source: source
+    for name, value in request.getfixturevalue("server").items():
+        monkeypatch.setenv(name, value)
+    # With a bracket: a letter as any other, on S3 too.
+    return lambda source: upload(source, f"s3://{BUCKET}/[1]/{secrets.token_hex(8)}")
+
+
+def contents(source: str, listing: Listing) -> list[bytes]:
+    images = open_input(source, listing.kind)
+    return [images.read(entry) for entry in listing.entries()]
+
+
+def rows_of(listing: Listing) -> list[tuple[str, int]]:
+    return list(zip(listing.paths, listing.labels.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("make", [imagenet_tar, class_tars])
+def test_class_tars_are_the_class_folders_they_would_unpack_to(
+    make: Callable[[Path, Images], str], put: Callable[[str], str], tmp_path: Path
+) -> None:
+    folders = class_folders(tmp_path / "folders", EMPTY)
+    expected = open_input(folders).list()
+    source = put(make(tmp_path / "tars", EMPTY))
+    listing = open_input(source).list()
+    assert listing.kind == make.__name__
+    assert rows_of(listing) == rows_of(expected)
+    assert listing.class_names == expected.class_names == ("n01", "n01440764", "n015", "n02")
+    assert listing.empty_classes == ("n015",)
+    assert listing.sha256 == expected.sha256
+    assert contents(source, listing) == contents(folders, expected)
+
+
+def test_webdataset_samples_have_the_labels_of_their_members(
+    put: Callable[[str], str], tmp_path: Path
+) -> None:
+    source = put(web_dataset(tmp_path / "tars", IMAGES))
+    listing = open_input(source).list()
+    assert listing.kind == "webdataset"
+    assert listing.class_names == ("n01", "n01440764", "n02")
+    assert rows_of(listing) == [
+        ("train-0000.tar/n01440764_1.jpeg", 1),
+        ("train-0000.tar/n01440764_10.jpeg", 1),
+        ("train-0000.tar/n01_5.jpeg", 0),
+        ("train-0001.tar/n01440764_2.jpeg", 1),
+        ("train-0001.tar/n02_7.jpeg", 2),
+        ("train-0001.tar/n02_8.jpeg", 2),
+        ("train-0001.tar/n02_9.jpeg", 2),
+    ]
+    assert [archive.name for archive in listing.archives] == ["train-0000.tar", "train-0001.tar"]
+    assert contents(source, listing)[3:5] == [b"oneone", b"two" * 7]
+
+
+def test_webdataset_groups_as_its_package_does(tmp_path: Path) -> None:
+    names = [
+        "a.jpg",
+        "a.cls",
+        "x/a.cls",
+        "x/a.JPG",
+        "b.seg.png",
+        "b.cls",
+        "b.jpg",
+        "x.y/c.png",
+        "x.y/c.cls",
+        "d.jpg",
+    ]
+    data = {name: b"7" if name.endswith("cls") else name.encode() for name in (*names, "d.json")}
+    data["d.json"] = b'{"label": 3, "class_name": null}'
+    data |= {"README": b"words", ".hidden": b"", "__meta__/x.json": b"{}"}
+    (tmp_path / "a.tar").write_bytes(tar_of(data))
+    with open(tmp_path / "a.tar", "rb") as file:
+        theirs = list(group_by_keys(tar_file_expander([{"url": "a.tar", "stream": file}])))
+    expected = {sample["__key__"]: sample.get("jpg", sample.get("png")) for sample in theirs}
+    source = str(tmp_path / "a.tar")
+    listing = open_input(source).list()
+    assert (
+        dict(zip([path[6:-4] for path in listing.paths], contents(source, listing), strict=True)) == expected
+    )
+    assert dict(rows_of(listing)) == {
+        "a.tar/a.jpg": 7,
+        "a.tar/b.jpg": 7,
+        "a.tar/d.jpg": 3,
+        "a.tar/x.y/c.png": 7,
+        "a.tar/x/a.JPG": 7,
+    }
+    assert listing.class_names == tuple(map(str, range(8)))
+    assert listing.ignored == ("a.tar/README", "a.tar/.hidden", "a.tar/__meta__/x.json")
+
+
+def test_a_webdataset_sample_without_an_image_is_listed_and_is_a_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_of({"a.jpg": b"1", "a.cls": b"0", "b.txt": b"2", "b.cls": b"1"}))
+    images = open_input(str(tmp_path))
+    listing = images.list()
+    assert rows_of(listing) == [("a.tar/a.jpg", 0), ("a.tar/b", 1)]
+    with pytest.raises(InputError, match="the sample has no image"):
+        images.read(listing.entries()[1])
+
+
+@pytest.mark.parametrize(
+    ("sample", "why"),
+    [
+        ({"b.jpg": b"2"}, "expected one label, found none"),
+        ({"b.jpg": b"2", "b.json": b'{"label": true}'}, "expected one label, found none"),
+        ({"b.jpg": b"2", "b.json": b"{"}, r"\.json is damaged"),
+        ({"b.jpg": b"2", "b.cls": b"cat"}, r"\.cls is b'cat'; expected a decimal number"),
+        ({"b.jpg": b"2", "b.cls": b"-1"}, "label -1; expected the number of a class"),
+        ({"b.jpg": b"2", "b.cls": b"99999999"}, "expected the number of a class"),
+        ({"b.jpg": b"2", "b.cls": b"1", "b.json": b'{"label": 2}'}, r"expected one label, found \[1, 2\]"),
+        ({"b.jpg": b"2", "b.png": b"2", "b.cls": b"1"}, "expected one image, found b.jpg, b.png"),
+        ({"b.jpg": b"2", "b.JPG": b"2", "b.cls": b"1"}, "two members .jpg"),
+        (
+            {"b.jpg": b"2", "b.json": b'{"label": 0, "class_name": "y"}'},
+            "label 0 is 'y' here and 'x' before it",
+        ),
+    ],
+)
+def test_a_webdataset_sample_that_is_none_is_named(
+    sample: dict[str, bytes], why: str, tmp_path: Path
+) -> None:
+    first = {"a.jpg": b"1", "a.json": b'{"label": 0, "class_name": "x"}'}
+    (tmp_path / "a.tar").write_bytes(tar_of(first | sample))
+    with pytest.raises(DataError, match=f"sample b in a.tar.*{why}"):
+        open_input(str(tmp_path)).list()
+
+
+def test_archives_of_two_data_sets_do_not_mix(tmp_path: Path) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        facts = json.dumps({"label": 0, "class_name": name}).encode()
+        (tmp_path / f"{number}.tar").write_bytes(tar_of({"a.jpg": b"1", "a.json": facts}))
+    with pytest.raises(DataError, match="label 0 is 'cat' in one place, 'dog' in another"):
+        open_input(str(tmp_path)).list()
+
+
+def test_what_is_no_tar_of_images_of_one_class_is_refused(tmp_path: Path) -> None:
+    class_tars(tmp_path / "c", IMAGES)
+    for member in ("n03_1.tar", "n03_1.cls"):
+        (tmp_path / "c/n03.tar").write_bytes(tar_of({"n03_1.JPEG": b"", member: b""}))
+        with pytest.raises(DataError, match=f"the tar of class n03 has a member {member}"):
+            open_input(str(tmp_path / "c"), "class_tars").list()
+
+
+def test_two_class_tars_of_one_class_are_refused_and_other_members_reported(tmp_path: Path) -> None:
+    inner = tar_of({"a.JPEG": b"1"})
+    path = tmp_path / "all.tar"
+    path.write_bytes(tar_of({"train/n01.tar": inner, "train/README": b"", "n02.tar": inner}))
+    listing = open_input(str(path)).list()
+    assert rows_of(listing) == [("n01/a.JPEG", 0), ("n02/a.JPEG", 1)]
+    assert listing.ignored == ("all.tar/train/README",)
+    path.write_bytes(tar_of({"train/n01.tar": inner, "val/n01.tar": inner}))
+    with pytest.raises(DataError, match="two tars of one class"):
+        open_input(str(path)).list()
+
+
+def test_parquet_rows_are_read_with_the_labels_and_names_of_the_file(
+    put: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = {name: {f"{name}_{n}.JPEG": os.urandom(40_000) for n in range(8)} for name in ("cat", "dog")}
+    source = put(parquet(tmp_path / "p", images, rows_per_group=4))
+    reads = watch_reads(monkeypatch)
+    listing = open_input(source).list()
+    assert reads.bytes < 200_000, "no image is read"
+    assert len(reads.ranges) <= 2 * (1 + 2)
+    assert reads.whole == []
+    assert listing.kind == "parquet"
+    assert listing.class_names == ("cat", "dog")
+    assert rows_of(listing) == [
+        (f"train-0000{file}-of-00002.parquet/{row:08d}", file) for file in (0, 1) for row in range(8)
+    ]
+    reads.clear()
+    expected = [data for name in ("cat", "dog") for _, data in sorted(images[name].items())]
+    assert contents(source, listing) == expected
+    assert len(reads.ranges) <= 2 * (1 + 2 * 2), "a footer, and at most two reads for each row group"
+    backwards = open_input(source, "parquet")
+    assert [backwards.read(entry) for entry in reversed(listing.entries())] == expected[::-1]
+
+
+def test_threads_may_share_parquet_files(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "p", {"a": {f"{n}.png": bytes([n]) * 1000 for n in range(200)}}, 7)
+    images = open_input(source)
+    listing = images.list()
+    draws = np.random.default_rng(0).integers(0, 200, 400).tolist()
+    entries = listing.entries()
+    alone = [open_input(source).read(entry) for entry in entries]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda row: images.read(entries[row]), draws))
+    assert found == [alone[row] for row in draws]
+    assert len(set(alone)) == 200
+
+
+def test_parquet_rows_without_an_image_are_bad_inputs(tmp_path: Path) -> None:
+    rows = [({"bytes": b"x", "path": ""}, 2), ({"bytes": None, "path": "a.jpg"}, 0), (None, 0)]
+    write_parquet(tmp_path / "a.parquet", rows, [])
+    images = open_input(str(tmp_path / "a.parquet"))
+    listing = images.list()
+    assert listing.class_names == ("0", "1", "2")
+    first, *others = listing.entries()
+    assert images.read(first) == b"x"
+    for entry in others:
+        with pytest.raises(InputError, match="the row has no image"):
+            images.read(entry)
+
+
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [
+        (-1, "label -1; expected the number of a class"),
+        (None, "rows without a label"),
+        (2, "names of 2 classes"),
+    ],
+)
+def test_parquet_labels_that_are_none_are_refused(label: int | None, why: str, tmp_path: Path) -> None:
+    row = {"bytes": b"x", "path": ""}
+    write_parquet(tmp_path / "a.parquet", [(row, 0), (row, label)], ["cat", "dog"])
+    with pytest.raises(DataError, match=f"a.parquet.*{why}"):
+        open_input(str(tmp_path)).list()
+
+
+def test_parquet_files_with_other_columns_are_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"img": [b"x"], "label": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"expected columns image .* found img \(binary\), label \(int64\)"):
+        open_input(str(tmp_path)).list()
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "p", {"a": {f"{n}.png": os.urandom(3000) for n in range(8)}})
+    images = open_input(source)
+    entry = images.list().entries()[0]
+    path = Path(source, entry.archive)
+    whole = path.read_bytes()
+    for data in (whole[:-100], whole[: len(whole) // 2], b"", b"PAR1" + b"?" * 100 + b"PAR1"):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"train-00000.*cannot be read as Parquet"):
+            open_input(source, "parquet").list()
+    path.write_bytes(whole[:2000] + b"????" + whole[2004:])
+    with pytest.raises(DataError, match=r"train-00000.*cannot be read as Parquet .*CRC"):
+        open_input(source, "parquet").read(entry)
+
+
+def test_a_parquet_file_that_changed_since_is_no_image(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "p", {"a": {f"{n}.png": b"x" for n in range(8)}})
+    listing = open_input(source).list()
+    entry = listing.entries()[3]
+    row = {"bytes": b"x", "path": ""}
+    for rows, now in (([(row, 0)] * 3, "None"), ([(row, 1)] * 4, "1")):
+        write_parquet(Path(source, entry.archive), rows, [])
+        with pytest.raises(DataError, match=f"changed since it was listed: row 3 had label 0, now {now}"):
+            open_input(source, "parquet").read(entry)
+    Path(source, entry.archive).unlink()
+    with pytest.raises(DataError, match="in the listing but not here"):
+        open_input(source, "parquet").read(entry)
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_progress_counts_the_archives(kind: str, tmp_path: Path) -> None:
+    source = KINDS[kind](tmp_path / "x", IMAGES)
+    seen: list[tuple[int, int]] = []
+    open_input(source).list(lambda done, total: seen.append((done, total)))
+    total = 3 if kind in ("class_tars", "imagenet_tar") else 2
+    assert seen == [(done, total) for done in range(total + 1)]
+
+
+def test_archives_without_an_image_are_refused(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).write_bytes(tar_of({}))
+    with pytest.raises(DataError, match="no image in 2 archives"):
+        open_input(str(tmp_path)).list()
+
+
+def test_an_archive_that_is_cut_off_is_no_shorter_listing(put: Callable[[str], str], tmp_path: Path) -> None:
+    for kind, make in ARCHIVES.items():
+        folder = tmp_path / kind
+        make(folder, IMAGES)
+        last = sorted(folder.iterdir())[-1]
+        last.write_bytes(last.read_bytes()[:600])
+        with pytest.raises(DataError, match=last.stem):
+            open_input(put(str(folder)), kind).list()
+
+
+def test_reading_an_entry_needs_no_listing(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "p", IMAGES)
+    entry = open_input(source).list().entries()[0]
+    assert isinstance(open_input(source, "parquet"), Parquet)
+    assert open_input(source, "parquet").read(Entry(0, "", 0, entry.archive, 0)) == b"three"
