@@ -19,8 +19,8 @@ pytestmark = pytest.mark.pipeline
 
 NUMBERS = (10_000, 100_000)
 NUM_CLASSES = 100
-SLOPES = {"driver": 600, "object store": 50}
-"""Bytes per further image that the peak may grow by; ImageNet's 1.28 million make 770 MB of the first."""
+SLOPES = {"driver": 350, "object store": 50}
+"""Bytes per further image that the peak may grow by; ImageNet's 1.28 million make 450 MB of the first."""
 OTHER_SLOPE = 150
 """Of any other process; what it grows by is noise of some MB, and Ray's account of its tasks."""
 

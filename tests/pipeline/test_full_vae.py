@@ -1,4 +1,4 @@
-"""The encoding job with an autoencoder of Stable Diffusion's real size, beside a plain loop over it."""
+"""The encoding job with an autoencoder of Stable Diffusion's size, beside a plain loop; compiled encoders."""
 
 import subprocess
 from pathlib import Path
@@ -9,9 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.encoder import Encoder
+from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import LatentDataset
+from dit_scale.vae_files import find
 from tests.encoding import clean_environment, job_command
-from tests.tiny_vae import save_full_vae
+from tests.tiny_vae import save_full_vae, save_tiny_vae
 
 pytestmark = pytest.mark.pipeline
 
@@ -81,3 +84,20 @@ def test_latents_are_those_of_a_plain_loop(vae: str, size: int, num_images: int,
         largest = np.abs(ours - alone).max() / alone.std()
         print(f"largest difference to batches of one image: {largest:.2e} of the moments' deviation")
         assert largest < OTHER_BATCH_TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_encoder_makes_nearly_the_same_latents(tmp_path: Path) -> None:
+    vae = save_tiny_vae(tmp_path / "vae")
+    crops = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+
+    def encode(compile: bool) -> npt.NDArray[np.float16]:
+        config = EncodeConfig(vae=vae, vae_batch=4, precision="bf16", channels_last=True, compile=compile)
+        encoder = Encoder(config, find(vae).identity, "cpu")
+        first, again = (encoder.encode(crops[:number], encoder.runtime()) for number in (4, 2))
+        assert np.array_equal(first[:2], again), "a short batch is filled up, and not compiled for"
+        return first
+
+    eager, compiled = encode(False), encode(True)
+    assert not np.array_equal(eager, compiled)
+    assert np.abs(compiled - eager.astype(np.float32)).max() < 0.1 * eager.astype(np.float32).std()

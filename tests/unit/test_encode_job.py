@@ -222,9 +222,9 @@ def test_the_quarantine_is_counted_once_over_all_starts(storage: Storage) -> Non
             pass
 
 
-def tiny_encoder(folder: Path) -> tuple[Encoder, dict[str, str]]:
+def tiny_encoder(folder: Path, **setting: object) -> tuple[Encoder, dict[str, str]]:
     vae = save_tiny_vae(folder / "vae")
-    encoder = Encoder(config(vae=vae, vae_batch=4), find(vae).identity, "cpu")
+    encoder = Encoder(config(vae=vae, vae_batch=4, **setting), find(vae).identity, "cpu")
     return encoder, encoder.runtime()
 
 
@@ -238,6 +238,23 @@ def test_an_encoder_that_finds_another_vae_refuses(tmp_path: Path) -> None:
     encoder = Encoder(config(vae=save_tiny_vae(tmp_path / "vae")), VAE, "cpu")
     with pytest.raises(WeightsError, match=r"not the same on every node.*copy one to all nodes"):
         encoder.runtime()
+
+
+@pytest.mark.parametrize(
+    ("setting", "tolerance"),
+    [({"channels_last": True}, 1e-3), ({"precision": "bf16", "channels_last": True}, 0.1)],
+)
+def test_other_arithmetic_gives_nearly_the_same_latents(
+    setting: dict[str, object], tolerance: float, tmp_path: Path
+) -> None:
+    plain, runtime = tiny_encoder(tmp_path)
+    other, _ = tiny_encoder(tmp_path, **setting)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    expected = plain.encode(pixels, runtime).astype(np.float32)
+    found = other.encode(pixels, runtime)
+    assert np.array_equal(found, other.encode(pixels, runtime))
+    assert not np.array_equal(found, expected), "the setting arrives"
+    assert np.abs(found - expected).max() < tolerance * expected.std()
 
 
 def test_a_short_batch_gives_the_bits_of_a_full_one(tmp_path: Path) -> None:
