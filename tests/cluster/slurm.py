@@ -32,6 +32,7 @@ PACKAGES = {
     "srun": "slurm-client",
 }
 """Program => the Debian package that has it."""
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 START_S = 60.0
 WAIT_S = 300.0
 
@@ -133,13 +134,12 @@ class Slurm:
             raise SlurmError(f"job {job}: {ran.stderr}")
         return dict(word.split("=", 1) for word in ran.stdout.split() if "=" in word)
 
-    def wait(self, job: int, *states: str) -> tuple[str, int]:
-        """Until a job is in one of these states, or has ended; returns its state and exit code."""
-        ends = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+    def wait(self, job: int, state: str = "") -> tuple[str, int]:
+        """Until a job is in this state, or has ended; returns its state and exit code."""
         until = time.monotonic() + WAIT_S
-        while (found := self.job(job))["JobState"] not in ends:
+        while (found := self.job(job))["JobState"] not in (state, *ENDS):
             if time.monotonic() > until:
-                raise SlurmError(f"job {job} is {found['JobState']} ({found['Reason']}), not {ends}")
+                raise SlurmError(f"job {job} is {found['JobState']} ({found['Reason']})")
             time.sleep(0.2)
         return found["JobState"], int(found["ExitCode"].partition(":")[0])
 

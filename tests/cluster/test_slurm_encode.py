@@ -49,8 +49,13 @@ def processes(output: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def raylets_of(output: Path) -> dict[str, dict[str, str]]:
-    return {line: env for line, env in processes(output).items() if line.split(" ")[0].endswith("/raylet")}
+def client_server(output: Path) -> str:
+    """The command line of the client server of a job's Ray, which starts with its head."""
+    until = time.monotonic() + 60
+    while not (found := [line for line in processes(output) if "ray.util.client.server" in line]):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    return found[0]
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +167,11 @@ def test_two_jobs_on_the_same_nodes_one_is_cancelled_the_other_writes_the_same_b
     output, other_output = tmp_path / "set", tmp_path / "other"
     job = submit(slurm, folder, output)
     other = submit(slurm, folder, other_output, "shard_samples=1", "vae_batch=1")
+    # its port is the only one that has a default and fails when another user has it
+    clients = [client_server(written) for written in (output, other_output)]
     wait_for_shards(slurm, other, other_output)
-    raylets = raylets_of(other_output)
+    living = processes(other_output)
+    raylets = {line: env for line, env in living.items() if line.split(" ")[0].endswith("/raylet")}
     assert slurm.run("scancel", str(other)).returncode == 0
     assert slurm.wait(other)[0] == "CANCELLED"
     assert_nothing_is_left(other, other_output)
@@ -171,6 +179,9 @@ def test_two_jobs_on_the_same_nodes_one_is_cancelled_the_other_writes_the_same_b
     assert_same_files(output, reference)
     assert_nothing_is_left(job, output)
 
+    ports = {int(line.partition("--port=")[2].split()[0]) for line in clients}
+    assert len(ports) == 2
+    assert min(ports) >= 20000
     assert sorted(env["SLURMD_NODENAME"] for env in raylets.values()) == ["node1", "node2"]
     for line, env in raylets.items():
         resources = line.partition("--static_resource_list=")[2].split()[0].split(",")
@@ -188,7 +199,7 @@ def test_a_job_that_is_told_of_its_time_limit_queues_itself_again_and_keeps_its_
     job = submit(slurm, folder, output)
     wait_for_shards(slurm, job, output)
     assert slurm.run("scancel", "--signal=USR1", "--batch", str(job)).returncode == 0
-    slurm.wait(job, "PENDING")
+    assert slurm.wait(job, "PENDING")[0] == "PENDING", log(job, output)
     assert_nothing_is_left(job, output)
     kept = shards(output)
     assert 0 < len(kept) < 3 * NUM_SHARDS
