@@ -11,11 +11,10 @@ import numpy as np
 from rich.console import Console
 
 from data_pipeline.decoder import read_batch
-from data_pipeline.encode_latents import find_listing
 from data_pipeline.images import Pixels
-from data_pipeline.inputs import Listing
-from data_pipeline.inputs.saved import difference, load_listing
-from dit_scale.config import EncodeConfig
+from data_pipeline.inputs import Listing, open_input
+from data_pipeline.inputs.saved import current_listing, difference, load_listing
+from data_pipeline.progress import listing_bar
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import DataError
 from dit_scale.pictures import decode, side_by_side
@@ -44,7 +43,8 @@ def find_source(dataset: LatentDataset, source: str | None, console: Console) ->
     uri = source or info.source.uri
     saved = load_listing(dataset.storage)
     try:
-        listing = find_listing(EncodeConfig(source=uri, allow_empty_classes=True), saved, console)
+        with listing_bar(console) as progress:
+            listing = current_listing(open_input(uri), saved, progress)
     except DataError as error:
         raise DataError(
             f"cannot list the images of {dataset.storage.url} at {uri}; --source says where they are now"

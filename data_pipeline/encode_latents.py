@@ -26,7 +26,7 @@ from data_pipeline import output
 from data_pipeline.encoder import Encoder
 from data_pipeline.flow import Flow, Stall
 from data_pipeline.inputs import Listing, open_input
-from data_pipeline.inputs.saved import load_listing, save_listing
+from data_pipeline.inputs.saved import current_listing, load_listing, save_listing
 from data_pipeline.metrics import Metrics
 from data_pipeline.progress import Watch, listing_bar, report_listing, summary
 from data_pipeline.ray_cluster import cluster, is_submitted, place, start_encoders, wait_for_nodes
@@ -83,7 +83,10 @@ def make_plan(config: EncodeConfig, saved: Listing | None, console: Console) -> 
     """What is to be encoded, by what, into which shards; `saved` is the listing of an earlier start."""
     vae = find_vae(config.vae).identity
     output.latent_shape(config, vae)
-    listing = find_listing(config, saved, console)
+    with listing_bar(console) as progress:
+        listing = current_listing(open_input(config.source), saved, progress)
+    report_listing(listing, console)
+    output.refuse_empty(config, listing.empty_classes, f"{config.source}: classes without an image")
     identity = output.identity(config, listing, vae)
     return Plan(config, listing, vae, identity, output.plan(listing, config.shard_samples))
 
@@ -111,20 +114,6 @@ def make_shards(
             case _:
                 watch.batch(event)
     return claimed
-
-
-def find_listing(config: EncodeConfig, saved: Listing | None, console: Console) -> Listing:
-    """All images of the source; archives that are as they were are not walked again."""
-    source = open_input(config.source)
-    archives = source.archives()
-    if saved is not None and archives and (saved.kind, saved.archives) == (source.kind, archives):
-        listing = saved
-    else:
-        with listing_bar(console) as progress:
-            listing = source.list(progress)
-    report_listing(listing, console)
-    output.refuse_empty(config, listing.empty_classes, f"{config.source}: classes without an image")
-    return listing
 
 
 def resolve_paths(config: EncodeConfig) -> EncodeConfig:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from data_pipeline.inputs.base import Archive, Listing
+from data_pipeline.inputs.base import Archive, Input, Listing, Progress, silent
 from dit_scale.errors import DataError
 from dit_scale.storage import MissingKeyError, Storage
 
@@ -59,6 +59,14 @@ def load_listing(storage: Storage) -> Listing | None:
             f"{storage.url}/{LISTING_KEY} is damaged ({error}); delete it, the next start makes it again"
         ) from None
     return listing
+
+
+def current_listing(source: Input, saved: Listing | None, progress: Progress = silent) -> Listing:
+    """What the source holds now; archives that are as they were for `saved` are not walked again."""
+    archives = source.archives()
+    if saved is not None and archives and (saved.kind, saved.archives) == (source.kind, archives):
+        return saved
+    return source.list(progress)
 
 
 def difference(old: Listing, new: Listing, shown: int = 3) -> str:

@@ -7,20 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from data_pipeline.decoder import read_batch
-from data_pipeline.encode_latents import find_listing
 from data_pipeline.inputs import Entry, Listing, Progress, open_input
 from data_pipeline.inputs.archives import ArchiveInput
-from data_pipeline.inputs.saved import load_listing, save_listing
-from dit_scale.config import EncodeConfig
+from data_pipeline.inputs.saved import current_listing, load_listing, save_listing
 from dit_scale.storage import open_storage
 from tests.archives import ARCHIVES, KINDS, Images, tar_of, upload, watch_reads, write_parquet
 from tests.s3 import BUCKET, s3_server
 
 SIZE = 16
-QUIET = Console(file=io.StringIO())
 
 
 def photo(mode: str = "RGB") -> Image.Image:
@@ -127,7 +123,7 @@ def _reason(bad: tuple[tuple[Entry, str], ...]) -> str:
 def find(source: str, output: Path) -> Listing:
     """What a start of the job does."""
     storage = open_storage(output)
-    listing = find_listing(EncodeConfig(source=source), load_listing(storage), QUIET)
+    listing = current_listing(open_input(source), load_listing(storage))
     save_listing(storage, listing)
     return listing
 
