@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_pipeline.inputs import Entry, InputError, Listing, open_input
+from data_pipeline.inputs.archives import ArchiveInput, Found, Part
 from data_pipeline.inputs.parquet import Parquet
 from dit_scale.errors import DataError
 from tests.archives import (
@@ -300,6 +302,36 @@ def test_a_parquet_file_that_changed_since_is_no_image(tmp_path: Path) -> None:
     Path(source, entry.archive).unlink()
     with pytest.raises(DataError, match="in the listing but not here"):
         open_input(source, "parquet").read(entry)
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_archives_are_listed_side_by_side(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = KINDS[kind](tmp_path / "x", {name: IMAGES[name] for name in ("n01", "n02")})
+    both = threading.Barrier(2)
+    cls = type(open_input(source))
+    list_part = cls.list_part
+
+    def together(self: ArchiveInput, part: Part) -> Found:
+        both.wait(60)
+        return list_part(self, part)
+
+    monkeypatch.setattr(cls, "list_part", together)
+    assert len(open_input(source).list()) == 4
+
+
+def test_of_a_tar_of_tars_on_s3_everything_is_fetched_once(
+    server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    images = {f"n0{n}": {f"n0{n}_{m}.JPEG": b"." * 30_000 for m in range(10)} for n in range(4)}
+    source = upload(imagenet_tar(tmp_path / "x", images), f"s3://{BUCKET}/{secrets.token_hex(8)}")
+    size = (tmp_path / "x/ILSVRC2012_img_train.tar").stat().st_size
+    reads = watch_reads(monkeypatch)
+    listing = open_input(source, "imagenet_tar").list()
+    assert len(listing) == 40
+    assert reads.bytes < 1.1 * size
+    assert len(reads.ranges) <= 4 + 6, "a window for each class tar; headers and end mark of the outer one"
 
 
 @pytest.mark.parametrize("kind", ARCHIVES)

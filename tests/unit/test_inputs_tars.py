@@ -104,8 +104,12 @@ def test_every_byte_at_which_a_small_archive_is_cut_off() -> None:
     mark = _end_mark(data)
     for cut in range(0, len(data), 16):
         if cut < mark + 512:
-            with pytest.raises(DataError, match="cut off at byte"):
+            with pytest.raises(DataError, match="cut off at byte") as caught:
                 walk(data[:cut])
+            if 512 <= cut < 512 + 600:
+                assert f"at byte 0: expected 600 bytes of 'a.jpg', the archive ends {1112 - cut}" in str(
+                    caught.value
+                )
         else:
             assert [member.name for member in walk(data[:cut])] == ["a.jpg", "b" * 120]
 
@@ -116,6 +120,15 @@ def test_a_damaged_header_is_named_by_its_place_and_is_not_the_end(offset: int) 
     data[1536 + offset] ^= 0x11
     with pytest.raises(DataError, match=r"/memory/a.tar .* at byte 1536: expected the header of a member"):
         walk(bytes(data))
+
+
+@pytest.mark.parametrize("type_", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("size", [-1, -1024, 2**80])
+def test_an_impossible_size_is_damage(type_: bytes, size: int) -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.type, info.size = type_, size
+    with pytest.raises(DataError, match="at byte 0: expected"):
+        walk(info.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
 
 
 def test_archives_that_were_joined_are_refused() -> None:
