@@ -4,13 +4,15 @@ Listing reads the footers and the labels. An image is read with its row group, w
 the ones that come next.
 """
 
+import functools
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from data_pipeline.inputs.archives import ArchiveInput, Found, Part, checked_label
 from data_pipeline.inputs.base import Entry, InputError
@@ -20,7 +22,11 @@ from dit_scale.errors import DataError
 from dit_scale.storage import MissingKeyError
 
 if TYPE_CHECKING:
+    from pyarrow import Table
     from pyarrow.parquet import ParquetFile
+
+CACHED = 2
+"""Row groups in memory, and files open: readers that run side by side stand in two at most, mostly."""
 
 
 class Parquet(ArchiveInput):
@@ -32,7 +38,8 @@ class Parquet(ArchiveInput):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self._lock = threading.Lock()
-        self._file: _OpenFile | None = None
+        self._file = functools.lru_cache(CACHED)(self._open_file)
+        self._rows = functools.lru_cache(CACHED)(self._read_group)
 
     def list_part(self, part: Part) -> Found:
         with self._errors(part.key):
@@ -51,18 +58,34 @@ class Parquet(ArchiveInput):
 
     def read(self, entry: Entry) -> bytes:
         with self._lock, self._errors(entry.archive):
-            if self._file is None or self._file.key != entry.archive:
-                end = self.storage.size(entry.archive)
-                self._file = _OpenFile(entry.archive, _open(RangedFile(self.storage, entry.archive, 0, end)))
-            label, data = self._file.row(entry.start)
+            label, image = self._row(entry)
         if label != entry.label:
             raise DataError(
                 f"{self.url}: {entry.archive} changed since it was listed: row {entry.start} had label "
                 f"{entry.label}, now {label}. Put the file of the listing back, or begin another output"
             )
-        if data is None:
+        if image is None or image["bytes"] is None:
             raise InputError("the row has no image")
-        return data
+        return image["bytes"]
+
+    def _row(self, entry: Entry) -> tuple[int | None, dict[str, bytes | None] | None]:
+        """Label and image of a row; no label where there is no row."""
+        _, ends = self._file(entry.archive)
+        group = int(np.searchsorted(ends, entry.start, side="right"))
+        if group == len(ends):
+            return None, None
+        rows = self._rows(entry.archive, group)
+        at = entry.start - int(ends[group]) + len(rows)
+        return rows["label"][at].as_py(), rows["image"][at].as_py()
+
+    def _open_file(self, key: str) -> "tuple[ParquetFile, npt.NDArray[np.int64]]":
+        """A file, and the row behind each of its row groups."""
+        file = _open(RangedFile(self.storage, key, 0, self.storage.size(key)))
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        return file, np.cumsum(sizes)
+
+    def _read_group(self, key: str, group: int) -> "Table":
+        return self._file(key)[0].read_row_group(group, ["label", "image.bytes"], use_threads=False)
 
     @contextmanager
     def _errors(self, key: str) -> Iterator[None]:
@@ -82,38 +105,13 @@ class Parquet(ArchiveInput):
             ) from None
 
 
-class _OpenFile:
-    """A file, and of it the row group that was read last."""
-
-    def __init__(self, key: str, file: "ParquetFile") -> None:
-        self.key, self._file = key, file
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        self._ends = np.cumsum(sizes)
-        self._group = -1
-        self._table: Any = None
-
-    def row(self, row: int) -> tuple[int | None, bytes | None]:
-        """Label and image of a row; no label where there is no row."""
-        group = int(np.searchsorted(self._ends, row, side="right"))
-        if group == len(self._ends):
-            return None, None
-        if group != self._group:
-            # The one before leaves memory first.
-            self._group, self._table = -1, None
-            self._table = self._file.read_row_group(group, ["label", "image.bytes"], use_threads=False)
-            self._group = group
-        at = row - int(self._ends[group]) + len(self._table)
-        image = self._table["image"][at].as_py()
-        return self._table["label"][at].as_py(), image and image["bytes"]
-
-
 def _open(file: RangedFile) -> "ParquetFile":
     """A file with the columns that are needed; ArrowException, OSError or DataError."""
     from pyarrow import types
     from pyarrow.parquet import ParquetFile
 
-    # Each column of a row group is read at once, not page by page.
-    parquet = ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
+    # A column of a row group is one read, whatever its pages; a file with a buffer would keep it all.
+    parquet = ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
     columns = {column.name: column.type for column in parquet.schema_arrow}
     image, label = columns.get("image"), columns.get("label")
     has_bytes = image is not None and types.is_struct(image) and image.get_field_index("bytes") >= 0

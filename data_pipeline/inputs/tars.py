@@ -63,7 +63,7 @@ class Tar:
             at = _end(info)
 
     def data(self, member: Member) -> bytes:
-        """The bytes of a member; it may be read while the tar is gone through."""
+        """The bytes of the member that came last."""
         self._file.seek(member.data_start - self._start)
         return self._file.read(member.size)
 

@@ -7,6 +7,7 @@ in timm's ImageNet-1k (jpg, cls, json), ImageNet-12k and -22k (jpg, json).
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from data_pipeline.inputs.archives import ArchiveInput, Found, Part, checked_label
 from data_pipeline.inputs.base import Entry, InputError
@@ -17,12 +18,20 @@ IMAGE_SUFFIXES = ("bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff
 LABEL_SUFFIXES = ("cls", "json")
 
 _NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
-"""Key and suffix: the rule of the webdataset package."""
+"""Key and suffix: the rule of the webdataset package, but hidden files are of no sample in folders either."""
 _META = re.compile(r"__[^/]*__($|/)")
 """Members that package passes over."""
 
-Sample = dict[str, Member]
-"""Lower-case suffix => member."""
+
+@dataclass
+class Sample:
+    """Members with one key."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+    """By lower-case suffix."""
+    told: dict[str, bytes] = field(default_factory=dict)
+    """The bytes of those that tell the label."""
 
 
 class WebDataset(ArchiveInput):
@@ -33,21 +42,21 @@ class WebDataset(ArchiveInput):
 
     def list_part(self, part: Part) -> Found:
         found, tar = Found(), Tar(self.storage, part.key, part.start, part.end)
-        for key, sample in self._samples(tar, part.key, found.ignored):
-            where = f"{self.url}: sample {key} in {part.key}"
-            label, name = _label(sample, tar, where)
+        for sample in self._samples(tar, part.key, found.ignored):
+            where = f"{self.url}: sample {sample.key} in {part.key}"
+            label, name = _label(sample.told, where)
             if name is not None and found.class_names.setdefault(label, name) != name:
                 raise DataError(
                     f"{where}: label {label} is {name!r} here and {found.class_names[label]!r} before it"
                 )
-            images = [sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample]
+            images = [sample.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample.members]
             if len(images) > 1:
                 names = ", ".join(image.name for image in images)
                 raise DataError(f"{where}: expected one image, found {names}; leave only one in the tar")
             if images:
                 found.add(f"{part.key}/{images[0].name}", label, images[0].start, images[0].span)
             else:
-                found.add(f"{part.key}/{key}", label, 0, 0)
+                found.add(f"{part.key}/{sample.key}", label, 0, 0)
         return found
 
     def read(self, entry: Entry) -> bytes:
@@ -55,26 +64,29 @@ class WebDataset(ArchiveInput):
             raise InputError(f"the sample has no image ({', '.join(IMAGE_SUFFIXES)})")
         return read_member(self.storage, entry)
 
-    def _samples(self, tar: Tar, archive: str, ignored: list[str]) -> Iterator[tuple[str, Sample]]:
-        """Key and members of every sample in order; what is of none goes to `ignored`."""
-        current, sample = "", Sample()
+    def _samples(self, tar: Tar, archive: str, ignored: list[str]) -> Iterator[Sample]:
+        """Every sample in order; what is of none goes to `ignored`."""
+        sample = Sample("")
         for member in tar:
             key, suffix = split_name(member.name)
             if not key:
                 ignored.append(f"{archive}/{member.name}")
                 continue
-            if key != current:
-                if sample:
-                    yield current, sample
-                current, sample = key, Sample()
-            if suffix in sample:
+            if key != sample.key:
+                if sample.key:
+                    yield sample
+                sample = Sample(key)
+            if suffix in sample.members:
                 raise DataError(
                     f"{self.url}: sample {key} in {archive} has two members .{suffix}; expected one of each "
                     "name"
                 )
-            sample[suffix] = member
-        if sample:
-            yield current, sample
+            sample.members[suffix] = member
+            if suffix in LABEL_SUFFIXES:
+                # Now, while it is in the window.
+                sample.told[suffix] = tar.data(member)
+        if sample.key:
+            yield sample
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -85,13 +97,13 @@ def split_name(name: str) -> tuple[str, str]:
     return found[1], found[2].lower()
 
 
-def _label(sample: Sample, tar: Tar, where: str) -> tuple[int, str | None]:
+def _label(told: dict[str, bytes], where: str) -> tuple[int, str | None]:
     """The label of a sample, and the name of its class where that is told."""
-    facts = _facts(tar.data(sample["json"]), where) if "json" in sample else {}
+    facts = _facts(told["json"], where) if "json" in told else {}
     in_facts, name = facts.get("label"), facts.get("class_name")
     labels = set()
-    if "cls" in sample:
-        text = tar.data(sample["cls"]).strip()
+    if "cls" in told:
+        text = told["cls"].strip()
         if not re.fullmatch(rb"-?[0-9]{1,9}", text):
             raise DataError(f"{where}: .cls is {text[:20]!r}; expected a decimal number")
         labels.add(int(text))

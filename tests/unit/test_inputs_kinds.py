@@ -4,18 +4,21 @@ import json
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from data_pipeline.inputs import Entry, InputError, Listing, open_input
+from data_pipeline.inputs import Entry, InputError, Listing, open_input, tars
 from data_pipeline.inputs.archives import ArchiveInput, Found, Part
 from data_pipeline.inputs.parquet import Parquet
+from data_pipeline.inputs.webdataset import split_name
 from dit_scale.errors import DataError
+from dit_scale.storage import DiskStorage
 from tests.archives import (
     ARCHIVES,
     KINDS,
@@ -138,6 +141,18 @@ def test_webdataset_groups_as_its_package_does(tmp_path: Path) -> None:
     assert listing.ignored == ("a.tar/README", "a.tar/.hidden", "a.tar/__meta__/x.json")
 
 
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "a.B.JPG", "x.y/a.jpg", "x/a.", "a", "x.y/a", ".a.jpg", "x/y/a.b/c.d"]
+)
+def test_keys_are_those_of_the_webdataset_package(name: str) -> None:
+    key, suffix = base_plus_ext(name)
+    assert split_name(name) == ((key, suffix.lower()) if key else ("", ""))
+
+
+def test_hidden_files_are_of_no_sample() -> None:
+    assert split_name("x/._a.jpg") == ("", "")
+
+
 def test_a_webdataset_sample_without_an_image_is_listed_and_is_a_bad_input(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar_of({"a.jpg": b"1", "a.cls": b"0", "b.txt": b"2", "b.cls": b"1"}))
     images = open_input(str(tmp_path))
@@ -238,6 +253,26 @@ def test_threads_may_share_parquet_files(tmp_path: Path) -> None:
     assert len(set(alone)) == 200
 
 
+def test_threads_at_a_border_fetch_each_row_group_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = parquet(tmp_path / "p", {"a": {f"{n:02d}.png": os.urandom(9000) for n in range(32)}}, 8)
+    images = open_input(source)
+    first = images.list().entries()[:16]
+    reads = watch_reads(monkeypatch)
+    read_range = DiskStorage.read_range
+
+    def slow(self: DiskStorage, key: str, start: int, length: int) -> bytes:
+        time.sleep(0.02)  # all threads come while the first one fetches
+        return read_range(self, key, start, length)
+
+    monkeypatch.setattr(DiskStorage, "read_range", slow)
+    alternating = [entry for pair in zip(first[:8], first[8:], strict=True) for entry in pair]
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(images.read, alternating))) == 16
+    assert len(reads.ranges) <= 1 + 2 * 2, "the footer, and two columns of two row groups"
+
+
 def test_parquet_rows_without_an_image_are_bad_inputs(tmp_path: Path) -> None:
     rows = [({"bytes": b"x", "path": ""}, 2), ({"bytes": None, "path": "a.jpg"}, 0), (None, 0)]
     write_parquet(tmp_path / "a.parquet", rows, [])
@@ -317,6 +352,22 @@ def test_archives_are_listed_side_by_side(kind: str, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(cls, "list_part", together)
     assert len(open_input(source).list()) == 4
+
+
+def test_of_webdataset_tars_on_s3_everything_is_fetched_once(
+    server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tars, "REMOTE_WINDOW_BYTES", 50 * 2**10)
+    images = {"n01": {f"n01_{m:03d}.JPEG": b"." * 10_000 for m in range(200)}}
+    folder = web_dataset(tmp_path / "x", images)
+    size = sum(path.stat().st_size for path in Path(folder).iterdir())
+    source = upload(folder, f"s3://{BUCKET}/{secrets.token_hex(8)}")
+    reads = watch_reads(monkeypatch)
+    assert len(open_input(source, "webdataset").list()) == 200
+    assert reads.bytes <= size
+    assert len(reads.ranges) <= size / (50 * 2**10) + 2
 
 
 def test_of_a_tar_of_tars_on_s3_everything_is_fetched_once(
