@@ -1,0 +1,121 @@
+"""Parquet files: row groups among threads, rows and files that are none, damage."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.inputs import Entry, InputError, open_input
+from data_pipeline.inputs.parquet import Parquet
+from dit_scale.errors import DataError
+from dit_scale.storage import DiskStorage
+from tests.archives import parquet, watch_reads, write_parquet
+
+
+def test_threads_may_share_parquet_files(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "p", {"a": {f"{n}.png": bytes([n]) * 1000 for n in range(200)}}, 7)
+    images = open_input(source)
+    listing = images.list()
+    draws = np.random.default_rng(0).integers(0, 200, 400).tolist()
+    entries = listing.entries()
+    alone = [open_input(source).read(entry) for entry in entries]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda row: images.read(entries[row]), draws))
+    assert found == [alone[row] for row in draws]
+    assert len(set(alone)) == 200
+
+
+def test_threads_at_a_border_fetch_each_row_group_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = parquet(tmp_path / "p", {"a": {f"{n:02d}.png": os.urandom(9000) for n in range(32)}}, 8)
+    images = open_input(source)
+    first = images.list().entries()[:16]
+    reads = watch_reads(monkeypatch)
+    read_range = DiskStorage.read_range
+
+    def slow(self: DiskStorage, key: str, start: int, length: int) -> bytes:
+        time.sleep(0.02)  # all threads come while the first one fetches
+        return read_range(self, key, start, length)
+
+    monkeypatch.setattr(DiskStorage, "read_range", slow)
+    alternating = [entry for pair in zip(first[:8], first[8:], strict=True) for entry in pair]
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(images.read, alternating))) == 16
+    assert len(reads.ranges) <= 1 + 2 * 2, "the footer, and two columns of two row groups"
+
+
+def test_parquet_rows_without_an_image_are_bad_inputs(tmp_path: Path) -> None:
+    rows = [({"bytes": b"x", "path": ""}, 2), ({"bytes": None, "path": "a.jpg"}, 0), (None, 0)]
+    write_parquet(tmp_path / "a.parquet", rows, [])
+    images = open_input(str(tmp_path / "a.parquet"))
+    listing = images.list()
+    assert listing.class_names == ("0", "1", "2")
+    first, *others = listing.entries()
+    assert images.read(first) == b"x"
+    for entry in others:
+        with pytest.raises(InputError, match="the row has no image"):
+            images.read(entry)
+
+
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [
+        (-1, "label -1; expected the number of a class"),
+        (None, "rows without a label"),
+        (2, "names of 2 classes"),
+    ],
+)
+def test_parquet_labels_that_are_none_are_refused(label: int | None, why: str, tmp_path: Path) -> None:
+    row = {"bytes": b"x", "path": ""}
+    write_parquet(tmp_path / "a.parquet", [(row, 0), (row, label)], ["cat", "dog"])
+    with pytest.raises(DataError, match=f"a.parquet.*{why}"):
+        open_input(str(tmp_path)).list()
+
+
+def test_parquet_files_with_other_columns_are_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"img": [b"x"], "label": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"expected columns image .* found img \(binary\), label \(int64\)"):
+        open_input(str(tmp_path)).list()
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "p", {"a": {f"{n}.png": os.urandom(3000) for n in range(8)}})
+    images = open_input(source)
+    entry = images.list().entries()[0]
+    path = Path(source, entry.archive)
+    whole = path.read_bytes()
+    for data in (whole[:-100], whole[: len(whole) // 2], b"", b"PAR1" + b"?" * 100 + b"PAR1"):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"train-00000.*cannot be read as Parquet"):
+            open_input(source, "parquet").list()
+    path.write_bytes(whole[:2000] + b"????" + whole[2004:])
+    with pytest.raises(DataError, match=r"train-00000.*cannot be read as Parquet .*CRC"):
+        open_input(source, "parquet").read(entry)
+
+
+def test_a_parquet_file_that_changed_since_is_no_image(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "p", {"a": {f"{n}.png": b"x" for n in range(8)}})
+    listing = open_input(source).list()
+    entry = listing.entries()[3]
+    row = {"bytes": b"x", "path": ""}
+    for rows, now in (([(row, 0)] * 3, "None"), ([(row, 1)] * 4, "1")):
+        write_parquet(Path(source, entry.archive), rows, [])
+        with pytest.raises(DataError, match=f"changed since it was listed: row 3 had label 0, now {now}"):
+            open_input(source, "parquet").read(entry)
+    Path(source, entry.archive).unlink()
+    with pytest.raises(DataError, match="in the listing but not here"):
+        open_input(source, "parquet").read(entry)
+
+
+def test_reading_an_entry_needs_no_listing(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "p", {"n01": {"a.JPEG": b"three", "b.JPEG": b"four"}})
+    entry = open_input(source).list().entries()[0]
+    assert isinstance(open_input(source, "parquet"), Parquet)
+    assert open_input(source, "parquet").read(Entry(0, "", 0, entry.archive, 0)) == b"three"
