@@ -108,14 +108,14 @@ def write_images(folder: Path, number: int) -> None:
 
 def decode(images: Path, size: int, rounds: int) -> Row:
     """A decoding task beside Pillow alone."""
-    entries = open_input(str(images)).list().entries()
-    paths = [images / entry.path for entry in entries]
+    listing = open_input(str(images)).list()
+    paths = [images / path for path in listing.paths]
 
     def plain() -> Pixels:
         return np.stack([_plain_crop(Image.open(path).convert("RGB"), size) for path in paths])
 
     def task() -> Pixels:
-        return read_batch(str(images), entries, size)[0]
+        return read_batch(str(images), listing.kind, listing.entries(), size)[0]
 
     assert np.array_equal(plain(), task()), "both make the same crops"
     times = [(_seconds(task), _seconds(plain)) for _ in range(rounds)]

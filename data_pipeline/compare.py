@@ -69,7 +69,7 @@ def compare(
         place = dataset.locate(sample_id)
         key = int(dataset.records(place.shard)[place.row]["key"])
         (entry,) = listing.entries(range(key, key + 1))
-        crops, account = read_batch(uri, [entry], dataset.info.image_size)
+        crops, account = read_batch(uri, listing.kind, [entry], dataset.info.image_size)
         if account.bad:
             raise DataError(
                 f"{uri}: {entry.path}, of which sample {sample_id} was made, gives no sample now: "

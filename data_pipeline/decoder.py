@@ -28,12 +28,15 @@ class DecodedBatch:
         return len(self.good) + len(self.bad)
 
 
-def read_batch(source: str, entries: Sequence[Entry], size: int) -> tuple[Pixels, DecodedBatch]:
-    """Read, decode and crop entries of a listing => uint8 (good ones, size, size, 3), and their account."""
+def read_batch(source: str, kind: str, entries: Sequence[Entry], size: int) -> tuple[Pixels, DecodedBatch]:
+    """Read, decode and crop entries of a listing => uint8 (good ones, size, size, 3), and their account.
+
+    `kind` is the listing's.
+    """
     pixels = np.empty((len(entries), size, size, 3), np.uint8)
     good: list[Entry] = []
     bad: list[tuple[Entry, str]] = []
-    for entry, data in zip(entries, _read(_opened(source), entries), strict=True):
+    for entry, data in zip(entries, _read(_opened(source, kind), entries), strict=True):
         try:
             if isinstance(data, InputError):
                 raise data

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.decoder import DecodedBatch, read_batch
 from data_pipeline.inputs import Entry, Listing
+from data_pipeline.ray_cluster import LostError, get, living_nodes, most_encoders
 from data_pipeline.shards_writer import ShardRecord, write_shard
 from dit_scale.config import EncodeConfig
-from dit_scale.errors import DataError, DitScaleError
+from dit_scale.errors import DataError, DeviceError, DitScaleError
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -28,15 +29,13 @@ SHARDS_WRITING = 2
 TASK_RETRIES = 3
 """Times that Ray runs a task again whose process died."""
 MAX_LOSSES = 5
-"""Times that a batch is begun again after Ray gave it up; more is an image that kills its decoder."""
+"""Times that a batch is begun again after it was lost; more is an image that kills whoever takes it."""
+MAX_LOADS = 5
+"""Times in a row that an encoder's VAE is loaded again, each time in a new process."""
 BACKUP_S = 120.0
 """Time after which a batch is also given to an encoder that has nothing to do: the first may be gone."""
 STALL_S = 30.0
 """Time without any result after which a person hears of it."""
-
-
-class LostError(Exception):
-    """Ray gave up a task, or lost what it had made."""
 
 
 @dataclass
@@ -57,10 +56,6 @@ class Batch:
     number: int
     entries: tuple[Entry, ...]
     losses: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"{self.shard.name}/{self.number}"
 
 
 @dataclass(frozen=True)
@@ -89,12 +84,21 @@ class Writing:
     shard: ShardUnderWay
 
 
-Work = Decoding | Encoding | Writing
+@dataclass(frozen=True)
+class Loading:
+    """An encoder that loads its VAE, at first or after its process died; meanwhile it gets no batch."""
+
+    encoder: int
+    failures: int = 0
+    """Times in a row that it did not succeed."""
+
+
+Work = Decoding | Encoding | Writing | Loading
 
 
 @dataclass(frozen=True)
 class Stall:
-    """Nothing came for STALL_S."""
+    """Something that holds the work up: nothing came for STALL_S, or what was under way is lost."""
 
     waits_for: str
 
@@ -117,17 +121,23 @@ class Flow:
         self._config, self._encoders, self._decoders = config, encoders, decoders
         self._runtime, self._latent_channels = runtime, latent_channels
         options: dict[str, Any] = {"num_cpus": config.cpus_per_decoder, "max_retries": TASK_RETRIES}
-        self._decode: Any = ray.remote(num_returns=2, **options)(read_batch)
-        self._write: Any = ray.remote(**options)(write_shard)
+        # One name for all tasks of a kind: the dashboard groups by names, and Ray keeps an account of each.
+        self._decode: Any = ray.remote(num_returns=2, **options)(read_batch).options(name="decode")
+        self._write: Any = ray.remote(**options)(write_shard).options(name="write")
+        self._kind = listing.kind
         self._fresh = _batches(listing, shards, config.vae_batch)
         self._again: deque[Batch] = deque()
         self._decoded: deque[tuple[Batch, ObjectRef]] = deque()
         self._under_way: dict[ObjectRef, Work] = {}
         self._num_unwritten = len(shards)
+        self._ready: set[int] = set()
+        for number in range(len(encoders)):
+            self._load(number)
 
     def run(self) -> Iterator[DecodedBatch | ShardRecord | Stall]:
         """Do it all; yields the account of each batch that is through and the record of each shard."""
         import ray
+        from ray.exceptions import RayTaskError
 
         while self._num_unwritten:
             self._start_decoding()
@@ -136,14 +146,20 @@ class Flow:
             if not done:
                 yield Stall(
                     f"nothing was finished for {STALL_S:g} s; under way: {self._count(Decoding)} batches in "
-                    f"decoders, {self._count(Encoding)} in encoders, {self._count(Writing)} shards to write"
+                    f"decoders, {self._count(Encoding)} in encoders, {self._count(Writing)} shards to write; "
+                    f"{len(self._ready)} of {len(self._encoders)} encoders are ready"
                 )
+                yield from self._make_room()
                 continue
             work = self._under_way.pop(done[0])
             try:
                 yield from self._take(work, done[0])
             except LostError as error:
-                self._begin_again(work, error)
+                yield from self._begin_again(work, error)
+            except (DitScaleError, RayTaskError) as error:
+                if not isinstance(work, Loading | Encoding):
+                    raise
+                yield from self._begin_again(work, error)  # the fault of one node, as it may be
 
     def _take(self, work: Work, done: "ObjectRef") -> Iterator[DecodedBatch | ShardRecord]:
         result = get(done)
@@ -159,23 +175,82 @@ class Flow:
             case Writing():
                 self._num_unwritten -= 1
                 yield result
+            case Loading(encoder):
+                if result != self._runtime:
+                    raise DeviceError(
+                        f"an encoder runs on another kind of machine: {result}, the data set is made on "
+                        f"{self._runtime}"
+                    )
+                self._ready.add(encoder)
 
-    def _begin_again(self, work: Work, error: LostError) -> None:
-        if isinstance(work, Writing):
-            batches: Sequence[Batch] = work.shard.batches
-            work.shard.moments.clear()
-        else:
-            batches = [work.batch]
+    def _begin_again(self, work: Work, error: Exception) -> Iterator[Stall]:
+        """Do what is lost once more, elsewhere if possible; raises when that was tried often enough."""
+        match work:
+            case Loading(encoder, failures):
+                yield Stall(f"encoder {encoder} is not ready: {_brief(error)}")
+                self._load_again(encoder, failures + 1, error)
+                return
+            case Encoding(batch, encoder=encoder):
+                batches: Sequence[Batch] = [batch]
+                if encoder in self._ready:
+                    self._ready.remove(encoder)
+                    self._load(encoder)
+            case Decoding(batch):
+                batches = [batch]
+            case Writing(shard):
+                batches = shard.batches
+                shard.moments.clear()
+        yield Stall(f"a part of shard {batches[0].shard.name} is made again: {_brief(error)}")
         for batch in batches:
-            batch.losses += 1
-            if batch.losses > MAX_LOSSES:
-                first, last = batch.entries[0].path, batch.entries[-1].path
-                raise DataError(
-                    f"the batch of images {first} to {last} was lost {batch.losses} times, the last time: "
-                    f"{error}. One of them may kill its decoder, or memory is short: lower decoders or "
-                    "vae_batch, or take the image away; finished shards are kept"
-                ) from error
+            self._count_loss(batch, error)
         self._again.extend(batches)
+
+    def _count_loss(self, batch: Batch, error: Exception) -> None:
+        batch.losses += 1
+        if batch.losses <= MAX_LOSSES:
+            return
+        if not isinstance(error, LostError):
+            raise error
+        raise DataError(
+            f"the batch of images {batch.entries[0].path} to {batch.entries[-1].path} was lost "
+            f"{batch.losses} times, the last time: {error}. One of them may kill its decoder, or memory is "
+            "short: lower decoders or vae_batch, or take the image away; finished shards are kept"
+        ) from error
+
+    def _load(self, encoder: int, failures: int = 0) -> None:
+        """Have an encoder say that its VAE is there; Ray brings its process back where there is room."""
+        self._under_way[self._encoders[encoder].runtime.remote()] = Loading(encoder, failures)
+
+    def _load_again(self, encoder: int, failures: int, error: Exception) -> None:
+        """A new process may succeed, also on another node; after MAX_LOADS the others go on without it."""
+        import ray
+
+        if failures <= MAX_LOADS:
+            ray.kill(self._encoders[encoder], no_restart=False)
+            self._load(encoder, failures)
+        elif not self._ready and not self._count(Loading):
+            raise error
+
+    def _make_room(self) -> Iterator[Stall]:
+        """Give up encoders that, after the loss of a node, have taken all room of the decoders."""
+        import ray
+
+        loading = {ref: work.encoder for ref, work in self._under_way.items() if isinstance(work, Loading)}
+        # Those without a place come first: they would take the room again.
+        encoders = [*sorted(self._ready), *loading.values()]
+        device = "cpu" if self._runtime["device"].startswith("cpu") else "cuda"
+        most = max(1, most_encoders(self._config, device, living_nodes()))
+        if self._encodings() or len(encoders) <= most:
+            return
+        yield Stall(
+            f"the nodes that are left have room for {most} of {len(encoders)} encoders; the others end"
+        )
+        for number in encoders[most:]:
+            ray.kill(self._encoders[number], no_restart=True)
+            self._ready.discard(number)
+        for ref, number in loading.items():
+            if number in encoders[most:]:
+                del self._under_way[ref]
 
     def _start_decoding(self) -> None:
         while (
@@ -184,29 +259,34 @@ class Flow:
             and self._count(Writing) < SHARDS_WRITING
             and (batch := self._next_batch())
         ):
-            decode = self._decode.options(name=f"decode {batch.name}")
-            pixels, account = decode.remote(self._config.source, batch.entries, self._config.image_size)
+            pixels, account = self._decode.remote(
+                self._config.source, self._kind, batch.entries, self._config.image_size
+            )
             self._under_way[account] = Decoding(batch, pixels)
 
     def _next_batch(self) -> Batch | None:
         return self._again.popleft() if self._again else next(self._fresh, None)
 
     def _start_encoding(self) -> None:
-        queued = [0] * len(self._encoders)
+        if not self._ready:
+            return
+        queued = dict.fromkeys(sorted(self._ready), 0)
         for work in self._encodings():
-            queued[work.encoder] += 1
-        while self._decoded and min(queued) < BATCHES_PER_ENCODER:
+            if work.encoder in queued:
+                queued[work.encoder] += 1
+        while self._decoded and min(queued.values()) < BATCHES_PER_ENCODER:
             batch, pixels = self._decoded.popleft()
             self._give(batch, pixels, queued)
         long_ago_s = time.monotonic() - BACKUP_S
         for work in self._encodings():
-            if work.since_s < long_ago_s and not work.backup and min(queued) == 0:
+            if work.since_s < long_ago_s and not work.backup and min(queued.values()) == 0:
                 self._give(work.batch, work.pixels, queued, backup=True)
 
-    def _give(self, batch: Batch, pixels: "ObjectRef", queued: list[int], backup: bool = False) -> None:
-        number = queued.index(min(queued))
+    def _give(self, batch: Batch, pixels: "ObjectRef", queued: dict[int, int], backup: bool = False) -> None:
+        number = min(queued, key=lambda encoder: queued[encoder])
         queued[number] += 1
-        encode: Any = self._encoders[number].encode.options(name=f"encode {batch.name}")
+        # Ray would try it again in the same actor, which may find no room any more.
+        encode: Any = self._encoders[number].encode.options(name="encode", max_task_retries=0)
         moments = encode.remote(pixels, self._runtime)
         self._under_way[moments] = Encoding(batch, pixels, number, time.monotonic(), backup)
 
@@ -215,7 +295,7 @@ class Flow:
         if len(shard.moments) < len(shard.batches):
             return
         numbers = range(len(shard.batches))
-        task = self._write.options(name=f"write {shard.name}").remote(
+        task = self._write.remote(
             self._config.output,
             shard.name,
             [shard.accounts[number] for number in numbers],
@@ -241,18 +321,6 @@ def _batches(listing: Listing, shards: dict[str, range], size: int) -> Iterator[
         yield from shard.batches
 
 
-def get(reference: "ObjectRef") -> Any:
-    """ray.get; a person's mistake in a worker is raised as it was there, a loss of Ray's as LostError."""
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, DitScaleError):
-            raise error.cause from None
-        if isinstance(error.cause, RayError):
-            raise LostError(str(error.cause)) from error
-        raise
-    except RayError as error:
-        raise LostError(str(error).strip().partition("\n")[0]) from error
+def _brief(error: Exception) -> str:
+    """One line of an error; that of a worker's exception is its last."""
+    return str(error).strip().splitlines()[-1]

@@ -1,7 +1,10 @@
 """The Ray cluster of an encoding job: joined or started, waited for, and filled with encoders."""
 
+import _thread
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,26 +15,39 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from data_pipeline.encoder import Encoder
-from data_pipeline.flow import LostError, get
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import VaeIdentity
-from dit_scale.errors import DeviceError
+from dit_scale.errors import DeviceError, DitScaleError
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
     from ray.actor import ActorHandle
 
 ROOT = Path(__file__).resolve().parents[1]
 
 PATIENCE_S = 20.0
 """Time after which a job that waits for its encoders says so."""
+CONNECT_S = 20.0
+"""Time in which the head of a cluster must answer; Ray tries for a quarter of an hour."""
+PING_S = 2.0
+"""Time between two looks whether the head is there."""
+LOST_S = 45.0
+"""Time without the head after which the job ends; after 60 s Ray ends the process, whatever it does."""
 
 Resources = Sequence[dict[str, float]]
 """What each living node has: CPU, GPU, ..."""
 
 
+class LostError(Exception):
+    """Ray gave up a task, or lost what it had made."""
+
+
 @contextmanager
 def cluster(address: str) -> Iterator[None]:
-    """Join a Ray cluster or start a local one; what was started here is ended here."""
+    """Join a Ray cluster or start a local one; what was started here is ended here.
+
+    DeviceError when it cannot be joined, and when it is lost on the way.
+    """
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns at every start
@@ -40,18 +56,100 @@ def cluster(address: str) -> Iterator[None]:
     if address == "local":
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         how["include_dashboard"] = False
-    elif not is_submitted():
-        how["runtime_env"] = {"py_modules": [str(ROOT / "dit_scale"), str(ROOT / "data_pipeline")]}
+    else:
+        # What becomes of a lost node's work is told by the flow; Ray writes pages about it.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        _wait_for_head(address)
+        if not is_submitted():
+            how["runtime_env"] = {"py_modules": [str(ROOT / "dit_scale"), str(ROOT / "data_pipeline")]}
     try:
         try:
-            ray.init(**how)
+            with _late_interrupts():
+                ray.init(**how)
         except (ConnectionError, ValueError) as error:
             raise DeviceError(f"no Ray cluster at {address}: {error}") from None
-        # A scheduler's SIGTERM is an interrupt too; Ray's own handler prints a stack and leaves with 15.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        yield
+        with _loss_is_an_error(address):
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _late_interrupts() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: a Ray that is half started would leave processes behind.
+
+    From then on a scheduler's SIGTERM is an interrupt too; Ray's own handler would print a stack.
+    """
+    came: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _wait_for_head(address: str) -> None:
+    """DeviceError when nothing listens at host:port; addresses of other forms are Ray's to judge."""
+    end_s = time.monotonic() + CONNECT_S
+    while not _listens(address):
+        if time.monotonic() > end_s:
+            raise DeviceError(
+                f"no Ray cluster at {address}: nothing answers there; start one, or correct RAY_ADDRESS or "
+                "ray_address (without them the job starts a Ray of its own)"
+            )
+        time.sleep(0.5)
+
+
+def _listens(address: str) -> bool:
+    """Whether a connection can be made to host:port."""
+    host, _, port = address.rpartition(":")
+    if not host or "://" in address or not port.isdigit():
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S / 4).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _loss_is_an_error(address: str) -> Iterator[None]:
+    """DeviceError when the head, or the node that this process has joined, goes away within the block."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    over, lost = threading.Event(), threading.Event()
+    head = ray.get_runtime_context().gcs_address
+    threading.Thread(target=_watch, args=(head, over, lost), name="head", daemon=True).start()
+    try:
+        yield
+    except RayTaskError:
+        raise  # a fault of the code that ran there
+    except (RayError, OSError, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt) and not lost.is_set():
+            raise
+        raise DeviceError(
+            f"the Ray cluster at {address} is lost: its head, or the node of this process, is gone. Bring it "
+            "back and start the same command again; finished shards are kept"
+        ) from error
+    finally:
+        over.set()
+
+
+def _watch(head: str, over: threading.Event, lost: threading.Event) -> None:
+    """Interrupt the main thread when the head did not answer for LOST_S."""
+    heard_s = time.monotonic()
+    while not over.wait(PING_S):
+        if _listens(head):
+            heard_s = time.monotonic()
+        elif time.monotonic() - heard_s > LOST_S:
+            lost.set()
+            _thread.interrupt_main(signal.SIGTERM)
+            return
 
 
 def is_submitted() -> bool:
@@ -72,11 +170,10 @@ def place(config: EncodeConfig, nodes: Resources) -> Placement:
     """A placement on these nodes; DeviceError when Ray would wait for room forever."""
     cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
-    wants = {"CPU": config.cpus_per_encoder, "GPU": config.gpus_per_encoder if device == "cuda" else 0}
-    wants = {kind: amount for kind, amount in wants.items() if amount}
-    room = sum(int(min(node.get(kind, 0) / amount for kind, amount in wants.items())) for node in nodes)
-    beside_a_decoder = int((cpus - config.cpus_per_decoder) / config.cpus_per_encoder)
-    encoders = config.encoders or max(1, min(room, beside_a_decoder))
+    wants = _wants(config, device)
+    room = sum(_places(node, wants) for node in nodes)
+    most = most_encoders(config, device, nodes)
+    encoders = config.encoders or max(1, most)
     if room < encoders:
         raise DeviceError(
             f"{encoders} encoders that reserve {wants} each do not fit on the Ray cluster of {len(nodes)} "
@@ -84,23 +181,53 @@ def place(config: EncodeConfig, nodes: Resources) -> Placement:
             "add nodes, or set nodes=N to wait for all of them"
         )
     left = cpus - encoders * config.cpus_per_encoder
-    if left < config.cpus_per_decoder:
+    if most < encoders:
         raise DeviceError(
             f"{encoders} encoders leave {left:g} of {cpus:g} CPUs, a decoder reserves "
-            f"{config.cpus_per_decoder:g}; lower encoders, cpus_per_encoder or cpus_per_decoder, or add nodes"
+            f"{config.cpus_per_decoder:g} of one node; lower encoders, cpus_per_encoder or "
+            "cpus_per_decoder, or add nodes"
         )
     places = int(left / config.cpus_per_decoder)
     return Placement(device, encoders, config.decoders or max(1, places - 1))  # one place is the writer's
 
 
-def wait_for_nodes(config: EncodeConfig, console: Console) -> Resources:
-    """The living nodes, at least `nodes` of them; DeviceError when they do not come within `wait_s`."""
+def most_encoders(config: EncodeConfig, device: str, nodes: Resources) -> int:
+    """Encoders that leave room for a decoder on at least one node, wherever Ray puts them."""
+    wants = _wants(config, device)
+    room = sum(_places(node, wants) for node in nodes)
+    filled = 0
+    for node in nodes:
+        beside = node.get("CPU", 0) - config.cpus_per_decoder
+        fill = int(beside / config.cpus_per_encoder) + 1 if beside >= 0 else 0
+        if fill > _places(node, wants):
+            return room  # a decoder finds room here beside all the encoders that do
+        filled += fill
+    return max(0, filled - 1)
+
+
+def _wants(config: EncodeConfig, device: str) -> dict[str, float]:
+    """What an encoder reserves."""
+    gpus = config.gpus_per_encoder if device == "cuda" else 0
+    return {"CPU": config.cpus_per_encoder} | ({"GPU": gpus} if gpus else {})
+
+
+def _places(node: dict[str, float], wants: dict[str, float]) -> int:
+    return int(min(node.get(kind, 0) / amount for kind, amount in wants.items()))
+
+
+def living_nodes() -> Resources:
+    """What Ray believes to be there; it takes a while to notice a death."""
     import ray
 
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def wait_for_nodes(config: EncodeConfig, console: Console) -> Resources:
+    """The living nodes, at least `nodes` of them; DeviceError when they do not come within `wait_s`."""
     deadline_s = time.monotonic() + config.wait_s
     told = 0
     while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = living_nodes()
         if len(nodes) >= config.nodes:
             return nodes
         if time.monotonic() > deadline_s:
@@ -128,11 +255,19 @@ def start_encoders(
     )
     encoders = [actor.remote(config, vae, placement.device) for _ in range(placement.encoders)]
     runtimes = [encoder.runtime.remote() for encoder in encoders]
-    _, waiting = ray.wait(runtimes, num_returns=len(runtimes), timeout=PATIENCE_S)
+    ready, waiting = ray.wait(runtimes, num_returns=len(runtimes), timeout=PATIENCE_S)
     if waiting:
         console.print(f"waiting for {len(waiting)} encoders: the cluster is busy or the VAE loads slowly")
+        ready, waiting = ray.wait(runtimes, num_returns=len(runtimes), timeout=config.wait_s)
+    if not ready:
+        raise DeviceError(
+            f"not one of {len(encoders)} encoders was ready within {config.wait_s:g} s; see `ray status` for "
+            "what the cluster lacks, or raise wait_s if the VAE loads slowly"
+        )
+    if waiting:
+        console.print(f"going on without {len(waiting)} encoders; they may still join")
     try:
-        found = [get(runtime) for runtime in runtimes]
+        found = [get(runtime) for runtime in ready]
     except LostError as error:
         raise DeviceError(f"an encoder could not be started: {error}") from None
     if any(runtime != found[0] for runtime in found):
@@ -141,3 +276,24 @@ def start_encoders(
             + "\n  ".join(sorted({str(runtime) for runtime in found}))
         )
     return encoders, found[0]
+
+
+def get(reference: "ObjectRef") -> Any:
+    """ray.get; a person's mistake in a worker is raised as it was there, a loss of Ray's as LostError."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, DitScaleError):
+            raise error.cause from None
+        if isinstance(error.cause, RayError):
+            raise LostError(_first_line(error.cause)) from error
+        raise
+    except RayError as error:
+        raise LostError(_first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

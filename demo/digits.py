@@ -80,7 +80,7 @@ def crops(size: int, folder: str | Path | None = None) -> tuple[Pixels, np.ndarr
     """
     if folder is not None:
         listing = open_input(str(folder)).list()
-        pixels_NSS3, account = read_batch(str(folder), listing.entries(), size)
+        pixels_NSS3, account = read_batch(str(folder), listing.kind, listing.entries(), size)
         if account.bad:
             raise DataError(f"{folder}: {account.bad[0][0].path}: {account.bad[0][1]}")
         return pixels_NSS3, np.array([int(listing.class_names[entry.label]) for entry in account.good])

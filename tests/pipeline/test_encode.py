@@ -148,7 +148,8 @@ def cluster(s3_environment: dict[str, str]) -> Iterator[dict[str, str]]:
     command = [RAY, "start", "--head", "--block", "--num-cpus=3"]
     command += ["--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}"]
-    command += [f"--dashboard-agent-listen-port={free_port()}"]  # the default may be another Ray's
+    # the defaults of these may be taken by another Ray
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
     head = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

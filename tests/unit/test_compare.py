@@ -64,7 +64,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = Encoder(config, plan.vae, "cpu")
     records = []
     for name, rows in plan.shards.items():
-        pixels, account = read_batch(config.source, plan.listing.entries(rows), SIDE)
+        pixels, account = read_batch(config.source, plan.listing.kind, plan.listing.entries(rows), SIDE)
         moments = encoder.encode(pixels, encoder.runtime())
         records.append(write_shard(config.output, name, [account], plan.vae.latent_channels, moments))
     save_listing(storage, plan.listing)

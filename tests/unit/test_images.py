@@ -82,7 +82,8 @@ def test_contents_count_not_the_name_and_exif_is_ignored(tmp_path: Path) -> None
     turned = Image.Exif()
     turned[0x0112] = 6
     (tmp_path / "a/y.png").write_bytes(encoded(image, "PNG", exif=turned))
-    pixels, account = read_batch(str(tmp_path), open_input(str(tmp_path)).list().entries(), 24)
+    listing = open_input(str(tmp_path)).list()
+    pixels, account = read_batch(str(tmp_path), listing.kind, listing.entries(), 24)
     assert [entry.path for entry in account.good] == ["a/x.JPEG", "a/y.png"]
     assert np.array_equal(pixels[0], pixels[1])
     assert np.array_equal(pixels[0], np.array(image)[:, 8:32])
@@ -114,7 +115,7 @@ def test_a_batch_accounts_for_every_entry(tmp_path: Path) -> None:
     (tmp_path / "c/c.png").write_bytes(b"")
     (tmp_path / "c/d.png").symlink_to(tmp_path / "gone")
     listing = open_input(str(tmp_path)).list()
-    pixels, account = read_batch(str(tmp_path), listing.entries(), 8)
+    pixels, account = read_batch(str(tmp_path), listing.kind, listing.entries(), 8)
     assert pixels.shape == (1, 8, 8, 3)
     assert account.good == (Entry(1, "c/b.png", 0),)
     assert [(entry.path, reason) for entry, reason in account.bad] == [
@@ -122,6 +123,6 @@ def test_a_batch_accounts_for_every_entry(tmp_path: Path) -> None:
         ("c/c.png", "not a picture in a known format"),
         ("c/d.png", "a link to nothing"),
     ]
-    pixels, account = read_batch(str(tmp_path), listing.entries(range(1)), 8)
+    pixels, account = read_batch(str(tmp_path), listing.kind, listing.entries(range(1)), 8)
     assert pixels.shape == (0, 8, 8, 3)
     assert not account.good

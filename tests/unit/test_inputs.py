@@ -60,7 +60,7 @@ def test_a_file_that_was_listed_and_is_not_there_is_no_bad_input(tmp_path: Path)
     listing = open_input(str(tmp_path)).list()
     (tmp_path / "c/a.png").unlink()
     with pytest.raises(DataError, match=r"c/a.png is in the listing but not here.*visible on every node"):
-        read_batch(str(tmp_path), listing.entries(), 8)
+        read_batch(str(tmp_path), listing.kind, listing.entries(), 8)
 
 
 FOLDERS = Listing("class_folders", ("a", "b"), ["a/1", "a/\udcff", "b/2"], np.array([0, 0, 1], np.int32))

@@ -108,7 +108,7 @@ def test_every_kind_of_input_gives_the_same_crops(
         assert listing.kind == kind
         assert listing.class_names == ("a", "b", "c")
         assert listing.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-        crops, account = read_batch(source, listing.entries(), SIZE)
+        crops, account = read_batch(source, kind, listing.entries(), SIZE)
         assert np.array_equal(crops, expected), kind
         assert [(entry.key, reason) for entry, reason in account.bad] == [(8, _reason(account.bad))], kind
         assert account.bad[0][0].path == listing.paths[8]
