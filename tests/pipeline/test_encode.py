@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import uuid
 import warnings
@@ -239,6 +240,28 @@ def test_latents_are_those_of_the_image_and_of_its_mirror(latents: Path, folder:
         assert np.abs(moments[view].astype(np.float32) - expected).max() < 2e-3
     flipped = moments[0, :, :, ::-1].astype(np.float32)
     assert np.abs(moments[1].astype(np.float32) - flipped).max() > 1e-2, "encoded, not flipped"
+
+
+def test_the_tar_of_class_tars_gives_the_shards_of_its_folders(
+    latents: Path, folder: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as outer:
+        for images in sorted((folder / "images").iterdir()):
+            with tarfile.open(tmp_path / f"{images.name}.tar", "w") as inner:
+                for image in images.iterdir():
+                    inner.add(image, image.name)
+            outer.add(tmp_path / f"{images.name}.tar", f"{images.name}.tar")
+    for starts in range(2):
+        ran = encode(folder, tmp_path / "set", f"source={tmp_path}/train.tar")
+        assert ran.returncode == 0, ran.stderr
+        assert "39 images of 4 classes in 1 archives: imagenet_tar" in ran.stderr
+        assert ("complete, nothing to do" in ran.stderr) == bool(starts)
+    expected, found = objects(latents), objects(tmp_path / "set")
+    assert {key for key in expected if found[key] != expected[key]} == {"dataset.json", "listing.safetensors"}
+    there, here = read_info(open_storage(latents)), read_info(open_storage(tmp_path / "set"))
+    assert here.source.kind == "imagenet_tar"
+    assert here.model_copy(update={"source": there.source}) == there
+    assert here.source.listing_sha256 == there.source.listing_sha256
 
 
 def test_a_stock_webdataset_pipeline_reads_the_shards(latents: Path) -> None:
