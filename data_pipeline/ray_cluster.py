@@ -4,10 +4,11 @@ import _thread
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,10 @@ CONNECT_S = 20.0
 """Time in which the head of a cluster must answer; Ray tries for a quarter of an hour."""
 PING_S = 2.0
 """Time between two looks whether the head is there."""
-LOST_S = 45.0
+HEAD_LOST_S = 40.0
 """Time without the head after which the job ends; after 60 s Ray ends the process, whatever it does."""
+NODE_LOST_S = 6.0
+"""The same for the node that this process has joined, which cannot be joined a second time."""
 
 Resources = Sequence[dict[str, float]]
 """What each living node has: CPU, GPU, ..."""
@@ -49,6 +52,7 @@ def cluster(address: str) -> Iterator[None]:
     DeviceError when it cannot be joined, and when it is lost on the way.
     """
     import ray
+    from ray.exceptions import RayError, RayTaskError
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns at every start
     address = os.environ.get("RAY_ADDRESS", "local") if address == "auto" else address
@@ -62,16 +66,24 @@ def cluster(address: str) -> Iterator[None]:
         _wait_for_head(address)
         if not is_submitted():
             how["runtime_env"] = {"py_modules": [str(ROOT / "dit_scale"), str(ROOT / "data_pipeline")]}
-    try:
+    with ExitStack() as stack:
+        over = threading.Event()
+        stack.callback(over.set)
+        stack.callback(ray.shutdown)
         try:
             with _late_interrupts():
                 ray.init(**how)
         except (ConnectionError, ValueError) as error:
             raise DeviceError(f"no Ray cluster at {address}: {error}") from None
-        with _loss_is_an_error(address):
+        lifeline = _Lifeline(address, over)
+        try:
             yield
-    finally:
-        ray.shutdown()
+        except RayTaskError:
+            raise  # a fault of the code that ran there
+        except (RayError, OSError, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) and not lifeline.cut:
+                raise
+            raise lifeline.error from error
 
 
 @contextmanager
@@ -116,40 +128,42 @@ def _listens(address: str) -> bool:
     return True
 
 
-@contextmanager
-def _loss_is_an_error(address: str) -> Iterator[None]:
-    """DeviceError when the head, or the node that this process has joined, goes away within the block."""
-    import ray
-    from ray.exceptions import RayError, RayTaskError
+class _Lifeline:
+    """Notices that the head, or the node that this process has joined, is gone.
 
-    over, lost = threading.Event(), threading.Event()
-    head = ray.get_runtime_context().gcs_address
-    threading.Thread(target=_watch, args=(head, over, lost), name="head", daemon=True).start()
-    try:
-        yield
-    except RayTaskError:
-        raise  # a fault of the code that ran there
-    except (RayError, OSError, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt) and not lost.is_set():
-            raise
-        raise DeviceError(
+    The main thread is interrupted. Should it not come back from Ray, the process ends here: Ray itself
+    would end it, some seconds later and without a word for people.
+    """
+
+    def __init__(self, address: str, over: threading.Event) -> None:
+        import ray
+
+        context = ray.get_runtime_context()
+        here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+        self._patience_s = {
+            context.gcs_address: HEAD_LOST_S,
+            f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}": NODE_LOST_S,
+        }
+        self._over = over
+        self.cut = False
+        self.error = DeviceError(
             f"the Ray cluster at {address} is lost: its head, or the node of this process, is gone. Bring it "
             "back and start the same command again; finished shards are kept"
-        ) from error
-    finally:
-        over.set()
+        )
+        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
-
-def _watch(head: str, over: threading.Event, lost: threading.Event) -> None:
-    """Interrupt the main thread when the head did not answer for LOST_S."""
-    heard_s = time.monotonic()
-    while not over.wait(PING_S):
-        if _listens(head):
-            heard_s = time.monotonic()
-        elif time.monotonic() - heard_s > LOST_S:
-            lost.set()
-            _thread.interrupt_main(signal.SIGTERM)
-            return
+    def _watch(self) -> None:
+        heard_s = dict.fromkeys(self._patience_s, time.monotonic())
+        while not self._over.wait(PING_S):
+            for address, patience_s in self._patience_s.items():
+                if _listens(address):
+                    heard_s[address] = time.monotonic()
+                self.cut |= time.monotonic() - heard_s[address] > patience_s
+            if self.cut:
+                _thread.interrupt_main(signal.SIGTERM)
+                if not self._over.wait(NODE_LOST_S):
+                    print(f"error: {self.error}", file=sys.stderr, flush=True)
+                    os._exit(2)
 
 
 def is_submitted() -> bool:

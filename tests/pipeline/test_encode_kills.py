@@ -1,0 +1,129 @@
+"""The encoding job on two nodes and a real S3 server, killed in all its parts: the same objects, put once."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.chaos.encode_hunt import (
+    FEW,
+    MANY,
+    NUM_SHARDS,
+    RUN_S,
+    TASKS,
+    Grounds,
+    Hunt,
+    grounds,
+    hunt_at_random,
+)
+from tests.faults.ceph import ceph_s3
+from tests.faults.ray_nodes import SECOND
+
+pytestmark = pytest.mark.pipeline
+
+
+@pytest.fixture(scope="module")
+def hunted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grounds]:
+    with ceph_s3() as ceph, grounds(tmp_path_factory.mktemp("hunt"), ceph) as started:
+        yield started
+
+
+@pytest.fixture
+def hunt(hunted: Grounds, request: pytest.FixtureRequest) -> Iterator[Hunt]:
+    """A job with an output of its own."""
+    found = Hunt(hunted, request.node.name.partition("[")[0])
+    try:
+        yield found
+    finally:
+        hunted.proxy.calm()
+        found.close()
+
+
+def wait_for(there: Callable[[], object], hunt: Hunt) -> None:
+    """Until it is true; the driver must live so long."""
+    end_s = time.monotonic() + RUN_S
+    while not there():
+        assert hunt.drivers[-1].poll() is None, hunt.said()
+        assert time.monotonic() < end_s, hunt.said()
+        time.sleep(0.05)
+
+
+def hold(hunt: Hunt, key: str) -> None:
+    """Wait until somebody is in the middle of the put of an object, which does not get on."""
+    proxy = hunt.grounds.proxy
+    before = proxy.injected["stall_request"]
+    proxy.set({"stall_request": 1.0}, only=rf"^PUT /\S*{key}")
+    wait_for(lambda: proxy.injected["stall_request"] > before, hunt)
+    hunt.look()
+
+
+def writers(hunt: Hunt) -> list[int]:
+    return sorted(hunt.grounds.nodes.processes(name=TASKS["writer"]))
+
+
+def test_a_node_and_workers_and_drivers_die_at_random_moments(hunt: Hunt) -> None:
+    draws = random.Random(0)
+    hunt.start(*MANY)
+    wait_for(lambda: hunt.grounds.nodes.processes(SECOND, TASKS["encoder"]), hunt)
+    for victim in ("node", "encoder", "decoder", "driver"):
+        assert hunt.strike(victim, draws), hunt.said()
+        hunt.recover(victim, *MANY)
+        hunt.look()
+    hunt_at_random(hunt, draws, most=8, victims=dict.fromkeys(("encoder", "decoder", "writer", "driver"), 1))
+    assert hunt.kills["node"] == 1
+    hunt.compare()
+
+
+def test_killed_between_the_objects_of_a_shard_and_before_the_commit_mark(hunt: Hunt) -> None:
+    hunt.start(*FEW)
+    hold(hunt, "00002.idx")
+    assert {"shards/00002.tar", "shards/00002.idx"} & hunt.seen.keys() == {"shards/00002.tar"}
+    for writer in writers(hunt):
+        os.kill(writer, signal.SIGKILL)
+    hold(hunt, "00004.json")
+    assert {"shards/00004.idx", "shards/00004.json"} & hunt.seen.keys() == {"shards/00004.idx"}
+    hunt.strike("driver", random.Random())
+    hunt.recover("driver", *FEW)
+    hold(hunt, "dataset.json")
+    assert hunt.shards_done() == NUM_SHARDS
+    hunt.strike("driver", random.Random())
+    hunt.grounds.proxy.calm()
+    hunt.recover("driver", *FEW)
+    hunt.finish()
+    hunt.compare()
+
+
+def test_a_driver_and_a_writer_that_wake_up_when_another_has_finished(hunt: Hunt) -> None:
+    first = hunt.start(*FEW)
+    hold(hunt, "00003.idx")
+    stopped = [first.pid, *writers(hunt)]
+    assert len(stopped) > 1
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    hunt.grounds.proxy.calm()
+    hunt.start(*FEW)
+    hunt.finish()
+    hunt.compare()
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+    assert first.wait(RUN_S) == 0, hunt.said(0)
+    hunt.look()
+    hunt.compare()
+
+
+def test_the_whole_cluster_dies(hunt: Hunt) -> None:
+    """The driver says so in a line, and another cluster goes on."""
+    hunt.start(*MANY)
+    wait_for(lambda: hunt.look() or hunt.shards_done(), hunt)
+    hunt.strike("head", random.Random())
+    hunt.recover("head", *MANY)
+    assert hunt.drivers[0].returncode == 2, hunt.said(0)
+    *before, last = hunt.said(0).splitlines()
+    assert last.startswith("error: the Ray cluster at ")
+    assert last.endswith("is gone. Bring it back and start the same command again; finished shards are kept")
+    assert [line for line in before if " E " in line] == []
+    hunt.finish()
+    hunt.compare()
