@@ -43,6 +43,11 @@ def _run(args: argparse.Namespace) -> int:
 
         dry_run.report(config, args.world)
         return 0
-    from dit_scale.train.loop import train
+    from dit_scale.elastic.rank import supervised
 
-    return train(config)
+    def train() -> int:
+        from dit_scale.train import loop
+
+        return loop.train(config)
+
+    return supervised(train)

@@ -6,10 +6,14 @@
 Started again with the same command it goes on from the newest committed checkpoint.
 """
 
+import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 from dit_scale import dist
 from dit_scale.config import TrainConfig
+from dit_scale.data.loader import Batch
+from dit_scale.elastic.heartbeat import Heart, Section
 from dit_scale.train import determinism
 from dit_scale.train.session import Session
 from dit_scale.train.signals import REQUEUE_EXIT_CODE, StopRequest
@@ -18,16 +22,19 @@ from dit_scale.train.signals import REQUEUE_EXIT_CODE, StopRequest
 def train(config: TrainConfig) -> int:
     """Run, or resume, to the last step. Returns the exit code: 0 done, 75 stopped on request and saved."""
     stop = StopRequest()
+    heart = Heart(int(os.environ.get("RANK", "0")))
     determinism.pin(config.engine)
     world = dist.start(config.engine)
     with ExitStack() as stack:
         stack.callback(dist.stop)
         run = Session(config, world, stack)
+        heart.beat(Section.RESTORE, 0)
         run.begin()
         while run.state.step < config.steps:
             vote = world.begin_any(stop.wanted, *run.saver.flags(), run.has_found_damage())
-            row = run.step.take(run.loader, run.state.step)
+            row = run.step.take(_beating(heart, run.loader, run.state.step), run.state.step)
             run.state.step += 1
+            heart.beat(Section.AGREE, run.state.step)
             run.meters.add(row)
             run.status.advance()
 
@@ -38,17 +45,30 @@ def train(config: TrainConfig) -> int:
             last = run.state.step == config.steps
             log_point = last or run.state.step % config.log.every_steps == 0
             save_point = last or stopping or run.save_is_due()
+            heart.beat(Section.LOG, run.state.step)
             if (log_point or save_point) and run.keeps_failing():
+                heart.beat(Section.RESTORE, run.state.step)
                 run.roll_back()
                 continue
             if log_point:
                 run.log()
             if last or stopping:
+                heart.beat(Section.WAIT_SAVE, run.state.step)
                 run.save_and_wait()
             elif save_point:
+                heart.beat(Section.SAVE, run.state.step)
                 run.save()
             if stopping and not last:
                 run.say(f"stopped on request at step {run.state.step}; the same command goes on from there")
                 return REQUEUE_EXIT_CODE
         run.finish()
     return 0
+
+
+def _beating(heart: Heart, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+    """The same batches; the heart tells the wait for one from the work on it."""
+    while True:
+        heart.beat(Section.DATA, step)
+        batch = next(batches)
+        heart.beat(Section.COMPUTE, step)
+        yield batch

@@ -12,6 +12,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.wanted = False
+        # A supervisor starts the launcher with SIGTERM blocked, which is inherited; it is for ranks.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._ask)
 

@@ -1,0 +1,47 @@
+"""`dit-scale launch`: the supervisor of this node."""
+
+import argparse
+from typing import Any
+
+from dit_scale.cli.arguments import command, whole
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = command(
+        commands,
+        "launch",
+        _run,
+        "train on this node and others, and start again whatever fails",
+        description="""Supervise the ranks of this node: one such command on every node of the run. They find
+each other through the run's folder (or checkpoint.url), start the deepspeed launcher, watch the ranks, and
+start again with the nodes that are left when one fails.
+
+  on each node         dit-scale launch configs/dit_xl2_256.yaml --nodes 2:4 run=/shared/xl2
+
+Exit codes: 0 done, 75 stopped on request and saved (start again to go on), 93 another start would end in
+the same way, 1 anything else.""",
+    )
+    parser.add_argument("config", help="YAML file; the same on all nodes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="the same on all nodes")
+    parser.add_argument("--nodes", default="1", help="how many, or least:most (default 1)")
+    parser.add_argument("--slots", type=whole(1), help="ranks of this node (default: its GPUs, or 1)")
+    parser.add_argument("--node", help="name of this node, unlike all others (default: its host name)")
+    parser.add_argument("--address", help="where the others reach it (default: its host name)")
+    parser.add_argument("--lease-s", type=float, default=15.0, help="silence that means a node is lost")
+
+
+def _run(args: argparse.Namespace) -> int:
+    import socket
+
+    from dit_scale.config import TrainConfig, load
+    from dit_scale.elastic.run import launch, node_range, num_devices
+    from dit_scale.elastic.supervisor import Policy
+
+    config = load(TrainConfig, args.config, args.overrides)
+    least, most = node_range(args.nodes)
+    policy = Policy(min_nodes=least, max_nodes=most, lease_s=args.lease_s)
+    host = socket.gethostname()
+    arguments = [args.config, *args.overrides]
+    slots = args.slots or num_devices()
+    return launch(config, arguments, policy, args.node or host, args.address or host, slots)

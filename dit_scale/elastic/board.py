@@ -1,0 +1,170 @@
+"""What the supervisors of a run tell each other: objects in the run's storage, so that no host is needed.
+
+    elastic/join/<round>/<node>.json   who would take part in a round
+    elastic/sealed/<round>.json        who does; put under a condition, so there is one answer
+    elastic/ended/<round>.json         why it ended; likewise, the first reason counts
+    elastic/stalls/<round>/<node>.json what the ranks of a node did when one of them had stopped
+    elastic/leases/<node>.json         a counter that a living supervisor moves on
+
+A round is one try to train with a fixed set of nodes. Clocks of different nodes are never compared.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from dit_scale.storage import MissingKeyError, Storage
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node that would take part."""
+
+    node: str
+    boot: str
+    """Differs between two starts of its supervisor."""
+    address: str
+    port: int
+    """Free on the node, for the rendezvous of the ranks if it is the first."""
+    slots: int
+    """Ranks that it runs."""
+    config_sha256: str
+    """Of its resolved configuration."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Who takes part, in the order of the ranks."""
+
+    number: int
+    members: tuple[Member, ...]
+    committed_step: int
+    """Newest one when it began; -1 when there was none."""
+
+    @property
+    def world(self) -> int:
+        return sum(member.slots for member in self.members)
+
+    def index_of(self, node: str) -> int | None:
+        """Place of a node among the members."""
+        names = [member.node for member in self.members]
+        return names.index(node) if node in names else None
+
+
+class Reason(StrEnum):
+    """Why a round ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    """A rank died, or left with an error that another try may not meet."""
+    HUNG = "hung"
+    LOST = "lost"
+    """A node does not answer any more."""
+    LEAVING = "leaving"
+    """A scheduler wants a node back."""
+    GROWING = "growing"
+    """More nodes are there."""
+    MISTAKE = "mistake"
+    """What a person must mend: no further try."""
+
+
+SAVING = (Reason.LEAVING, Reason.GROWING)
+"""The ranks are asked to save and leave; in all other cases they are ended."""
+FRUITLESS = (Reason.FAILED, Reason.HUNG)
+"""What counts against the budget of restarts when nothing newer was committed."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a round ended, as whoever noticed first says it."""
+
+    round: int
+    reason: Reason
+    node: str
+    """Where it was noticed; of a lost node, the lost one."""
+    text: str
+    committed_step: int = -1
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Board:
+    """The objects, by round."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.url = storage.url
+
+    def newest(self) -> int:
+        """Number of the newest round that was sealed; 0 when none was."""
+        keys = (key.rpartition("/")[2].removesuffix(".json") for key, _ in self._list("sealed/"))
+        return max((int(key) for key in keys if key.isdecimal()), default=0)
+
+    def join(self, number: int, member: Member) -> None:
+        self._storage.write(f"elastic/join/{number:06d}/{member.node}.json", _dump(asdict(member)))
+
+    def withdraw(self, number: int, node: str) -> None:
+        self._storage.delete(f"elastic/join/{number:06d}/{node}.json")
+
+    def joined(self, number: int) -> list[str]:
+        """Names of the nodes that would take part, sorted."""
+        return sorted(
+            key.rpartition("/")[2].removesuffix(".json") for key, _ in self._list(f"join/{number:06d}/")
+        )
+
+    def member(self, number: int, node: str) -> Member | None:
+        tree = self._read(f"elastic/join/{number:06d}/{node}.json")
+        return Member(**tree) if tree else None
+
+    def seal(self, round_: Round) -> bool:
+        """Fix the members; False when somebody has done so before."""
+        tree = asdict(round_)
+        return self._storage.write_new(f"elastic/sealed/{round_.number:06d}.json", _dump(tree))
+
+    def sealed(self, number: int) -> Round | None:
+        tree = self._read(f"elastic/sealed/{number:06d}.json")
+        if tree is None:
+            return None
+        members = tuple(Member(**member) for member in tree["members"])
+        return Round(tree["number"], members, tree["committed_step"])
+
+    def end(self, ending: Ending) -> None:
+        """Say why a round ended; an earlier reason stays."""
+        self._storage.write_new(f"elastic/ended/{ending.round:06d}.json", _dump(asdict(ending)))
+
+    def ending(self, number: int) -> Ending | None:
+        tree = self._read(f"elastic/ended/{number:06d}.json")
+        return Ending(**{**tree, "reason": Reason(tree["reason"])}) if tree else None
+
+    def report_stall(self, number: int, node: str, ranks: list[dict[str, Any]]) -> None:
+        self._storage.write(f"elastic/stalls/{number:06d}/{node}.json", _dump({"ranks": ranks}))
+
+    def stalls(self, number: int) -> list[dict[str, Any]]:
+        """What all nodes that noticed a stall say of their ranks."""
+        found: list[dict[str, Any]] = []
+        for key, _ in self._list(f"stalls/{number:06d}/"):
+            if tree := self._read(key):
+                found += tree["ranks"]
+        return found
+
+    def renew_lease(self, node: str, count: int) -> None:
+        self._storage.write(f"elastic/leases/{node}.json", _dump({"count": count}))
+
+    def lease(self, node: str) -> int:
+        """The counter of a node; -1 when it never had one."""
+        tree = self._read(f"elastic/leases/{node}.json")
+        return tree["count"] if tree else -1
+
+    def _list(self, prefix: str) -> list[tuple[str, int]]:
+        return self._storage.list(f"elastic/{prefix}")
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        try:
+            tree: dict[str, Any] = json.loads(self._storage.read(key))
+            return tree
+        except MissingKeyError:
+            return None
+
+
+def _dump(tree: dict[str, Any]) -> bytes:
+    return json.dumps(tree).encode()

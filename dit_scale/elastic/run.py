@@ -1,0 +1,114 @@
+"""The supervisor of this node, for real: storage, processes, the monotonic clock, the scheduler's signals."""
+
+import hashlib
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint.manifest import step_and_attempt
+from dit_scale.config import TrainConfig, dump
+from dit_scale.elastic.board import Board, Member
+from dit_scale.elastic.exits import Exit
+from dit_scale.elastic.group import LaunchedGroup
+from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
+from dit_scale.elastic.watch import Deadlines
+from dit_scale.errors import ConfigError
+from dit_scale.storage import Storage, open_storage
+from dit_scale.telemetry.sinks import Journal
+
+MODULE = "dit_scale.cli"
+
+
+class WantedBack:
+    """Up once the scheduler, or a person by Ctrl-C, wants the node back."""
+
+    def __init__(self) -> None:
+        self.is_up = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._raise_it)
+
+    def _raise_it(self, number: int, frame: FrameType | None) -> None:
+        self.is_up = True
+
+
+def launch(
+    config: TrainConfig, arguments: Sequence[str], policy: Policy, node: str, address: str, slots: int
+) -> Exit:
+    """Supervise this node's ranks of a run; `arguments` are those of `dit-scale train`."""
+    root = open_storage(config.checkpoint.url or config.run)
+    folder = Path(config.run) / "supervisors"
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder / f"{node}.jsonl")
+    wanted_back = WantedBack()
+
+    def say(message: str) -> None:
+        print(f"[{node}] {message}", flush=True)
+
+    def record(event: str, **details: object) -> None:
+        journal.write(event, node=node, **details)
+
+    me = Member(node, secrets.token_hex(8), address, free_port(), slots, digest(config))
+    world = Surroundings(time.monotonic, lambda: committed_step(root), lambda: wanted_back.is_up, say, record)
+    with tempfile.TemporaryDirectory(prefix="dit-scale-") as beats:
+        group = LaunchedGroup(["--module", MODULE, "train", *arguments], Path(beats), Deadlines())
+        return drive(Supervisor(me, Board(root), group, policy, world).run())
+
+
+def drive(life: Wait) -> Exit:
+    """Run a supervisor in real time; whatever ends it, its ranks are ended."""
+    try:
+        while True:
+            until_s = next(life)
+            time.sleep(max(0.0, until_s - time.monotonic()))
+    except StopIteration as end:
+        code: Exit = end.value
+        return code
+    finally:
+        life.close()
+
+
+def committed_step(root: Storage) -> int:
+    """Of the newest checkpoint; -1 when there is none."""
+    paths = attempts.committed(root)
+    return step_and_attempt(paths[0])[0] if paths else -1
+
+
+def digest(config: TrainConfig) -> str:
+    """Of the resolved configuration."""
+    return hashlib.sha256(dump(config).encode()).hexdigest()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def num_devices() -> int:
+    """GPUs that this process was given; 1, for a CPU rank, when there are none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        return len(visible.split(","))
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return 1
+    return max(1, len(re.findall("^GPU ", listed.stdout, re.MULTILINE)))
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """`4` or `2:4` as the least and the largest number of nodes."""
+    least, _, most = text.partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+        raise ConfigError(f"--nodes {text}: expected a number of nodes, or least:most, for example 2:4")
+    return int(least), int(most or least)

@@ -1,0 +1,284 @@
+"""The supervisor of one node: a state machine over the board, the group of its ranks and a clock.
+
+    join -> sealed -> take part -> ended -> join ...        (docs/elasticity.md has the whole of it)
+
+It decides and waits, nothing else: what is real, the clock included, is behind its arguments, so that the
+same code runs a cluster and a simulation of one. `run` is a generator; what it yields is the time until
+which nothing needs to be done unless something changes.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+
+from dit_scale.elastic.board import FRUITLESS, SAVING, Board, Ending, Member, Reason, Round
+from dit_scale.elastic.exits import Exit
+from dit_scale.elastic.group import Group, Outcome
+
+Wait = Generator[float, None, Exit]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How many nodes, and how long to wait for what (seconds)."""
+
+    min_nodes: int = 1
+    max_nodes: int = 1
+    poll_s: float = 0.25
+    lease_s: float = 15.0
+    """A node whose counter stands still so long is lost."""
+    settle_s: float = 10.0
+    """Without a newcomer for so long, a round begins with the nodes that are there."""
+    patience_s: float = 3.0
+    """The first node begins a round; after this any other does."""
+    gather_s: float = 3600.0
+    """Time in which `min_nodes` must come."""
+    save_s: float = 900.0
+    """Time in which ranks that were asked to save and leave must do so."""
+    grow_s: float = 60.0
+    """A round that newcomers wait for lasts at least so long, and until its next commit."""
+    max_fruitless: int = 3
+    """Failures in a row without a newer committed step, after which there is no further try."""
+
+
+@dataclass
+class Surroundings:
+    """What a supervisor sees of the world."""
+
+    clock: Callable[[], float]
+    """Monotonic seconds."""
+    committed_step: Callable[[], int]
+    """Of the newest checkpoint; -1 when there is none."""
+    wanted_back: Callable[[], bool]
+    """Whether the scheduler has asked for this node."""
+    say: Callable[[str], None]
+    record: Callable[..., None] = field(default=lambda event, **details: None)
+    """Writes an event into the journal of the run."""
+
+
+class Supervisor:
+    """Runs rounds until the run is done, or this node is wanted back, or another try makes no sense."""
+
+    def __init__(self, me: Member, board: Board, group: Group, policy: Policy, world: Surroundings) -> None:
+        self._me, self._board, self._group = me, board, group
+        self._policy, self._world = policy, world
+        self._fruitless = 0
+        self._lease, self._lease_renewed_s = 0, float("-inf")
+        self._neighbour = Neighbour("", -1, 0.0)
+
+    def run(self) -> Wait:
+        """The whole life; returns the exit code."""
+        number = self._board.newest()
+        before = self._board.sealed(number) if number else None
+        if before is not None and self._was_member_before(before):
+            self._end(number, Reason.LOST, "its supervisor was started again")
+        while True:
+            ending = yield from self._wait_for_end(number)
+            if isinstance(ending, Exit):
+                return ending
+            if ending is not None and (code := self._conclude(ending)) is not None:
+                return code
+            found = yield from self._gather(number + 1, before, ending)
+            if isinstance(found, Exit):
+                return found
+            number, before = found.number, found
+            if (index := found.index_of(self._me.node)) is not None:
+                yield from self._take_part(found, index)
+
+    def _was_member_before(self, round_: Round) -> bool:
+        """Whether this node takes part in a round that goes on, by an earlier start of its supervisor."""
+        index = round_.index_of(self._me.node)
+        return (
+            index is not None
+            and round_.members[index].boot != self._me.boot
+            and self._board.ending(round_.number) is None
+        )
+
+    # Between two rounds
+
+    def _wait_for_end(self, number: int) -> Generator[float, None, Ending | Exit | None]:
+        """The ending of a round that this node takes no part in any more, or never did."""
+        if number == 0:
+            return None
+        told = False
+        while (ending := self._board.ending(number)) is None:
+            if not told:
+                self._board.join(number + 1, self._me)
+                self._world.say(f"round {number} runs without this node, which waits for the next one")
+                told = True
+            if self._world.wanted_back():
+                self._board.withdraw(number + 1, self._me.node)
+                return Exit.REQUEUE
+            yield self._rest()
+        return ending
+
+    def _conclude(self, ending: Ending) -> Exit | None:
+        """What a round's end means for this node; None: there is another round."""
+        self._world.say(f"round {ending.round} ended: {ending.reason} ({ending.node}): {ending.text}")
+        if ending.reason == Reason.DONE:
+            return Exit.DONE
+        if ending.reason == Reason.MISTAKE:
+            return Exit.DO_NOT_RESTART
+        sealed = self._board.sealed(ending.round)
+        assert sealed is not None
+        if ending.committed_step > sealed.committed_step:
+            self._fruitless = 0
+        if ending.reason in FRUITLESS:
+            self._fruitless += 1
+        if self._fruitless >= self._policy.max_fruitless:
+            self._world.say(
+                f"{self._fruitless} failures in a row without a checkpoint newer than step "
+                f"{sealed.committed_step}: no further try. The last one: {ending.text}"
+            )
+            return Exit.DO_NOT_RESTART
+        return Exit.REQUEUE if self._world.wanted_back() else None
+
+    def _gather(
+        self, number: int, before: Round | None, ending: Ending | None
+    ) -> Generator[float, None, Round | Exit]:
+        """Join a round and wait until its members are fixed, by this node or another."""
+        policy, begin_s = self._policy, self._world.clock()
+        self._board.join(number, self._me)
+        expected = _expected(before, ending)
+        names: list[str] = []
+        changed_s = begin_s
+        while (sealed := self._board.sealed(number)) is None:
+            now_s = self._world.clock()
+            if self._world.wanted_back():
+                self._board.withdraw(number, self._me.node)
+                return Exit.REQUEUE
+            found = self._board.joined(number)
+            if found != names:
+                names, changed_s = found, now_s
+            settled = now_s - changed_s > policy.settle_s
+            complete = len(names) >= policy.max_nodes or (bool(expected) and expected <= set(names))
+            if len(names) >= policy.min_nodes and (complete or settled):
+                wait_s = policy.patience_s + (0 if complete else policy.settle_s)
+                my_turn = names[0] == self._me.node or now_s - changed_s > wait_s
+                if my_turn and self._seal(number, names):
+                    continue
+            elif now_s - begin_s > policy.gather_s:
+                self._world.say(
+                    f"{len(names)} of at least {policy.min_nodes} nodes came within {policy.gather_s:g} s "
+                    f"({', '.join(names)}); are the others up, is {self._board.url} the same place for all?"
+                )
+                return Exit.FAILED
+            yield self._rest()
+        return sealed
+
+    def _seal(self, number: int, names: list[str]) -> bool:
+        """Fix the members of a round; True when they are fixed, by whomever."""
+        members = [self._board.member(number, name) for name in names[: self._policy.max_nodes]]
+        if any(member is None for member in members):
+            return False  # one withdrew just now
+        fixed = tuple(member for member in members if member is not None)
+        self._board.seal(Round(number, fixed, self._world.committed_step()))
+        odd = [member.node for member in fixed if member.config_sha256 != fixed[0].config_sha256]
+        if odd:
+            text = f"the configuration of {', '.join(odd)} differs from that of {fixed[0].node}"
+            self._end(number, Reason.MISTAKE, text + "; start all nodes with the same file and overrides")
+        return True
+
+    # In a round
+
+    def _take_part(self, round_: Round, index: int) -> Generator[float, None, None]:
+        """Run this node's ranks until the round ends, and see them gone."""
+        names = ", ".join(member.node for member in round_.members)
+        self._world.say(f"round {round_.number}: node {index + 1} of {len(round_.members)} ({names})")
+        self._world.record("round", round=round_.number, nodes=[m.node for m in round_.members])
+        begin_s = self._world.clock()
+        self._neighbour = self._watch(round_, index)
+        if self._board.ending(round_.number) is None:
+            self._group.start(round_, index)
+        try:
+            while (ending := self._board.ending(round_.number)) is None:
+                self._look(round_, index, begin_s)
+                yield self._rest()
+            self._world.record("round_ended", round=round_.number, reason=ending.reason, text=ending.text)
+            if ending.reason in (*SAVING, Reason.DONE):
+                yield from self._let_leave(ending)
+        finally:
+            self._group.stop()
+
+    def _look(self, round_: Round, index: int, begin_s: float) -> None:
+        """End the round when there is a reason that this node sees."""
+        number = round_.number
+        if self._world.wanted_back():
+            self._end(number, Reason.LEAVING, "the scheduler wants the node back")
+        elif (outcome := self._group.poll()) is not None:
+            self._end_by(number, outcome)
+        elif (lost := self._lost_neighbour()) is not None:
+            self._board.end(self._ending(number, Reason.LOST, "its supervisor gives no sign", lost))
+        elif index == 0 and self._may_grow(round_, begin_s):
+            self._end(number, Reason.GROWING, "further nodes are waiting")
+
+    def _let_leave(self, ending: Ending) -> Generator[float, None, None]:
+        """Wait for the ranks to leave by themselves, with their state saved."""
+        deadline_s = self._world.clock() + self._policy.save_s
+        if ending.reason in SAVING:
+            self._group.ask_to_stop()
+        while self._group.poll() is None:
+            if self._world.clock() > deadline_s:
+                self._world.say(f"the ranks did not leave within {self._policy.save_s:g} s and are ended")
+                return
+            yield self._rest()
+
+    def _may_grow(self, round_: Round, begin_s: float) -> bool:
+        policy = self._policy
+        return (
+            len(round_.members) < policy.max_nodes
+            and self._world.clock() - begin_s > policy.grow_s
+            and bool(self._board.joined(round_.number + 1))
+            and self._world.committed_step() > round_.committed_step
+        )
+
+    def _end_by(self, number: int, outcome: Outcome) -> None:
+        ending = self._ending(number, outcome.reason, outcome.text, self._me.node)
+        self._board.end(replace(ending, details=outcome.details))
+
+    def _end(self, number: int, reason: Reason, text: str) -> None:
+        self._board.end(self._ending(number, reason, text, self._me.node))
+
+    def _ending(self, number: int, reason: Reason, text: str, node: str) -> Ending:
+        return Ending(number, reason, node, text, self._world.committed_step())
+
+    # Leases
+
+    def _watch(self, round_: Round, index: int) -> "Neighbour":
+        """The member before this one in the ring: each is watched by one."""
+        node = round_.members[index - 1].node
+        return Neighbour(node, -1, self._world.clock())
+
+    def _lost_neighbour(self) -> str | None:
+        """The name of the watched node when its counter stands still for too long."""
+        if self._neighbour.node == self._me.node:
+            return None
+        now_s, count = self._world.clock(), self._board.lease(self._neighbour.node)
+        if count != self._neighbour.count:
+            self._neighbour = Neighbour(self._neighbour.node, count, now_s)
+        return self._neighbour.node if now_s - self._neighbour.since_s > self._policy.lease_s else None
+
+    def _rest(self) -> float:
+        """Renew the lease when it is time; the time of the next look."""
+        now_s = self._world.clock()
+        if now_s - self._lease_renewed_s > self._policy.lease_s / 5:
+            self._lease += 1
+            self._lease_renewed_s = now_s
+            self._board.renew_lease(self._me.node, self._lease)
+        return now_s + self._policy.poll_s
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A node, the counter that it had last, and since when it has it."""
+
+    node: str
+    count: int
+    since_s: float
+
+
+def _expected(before: Round | None, ending: Ending | None) -> set[str]:
+    """The nodes that the next round need not wait any longer for others with."""
+    if before is None or ending is None:
+        return set()
+    gone = {ending.node} if ending.reason in (Reason.LOST, Reason.LEAVING) else set()
+    return {member.node for member in before.members} - gone
