@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +69,12 @@ def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
         save_listing(storage, plan.listing)
     records = output.finished_shards(storage)
     num_missing = len(plan.shards) - len(records)
-    if num_missing:
-        console.print(f"{num_missing} of {len(plan.shards)} shards to encode; starting Ray and the VAE")
-        with Watch(len(plan.listing), config, records.values(), console, metrics) as watch:
-            with cluster(config.ray_address):
-                begun = make_shards(plan, storage, records, watch, console)
+    with closing(metrics):
+        if num_missing:
+            console.print(f"{num_missing} of {len(plan.shards)} shards to encode; starting Ray and the VAE")
+            with Watch(len(plan.listing), config, records.values(), console, metrics) as watch:
+                with cluster(config.ray_address):
+                    begun = make_shards(plan, storage, records, watch, console)
     assert begun is not None, "shards without an identity are refused above"
     return output.commit(
         storage, config, plan.listing, plan.vae, begun, [records[name] for name in plan.shards]

@@ -99,7 +99,6 @@ class Watch:
         self._bar.stop()
         if kind is None:
             self._log()
-        self._metrics.close()
 
     def start(self) -> None:
         """All is ready: the clock runs from here."""
