@@ -194,7 +194,10 @@ class Flow:
                 batches: Sequence[Batch] = [batch]
                 if encoder in self._ready:
                     self._ready.remove(encoder)
-                    self._load(encoder)
+                    if isinstance(error, LostError):
+                        self._load(encoder)
+                    else:  # after an error of CUDA a process is good for nothing
+                        self._load_again(encoder, 1, error)
             case Decoding(batch):
                 batches = [batch]
             case Writing(shard):

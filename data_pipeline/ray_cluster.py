@@ -88,16 +88,19 @@ def cluster(address: str) -> Iterator[None]:
 
 @contextmanager
 def _late_interrupts() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: a Ray that is half started would leave processes behind.
+    """Ctrl-C and a scheduler's SIGTERM wait for the end of the block, and are both interrupts from then on.
 
-    From then on a scheduler's SIGTERM is an interrupt too; Ray's own handler would print a stack.
+    Within it Ray would set a handler of its own, which leaves processes of a half started Ray behind.
     """
     came: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: came.append(number))
+    set_handler = signal.signal
+    signal.signal = lambda number, handler: signal.getsignal(number)  # type: ignore[assignment]
     try:
         yield
     finally:
+        signal.signal = set_handler
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
     if came:

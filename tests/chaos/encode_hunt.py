@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from data_pipeline.flow import MAX_LOSSES
 from data_pipeline.metrics import METRICS_KEY
 from data_pipeline.verify import main as verify_main
 from dit_scale.storage import open_storage
@@ -23,7 +24,7 @@ from tests.faults.ray_nodes import HEAD, SECOND, RayNodes, ray_nodes
 from tests.s3 import BUCKET
 from tests.tiny_vae import save_tiny_vae
 
-IMAGES, SHARD_SAMPLES, VAE_BATCH = 100, 8, 4
+IMAGES, SHARD_SAMPLES, VAE_BATCH = 80, 8, 4
 NUM_SHARDS = -(-(IMAGES + 1) // SHARD_SAMPLES)
 """One input more is no image."""
 CONFIG = f"""\
@@ -126,6 +127,8 @@ class Hunt:
     drivers: list["subprocess.Popen[bytes]"] = field(default_factory=list)
     kills: Counter[str] = field(default_factory=Counter)
     seen: dict[str, Put] = field(default_factory=dict)
+    blows: int = 0
+    """Kills since the last driver was started."""
 
     @property
     def url(self) -> str:
@@ -142,6 +145,7 @@ class Hunt:
                 start_new_session=True,
             )
         self.drivers.append(driver)
+        self.blows = 0
         return driver
 
     def said(self, driver: int = -1) -> str:
@@ -188,14 +192,14 @@ class Hunt:
     def strike(self, victim: str, draws: random.Random) -> str | None:
         """Kill a victim at work, or another that works if there is none; its kind, None when all is done."""
         if victim in ("node", "head"):
-            self.grounds.nodes.kill(SECOND)
-            if victim == "head":
-                self.grounds.nodes.kill(HEAD)
+            for node in (SECOND,) if victim == "node" else (HEAD, SECOND):
+                self.grounds.nodes.kill(node)
         elif victim == "driver":
             self.drivers[-1].kill()
         elif (victim := self._kill_worker(victim, draws)) is None:
             return None
         self.kills[victim] += 1
+        self.blows += 1
         return victim
 
     def _kill_worker(self, victim: str, draws: random.Random) -> str | None:
@@ -244,6 +248,8 @@ def hunt_at_random(hunt: Hunt, draws: random.Random, most: int, victims: dict[st
     """Follow a job to its end, with at most so many kills; `victims`: kind => how often it is drawn."""
     while sum(hunt.kills.values()) < most:
         victim = draws.choices(list(victims), list(victims.values()))[0]
+        if hunt.blows == MAX_LOSSES:
+            victim = "driver"  # all of them may have met one batch, and one more would end the job
         with suppress(subprocess.TimeoutExpired):
             hunt.drivers[-1].wait(draws.uniform(0, LONGEST_PAUSE_S))
         if hunt.drivers[-1].poll() is not None or not (struck := hunt.strike(victim, draws)):

@@ -1,0 +1,76 @@
+"""Placing encoders so that decoders find room, and what is said when there is no cluster."""
+
+import itertools
+import signal
+import socket
+
+import pytest
+
+from data_pipeline import ray_cluster
+from data_pipeline.ray_cluster import cluster, most_encoders, place
+from dit_scale.config import EncodeConfig
+from dit_scale.errors import DeviceError
+
+NODES = ([2.0], [2.0, 2.0], [1.0, 2.0], [0.25, 1.5], [4.0, 1.0], [2.0, 1.0, 1.5])
+
+
+@pytest.mark.parametrize("cpus", NODES, ids=str)
+@pytest.mark.parametrize(("encoder", "decoder"), [(0.5, 0.5), (0.75, 0.5), (1.0, 0.25), (1.5, 0.5)])
+def test_a_decoder_finds_room_wherever_ray_puts_the_encoders(
+    cpus: list[float], encoder: float, decoder: float
+) -> None:
+    config = EncodeConfig(cpus_per_encoder=encoder, cpus_per_decoder=decoder)
+    most = most_encoders(config, "cpu", [{"CPU": amount} for amount in cpus])
+
+    def finds_room(number: int) -> bool:
+        """Whether it does in all ways to spread so many encoders."""
+        ways = itertools.product(*(range(int(amount / encoder) + 1) for amount in cpus))
+        left = [
+            max(amount - count * encoder for amount, count in zip(cpus, way, strict=True))
+            for way in ways
+            if sum(way) == number
+        ]
+        return bool(left) and min(left) >= decoder
+
+    room = sum(int(amount / encoder) for amount in cpus)
+    assert most == max((number for number in range(1, room + 1) if finds_room(number)), default=0)
+
+
+def test_room_that_no_single_node_has_is_none() -> None:
+    """0.4 of 2 CPUs are left on each of two nodes, and a decoder reserves 0.5."""
+    nodes = [{"CPU": 2.0}, {"CPU": 2.0}]
+    with pytest.raises(DeviceError, match=r"4 encoders leave 0.8 of 4 CPUs, .* 0.5 of one node"):
+        place(EncodeConfig(encoders=4, cpus_per_encoder=0.8), nodes)
+    assert place(EncodeConfig(cpus_per_encoder=0.8), nodes).encoders == 3
+
+
+def test_an_address_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "CONNECT_S", 1.0)
+    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")  # or it would stay in this process's environment
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        with pytest.raises(DeviceError, match=f"no Ray cluster at {address}: nothing answers there"):
+            with cluster(address):
+                pass
+
+
+def test_an_interrupt_waits_until_ray_is_started() -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    went_on = False
+
+    def interrupted() -> None:
+        nonlocal went_on
+        with ray_cluster._late_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            went_on = True
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert went_on
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
