@@ -10,6 +10,7 @@ Shapes: B micro-batch, C latent channels, H and W latent sides.
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -146,6 +147,8 @@ class Loader:
             self._downloader = Downloader(dataset.files, self._notes.append)
         self._queue: queue.Queue[Batch | Exception] = queue.Queue(maxsize=config.prefetch_batches)
         self._error: Exception | None = None
+        self.waited_s = 0.0
+        """How long batches were waited for, all in all."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
         self._thread.start()
@@ -155,10 +158,12 @@ class Loader:
 
     def __next__(self) -> Batch:
         if self._error is None:
+            begin_s = time.monotonic()
             try:
                 item = self._queue.get(timeout=self._deadline_s)
             except queue.Empty:
                 item = DataError(self._overdue())
+            self.waited_s += time.monotonic() - begin_s
             if not isinstance(item, Exception):
                 self._taken += 1
                 return item

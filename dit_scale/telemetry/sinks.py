@@ -102,7 +102,10 @@ def open_sinks(folder: Path, config: TrainConfig, resume_step: int) -> list[Sink
 
 
 class Journal:
-    """events.jsonl: what happened to the run, append-only; the half line of a killed writer is cut off."""
+    """events.jsonl: what happened to the run, append-only; the half line of a killed writer is cut off.
+
+    Two clocks stand in each line: that of the wall, which may jump, and that of the node since its start.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", buffering=1)
@@ -111,7 +114,8 @@ class Journal:
             self._file.truncate(whole_bytes)
 
     def write(self, event: str, **details: Any) -> None:
-        self._file.write(json.dumps({"time_s": time.time(), "event": event, **details}) + "\n")
+        clocks = {"time_s": time.time(), "monotonic_s": round(time.monotonic(), 6)}
+        self._file.write(json.dumps({**clocks, "event": event, **details}) + "\n")
 
     def close(self) -> None:
         self._file.close()

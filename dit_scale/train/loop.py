@@ -35,8 +35,7 @@ def train(config: TrainConfig) -> int:
             row = run.step.take(_beating(heart, run.loader, run.state.step), run.state.step)
             run.state.step += 1
             heart.beat(Section.AGREE, run.state.step)
-            run.meters.add(row)
-            run.status.advance()
+            run.count(row)
 
             stopping, at_work, failed, damage = vote.result()
             run.follow_save(at_work, failed)

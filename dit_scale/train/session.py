@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dit_scale import __version__
 from dit_scale.checkpoint import attempts, reader
@@ -63,7 +64,7 @@ class Session:
         stack.callback(self.saver.close)
         self._attempt_stack = stack.enter_context(ExitStack())
         self._rollbacks = 0
-        self._observed_step = self._saved_step = self._committed_step = 0
+        self._began_step = self._observed_step = self._saved_step = self._committed_step = 0
 
     def begin(
         self, at_most_step: int | None = None, excluded: Ranges = (), behind: Attempt | None = None
@@ -72,7 +73,7 @@ class Session:
 
         Raises SupersededError when another one has begun behind the attempt `behind`.
         """
-        config, notes = self.config, list[str]()
+        config, notes, begin_s = self.config, list[str](), time.monotonic()
         # A configuration that this run refuses must not count as an attempt or replace its config.yaml.
         found = find_checkpoint(
             config,
@@ -84,10 +85,17 @@ class Session:
         )
         self.attempt = self.world.first_says(lambda: self._claim(found, excluded, behind))
         self._go_on_from(found)
-        self._open(notes, resumed=found is not None)
+        self._open(notes, found is not None, restore_s=time.monotonic() - begin_s)
 
     def say(self, message: str) -> None:
         self.status.say(message)
+
+    def count(self, row: Tensor) -> None:
+        """A step was taken; `row` as Meters has it."""
+        self.meters.add(row)
+        self.status.advance()
+        if self.state.step == self._began_step + 1:
+            self._record("first_step")
 
     def keeps_failing(self) -> bool:
         """Look at the steps since the last look, and name those that were skipped: waits for the device.
@@ -151,6 +159,7 @@ class Session:
         for sink in self._sinks:
             sink.write(self.state.step, record)
         self.status.report(self.state.step, record)
+        self._record("log", data_s=round(self.loader.waited_s, 3))
 
     def save_is_due(self) -> bool:
         """Whether this step, or one that passed while a save was in flight, asks for a save."""
@@ -189,8 +198,9 @@ class Session:
         Raises CheckpointError, on all ranks, when it cannot be done.
         """
         self.note_damage()
+        begin_s, pause_s = time.monotonic(), FIRST_PAUSE_S
         self._report(self.saver.wait())
-        give_up_s, pause_s = time.monotonic() + self.config.checkpoint.deadline_s, FIRST_PAUSE_S
+        give_up_s = time.monotonic() + self.config.checkpoint.deadline_s
         while self._committed_step != self.state.step:
             self._begin_save()
             outcome = self.saver.wait()
@@ -201,6 +211,7 @@ class Session:
             if outcome.problem:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        self._record("waited", stall_s=round(time.monotonic() - begin_s, 4))
 
     def finish(self) -> None:
         """The run is done: say where everything is."""
@@ -237,9 +248,9 @@ class Session:
         else:
             self.state = RunState.of(found.manifest, excluded)
             self.step.resume(found.manifest.guard)
-        self._observed_step = self._saved_step = self._committed_step = self.state.step
+        self._began_step = self._observed_step = self._saved_step = self._committed_step = self.state.step
 
-    def _open(self, notes: list[str], resumed: bool) -> None:
+    def _open(self, notes: list[str], resumed: bool, restore_s: float) -> None:
         """The record, the journal and the loader of this attempt."""
         config, state, stack = self.config, self.state, self._attempt_stack
         self.meters = Meters(config.global_batch, state.pending)
@@ -263,9 +274,9 @@ class Session:
             tuple(state.quarantined),
         )
         stack.callback(self.loader.close)
-        self._announce(notes, resumed)
+        self._announce(notes, resumed, restore_s)
 
-    def _announce(self, notes: list[str], resumed: bool) -> None:
+    def _announce(self, notes: list[str], resumed: bool, restore_s: float) -> None:
         plan, config = self.plan, self.config
         notes = [*notes, *self.loader.notes()]
         for note in notes:
@@ -281,6 +292,7 @@ class Session:
         self._record(
             "start",
             resumed_from=self.attempt.resumed_from,
+            restore_s=round(restore_s, 3),
             world=plan.world,
             attention=self.step.attention_backend,
             ema=[ema_kind(profile.name) for profile in config.ema],

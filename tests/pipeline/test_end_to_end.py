@@ -91,7 +91,7 @@ def test_run_folder_holds_the_record(run: Path) -> None:
     assert all(0 < row["loss"] < 2 for row in record)
     assert any((run / "tensorboard").iterdir())
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
-    assert events == ["start", "save", "checkpoint", "done"]
+    assert events == ["start", "first_step", *["log"] * 3, "save", "checkpoint", "waited", "done"]
     listed = json.loads(command("dit-scale", "checkpoint", "list", run, "--json"))
     assert [row["step"] for row in listed] == [6]
 
