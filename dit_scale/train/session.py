@@ -95,7 +95,7 @@ class Session:
         self.meters.add(row)
         self.status.advance()
         if self.state.step == self._began_step + 1:
-            self._record("first_step")
+            self._record("first_step", data_s=round(self.loader.waited_s, 3))
 
     def keeps_failing(self) -> bool:
         """Look at the steps since the last look, and name those that were skipped: waits for the device.

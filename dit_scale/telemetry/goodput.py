@@ -1,0 +1,294 @@
+"""Where the time of a run went: a ledger of its wall clock, from its journals alone. No torch.
+
+    <run>/events.jsonl               by rank 0: starts, first steps, log points, saves
+    <run>/supervisors/<node>.jsonl   by the supervisor of a node: rounds, failures noticed, rounds ended
+
+Every moment between the first event and the last belongs to one heading, so the ledger sums to the wall
+clock exactly, whatever the journals hold. Clocks: what one process wrote is measured by the monotonic clock
+of its node; only where a process begins is its wall clock asked. Of a round, the journal of the node with
+rank 0 counts, so clocks of different nodes meet only where that node changes. A wall clock that jumps
+shifts the time between two processes, never the time within one.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+"""A line of a journal."""
+ENDS = ("done", "waited", "rollback")
+"""What an attempt writes last when it ends by itself."""
+MICRO = 1_000_000
+"""Times are whole microseconds here, so that sums are exact."""
+
+
+class Heading(IntEnum):
+    """What time is spent on; where two claim the same moment, the later in this list has it."""
+
+    STOPPED = 0
+    """Nobody ran, as far as the journals tell."""
+    WAITING = 1
+    """Supervisors were there, and waited for nodes or for the end of old processes."""
+    RESTART = 2
+    """From the start of a round, or of reading a checkpoint, to the end of the first step: the launcher,
+    imports, process group, engine, and whatever the first step compiles."""
+    REPLAYED = 3
+    """Steps that did not last: a later attempt took them again, or will have to."""
+    PRODUCTIVE = 4
+    """Steps that count."""
+    DATA = 5
+    """Rank 0 waited for a batch. Other ranks' waits look like work here, for all wait for each other."""
+    CHECKPOINT = 6
+    """Training stood still for a save: the copy to host memory, or the wait for the last commit."""
+    RESTORE = 7
+    """A checkpoint was found and read."""
+    DETECT = 8
+    """From the last sign of life, where it is known, to the end of the round."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one attempt wrote."""
+
+    number: int
+    events: tuple[tuple[int, Event], ...]
+    """(time in us, event), ascending."""
+
+    @property
+    def begin_us(self) -> int:
+        return self.events[0][0]
+
+    @property
+    def first_step(self) -> int:
+        """Steps that were taken before it."""
+        return int(self.events[0][1]["step"])
+
+    @property
+    def last_step(self) -> int:
+        """Steps taken when it last wrote."""
+        return max(int(event["step"]) for _, event in self.events)
+
+
+@dataclass(frozen=True)
+class RoundSpan:
+    """A round as the node with rank 0 saw it."""
+
+    number: int
+    begin_us: int
+    noticed_us: int | None
+    """When it was known that it had failed."""
+    silent_us: int
+    """Without a sign of life before that; 0 where nobody knows."""
+    end_us: int | None
+    """None while it runs."""
+    goes_on: bool
+    """Whether its end is followed by another round without a scheduler's or a person's help."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Microseconds by heading, and of the whole."""
+
+    begin_us: int
+    end_us: int
+    spent_us: Mapping[Heading, int]
+
+    @property
+    def goodput(self) -> float:
+        """The part of the wall clock that went into steps that count, 0 to 1."""
+        wall_us = self.end_us - self.begin_us
+        return self.spent_us[Heading.PRODUCTIVE] / wall_us if wall_us else 0.0
+
+
+def read_journal(path: Path) -> list[Event]:
+    """The events of a file in their order; none when there is no file, and half a line counts as none."""
+    events: list[Event] = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # a killed writer's last line
+        if isinstance(event, dict) and {"event", "time_s"} <= event.keys():
+            events.append(event)
+    return events
+
+
+def attempts_of(journal: Iterable[Event]) -> list[Attempt]:
+    """The attempts in events.jsonl, ascending; none begins before the one before it."""
+    by_number: dict[int, list[Event]] = {}
+    for event in journal:
+        by_number.setdefault(int(event["attempt"]), []).append(event)
+    found: list[Attempt] = []
+    for number, events in sorted(by_number.items()):
+        earliest_us = found[-1].begin_us if found else 0
+        found.append(Attempt(number, tuple(zip(_times(events, earliest_us), events, strict=True))))
+    return found
+
+
+def rounds_of(supervisors: Mapping[str, Sequence[Event]]) -> list[RoundSpan]:
+    """The rounds in the journals of all nodes, ascending; each by the node with rank 0 if it wrote of it."""
+    by_round: dict[int, dict[str, list[Event]]] = {}
+    for node, events in supervisors.items():
+        for event in events:
+            if "round" in event:
+                by_round.setdefault(int(event["round"]), {}).setdefault(node, []).append(event)
+    found: list[RoundSpan] = []
+    for number, by_node in sorted(by_round.items()):
+        begun = {node: events for node, events in by_node.items() if events[0]["event"] == "round"}
+        if begun:
+            head = next(iter(begun.values()))[0]["nodes"][0]
+            events = begun.get(head) or next(iter(begun.values()))
+            found.append(_round(number, events, found[-1].begin_us if found else 0))
+    return found
+
+
+def ledger(
+    journal: Iterable[Event],
+    supervisors: Mapping[str, Sequence[Event]],
+    until_s: float | None = None,
+    alive: bool = False,
+) -> Ledger:
+    """Where the wall clock of a run went, up to its last event, or to `until_s` (seconds since 1970).
+
+    `alive`: the last attempt is at work until then, and none of its steps is lost yet.
+    """
+    attempts, rounds = attempts_of(journal), rounds_of(supervisors)
+    signs_us = sorted(_micro(event["time_s"]) for events in supervisors.values() for event in events)
+    times_us = [at_us for attempt in attempts for at_us, _ in attempt.events]
+    times_us += [us for r in rounds for us in (r.begin_us, r.end_us) if us is not None] + signs_us[:1]
+    begin_us = min(times_us, default=0)
+    end_us = max(times_us, default=0) if until_s is None else max(begin_us, _micro(until_s))
+    spans = _Spans(begin_us, end_us)
+    for before, span in zip((None, *rounds), rounds, strict=False):
+        spans.paint(Heading.WAITING, _waits_since(before, span, signs_us), span.begin_us)
+        spans.paint(Heading.RESTART, span.begin_us, end_us if span.end_us is None else span.end_us)
+        if span.noticed_us is not None and span.end_us is not None:
+            spans.paint(Heading.DETECT, span.noticed_us - span.silent_us, span.end_us)
+    for attempt, limit in zip(attempts, _lasting(attempts, alive), strict=True):
+        at_work = alive and attempt is attempts[-1]
+        _paint_attempt(spans, attempt, limit, end_us if at_work else _work_until(attempt, attempts, rounds))
+    return Ledger(begin_us, end_us, spans.sums())
+
+
+def _micro(seconds: float) -> int:
+    return round(seconds * MICRO)
+
+
+def _times(events: Sequence[Event], earliest_us: int) -> list[int]:
+    """When the events of one process were, in us: the first by the wall clock, the others after it."""
+    at_us = max(earliest_us, _micro(events[0]["time_s"]))
+    times = [at_us]
+    for before, event in pairwise(events):
+        clock = "monotonic_s" if "monotonic_s" in before and "monotonic_s" in event else "time_s"
+        at_us += max(0, _micro(event[clock] - before[clock]))
+        times.append(at_us)
+    return times
+
+
+def _round(number: int, events: list[Event], earliest_us: int) -> RoundSpan:
+    times = dict(zip([event["event"] for event in events], _times(events, earliest_us), strict=True))
+    by_name = {event["event"]: event for event in events}
+    return RoundSpan(
+        number,
+        times["round"],
+        times.get("noticed"),
+        _micro(by_name.get("noticed", {}).get("silent_s", 0.0)),
+        times.get("round_ended"),
+        by_name.get("round_ended", {}).get("reason") not in ("done", "leaving", "mistake"),
+    )
+
+
+def _waits_since(before: RoundSpan | None, span: RoundSpan, signs_us: Sequence[int]) -> int:
+    """Since when somebody waited for this round to begin."""
+    if before is not None and before.goes_on:
+        return before.begin_us if before.end_us is None else before.end_us
+    ended_us = before.end_us or before.begin_us if before else 0
+    return next((sign_us for sign_us in signs_us if ended_us < sign_us), span.begin_us)
+
+
+def _lasting(attempts: Sequence[Attempt], alive: bool) -> list[float]:
+    """Of each attempt the last step that no later one takes again; of the last one, what is committed."""
+    committed = [
+        int(event["name"].partition("-")[0])
+        for attempt in attempts
+        for _, event in attempt.events
+        if event["event"] == "checkpoint"
+    ]
+    limit = float("inf") if alive else float(max(committed, default=0))
+    limits: list[float] = []
+    for attempt in reversed(attempts):
+        limits.append(limit)
+        limit = min(limit, attempt.first_step)
+    return limits[::-1]
+
+
+def _work_until(attempt: Attempt, attempts: Sequence[Attempt], rounds: Sequence[RoundSpan]) -> int:
+    """When an attempt was last at work: at its last event, or when its round was seen to have failed."""
+    last_us = attempt.events[-1][0]
+    if attempt.events[-1][1]["event"] in ENDS:
+        return last_us
+    for span in reversed(rounds):
+        if span.begin_us <= attempt.begin_us:
+            later = [a for a in attempts if a.number > attempt.number and a.begin_us <= (span.end_us or 0)]
+            if later or span.end_us is None or attempt.begin_us > span.end_us:
+                return last_us
+            seen_us = span.end_us if span.noticed_us is None else span.noticed_us - span.silent_us
+            return max(last_us, seen_us)
+    return last_us
+
+
+def _paint_attempt(spans: "_Spans", attempt: Attempt, limit: float, until_us: int) -> None:
+    begin_us, start = attempt.events[0]
+    spans.paint(Heading.RESTORE, begin_us - _micro(start.get("restore_s", 0.0)), begin_us)
+    names = [event["event"] for _, event in attempt.events]
+    stepping = attempt.events[names.index("first_step") :] if "first_step" in names else ()
+    spans.paint(Heading.RESTART, begin_us, stepping[0][0] if stepping else until_us)
+    for at_us, event in attempt.events:
+        spans.paint(Heading.CHECKPOINT, max(begin_us, at_us - _micro(event.get("stall_s", 0.0))), at_us)
+    for (from_us, before), (to_us, after) in pairwise(stepping):
+        _paint_steps(spans, (from_us, before["step"]), (to_us, after["step"]), limit)
+    if stepping:
+        last_us, last = stepping[-1]
+        _paint_steps(spans, (last_us, last["step"]), (until_us, last["step"] + 1), limit)
+    waits = [(at_us, _micro(event["data_s"])) for at_us, event in stepping if "data_s" in event]
+    for (from_us, before_us), (to_us, after_us) in pairwise(waits):
+        spans.paint(Heading.DATA, from_us, min(to_us, from_us + after_us - before_us))
+
+
+def _paint_steps(spans: "_Spans", begin: tuple[int, int], end: tuple[int, int], limit: float) -> None:
+    """Work from one (time in us, step) to another, of which the steps up to `limit` count."""
+    (begin_us, first), (end_us, last) = begin, end
+    cut_us = end_us if last <= limit else begin_us
+    if first < limit < last:
+        cut_us = begin_us + (end_us - begin_us) * (int(limit) - first) // (last - first)
+    spans.paint(Heading.PRODUCTIVE, begin_us, cut_us)
+    spans.paint(Heading.REPLAYED, cut_us, end_us)
+
+
+class _Spans:
+    """Claims on the time from `begin_us` to `end_us`; of several on one moment the highest heading wins."""
+
+    def __init__(self, begin_us: int, end_us: int) -> None:
+        self._begin_us, self._end_us = begin_us, end_us
+        self._edges: list[tuple[int, Heading, int]] = []
+
+    def paint(self, heading: Heading, begin_us: int, end_us: int) -> None:
+        begin_us, end_us = max(begin_us, self._begin_us), min(end_us, self._end_us)
+        if begin_us < end_us:
+            self._edges += [(begin_us, heading, 1), (end_us, heading, -1)]
+
+    def sums(self) -> dict[Heading, int]:
+        """Microseconds of every heading."""
+        sums = dict.fromkeys(Heading, 0)
+        claims = dict.fromkeys(Heading, 0) | {Heading.STOPPED: 1}
+        at_us = self._begin_us
+        for edge_us, heading, change in sorted(self._edges):
+            sums[max(held for held, count in claims.items() if count)] += edge_us - at_us
+            claims[heading] += change
+            at_us = edge_us
+        sums[Heading.STOPPED] += self._end_us - at_us
+        return sums

@@ -1,0 +1,216 @@
+"""The ledger of a run's time: small runs by hand, and any journals whatever sum to the wall clock."""
+
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_scale.telemetry.goodput import (
+    MICRO,
+    Event,
+    Heading,
+    Ledger,
+    attempts_of,
+    ledger,
+    read_journal,
+    rounds_of,
+)
+from dit_scale.telemetry.sinks import Journal
+
+BOOT_S = 990.0
+"""What the wall clock is ahead of the monotonic one here."""
+
+
+def event(at_s: float, kind: str, **details: Any) -> Event:
+    return {"time_s": at_s, "monotonic_s": at_s - BOOT_S, "event": kind, **details}
+
+
+def of_attempt(number: int, *rows: tuple[float, str, int, dict[str, Any]]) -> list[Event]:
+    return [event(at_s, name, attempt=number, step=step, **more) for at_s, name, step, more in rows]
+
+
+def spent_s(found: Ledger) -> dict[str, float]:
+    assert sum(found.spent_us.values()) == found.end_us - found.begin_us
+    return {heading.name: us / MICRO for heading, us in found.spent_us.items() if us}
+
+
+FIRST = of_attempt(
+    1,
+    (1010.0, "start", 0, {"restore_s": 0.5}),
+    (1012.0, "first_step", 1, {"data_s": 1.0}),
+    (1021.0, "log", 10, {"data_s": 1.5}),
+    (1031.0, "save", 20, {"stall_s": 0.25}),
+    (1032.0, "checkpoint", 21, {"name": "0000000020-0001"}),
+    (1041.0, "log", 30, {"data_s": 1.5}),
+)
+SECOND = of_attempt(
+    2,
+    (1070.0, "start", 20, {"restore_s": 4.0}),
+    (1072.0, "first_step", 21, {"data_s": 0.0}),
+    (1082.0, "log", 31, {"data_s": 0.0}),
+    (1090.0, "save", 40, {"stall_s": 0.0}),
+    (1091.0, "checkpoint", 40, {"name": "0000000040-0002"}),
+    (1092.0, "waited", 40, {"stall_s": 3.0}),
+    (1092.0, "done", 40, {}),
+)
+NODE0 = [
+    event(1000.0, "joined"),
+    event(1002.0, "round", round=1, nodes=["node0", "node1"]),
+    event(1050.0, "noticed", round=1, silent_s=6.0),
+    event(1052.0, "round_ended", round=1, reason="hung"),
+    event(1055.0, "round", round=2, nodes=["node0", "node1"]),
+    event(1093.0, "round_ended", round=2, reason="done"),
+]
+
+
+def test_a_restarted_run() -> None:
+    found = ledger([*FIRST, *SECOND], {"node0": NODE0})
+    assert spent_s(found) == {
+        "WAITING": 2.0 + 3.0,  # for node1, and from the end of round 1 to round 2
+        # rounds 1 and 2 to the ends of their first steps without what was read, and the end of the launcher
+        "RESTART": (10.0 - 0.5) + (17.0 - 4.0) + 1.0,
+        "RESTORE": 0.5 + 4.0,
+        # steps 2 to 20 of 30, without a wait for data and a stall; then from step 21 to the last save
+        "PRODUCTIVE": (19.0 - 0.5 - 0.25) + 17.0,
+        "REPLAYED": 1044.0 - 1031.0,  # behind step 20, until the ranks were silent
+        "DATA": 0.5,
+        "CHECKPOINT": 0.25 + 3.0,
+        "DETECT": 6.0 + 2.0,
+    }
+    assert found.goodput == (18.25 + 17.0) / 93.0
+
+
+def test_a_run_without_supervisors() -> None:
+    found = spent_s(ledger([*FIRST, *SECOND], {}))
+    assert found["STOPPED"] == (1070.0 - 4.0) - 1041.0
+    assert found["REPLAYED"] == 1041.0 - 1031.0
+    assert found["RESTART"] == 2.0 + 2.0
+
+
+def test_steps_between_two_events_are_shared_out() -> None:
+    """The second attempt goes on from step 15, which lies between two events of the first."""
+    later = of_attempt(2, (1070.0, "start", 15, {"restore_s": 0.0}))
+    found = spent_s(ledger([*FIRST, *later], {}))
+    assert found["REPLAYED"] == (1041.0 - 1026.0) - 0.25
+    assert found["PRODUCTIVE"] == 1026.0 - 1012.0 - 0.5
+
+
+def test_steps_that_nothing_saved_are_lost_with_the_run_alone() -> None:
+    dead, alive = (spent_s(ledger(FIRST, {}, 1051.0, alive=alive)) for alive in (False, True))
+    assert dead["REPLAYED"] == 10.0
+    assert dead["STOPPED"] == 10.0
+    assert "REPLAYED" not in alive
+    assert alive["PRODUCTIVE"] == 1051.0 - 1012.0 - 0.75
+
+
+def test_a_rollback_loses_the_steps_behind_its_checkpoint() -> None:
+    rolled = of_attempt(1, (1043.0, "rollback", 32, {}))
+    found = spent_s(ledger([*FIRST, *rolled, *SECOND], {"node0": NODE0}))
+    assert found["REPLAYED"] == 1043.0 - 1031.0
+
+
+def test_a_node_that_was_wanted_back_is_stopped_until_a_supervisor_is_there() -> None:
+    left = [*NODE0[:2], event(1042.0, "round_ended", round=1, reason="leaving")]
+    back = [event(1053.0, "joined"), *NODE0[4:]]
+    found = spent_s(ledger([*FIRST, *SECOND], {"node0": left + back}))
+    assert found["STOPPED"] == 1053.0 - 1042.0
+    assert found["WAITING"] == 2.0 + 2.0
+
+
+def test_a_jump_of_the_wall_clock_within_a_process_changes_nothing() -> None:
+    jumped = [{**e, "time_s": e["time_s"] + 3600 * (e["step"] > 10)} for e in FIRST]
+    assert ledger(jumped, {}) == ledger(FIRST, {})
+
+
+def test_a_wall_clock_that_is_set_back_between_attempts_takes_no_time_back() -> None:
+    back = [{**e, "time_s": e["time_s"] - 3600} for e in SECOND]
+    first, second = attempts_of([*FIRST, *back])
+    assert first.begin_us == second.begin_us
+    spent_s(ledger([*FIRST, *back], {"node0": NODE0}))
+
+
+def test_a_late_old_process_does_not_count_twice() -> None:
+    late = of_attempt(1, (1075.0, "log", 50, {"data_s": 1.5}))
+    found = ledger([*FIRST, *SECOND, *late], {"node0": NODE0})
+    assert found.spent_us[Heading.PRODUCTIVE] == 35.25 * MICRO
+    spent_s(found)
+
+
+def test_a_round_is_told_by_the_node_with_rank_0() -> None:
+    ahead = [{**e, "time_s": e["time_s"] + 500} for e in NODE0]
+    assert rounds_of({"node1": ahead, "node0": NODE0}) == rounds_of({"node0": NODE0})
+    assert [span.begin_us for span in rounds_of({"node1": ahead})] == [1502 * MICRO, 1555 * MICRO]
+
+
+def test_journals_without_a_monotonic_clock_can_be_read() -> None:
+    old = [{key: value for key, value in e.items() if key != "monotonic_s"} for e in FIRST]
+    assert ledger(old, {}) == ledger(FIRST, {})
+
+
+def test_nothing_gives_nothing() -> None:
+    empty = ledger([], {})
+    assert empty.goodput == 0.0
+    assert spent_s(empty) == {}
+
+
+def test_half_a_line_of_a_journal_counts_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    assert read_journal(path) == []
+    journal = Journal(path)
+    journal.write("start", attempt=1, step=0)
+    journal.close()
+    with path.open("a") as file:
+        file.write('{"time_s": 3, "eve')
+    assert [e["event"] for e in read_journal(path)] == ["start"]
+
+
+SECONDS = st.floats(0, 5000, allow_nan=False)
+NAMES = ("start", "first_step", "log", "save", "checkpoint", "waited", "rollback", "save_failed", "done")
+
+
+@st.composite
+def of_rank_0(draw: st.DrawFn) -> Event:
+    step = draw(st.integers(0, 50))
+    return {
+        "time_s": draw(SECONDS),
+        "monotonic_s": draw(SECONDS),
+        "event": draw(st.sampled_from(NAMES)),
+        "attempt": draw(st.integers(1, 4)),
+        "step": step,
+        "name": f"{step:010d}-0001",
+        **draw(
+            st.fixed_dictionaries({}, optional={"stall_s": SECONDS, "restore_s": SECONDS, "data_s": SECONDS})
+        ),
+    }
+
+
+@st.composite
+def of_supervisor(draw: st.DrawFn) -> Event:
+    name = draw(st.sampled_from(["joined", "round", "ranks_started", "noticed", "round_ended"]))
+    clocks = {"time_s": draw(SECONDS), "monotonic_s": draw(SECONDS), "event": name}
+    if name == "joined":
+        return clocks
+    nodes = draw(st.permutations(["a", "b"]))
+    reason = draw(st.sampled_from(["done", "failed", "leaving", "lost"]))
+    number = draw(st.integers(1, 3))
+    return {**clocks, "round": number, "nodes": nodes, "reason": reason, "silent_s": draw(SECONDS)}
+
+
+@given(
+    journal=st.lists(of_rank_0(), max_size=25),
+    supervisors=st.dictionaries(st.sampled_from("ab"), st.lists(of_supervisor(), max_size=12)),
+    until_s=st.none() | SECONDS,
+    alive=st.booleans(),
+)
+def test_whatever_the_journals_hold_the_ledger_sums_to_the_wall_clock(
+    journal: list[Event], supervisors: dict[str, list[Event]], until_s: float | None, alive: bool
+) -> None:
+    found = ledger(journal, supervisors, until_s, alive)
+    assert list(found.spent_us) == list(Heading)
+    assert all(us >= 0 for us in found.spent_us.values())
+    assert sum(found.spent_us.values()) == found.end_us - found.begin_us
+    assert 0 <= found.goodput <= 1
+    for attempt in attempts_of(journal):
+        times = [at_us for at_us, _ in attempt.events]
+        assert times == sorted(times)
