@@ -5,9 +5,9 @@
 
 Every moment between the first event and the last belongs to one heading, so the ledger sums to the wall
 clock exactly, whatever the journals hold. Clocks: what one process wrote is measured by the monotonic clock
-of its node; only where a process begins is its wall clock asked. Of a round, the journal of the node with
-rank 0 counts, so clocks of different nodes meet only where that node changes. A wall clock that jumps
-shifts the time between two processes, never the time within one.
+of its node; only where a process or a round begins is the wall clock asked. Of a round, the journal of the
+node with rank 0 counts, or another if that one did not see the end, so clocks of different nodes meet only
+where that changes. A wall clock that jumps shifts the time between two processes, never within one.
 """
 
 import json
@@ -34,8 +34,8 @@ class Heading(IntEnum):
     WAITING = 1
     """Supervisors were there, and waited for nodes or for the end of old processes."""
     RESTART = 2
-    """From the start of a round, or of reading a checkpoint, to the end of the first step: the launcher,
-    imports, process group, engine, and whatever the first step compiles."""
+    """Old ranks are ended; from the start of a round to the end of its first step, which may compile: the
+    launcher, imports, process group, engine."""
     REPLAYED = 3
     """Steps that did not last: a later attempt took them again, or will have to."""
     PRODUCTIVE = 4
@@ -47,7 +47,8 @@ class Heading(IntEnum):
     RESTORE = 7
     """A checkpoint was found and read."""
     DETECT = 8
-    """From the last sign of life, where it is known, to the end of the round."""
+    """From the last sign of a rank that stood still to the end of the round. Where nobody knows since when,
+    the time until then counts as steps."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,23 @@ class Attempt:
 
 @dataclass(frozen=True)
 class RoundSpan:
-    """A round as the node with rank 0 saw it."""
+    """A round as one node saw it."""
 
     number: int
     begin_us: int
-    noticed_us: int | None
-    """When it was known that it had failed."""
+    seen_us: int | None
+    """When it was known to have ended; None while it runs."""
     silent_us: int
-    """Without a sign of life before that; 0 where nobody knows."""
+    """Before that, without a sign of the rank that stood still; 0 where nobody knows."""
     end_us: int | None
-    """None while it runs."""
-    goes_on: bool
-    """Whether its end is followed by another round without a scheduler's or a person's help."""
+    """When its ranks were gone; None while they may be there."""
+    ended: Event
+    """The event that says why; empty while it runs."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another round follows without the help of a scheduler or a person."""
+        return self.ended.get("reason") not in ("done", "leaving", "mistake")
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,7 @@ def attempts_of(journal: Iterable[Event]) -> list[Attempt]:
 
 
 def rounds_of(supervisors: Mapping[str, Sequence[Event]]) -> list[RoundSpan]:
-    """The rounds in the journals of all nodes, ascending; each by the node with rank 0 if it wrote of it."""
+    """The rounds in the journals of all nodes, ascending; each by the node that saw most of it."""
     by_round: dict[int, dict[str, list[Event]]] = {}
     for node, events in supervisors.items():
         for event in events:
@@ -141,8 +147,8 @@ def rounds_of(supervisors: Mapping[str, Sequence[Event]]) -> list[RoundSpan]:
         begun = {node: events for node, events in by_node.items() if events[0]["event"] == "round"}
         if begun:
             head = next(iter(begun.values()))[0]["nodes"][0]
-            events = begun.get(head) or next(iter(begun.values()))
-            found.append(_round(number, events, found[-1].begin_us if found else 0))
+            node = max(begun, key=lambda node: (_saw_the_end(begun[node]), node == head))
+            found.append(_round(number, begun[node], found[-1].begin_us if found else 0))
     return found
 
 
@@ -159,15 +165,18 @@ def ledger(
     attempts, rounds = attempts_of(journal), rounds_of(supervisors)
     signs_us = sorted(_micro(event["time_s"]) for events in supervisors.values() for event in events)
     times_us = [at_us for attempt in attempts for at_us, _ in attempt.events]
-    times_us += [us for r in rounds for us in (r.begin_us, r.end_us) if us is not None] + signs_us[:1]
+    times_us += [us for r in rounds for us in (r.begin_us, r.seen_us, r.end_us) if us is not None] + signs_us[
+        :1
+    ]
     begin_us = min(times_us, default=0)
     end_us = max(times_us, default=0) if until_s is None else max(begin_us, _micro(until_s))
     spans = _Spans(begin_us, end_us)
-    for before, span in zip((None, *rounds), rounds, strict=False):
+    for before, span, after in zip((None, *rounds), rounds, (*rounds[1:], None), strict=False):
         spans.paint(Heading.WAITING, _waits_since(before, span, signs_us), span.begin_us)
-        spans.paint(Heading.RESTART, span.begin_us, end_us if span.end_us is None else span.end_us)
-        if span.noticed_us is not None and span.end_us is not None:
-            spans.paint(Heading.DETECT, span.noticed_us - span.silent_us, span.end_us)
+        closed_us = after.begin_us if after else end_us
+        spans.paint(Heading.RESTART, span.begin_us, closed_us if span.end_us is None else span.end_us)
+        if span.seen_us is not None:
+            spans.paint(Heading.DETECT, max(span.begin_us, span.seen_us - span.silent_us), span.seen_us)
     for attempt, limit in zip(attempts, _lasting(attempts, alive), strict=True):
         at_work = alive and attempt is attempts[-1]
         _paint_attempt(spans, attempt, limit, end_us if at_work else _work_until(attempt, attempts, rounds))
@@ -189,17 +198,16 @@ def _times(events: Sequence[Event], earliest_us: int) -> list[int]:
     return times
 
 
+def _saw_the_end(events: Sequence[Event]) -> bool:
+    return any(event["event"] == "round_ended" for event in events)
+
+
 def _round(number: int, events: list[Event], earliest_us: int) -> RoundSpan:
     times = dict(zip([event["event"] for event in events], _times(events, earliest_us), strict=True))
-    by_name = {event["event"]: event for event in events}
-    return RoundSpan(
-        number,
-        times["round"],
-        times.get("noticed"),
-        _micro(by_name.get("noticed", {}).get("silent_s", 0.0)),
-        times.get("round_ended"),
-        by_name.get("round_ended", {}).get("reason") not in ("done", "leaving", "mistake"),
-    )
+    ended = next((event for event in events if event["event"] == "round_ended"), Event())
+    seen_us = times.get("round_ended")
+    silent_us = _micro(ended.get("details", {}).get("age_s", 0.0))
+    return RoundSpan(number, times["round"], seen_us, silent_us, times.get("ranks_gone", seen_us), ended)
 
 
 def _waits_since(before: RoundSpan | None, span: RoundSpan, signs_us: Sequence[int]) -> int:
@@ -233,11 +241,10 @@ def _work_until(attempt: Attempt, attempts: Sequence[Attempt], rounds: Sequence[
         return last_us
     for span in reversed(rounds):
         if span.begin_us <= attempt.begin_us:
-            later = [a for a in attempts if a.number > attempt.number and a.begin_us <= (span.end_us or 0)]
-            if later or span.end_us is None or attempt.begin_us > span.end_us:
+            later = [a for a in attempts if a.number > attempt.number and a.begin_us <= (span.seen_us or 0)]
+            if later or span.seen_us is None or attempt.begin_us > span.seen_us:
                 return last_us
-            seen_us = span.end_us if span.noticed_us is None else span.noticed_us - span.silent_us
-            return max(last_us, seen_us)
+            return max(last_us, span.seen_us - span.silent_us)
     return last_us
 
 

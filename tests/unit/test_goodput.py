@@ -57,10 +57,12 @@ SECOND = of_attempt(
 NODE0 = [
     event(1000.0, "joined"),
     event(1002.0, "round", round=1, nodes=["node0", "node1"]),
-    event(1050.0, "noticed", round=1, silent_s=6.0),
-    event(1052.0, "round_ended", round=1, reason="hung"),
+    event(1003.0, "ranks_started", round=1),
+    event(1050.0, "round_ended", round=1, reason="hung", details={"age_s": 6.0}),
+    event(1052.0, "ranks_gone", round=1),
     event(1055.0, "round", round=2, nodes=["node0", "node1"]),
-    event(1093.0, "round_ended", round=2, reason="done"),
+    event(1093.0, "round_ended", round=2, reason="done", details={}),
+    event(1093.5, "ranks_gone", round=2),
 ]
 
 
@@ -68,17 +70,17 @@ def test_a_restarted_run() -> None:
     found = ledger([*FIRST, *SECOND], {"node0": NODE0})
     assert spent_s(found) == {
         "WAITING": 2.0 + 3.0,  # for node1, and from the end of round 1 to round 2
-        # rounds 1 and 2 to the ends of their first steps without what was read, and the end of the launcher
-        "RESTART": (10.0 - 0.5) + (17.0 - 4.0) + 1.0,
+        # rounds 1 and 2 to the ends of their first steps without what was read, and their ranks' ends
+        "RESTART": (10.0 - 0.5) + 2.0 + (17.0 - 4.0) + 1.5,
         "RESTORE": 0.5 + 4.0,
         # steps 2 to 20 of 30, without a wait for data and a stall; then from step 21 to the last save
         "PRODUCTIVE": (19.0 - 0.5 - 0.25) + 17.0,
         "REPLAYED": 1044.0 - 1031.0,  # behind step 20, until the ranks were silent
         "DATA": 0.5,
         "CHECKPOINT": 0.25 + 3.0,
-        "DETECT": 6.0 + 2.0,
+        "DETECT": 6.0,
     }
-    assert found.goodput == (18.25 + 17.0) / 93.0
+    assert found.goodput == (18.25 + 17.0) / 93.5
 
 
 def test_a_run_without_supervisors() -> None:
@@ -111,8 +113,8 @@ def test_a_rollback_loses_the_steps_behind_its_checkpoint() -> None:
 
 
 def test_a_node_that_was_wanted_back_is_stopped_until_a_supervisor_is_there() -> None:
-    left = [*NODE0[:2], event(1042.0, "round_ended", round=1, reason="leaving")]
-    back = [event(1053.0, "joined"), *NODE0[4:]]
+    left = [*NODE0[:3], event(1042.0, "round_ended", round=1, reason="leaving")]
+    back = [event(1053.0, "joined"), *NODE0[5:]]
     found = spent_s(ledger([*FIRST, *SECOND], {"node0": left + back}))
     assert found["STOPPED"] == 1053.0 - 1042.0
     assert found["WAITING"] == 2.0 + 2.0
@@ -141,6 +143,13 @@ def test_a_round_is_told_by_the_node_with_rank_0() -> None:
     ahead = [{**e, "time_s": e["time_s"] + 500} for e in NODE0]
     assert rounds_of({"node1": ahead, "node0": NODE0}) == rounds_of({"node0": NODE0})
     assert [span.begin_us for span in rounds_of({"node1": ahead})] == [1502 * MICRO, 1555 * MICRO]
+
+
+def test_a_round_is_told_by_another_node_when_that_of_rank_0_was_lost() -> None:
+    lost = [e for e in NODE0 if e["event"] not in ("round_ended", "ranks_gone")]
+    assert rounds_of({"node0": lost, "node1": NODE0}) == rounds_of({"node0": NODE0})
+    found = spent_s(ledger([*FIRST, *SECOND], {"node0": lost}))
+    assert found["REPLAYED"] == 1041.0 - 1031.0  # nothing is known behind the last event
 
 
 def test_journals_without_a_monotonic_clock_can_be_read() -> None:
@@ -187,14 +196,14 @@ def of_rank_0(draw: st.DrawFn) -> Event:
 
 @st.composite
 def of_supervisor(draw: st.DrawFn) -> Event:
-    name = draw(st.sampled_from(["joined", "round", "ranks_started", "noticed", "round_ended"]))
+    name = draw(st.sampled_from(["joined", "round", "ranks_started", "round_ended", "ranks_gone"]))
     clocks = {"time_s": draw(SECONDS), "monotonic_s": draw(SECONDS), "event": name}
     if name == "joined":
         return clocks
     nodes = draw(st.permutations(["a", "b"]))
     reason = draw(st.sampled_from(["done", "failed", "leaving", "lost"]))
     number = draw(st.integers(1, 3))
-    return {**clocks, "round": number, "nodes": nodes, "reason": reason, "silent_s": draw(SECONDS)}
+    return {**clocks, "round": number, "nodes": nodes, "reason": reason, "details": {"age_s": draw(SECONDS)}}
 
 
 @given(
