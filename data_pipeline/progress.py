@@ -28,9 +28,10 @@ SHOWN = 5
 def listing_bar(console: Console) -> Iterator[inputs.Progress]:
     """A bar over the archives of an input while they are listed; none where images are files."""
     columns = (TextColumn("listing"), BarColumn(), MofNCompleteColumn(), TextColumn("archives, left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    hidden = not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("listing", visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=console.is_terminal)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 def report_listing(listing: Listing, console: Console) -> None:

@@ -179,7 +179,7 @@ def test_too_many_bad_inputs_stop_the_job_and_keep_what_was_done(
     assert first_try.returncode == 2
     assert "max_quarantined=0.026 allows 1" in first_try.stderr
     assert "n1/notes.txt (not a picture in a known format)" in first_try.stderr
-    assert "delete their shards as far as they are there (shards/00000.*, shards/00001.*)" in first_try.stderr
+    assert "delete their shards as far as they are there (shards/00001.*, shards/00002.*)" in first_try.stderr
     assert "Traceback" not in first_try.stderr
     assert {"00000.tar", "00000.idx", "00000.json"} <= kept.keys()
     assert not (folder / "latents/dataset.json").exists()
