@@ -177,6 +177,8 @@ def ledger(
         spans.paint(Heading.RESTART, span.begin_us, closed_us if span.end_us is None else span.end_us)
         if span.seen_us is not None:
             spans.paint(Heading.DETECT, max(span.begin_us, span.seen_us - span.silent_us), span.seen_us)
+    if rounds and rounds[-1].goes_on and rounds[-1].end_us is not None:
+        spans.paint(Heading.WAITING, rounds[-1].end_us, end_us)
     for attempt, limit in zip(attempts, _lasting(attempts, alive), strict=True):
         at_work = alive and attempt is attempts[-1]
         _paint_attempt(spans, attempt, limit, end_us if at_work else _work_until(attempt, attempts, rounds))

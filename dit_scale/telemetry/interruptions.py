@@ -1,0 +1,93 @@
+"""How often a run was interrupted, and why: from its journals alone. No torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dit_scale.telemetry.goodput import ENDS, MICRO, Attempt, Event, RoundSpan, attempts_of, rounds_of
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """An end of a round, or of an attempt, that was not the end of the run."""
+
+    at_s: float
+    """Seconds since 1970; of the last thing heard, where nobody saw the end."""
+    reason: str
+    """Of a round as its supervisors have it; else `rollback`, `stopped` or `gone`."""
+    node: str
+    """Empty where it is not known."""
+    rank: int | None
+    step: int | None
+    """Steps taken when it happened, as far as known; None when it had not come to steps."""
+    lost_steps: int
+    """Of them, how many are taken again."""
+    text: str
+
+
+def interruptions(journal: Sequence[Event], supervisors: Mapping[str, Sequence[Event]]) -> list[Interruption]:
+    """Every interruption that the journals tell of, in their order; what still runs is none."""
+    attempts, rounds = attempts_of(journal), rounds_of(supervisors)
+    by_round: dict[int, list[Attempt]] = {span.number: [] for span in rounds}
+    found: list[Interruption] = []
+    for attempt in attempts:
+        begun = [span for span in rounds if span.begin_us <= attempt.begin_us]
+        if begun and (begun[-1].seen_us is None or attempt.begin_us <= begun[-1].seen_us):
+            by_round[begun[-1].number].append(attempt)
+        elif attempt is not attempts[-1] or _ending(attempt)["event"] in ("waited", "rollback"):
+            found.append(_of_attempt(attempt, attempts))
+    for span in rounds:
+        of_span = by_round[span.number]
+        found += [_of_attempt(attempt, attempts) for attempt in of_span[:-1]]
+        if span.ended and span.ended["reason"] != "done":
+            found.append(_of_round(span, of_span[-1] if of_span else None, attempts))
+    return sorted(found, key=lambda one: one.at_s)
+
+
+def _of_attempt(attempt: Attempt, attempts: Sequence[Attempt]) -> Interruption:
+    """Of one whose end no supervisor saw."""
+    at_us, last = attempt.events[-1]
+    reason, text = {
+        "rollback": ("rollback", "steps failed; went back, and on without their samples"),
+        "waited": ("stopped", "on request, saved"),
+    }.get(last["event"], ("gone", "its process ended without a word"))
+    step = attempt.last_step
+    return Interruption(at_us / MICRO, reason, "", None, step, _lost(attempt, attempts, step), text)
+
+
+def _of_round(span: RoundSpan, attempt: Attempt | None, attempts: Sequence[Attempt]) -> Interruption:
+    ended: dict[str, Any] = span.ended
+    details = ended.get("details", {})
+    steps = [attempt.last_step] if attempt else []
+    steps += [details["step"]] if details.get("step") else []
+    step = max(steps, default=None)
+    lost = _lost(attempt, attempts, step) if attempt and step is not None else 0
+    at_s = (span.seen_us or span.begin_us) / MICRO
+    node, rank = ended.get("failed_node", ""), details.get("rank")
+    return Interruption(at_s, ended["reason"], node, rank, step, lost, ended.get("text", ""))
+
+
+def _lost(attempt: Attempt, attempts: Sequence[Attempt], step: int) -> int:
+    """Steps that the attempts after this one took again, or will have to."""
+    later = [other.first_step for other in attempts if other.number > attempt.number]
+    return max(0, step - (later[0] if later else committed_step(attempts)))
+
+
+def committed_step(attempts: Sequence[Attempt]) -> int:
+    """The newest step that the journal says is committed; 0 when it tells of none."""
+    names = [e["name"] for a in attempts for _, e in a.events if e["event"] == "checkpoint"]
+    return max((int(name.partition("-")[0]) for name in names), default=0)
+
+
+def is_done(attempts: Sequence[Attempt]) -> bool:
+    """Whether the last attempt came to the last step."""
+    return bool(attempts) and _ending(attempts[-1])["event"] == "done"
+
+
+def has_left(attempt: Attempt) -> bool:
+    """Whether an attempt ended by itself."""
+    return _ending(attempt)["event"] in ENDS
+
+
+def _ending(attempt: Attempt) -> Event:
+    return attempt.events[-1][1]
