@@ -29,6 +29,12 @@ the same way, 1 anything else.""",
     parser.add_argument("--node", help="name of this node, unlike all others (default: its host name)")
     parser.add_argument("--address", help="where the others reach it (default: its host name)")
     parser.add_argument("--lease-s", type=float, default=15.0, help="silence that means a node is lost")
+    parser.add_argument(
+        "--gather-s", type=float, default=3600.0, help="longest wait for the least number of nodes"
+    )
+    parser.add_argument(
+        "--grow-s", type=float, default=60.0, help="a round lasts so long before it lets nodes in"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -40,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
 
     config = load(TrainConfig, args.config, args.overrides)
     least, most = node_range(args.nodes)
-    policy = Policy(min_nodes=least, max_nodes=most, lease_s=args.lease_s)
+    policy = Policy(least, most, lease_s=args.lease_s, gather_s=args.gather_s, grow_s=args.grow_s)
     host = socket.gethostname()
     arguments = [args.config, *args.overrides]
     slots = args.slots or num_devices()

@@ -3,7 +3,7 @@
     elastic/join/<round>/<node>.json   who would take part in a round
     elastic/sealed/<round>.json        who does; put under a condition, so there is one answer
     elastic/ended/<round>.json         why it ended; likewise, the first reason counts
-    elastic/stalls/<round>/<node>.json what the ranks of a node did when one of them had stopped
+    elastic/reports/<round>/<node>.json how the ranks of a node stand, when they broke off or do not get on
     elastic/leases/<node>.json         a counter that a living supervisor moves on
 
 A round is one try to train with a fixed set of nodes. Clocks of different nodes are never compared.
@@ -41,6 +41,8 @@ class Round:
     members: tuple[Member, ...]
     committed_step: int
     """Newest one when it began; -1 when there was none."""
+    fruitless: int = 0
+    """Failures in a row before it, without a newer committed step."""
 
     @property
     def world(self) -> int:
@@ -126,7 +128,7 @@ class Board:
         if tree is None:
             return None
         members = tuple(Member(**member) for member in tree["members"])
-        return Round(tree["number"], members, tree["committed_step"])
+        return Round(**{**tree, "members": members})
 
     def end(self, ending: Ending) -> None:
         """Say why a round ended; an earlier reason stays."""
@@ -136,15 +138,20 @@ class Board:
         tree = self._read(f"elastic/ended/{number:06d}.json")
         return Ending(**{**tree, "reason": Reason(tree["reason"])}) if tree else None
 
-    def report_stall(self, number: int, node: str, ranks: list[dict[str, Any]]) -> None:
-        self._storage.write(f"elastic/stalls/{number:06d}/{node}.json", _dump({"ranks": ranks}))
+    def report(self, number: int, node: str, tree: dict[str, Any]) -> None:
+        """Say how the ranks of a node stand, in place of what was said before."""
+        self._storage.write(f"elastic/reports/{number:06d}/{node}.json", _dump(tree))
 
-    def stalls(self, number: int) -> list[dict[str, Any]]:
-        """What all nodes that noticed a stall say of their ranks."""
-        found: list[dict[str, Any]] = []
-        for key, _ in self._list(f"stalls/{number:06d}/"):
+    def take_back(self, number: int, node: str) -> None:
+        """They get on again."""
+        self._storage.delete(f"elastic/reports/{number:06d}/{node}.json")
+
+    def reports(self, number: int) -> dict[str, dict[str, Any]]:
+        """What the nodes say of their ranks, by node."""
+        found = {}
+        for key, _ in self._list(f"reports/{number:06d}/"):
             if tree := self._read(key):
-                found += tree["ranks"]
+                found[key.rpartition("/")[2].removesuffix(".json")] = tree
         return found
 
     def renew_lease(self, node: str, count: int) -> None:

@@ -37,6 +37,8 @@ class Verdict:
     error: str = ""
     """Class of the exception; empty when there was none."""
     message: str = ""
+    second_hand: bool = False
+    """The error only says that another rank does not answer."""
 
 
 def write_verdict(folder: Path, verdict: Verdict) -> None:

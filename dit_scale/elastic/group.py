@@ -11,20 +11,26 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from dit_scale.elastic.board import Reason, Round
 from dit_scale.elastic.exits import Exit, Verdict, read_verdict
-from dit_scale.elastic.heartbeat import FOLDER_VARIABLE, Beat, beat_path, read_beat
-from dit_scale.elastic.watch import Deadlines, Stall, find_stall
+from dit_scale.elastic.heartbeat import FOLDER_VARIABLE, Beat, Section, beat_path, read_beat
+from dit_scale.elastic.watch import Deadlines, Standing, culprit, standings
 
 MARK = "DIT_SCALE_GROUP"
 """Variable in the environment of every process of a group."""
 SUPERVISOR_VARIABLE = "DIT_SCALE_SUPERVISOR"
 """Environment variable with the process id of the supervisor, without whom ranks do not go on."""
+STACK_SIGNAL = signal.SIGUSR2
+"""Has a rank write the stacks of its threads down."""
+STACKS_S = 2.0
+"""Time that it has for it."""
+BLIND_S = 5.0
+"""After a longer time between two looks this process was stopped itself, and the ranks maybe with it."""
 END_S = 20.0
 """Time in which killed processes must be gone; a process in the kernel may take longer."""
 
@@ -36,6 +42,10 @@ class Outcome:
     reason: Reason
     text: str
     details: dict[str, Any] = field(default_factory=dict)
+    first_hand: bool = True
+    """False when it may follow from what happened to a rank of another node."""
+    node: str = ""
+    """Where; empty: on this one."""
 
 
 class Group(Protocol):
@@ -47,8 +57,15 @@ class Group(Protocol):
     def poll(self) -> Outcome | None:
         """How they ended; None while they get on."""
 
+    def quiet(self) -> tuple[Standing, ...]:
+        """Where they stand, when one of them has given no sign for longer than a step takes."""
+        return ()
+
     def ask_to_stop(self) -> None:
-        """Have them save and leave."""
+        """Have them save and leave; asked again as long as they are there."""
+
+    def keep_stacks(self) -> None:
+        """Write down what they are doing, before they are ended."""
 
     def stop(self) -> None:
         """End them now; when this returns nothing of them is left."""
@@ -57,17 +74,35 @@ class Group(Protocol):
 class LaunchedGroup:
     """Ranks under the `deepspeed` launcher."""
 
-    def __init__(self, command: Sequence[str], folder: Path, deadlines: Deadlines) -> None:
-        """`command` is what each rank runs, as arguments of the launcher: --module NAME ARGUMENTS."""
+    def __init__(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        deadlines: Deadlines,
+        record: Callable[..., None] = lambda event, **details: None,
+        stacks: Path | None = None,
+    ) -> None:
+        """`command` is what each rank runs, as arguments of the launcher: --module NAME ARGUMENTS.
+
+        Beats and verdicts are in `folder`, on this node; stacks of ranks that hung are kept in `stacks`.
+        """
         self._command, self._folder, self._deadlines = command, folder, deadlines
+        self._record, self._stacks = record, stacks
         self._mark = ""
         self._launcher: subprocess.Popen[bytes] | None = None
         self._ranks = range(0)
+        self._round = 0
+        self._looked_s = self._awake_s = 0.0
+        self._passed: list[str] = []
+        self._first_step = 0
+        self._beats: dict[int, Beat] = {}
         self.beats = folder
 
     def start(self, round_: Round, index: int) -> None:
         first = sum(member.slots for member in round_.members[:index])
         self._ranks = range(first, first + round_.members[index].slots)
+        self._round, self._passed, self._beats = round_.number, [], {}
+        self._looked_s = self._awake_s = time.monotonic()
         self.beats = self._folder / f"round-{round_.number:06d}"
         shutil.rmtree(self.beats, ignore_errors=True)
         self.beats.mkdir(parents=True)
@@ -87,45 +122,99 @@ class LaunchedGroup:
         )
 
     def poll(self) -> Outcome | None:
-        assert self._launcher is not None
+        if self._launcher is None:
+            return Outcome(Reason.LEAVING, "ended before their first step")
         launcher_gone = self._launcher.poll() is not None
-        beats = {rank: read_beat(beat_path(self.beats, rank)) for rank in self._ranks}
-        verdicts = {rank: read_verdict(self.beats, rank) for rank in self._ranks}
-        left = _judge(verdicts)
-        if left is not None:
-            return left
-        killed = [
-            f"rank {rank} (process {beat.pid}) was killed in {beat.section.name} of step {beat.step}"
-            for rank, beat in beats.items()
-            if beat is not None and verdicts[rank] is None and not is_alive(beat.pid)
-        ]
-        if killed:
-            return Outcome(Reason.FAILED, "; ".join(killed))
+        # A rank writes its verdict before it ends: who is found dead and has none was killed.
+        dead = [rank for rank, beat in self.ranks().items() if not is_alive(beat.pid)]
+        beats, verdicts = self.ranks(), self._verdicts()
+        self._note_progress(beats)
+        if outcome := _judge(verdicts, {rank: beats[rank] for rank in dead if verdicts[rank] is None}):
+            return outcome
         if launcher_gone:
-            # A rank writes its verdict before it ends, so those without one are alive or were killed.
-            return Outcome(Reason.FAILED, f"the launcher ended with code {self._launcher.returncode}")
-        stall = find_stall(beats, verdicts, self._deadlines, time.monotonic())
-        return _stalled(stall) if stall else None
+            code = self._launcher.returncode
+            return Outcome(Reason.FAILED, f"the launcher ended with code {code}, but not all of its ranks")
+        found = self._standings()
+        if not any(one.is_overdue for one in found):
+            return None
+        worst = culprit(found)
+        details = {"rank": worst.rank, "step": worst.step, "section": worst.section.name}
+        return Outcome(Reason.HUNG, str(worst), details, first_hand=False)
+
+    def quiet(self) -> tuple[Standing, ...]:
+        found = self._standings()
+        return tuple(found) if any(one.age_s > one.quiet_s for one in found) else ()
 
     def ranks(self) -> dict[int, Beat]:
-        """What the ranks of this node said last."""
-        found = {rank: read_beat(beat_path(self.beats, rank)) for rank in self._ranks}
-        return {rank: beat for rank, beat in found.items() if beat is not None}
+        """What the ranks of this node said last; one that writes at the moment, before that."""
+        for rank in self._ranks:
+            if (beat := read_beat(beat_path(self.beats, rank))) is not None:
+                self._beats[rank] = beat
+        return dict(self._beats)
 
     def ask_to_stop(self) -> None:
+        beats = self.ranks()
+        if len(beats) < len(self._ranks) or any(beat.section == Section.START for beat in beats.values()):
+            self.stop()  # no rank of any node has taken a step: there is nothing to save
+            return
+        for rank, beat in beats.items():
+            if self._verdicts()[rank] is None and is_alive(beat.pid):
+                _signal(beat.pid, signal.SIGUSR1)
+
+    def keep_stacks(self) -> None:
+        waiting = {rank: stack_path(self.beats, rank) for rank in self.ranks()}
         for beat in self.ranks().values():
-            if is_alive(beat.pid):
-                os.kill(beat.pid, signal.SIGUSR1)
+            _signal(beat.pid, STACK_SIGNAL)
+            _signal(beat.pid, signal.SIGCONT)  # a stopped one writes first of all when it goes on
+        end_s = time.monotonic() + STACKS_S
+        while any(not _size(path) for path in waiting.values()) and time.monotonic() < end_s:
+            time.sleep(0.02)
+        if self._stacks is not None:
+            for rank, path in waiting.items():
+                target = self._stacks / f"round-{self._round:06d}-rank-{rank:05d}.stack"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
 
     def stop(self) -> None:
         end_s = time.monotonic() + END_S
         while self._mark and (left := marked(self._mark)) and time.monotonic() < end_s:
             for pid in left:
-                _kill(pid)
+                _signal(pid, signal.SIGKILL)
             time.sleep(0.02)
         if self._launcher is not None:
             self._launcher.wait()
             self._launcher = None
+
+    def _verdicts(self) -> dict[int, Verdict | None]:
+        return {rank: read_verdict(self.beats, rank) for rank in self._ranks}
+
+    def _standings(self) -> list[Standing]:
+        now_s = time.monotonic()
+        if now_s - self._looked_s > BLIND_S:
+            self._awake_s = now_s
+        self._looked_s = now_s
+        said = self.ranks()
+        beats = {rank: said.get(rank) for rank in self._ranks}
+        return standings(beats, self._verdicts(), self._deadlines, now_s, self._awake_s)
+
+    def _note_progress(self, beats: Mapping[int, Beat]) -> None:
+        """Write into the journal how far the start is: what a restart costs is in the times between."""
+        if len(beats) < len(self._ranks) or "first_step" in self._passed:
+            return
+        least = min(beat.section if beat.step == 0 else Section.DATA for beat in beats.values())
+        step = min(beat.step for beat in beats.values())
+        reached = ["first_beat"]
+        if least >= Section.RESTORE:
+            reached.append("engine_ready")
+        if least >= Section.DATA:
+            reached.append("restored")
+            if "restored" in self._passed and step > self._first_step:
+                reached.append("first_step")
+        for event in reached:
+            if event not in self._passed:
+                self._passed.append(event)
+                self._record(event, round=self._round, step=step)
+                self._first_step = step
 
     def _variables(self) -> Mapping[str, str]:
         return {
@@ -135,15 +224,22 @@ class LaunchedGroup:
         }
 
 
-def _judge(verdicts: Mapping[int, Verdict | None]) -> Outcome | None:
-    """What the verdicts alone tell: the end of all ranks, or the error of one."""
+def _judge(verdicts: Mapping[int, Verdict | None], killed: Mapping[int, Beat]) -> Outcome | None:
+    """What verdicts and deaths tell: the end of all ranks, or why one broke off."""
     said = [verdict for verdict in verdicts.values() if verdict is not None]
-    for code, reason in ((Exit.DO_NOT_RESTART, Reason.MISTAKE), (Exit.MISTAKE, Reason.MISTAKE)):
-        if wrong := [verdict for verdict in said if verdict.code == code]:
-            return Outcome(reason, f"rank {wrong[0].rank}: {wrong[0].message}")
-    if wrong := [verdict for verdict in said if verdict.code not in (Exit.DONE, Exit.REQUEUE)]:
-        texts = [f"rank {verdict.rank}: {verdict.error}: {verdict.message}" for verdict in wrong]
-        return Outcome(Reason.FAILED, "; ".join(texts), {"step": wrong[0].step})
+    if wrong := [verdict for verdict in said if verdict.code in (Exit.DO_NOT_RESTART, Exit.MISTAKE)]:
+        return _failed(Reason.MISTAKE, wrong[:1])
+    if killed:
+        texts = [
+            f"rank {rank} (process {beat.pid}) was killed in {beat.section.name} of step {beat.step}"
+            for rank, beat in killed.items()
+        ]
+        rank, beat = next(iter(killed.items()))
+        details = {"rank": rank, "step": beat.step, "section": beat.section.name}
+        return Outcome(Reason.FAILED, "; ".join(texts), details)
+    broken = [verdict for verdict in said if verdict.code not in (Exit.DONE, Exit.REQUEUE)]
+    if broken:
+        return _failed(Reason.FAILED, [one for one in broken if not one.second_hand] or broken[:1])
     if len(said) < len(verdicts):
         return None
     if all(verdict.code == Exit.DONE for verdict in said):
@@ -151,16 +247,30 @@ def _judge(verdicts: Mapping[int, Verdict | None]) -> Outcome | None:
     return Outcome(Reason.LEAVING, f"saved at step {said[0].step} and stopped")
 
 
-def _stalled(stall: Stall) -> Outcome:
-    return Outcome(Reason.HUNG, str(stall), {"rank": stall.rank, "step": stall.step})
+def _failed(reason: Reason, verdicts: Sequence[Verdict]) -> Outcome:
+    texts = [f"rank {verdict.rank}: {verdict.error}: {verdict.message}" for verdict in verdicts]
+    first = verdicts[0]
+    details = {"rank": first.rank, "step": first.step}
+    return Outcome(reason, "; ".join(texts), details, first_hand=not first.second_hand)
+
+
+def stack_path(folder: Path, rank: int) -> Path:
+    """Where a rank writes the stacks of its threads when it is asked to."""
+    return folder / f"stack-{rank:05d}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _shield() -> None:
-    """In the launcher before it starts: a scheduler's SIGTERM to all processes is for the ranks alone.
+    """In the launcher before it starts: a scheduler's signals to all processes are for the ranks alone.
 
-    A blocked signal stays blocked over exec and in children; ranks take it again.
+    The launcher handles SIGTERM, so it is blocked, which stays so over exec and in children until ranks
+    take it again; SIGUSR1 it would die of, so it is ignored until ranks set their own handler.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def marked(mark: str) -> list[int]:
@@ -185,8 +295,8 @@ def is_alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-def _kill(pid: int) -> None:
+def _signal(pid: int, number: signal.Signals) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except ProcessLookupError:
         return  # it was quicker

@@ -13,14 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
+
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.manifest import step_and_attempt
 from dit_scale.config import TrainConfig, dump
+from dit_scale.data.order import Order, positions_of
+from dit_scale.data.shards import read_info
 from dit_scale.elastic.board import Board, Member
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.group import LaunchedGroup
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
-from dit_scale.elastic.watch import Deadlines
+from dit_scale.elastic.watch import NOTICE_S, Deadlines
 from dit_scale.errors import ConfigError
 from dit_scale.storage import Storage, open_storage
 from dit_scale.telemetry.sinks import Journal
@@ -57,9 +61,19 @@ def launch(
         journal.write(event, node=node, **details)
 
     me = Member(node, secrets.token_hex(8), address, free_port(), slots, digest(config))
-    world = Surroundings(time.monotonic, lambda: committed_step(root), lambda: wanted_back.is_up, say, record)
+    world = Surroundings(
+        time.monotonic,
+        lambda: committed_step(root),
+        lambda: wanted_back.is_up,
+        say,
+        record,
+        free_port,
+        lambda step: samples_of(config, root, step),
+    )
+    deadlines = Deadlines(data_s=config.data.deadline_s + NOTICE_S)
+    command = ["--module", MODULE, "train", *arguments]
     with tempfile.TemporaryDirectory(prefix="dit-scale-") as beats:
-        group = LaunchedGroup(["--module", MODULE, "train", *arguments], Path(beats), Deadlines())
+        group = LaunchedGroup(command, Path(beats), deadlines, record, folder / "stacks")
         return drive(Supervisor(me, Board(root), group, policy, world).run())
 
 
@@ -80,6 +94,19 @@ def committed_step(root: Storage) -> int:
     """Of the newest checkpoint; -1 when there is none."""
     paths = attempts.committed(root)
     return step_and_attempt(paths[0])[0] if paths else -1
+
+
+def samples_of(config: TrainConfig, root: Storage, step: int) -> list[int]:
+    """The ids of the samples of the step after so many steps, damaged ones not yet replaced."""
+    info = read_info(open_storage(config.data.url))
+    sizes = [shard.samples for shard in info.shards]
+    attempt = attempts.newest(root)
+    indices = np.arange(step * config.global_batch, (step + 1) * config.global_batch, dtype=np.int64)
+    positions = positions_of(indices, attempt.excluded_positions if attempt else ())
+    ids: list[int] = (
+        Order(info.samples, config.seed, sizes, config.data.window_shards).ids(positions).tolist()
+    )
+    return ids
 
 
 def digest(config: TrainConfig) -> str:

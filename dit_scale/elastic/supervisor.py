@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from dit_scale.elastic.board import FRUITLESS, SAVING, Board, Ending, Member, Reason, Round
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.group import Group, Outcome
+from dit_scale.elastic.hearing import Hearing
 
 Wait = Generator[float, None, Exit]
 
@@ -52,7 +53,11 @@ class Surroundings:
     """Whether the scheduler has asked for this node."""
     say: Callable[[str], None]
     record: Callable[..., None] = field(default=lambda event, **details: None)
-    """Writes an event into the journal of the run."""
+    """Writes an event into the journal of this supervisor."""
+    free_port: Callable[[], int] = field(default=lambda: 29500)
+    """A port of this node that nobody listens on; asked for before every round."""
+    samples_of: Callable[[int], list[int]] = field(default=lambda step: [])
+    """The ids of the samples of the step after so many steps."""
 
 
 class Supervisor:
@@ -61,7 +66,6 @@ class Supervisor:
     def __init__(self, me: Member, board: Board, group: Group, policy: Policy, world: Surroundings) -> None:
         self._me, self._board, self._group = me, board, group
         self._policy, self._world = policy, world
-        self._fruitless = 0
         self._lease, self._lease_renewed_s = 0, float("-inf")
         self._neighbour = Neighbour("", -1, 0.0)
 
@@ -69,14 +73,25 @@ class Supervisor:
         """The whole life; returns the exit code."""
         number = self._board.newest()
         before = self._board.sealed(number) if number else None
-        if before is not None and self._was_member_before(before):
+        ending = self._board.ending(number) if number else None
+        if ending is not None and ending.reason == Reason.DONE and self._is_same_run(before):
+            self._world.say(f"the run is done: {ending.text}")
+            return Exit.DONE
+        if before is not None and ending is None and self._was_member_before(before):
+            self._join(number + 1)  # first, so that the others wait for this node
             self._end(number, Reason.LOST, "its supervisor was started again")
+        begun_after = ending is None
         while True:
-            ending = yield from self._wait_for_end(number)
-            if isinstance(ending, Exit):
-                return ending
-            if ending is not None and (code := self._conclude(ending)) is not None:
-                return code
+            if begun_after:  # what ended before this start was for a person to see and mend
+                said = yield from self._wait_for_end(number)
+                if isinstance(said, Exit):
+                    return said
+                if said is not None and (code := self._conclude(said)) is not None:
+                    return code
+                ending = said
+            begun_after = True
+            if self._world.wanted_back():
+                return Exit.REQUEUE
             found = yield from self._gather(number + 1, before, ending)
             if isinstance(found, Exit):
                 return found
@@ -87,11 +102,16 @@ class Supervisor:
     def _was_member_before(self, round_: Round) -> bool:
         """Whether this node takes part in a round that goes on, by an earlier start of its supervisor."""
         index = round_.index_of(self._me.node)
-        return (
-            index is not None
-            and round_.members[index].boot != self._me.boot
-            and self._board.ending(round_.number) is None
-        )
+        return index is not None and round_.members[index].boot != self._me.boot
+
+    def _is_same_run(self, round_: Round | None) -> bool:
+        """Whether a round was of the configuration that this node has."""
+        return round_ is not None and round_.members[0].config_sha256 == self._me.config_sha256
+
+    def _join(self, number: int) -> None:
+        """Ask to take part in a round, with a port that is free now."""
+        self._me = replace(self._me, port=self._world.free_port())
+        self._board.join(number, self._me)
 
     # Between two rounds
 
@@ -102,7 +122,7 @@ class Supervisor:
         told = False
         while (ending := self._board.ending(number)) is None:
             if not told:
-                self._board.join(number + 1, self._me)
+                self._join(number + 1)
                 self._world.say(f"round {number} runs without this node, which waits for the next one")
                 told = True
             if self._world.wanted_back():
@@ -120,24 +140,39 @@ class Supervisor:
             return Exit.DO_NOT_RESTART
         sealed = self._board.sealed(ending.round)
         assert sealed is not None
-        if ending.committed_step > sealed.committed_step:
-            self._fruitless = 0
-        if ending.reason in FRUITLESS:
-            self._fruitless += 1
-        if self._fruitless >= self._policy.max_fruitless:
-            self._world.say(
-                f"{self._fruitless} failures in a row without a checkpoint newer than step "
-                f"{sealed.committed_step}: no further try. The last one: {ending.text}"
-            )
+        if fruitless_after(sealed, ending) >= self._policy.max_fruitless:
+            self._give_up(sealed, ending)
             return Exit.DO_NOT_RESTART
         return Exit.REQUEUE if self._world.wanted_back() else None
+
+    def _give_up(self, sealed: Round, ending: Ending) -> None:
+        """Say, and write into the journal, what a person needs to mend it."""
+        rank, step = ending.details.get("rank"), ending.details.get("step")
+        samples = self._world.samples_of(step) if step is not None else []
+        failures = fruitless_after(sealed, ending)
+        self._world.record(
+            "gave_up",
+            round=ending.round,
+            failures=failures,
+            committed_step=sealed.committed_step,
+            node=ending.node,
+            rank=rank,
+            after_step=step,
+            sample_ids=samples,
+            text=ending.text,
+        )
+        self._world.say(
+            f"{failures} failures in a row without a checkpoint newer than step {sealed.committed_step}: no "
+            f"further try. The last one, of rank {rank} on {ending.node} after step {step}: {ending.text}. "
+            f"The samples of the step that it was in: {', '.join(map(str, samples))}"
+        )
 
     def _gather(
         self, number: int, before: Round | None, ending: Ending | None
     ) -> Generator[float, None, Round | Exit]:
         """Join a round and wait until its members are fixed, by this node or another."""
         policy, begin_s = self._policy, self._world.clock()
-        self._board.join(number, self._me)
+        self._join(number)
         expected = _expected(before, ending)
         names: list[str] = []
         changed_s = begin_s
@@ -154,7 +189,7 @@ class Supervisor:
             if len(names) >= policy.min_nodes and (complete or settled):
                 wait_s = policy.patience_s + (0 if complete else policy.settle_s)
                 my_turn = names[0] == self._me.node or now_s - changed_s > wait_s
-                if my_turn and self._seal(number, names):
+                if my_turn and self._seal(number, names, before, ending):
                     continue
             elif now_s - begin_s > policy.gather_s:
                 self._world.say(
@@ -165,13 +200,16 @@ class Supervisor:
             yield self._rest()
         return sealed
 
-    def _seal(self, number: int, names: list[str]) -> bool:
+    def _seal(self, number: int, names: list[str], before: Round | None, ending: Ending | None) -> bool:
         """Fix the members of a round; True when they are fixed, by whomever."""
         members = [self._board.member(number, name) for name in names[: self._policy.max_nodes]]
         if any(member is None for member in members):
             return False  # one withdrew just now
         fixed = tuple(member for member in members if member is not None)
-        self._board.seal(Round(number, fixed, self._world.committed_step()))
+        fruitless = fruitless_after(before, ending) if before and ending else 0
+        if fruitless >= self._policy.max_fruitless:
+            fruitless = 0  # a person has started it again
+        self._board.seal(Round(number, fixed, self._world.committed_step(), fruitless))
         odd = [member.node for member in fixed if member.config_sha256 != fixed[0].config_sha256]
         if odd:
             text = f"the configuration of {', '.join(odd)} differs from that of {fixed[0].node}"
@@ -187,36 +225,59 @@ class Supervisor:
         self._world.record("round", round=round_.number, nodes=[m.node for m in round_.members])
         begin_s = self._world.clock()
         self._neighbour = self._watch(round_, index)
-        if self._board.ending(round_.number) is None:
-            self._group.start(round_, index)
+        self._hearing = Hearing(self._board, round_, self._me.node, self._policy.lease_s / 2)
         try:
+            if self._board.ending(round_.number) is None:
+                self._group.start(round_, index)
+                self._world.record("ranks_started", round=round_.number)
             while (ending := self._board.ending(round_.number)) is None:
                 self._look(round_, index, begin_s)
                 yield self._rest()
-            self._world.record("round_ended", round=round_.number, reason=ending.reason, text=ending.text)
+            self._world.record(
+                "round_ended",
+                round=round_.number,
+                reason=ending.reason,
+                failed_node=ending.node,
+                text=ending.text,
+                details=ending.details,
+            )
+            if ending.reason == Reason.HUNG:
+                self._group.keep_stacks()
             if ending.reason in (*SAVING, Reason.DONE):
                 yield from self._let_leave(ending)
         finally:
             self._group.stop()
+            self._world.record("ranks_gone", round=round_.number)
 
     def _look(self, round_: Round, index: int, begin_s: float) -> None:
         """End the round when there is a reason that this node sees."""
         number = round_.number
         if self._world.wanted_back():
             self._end(number, Reason.LEAVING, "the scheduler wants the node back")
-        elif (outcome := self._group.poll()) is not None:
+        elif (outcome := self._find_cause()) is not None:
             self._end_by(number, outcome)
         elif (lost := self._lost_neighbour()) is not None:
             self._board.end(self._ending(number, Reason.LOST, "its supervisor gives no sign", lost))
         elif index == 0 and self._may_grow(round_, begin_s):
             self._end(number, Reason.GROWING, "further nodes are waiting")
 
+    def _find_cause(self) -> Outcome | None:
+        """Why the ranks broke off or stand still; None while they get on, or other nodes are to be heard."""
+        outcome = self._group.poll()
+        if outcome is not None and outcome.first_hand:
+            return outcome
+        self._hearing.say(outcome, self._group.quiet())
+        if outcome is None:
+            self._hearing.forget()
+            return None
+        return self._hearing.judge(self._world.clock())
+
     def _let_leave(self, ending: Ending) -> Generator[float, None, None]:
         """Wait for the ranks to leave by themselves, with their state saved."""
         deadline_s = self._world.clock() + self._policy.save_s
-        if ending.reason in SAVING:
-            self._group.ask_to_stop()
         while self._group.poll() is None:
+            if ending.reason in SAVING:
+                self._group.ask_to_stop()
             if self._world.clock() > deadline_s:
                 self._world.say(f"the ranks did not leave within {self._policy.save_s:g} s and are ended")
                 return
@@ -232,7 +293,7 @@ class Supervisor:
         )
 
     def _end_by(self, number: int, outcome: Outcome) -> None:
-        ending = self._ending(number, outcome.reason, outcome.text, self._me.node)
+        ending = self._ending(number, outcome.reason, outcome.text, outcome.node or self._me.node)
         self._board.end(replace(ending, details=outcome.details))
 
     def _end(self, number: int, reason: Reason, text: str) -> None:
@@ -274,6 +335,12 @@ class Neighbour:
     node: str
     count: int
     since_s: float
+
+
+def fruitless_after(round_: Round, ending: Ending) -> int:
+    """Failures in a row, up to the end of a round, without a newer committed step."""
+    before = 0 if ending.committed_step > round_.committed_step else round_.fruitless
+    return before + (ending.reason in FRUITLESS)
 
 
 def _expected(before: Round | None, ending: Ending | None) -> set[str]:

@@ -1,6 +1,10 @@
-"""When a rank has stopped: deadlines by section, from the beats alone."""
+"""When a rank has stopped: deadlines by section, from the beats alone.
 
-from collections.abc import Mapping
+A rank that waits for others is not to blame, and the deadline that counts is that of the one they wait for:
+so a node that finds nothing but old beats says so, and `culprit` judges over the ranks of all nodes.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +12,11 @@ from dit_scale.elastic.exits import Verdict
 from dit_scale.elastic.heartbeat import Beat, Section
 
 SHORTEST_S = 10.0
-"""No deadline of a step is shorter."""
+"""No step is given less time before it counts as stopped."""
 TIMES_P99 = 3.0
 """A step may take this many times the 99th percentile of the steps before."""
+NOTICE_S = 2.0
+"""Of that time, what it takes to look and to hear the other nodes."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +28,13 @@ class Deadlines:
     restore_s: float = 3600.0
     save_s: float = 3600.0
     """Of the wait for a commit."""
-    data_s: float = 300.0
-    """The loader gives up by itself before that."""
+    data_s: float = 330.0
+    """Longer than the loader waits before it gives up by itself."""
     shortest_s: float = SHORTEST_S
+
+    def quiet(self, beat: Beat) -> float:
+        """How long a beat may be the last one before it is worth a look at all ranks."""
+        return max(self.shortest_s, TIMES_P99 * beat.p99_s) - NOTICE_S
 
     def of(self, beat: Beat) -> float:
         """How long this beat may be the last one."""
@@ -37,22 +47,31 @@ class Deadlines:
                 return self.save_s
         if beat.p99_s == 0:
             return self.start_s
-        step_s = max(self.shortest_s, TIMES_P99 * beat.p99_s)
-        return max(step_s, self.data_s) if beat.section == Section.DATA else step_s
+        return max(self.quiet(beat), self.data_s) if beat.section == Section.DATA else self.quiet(beat)
 
 
 @dataclass(frozen=True)
-class Stall:
-    """A rank that does not get on."""
+class Standing:
+    """Where a rank stands, and for how long."""
 
     rank: int
     pid: int
+    """0 before its first beat."""
     section: Section
     step: int
+    """Steps taken."""
     age_s: float
     """Since its last beat."""
-    stopped: bool
+    limit_s: float
+    """How old that may become."""
+    quiet_s: float = 0.0
+    """From which age on it is worth a look at all ranks."""
+    stopped: bool = False
     """Whether the kernel says that the process stands still, and not that it waits."""
+
+    @property
+    def is_overdue(self) -> bool:
+        return self.age_s > self.limit_s
 
     def __str__(self) -> str:
         state = "is stopped" if self.stopped else "does not get on"
@@ -62,35 +81,42 @@ class Stall:
         )
 
 
-def find_stall(
+def standings(
     beats: Mapping[int, Beat | None],
     verdicts: Mapping[int, Verdict | None],
     deadlines: Deadlines,
     now_s: float,
-) -> Stall | None:
-    """The rank that holds the others up, when one is over its deadline; None when all get on."""
-    running = {rank: beat for rank, beat in beats.items() if beat is not None and verdicts[rank] is None}
-    if not any(now_s - beat.at_s > deadlines.of(beat) for beat in running.values()):
-        return None
-    stalls = [
-        Stall(rank, beat.pid, beat.section, beat.step, now_s - beat.at_s, is_stopped(beat.pid))
-        for rank, beat in running.items()
-    ]
-    return culprit(stalls)
+    began_s: float,
+) -> list[Standing]:
+    """Of the ranks that have not ended; of one that never said a word since the group began, too.
+
+    `began_s` may also be a later time up to which nobody could look: no beat counts as older than that.
+    """
+    found = []
+    for rank, beat in beats.items():
+        if verdicts[rank] is not None:
+            continue
+        beat = beat or Beat(0, Section.START, 0, began_s)
+        stopped = beat.pid != 0 and is_stopped(beat.pid)
+        quiet_s = deadlines.quiet(beat)
+        limit_s = quiet_s if stopped else deadlines.of(beat)
+        age_s = now_s - max(beat.at_s, began_s)
+        found.append(Standing(rank, beat.pid, beat.section, beat.step, age_s, limit_s, quiet_s, stopped))
+    return found
 
 
-def culprit(stalls: list[Stall]) -> Stall:
+def culprit(found: Iterable[Standing]) -> Standing:
     """Of ranks that all stand still, the one that the others wait for.
 
     A stopped process first. Else the one that is least far: the others came as far as they could without
     it, so in the same step and section it is who has been there longest.
     """
-    return min(stalls, key=lambda stall: (not stall.stopped, stall.step, stall.section, -stall.age_s))
+    return min(found, key=lambda one: (not one.stopped, one.step, one.section, -one.age_s))
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is in the state T: it got SIGSTOP, or a debugger has it."""
+    """Whether a process got SIGSTOP. One that a debugger looks at, in the state t, did not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False
