@@ -18,8 +18,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.needs import needs
@@ -94,6 +94,8 @@ class Slurm:
     """A running cluster; its nodes are node1, node2, ..."""
 
     folder: Path
+    daemons: "Mapping[str, subprocess.Popen[bytes]]" = field(default_factory=dict)
+    """slurmd by node."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -143,6 +145,27 @@ class Slurm:
             time.sleep(0.2)
         return found["JobState"], int(found["ExitCode"].partition(":")[0])
 
+    def kill_daemon(self, node: str) -> None:
+        """SIGKILL for the slurmd of a node: its steps go on, and nobody can reach them any more."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+
+
+def processes(job: int, node: str) -> list[int]:
+    """What runs of a job on a node, SLURM's own processes for its steps included."""
+    found = set()
+    wanted = {f"SLURM_JOB_ID={job}", f"SLURMD_NODENAME={node}"}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if wanted <= set((folder / "environ").read_bytes().decode(errors="replace").split("\0")):
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                found |= {int(folder.name), *_stepd(parent)}
+    return sorted(found)
+
+
+def _stepd(pid: int) -> list[int]:
+    return [pid] if Path(f"/proc/{pid}/cmdline").read_text().startswith("slurmstepd") else []
+
 
 @contextmanager
 def slurm_cluster(nodes: int, node: Node | None = None) -> Iterator[Slurm]:
@@ -157,7 +180,7 @@ def slurm_cluster(nodes: int, node: Node | None = None) -> Iterator[Slurm]:
         daemons = _Daemons(folder, stack)
         try:
             daemons.start(nodes, node or Node())
-            slurm = Slurm(folder)
+            slurm = Slurm(folder, daemons.by_node)
             _wait_for_nodes(slurm, nodes)
         except SlurmError as error:
             logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("log/*")))
@@ -171,6 +194,7 @@ class _Daemons:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
+        self.by_node: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, nodes: int, node: Node) -> None:
         folder = self._folder
@@ -190,7 +214,8 @@ class _Daemons:
         configuration = ["-D", "-f", str(folder / "slurm.conf")]
         self._daemon("slurmctld", *configuration, "-i")
         for number in range(1, nodes + 1):
-            self._daemon("slurmd", *configuration, "-N", f"node{number}")
+            name = f"node{number}"
+            self.by_node[name] = self._daemon("slurmd", *configuration, "-N", name)
 
     def _configure(self, nodes: int, node: Node) -> None:
         folder, host = self._folder, socket.gethostname().partition(".")[0]
@@ -214,7 +239,7 @@ class _Daemons:
         gpus = f"Name=gpu File={folder}/nvidia[0-{node.gpus - 1}]\n" if node.gpus else ""
         (folder / "gres.conf").write_text(gpus)
 
-    def _daemon(self, program: str, *arguments: str, log: str | None = None) -> None:
+    def _daemon(self, program: str, *arguments: str, log: str | None = None) -> "subprocess.Popen[bytes]":
         """Start it in the foreground, as a child that the kernel ends when this process dies."""
         path = _find(program)
         assert path is not None
@@ -227,6 +252,7 @@ class _Daemons:
                 env={k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RAY_"))},
             )
         self._stack.callback(_end, process)
+        return process
 
 
 def _end(daemon: "subprocess.Popen[bytes]") -> None:

@@ -1,0 +1,135 @@
+# Training on the nodes of a SLURM job: sourced by cluster/slurm_xl2_*.sh, which say what is trained.
+# shellcheck shell=bash
+#
+#   sbatch [OPTIONS] cluster/slurm_xl2_512.sh [--config FILE] [key=value ...]
+#
+# A supervisor (`dit-scale launch`) runs on each node under srun; no ssh, no MPI. Submit from the root of the
+# project (or with --chdir=ROOT), which all nodes must see, as they must see `run` and `data.url`. Options
+# given to sbatch win over those in the script. Take whole nodes: --exclusive if not all of their GPUs.
+#
+# The environment (PATH, AWS_*, WANDB_*, NCCL_*) is the one at submission. Set in addition, where needed:
+#
+#   DIT_SCALE_ENV=$HOME/env.sh   sourced first, on the first node: `module load`, `conda activate`, a venv
+#   SRUN_ARGS="--container-image=IMAGE --container-mounts=..."   for pyxis, or anything else for srun
+#   MIN_NODES=4                  with fewer nodes than that it does not train; default: half of those it got
+#   MAX_RESTARTS=50              no further start after so many when it ends with an error
+#   LEAVE_S=240                  time to save in; shorter than the time of --signal
+#   WATCH_S=30                   between two looks at what SLURM says of the job
+#
+# What happens when
+#   the time limit is near, or it is preempted   it saves, and queues itself again
+#   a node is lost          it goes on with the others; with fewer than MIN_NODES, or when it was the node of
+#                           this script, it saves and queues itself again
+#   an error                it queues itself again, MAX_RESTARTS times
+#   a mistake (2), or a run that fails in the same way again and again (93)   it fails; the log says why
+
+# shellcheck source=/dev/null
+[ -z "${DIT_SCALE_ENV:-}" ] || source "$DIT_SCALE_ENV" || exit
+set -euo pipefail
+
+if [ "${1:-}" = --config ]; then
+    config=${2:?--config needs a file}
+    shift 2
+fi
+if ! [ -f "$config" ]; then
+    echo "error: no $config in $PWD; submit from the root of the project" >&2
+    exit 2
+fi
+# shellcheck source=cluster/nccl_env.sh
+source cluster/nccl_env.sh
+
+export PYTHONUNBUFFERED=1 MIN_NODES="${MIN_NODES:-$(((SLURM_JOB_NUM_NODES + 1) / 2))}"
+export MAX_RESTARTS="${MAX_RESTARTS:-50}" LEAVE_S="${LEAVE_S:-240}" WATCH_S="${WATCH_S:-30}"
+
+# The exit code of a child, also when signals come while it runs.
+wait_out() {
+    while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+    wait "$1"
+}
+
+# What SLURM says of the job or of a node: says WHAT NAME FIELD; empty where it says nothing.
+says() {
+    scontrol --oneliner show "$1" "$2" 2>/dev/null | sed -n "s/.* $3=\([^ ]*\).*/\1/p"
+}
+
+# One of: ok; not_ours, when this node is not of the job any more; no_script, when the node with the batch
+# script is lost; too_few.
+allocation() {
+    local nodes
+    nodes=$(says job "$SLURM_JOB_ID" NodeList)
+    [ -n "$nodes" ] || { echo ok; return; }  # no answer, or no scontrol inside a container
+    nodes=$(scontrol show hostnames "$nodes")
+    if [ "$(says job "$SLURM_JOB_ID" Restarts)" != "${SLURM_RESTART_COUNT:-0}" ]; then echo not_ours
+    elif ! grep -qx "$SLURMD_NODENAME" <<<"$nodes"; then echo not_ours
+    elif ! grep -qx "$(says job "$SLURM_JOB_ID" BatchHost)" <<<"$nodes"; then echo no_script
+    elif [ "$(wc -l <<<"$nodes")" -lt "$MIN_NODES" ]; then echo too_few
+    else echo ok; fi
+}
+
+# Ask a process to save and leave when the allocation is not what it was. SLURM takes a node that died out of
+# the allocation, gives none for it, and leaves what still runs there, and this script, to themselves.
+watch_allocation() {
+    local found
+    while sleep "$WATCH_S" && kill -0 "$1" 2>/dev/null; do
+        found=$(allocation)
+        [ "$found" != ok ] || continue
+        echo "[$SLURMD_NODENAME] the allocation has changed ($found): saving and leaving" >&2
+        kill -USR1 "$1"
+        return
+    done
+}
+
+# The supervisor of this node. srun hands signals to every process of a step.
+supervise() {
+    local supervisor watcher code=0 address
+    address=$(says node "$SLURMD_NODENAME" NodeAddr)
+    dit-scale launch "$@" --node "$SLURMD_NODENAME" --address "${address:-$SLURMD_NODENAME}" &
+    supervisor=$!
+    trap : USR1 TERM
+    (trap '' USR1 TERM; watch_allocation "$supervisor") &
+    watcher=$!
+    wait_out "$supervisor" || code=$?
+    kill -KILL "$watcher" 2>/dev/null
+    [ "$(allocation)" != no_script ] || conclude "$code" || scancel "$SLURM_JOB_ID"
+    return "$code"
+}
+
+# Queue the job again, or fail when that is of no use, given the exit code of its supervisors. A job that was
+# cancelled, or that was queued again already, is left alone.
+conclude() {
+    case $1 in 0 | 2 | 93) return 1 ;; esac
+    [ "$(allocation)" != not_ours ] || return 0
+    if [ "$1" != 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
+        echo "error: exit code $1 after $MAX_RESTARTS restarts; MAX_RESTARTS allows no more" >&2
+        return 1
+    fi
+    case $(says job "$SLURM_JOB_ID" JobState) in
+        RUNNING | PREEMPTED)
+            echo "exit code $1 $(date +%T): it queues itself again" >&2
+            scontrol requeue "$SLURM_JOB_ID"
+            ;;
+    esac
+}
+export -f wait_out says allocation watch_allocation supervise conclude
+
+# SLURM_CPUS_PER_TASK is not for srun by itself; a lost node or a supervisor that failed must not end the others.
+# shellcheck disable=SC2086,SC2016
+srun --ntasks-per-node=1 --mpi=none --export=ALL --no-kill --wait=0 --kill-on-bad-exit=0 \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} ${SRUN_ARGS:-} \
+    bash -c 'supervise "$@"' supervise "$config" "$@" --nodes "$MIN_NODES:$SLURM_JOB_NUM_NODES" &
+supervisors=$!
+
+# shellcheck disable=SC2329
+leave() {
+    trap '' USR1 TERM
+    echo "asked to stop $(date +%T): saving" >&2
+    kill -USR1 "$supervisors" 2>/dev/null || true
+    # a time limit does not wait for what hangs
+    (sleep "$LEAVE_S"; kill -KILL "$supervisors") 2>/dev/null &
+}
+trap leave USR1 TERM
+
+status=0
+wait_out "$supervisors" || status=$?
+conclude "$status" || exit "$status"
+exit 0

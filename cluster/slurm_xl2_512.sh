@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# DiT-XL/2 at 512 px on a SLURM cluster: configs/dit_xl2_512.yaml.
+#
+#   sbatch cluster/slurm_xl2_512.sh data.url=s3://bucket/imagenet512 run=/shared/runs/xl2_512
+#   sbatch --nodes=2-4 --partition=h200 --time=2-0 cluster/slurm_xl2_512.sh run=/shared/runs/xl2_512 optimizer.lr=2e-4
+#
+# The options below are defaults: those given to sbatch win. cluster/slurm_train.sh tells the rest: modules,
+# containers, what happens at the time limit and when nodes are lost. It queues itself again until the run is done.
+
+#SBATCH --job-name=dit-xl2-512
+#SBATCH --output=dit-xl2-512-%j.log
+#SBATCH --open-mode=append
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=64
+#SBATCH --gpus-per-node=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --no-kill
+#SBATCH --signal=B:USR1@300
+
+config=${CONFIG:-configs/dit_xl2_512.yaml}
+if ! [ -f cluster/slurm_train.sh ]; then
+    echo "error: no cluster/slurm_train.sh in $PWD; submit from the root of the project" >&2
+    exit 2
+fi
+# shellcheck source=cluster/slurm_train.sh
+source cluster/slurm_train.sh

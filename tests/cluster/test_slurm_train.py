@@ -1,0 +1,73 @@
+"""cluster/slurm_xl2_*.sh as they are shipped, on a real SLURM of two nodes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import Slurm, slurm_cluster
+from tests.cluster.slurm_training import ROOT, Job, config_of, submit
+from tests.dist.runs import events
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    with slurm_cluster(nodes=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("slurm_train")
+
+
+@pytest.fixture(scope="module")
+def straight(slurm: Slurm, top: Path) -> Job:
+    """A job that nobody disturbs."""
+    job = submit(slurm, config_of(top, "straight"))
+    assert job.wait() == ("COMPLETED", 0), job.log
+    return job
+
+
+@pytest.mark.parametrize("script", ["cluster/slurm_xl2_256.sh", "cluster/slurm_xl2_512.sh"])
+def test_the_real_request_fits_a_real_cluster(slurm: Slurm, script: str) -> None:
+    """Nodes of 64 CPUs and 8 GPUs: as shipped it fits; what such a cluster cannot give is refused."""
+    assert slurm.run("sbatch", "--test-only", "--nodes=1-2", script, cwd=ROOT).returncode == 0
+    for too_much in ("--nodes=3", "--gpus-per-node=9", "--cpus-per-task=65"):
+        ran = slurm.run("sbatch", "--test-only", "--nodes=2", too_much, script, cwd=ROOT)
+        assert "Requested node configuration is not available" in ran.stderr
+
+
+def test_a_job_on_two_nodes_trains_to_the_end(straight: Job) -> None:
+    assert straight.restarts() == 0
+    assert "(node1, node2)" in straight.log
+    assert len(events(straight.config, "start")) == 1
+
+
+def test_near_its_time_limit_a_job_saves_and_queues_itself_again(
+    slurm: Slurm, top: Path, straight: Job
+) -> None:
+    job = submit(slurm, config_of(top, "limited"))
+    job.wait_for_checkpoint()
+    assert slurm.run("scancel", "--signal=USR1", "--batch", str(job.number)).returncode == 0
+    assert job.wait("PENDING")[0] == "PENDING", job.log
+    step, attempt = job.newest()
+    assert attempt == 1
+    assert step < job.config.steps
+    assert job.wait() == ("COMPLETED", 0), job.log
+    assert job.restarts() == 1
+    assert "it queues itself again" in job.log
+    assert events(job.config, "start")[1]["step"] == step
+    assert job.outcome() == straight.outcome()
+
+
+def test_what_a_person_must_mend_is_not_started_again(slurm: Slurm, top: Path) -> None:
+    hopeless = submit(slurm, config_of(top, "hopeless"), "model.num_classes=4")
+    mistaken = submit(slurm, config_of(top, "mistaken"), "optimizer.lrr=1")
+    assert hopeless.wait() == ("FAILED", 93), hopeless.log
+    assert mistaken.wait() == ("FAILED", 2), mistaken.log
+    assert "num_classes" in hopeless.log
+    assert "unknown key 'optimizer.lrr'" in mistaken.log
+    assert hopeless.restarts() == mistaken.restarts() == 0
