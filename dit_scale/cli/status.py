@@ -70,7 +70,7 @@ def _interruptions(status: "Status") -> list[str]:
     found = status.interruptions
     if not found:
         return ["never interrupted"]
-    lines = [f"interrupted {len(found)} times, {sum(one.lost_steps for one in found)} steps lost"]
+    lines = [f"interruptions: {len(found)}, {sum(one.lost_steps for one in found)} steps lost"]
     if len(found) > MAX_ROWS:
         lines[0] += f"; the last {MAX_ROWS}:"
     lines.append(f"  {'when (UTC)':<19}  {'reason':<9}  {'node':<12}  {'rank':>4}  {'step':>8}  {'lost':>6}")

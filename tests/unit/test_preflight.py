@@ -1,0 +1,193 @@
+"""What a node finds out about itself before a round: GPUs as nvidia-smi shows them, disks, data, folders."""
+
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_scale.config import TrainConfig
+from dit_scale.elastic.preflight import gpu_problems, preflight, run_command, xid_problems
+from tests.latents import write_latents
+
+GIB = 2**30
+Usage = namedtuple("Usage", "total used free")
+
+
+def config_of(tmp_path: Path, **changes: Any) -> TrainConfig:
+    write_latents(tmp_path / "data", num=4, shard_samples=4, num_classes=5)
+    tree = {
+        "run": str(tmp_path / "run"),
+        "model": {"name": "DiT-Ti/2", "image_size": 32, "num_classes": 5},
+        "data": {"url": str(tmp_path / "data")},
+        "engine": {"device": "cpu"},
+    }
+    return TrainConfig.model_validate(tree | changes)
+
+
+def node(gpus: str | None, apps: str = "", kernel: str | None = "") -> Callable[[Sequence[str]], str | None]:
+    """A node on which nvidia-smi and dmesg print this."""
+
+    def query(command: Sequence[str]) -> str | None:
+        if command[0] == "dmesg":
+            return kernel
+        return apps if "compute-apps" in " ".join(command) else gpus
+
+    return query
+
+
+def gpus(*, used_mib: int = 4, ecc: str = "0", num: int = 2) -> str:
+    return "".join(f"{index}, GPU-{index}a, {used_mib}, {ecc}\n" for index in range(num))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_a_sound_node_without_gpus(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert preflight(config_of(tmp_path), 1, said.append) == []
+    assert said == ["GPUs are not looked at: engine.device is cpu"]
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+
+
+def test_a_sound_node_with_gpus() -> None:
+    said: list[str] = []
+    assert gpu_problems("auto", 2, said.append, node(gpus())) == []
+    assert said == []
+
+
+def test_a_gpu_that_counts_no_errors_is_sound() -> None:
+    assert gpu_problems("auto", 2, print, node(gpus(ecc="[N/A]"))) == []
+
+
+def test_no_gpu_is_a_problem_where_one_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    (problem,) = gpu_problems("cuda", 1, print, node(None))
+    assert "nvidia-smi shows no GPU" in problem
+    assert gpu_problems("auto", 1, print, node(None)) == []
+    assert "will run on the CPU" in capsys.readouterr().out
+
+
+def test_too_few_gpus() -> None:
+    (problem,) = gpu_problems("auto", 4, print, node(gpus()))
+    assert "2 GPUs are visible, expected 4" in problem
+
+
+def test_a_gpu_in_use_names_its_user() -> None:
+    apps = "GPU-1a, 4711, python\nGPU-0a, 12, other\n"
+    mine, other = gpu_problems("auto", 2, print, node(gpus(used_mib=9000), apps))
+    assert "GPU 0 has 9000 MiB in use by 12, other" in mine
+    assert "GPU 1 has 9000 MiB in use by 4711, python" in other
+
+
+def test_a_gpu_that_no_rank_will_use_may_be_in_use() -> None:
+    text = gpus(num=1) + "1, GPU-1a, 9000, 5\n"
+    assert gpu_problems("auto", 1, print, node(text)) == []
+
+
+def test_ecc_errors() -> None:
+    problems = gpu_problems("auto", 2, print, node(gpus(ecc="3")))
+    assert [problem.partition(",")[0] for problem in problems] == [
+        "GPU 0 (GPU-0a) counts 3 uncorrected ECC errors",
+        "GPU 1 (GPU-1a) counts 3 uncorrected ECC errors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("assigned", "slots", "sound"),
+    [
+        ("0,1", 2, True),
+        ("1,0", 2, True),
+        ("GPU-0a", 1, True),
+        ("2,3", 2, False),
+        ("1", 1, False),
+        ("0", 2, False),
+    ],
+)
+def test_the_ranks_get_the_gpus_that_were_assigned(
+    monkeypatch: pytest.MonkeyPatch, assigned: str, slots: int, sound: bool
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", assigned)
+    problems = gpu_problems("auto", slots, print, node(gpus(num=4)))
+    assert [f"CUDA_VISIBLE_DEVICES={assigned}" in problem for problem in problems] == [True] * (not sound)
+
+
+KERNEL = """\
+[   12.000000] NVRM: loading NVIDIA UNIX x86_64 Kernel Module
+[ 1000.500000] NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, GPU has fallen off the bus.
+[ 2000.500000] NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, GPU has fallen off the bus.
+[ 2000.600000] NVRM: Xid (PCI:0000:5e:00): 31, pid=99, name=python, MMU Fault
+"""
+
+
+def test_xid_errors_of_devices_count_and_those_of_programs_do_not() -> None:
+    (problem,) = xid_problems(KERNEL, 2060.5, print)
+    assert problem.startswith(
+        "Xid 79 (the GPU has fallen off the bus) of the GPU at PCI:0000:3b:00, 1 min ago"
+    )
+    assert xid_problems(KERNEL, 2000.5 + 2 * 86400, print) == []
+
+
+def test_kernel_messages_that_cannot_be_read_are_no_problem() -> None:
+    said: list[str] = []
+    assert gpu_problems("auto", 2, said.append, node(gpus(), kernel=None)) == []
+    assert said == ["Xid errors are not looked at: this user cannot read the kernel's messages"]
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, GIB - 1))
+    problems = preflight(config_of(tmp_path), 1)
+    assert ["TMPDIR" in problem for problem in problems] == [True, False]
+    assert f"{tmp_path / 'run'} has 1.07 GB of room" in problems[1]
+
+
+def test_room_for_a_checkpoint_is_needed_where_checkpoints_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = {"model": {"name": "DiT-XL/2"}}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, 11 * GIB))
+    (problem,) = preflight(config_of(tmp_path, **large), 1)
+    assert "expected at least 11.87" in problem  # 675,129,632 parameters, four times fp32, and a GiB
+    assert "(run)" in problem
+    assert preflight(config_of(tmp_path, **large, checkpoint={"url": str(tmp_path / "s")}), 1) != []
+
+
+def test_a_data_set_that_is_not_there(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    (tmp_path / "data" / "dataset.json").unlink()
+    (problem,) = preflight(config, 1)
+    assert "the data set cannot be read" in problem
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    config = config_of(tmp_path, checkpoint={"url": str(tmp_path / "state")})
+    (tmp_path / "run").write_text("a file")
+    (problem,) = preflight(config, 1)
+    assert problem.startswith(f"run={tmp_path / 'run'} cannot be written")
+    shutil.rmtree(tmp_path / "state")
+    (tmp_path / "state").write_text("a file")
+    assert any("root of the checkpoints cannot be written" in problem for problem in preflight(config, 1))
+
+
+def test_a_clock_that_is_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, said = config_of(tmp_path), list[str]()
+    write_bytes = Path.write_bytes
+
+    def behind(path: Path, data: bytes) -> int:
+        written = write_bytes(path, data)
+        os.utime(path, (1e9, 1e9))
+        return written
+
+    monkeypatch.setattr(Path, "write_bytes", behind)
+    assert preflight(config, 1, said.append) == []
+    assert f"s off that of {config.run}" in said[-1]
+
+
+def test_a_command_that_fails_says_nothing() -> None:
+    assert run_command(("true",)) == ""
+    assert run_command(("false",)) is None
+    assert run_command(("no-such-program",)) is None
