@@ -106,6 +106,7 @@ def _stalled(heard: Mapping[str, Report], now_s: float) -> Outcome | None:
         "rank": worst.rank,
         "step": worst.step,
         "section": worst.section.name,
+        "age_s": round(worst.age_s, 1),
         "ranks": [f"{node}: {one}" for one, node in sorted(found, key=lambda pair: pair[0].rank)],
     }
     return Outcome(Reason.HUNG, str(worst), details, node=node)

@@ -92,6 +92,10 @@ def test_run_folder_holds_the_record(run: Path) -> None:
     assert any((run / "tensorboard").iterdir())
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
     assert events == ["start", "first_step", *["log"] * 3, "save", "checkpoint", "waited", "done"]
+    status = json.loads(command("dit-scale", "status", run, "--json"))
+    assert (status["state"], status["step"], status["interruptions"]) == ("finished", 6, [])
+    assert sum(status["spent_s"].values()) == pytest.approx(status["wall_s"])
+    assert status["spent_s"]["productive"] > 0
     listed = json.loads(command("dit-scale", "checkpoint", "list", run, "--json"))
     assert [row["step"] for row in listed] == [6]
 
