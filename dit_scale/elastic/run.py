@@ -25,7 +25,7 @@ from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.group import LaunchedGroup
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
 from dit_scale.elastic.watch import NOTICE_S, Deadlines
-from dit_scale.errors import ConfigError
+from dit_scale.errors import ConfigError, DitScaleError
 from dit_scale.storage import Storage, open_storage
 from dit_scale.telemetry.sinks import Journal
 
@@ -98,14 +98,16 @@ def committed_step(root: Storage) -> int:
 
 def samples_of(config: TrainConfig, root: Storage, step: int) -> list[int]:
     """The ids of the samples of the step after so many steps, damaged ones not yet replaced."""
-    info = read_info(open_storage(config.data.url))
+    try:
+        info = read_info(open_storage(config.data.url))
+        attempt = attempts.newest(root)
+    except DitScaleError:
+        return []  # what cannot be read may be why the run failed; the report says that
     sizes = [shard.samples for shard in info.shards]
-    attempt = attempts.newest(root)
     indices = np.arange(step * config.global_batch, (step + 1) * config.global_batch, dtype=np.int64)
     positions = positions_of(indices, attempt.excluded_positions if attempt else ())
-    ids: list[int] = (
-        Order(info.samples, config.seed, sizes, config.data.window_shards).ids(positions).tolist()
-    )
+    order = Order(info.samples, config.seed, sizes, config.data.window_shards)
+    ids: list[int] = order.ids(positions).tolist()
     return ids
 
 

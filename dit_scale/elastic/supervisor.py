@@ -155,7 +155,7 @@ class Supervisor:
             round=ending.round,
             failures=failures,
             committed_step=sealed.committed_step,
-            node=ending.node,
+            failed_node=ending.node,
             rank=rank,
             after_step=step,
             sample_ids=samples,
