@@ -168,8 +168,8 @@ def ledger(
     times_us += [us for r in rounds for us in (r.begin_us, r.seen_us, r.end_us) if us is not None] + signs_us[
         :1
     ]
-    begin_us = min(times_us, default=0)
-    end_us = max(times_us, default=0) if until_s is None else max(begin_us, _micro(until_s))
+    begin_us = min(times_us, default=_micro(until_s or 0.0))
+    end_us = max(times_us, default=begin_us) if until_s is None else max(begin_us, _micro(until_s))
     spans = _Spans(begin_us, end_us)
     for before, span, after in zip((None, *rounds), rounds, (*rounds[1:], None), strict=False):
         spans.paint(Heading.WAITING, _waits_since(before, span, signs_us), span.begin_us)

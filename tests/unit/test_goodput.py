@@ -158,9 +158,10 @@ def test_journals_without_a_monotonic_clock_can_be_read() -> None:
 
 
 def test_nothing_gives_nothing() -> None:
-    empty = ledger([], {})
-    assert empty.goodput == 0.0
-    assert spent_s(empty) == {}
+    for until_s in (None, 1e9):
+        empty = ledger([], {}, until_s)
+        assert empty.goodput == 0.0
+        assert spent_s(empty) == {}
 
 
 def test_half_a_line_of_a_journal_counts_as_none(tmp_path: Path) -> None:
