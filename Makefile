@@ -48,6 +48,8 @@ test-quick: $(VENV)/ready
 chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos.campaign
 	$(BIN)/python -m tests.chaos.encode_campaign
+	$(BIN)/python -m tests.chaos.restarts
+	$(BIN)/python -m pytest tests/chaos/slurm_nodes.py
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/encode.py --smoke

@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "OMP_NUM_THREADS": "1",
     "MIN_NODES": "2",  # the bits are the same at the same world size
-    "WATCH_S": "1",
+    "WATCH_S": "3",
 }
 
 
