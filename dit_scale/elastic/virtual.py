@@ -1,0 +1,210 @@
+"""What a simulated supervisor sees of the world: a board in memory, and ranks that are arithmetic."""
+
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from dit_scale.elastic.board import Board, Ending, Member, Reason, Round
+from dit_scale.elastic.group import Outcome
+from dit_scale.elastic.heartbeat import MEASURED_STEPS, Beat, Section
+from dit_scale.elastic.timeline import SECOND, Job
+from dit_scale.elastic.watch import Deadlines, Standing
+
+JUDGES = 16
+"""Nodes of a round whose virtual ranks are seen to be overdue: the others tell how theirs stand, no more.
+In a stall all nodes come to the same judgement and the first one counts; thousands of them take time."""
+
+
+class World(Protocol):
+    """What both need of the simulation."""
+
+    now: int
+    """Ticks."""
+    job: Job | None
+    """Of the newest round."""
+
+    def reads(self, what: str, which: object) -> None:
+        """The supervisor that runs is to be resumed when this changes."""
+
+    def tell(self, what: str, which: object) -> None:
+        """Something changed: its readers are resumed at their next polls."""
+
+    def tell_groups(self, job: Job) -> None:
+        """The ranks of a round may look different from now on."""
+
+    def acts(self) -> None:
+        """The supervisor that runs does something."""
+
+    def at(self, time: int, action: Callable[[], None]) -> None:
+        """Have something happen."""
+
+    def begin(self, round_: Round) -> None:
+        """A round was sealed."""
+
+    def end(self, ending: Ending) -> None:
+        """A round was ended."""
+
+    def signs_until(self, node: str) -> int:
+        """When a node renewed its lease last."""
+
+
+class VirtualBoard(Board):
+    """The objects in memory; supervisors that read them are told of changes."""
+
+    def __init__(self, world: World) -> None:
+        self.url = "the simulation"
+        self._world = world
+        self._newest = 0
+        self._members: dict[tuple[int, str], Member] = {}
+        self._joined: dict[int, list[str]] = {}
+        self._rounds: dict[int, Round] = {}
+        self._endings: dict[int, Ending] = {}
+        self._reports: defaultdict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
+
+    def newest(self) -> int:
+        return self._newest
+
+    def join(self, number: int, member: Member) -> None:
+        self._members[number, member.node] = member
+        names = self._joined.get(number, [])
+        if member.node not in names:
+            names = names.copy()  # readers keep the list to compare with
+            insort(names, member.node)
+            self._joined[number] = names
+        self._world.acts()
+        self._world.tell("joined", number)
+
+    def withdraw(self, number: int, node: str) -> None:
+        self._members.pop((number, node), None)
+        self._joined[number] = [name for name in self._joined.get(number, []) if name != node]
+        self._world.tell("joined", number)
+
+    def joined(self, number: int) -> list[str]:
+        self._world.reads("joined", number)
+        return self._joined.get(number, [])
+
+    def member(self, number: int, node: str) -> Member | None:
+        return self._members.get((number, node))
+
+    def seal(self, round_: Round) -> bool:
+        if round_.number in self._rounds:
+            return False
+        self._rounds[round_.number] = round_
+        self._newest = max(self._newest, round_.number)
+        self._world.begin(round_)
+        self._world.acts()
+        self._world.tell("sealed", round_.number)
+        return True
+
+    def sealed(self, number: int) -> Round | None:
+        self._world.reads("sealed", number)
+        return self._rounds.get(number)
+
+    def end(self, ending: Ending) -> None:
+        if ending.round not in self._endings:
+            self._endings[ending.round] = ending
+            self._world.end(ending)
+            self._world.tell("ending", ending.round)
+
+    def ending(self, number: int) -> Ending | None:
+        self._world.reads("ending", number)
+        return self._endings.get(number)
+
+    def report(self, number: int, node: str, tree: dict[str, Any]) -> None:
+        self._reports[number][node] = tree
+        self._world.tell("reports", number)
+
+    def take_back(self, number: int, node: str) -> None:
+        self._reports[number].pop(node, None)
+        self._world.tell("reports", number)
+
+    def reports(self, number: int) -> dict[str, dict[str, Any]]:
+        self._world.reads("reports", number)
+        return self._reports[number]
+
+    def renew_lease(self, node: str, count: int) -> None:
+        """Leases are answered from what is known of the nodes."""
+
+    def lease(self, node: str) -> int:
+        self._world.reads("lease", node)
+        return self._world.signs_until(node)
+
+
+class VirtualGroup:
+    """The ranks of one node."""
+
+    def __init__(self, world: World, node: str, deadlines: Deadlines) -> None:
+        self._world, self._node, self._deadlines = world, node, deadlines
+        self._job: Job | None = None
+        self._judges = False
+
+    def start(self, round_: Round, index: int) -> None:
+        self._job = job = self._world.job
+        assert job is not None
+        self._judges = index < JUDGES
+        self._world.acts()
+        job.start(self._node, self._world.now)
+        self._expect_end(job)
+
+    def poll(self) -> Outcome | None:
+        job, now = self._job, self._world.now
+        self._world.reads("group", self._node)
+        if job is None:
+            return Outcome(Reason.LEAVING, "ended before their first step")
+        halt = job.halt
+        if halt is not None:
+            if halt.killed and halt.node == self._node:
+                return Outcome(Reason.FAILED, "a rank was killed")
+            found = self._standing(job)
+            overdue = found.is_overdue and self._judges
+            return Outcome(Reason.HUNG, str(found), first_hand=False) if overdue else None
+        if job.over_at is not None and now >= job.over_at:
+            return Outcome(Reason.DONE if job.is_done() else Reason.LEAVING, "left")
+        return None
+
+    def quiet(self) -> tuple[Standing, ...]:
+        job = self._job
+        if job is None or job.halt is None:
+            return ()
+        found = self._standing(job)
+        return (found,) if found.age_s > found.quiet_s else ()
+
+    def ask_to_stop(self) -> None:
+        job = self._job
+        if job is None or job.trains_at is None or self._world.now < job.trains_at:
+            self.stop()
+        elif not job.is_asked:
+            job.ask(self._world.now)
+            self._expect_end(job)
+
+    def keep_stacks(self) -> None:
+        """There are none."""
+
+    def stop(self) -> None:
+        self._job = None
+
+    def _standing(self, job: Job) -> Standing:
+        assert job.halt is not None
+        beat = last_beat(job)
+        age_s = (self._world.now - job.halt.at) / SECOND
+        limit_s, quiet_s = self._deadlines.of(beat), self._deadlines.quiet(beat)
+        return Standing(0, beat.pid, beat.section, beat.step, age_s, limit_s, quiet_s)
+
+    def _expect_end(self, job: Job) -> None:
+        if job.over_at is not None:
+            self._world.at(job.over_at, lambda: self._world.tell_groups(job))
+
+
+def last_beat(job: Job) -> Beat:
+    """What all ranks of a halted job said last."""
+    assert job.halt is not None
+    at = job.halt.at
+    if job.is_restoring(at):
+        section = Section.RESTORE
+    elif job.trains_at is None or at < job.trains_at:
+        section = Section.START
+    else:
+        section = Section.COMPUTE
+    steps = job.steps(at)
+    return Beat(1, section, steps, 0.0, job.step / SECOND if steps >= MEASURED_STEPS else 0.0)

@@ -1,0 +1,202 @@
+"""The simulator: known answers, exact sums, and the same history as with every poll of a supervisor taken."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+
+from dit_scale.elastic.board import Reason
+from dit_scale.elastic.exits import Exit
+from dit_scale.elastic.plan import Machines, Work, best_every_steps, daly_s, estimate
+from dit_scale.elastic.simulate import DAY_S, Failure, Kind, Result, Setup, poisson, simulate
+from dit_scale.elastic.supervisor import Policy
+from dit_scale.elastic.timeline import SECOND, Costs, Use
+
+SHARES = {Kind.CRASH: 0.4, Kind.HANG: 0.2, Kind.LOSS: 0.4}
+COSTS = Costs(
+    step_s=1.0,
+    save_stall_s=2.0,
+    commit_lag_s=5.0,
+    launch_s=16.0,
+    init_s=8.0,
+    restore_s=4.0,
+    first_step_s=4.0,
+)
+START_S = 16 + 8 + 4
+"""Of the first round, which restores nothing."""
+POLLS_S = 1.0
+"""Supervisors see things at their polls: a few of them, of 0.25 s, lie in every change."""
+NODES = 4
+SMALL = Setup(nodes=NODES, steps=1000, every_steps=100, costs=COSTS, policy=Policy(min_nodes=2))
+
+
+def assert_exact(result: Result) -> None:
+    assert sum(result.ledger.values()) == result.wall_s * SECOND
+    assert min(result.ledger.values()) >= 0
+
+
+def test_without_a_failure_goodput_is_what_the_saves_leave() -> None:
+    result = simulate(SMALL)
+    assert result.code == Exit.DONE
+    assert result.endings == Counter({Reason.DONE: 1})
+    # Nine saves in between, and the commit of the last step is waited for.
+    assert result.ledger[Use.PRODUCTIVE] == 1000 * SECOND
+    assert result.ledger[Use.STALL] == (9 * 2 + 5) * SECOND
+    assert result.ledger[Use.RESTORE] == result.ledger[Use.REPLAYED] == result.ledger[Use.DEGRADED] == 0
+    assert result.wall_s == pytest.approx(START_S + 1000 + 23, abs=POLLS_S)
+    assert_exact(result)
+
+
+def test_goodput_of_a_long_run_is_one_minus_the_share_of_stalls() -> None:
+    costs = replace(COSTS, launch_s=0, init_s=0, first_step_s=0, commit_lag_s=2.0)
+    result = simulate(replace(SMALL, steps=100_000, costs=costs))
+    assert result.goodput == pytest.approx(100 / 102, abs=POLLS_S / 102_000)
+    assert (
+        result.goodput
+        == 1 - sum(result.ledger_s[use] for use in Use if use != Use.PRODUCTIVE) / result.wall_s
+    )
+
+
+def test_a_killed_rank_costs_what_was_not_committed_and_a_restart() -> None:
+    # 250.5 s into the training: saves begin after 100 and 202 s, steps 200 and on are not committed.
+    start_s = 0.25 + START_S
+    result = simulate(SMALL, [Failure(start_s + 250.5, 2, Kind.CRASH)])
+    assert result.code == Exit.DONE
+    assert result.endings == Counter({Reason.FAILED: 1, Reason.DONE: 1})
+    assert result.failures == Counter({Kind.CRASH: 1})
+    assert result.ledger_s[Use.REPLAYED] == pytest.approx(250.5 - 204, abs=POLLS_S)
+    assert result.ledger_s[Use.DETECT] <= 0.25
+    assert result.ledger_s[Use.RESTORE] == 4.0
+    assert result.ledger_s[Use.RESTART] == pytest.approx(2 * START_S, abs=POLLS_S)
+    assert result.ledger[Use.DEGRADED] == 0
+    assert result.ledger[Use.PRODUCTIVE] == 1000 * SECOND
+    assert_exact(result)
+
+
+def test_what_was_not_committed_yet_is_lost_also_when_its_save_has_begun() -> None:
+    start_s = 0.25 + START_S
+    committed = simulate(SMALL, [Failure(start_s + 208, 2, Kind.CRASH)])
+    in_flight = simulate(SMALL, [Failure(start_s + 206, 2, Kind.CRASH)])
+    assert committed.ledger_s[Use.REPLAYED] == pytest.approx(208 - 204, abs=POLLS_S)
+    assert in_flight.ledger_s[Use.REPLAYED] == pytest.approx(100 + 206 - 204, abs=POLLS_S)
+
+
+def test_a_hang_is_found_by_its_deadline() -> None:
+    result = simulate(SMALL, [Failure(START_S + 250, 1, Kind.HANG)])
+    assert result.endings == Counter({Reason.HUNG: 1, Reason.DONE: 1})
+    assert 7.5 < result.ledger_s[Use.DETECT] < 10
+    # Steps of 10 s get three times their time, without what it takes to look and to hear the others.
+    slow = replace(SMALL, costs=replace(COSTS, step_s=10.0))
+    result = simulate(slow, [Failure(START_S + 2500, 1, Kind.HANG)])
+    assert 27.5 < result.ledger_s[Use.DETECT] < 30
+
+
+def test_a_lost_node_is_found_by_its_lease() -> None:
+    result = simulate(replace(SMALL, spares=1), [Failure(START_S + 250, 1, Kind.LOSS)])
+    assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
+    assert 15 < result.ledger_s[Use.DETECT] < 16
+    # The spare stands in at once.
+    assert result.ledger[Use.DEGRADED] == 0
+    assert result.ledger_s[Use.WAIT] < 2
+
+
+def test_without_a_spare_the_run_goes_on_more_slowly_and_grows_again() -> None:
+    away = simulate(replace(SMALL, repair_s=DAY_S), [Failure(START_S + 250, 1, Kind.LOSS)])
+    assert away.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
+    # 800 steps on three nodes of four take a third longer.
+    assert away.ledger_s[Use.DEGRADED] == pytest.approx(800 / 3, rel=1e-6)
+    back = simulate(replace(SMALL, repair_s=300.0), [Failure(START_S + 250, 1, Kind.LOSS)])
+    assert back.endings == Counter({Reason.LOST: 1, Reason.GROWING: 1, Reason.DONE: 1})
+    assert 50 < back.ledger_s[Use.DEGRADED] < 200
+    for result in (away, back):
+        assert result.committed_step == 1000
+        assert_exact(result)
+
+
+def test_failures_of_nodes_that_do_not_train_cost_nothing() -> None:
+    setup = replace(SMALL, spares=1)
+    calm = simulate(setup)
+    stormy = simulate(setup, [Failure(300, 4, Kind.CRASH), Failure(400, 4, Kind.LOSS)])
+    assert stormy.failures.total() == 2
+    assert stormy.endings == calm.endings
+    assert stormy.ledger | {Use.WAIT: 0} == calm.ledger | {Use.WAIT: 0}
+
+
+def test_a_run_that_does_not_get_on_is_given_up() -> None:
+    # A rank dies in every round before the first commit.
+    failures = [Failure(60.0 * i, 0, Kind.CRASH) for i in range(1, 100)]
+    result = simulate(SMALL, failures)
+    assert result.code == Exit.DO_NOT_RESTART
+    assert result.committed_step == -1
+    assert result.ledger[Use.PRODUCTIVE] == 0
+    assert_exact(result)
+
+
+def stormy(seed: int, polls: bool) -> Result:
+    setup = replace(SMALL, nodes=5, spares=1, steps=1000, repair_s=400.0, polls=polls)
+    return simulate(setup, poisson(6, 40_000, SHARES, seed))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_skipped_polls_change_nothing(seed: int) -> None:
+    quick, slow = stormy(seed, polls=False), stormy(seed, polls=True)
+    assert quick.failures.total() > 3
+    assert quick == slow
+    assert_exact(quick)
+
+
+def test_the_seed_fixes_the_history() -> None:
+    assert stormy(5, polls=False) == stormy(5, polls=False)
+    assert stormy(5, polls=False) != stormy(6, polls=False)
+
+
+def test_failures_come_at_the_rate_that_was_asked_for() -> None:
+    # 1,000 nodes: 6.5 a day; of 10,000 failures the standard error is 1 %.
+    failures = list(islice(poisson(1000, 6.5, SHARES, seed=1), 10_000))
+    assert failures[-1].at_s / DAY_S == pytest.approx(10_000 / 6.5, rel=0.04)
+    kinds = Counter(failure.kind for failure in failures)
+    assert kinds[Kind.CRASH] / 10_000 == pytest.approx(0.4, abs=0.02)
+    assert {failure.node for failure in failures} == set(range(1000))
+
+
+MACHINES = Machines(
+    8,
+    spares=2,
+    failures_per_1000_node_days=800.0,
+    crash_share=0.4,
+    hang_share=0.2,
+    loss_share=0.4,
+    repair_s=3600.0,
+)
+
+
+def mean_goodput(every_steps: int, costs: Costs, seeds: int) -> float:
+    setup = Setup(
+        nodes=8,
+        spares=2,
+        steps=400_000,
+        every_steps=every_steps,
+        costs=costs,
+        policy=Policy(min_nodes=4, max_fruitless=100),
+        repair_s=3600.0,
+    )
+    runs = [simulate(setup, poisson(10, 800.0, SHARES, seed)) for seed in range(seeds)]
+    assert {run.code for run in runs} == {Exit.DONE}
+    return sum(run.goodput for run in runs) / seeds
+
+
+def test_the_best_interval_is_that_of_daly() -> None:
+    costs = Costs(save_stall_s=20.0, commit_lag_s=20.0)
+    best = round(daly_s(20.0, MACHINES.mtbf_s))
+    seldom, right, often = (mean_goodput(every, costs, seeds=2) for every in (4 * best, best, best // 4))
+    assert right - seldom > 0.01
+    assert right - often > 0.01
+
+
+@pytest.mark.parametrize("stall_s", [0.5, 20.0])
+def test_the_model_and_the_simulation_agree(stall_s: float) -> None:
+    costs = Costs(save_stall_s=stall_s, commit_lag_s=20.0)
+    every = best_every_steps(MACHINES, costs)
+    expected = estimate(MACHINES, Work(400_000, every, costs)).goodput
+    assert mean_goodput(every, costs, seeds=2) == pytest.approx(expected, abs=0.01)
