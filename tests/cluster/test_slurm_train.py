@@ -1,11 +1,14 @@
 """cluster/slurm_xl2_*.sh as they are shipped, on a real SLURM of two nodes."""
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import Slurm, slurm_cluster
+from tests.cluster.slurm import WAIT_S, Slurm, processes, slurm_cluster
 from tests.cluster.slurm_training import ROOT, Job, config_of, submit
 from tests.dist.runs import events
 
@@ -71,3 +74,32 @@ def test_what_a_person_must_mend_is_not_started_again(slurm: Slurm, top: Path) -
     assert "num_classes" in hopeless.log
     assert "unknown key 'optimizer.lrr'" in mistaken.log
     assert hopeless.restarts() == mistaken.restarts() == 0
+
+
+def kill_supervisors(job: Job) -> None:
+    """SIGKILL for `dit-scale launch` on both nodes, as soon as it is there."""
+    until = time.monotonic() + WAIT_S
+    for node in ("node1", "node2"):
+        while not (found := [pid for pid in processes(job.number, node) if is_supervisor(pid)]):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+
+
+def is_supervisor(pid: int) -> bool:
+    try:
+        return b"dit-scale\0launch\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return False
+
+
+def test_an_error_is_tried_again_so_many_times_and_no_more(slurm: Slurm, top: Path) -> None:
+    job = submit(slurm, config_of(top, "failing"), options=("--export=ALL,MAX_RESTARTS=1",))
+    kill_supervisors(job)
+    assert job.wait("PENDING")[0] == "PENDING", job.log
+    assert job.wait("RUNNING")[0] == "RUNNING", job.log
+    kill_supervisors(job)
+    assert job.wait()[0] == "FAILED", job.log
+    assert job.restarts() == 1
+    assert "exit code 137 after 1 restarts; MAX_RESTARTS allows no more" in job.log
