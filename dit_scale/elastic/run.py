@@ -48,6 +48,7 @@ def launch(
     config: TrainConfig, arguments: Sequence[str], policy: Policy, node: str, address: str, slots: int
 ) -> Exit:
     """Supervise this node's ranks of a run; `arguments` are those of `dit-scale train`."""
+    check_address(address)
     root = open_storage(config.checkpoint.url or config.run)
     folder = Path(config.run) / "supervisors"
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,19 @@ def drive(life: Wait) -> Exit:
         return code
     finally:
         life.close()
+
+
+def check_address(address: str) -> None:
+    """Raises ConfigError when the ranks of other nodes could not meet at it."""
+    try:
+        family, _, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.bind(where)
+    except OSError as error:
+        raise ConfigError(
+            f"--address {address}: {error.strerror}; expected a name or number of this machine, at which the "
+            "ranks of the other nodes can reach those of this one"
+        ) from None
 
 
 def committed_step(root: Storage) -> int:

@@ -112,6 +112,7 @@ class Supervisor:
         """Ask to take part in a round, with a port that is free now."""
         self._me = replace(self._me, port=self._world.free_port())
         self._board.join(number, self._me)
+        self._world.record("joined", round=number)
 
     # Between two rounds
 

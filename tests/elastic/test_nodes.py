@@ -1,0 +1,68 @@
+"""Nodes that come, go and are lost: the run goes on with those that are there."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from dit_scale.checkpoint.attempts import committed
+from dit_scale.train.run import root_of
+from tests.chaos.record import last_step, rows
+from tests.elastic.nodes import Cluster, Node, cluster, config_of
+
+pytestmark = pytest.mark.dist
+
+STEPS = 100_000
+"""Further than any of these runs gets before it is asked to stop."""
+
+
+def test_three_nodes_lose_the_first_and_take_it_in_again_and_all_leave(tmp_path: Path) -> None:
+    config = config_of(tmp_path, STEPS)
+    with cluster(config) as nodes:
+        a, b, c = (nodes.start(name, "--nodes", "2:3", "--grow-s", "1") for name in "abc")
+        nodes.wait_for_step(6)
+        ranks = list(a.ranks().values())
+        a.kill()  # the rendezvous of the ranks goes with it
+        _wait_for_members(nodes, b, ["b", "c"])
+        assert b.endings() == c.endings() == [("lost", "a")]
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks), "ranks outlived their supervisor"
+
+        again = nodes.start("a", "--nodes", "2:3", "--grow-s", "1")
+        _wait_for_members(nodes, b, ["a", "b", "c"])
+        assert b.endings() == [("lost", "a"), ("growing", "b")]
+
+        again.process.send_signal(signal.SIGTERM)
+        assert again.exit_code() == 75
+        _wait_for_members(nodes, b, ["b", "c"])
+        assert b.endings()[-1] == ("leaving", "a")
+
+        step = last_step(Path(config.run) / "metrics.jsonl")
+        b.process.send_signal(signal.SIGUSR1)
+        c.process.send_signal(signal.SIGUSR1)
+        assert (b.exit_code(), c.exit_code()) == (75, 75)
+    newest = int(committed(root_of(config))[0].split("/")[1].split("-")[0])
+    assert newest >= step
+    assert [row["step"] for row in rows(config)] == list(range(1, newest + 1))
+
+
+def test_a_supervisor_that_is_started_again_rejoins_at_once(tmp_path: Path) -> None:
+    config = config_of(tmp_path, STEPS)
+    with cluster(config) as nodes:
+        a, b = (nodes.start(name, "--nodes", "2", "--lease-s", "600") for name in "ab")
+        nodes.wait_for_step(3)
+        b.kill()
+        nodes.start("b", "--nodes", "2", "--lease-s", "600")
+        nodes.wait(lambda: len(a.events("first_step")) == 2, "second round")
+        assert a.endings() == [("lost", "b")]
+        assert "its supervisor was started again" in a.events("round_ended")[0]["text"]
+
+
+def _wait_for_members(nodes: Cluster, node: Node, names: list[str]) -> None:
+    """Until a round of these nodes has taken its first step."""
+
+    def is_there() -> bool:
+        rounds, steps = node.events("round"), node.events("first_step")
+        return bool(rounds) and rounds[-1]["nodes"] == names and steps[-1]["round"] == rounds[-1]["round"]
+
+    nodes.wait(is_there, f"round of {names}")
