@@ -144,7 +144,7 @@ def rounds_of(supervisors: Mapping[str, Sequence[Event]]) -> list[RoundSpan]:
                 by_round.setdefault(int(event["round"]), {}).setdefault(node, []).append(event)
     found: list[RoundSpan] = []
     for number, by_node in sorted(by_round.items()):
-        begun = {node: events for node, events in by_node.items() if events[0]["event"] == "round"}
+        begun = {node: begin for node, events in by_node.items() if (begin := _from_its_begin(events))}
         if begun:
             head = next(iter(begun.values()))[0]["nodes"][0]
             node = max(begun, key=lambda node: (_saw_the_end(begun[node]), node == head))
@@ -163,22 +163,25 @@ def ledger(
     `alive`: the last attempt is at work until then, and none of its steps is lost yet.
     """
     attempts, rounds = attempts_of(journal), rounds_of(supervisors)
-    signs_us = sorted(_micro(event["time_s"]) for events in supervisors.values() for event in events)
+    joined = [e for events in supervisors.values() for e in events if e["event"] == "joined"]
     times_us = [at_us for attempt in attempts for at_us, _ in attempt.events]
-    times_us += [us for r in rounds for us in (r.begin_us, r.seen_us, r.end_us) if us is not None] + signs_us[
-        :1
-    ]
+    times_us += [us for r in rounds for us in (r.begin_us, r.seen_us, r.end_us) if us is not None]
+    times_us += [_micro(event["time_s"]) for event in joined]
     begin_us = min(times_us, default=_micro(until_s or 0.0))
     end_us = max(times_us, default=begin_us) if until_s is None else max(begin_us, _micro(until_s))
     spans = _Spans(begin_us, end_us)
     for before, span, after in zip((None, *rounds), rounds, (*rounds[1:], None), strict=False):
-        spans.paint(Heading.WAITING, _waits_since(before, span, signs_us), span.begin_us)
+        spans.paint(Heading.WAITING, _waits_since(before, span, joined), span.begin_us)
         closed_us = after.begin_us if after else end_us
         spans.paint(Heading.RESTART, span.begin_us, closed_us if span.end_us is None else span.end_us)
         if span.seen_us is not None:
             spans.paint(Heading.DETECT, max(span.begin_us, span.seen_us - span.silent_us), span.seen_us)
     if rounds and rounds[-1].goes_on and rounds[-1].end_us is not None:
         spans.paint(Heading.WAITING, rounds[-1].end_us, end_us)
+    newest = rounds[-1].number if rounds else 0
+    for event in joined:
+        if event["round"] > newest:
+            spans.paint(Heading.WAITING, _micro(event["time_s"]), end_us)
     for attempt, limit in zip(attempts, _lasting(attempts, alive), strict=True):
         at_work = alive and attempt is attempts[-1]
         _paint_attempt(spans, attempt, limit, end_us if at_work else _work_until(attempt, attempts, rounds))
@@ -200,6 +203,12 @@ def _times(events: Sequence[Event], earliest_us: int) -> list[int]:
     return times
 
 
+def _from_its_begin(events: list[Event]) -> list[Event]:
+    """Without those of nodes that wait for the round."""
+    names = [event["event"] for event in events]
+    return events[names.index("round") :] if "round" in names else []
+
+
 def _saw_the_end(events: Sequence[Event]) -> bool:
     return any(event["event"] == "round_ended" for event in events)
 
@@ -212,12 +221,13 @@ def _round(number: int, events: list[Event], earliest_us: int) -> RoundSpan:
     return RoundSpan(number, times["round"], seen_us, silent_us, times.get("ranks_gone", seen_us), ended)
 
 
-def _waits_since(before: RoundSpan | None, span: RoundSpan, signs_us: Sequence[int]) -> int:
+def _waits_since(before: RoundSpan | None, span: RoundSpan, joined: Iterable[Event]) -> int:
     """Since when somebody waited for this round to begin."""
-    if before is not None and before.goes_on:
-        return before.begin_us if before.end_us is None else before.end_us
     ended_us = before.end_us or before.begin_us if before else 0
-    return next((sign_us for sign_us in signs_us if ended_us < sign_us), span.begin_us)
+    if before is not None and before.goes_on:
+        return ended_us
+    asked_us = [_micro(event["time_s"]) for event in joined if event["round"] == span.number]
+    return max(ended_us, min(asked_us, default=span.begin_us))
 
 
 def _lasting(attempts: Sequence[Attempt], alive: bool) -> list[float]:

@@ -221,9 +221,10 @@ def _state(seen: _Seen) -> tuple[str, str]:
 
 def _phase(seen: _Seen) -> str:
     if seen.current is None:
-        names = [e["event"] for events in seen.supervisors.values() for e in events if "round" in e]
-        starting = [STARTING[name] for name in names[-1:] if name in STARTING]
-        return f"starting: {starting[0]}" if starting and seen.open_round else "between two attempts"
+        number = seen.open_round.number if seen.open_round else 0
+        of_round = [e for events in seen.supervisors.values() for e in events if e.get("round") == number]
+        starting = [STARTING[e["event"]] for e in of_round if e["event"] in STARTING]
+        return f"starting: {starting[-1]}" if starting else "between two attempts"
     match seen.current.events[-1][1]["event"]:
         case "start":
             return "the first step"

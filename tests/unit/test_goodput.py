@@ -55,7 +55,7 @@ SECOND = of_attempt(
     (1092.0, "done", 40, {}),
 )
 NODE0 = [
-    event(1000.0, "joined"),
+    event(1000.0, "joined", round=1),
     event(1002.0, "round", round=1, nodes=["node0", "node1"]),
     event(1003.0, "ranks_started", round=1),
     event(1050.0, "round_ended", round=1, reason="hung", details={"age_s": 6.0}),
@@ -114,10 +114,16 @@ def test_a_rollback_loses_the_steps_behind_its_checkpoint() -> None:
 
 def test_a_node_that_was_wanted_back_is_stopped_until_a_supervisor_is_there() -> None:
     left = [*NODE0[:3], event(1042.0, "round_ended", round=1, reason="leaving")]
-    back = [event(1053.0, "joined"), *NODE0[5:]]
-    found = spent_s(ledger([*FIRST, *SECOND], {"node0": left + back}))
+    back = [event(1053.0, "joined", round=2), *NODE0[5:]]
+    later = [event(1042.5, "ranks_gone", round=1)]
+    found = spent_s(ledger([*FIRST, *SECOND], {"node0": left + back, "node1": [NODE0[1], *later]}))
     assert found["STOPPED"] == 1053.0 - 1042.0
     assert found["WAITING"] == 2.0 + 2.0
+
+
+def test_the_first_round_is_waited_for() -> None:
+    joined = [event(1000.0, "joined", round=1), event(1030.0, "joined", round=1)]
+    assert spent_s(ledger([], {"node0": joined}, 1100.0)) == {"WAITING": 100.0}
 
 
 def test_a_jump_of_the_wall_clock_within_a_process_changes_nothing() -> None:
@@ -199,8 +205,6 @@ def of_rank_0(draw: st.DrawFn) -> Event:
 def of_supervisor(draw: st.DrawFn) -> Event:
     name = draw(st.sampled_from(["joined", "round", "ranks_started", "round_ended", "ranks_gone"]))
     clocks = {"time_s": draw(SECONDS), "monotonic_s": draw(SECONDS), "event": name}
-    if name == "joined":
-        return clocks
     nodes = draw(st.permutations(["a", "b"]))
     reason = draw(st.sampled_from(["done", "failed", "leaving", "lost"]))
     number = draw(st.integers(1, 3))
