@@ -22,6 +22,9 @@ from tests.dist.runs import events
 
 pytestmark = pytest.mark.cluster
 
+STEPS = 300
+"""SLURM takes seconds until it does something to a job; it must not be done by then."""
+
 
 @pytest.fixture
 def slurm() -> Iterator[Slurm]:
@@ -38,13 +41,13 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def straight(top: Path) -> Job:
     """A job that nobody disturbs."""
     with slurm_cluster(nodes=2) as slurm:
-        job = submit(slurm, config_of(top, "straight"))
+        job = submit(slurm, config_of(top, "straight", STEPS))
         assert job.wait() == ("COMPLETED", 0), job.log
     return job
 
 
 def test_a_preempted_job_comes_back(slurm: Slurm, top: Path, tmp_path: Path, straight: Job) -> None:
-    job = submit(slurm, config_of(top, "preempted"))
+    job = submit(slurm, config_of(top, "preempted", STEPS))
     job.wait_for_checkpoint()
     script = tmp_path / "urgent.sh"
     script.write_text("#!/bin/sh\nexit 0\n")
@@ -62,9 +65,10 @@ def test_a_preempted_job_comes_back(slurm: Slurm, top: Path, tmp_path: Path, str
 @pytest.mark.parametrize("victim", ["node1", "node2"])
 def test_a_node_without_its_daemon_is_replaced(slurm: Slurm, top: Path, straight: Job, victim: str) -> None:
     """What runs there notices that it is not of the job any more, saves with the others and leaves."""
-    job = submit(slurm, config_of(top, f"lost-{victim}"))
+    job = submit(slurm, config_of(top, f"lost-{victim}", STEPS))
     job.wait_for_checkpoint()
     slurm.kill_daemon(victim)
+    slurm.declare_down(victim)
     assert job.wait("PENDING")[0] == "PENDING", job.log
     assert_moved_on(job, victim)
     assert job.outcome() == straight.outcome()
@@ -75,7 +79,7 @@ def test_a_node_that_hangs_is_replaced_and_does_no_harm_when_it_wakes_up(
     slurm: Slurm, top: Path, straight: Job
 ) -> None:
     """The node with the batch script, so that nobody but the others can queue the job again."""
-    job = submit(slurm, config_of(top, "hung"), "--lease-s", "10")
+    job = submit(slurm, config_of(top, "hung", STEPS), "--lease-s", "10")
     job.wait_for_checkpoint()
     frozen = processes(job.number, "node1")
     for pid in frozen:

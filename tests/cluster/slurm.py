@@ -150,6 +150,12 @@ class Slurm:
         self.daemons[node].kill()
         self.daemons[node].wait()
 
+    def declare_down(self, node: str) -> None:
+        """What SLURM finds out by itself after SlurmdTimeout."""
+        ran = self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+        if ran.returncode:
+            raise SlurmError(f"{node}: {ran.stderr}")
+
 
 def processes(job: int, node: str) -> list[int]:
     """What runs of a job on a node, SLURM's own processes for its steps included."""

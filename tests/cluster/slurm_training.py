@@ -66,12 +66,12 @@ class Job:
         return jobs.losses(self.config), final_files(self.config)
 
 
-def config_of(top: Path, name: str) -> TrainConfig:
+def config_of(top: Path, name: str, steps: int = STEPS) -> TrainConfig:
     """A run of two ranks in a folder `name`, of random latents that all runs below `top` share."""
     data = top / "latents"
     if not data.exists():
         write_latents(data, num=40)
-    return jobs.saving(jobs.small_config(top / name, data), STEPS, every_steps=10)
+    return jobs.saving(jobs.small_config(top / name, data), steps, every_steps=10)
 
 
 def submit(slurm: Slurm, config: TrainConfig, *arguments: str, options: tuple[str, ...] = ()) -> Job:
