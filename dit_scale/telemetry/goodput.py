@@ -86,6 +86,8 @@ class RoundSpan:
     """Before that, without a sign of the rank that stood still; 0 where nobody knows."""
     end_us: int | None
     """When its ranks were gone; None while they may be there."""
+    sign_us: int
+    """When the node last wrote of it."""
     ended: Event
     """The event that says why; empty while it runs."""
 
@@ -172,7 +174,7 @@ def ledger(
     spans = _Spans(begin_us, end_us)
     for before, span, after in zip((None, *rounds), rounds, (*rounds[1:], None), strict=False):
         spans.paint(Heading.WAITING, _waits_since(before, span, joined), span.begin_us)
-        closed_us = after.begin_us if after else end_us
+        closed_us = _last_sign(span, attempts, after) if after else end_us
         spans.paint(Heading.RESTART, span.begin_us, closed_us if span.end_us is None else span.end_us)
         if span.seen_us is not None:
             spans.paint(Heading.DETECT, max(span.begin_us, span.seen_us - span.silent_us), span.seen_us)
@@ -218,13 +220,27 @@ def _round(number: int, events: list[Event], earliest_us: int) -> RoundSpan:
     ended = next((event for event in events if event["event"] == "round_ended"), Event())
     seen_us = times.get("round_ended")
     silent_us = _micro(ended.get("details", {}).get("age_s", 0.0))
-    return RoundSpan(number, times["round"], seen_us, silent_us, times.get("ranks_gone", seen_us), ended)
+    return RoundSpan(
+        number,
+        times["round"],
+        seen_us,
+        silent_us,
+        times.get("ranks_gone", seen_us),
+        max(times.values()),
+        ended,
+    )
+
+
+def _last_sign(span: RoundSpan, attempts: Sequence[Attempt], after: RoundSpan) -> int:
+    """The last that was heard of a round whose end nobody saw."""
+    of_span = [a.events[-1][0] for a in attempts if span.begin_us <= a.begin_us < after.begin_us]
+    return max(span.sign_us, *of_span, 0)
 
 
 def _waits_since(before: RoundSpan | None, span: RoundSpan, joined: Iterable[Event]) -> int:
     """Since when somebody waited for this round to begin."""
-    ended_us = before.end_us or before.begin_us if before else 0
-    if before is not None and before.goes_on:
+    ended_us = before.end_us or before.sign_us if before else 0
+    if before is not None and before.ended and before.goes_on:
         return ended_us
     asked_us = [_micro(event["time_s"]) for event in joined if event["round"] == span.number]
     return max(ended_us, min(asked_us, default=span.begin_us))

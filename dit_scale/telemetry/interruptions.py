@@ -1,7 +1,7 @@
 """How often a run was interrupted, and why: from its journals alone. No torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dit_scale.telemetry.goodput import ENDS, MICRO, Attempt, Event, RoundSpan, attempts_of, rounds_of
@@ -41,6 +41,8 @@ def interruptions(journal: Sequence[Event], supervisors: Mapping[str, Sequence[E
         found += [_of_attempt(attempt, attempts) for attempt in of_span[:-1]]
         if span.ended and span.ended["reason"] != "done":
             found.append(_of_round(span, of_span[-1] if of_span else None, attempts))
+        elif not span.ended and span is not rounds[-1]:
+            found.append(_unseen(span, of_span[-1] if of_span else None, attempts))
     return sorted(found, key=lambda one: one.at_s)
 
 
@@ -65,6 +67,14 @@ def _of_round(span: RoundSpan, attempt: Attempt | None, attempts: Sequence[Attem
     at_s = (span.seen_us or span.begin_us) / MICRO
     node, rank = ended.get("failed_node", ""), details.get("rank")
     return Interruption(at_s, ended["reason"], node, rank, step, lost, ended.get("text", ""))
+
+
+def _unseen(span: RoundSpan, attempt: Attempt | None, attempts: Sequence[Attempt]) -> Interruption:
+    """Of a round whose supervisors all went before its end."""
+    text = "its supervisors ended without a word"
+    if attempt is None:
+        return Interruption(span.sign_us / MICRO, "gone", "", None, None, 0, text)
+    return replace(_of_attempt(attempt, attempts), text=text)
 
 
 def _lost(attempt: Attempt, attempts: Sequence[Attempt], step: int) -> int:

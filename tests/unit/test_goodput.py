@@ -121,6 +121,15 @@ def test_a_node_that_was_wanted_back_is_stopped_until_a_supervisor_is_there() ->
     assert found["WAITING"] == 2.0 + 2.0
 
 
+def test_a_round_whose_end_nobody_saw_ends_with_its_last_sign() -> None:
+    """All nodes were switched off; a supervisor was there again 10 s before the second round."""
+    killed = [*NODE0[:3], event(1045.0, "joined", round=2), *NODE0[5:]]
+    found = spent_s(ledger([*FIRST, *SECOND], {"node0": killed}))
+    assert found["STOPPED"] == 1045.0 - 1041.0
+    assert found["WAITING"] == 2.0 + 10.0
+    assert "DETECT" not in found
+
+
 def test_the_first_round_is_waited_for() -> None:
     joined = [event(1000.0, "joined", round=1), event(1030.0, "joined", round=1)]
     assert spent_s(ledger([], {"node0": joined}, 1100.0)) == {"WAITING": 100.0}

@@ -107,6 +107,14 @@ def test_steps_that_were_taken_again_are_lost_and_no_more(tmp_path: Path) -> Non
     assert one.lost_steps == 28
 
 
+@pytest.mark.parametrize(("journal", "step", "lost"), [(TRAINING, 30, 10), ([], None, 0)])
+def test_a_round_whose_supervisors_were_all_killed(
+    tmp_path: Path, journal: list[dict[str, Any]], step: int | None, lost: int
+) -> None:
+    (one,) = state_of(tmp_path, journal, [*ROUND, *AGAIN]).interruptions
+    assert (one.reason, one.step, one.lost_steps) == ("gone", step, lost)
+
+
 def test_a_round_that_never_came_to_steps(tmp_path: Path) -> None:
     (one,) = state_of(tmp_path, [], [*ROUND, *FAILED, *AGAIN]).interruptions
     assert (one.step, one.lost_steps) == (38, 0)
@@ -189,6 +197,19 @@ def test_a_process_that_went_without_a_word_and_a_rollback(tmp_path: Path) -> No
     assert [(row.reason, row.step, row.lost_steps) for row in rows] == [
         ("gone", 30, 10),
         ("rollback", 30, 10),
+    ]
+
+
+def test_a_rollback_within_a_round(tmp_path: Path) -> None:
+    journal = [
+        *TRAINING,
+        event(1042.0, "rollback", attempt=1, step=30),
+        event(1043.0, "start", attempt=2, step=20, restore_s=0.0),
+    ]
+    rows = state_of(tmp_path, journal, [*ROUND, *FAILED]).interruptions
+    assert [(row.reason, row.step, row.lost_steps) for row in rows] == [
+        ("rollback", 30, 10),
+        ("failed", 38, 18),
     ]
 
 
