@@ -87,8 +87,8 @@ def test_1024_nodes_reach_98_percent() -> None:
     work = Work(10**6, best_every_steps(machines, Costs()), Costs())
     assert machines.mtbf_s == pytest.approx(86400 / 6.656)
     assert estimate(machines, work).goodput > 0.98
-    slower = replace(work, costs=replace(Costs(), init_s=300.0))
-    assert estimate(machines, slower).goodput < 0.98
+    for costs in (replace(Costs(), init_s=200.0), replace(Costs(), commit_lag_s=200.0)):
+        assert estimate(machines, replace(work, every_steps=200, costs=costs)).goodput < 0.98
 
 
 def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
