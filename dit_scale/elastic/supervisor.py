@@ -120,17 +120,35 @@ class Supervisor:
         """The ending of a round that this node takes no part in any more, or never did."""
         if number == 0:
             return None
-        told = False
+        told, leases, looked_s = False, dict[str, int](), float("-inf")
         while (ending := self._board.ending(number)) is None:
             if not told:
                 self._join(number + 1)
                 self._world.say(f"round {number} runs without this node, which waits for the next one")
                 told = True
+            if self._world.clock() - looked_s > self._policy.lease_s:
+                looked_s = self._world.clock()
+                self._end_if_deserted(number, leases)
             if self._world.wanted_back():
                 self._board.withdraw(number + 1, self._me.node)
                 return Exit.REQUEUE
             yield self._rest()
         return ending
+
+    def _end_if_deserted(self, number: int, leases: dict[str, int]) -> None:
+        """End a round when none of its members' leases has moved on since the last look, at `leases`.
+
+        Where one of them lives it finds the others lost itself; here nobody is left to do so.
+        """
+        sealed, before = self._board.sealed(number), dict(leases)
+        assert sealed is not None
+        for member in sealed.members:
+            leases[member.node] = self._board.lease(member.node)
+            if before and leases[member.node] != before[member.node]:
+                return
+        if before:
+            text = "none of its supervisors gives a sign"
+            self._board.end(self._ending(number, Reason.LOST, text, sealed.members[0].node))
 
     def _conclude(self, ending: Ending) -> Exit | None:
         """What a round's end means for this node; None: there is another round."""

@@ -126,7 +126,6 @@ def status_of(run: str, now_s: float) -> Status:
     committed_s = [
         event["time_s"] for event in seen.journal if event.get("name") == seen.checkpoint.rpartition("/")[2]
     ]
-    begun = [e for events in seen.supervisors.values() for e in events if e["event"] == "round"]
     return Status(
         run=run,
         state=state,
@@ -137,7 +136,7 @@ def status_of(run: str, now_s: float) -> Status:
         eta_s=(steps - step) / seen.steps_per_s if trains and steps and seen.steps_per_s else None,
         attempt=seen.attempts[-1].number if seen.attempts else 0,
         round=seen.rounds[-1].number if seen.rounds else 0,
-        nodes=max(begun, key=lambda event: int(event["round"]))["nodes"] if begun else [],
+        nodes=_nodes(seen.supervisors),
         checkpoint=seen.checkpoint,
         checkpoint_age_s=max(0.0, now_s - committed_s[-1]) if committed_s else None,
         silence_s=seen.silence_s,
@@ -164,19 +163,29 @@ def _look(run: str, now_s: float) -> _Seen:
     files += leases.glob("*.json") if leases else ()
     journal = read_journal(folder / "events.jsonl")
     supervisors = {path.stem: read_journal(path) for path in journals}
+    rounds = rounds_of(supervisors)
+    if rounds and not rounds[-1].ended:  # a node that waits for its end is no sign of those in it
+        others = supervisors.keys() - _nodes(supervisors)
+        files = [path for path in files if path.stem not in others]
     checkpoint, joined, problem = _stored(root)
     return _Seen(
         config,
         journal,
         supervisors,
         attempts_of(journal),
-        rounds_of(supervisors),
+        rounds,
         _last_row(folder / "metrics.jsonl"),
         max(0.0, now_s - max(path.stat().st_mtime for path in files)),
         checkpoint,
         joined,
         problem,
     )
+
+
+def _nodes(supervisors: dict[str, list[Event]]) -> list[str]:
+    """The members of the newest round."""
+    begun = [event for events in supervisors.values() for event in events if event["event"] == "round"]
+    return max(begun, key=lambda event: int(event["round"]))["nodes"] if begun else []
 
 
 def _stored(root: Storage) -> tuple[str, list[str], str]:

@@ -137,6 +137,15 @@ def test_a_lease_that_moves_on_is_a_sign(tmp_path: Path) -> None:
     assert (found.state, found.silence_s) == ("running", 5.0)
 
 
+def test_a_node_that_waits_for_the_end_of_a_round_is_no_sign_of_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path, TRAINING, ROUND, silence_s=600.0)
+    write(tmp_path / "supervisors" / "node7.jsonl", lines([event(1500.0, "joined", round=2)]))
+    write(tmp_path / "elastic" / "leases" / "node7.json", "{}")
+    for name in ("supervisors/node7.jsonl", "elastic/leases/node7.json"):
+        os.utime(tmp_path / name, (NOW_S - 1,) * 2)
+    assert (status_of(run, NOW_S).state, status_of(run, NOW_S).silence_s) == ("silent", 600.0)
+
+
 def test_a_dead_run_says_since_when_there_is_no_sign(tmp_path: Path) -> None:
     found = state_of(tmp_path, TRAINING, [], silence_s=180.0)
     assert found.state == "silent"
