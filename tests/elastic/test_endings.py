@@ -1,0 +1,90 @@
+"""Two nodes whose processes are killed, stopped and signalled: the cause is named, nothing is lost."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from dit_scale.config import TrainConfig
+from tests.chaos.record import differences_at_the_end, last_step
+from tests.dist import jobs
+from tests.dist.processes import run
+from tests.elastic.nodes import Cluster, Node, cluster, config_of
+
+pytestmark = pytest.mark.dist
+
+STEPS = 70
+
+
+def test_a_run_of_two_nodes_survives_whatever_its_processes_get(tmp_path: Path) -> None:
+    config = config_of(tmp_path, STEPS, every_steps=3)
+    with cluster(config) as nodes:
+        a, b = (nodes.start(name, "--nodes", "2") for name in "ab")
+        nodes.wait_for_step(2)
+        rank = _end_round(nodes, a, b, 1, signal.SIGKILL)
+        text = a.events("round_ended")[-1]["text"]
+        assert text.startswith(f"rank 1 (process {rank}) was killed in "), text
+
+        _launchers_do_not_heed(nodes, a)
+        nodes.wait_for_commit()
+        os.kill(a.launchers()["launch"], signal.SIGKILL)  # the front process then leaves with 0
+        _wait_for_round(nodes, a, 3)
+        assert "the launcher ended with code 0, but not all of its ranks" in _text(a)
+
+        nodes.wait_for_commit()
+        os.kill(b.launchers()["front"], signal.SIGKILL)
+        _wait_for_round(nodes, a, 4)
+        assert "the launcher ended with code -9, but not all of its ranks" in _text(a)
+
+        nodes.wait_for_commit()
+        rank = _end_round(nodes, a, b, 1, signal.SIGSTOP)
+        assert f"rank 1 (process {rank}) is stopped in " in _text(b)
+        assert len(b.events("round_ended")[-1]["details"]["ranks"]) == 2
+        _stacks_are_kept(config, round_=4)
+        assert (a.exit_code(), b.exit_code()) == (0, 0)
+        expected = [
+            ("failed", "b"),
+            ("failed", "a"),
+            ("failed", "b"),
+            ("hung", "b"),
+            ("done", a.endings()[-1][1]),
+        ]
+        assert a.endings() == b.endings() == expected
+    straight = config.model_copy(update={"run": str(tmp_path / "straight")})
+    assert run(2, jobs.train, straight) == [0, 0]
+    assert differences_at_the_end(config, straight) == []
+
+
+def _end_round(nodes: Cluster, a: Node, victim: Node, rank: int, number: signal.Signals) -> int:
+    """Send a signal to a rank that trains, and wait for the next round; the process that it was."""
+    pid = victim.ranks()[rank]
+    rounds = len(a.events("round"))
+    os.kill(pid, number)
+    _wait_for_round(nodes, a, rounds + 1)
+    return pid
+
+
+def _wait_for_round(nodes: Cluster, node: Node, number: int) -> None:
+    nodes.wait(lambda: len(node.events("first_step")) >= number, f"round {number}")
+
+
+def _launchers_do_not_heed(nodes: Cluster, node: Node) -> None:
+    before, step = node.launchers(), last_step(Path(node.config.run) / "metrics.jsonl")
+    for pid in before.values():
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGUSR1)
+    nodes.wait_for_step(step + 3)
+    assert node.launchers() == before
+
+
+def _text(node: Node) -> str:
+    text: str = node.events("round_ended")[-1]["text"]
+    return text
+
+
+def _stacks_are_kept(config: TrainConfig, round_: int) -> None:
+    folder = Path(config.run) / "supervisors" / "stacks"
+    stacks = sorted(folder.glob(f"round-{round_:06d}-rank-*.stack"))
+    assert [path.name[-11:] for path in stacks] == ["00000.stack", "00001.stack"]
+    assert all("loop.py" in path.read_text() for path in stacks)

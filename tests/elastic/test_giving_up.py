@@ -1,0 +1,86 @@
+"""When another try makes no sense: the exit code, and what a person is told."""
+
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from dit_scale.elastic.board import Board
+from dit_scale.train.run import root_of
+from tests.elastic.nodes import cluster, config_of
+from tests.latents import write_latents
+
+pytestmark = pytest.mark.dist
+
+
+def test_three_failures_without_a_newer_checkpoint_end_with_the_samples(tmp_path: Path) -> None:
+    config = config_of(tmp_path, steps=2)
+    for shard in (tmp_path / "data" / "shards").glob("*.tar"):
+        data = bytearray(shard.read_bytes())
+        data[2000:-2000] = b"\x55" * (len(data) - 4000)
+        shard.write_bytes(data)
+    with cluster(config) as nodes:
+        node = nodes.start("a")
+        assert node.exit_code() == 93
+        assert [reason for reason, _ in node.endings()] == ["failed"] * 3
+        (report,) = node.events("gave_up")
+        assert (report["rank"], report["after_step"], report["failures"]) == (0, 0, 3)
+        assert "DataError" in report["text"]
+        assert len(report["sample_ids"]) == config.global_batch
+        damaged = re.search(r"sample (\d+):", report["text"])
+        assert damaged is not None
+        assert int(damaged[1]) in report["sample_ids"]
+        assert node.says("3 failures in a row without a checkpoint newer than step -1: no further try")
+
+        shutil.rmtree(tmp_path / "data")
+        write_latents(tmp_path / "data")  # a person has mended it
+        assert nodes.start("a").exit_code() == 0
+
+
+def test_what_a_person_must_mend_ends_the_run_at_once(tmp_path: Path) -> None:
+    config = config_of(tmp_path).model_copy(update={"global_batch": 1})
+    with cluster(config) as nodes:
+        node = nodes.start("a", slots=2)
+        assert node.exit_code() == 93
+        assert [reason for reason, _ in node.endings()] == ["mistake"]
+        assert node.says("ConfigError")
+
+
+def test_nodes_with_different_configurations_are_named(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    with cluster(config) as nodes:
+        a = nodes.start("a", "--nodes", "2")
+        b = nodes.start("b", "--nodes", "2", config=config.model_copy(update={"seed": 7}))
+        assert (a.exit_code(), b.exit_code()) == (93, 93)
+        for node in (a, b):
+            assert node.says("the configuration of b differs from that of a")
+
+
+def test_a_node_that_stays_alone_says_what_it_waited_for(tmp_path: Path) -> None:
+    with cluster(config_of(tmp_path)) as nodes:
+        node = nodes.start("a", "--nodes", "2", "--gather-s", "1")
+        assert node.exit_code() == 1
+        assert node.says("1 of at least 2 nodes came within 1 s (a); are the others up, is ")
+
+
+def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
+    with cluster(config_of(tmp_path)) as nodes:
+        node = nodes.start("a", "--address", "203.0.113.1")
+        assert node.exit_code() == 2
+        assert node.says("--address 203.0.113.1: Cannot assign requested address; expected a name or number")
+
+
+def test_a_port_that_was_taken_costs_one_try(tmp_path: Path) -> None:
+    config = config_of(tmp_path, steps=2)
+    with cluster(config) as nodes:
+        node = nodes.start("a")
+        nodes.wait(lambda: bool(node.events("ranks_started")), "start")
+        round_ = Board(root_of(config)).sealed(1)
+        assert round_ is not None
+        with socket.create_server(("", round_.members[0].port)):
+            nodes.wait(lambda: bool(node.events("round_ended")), "end of the round")
+        assert node.exit_code() == 0
+        assert [reason for reason, _ in node.endings()] == ["failed", "done"]
+        assert "EADDRINUSE" in node.events("round_ended")[0]["text"]
