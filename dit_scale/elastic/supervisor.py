@@ -203,10 +203,14 @@ class Supervisor:
             found = self._board.joined(number)
             if found != names:
                 names, changed_s = found, now_s
-            settled = now_s - changed_s > policy.settle_s
-            complete = len(names) >= policy.max_nodes or (bool(expected) and expected <= set(names))
+            all_back = expected <= set(names)
+            # Who was in a round that saves before it ends comes when its save is done.
+            saving = ending is not None and ending.reason in SAVING and not all_back
+            settle_s = policy.save_s if saving else policy.settle_s
+            settled = now_s - changed_s > settle_s
+            complete = len(names) >= policy.max_nodes or (bool(expected) and all_back)
             if len(names) >= policy.min_nodes and (complete or settled):
-                wait_s = policy.patience_s + (0 if complete else policy.settle_s)
+                wait_s = policy.patience_s + (0 if complete else settle_s)
                 my_turn = names[0] == self._me.node or now_s - changed_s > wait_s
                 if my_turn and self._seal(number, names, before, ending):
                     continue
@@ -357,9 +361,10 @@ class Neighbour:
 
 
 def fruitless_after(round_: Round, ending: Ending) -> int:
-    """Failures in a row, up to the end of a round, without a newer committed step."""
-    before = 0 if ending.committed_step > round_.committed_step else round_.fruitless
-    return before + (ending.reason in FRUITLESS)
+    """Rounds in a row, up to this one, that failed without a newer committed step."""
+    if ending.committed_step > round_.committed_step:
+        return 0
+    return round_.fruitless + (ending.reason in FRUITLESS)
 
 
 def _expected(before: Round | None, ending: Ending | None) -> set[str]:

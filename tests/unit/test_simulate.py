@@ -200,3 +200,13 @@ def test_the_model_and_the_simulation_agree(stall_s: float) -> None:
     every = best_every_steps(MACHINES, costs)
     expected = estimate(MACHINES, Work(400_000, every, costs)).goodput
     assert mean_goodput(every, costs, seeds=2) == pytest.approx(expected, abs=0.01)
+
+
+def test_a_newcomer_waits_for_members_whose_save_takes_longer_than_it_takes_to_settle() -> None:
+    """It would else begin a round of its own while the others still save, and they would grow again."""
+    setup = Setup(
+        nodes=NODES, steps=1000, every_steps=100, costs=replace(COSTS, commit_lag_s=20.0), repair_s=300.0
+    )
+    result = simulate(setup, [Failure(300.0, 3, Kind.LOSS)])
+    assert result.endings == Counter({Reason.LOST: 1, Reason.GROWING: 1, Reason.DONE: 1})
+    assert_exact(result)

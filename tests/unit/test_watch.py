@@ -122,7 +122,7 @@ def test_a_silent_node_is_lost_when_its_lease_stands_still(board: Board, renews:
         (Reason.FAILED, 5, 3),
         (Reason.HUNG, 5, 3),
         (Reason.LOST, 5, 2),
-        (Reason.FAILED, 6, 1),
+        (Reason.FAILED, 6, 0),
         (Reason.GROWING, 6, 0),
     ],
 )
