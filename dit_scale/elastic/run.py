@@ -23,6 +23,7 @@ from dit_scale.data.shards import read_info
 from dit_scale.elastic.board import Board, Member
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.group import LaunchedGroup
+from dit_scale.elastic.preflight import preflight
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
 from dit_scale.elastic.watch import NOTICE_S, Deadlines
 from dit_scale.errors import ConfigError, DitScaleError
@@ -61,6 +62,11 @@ def launch(
     def record(event: str, **details: object) -> None:
         journal.write(event, node=node, **details)
 
+    if problems := preflight(config, slots, say):
+        record("preflight_failed", problems=problems)
+        for problem in problems:
+            say(f"this node takes no part: {problem}")
+        return Exit.FAILED
     me = Member(node, secrets.token_hex(8), address, free_port(), slots, digest(config))
     world = Surroundings(
         time.monotonic,
