@@ -14,7 +14,7 @@ help:
 	@echo "make demo        train on real digits and draw them, from images to a score (about 5 minutes)"
 	@echo "make test        lint, type check and run all tests (about 15 minutes on 2 cores)"
 	@echo "make test-quick  the unit, property and golden tests alone (about 2 minutes)"
-	@echo "make chaos       kill training 200 times and encoding 60 times at random (about 30 minutes)"
+	@echo "make chaos       kill, stop and preempt training, encoding, SLURM nodes and pods (over an hour)"
 	@echo "make check       ruff and mypy"
 	@echo "make bench       the benchmarks of encoding, training, saving and loading, in small (about a minute)"
 	@echo "make clean       remove the virtual environment and the demo's run"
@@ -50,6 +50,7 @@ chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos.encode_campaign
 	$(BIN)/python -m tests.chaos.restarts
 	$(BIN)/python -m pytest tests/chaos/slurm_nodes.py
+	$(BIN)/python -m pytest tests/chaos/kubernetes_pods.py
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/encode.py --smoke
