@@ -47,6 +47,11 @@ wait_out() {
     wait "$1"
 }
 
+# Wait so many seconds without a process that could outlive this one.
+pause() {
+    read -rt "$1" <> <(:) || true
+}
+
 # What SLURM says of the job or of a node: says WHAT NAME FIELD; empty where it says nothing.
 says() {
     scontrol --oneliner show "$1" "$2" 2>/dev/null | sed -n "s/.* $3=\([^ ]*\).*/\1/p"
@@ -70,7 +75,7 @@ allocation() {
 # the allocation, gives none for it, and leaves what still runs there, and this script, to themselves.
 watch_allocation() {
     local found
-    while sleep "$WATCH_S" && kill -0 "$1" 2>/dev/null; do
+    while pause "$WATCH_S" && kill -0 "$1" 2>/dev/null; do
         found=$(allocation)
         [ "$found" != ok ] || continue
         echo "[$SLURMD_NODENAME] the allocation has changed ($found): saving and leaving" >&2
@@ -110,14 +115,14 @@ conclude() {
             ;;
     esac
 }
-export -f wait_out says allocation watch_allocation supervise conclude
+export -f wait_out pause says allocation watch_allocation supervise conclude
 
 # SLURM_CPUS_PER_TASK is not for srun by itself; a lost node or a supervisor that failed must not end the others.
 # shellcheck disable=SC2086,SC2016
 srun --ntasks-per-node=1 --mpi=none --export=ALL --no-kill --wait=0 --kill-on-bad-exit=0 \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} ${SRUN_ARGS:-} \
     bash -c 'supervise "$@"' supervise "$config" "$@" --nodes "$MIN_NODES:$SLURM_JOB_NUM_NODES" &
-supervisors=$!
+supervisors=$! deadline=''
 
 # shellcheck disable=SC2329
 leave() {
@@ -125,11 +130,13 @@ leave() {
     echo "asked to stop $(date +%T): saving" >&2
     kill -USR1 "$supervisors" 2>/dev/null || true
     # a time limit does not wait for what hangs
-    (sleep "$LEAVE_S"; kill -KILL "$supervisors") 2>/dev/null &
+    (pause "$LEAVE_S"; kill -KILL "$supervisors") 2>/dev/null &
+    deadline=$!
 }
 trap leave USR1 TERM
 
 status=0
 wait_out "$supervisors" || status=$?
+[ -z "$deadline" ] || kill -KILL "$deadline" 2>/dev/null || true
 conclude "$status" || exit "$status"
 exit 0

@@ -64,6 +64,7 @@ def test_near_its_time_limit_a_job_saves_and_queues_itself_again(
     assert "it queues itself again" in job.log
     assert events(job.config, "start")[1]["step"] == step
     assert job.outcome() == straight.outcome()
+    assert_nothing_is_left(job)
 
 
 def test_what_a_person_must_mend_is_not_started_again(slurm: Slurm, top: Path) -> None:
@@ -74,6 +75,15 @@ def test_what_a_person_must_mend_is_not_started_again(slurm: Slurm, top: Path) -
     assert "num_classes" in hopeless.log
     assert "unknown key 'optimizer.lrr'" in mistaken.log
     assert hopeless.restarts() == mistaken.restarts() == 0
+
+
+def assert_nothing_is_left(job: Job) -> None:
+    """No process of the job, when SLURM has had time to end its own."""
+    for _ in range(100):
+        if not (left := [*processes(job.number, "node1"), *processes(job.number, "node2")]):
+            break
+        time.sleep(0.1)
+    assert left == []
 
 
 def kill_supervisors(job: Job) -> None:
