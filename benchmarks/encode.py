@@ -307,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-sizes", nargs="+", type=int, default=[256, 512], metavar="SIZE")
     parser.add_argument("--images", type=int, default=256, help="JPEGs that are made (default 256)")
     parser.add_argument("--vae-batch", type=int, help="default 64 with CUDA, 2 without")
-    parser.add_argument("--batches", type=int, default=64, help="of 32 images through the pipeline")
+    parser.add_argument("--batches", type=int, default=128, help="of 32 images through the pipeline")
     parser.add_argument(
         "--stub-images-per-s", type=float, default=100.0, help="of the pipeline's encoder (default 100)"
     )
