@@ -39,7 +39,7 @@ def report_listing(listing: Listing, console: Console) -> None:
     inside = f" in {len(listing.archives)} archives" if listing.archives else ""
     console.print(f"{len(listing)} images of {len(listing.class_names)} classes{inside}: {listing.kind}")
     if listing.ignored:
-        console.print(f"not in a class folder, left out: {few(listing.ignored)}")
+        console.print(f"no images of a class, left out: {few(listing.ignored)}")
 
 
 def summary(info: DatasetInfo) -> str:

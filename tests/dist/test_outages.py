@@ -18,6 +18,7 @@ from tests.dist.points import Hold
 from tests.dist.processes import TIMEOUT_S, run, start
 from tests.dist.runs import events, final_files, kill, wait_for
 from tests.faults.proxy import FaultProxy
+from tests.faults.small_disk import small_disk
 from tests.latents import write_latents
 from tests.needs import needs
 from tests.s3 import BUCKET, s3_server
@@ -47,15 +48,9 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    needs(mounted.returncode == 0, f"a file system of its own: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", 200 * 2**20) as folder:
+        yield folder
 
 
 def wait_for_event(config: TrainConfig, name: str, ahead_of_s: float = -1e9) -> None:
@@ -73,10 +68,10 @@ def finish(answers: Any) -> list[Any]:
     return [answers.get(timeout=TIMEOUT_S)[1:] for _ in range(WORLD)]
 
 
-def test_disk_full(data: Path, straight: TrainConfig, tmp_path: Path, small_disk: Path) -> None:
-    config = config_of(tmp_path / "run", data, url=str(small_disk))
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 1_000_000))
+def test_disk_full(data: Path, straight: TrainConfig, tmp_path: Path, disk: Path) -> None:
+    config = config_of(tmp_path / "run", data, url=str(disk))
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - 1_000_000))
     hold = Hold(tmp_path, "behind the step", 12)
     ranks, answers = start(WORLD, jobs.train_held, config, hold, 0)
     try:

@@ -22,6 +22,8 @@ from data_pipeline.verify import main as verify_main
 from dit_scale.data.shards import LatentDataset, read_info
 from dit_scale.storage import open_storage
 from tests.encoding import ROOT, SCRIPT, clean_environment, job_command, objects, write_images
+from tests.faults.ceph import free_port
+from tests.faults.ray_nodes import marked_processes
 from tests.s3 import BUCKET, s3_server
 from tests.tiny_vae import save_tiny_vae
 
@@ -41,19 +43,6 @@ encoders: 1
 MARK = f"dit-scale-test-{uuid.uuid4().hex}"
 ENVIRONMENT = clean_environment(DIT_SCALE_TEST=MARK)
 """Of every process that these tests start."""
-
-
-def marked_processes(name: str = "") -> dict[int, str]:
-    """Process id and command line of living processes that carry the mark."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if MARK.encode() in (folder / "environ").read_bytes() and name in command:
-                found[int(folder.name)] = command
-        except OSError:
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +120,6 @@ def latents(kept: dict[str, int], folder: Path) -> Path:
 def s3_environment() -> Iterator[dict[str, str]]:
     with s3_server() as environment:
         yield environment
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +308,10 @@ def test_two_encoders_on_a_cluster_one_of_them_killed_write_the_same_bytes_to_s3
     url = f"s3://{BUCKET}/set"
     job = start(folder, url, "encoders=2", "decoders=2", environment=cluster)
     wait_until_begun(job, url)
-    os.kill(min(marked_processes("ray::Encoder")), signal.SIGKILL)
+    os.kill(
+        min(p for p, name in marked_processes(MARK).items() if name.startswith("ray::Encoder")),
+        signal.SIGKILL,
+    )
     error = job.communicate(timeout=120)[1]
     assert job.returncode == 0, error
     assert objects(url) == objects(latents)
@@ -344,7 +330,7 @@ def test_a_submitted_job_writes_the_same_bytes(
 
 
 def test_an_interrupt_leaves_no_process_behind(folder: Path, tmp_path: Path) -> None:
-    before = marked_processes()
+    before = marked_processes(MARK)
     job = start(folder, tmp_path / "set", "shard_samples=1")
     wait_until_begun(job, tmp_path / "set")
     os.killpg(job.pid, signal.SIGINT)  # as Ctrl-C does: to the whole group
@@ -352,7 +338,7 @@ def test_an_interrupt_leaves_no_process_behind(folder: Path, tmp_path: Path) -> 
     assert job.returncode == 130, error
     assert "interrupted; start the same command again to go on" in error
     for _ in range(100):
-        left = {pid: command for pid, command in marked_processes().items() if pid not in before}
+        left = {pid: command for pid, command in marked_processes(MARK).items() if pid not in before}
         if not left:
             break
         time.sleep(0.1)

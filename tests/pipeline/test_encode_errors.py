@@ -14,7 +14,7 @@ import pytest
 from dit_scale.storage import open_storage
 from tests.encoding import clean_environment, job_command, objects, write_images
 from tests.faults.ceph import CephServer, ceph_s3
-from tests.needs import needs
+from tests.faults.small_disk import small_disk
 from tests.s3 import BUCKET
 from tests.tiny_vae import save_tiny_vae
 
@@ -129,7 +129,7 @@ def test_a_full_bucket_keeps_what_was_done(
 
 def test_a_full_disk_keeps_what_was_done(folder: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     half = sum(len(data) for key, data in whole.items() if key.startswith("shards/")) // 2 + 100_000
-    with file_system(tmp_path / "disk", half // 4096 * 4096) as disk:
+    with small_disk(tmp_path / "disk", half // 4096 * 4096) as disk:
         error = encode(folder, disk / "set")
         assert "No space left on device; free some space, what was written before is intact" in error
         done = objects(disk / "set")
@@ -141,30 +141,11 @@ def test_a_full_disk_keeps_what_was_done(folder: Path, whole: dict[str, bytes], 
 
 
 def test_a_disk_that_cannot_be_written_to(folder: Path, tmp_path: Path) -> None:
-    with file_system(tmp_path / "disk", 2**20) as disk:
+    with small_disk(tmp_path / "disk", 2**20) as disk:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         error = encode(folder, disk / "set")
         assert "Read-only file system; choose a folder that can be written" in error
         assert "starting Ray" not in error
-
-
-class file_system:
-    """A small file system of its own at a folder, gone afterwards."""
-
-    def __init__(self, folder: Path, size: int) -> None:
-        self._folder, self._size = folder, size
-
-    def __enter__(self) -> Path:
-        self._folder.mkdir()
-        options = ["-t", "tmpfs", "-o", f"size={self._size}", "tmpfs"]
-        done = shutil.which("mount") and subprocess.run(
-            ["mount", *options, self._folder], capture_output=True
-        )
-        needs(bool(done) and done.returncode == 0, "mount and the right to mount")
-        return self._folder
-
-    def __exit__(self, *exc: object) -> None:
-        subprocess.run(["umount", "-l", self._folder], check=True)
 
 
 def test_a_listing_that_changed_between_two_starts(

@@ -1,0 +1,23 @@
+"""A small file system of its own for tests, which fills up and can be mounted in other ways."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import which
+
+from tests.needs import needs
+
+
+@contextmanager
+def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """Mount one of this size at a new folder; gone afterwards. Skips where that is not permitted."""
+    needs(which("mount") is not None, "mount: apt-get install mount")
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    needs(mounted.returncode == 0, f"a file system of its own: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
