@@ -95,7 +95,7 @@ def run(folder: Path, number: int, vae: str) -> dict[str, int]:
     """Peaks of a whole job, in bytes."""
     write_images(folder / "images", number)
     mark = f"dit-scale-memory-{uuid.uuid4().hex}"
-    command = job_command(f"source={folder}/images", f"output={folder}/out", f"vae={vae}", "image_size=8")
+    command = job_command(f"source={folder}/images", f"output={folder}/out", f"vae={vae}", "image_size=16")
     command += ["vae_batch=250", "shard_samples=2500", "cpus_per_encoder=0.5", "encoders=1", "decoders=2"]
     begin_s = time.monotonic()
     with Peaks(mark) as peaks:
