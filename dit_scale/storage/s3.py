@@ -272,6 +272,8 @@ class S3Storage(Storage):
             )
         if isinstance(error, BrokenError):
             return UnavailableError(f"{where}: {error}")
+        if isinstance(error, exceptions.ReadTimeoutError):
+            return UnavailableError(f"{where}: no answer in {transfer.STALL_S:g} s")
         if not isinstance(error, exceptions.ClientError):
             return UnavailableError(f"{where}: {type(error).__name__}: {error}")
         code = _code(error)

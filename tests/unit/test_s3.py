@@ -222,10 +222,10 @@ def test_an_absent_server_is_an_error_within_the_deadline(
     monkeypatch.setattr(transfer, "STALL_S", 0.1)
     monkeypatch.setattr(s3_module, "DEADLINE_S", 0.4)
     getattr(proxy, mode)()
-    reason = "no answer from the S3 server; check AWS" if mode == "down" else "no answer in|Read timeout"
+    reason = "no answer from the S3 server; check AWS" if mode == "down" else "no answer in 0.1 s"
     for verb, operation in (("read", s3.read), ("list", s3.list), ("delete", s3.delete)):
         with pytest.raises(
-            StorageError, match=rf"cannot {verb} s3:.*key, tried \d+ times in \d+ s: ({reason})"
+            StorageError, match=rf"cannot {verb} s3:.*key, tried \d+ times in \d+ s: {reason}"
         ):
             operation("key")
     with pytest.raises(StorageError, match="cannot write"):
