@@ -43,7 +43,9 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        # Undefined until the model initialises it; nn.Embedding would draw, and on "meta" that imports
+        # torch's compiler.
+        self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, width), freeze=False)
 
     def forward(self, y_B: Tensor) -> Tensor:
         """Classes 0 to num_classes (which means none) => y_BD."""

@@ -210,10 +210,13 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
     import deepspeed.ops
     import deepspeed.runtime.bf16_optimizer
+    import deepspeed.runtime.compiler
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
     deepspeed.runtime.bf16_optimizer.see_memory_usage = _silent  # prints on every start, with no switch
+    # Decorates its Muon, which is imported with every optimizer: 1.3 s of importing torch's inductor.
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     # DeepSpeed calls collectives by names that torch is about to rename; nothing a user can act on.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", f".*torch.distributed.{name}. is deprecated", FutureWarning)

@@ -7,7 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import deepspeed
 import deepspeed.ops.adam  # noqa: F401
-import torch._inductor.compile_fx
+import torch._dynamo
 import torch.distributed  # noqa: F401
 
 import dit_scale.train.loop  # noqa: F401
