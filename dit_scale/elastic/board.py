@@ -10,11 +10,17 @@ A round is one try to train with a fixed set of nodes. Clocks of different nodes
 """
 
 import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from dit_scale.storage import MissingKeyError, Storage
+
+READERS = 16
+"""Objects read at once: one after another, those of thousands of nodes would take a minute on S3."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,14 @@ class Round:
     def world(self) -> int:
         return sum(member.slots for member in self.members)
 
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Of the members, by node, in their order."""
+        return {member.node: place for place, member in enumerate(self.members)}
+
     def index_of(self, node: str) -> int | None:
         """Place of a node among the members."""
-        names = [member.node for member in self.members]
-        return names.index(node) if node in names else None
+        return self.places.get(node)
 
 
 class Reason(StrEnum):
@@ -114,9 +124,10 @@ class Board:
             key.rpartition("/")[2].removesuffix(".json") for key, _ in self._list(f"join/{number:06d}/")
         )
 
-    def member(self, number: int, node: str) -> Member | None:
-        tree = self._read(f"elastic/join/{number:06d}/{node}.json")
-        return Member(**tree) if tree else None
+    def members(self, number: int, nodes: Sequence[str]) -> list[Member | None]:
+        """What these nodes said when they joined; None of one that withdrew since."""
+        trees = self._read_all([f"elastic/join/{number:06d}/{node}.json" for node in nodes])
+        return [Member(**tree) if tree else None for tree in trees]
 
     def seal(self, round_: Round) -> bool:
         """Fix the members; False when somebody has done so before."""
@@ -148,11 +159,9 @@ class Board:
 
     def reports(self, number: int) -> dict[str, dict[str, Any]]:
         """What the nodes say of their ranks, by node."""
-        found = {}
-        for key, _ in self._list(f"reports/{number:06d}/"):
-            if tree := self._read(key):
-                found[key.rpartition("/")[2].removesuffix(".json")] = tree
-        return found
+        keys = [key for key, _ in self._list(f"reports/{number:06d}/")]
+        found = zip(keys, self._read_all(keys), strict=True)
+        return {key.rpartition("/")[2].removesuffix(".json"): tree for key, tree in found if tree}
 
     def renew_lease(self, node: str, count: int) -> None:
         self._storage.write(f"elastic/leases/{node}.json", _dump({"count": count}))
@@ -164,6 +173,10 @@ class Board:
 
     def _list(self, prefix: str) -> list[tuple[str, int]]:
         return self._storage.list(f"elastic/{prefix}")
+
+    def _read_all(self, keys: Sequence[str]) -> list[dict[str, Any] | None]:
+        with ThreadPoolExecutor(READERS) as readers:
+            return list(readers.map(self._read, keys))
 
     def _read(self, key: str) -> dict[str, Any] | None:
         try:

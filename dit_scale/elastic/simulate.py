@@ -125,7 +125,7 @@ class Simulation:
     def __init__(self, setup: Setup, failures: Iterator[Failure]) -> None:
         self._setup, self._failures = setup, failures
         self._policy = Policy(**{**vars(setup.policy), "max_nodes": setup.nodes})
-        self._poll = ticks(self._policy.poll_s)
+        self._poll = ticks(self._policy.look_s)
         self._durations = _durations(self._policy)
         self.now = 0
         self.nodes = {name: Node(name) for name in (f"n{i:05d}" for i in range(setup.nodes + setup.spares))}

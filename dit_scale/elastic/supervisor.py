@@ -16,6 +16,10 @@ from dit_scale.elastic.group import Group, Outcome
 from dit_scale.elastic.hearing import Hearing
 
 Wait = Generator[float, None, Exit]
+LOOKS_PER_S = 1024
+"""Each is two to five requests; a prefix on S3 answers 5,500 a second."""
+MAX_NAMES = 8
+"""That a message names; the journal has all."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,14 @@ class Policy:
     """A round that newcomers wait for lasts at least so long, and until its next commit."""
     max_fruitless: int = 3
     """Failures in a row without a newer committed step, after which there is no further try."""
+
+    @property
+    def look_s(self) -> float:
+        """Time between two looks: the more nodes, the longer, for all of them ask one storage.
+
+        All nodes together take no more than LOOKS_PER_S, as far as leases are renewed in time.
+        """
+        return max(self.poll_s, min(self.max_nodes / LOOKS_PER_S, self.lease_s / 5))
 
 
 @dataclass
@@ -192,7 +204,6 @@ class Supervisor:
         """Join a round and wait until its members are fixed, by this node or another."""
         policy, begin_s = self._policy, self._world.clock()
         self._join(number)
-        expected = _expected(before, ending)
         names: list[str] = []
         changed_s = begin_s
         while (sealed := self._board.sealed(number)) is None:
@@ -203,18 +214,10 @@ class Supervisor:
             found = self._board.joined(number)
             if found != names:
                 names, changed_s = found, now_s
-            all_back = expected <= set(names)
-            # Who was in a round that saves before it ends comes when its save is done.
-            saving = ending is not None and ending.reason in SAVING and not all_back
-            settle_s = policy.save_s if saving else policy.settle_s
-            settled = now_s - changed_s > settle_s
-            complete = len(names) >= policy.max_nodes or (bool(expected) and all_back)
-            if len(names) >= policy.min_nodes and (complete or settled):
-                wait_s = policy.patience_s + (0 if complete else settle_s)
-                my_turn = names[0] == self._me.node or now_s - changed_s > wait_s
-                if my_turn and self._seal(number, names, before, ending):
+            if self._may_begin(names, now_s - changed_s, before, ending):
+                if self._seal(number, names, before, ending):
                     continue
-            elif now_s - begin_s > policy.gather_s:
+            elif len(names) < policy.min_nodes and now_s - begin_s > policy.gather_s:
                 self._world.say(
                     f"{len(names)} of at least {policy.min_nodes} nodes came within {policy.gather_s:g} s "
                     f"({', '.join(names)}); are the others up, is {self._board.url} the same place for all?"
@@ -223,9 +226,25 @@ class Supervisor:
             yield self._rest()
         return sealed
 
+    def _may_begin(
+        self, names: list[str], still_s: float, before: Round | None, ending: Ending | None
+    ) -> bool:
+        """Whether a round can begin with these nodes, the same for `still_s`, and this one is to begin it."""
+        policy, is_first = self._policy, names[:1] == [self._me.node]
+        late_s = 0.0 if is_first else policy.patience_s
+        if len(names) < policy.min_nodes or not (is_first or still_s > late_s):
+            return False
+        expected = _expected(before, ending)
+        all_back = expected <= set(names)
+        if len(names) >= policy.max_nodes or (bool(expected) and all_back):
+            return True
+        # Who was in a round that saves before it ends comes when its save is done.
+        saving = ending is not None and ending.reason in SAVING and not all_back
+        return still_s > late_s + (policy.save_s if saving else policy.settle_s)
+
     def _seal(self, number: int, names: list[str], before: Round | None, ending: Ending | None) -> bool:
         """Fix the members of a round; True when they are fixed, by whomever."""
-        members = [self._board.member(number, name) for name in names[: self._policy.max_nodes]]
+        members = self._board.members(number, names[: self._policy.max_nodes])
         if any(member is None for member in members):
             return False  # one withdrew just now
         fixed = tuple(member for member in members if member is not None)
@@ -243,9 +262,10 @@ class Supervisor:
 
     def _take_part(self, round_: Round, index: int) -> Generator[float, None, None]:
         """Run this node's ranks until the round ends, and see them gone."""
-        names = ", ".join(member.node for member in round_.members)
-        self._world.say(f"round {round_.number}: node {index + 1} of {len(round_.members)} ({names})")
-        self._world.record("round", round=round_.number, nodes=[m.node for m in round_.members])
+        named = ", ".join([member.node for member in round_.members[:MAX_NAMES]])
+        more = ", ..." if len(round_.members) > MAX_NAMES else ""
+        self._world.say(f"round {round_.number}: node {index + 1} of {len(round_.members)} ({named}{more})")
+        self._world.record("round", round=round_.number, nodes=list(round_.places))
         begin_s = self._world.clock()
         self._neighbour = self._watch(round_, index)
         self._hearing = Hearing(self._board, round_, self._me.node, self._policy.lease_s / 2)
@@ -348,7 +368,7 @@ class Supervisor:
             self._lease += 1
             self._lease_renewed_s = now_s
             self._board.renew_lease(self._me.node, self._lease)
-        return now_s + self._policy.poll_s
+        return now_s + self._policy.look_s
 
 
 @dataclass(frozen=True)
@@ -372,4 +392,4 @@ def _expected(before: Round | None, ending: Ending | None) -> set[str]:
     if before is None or ending is None:
         return set()
     gone = {ending.node} if ending.reason in (Reason.LOST, Reason.LEAVING) else set()
-    return {member.node for member in before.members} - gone
+    return before.places.keys() - gone

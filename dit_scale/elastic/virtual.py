@@ -2,7 +2,7 @@
 
 from bisect import insort
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from dit_scale.elastic.board import Board, Ending, Member, Reason, Round
@@ -84,8 +84,8 @@ class VirtualBoard(Board):
         self._world.reads("joined", number)
         return self._joined.get(number, [])
 
-    def member(self, number: int, node: str) -> Member | None:
-        return self._members.get((number, node))
+    def members(self, number: int, nodes: Sequence[str]) -> list[Member | None]:
+        return [self._members.get((number, node)) for node in nodes]
 
     def seal(self, round_: Round) -> bool:
         if round_.number in self._rounds:
