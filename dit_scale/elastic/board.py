@@ -1,6 +1,6 @@
 """What the supervisors of a run tell each other: objects in the run's storage, so that no host is needed.
 
-    elastic/join/<round>/<node>.json   who would take part in a round
+    elastic/join/<round>/<start>/<node>.json who would take part in a round; <start>: of the whole job
     elastic/sealed/<round>.json        who does; put under a condition, so there is one answer
     elastic/ended/<round>.json         why it ended; likewise, the first reason counts
     elastic/reports/<round>/<node>.json how the ranks of a node stand, when they broke off or do not get on
@@ -10,6 +10,7 @@ A round is one try to train with a fixed set of nodes. Clocks of different nodes
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -37,6 +38,17 @@ class Member:
     """Ranks that it runs."""
     config_sha256: str
     """Of its resolved configuration."""
+    start: int = 0
+    """Of the whole job: a later start has a larger number, and takes over."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Who would take part in a round, of the newest start alone."""
+
+    start: int = 0
+    nodes: list[str] = field(default_factory=list)
+    """Their names, sorted."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,11 @@ class Round:
     @property
     def world(self) -> int:
         return sum(member.slots for member in self.members)
+
+    @property
+    def start(self) -> int:
+        """Of the job: the same of all members."""
+        return self.members[0].start
 
     @cached_property
     def places(self) -> dict[str, int]:
@@ -113,20 +130,23 @@ class Board:
         return max((int(key) for key in keys if key.isdecimal()), default=0)
 
     def join(self, number: int, member: Member) -> None:
-        self._storage.write(f"elastic/join/{number:06d}/{member.node}.json", _dump(asdict(member)))
+        self._storage.write(_join_key(number, member.start, member.node), _dump(asdict(member)))
 
-    def withdraw(self, number: int, node: str) -> None:
-        self._storage.delete(f"elastic/join/{number:06d}/{node}.json")
+    def withdraw(self, number: int, member: Member) -> None:
+        self._storage.delete(_join_key(number, member.start, member.node))
 
-    def joined(self, number: int) -> list[str]:
-        """Names of the nodes that would take part, sorted."""
-        return sorted(
-            key.rpartition("/")[2].removesuffix(".json") for key, _ in self._list(f"join/{number:06d}/")
-        )
+    def joined(self, number: int) -> Joined:
+        """Who would take part; what is left of earlier starts does not count."""
+        by_start: defaultdict[int, list[str]] = defaultdict(list)
+        for key, _ in self._list(f"join/{number:06d}/"):
+            start, name = key.split("/")[-2:]
+            by_start[int(start)].append(name.removesuffix(".json"))
+        newest = max(by_start, default=0)
+        return Joined(newest, sorted(by_start[newest]))
 
-    def members(self, number: int, nodes: Sequence[str]) -> list[Member | None]:
+    def members(self, number: int, start: int, nodes: Sequence[str]) -> list[Member | None]:
         """What these nodes said when they joined; None of one that withdrew since."""
-        trees = self._read_all([f"elastic/join/{number:06d}/{node}.json" for node in nodes])
+        trees = self._read_all([_join_key(number, start, node) for node in nodes])
         return [Member(**tree) if tree else None for tree in trees]
 
     def seal(self, round_: Round) -> bool:
@@ -184,6 +204,10 @@ class Board:
             return tree
         except MissingKeyError:
             return None
+
+
+def _join_key(number: int, start: int, node: str) -> str:
+    return f"elastic/join/{number:06d}/{start}/{node}.json"
 
 
 def _dump(tree: dict[str, Any]) -> bytes:

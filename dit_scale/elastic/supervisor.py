@@ -14,10 +14,12 @@ from dit_scale.elastic.board import FRUITLESS, SAVING, Board, Ending, Member, Re
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.group import Group, Outcome
 from dit_scale.elastic.hearing import Hearing
+from dit_scale.elastic.lease import Leases
 
 Wait = Generator[float, None, Exit]
 LOOKS_PER_S = 1024
 """Each is two to five requests; a prefix on S3 answers 5,500 a second."""
+STARTED_AGAIN = "the job was started again"
 MAX_NAMES = 8
 """That a message names; the journal has all."""
 
@@ -78,8 +80,7 @@ class Supervisor:
     def __init__(self, me: Member, board: Board, group: Group, policy: Policy, world: Surroundings) -> None:
         self._me, self._board, self._group = me, board, group
         self._policy, self._world = policy, world
-        self._lease, self._lease_renewed_s = 0, float("-inf")
-        self._neighbour = Neighbour("", -1, 0.0)
+        self._leases = Leases(board, me.node, policy.lease_s)
 
     def run(self) -> Wait:
         """The whole life; returns the exit code."""
@@ -89,9 +90,14 @@ class Supervisor:
         if ending is not None and ending.reason == Reason.DONE and self._is_same_run(before):
             self._world.say(f"the run is done: {ending.text}")
             return Exit.DONE
-        if before is not None and ending is None and self._was_member_before(before):
-            self._join(number + 1)  # first, so that the others wait for this node
-            self._end(number, Reason.LOST, "its supervisor was started again")
+        newest = max(before.start if before else 0, self._board.joined(number + 1).start)
+        if not self._me.start:  # nobody says: a part of what is there
+            self._me = replace(self._me, start=newest)
+        if newest > self._me.start:
+            return self._make_way()
+        if before is not None and ending is None and (text := self._what_replaces(before)):
+            self._join(number + 1)  # first, so that the others wait for this node, or make way for it
+            self._end(number, Reason.LOST, text)
         begun_after = ending is None
         while True:
             if begun_after:  # what ended before this start was for a person to see and mend
@@ -108,13 +114,26 @@ class Supervisor:
             if isinstance(found, Exit):
                 return found
             number, before = found.number, found
-            if (index := found.index_of(self._me.node)) is not None:
+            if found.start > self._me.start:
+                return self._make_way()
+            if found.start < self._me.start:
+                self._end(number, Reason.LOST, STARTED_AGAIN)
+            elif (index := found.index_of(self._me.node)) is not None:
                 yield from self._take_part(found, index)
 
-    def _was_member_before(self, round_: Round) -> bool:
-        """Whether this node takes part in a round that goes on, by an earlier start of its supervisor."""
+    def _what_replaces(self, round_: Round) -> str:
+        """What became of an earlier start that takes part in a round that goes on; empty: there was none."""
+        if round_.start < self._me.start:
+            return STARTED_AGAIN
         index = round_.index_of(self._me.node)
-        return index is not None and round_.members[index].boot != self._me.boot
+        is_me = index is not None and round_.members[index].boot != self._me.boot
+        return "its supervisor was started again" if is_me else ""
+
+    def _make_way(self) -> Exit:
+        """Leave, for a later start of the job is there: this node is what was left running of this one."""
+        self._world.say("a later start of this job has taken over, or another job of the same run")
+        self._world.record("made_way", start=self._me.start)
+        return Exit.DO_NOT_RESTART
 
     def _is_same_run(self, round_: Round | None) -> bool:
         """Whether a round was of the configuration that this node has."""
@@ -142,7 +161,7 @@ class Supervisor:
                 looked_s = self._world.clock()
                 self._end_if_deserted(number, leases)
             if self._world.wanted_back():
-                self._board.withdraw(number + 1, self._me.node)
+                self._board.withdraw(number + 1, self._me)
                 return Exit.REQUEUE
             yield self._rest()
         return ending
@@ -209,11 +228,14 @@ class Supervisor:
         while (sealed := self._board.sealed(number)) is None:
             now_s = self._world.clock()
             if self._world.wanted_back():
-                self._board.withdraw(number, self._me.node)
+                self._board.withdraw(number, self._me)
                 return Exit.REQUEUE
             found = self._board.joined(number)
-            if found != names:
-                names, changed_s = found, now_s
+            if found.start > self._me.start:
+                self._board.withdraw(number, self._me)
+                return self._make_way()
+            if found.nodes != names:
+                names, changed_s = found.nodes, now_s
             if self._may_begin(names, now_s - changed_s, before, ending):
                 if self._seal(number, names, before, ending):
                     continue
@@ -234,7 +256,7 @@ class Supervisor:
         late_s = 0.0 if is_first else policy.patience_s
         if len(names) < policy.min_nodes or not (is_first or still_s > late_s):
             return False
-        expected = _expected(before, ending)
+        expected = _expected(before, ending, self._me.start)
         all_back = expected <= set(names)
         if len(names) >= policy.max_nodes or (bool(expected) and all_back):
             return True
@@ -244,7 +266,7 @@ class Supervisor:
 
     def _seal(self, number: int, names: list[str], before: Round | None, ending: Ending | None) -> bool:
         """Fix the members of a round; True when they are fixed, by whomever."""
-        members = self._board.members(number, names[: self._policy.max_nodes])
+        members = self._board.members(number, self._me.start, names[: self._policy.max_nodes])
         if any(member is None for member in members):
             return False  # one withdrew just now
         fixed = tuple(member for member in members if member is not None)
@@ -267,7 +289,7 @@ class Supervisor:
         self._world.say(f"round {round_.number}: node {index + 1} of {len(round_.members)} ({named}{more})")
         self._world.record("round", round=round_.number, nodes=list(round_.places))
         begin_s = self._world.clock()
-        self._neighbour = self._watch(round_, index)
+        self._leases.watch(round_, index, begin_s)
         self._hearing = Hearing(self._board, round_, self._me.node, self._policy.lease_s / 2)
         try:
             if self._board.ending(round_.number) is None:
@@ -299,7 +321,7 @@ class Supervisor:
             self._end(number, Reason.LEAVING, "the scheduler wants the node back")
         elif (outcome := self._find_cause()) is not None:
             self._end_by(number, outcome)
-        elif (lost := self._lost_neighbour()) is not None:
+        elif (lost := self._leases.lost(self._world.clock())) is not None:
             self._board.end(self._ending(number, Reason.LOST, "its supervisor gives no sign", lost))
         elif index == 0 and self._may_grow(round_, begin_s):
             self._end(number, Reason.GROWING, "further nodes are waiting")
@@ -331,7 +353,7 @@ class Supervisor:
         return (
             len(round_.members) < policy.max_nodes
             and self._world.clock() - begin_s > policy.grow_s
-            and bool(self._board.joined(round_.number + 1))
+            and bool(self._board.joined(round_.number + 1).nodes)
             and self._world.committed_step() > round_.committed_step
         )
 
@@ -345,39 +367,11 @@ class Supervisor:
     def _ending(self, number: int, reason: Reason, text: str, node: str) -> Ending:
         return Ending(number, reason, node, text, self._world.committed_step())
 
-    # Leases
-
-    def _watch(self, round_: Round, index: int) -> "Neighbour":
-        """The member before this one in the ring: each is watched by one."""
-        node = round_.members[index - 1].node
-        return Neighbour(node, -1, self._world.clock())
-
-    def _lost_neighbour(self) -> str | None:
-        """The name of the watched node when its counter stands still for too long."""
-        if self._neighbour.node == self._me.node:
-            return None
-        now_s, count = self._world.clock(), self._board.lease(self._neighbour.node)
-        if count != self._neighbour.count:
-            self._neighbour = Neighbour(self._neighbour.node, count, now_s)
-        return self._neighbour.node if now_s - self._neighbour.since_s > self._policy.lease_s else None
-
     def _rest(self) -> float:
         """Renew the lease when it is time; the time of the next look."""
         now_s = self._world.clock()
-        if now_s - self._lease_renewed_s > self._policy.lease_s / 5:
-            self._lease += 1
-            self._lease_renewed_s = now_s
-            self._board.renew_lease(self._me.node, self._lease)
+        self._leases.renew(now_s)
         return now_s + self._policy.look_s
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A node, the counter that it had last, and since when it has it."""
-
-    node: str
-    count: int
-    since_s: float
 
 
 def fruitless_after(round_: Round, ending: Ending) -> int:
@@ -387,9 +381,12 @@ def fruitless_after(round_: Round, ending: Ending) -> int:
     return round_.fruitless + (ending.reason in FRUITLESS)
 
 
-def _expected(before: Round | None, ending: Ending | None) -> set[str]:
-    """The nodes that the next round need not wait any longer for others with."""
-    if before is None or ending is None:
+def _expected(before: Round | None, ending: Ending | None, start: int) -> set[str]:
+    """The nodes with which the next round need not wait for others any longer.
+
+    None when the job was started again since: its nodes may be others, and also who left has come back.
+    """
+    if before is None or ending is None or before.start < start:
         return set()
     gone = {ending.node} if ending.reason in (Reason.LOST, Reason.LEAVING) else set()
     return before.places.keys() - gone

@@ -3,17 +3,26 @@
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from typing import Any, Protocol
 
-from dit_scale.elastic.board import Board, Ending, Member, Reason, Round
+from dit_scale.elastic.board import Board, Ending, Joined, Member, Reason, Round
 from dit_scale.elastic.group import Outcome
 from dit_scale.elastic.heartbeat import MEASURED_STEPS, Beat, Section
 from dit_scale.elastic.timeline import SECOND, Job
 from dit_scale.elastic.watch import Deadlines, Standing
 
-JUDGES = 16
-"""Nodes of a round whose virtual ranks are seen to be overdue: the others tell how theirs stand, no more.
-In a stall all nodes come to the same judgement and the first one counts; thousands of them take time."""
+
+class Awaits(Enum):
+    """What a supervisor looks at the clock for, though nothing else changes."""
+
+    NODES = auto()
+    """Others that join, and the one that is to begin the round."""
+    GROWTH = auto()
+    LEAVING = auto()
+    """Ranks that were asked to save."""
+    HEARING = auto()
+    LEASE = auto()
 
 
 class World(Protocol):
@@ -35,6 +44,9 @@ class World(Protocol):
 
     def acts(self) -> None:
         """The supervisor that runs does something."""
+
+    def awaits(self, what: Awaits) -> None:
+        """The supervisor that runs measures a time."""
 
     def at(self, time: int, action: Callable[[], None]) -> None:
         """Have something happen."""
@@ -75,16 +87,17 @@ class VirtualBoard(Board):
         self._world.acts()
         self._world.tell("joined", number)
 
-    def withdraw(self, number: int, node: str) -> None:
-        self._members.pop((number, node), None)
-        self._joined[number] = [name for name in self._joined.get(number, []) if name != node]
+    def withdraw(self, number: int, member: Member) -> None:
+        self._members.pop((number, member.node), None)
+        self._joined[number] = [name for name in self._joined.get(number, []) if name != member.node]
         self._world.tell("joined", number)
 
-    def joined(self, number: int) -> list[str]:
+    def joined(self, number: int) -> Joined:
         self._world.reads("joined", number)
-        return self._joined.get(number, [])
+        self._world.awaits(Awaits.NODES)
+        return Joined(0, self._joined.get(number, []))
 
-    def members(self, number: int, nodes: Sequence[str]) -> list[Member | None]:
+    def members(self, number: int, start: int, nodes: Sequence[str]) -> list[Member | None]:
         return [self._members.get((number, node)) for node in nodes]
 
     def seal(self, round_: Round) -> bool:
@@ -128,7 +141,10 @@ class VirtualBoard(Board):
 
     def lease(self, node: str) -> int:
         self._world.reads("lease", node)
-        return self._world.signs_until(node)
+        sign = self._world.signs_until(node)
+        if sign < self._world.now:
+            self._world.awaits(Awaits.LEASE)
+        return sign
 
 
 class VirtualGroup:
@@ -137,13 +153,13 @@ class VirtualGroup:
     def __init__(self, world: World, node: str, deadlines: Deadlines) -> None:
         self._world, self._node, self._deadlines = world, node, deadlines
         self._job: Job | None = None
-        self._judges = False
 
     def start(self, round_: Round, index: int) -> None:
         self._job = job = self._world.job
         assert job is not None
-        self._judges = index < JUDGES
         self._world.acts()
+        if index == 0:
+            self._world.awaits(Awaits.GROWTH)
         job.start(self._node, self._world.now)
         self._expect_end(job)
 
@@ -152,13 +168,17 @@ class VirtualGroup:
         self._world.reads("group", self._node)
         if job is None:
             return Outcome(Reason.LEAVING, "ended before their first step")
+        if job.ended_at is not None:
+            self._world.awaits(Awaits.LEAVING)
         halt = job.halt
         if halt is not None:
             if halt.killed and halt.node == self._node:
                 return Outcome(Reason.FAILED, "a rank was killed")
             found = self._standing(job)
-            overdue = found.is_overdue and self._judges
-            return Outcome(Reason.HUNG, str(found), first_hand=False) if overdue else None
+            if not found.is_overdue:
+                return None
+            self._world.awaits(Awaits.HEARING)
+            return Outcome(Reason.HUNG, str(found), first_hand=False)
         if job.over_at is not None and now >= job.over_at:
             return Outcome(Reason.DONE if job.is_done() else Reason.LEAVING, "left")
         return None
@@ -182,6 +202,8 @@ class VirtualGroup:
         """There are none."""
 
     def stop(self) -> None:
+        if self._job is not None:
+            self._job.running.discard(self._node)
         self._job = None
 
     def _standing(self, job: Job) -> Standing:

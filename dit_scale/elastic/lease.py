@@ -1,0 +1,33 @@
+"""Leases: counters that living supervisors move on. Members of a round watch each other, in a ring."""
+
+from dit_scale.elastic.board import Board, Round
+
+
+class Leases:
+    """The lease of one node, and its watch over another's; times are of its own monotonic clock."""
+
+    def __init__(self, board: Board, node: str, lease_s: float) -> None:
+        """A counter that stands still for longer than `lease_s` means that a node is lost."""
+        self._board, self._node, self._lease_s = board, node, lease_s
+        self._count, self._renewed_s = 0, float("-inf")
+        self._neighbour, self._seen, self._since_s = node, -1, 0.0
+
+    def renew(self, now_s: float) -> None:
+        """Move on the counter of this node when it is time."""
+        if now_s - self._renewed_s > self._lease_s / 5:
+            self._count += 1
+            self._renewed_s = now_s
+            self._board.renew_lease(self._node, self._count)
+
+    def watch(self, round_: Round, index: int, now_s: float) -> None:
+        """Watch the member before member `index`, which is this node: each is watched by one."""
+        self._neighbour, self._seen, self._since_s = round_.members[index - 1].node, -1, now_s
+
+    def lost(self, now_s: float) -> str | None:
+        """The name of the watched node when its counter has stood still for too long."""
+        if self._neighbour == self._node:
+            return None
+        count = self._board.lease(self._neighbour)
+        if count != self._seen:
+            self._seen, self._since_s = count, now_s
+        return self._neighbour if now_s - self._since_s > self._lease_s else None
