@@ -28,6 +28,13 @@ the same way, 1 anything else.""",
     parser.add_argument("--slots", type=whole(1), help="ranks of this node (default: its GPUs, or 1)")
     parser.add_argument("--node", help="name of this node, unlike all others (default: its host name)")
     parser.add_argument("--address", help="where the others reach it (default: its host name)")
+    parser.add_argument(
+        "--start",
+        type=whole(0),
+        default=0,
+        metavar="NUMBER",
+        help="of this start of the job, the same on all nodes; one with a larger number takes over",
+    )
     parser.add_argument("--lease-s", type=float, default=15.0, help="silence that means a node is lost")
     parser.add_argument(
         "--gather-s", type=float, default=3600.0, help="longest wait for the least number of nodes"
@@ -50,4 +57,4 @@ def _run(args: argparse.Namespace) -> int:
     host = socket.gethostname()
     arguments = [args.config, *args.overrides]
     slots = args.slots or num_devices()
-    return launch(config, arguments, policy, args.node or host, args.address or host, slots)
+    return launch(config, arguments, policy, args.node or host, args.address or host, slots, args.start)

@@ -46,7 +46,13 @@ class WantedBack:
 
 
 def launch(
-    config: TrainConfig, arguments: Sequence[str], policy: Policy, node: str, address: str, slots: int
+    config: TrainConfig,
+    arguments: Sequence[str],
+    policy: Policy,
+    node: str,
+    address: str,
+    slots: int,
+    start: int = 0,
 ) -> Exit:
     """Supervise this node's ranks of a run; `arguments` are those of `dit-scale train`."""
     check_address(address)
@@ -67,7 +73,7 @@ def launch(
         for problem in problems:
             say(f"this node takes no part: {problem}")
         return Exit.FAILED
-    me = Member(node, secrets.token_hex(8), address, free_port(), slots, digest(config))
+    me = Member(node, secrets.token_hex(8), address, free_port(), slots, digest(config), start)
     world = Surroundings(
         time.monotonic,
         lambda: committed_step(root),
