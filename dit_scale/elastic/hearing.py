@@ -14,6 +14,9 @@ from dit_scale.elastic.group import Outcome
 from dit_scale.elastic.heartbeat import Section
 from dit_scale.elastic.watch import Standing, culprit
 
+JUDGES = 16
+"""Members that read the reports of all nodes, the first of a round: all come to the same judgement, the first
+one counts, and thousands of nodes with thousands of reports are too much for a storage."""
 MAX_TEXTS = 3
 """Of ranks that all say the same."""
 
@@ -30,7 +33,12 @@ class Hearing:
     """One node's part in it, during one round."""
 
     def __init__(self, board: Board, round_: Round, node: str, patience_s: float) -> None:
-        """After `patience_s` nobody waits any longer for nodes that say nothing."""
+        """After `patience_s` nobody waits any longer for nodes that say nothing.
+
+        A node that is none of the judges leaves it to them for twice as long, and then becomes one.
+        """
+        place = round_.index_of(node)
+        self._is_judge = place is not None and place < JUDGES
         self._board, self._round, self._node, self._patience_s = board, round_, node, patience_s
         self._said: Any = None
         self._heard: dict[str, Report] = {}
@@ -54,15 +62,19 @@ class Hearing:
     def judge(self, now_s: float) -> Outcome | None:
         """What the reports of all nodes come to; None as long as there is somebody to wait for."""
         if self._began_s is None:
-            self._began_s = now_s
+            self._began_s = now_s + (0.0 if self._is_judge else 2 * self._patience_s)
+        if now_s < self._began_s:
+            return None
         for node, tree in self._board.reports(self._round.number).items():
             if node not in self._heard or self._heard[node].tree != tree:
                 self._heard[node] = Report(tree, now_s)
-        silent = [m.node for m in self._round.members if m.node not in self._heard]
+        silent = [node for node in self._round.places if node not in self._heard]
         if silent and not self._is_over(silent, now_s):
             return None
+        if (lost := self._lost(silent)) is not None:
+            return lost
         if any(report.tree["failed"] for report in self._heard.values()):
-            return self._lost(silent) or _broken(self._heard)
+            return _broken(self._heard)
         return _stalled(self._heard, now_s)
 
     def forget(self) -> None:
@@ -80,7 +92,9 @@ class Hearing:
         """A node that says nothing and does not renew its lease either."""
         for node in silent:
             if (self._leases or {}).get(node) == self._board.lease(node):
-                return Outcome(Reason.LOST, "its ranks broke off and its supervisor gives no sign", node=node)
+                return Outcome(
+                    Reason.LOST, "the other nodes' ranks stand still, its supervisor gives no sign", node=node
+                )
         return None
 
 

@@ -8,7 +8,7 @@ costs nothing, and what happens is the same as with every poll taken (a test com
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -17,7 +17,7 @@ from dit_scale.elastic.board import Ending, Member, Reason, Round
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
 from dit_scale.elastic.timeline import SECOND, Costs, Halt, Job, Ledger, Use, ticks
-from dit_scale.elastic.virtual import VirtualBoard, VirtualGroup, last_beat
+from dit_scale.elastic.virtual import Awaits, VirtualBoard, VirtualGroup, last_beat
 from dit_scale.elastic.watch import Deadlines
 
 DAY_S = 86400.0
@@ -126,7 +126,7 @@ class Simulation:
         self._setup, self._failures = setup, failures
         self._policy = Policy(**{**vars(setup.policy), "max_nodes": setup.nodes})
         self._poll = ticks(self._policy.look_s)
-        self._durations = _durations(self._policy)
+        self._times = _times(self._policy)
         self.now = 0
         self.nodes = {name: Node(name) for name in (f"n{i:05d}" for i in range(setup.nodes + setup.spares))}
         self._names = list(self.nodes)
@@ -134,6 +134,7 @@ class Simulation:
         self.job: Job | None = None
         self._current: Node | None = None
         self._acted = False
+        self._awaited: set[Awaits] = set()
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._order = 0
         self._readers: defaultdict[tuple[str, object], dict[str, Node]] = defaultdict(dict)
@@ -196,13 +197,16 @@ class Simulation:
     def acts(self) -> None:
         self._acted = True
 
+    def awaits(self, what: Awaits) -> None:
+        self._awaited.add(what)
+
     def at(self, time: int, action: Callable[[], None]) -> None:
         self._order += 1
         heapq.heappush(self._events, (time, self._order, action))
 
     def tell_groups(self, job: Job) -> None:
-        for member in job.round.members:
-            self.tell("group", member.node)
+        for node in sorted(job.running):
+            self.tell("group", node)
 
     def signs_until(self, node: str) -> int:
         return self.now if self.nodes[node].life is not None else self.nodes[node].lost_at
@@ -252,7 +256,7 @@ class Simulation:
             return
         told, node.told = node.told, False
         node.resumed_at, node.wakes_at = at, NEVER
-        self._current, self._acted = node, False
+        self._current, self._acted, self._awaited = node, False, set()
         try:
             node.poll = max(1, ticks(next(node.life)) - at)
         except StopIteration as end:
@@ -262,8 +266,11 @@ class Simulation:
             self._current = None
         if self._acted:
             node.timers = []
+        elif told:
+            self._awaited.add(Awaits.LEASE)
         if self._acted or told:
-            node.timers += [at + (duration // node.poll + 1) * node.poll for duration in self._durations]
+            times = {time for what in self._awaited for time in self._times[what]}
+            node.timers += [at + (time // node.poll + 1) * node.poll for time in times]
         node.timers = [timer for timer in node.timers if timer > at]
         self._wake(node, at + node.poll if self._setup.polls else min(node.timers, default=NEVER))
 
@@ -317,9 +324,15 @@ class Simulation:
         self._boot(node, self.now)
 
 
-def _durations(policy: Policy) -> list[int]:
-    """All times after which a supervisor may do something although nothing has changed."""
-    times = {entry.name: getattr(policy, entry.name) for entry in fields(policy) if entry.name.endswith("_s")}
-    del times["poll_s"]
-    hearing = (policy.lease_s / 10, policy.lease_s / 2)
-    return sorted({ticks(time) for time in (*times.values(), policy.patience_s + policy.settle_s, *hearing)})
+def _times(policy: Policy) -> dict[Awaits, list[int]]:
+    """After which times a supervisor that waits for something may do what it did not before."""
+    patience_s, hearing_s = policy.patience_s, policy.lease_s / 2
+    settle = (policy.settle_s, policy.save_s)
+    seconds = {
+        Awaits.NODES: (patience_s, *settle, *(patience_s + time_s for time_s in settle), policy.gather_s),
+        Awaits.GROWTH: (policy.grow_s,),
+        Awaits.LEAVING: (policy.save_s,),
+        Awaits.HEARING: tuple(hearing_s * patiences for patiences in (0.2, 1.0, 2.0, 2.2, 3.0)),
+        Awaits.LEASE: (policy.lease_s,),
+    }
+    return {what: [ticks(time_s) for time_s in times] for what, times in seconds.items()}

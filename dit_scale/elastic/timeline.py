@@ -80,12 +80,16 @@ class Job:
     ended_at: int | None = None
     trains_at: int | None = None
     """When the first step begins; None until all members have started."""
-    _started: set[str] = field(default_factory=set)
+    running: set[str] = field(default_factory=set)
+    """Members whose ranks are there."""
+    _waits_for: int = field(init=False)
+    """Members whose ranks have not started."""
     _restore_at: int = 0
     _leave: tuple[int, int] | None = None
     """Ticks of training after which asked ranks leave, and the steps that they have taken then."""
 
     def __post_init__(self) -> None:
+        self._waits_for = len(self.round.members)
         self.begin_step = max(0, self.round.committed_step)
         self.unit = ticks(self.costs.step_s)
         self.step = ticks(self.costs.step_s * self.full_nodes / len(self.round.members))
@@ -101,8 +105,9 @@ class Job:
 
     def start(self, node: str, now: int) -> None:
         """A member starts its ranks; with the last one all begin."""
-        self._started.add(node)
-        if len(self._started) == len(self.round.members):
+        self.running.add(node)
+        self._waits_for -= 1
+        if self._waits_for == 0:
             costs = self.costs
             restore_s = costs.restore_s if self.round.committed_step >= 0 else 0.0
             self._restore_at = now + ticks(costs.launch_s + costs.init_s)
