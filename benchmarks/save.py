@@ -53,6 +53,7 @@ from dit_scale.checkpoint.rankfile import Piece
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Snapshot
 from dit_scale.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, ModelConfig, TrainConfig
+from dit_scale.elastic.heartbeat import Heart
 from dit_scale.storage import Storage, open_storage
 from dit_scale.train import determinism
 from dit_scale.train.session import Session
@@ -121,7 +122,7 @@ def saving(config: TrainConfig, folder: Path, rounds: int) -> list[Row]:
     world = dist.start(config.engine)
     with ExitStack() as stack:
         stack.callback(dist.stop)
-        run = Session(config, world, stack)
+        run = Session(config, world, stack, Heart(world.rank))
         run.begin()
         for _ in range(WARMUP_STEPS):
             turn(run)
@@ -232,7 +233,7 @@ def resuming(config: TrainConfig) -> tuple[float, ...]:
     with ExitStack() as stack:
         world = dist.start(config.engine)
         stack.callback(dist.stop)
-        run = Session(config, world, stack)
+        run = Session(config, world, stack, Heart(world.rank))
         marks.append(time.perf_counter())
         run.begin()
         _wait(world.device)

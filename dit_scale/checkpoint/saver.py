@@ -16,7 +16,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -151,9 +151,10 @@ class Saver:
             self._ask("commit", request)
         return None
 
-    def wait(self) -> Outcome | None:
-        """Stay until the save in flight has ended; None when there is none."""
+    def wait(self, voted: Callable[[], None] = lambda: None) -> Outcome | None:
+        """Stay until the save in flight has ended; None when there is none. `voted` hears that all live."""
         while self.in_flight:
+            voted()
             outcome = self.advance(*self._world.begin_any(*self.flags()).result())
             if outcome is not None:
                 return outcome

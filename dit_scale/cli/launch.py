@@ -1,9 +1,11 @@
 """`dit-scale launch`: the supervisor of this node."""
 
 import argparse
+import sys
 from typing import Any
 
 from dit_scale.cli.arguments import command, whole
+from dit_scale.errors import DitScaleError
 
 
 def add(commands: Any) -> None:
@@ -19,8 +21,8 @@ start again with the nodes that are left when one fails.
 
   on each node         dit-scale launch configs/dit_xl2_256.yaml --nodes 2:4 run=/shared/xl2
 
-Exit codes: 0 done, 75 stopped on request and saved (start again to go on), 93 another start would end in
-the same way, 1 anything else.""",
+Exit codes: 0 done, 75 stopped on request and saved (start again to go on), 93 (2 for an option) another start
+would end in the same way, 1 anything else.""",
     )
     parser.add_argument("config", help="YAML file; the same on all nodes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="the same on all nodes")
@@ -45,6 +47,16 @@ the same way, 1 anything else.""",
 
 
 def _run(args: argparse.Namespace) -> int:
+    from dit_scale.elastic.exits import exit_code
+
+    try:
+        return _launch(args)
+    except DitScaleError as error:
+        print(f"{args.name}: {error}", file=sys.stderr)
+        return exit_code(error)
+
+
+def _launch(args: argparse.Namespace) -> int:
     import socket
 
     from dit_scale.config import TrainConfig, load

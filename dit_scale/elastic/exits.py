@@ -10,20 +10,29 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from dit_scale.errors import ConfigError, StabilityError, WeightsError
+
 
 class Exit(IntEnum):
-    """Exit codes of a supervisor, and of `dit-scale train`."""
+    """Exit codes of a supervisor, and what the verdicts of its ranks come to."""
 
     DONE = 0
     """The last step is committed."""
     FAILED = 1
     """Anything else: a scheduler may try again."""
-    MISTAKE = 2
-    """A person must mend something; the message says what."""
     REQUEUE = 75
     """Stopped on request, all is committed: put me back in the queue."""
     DO_NOT_RESTART = 93
-    """Another start would end the same way."""
+    """Another start would end the same way; a person must mend something, the message says what."""
+
+
+HOPELESS = (ConfigError, WeightsError, StabilityError)
+"""Errors that another start would meet again. Others may pass: data, storage, devices."""
+
+
+def exit_code(error: BaseException) -> Exit:
+    """What an error means for those who would start the run again."""
+    return Exit.DO_NOT_RESTART if isinstance(error, HOPELESS) else Exit.FAILED
 
 
 @dataclass(frozen=True)

@@ -12,23 +12,20 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from dit_scale.elastic.board import Reason, Round
 from dit_scale.elastic.exits import Exit, Verdict, read_verdict
 from dit_scale.elastic.heartbeat import FOLDER_VARIABLE, Beat, Section, beat_path, read_beat
+from dit_scale.elastic.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective
 from dit_scale.elastic.watch import Deadlines, Standing, culprit, standings
 
 MARK = "DIT_SCALE_GROUP"
 """Variable in the environment of every process of a group."""
 SUPERVISOR_VARIABLE = "DIT_SCALE_SUPERVISOR"
 """Environment variable with the process id of the supervisor, without whom ranks do not go on."""
-STACK_SIGNAL = signal.SIGUSR2
-"""Has a rank write the stacks of its threads down."""
-STACKS_S = 2.0
-"""Time that it has for it."""
 BLIND_S = 5.0
 """After a longer time between two looks this process was stopped itself, and the ranks maybe with it."""
 END_S = 20.0
@@ -96,12 +93,13 @@ class LaunchedGroup:
         self._passed: list[str] = []
         self._first_step = 0
         self._beats: dict[int, Beat] = {}
+        self._in_collective: set[int] | None = None
         self.beats = folder
 
     def start(self, round_: Round, index: int) -> None:
         first = sum(member.slots for member in round_.members[:index])
         self._ranks = range(first, first + round_.members[index].slots)
-        self._round, self._passed, self._beats = round_.number, [], {}
+        self._round, self._passed, self._beats, self._in_collective = round_.number, [], {}, None
         self._looked_s = self._awake_s = time.monotonic()
         self.beats = self._folder / f"round-{round_.number:06d}"
         shutil.rmtree(self.beats, ignore_errors=True)
@@ -162,18 +160,18 @@ class LaunchedGroup:
                 _signal(beat.pid, signal.SIGUSR1)
 
     def keep_stacks(self) -> None:
-        waiting = {rank: stack_path(self.beats, rank) for rank in self.ranks()}
-        for beat in self.ranks().values():
-            _signal(beat.pid, STACK_SIGNAL)
-            _signal(beat.pid, signal.SIGCONT)  # a stopped one writes first of all when it goes on
-        end_s = time.monotonic() + STACKS_S
-        while any(not _size(path) for path in waiting.values()) and time.monotonic() < end_s:
-            time.sleep(0.02)
+        beats = self.ranks()
+
+        def wake_and_ask(rank: int) -> None:
+            _signal(beats[rank].pid, STACK_SIGNAL)
+            _signal(beats[rank].pid, signal.SIGCONT)  # a stopped one writes first of all when it goes on
+
+        stacks = ask_for_stacks(self.beats, beats, wake_and_ask)
         if self._stacks is not None:
-            for rank, path in waiting.items():
-                target = self._stacks / f"round-{self._round:06d}-rank-{rank:05d}.stack"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+            self._stacks.mkdir(parents=True, exist_ok=True)
+            for rank, text in stacks.items():
+                name = f"round-{self._round:06d}-rank-{rank:05d}.stack"
+                (self._stacks / name).write_text(text)
 
     def stop(self) -> None:
         end_s = time.monotonic() + END_S
@@ -195,7 +193,23 @@ class LaunchedGroup:
         self._looked_s = now_s
         said = self.ranks()
         beats = {rank: said.get(rank) for rank in self._ranks}
-        return standings(beats, self._verdicts(), self._deadlines, now_s, self._awake_s)
+        found = standings(beats, self._verdicts(), self._deadlines, now_s, self._awake_s)
+        waiting = self._waiting([one for one in found if one.section >= Section.DATA])
+        return [replace(one, waits=one.rank in waiting) for one in found]
+
+    def _waiting(self, training: Sequence[Standing]) -> set[int]:
+        """Ranks inside a collective, by their stacks, which are asked for once when one is overdue.
+
+        Of ranks in the same section of the same step they are those that wait for the others.
+        """
+        if not any(one.is_overdue for one in training):
+            self._in_collective = None
+            return set()
+        if self._in_collective is None:
+            pids = {one.rank: one.pid for one in training if not one.stopped}
+            stacks = ask_for_stacks(self.beats, pids, lambda rank: _signal(pids[rank], STACK_SIGNAL))
+            self._in_collective = {rank for rank, text in stacks.items() if is_in_collective(text)}
+        return self._in_collective
 
     def _note_progress(self, beats: Mapping[int, Beat]) -> None:
         """Write into the journal how far the start is: what a restart costs is in the times between."""
@@ -227,7 +241,7 @@ class LaunchedGroup:
 def _judge(verdicts: Mapping[int, Verdict | None], killed: Mapping[int, Beat]) -> Outcome | None:
     """What verdicts and deaths tell: the end of all ranks, or why one broke off."""
     said = [verdict for verdict in verdicts.values() if verdict is not None]
-    if wrong := [verdict for verdict in said if verdict.code in (Exit.DO_NOT_RESTART, Exit.MISTAKE)]:
+    if wrong := [verdict for verdict in said if verdict.code == Exit.DO_NOT_RESTART]:
         return _failed(Reason.MISTAKE, wrong[:1])
     if killed:
         texts = [
@@ -252,15 +266,6 @@ def _failed(reason: Reason, verdicts: Sequence[Verdict]) -> Outcome:
     first = verdicts[0]
     details = {"rank": first.rank, "step": first.step}
     return Outcome(reason, "; ".join(texts), details, first_hand=not first.second_hand)
-
-
-def stack_path(folder: Path, rank: int) -> Path:
-    """Where a rank writes the stacks of its threads when it is asked to."""
-    return folder / f"stack-{rank:05d}"
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def _shield() -> None:

@@ -31,18 +31,20 @@ class Section(IntEnum):
     START = 0
     """Imports, process group, model and engine."""
     RESTORE = 1
-    """Reads a checkpoint."""
-    DATA = 2
+    """Looks for a checkpoint and reads it; a beat for each tensor."""
+    RESTORED = 2
+    """Has read its part, and waits for the others."""
+    DATA = 3
     """Waits for the micro-batches of a step."""
-    COMPUTE = 3
+    COMPUTE = 4
     """Forward and backward passes, reductions, the optimizer."""
-    AGREE = 4
+    AGREE = 5
     """Waits for the vote of all ranks."""
-    LOG = 5
-    SAVE = 6
+    LOG = 6
+    SAVE = 7
     """Copies the state for the writer."""
-    WAIT_SAVE = 7
-    """Waits for a commit."""
+    WAIT_SAVE = 8
+    """Waits for a commit; a beat for each vote on whether it is there."""
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,18 @@ import faulthandler
 import os
 import select
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dit_scale.elastic.exits import Exit, Verdict, write_verdict
-from dit_scale.elastic.group import STACK_SIGNAL, SUPERVISOR_VARIABLE, stack_path
+from dit_scale.elastic.exits import Exit, Verdict, exit_code, write_verdict
+from dit_scale.elastic.group import SUPERVISOR_VARIABLE
 from dit_scale.elastic.heartbeat import FOLDER_VARIABLE, Heart, beat_path, read_beat
-from dit_scale.errors import ConfigError, DitScaleError, StabilityError, WeightsError
+from dit_scale.elastic.stacks import STACK_SIGNAL, stack_path
+from dit_scale.errors import DitScaleError
 
-HOPELESS = (ConfigError, WeightsError)
-"""What a person must mend: another try would end in the same way. Other errors may pass."""
 TRANSPORTS = (
     "gloo",
     "ProcessGroup",
@@ -24,6 +25,10 @@ TRANSPORTS = (
     "Connection reset by peer",
 )
 """Words in the messages of collectives that break when another rank has gone."""
+
+
+REACH_S = 30.0
+"""Time in which the node of rank 0 must answer to the others."""
 
 
 def supervised(work: Callable[[], int]) -> int:
@@ -39,6 +44,8 @@ def supervised(work: Callable[[], int]) -> int:
     with stack_path(Path(folder), rank).open("w") as stacks:
         faulthandler.register(STACK_SIGNAL, stacks)
         try:
+            if rank:
+                reach(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
             code = work()
         except BaseException as problem:
             error = problem
@@ -50,6 +57,29 @@ def supervised(work: Callable[[], int]) -> int:
     return code
 
 
+def reach(address: str, port: int, within_s: float = REACH_S) -> None:
+    """See that the machine where the ranks will meet answers, if only that nobody listens there yet.
+
+    Raises DitScaleError when it does not: torch would wait for ten minutes, and say less.
+    """
+    end_s = time.monotonic() + within_s
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(1.0, end_s - time.monotonic())).close()
+            return
+        except ConnectionRefusedError:
+            return
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if time.monotonic() > end_s:
+            raise DitScaleError(
+                f"the node of rank 0 does not answer at {address}:{port} within {within_s:g} s: {problem}; "
+                "expected that all nodes reach each other at all ports. Is a firewall between them, is the "
+                "--address of the first node one that the others can reach?"
+            )
+        time.sleep(0.5)
+
+
 def _leave_verdict(folder: Path, rank: int, code: int, error: BaseException | None) -> None:
     beat = read_beat(beat_path(folder, rank))
     name, message = "", ""
@@ -57,13 +87,6 @@ def _leave_verdict(folder: Path, rank: int, code: int, error: BaseException | No
         code, name, message = exit_code(error), type(error).__name__, str(error)
     second_hand = error is not None and is_second_hand(error)
     write_verdict(folder, Verdict(rank, code, beat.step if beat else 0, name, message, second_hand))
-
-
-def exit_code(error: BaseException) -> int:
-    """What an error means for those who would start the run again."""
-    if isinstance(error, StabilityError):
-        return Exit.DO_NOT_RESTART
-    return Exit.MISTAKE if isinstance(error, HOPELESS) else Exit.FAILED
 
 
 def is_second_hand(error: BaseException) -> bool:

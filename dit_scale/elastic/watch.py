@@ -21,13 +21,16 @@ NOTICE_S = 2.0
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds that a rank may stay in one section."""
+    """Seconds that a beat of a section may be the last one."""
 
     start_s: float = 900.0
     """Imports, process group, engine, and the first steps, which may compile."""
-    restore_s: float = 3600.0
-    save_s: float = 3600.0
-    """Of the wait for a commit."""
+    restore_s: float = 600.0
+    """One tensor, or finding the newest checkpoint: a storage gives a request up long before."""
+    restored_s: float = 3600.0
+    """Until the slowest rank has read its part."""
+    save_s: float = 120.0
+    """Between two votes on a commit: a copy of the state, a pause of at most a minute before another try."""
     data_s: float = 330.0
     """Longer than the loader waits before it gives up by itself."""
     shortest_s: float = SHORTEST_S
@@ -43,6 +46,8 @@ class Deadlines:
                 return self.start_s
             case Section.RESTORE:
                 return self.restore_s
+            case Section.RESTORED:
+                return self.restored_s
             case Section.WAIT_SAVE:
                 return self.save_s
         if beat.p99_s == 0:
@@ -68,13 +73,16 @@ class Standing:
     """From which age on it is worth a look at all ranks."""
     stopped: bool = False
     """Whether the kernel says that the process stands still, and not that it waits."""
+    waits: bool = False
+    """Whether it was seen inside a collective."""
 
     @property
     def is_overdue(self) -> bool:
         return self.age_s > self.limit_s
 
     def __str__(self) -> str:
-        state = "is stopped" if self.stopped else "does not get on"
+        waits = "waits for other ranks" if self.waits else "does not get on"
+        state = "is stopped" if self.stopped else waits
         return (
             f"rank {self.rank} (process {self.pid}) {state} in {self.section.name} of step {self.step}, "
             f"{self.age_s:.1f} s without a beat"
@@ -109,9 +117,9 @@ def culprit(found: Iterable[Standing]) -> Standing:
     """Of ranks that all stand still, the one that the others wait for.
 
     A stopped process first. Else the one that is least far: the others came as far as they could without
-    it, so in the same step and section it is who has been there longest.
+    it. In the same step and section it is who was not seen inside a collective, or has been there longest.
     """
-    return min(found, key=lambda one: (not one.stopped, one.step, one.section, -one.age_s))
+    return min(found, key=lambda one: (not one.stopped, one.step, one.section, one.waits, -one.age_s))
 
 
 def is_stopped(pid: int) -> bool:

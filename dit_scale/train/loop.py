@@ -27,8 +27,7 @@ def train(config: TrainConfig) -> int:
     world = dist.start(config.engine)
     with ExitStack() as stack:
         stack.callback(dist.stop)
-        run = Session(config, world, stack)
-        heart.beat(Section.RESTORE, 0)
+        run = Session(config, world, stack, heart)
         run.begin()
         while run.state.step < config.steps:
             vote = world.begin_any(stop.wanted, *run.saver.flags(), run.has_found_damage())
@@ -46,7 +45,6 @@ def train(config: TrainConfig) -> int:
             save_point = last or stopping or run.save_is_due()
             heart.beat(Section.LOG, run.state.step)
             if (log_point or save_point) and run.keeps_failing():
-                heart.beat(Section.RESTORE, run.state.step)
                 run.roll_back()
                 continue
             if log_point:

@@ -25,6 +25,7 @@ from dit_scale.data.order import positions_of
 from dit_scale.data.quarantine import Quarantine
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
+from dit_scale.elastic.heartbeat import Heart, Section
 from dit_scale.errors import CheckpointError, StabilityError
 from dit_scale.storage import open_storage
 from dit_scale.telemetry.meters import COLUMNS, Meters, Row
@@ -50,8 +51,9 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 class Session:
     """Everything that a run needs in this process. Every public method is called by all ranks alike."""
 
-    def __init__(self, config: TrainConfig, world: World, stack: ExitStack) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: TrainConfig, world: World, stack: ExitStack, heart: Heart) -> None:
+        """`heart` is told that a long read, or a long wait, gets on."""
+        self.config, self.world, self._heart = config, world, heart
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
         check_dataset(config, dataset)
         self.plan = plan_of(config, world.size)
@@ -74,6 +76,7 @@ class Session:
         Raises SupersededError when another one has begun behind the attempt `behind`.
         """
         config, notes, begin_s = self.config, list[str](), time.monotonic()
+        self._heart.beat(Section.RESTORE, self.state.step)
         # A configuration that this run refuses must not count as an attempt or replace its config.yaml.
         found = find_checkpoint(
             config,
@@ -83,6 +86,7 @@ class Session:
             notes.append,
             at_most_step,
         )
+        self._heart.beat(Section.RESTORE, self.state.step)
         self.attempt = self.world.first_says(lambda: self._claim(found, excluded, behind))
         self._go_on_from(found)
         self._open(notes, found is not None, restore_s=time.monotonic() - begin_s)
@@ -127,7 +131,7 @@ class Session:
                 f"{self.config.run}: {message}, after {self.config.guard.max_rollbacks} rollbacks; lower "
                 "optimizer.lr or look at one of them with `dit-scale replay`"
             )
-        self._report(self.saver.wait())
+        self._report(self._wait_for_save())
         self._record("rollback", failed_steps=[before + 1, self.state.step], excluded_positions=excluded)
         self.say(f"{message}: going back to a checkpoint before it, and on without its samples")
         self._attempt_stack.close()
@@ -199,11 +203,11 @@ class Session:
         """
         self.note_damage()
         begin_s, pause_s = time.monotonic(), FIRST_PAUSE_S
-        self._report(self.saver.wait())
+        self._report(self._wait_for_save())
         give_up_s = time.monotonic() + self.config.checkpoint.deadline_s
         while self._committed_step != self.state.step:
             self._begin_save()
-            outcome = self.saver.wait()
+            outcome = self._wait_for_save()
             self._report(outcome)
             assert outcome is not None
             if outcome.problem and self.world.first_says(lambda: time.monotonic() > give_up_s):
@@ -212,6 +216,9 @@ class Session:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         self._record("waited", stall_s=round(time.monotonic() - begin_s, 4))
+
+    def _wait_for_save(self) -> Outcome | None:
+        return self.saver.wait(lambda: self._heart.beat(Section.WAIT_SAVE, self.state.step))
 
     def finish(self) -> None:
         """The run is done: say where everything is."""
@@ -236,8 +243,16 @@ class Session:
         said = list[str]()
         old, new = restored_kinds(self.config, found, said.append)
         owned = self.step.engine.owned
-        reader.fill(owned, (*OPTIMIZER_KINDS, *old), found.read)
-        reader.fill(owned, new, lambda _, *extent: found.read(MASTER, *extent))
+
+        def read(kind: str, parameter: str, start: int, length: int) -> Tensor:
+            self._heart.beat(Section.RESTORE, self.state.step)
+            return found.read(kind, parameter, start, length)
+
+        try:
+            reader.fill(owned, (*OPTIMIZER_KINDS, *old), read)
+            reader.fill(owned, new, lambda _, *extent: read(MASTER, *extent))
+        finally:
+            self._heart.beat(Section.RESTORED, self.state.step)
         notes += said
 
     def _go_on_from(self, found: Checkpoint | None) -> None:

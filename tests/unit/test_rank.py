@@ -1,10 +1,21 @@
 """What a rank says of its own end."""
 
+import socket
+from contextlib import ExitStack
+
 import pytest
 
-from dit_scale.elastic.exits import Exit
-from dit_scale.elastic.rank import exit_code, is_second_hand
-from dit_scale.errors import ConfigError, DataError, StabilityError
+from dit_scale.elastic.exits import Exit, exit_code
+from dit_scale.elastic.rank import is_second_hand, reach
+from dit_scale.errors import (
+    ConfigError,
+    DataError,
+    DeviceError,
+    DitScaleError,
+    StabilityError,
+    StorageError,
+    WeightsError,
+)
 
 
 class DistNetworkError(RuntimeError):
@@ -29,10 +40,26 @@ def test_an_error_that_another_rank_caused_is_second_hand(error: Exception, seco
 
 
 def test_errors_that_a_person_must_mend_are_told_from_those_that_may_pass() -> None:
-    errors = (StabilityError(""), ConfigError(""), DataError(""), RuntimeError(""))
-    assert [exit_code(error) for error in errors] == [
-        Exit.DO_NOT_RESTART,
-        Exit.MISTAKE,
-        Exit.FAILED,
-        Exit.FAILED,
-    ]
+    hopeless = (StabilityError(""), ConfigError(""), WeightsError(""))
+    passing = (DataError(""), StorageError(""), DeviceError(""), RuntimeError(""))
+    assert {exit_code(error) for error in hopeless} == {Exit.DO_NOT_RESTART}
+    assert {exit_code(error) for error in passing} == {Exit.FAILED}
+
+
+def test_the_node_of_rank_0_may_be_there_before_its_rank_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        reach("127.0.0.1", port, within_s=1)
+    reach("127.0.0.1", port, within_s=1)
+
+
+def test_a_node_of_rank_0_that_does_not_answer_is_named() -> None:
+    with socket.socket() as server, ExitStack() as clients:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        port = server.getsockname()[1]
+        clients.enter_context(socket.create_connection(("127.0.0.1", port)))  # it drops all further ones
+        with pytest.raises(DitScaleError, match=rf"127\.0\.0\.1:{port} within 1 s: timed out; expected"):
+            reach("127.0.0.1", port, within_s=1)
+    with pytest.raises(DitScaleError, match=r"no-such-node\.invalid:1 within 0 s: "):
+        reach("no-such-node.invalid", 1, within_s=0)

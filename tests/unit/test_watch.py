@@ -1,7 +1,9 @@
 """Deadlines of ranks and blame among nodes, on clocks that the tests set."""
 
+import faulthandler
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from dit_scale.elastic.board import Board, Ending, Member, Reason, Round
 from dit_scale.elastic.group import Outcome
 from dit_scale.elastic.hearing import Hearing
 from dit_scale.elastic.heartbeat import Beat, Heart, Section, beat_path, read_beat
+from dit_scale.elastic.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective, stack_path
 from dit_scale.elastic.supervisor import fruitless_after
 from dit_scale.elastic.watch import Deadlines, Standing, culprit, standings
 from dit_scale.storage import open_storage
@@ -59,6 +62,69 @@ def test_the_culprit_is_the_one_that_the_others_wait_for() -> None:
     stopped = Standing(2, 12, Section.AGREE, 7, age_s=8.5, limit_s=8.0, stopped=True)
     assert culprit([waiting, behind]) == behind
     assert culprit([waiting, behind, stopped]) == stopped
+
+
+def test_in_the_same_section_the_culprit_is_the_one_outside_of_the_collective() -> None:
+    inside = Standing(0, 10, Section.COMPUTE, 7, age_s=9.0, limit_s=8.0, waits=True)
+    outside = Standing(1, 11, Section.COMPUTE, 7, age_s=8.9, limit_s=8.0)
+    assert culprit([inside, outside]) == outside
+    assert "rank 0 (process 10) waits for other ranks in COMPUTE of step 7" in str(inside)
+
+
+@pytest.mark.parametrize(
+    ("section", "age_s", "overdue"),
+    [
+        (Section.RESTORE, 599.0, False),
+        (Section.RESTORE, 601.0, True),
+        (Section.RESTORED, 3599.0, False),
+        (Section.WAIT_SAVE, 119.0, False),
+        (Section.WAIT_SAVE, 121.0, True),
+    ],
+)
+def test_beside_the_steps_a_beat_may_be_old(section: Section, age_s: float, overdue: bool) -> None:
+    beat = Beat(os.getpid(), section, 0, at_s=0.0)
+    (one,) = standings({0: beat}, {0: None}, Deadlines(), age_s, 0.0)
+    assert one.is_overdue == overdue
+
+
+def test_who_has_read_its_part_is_not_blamed_for_who_stands_still_in_reading() -> None:
+    read = Standing(0, 10, Section.RESTORED, 0, age_s=900.0, limit_s=3600.0)
+    reading = Standing(1, 11, Section.RESTORE, 0, age_s=601.0, limit_s=600.0)
+    assert culprit([read, reading]) == reading
+
+
+def test_stacks_are_asked_for_and_read_from_where_the_last_ones_ended(tmp_path: Path) -> None:
+    asked = []
+
+    def signal_to(rank: int) -> None:
+        asked.append(rank)
+        if rank == 0:  # rank 1 does not answer
+            signal.raise_signal(STACK_SIGNAL)
+
+    with stack_path(tmp_path, 0).open("w") as file:
+        faulthandler.register(STACK_SIGNAL, file)
+        try:
+            first = ask_for_stacks(tmp_path, [0], signal_to)
+            second = ask_for_stacks(tmp_path, [0, 1], signal_to)
+        finally:
+            faulthandler.unregister(STACK_SIGNAL)
+    assert asked == [0, 0, 1]
+    for found in (first, second):
+        assert found.keys() == {0}
+        assert found[0].count("in signal_to") == 1
+        assert not is_in_collective(found[0])
+
+
+def test_a_collective_is_seen_in_a_stack() -> None:
+    gather = """\
+Thread 0x00007f (most recent call first):
+  File "/x/site-packages/torch/distributed/distributed_c10d.py", line 3116 in all_reduce
+  File "/x/site-packages/deepspeed/comm/torch.py", line 166 in all_reduce
+  File "/x/dit_scale/train/engine.py", line 1 in backward
+"""
+    assert is_in_collective(gather)
+    assert is_in_collective(gather.replace("/torch/distributed/distributed_c10d.py", "/dit_scale/dist.py"))
+    assert not is_in_collective("\n".join(gather.splitlines()[3:]))
 
 
 @pytest.fixture
