@@ -48,7 +48,7 @@ class Hearing:
     def say(self, outcome: Outcome | None, quiet: tuple[Standing, ...]) -> None:
         """Tell the others what has changed about the ranks of this node since the last time."""
         failed = outcome is not None and outcome.reason == Reason.FAILED
-        said = (failed, [(one.rank, one.section, one.step, one.stopped) for one in quiet])
+        said = (failed, [(one.rank, one.section, one.step, one.stopped, one.waits) for one in quiet])
         if said == self._said:
             return
         if failed or quiet:
