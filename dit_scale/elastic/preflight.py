@@ -20,7 +20,7 @@ from dit_scale.config import TrainConfig
 from dit_scale.data.shards import read_info
 from dit_scale.errors import DitScaleError
 from dit_scale.models.zoo import num_parameters, shape_of
-from dit_scale.storage import open_storage
+from dit_scale.storage import Storage, open_storage
 
 Query = Callable[[Sequence[str]], str | None]
 """Runs a command; its output, None when there is no such command or it failed."""
@@ -34,6 +34,8 @@ SPARE_BYTES = 2**30
 """Room for what is small: metrics, journals, temporary files, the begin of a cache."""
 CLOCK_S = 5.0
 """Between the clock of this node and that of the run's folder; more is said."""
+LOCAL_FILE_SYSTEMS = ("btrfs", "ext2/ext3", "overlayfs", "tmpfs", "xfs", "zfs")
+"""As `stat -f` names them."""
 XID_AGE_S = 24 * 3600.0
 XIDS = {
     48: "double-bit ECC error",
@@ -220,6 +222,22 @@ def data_problems(config: TrainConfig) -> list[str]:
     except DitScaleError as error:
         return [f"the data set cannot be read: {error}"]
     return []
+
+
+def say_unless_shared(root: Storage, most_nodes: int, say: Say, query: Query | None = None) -> None:
+    """Say so when several nodes are to find each other in a folder that seems to be this node's alone.
+
+    It may be one that this node exports, so it is no problem. But where it is, each node trains by itself.
+    """
+    folder = root.local_path("elastic")
+    if most_nodes == 1 or folder is None:
+        return
+    kind = ((query or run_command)(("stat", "-f", "-c", "%T", str(_existing(folder)))) or "").strip()
+    if kind in LOCAL_FILE_SYSTEMS:
+        say(
+            f"{root.url} is on a disk of this node ({kind}), and up to {most_nodes} nodes are to find each "
+            "other there: all must see the same folder, or each would train alone"
+        )
 
 
 def folder_problems(config: TrainConfig, say: Say) -> list[str]:

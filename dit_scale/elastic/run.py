@@ -23,10 +23,10 @@ from dit_scale.data.shards import read_info
 from dit_scale.elastic.board import Board, Member
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.group import LaunchedGroup
-from dit_scale.elastic.preflight import preflight
+from dit_scale.elastic.preflight import preflight, say_unless_shared
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
 from dit_scale.elastic.watch import NOTICE_S, Deadlines
-from dit_scale.errors import ConfigError, DitScaleError
+from dit_scale.errors import ConfigError, DitScaleError, StorageError
 from dit_scale.storage import Storage, open_storage
 from dit_scale.telemetry.sinks import Journal
 
@@ -58,7 +58,12 @@ def launch(
     check_address(address)
     root = open_storage(config.checkpoint.url or config.run)
     folder = Path(config.run) / "supervisors"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"run={config.run} cannot be made: {error.strerror}; it must be the same folder for all nodes"
+        ) from None
     journal = Journal(folder / f"{node}.jsonl")
     wanted_back = WantedBack()
 
@@ -73,6 +78,7 @@ def launch(
         for problem in problems:
             say(f"this node takes no part: {problem}")
         return Exit.FAILED
+    say_unless_shared(root, policy.max_nodes, say)
     me = Member(node, secrets.token_hex(8), address, free_port(), slots, digest(config), start)
     world = Surroundings(
         time.monotonic,
@@ -87,7 +93,14 @@ def launch(
     command = ["--module", MODULE, "train", *arguments]
     with tempfile.TemporaryDirectory(prefix="dit-scale-") as beats:
         group = LaunchedGroup(command, Path(beats), deadlines, record, folder / "stacks")
-        return drive(Supervisor(me, Board(root), group, policy, world).run())
+        try:
+            return drive(Supervisor(me, Board(root), group, policy, world).run())
+        except StorageError as error:
+            record("board_gone", problem=str(error))
+            raise StorageError(
+                f"the supervisors cannot agree any more, and the ranks of {node} are ended: {error}; when that "
+                "is mended the same command goes on"
+            ) from error
 
 
 def drive(life: Wait) -> Exit:

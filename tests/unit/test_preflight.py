@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from dit_scale.config import TrainConfig
-from dit_scale.elastic.preflight import gpu_problems, preflight, run_command, xid_problems
+from dit_scale.elastic.preflight import (
+    gpu_problems,
+    preflight,
+    run_command,
+    say_unless_shared,
+    xid_problems,
+)
+from dit_scale.storage import open_storage
 from tests.latents import write_latents
 
 GIB = 2**30
@@ -171,6 +178,22 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "state")
     (tmp_path / "state").write_text("a file")
     assert any("root of the checkpoints cannot be written" in problem for problem in preflight(config, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "most_nodes", "said"),
+    [("xfs\n", 2, True), ("xfs\n", 1, False), ("nfs\n", 2, False), (None, 2, False)],
+)
+def test_a_folder_that_only_this_node_sees_is_said(
+    tmp_path: Path, kind: str | None, most_nodes: int, said: bool
+) -> None:
+    heard: list[str] = []
+    say_unless_shared(open_storage(tmp_path / "run"), most_nodes, heard.append, lambda command: kind)
+    assert [f"{tmp_path / 'run'} is on a disk of this node (xfs)" in text for text in heard] == [True] * said
+
+
+def test_a_bucket_is_seen_by_all_nodes() -> None:
+    say_unless_shared(open_storage("s3://bucket/run"), 2, pytest.fail)
 
 
 def test_a_clock_that_is_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
