@@ -6,7 +6,7 @@ other nodes have done so too, or have named the cause themselves by ending the r
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dit_scale.elastic.board import Board, Reason, Round
@@ -53,7 +53,7 @@ class Hearing:
             return
         if failed or quiet:
             text = outcome.text if outcome is not None and failed else ""
-            tree = {"failed": failed, "text": text, "ranks": [asdict(one) for one in quiet]}
+            tree = {"failed": failed, "text": text, "ranks": [dict(vars(one)) for one in quiet]}
             self._board.report(self._round.number, self._node, tree)
         elif self._said is not None:
             self._board.take_back(self._round.number, self._node)

@@ -12,6 +12,9 @@ from dit_scale.elastic.heartbeat import MEASURED_STEPS, Beat, Section
 from dit_scale.elastic.timeline import SECOND, Job
 from dit_scale.elastic.watch import Deadlines, Standing
 
+KEPT_ROUNDS = 4
+"""Nobody asks for older ones, and those of thousands of nodes would fill the memory."""
+
 
 class Awaits(Enum):
     """What a supervisor looks at the clock for, though nothing else changes."""
@@ -68,7 +71,7 @@ class VirtualBoard(Board):
         self.url = "the simulation"
         self._world = world
         self._newest = 0
-        self._members: dict[tuple[int, str], Member] = {}
+        self._members: defaultdict[int, dict[str, Member]] = defaultdict(dict)
         self._joined: dict[int, list[str]] = {}
         self._rounds: dict[int, Round] = {}
         self._endings: dict[int, Ending] = {}
@@ -78,7 +81,7 @@ class VirtualBoard(Board):
         return self._newest
 
     def join(self, number: int, member: Member) -> None:
-        self._members[number, member.node] = member
+        self._members[number][member.node] = member
         names = self._joined.get(number, [])
         if member.node not in names:
             names = names.copy()  # readers keep the list to compare with
@@ -88,7 +91,7 @@ class VirtualBoard(Board):
         self._world.tell("joined", number)
 
     def withdraw(self, number: int, member: Member) -> None:
-        self._members.pop((number, member.node), None)
+        self._members[number].pop(member.node, None)
         self._joined[number] = [name for name in self._joined.get(number, []) if name != member.node]
         self._world.tell("joined", number)
 
@@ -98,13 +101,16 @@ class VirtualBoard(Board):
         return Joined(0, self._joined.get(number, []))
 
     def members(self, number: int, start: int, nodes: Sequence[str]) -> list[Member | None]:
-        return [self._members.get((number, node)) for node in nodes]
+        return [self._members[number].get(node) for node in nodes]
 
     def seal(self, round_: Round) -> bool:
         if round_.number in self._rounds:
             return False
         self._rounds[round_.number] = round_
         self._newest = max(self._newest, round_.number)
+        old = round_.number - KEPT_ROUNDS
+        for kept in (self._members, self._joined, self._rounds, self._endings, self._reports):
+            kept.pop(old, None)
         self._world.begin(round_)
         self._world.acts()
         self._world.tell("sealed", round_.number)

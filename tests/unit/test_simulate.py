@@ -8,6 +8,7 @@ import pytest
 
 from dit_scale.elastic.board import Reason
 from dit_scale.elastic.exits import Exit
+from dit_scale.elastic.hearing import JUDGES
 from dit_scale.elastic.plan import Machines, Work, best_every_steps, daly_s, estimate
 from dit_scale.elastic.simulate import DAY_S, Failure, Kind, Result, Setup, poisson, simulate
 from dit_scale.elastic.supervisor import Policy
@@ -133,14 +134,14 @@ def test_a_run_that_does_not_get_on_is_given_up() -> None:
     assert_exact(result)
 
 
-def stormy(seed: int, polls: bool) -> Result:
-    setup = replace(SMALL, nodes=5, spares=1, steps=1000, repair_s=400.0, polls=polls)
-    return simulate(setup, poisson(6, 40_000, SHARES, seed))
+def stormy(seed: int, polls: bool, nodes: int = 5) -> Result:
+    setup = replace(SMALL, nodes=nodes, spares=1, steps=1000, repair_s=400.0, polls=polls)
+    return simulate(setup, poisson(nodes + 1, 240_000 / (nodes + 1), SHARES, seed))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3])
-def test_skipped_polls_change_nothing(seed: int) -> None:
-    quick, slow = stormy(seed, polls=False), stormy(seed, polls=True)
+@pytest.mark.parametrize(("seed", "nodes"), [(0, 5), (1, 5), (3, 5), (3, JUDGES + 4)])
+def test_skipped_polls_change_nothing(seed: int, nodes: int) -> None:
+    quick, slow = stormy(seed, polls=False, nodes=nodes), stormy(seed, polls=True, nodes=nodes)
     assert quick.failures.total() > 3
     assert quick == slow
     assert_exact(quick)
