@@ -92,7 +92,8 @@ class Heart:
         if step == self._step + 1 and self._step_began_s:
             self._steps_s.append(now_s - self._step_began_s)
         self._step, self._step_began_s = step, now_s
-        if len(self._steps_s) >= MEASURED_STEPS and step % MEASURED_STEPS == 0:
+        is_due = not self._p99_s or step % MEASURED_STEPS == 0
+        if len(self._steps_s) >= MEASURED_STEPS and is_due:
             self._p99_s = sorted(self._steps_s)[len(self._steps_s) * 99 // 100]
 
 

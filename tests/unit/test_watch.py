@@ -44,6 +44,17 @@ def test_no_false_alarm_in_ten_thousand_quick_steps_with_slow_ones_strewn_in(
     assert one.is_overdue
 
 
+def test_the_deadline_of_a_step_holds_as_soon_as_sixteen_were_measured(tmp_path: Path) -> None:
+    heart = Heart(0, str(tmp_path))
+    known = []
+    for step in range(20):
+        heart.beat(Section.COMPUTE, step)
+        beat = read_beat(beat_path(tmp_path, 0))
+        assert beat is not None
+        known.append(beat.p99_s > 0)
+    assert known == [False] * 17 + [True] * 3  # the first step, which may compile, is not among them
+
+
 def test_slow_steps_have_a_deadline_that_is_three_times_as_long() -> None:
     beat = Beat(os.getpid(), Section.COMPUTE, 50, at_s=0.0, p99_s=20.0)
     (early,) = standings({0: beat}, {0: None}, Deadlines(), 57.0, 0.0)
