@@ -166,8 +166,9 @@ def _measured(path: str, model: str, image_size: int) -> float:
 def _simulate(args: argparse.Namespace, machines: "Machines", work: "Work") -> "Result":
     from dit_scale.elastic import simulate
     from dit_scale.elastic.supervisor import Policy
+    from dit_scale.elastic.timeline import Kind
 
-    kinds = simulate.Kind
+    kinds = Kind
     shares = {
         kinds.CRASH: machines.crash_share,
         kinds.HANG: machines.hang_share,

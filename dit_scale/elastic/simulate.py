@@ -7,32 +7,20 @@ costs nothing, and what happens is the same as with every poll taken (a test com
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from dit_scale.elastic.board import Ending, Member, Reason, Round
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
-from dit_scale.elastic.timeline import SECOND, Costs, Halt, Job, Ledger, Use, ticks
+from dit_scale.elastic.timeline import SECOND, Costs, Halt, Job, Kind, Ledger, Use, ticks
 from dit_scale.elastic.virtual import Awaits, VirtualBoard, VirtualGroup, last_beat
 from dit_scale.elastic.watch import Deadlines
 
 DAY_S = 86400.0
 NEVER = 2**62
-
-
-class Kind(StrEnum):
-    """What happens to a node."""
-
-    CRASH = "crash"
-    """A rank dies; its node stays."""
-    HANG = "hang"
-    """A rank stands still; its node stays."""
-    LOSS = "loss"
-    """The node is gone, with its supervisor, and comes back repaired."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +42,9 @@ class Setup:
     spares: int = 0
     """Nodes more, that wait to take over."""
     costs: Costs = field(default_factory=Costs)
+    """Of the full world; with fewer nodes a step takes longer in proportion."""
+    measured: Mapping[int, Costs] = field(default_factory=dict)
+    """Of worlds of fewer nodes, by their number, where they were measured."""
     policy: Policy = field(default_factory=Policy)
     """Its `max_nodes` is set to `nodes`."""
     deadlines: Deadlines = field(default_factory=Deadlines)
@@ -62,6 +53,11 @@ class Setup:
     """A run that is not over then ends there."""
     polls: bool = False
     """Take every single poll; slow, to compare with."""
+
+    def costs_of(self, nodes: int) -> Costs:
+        """What things take in a world of so many nodes."""
+        slower = replace(self.costs, step_s=self.costs.step_s * self.nodes / nodes)
+        return self.measured.get(nodes, slower)
 
 
 @dataclass(frozen=True)
@@ -214,10 +210,11 @@ class Simulation:
     def begin(self, round_: Round) -> None:
         self._account()
         setup = self._setup
-        self.job = Job(setup.costs, setup.every_steps, setup.steps, setup.nodes, round_, self.now)
+        costs = setup.costs_of(len(round_.members))
+        self.job = Job(costs, setup.costs.step_s, setup.every_steps, setup.steps, round_, self.now)
         for member in round_.members:
             if self.nodes[member.node].life is None:
-                self._halt(member.node, killed=False)
+                self._halt(member.node, Kind.LOSS)
 
     def end(self, ending: Ending) -> None:
         self._reasons[ending.reason] += 1
@@ -290,12 +287,12 @@ class Simulation:
         node = self.nodes[self._names[failure.node]]
         if node.life is not None:
             self._counts[failure.kind] += 1
-            self._halt(node.name, killed=failure.kind == Kind.CRASH)
-            if failure.kind == Kind.LOSS:
+            self._halt(node.name, failure.kind)
+            if failure.kind in (Kind.LOSS, Kind.DEATH):
                 self._lose(node)
         self._next_failure()
 
-    def _halt(self, node: str, killed: bool) -> None:
+    def _halt(self, node: str, kind: Kind) -> None:
         """The ranks of the round that runs stop, when this node is one of its members."""
         job = self.job
         if job is None or job.halt is not None or job.round.index_of(node) is None:
@@ -304,8 +301,10 @@ class Simulation:
             return
         if job.ended_at is not None and job.over_at is None:
             return
-        job.halt = Halt(self.now, node, killed)
+        job.halt = Halt(self.now, node, kind)
         self.tell("group", node)
+        if (broken_at := job.broken_at()) is not None:
+            self.at(broken_at, lambda: self.tell_groups(job))
         beat, deadlines = last_beat(job), self._setup.deadlines
         for limit_s in {deadlines.quiet(beat), deadlines.of(beat)}:
             self.at(self.now + ticks(limit_s) + 1, lambda: self.tell_groups(job))

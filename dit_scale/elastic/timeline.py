@@ -33,6 +33,22 @@ class Use(StrEnum):
     """State read from a checkpoint."""
 
 
+class Kind(StrEnum):
+    """What happens to a node."""
+
+    CRASH = "crash"
+    """A rank dies; its node stays."""
+    HANG = "hang"
+    """A rank stands still; its node stays."""
+    STOP = "stop"
+    """A rank is stopped by a signal, which its supervisor sees."""
+    DEATH = "death"
+    """A supervisor is killed and its ranks with it, so that those of other nodes break off. It is started
+    again after the repair time."""
+    LOSS = "loss"
+    """The node is gone, with its supervisor, without a sign to anybody, and comes back repaired."""
+
+
 Ledger = dict[Use, int]
 """Ticks by use; the sum is the wall clock."""
 
@@ -42,7 +58,6 @@ class Costs:
     """Seconds that things take."""
 
     step_s: float = 1.0
-    """A step of the full world; with fewer nodes it takes longer in proportion."""
     save_stall_s: float = 0.5
     """The loop stands still at the begin of a save."""
     commit_lag_s: float = 10.0
@@ -54,6 +69,8 @@ class Costs:
     restore_s: float = 10.0
     first_step_s: float = 10.0
     """What the first step takes longer than others."""
+    break_s: float = 1.0
+    """Until ranks whose peer was killed have ended."""
 
 
 @dataclass
@@ -62,8 +79,7 @@ class Halt:
 
     at: int
     node: str
-    killed: bool
-    """A rank is dead and its supervisor lives to see it."""
+    kind: Kind
 
 
 @dataclass
@@ -71,9 +87,11 @@ class Job:
     """The ranks of all members of one round; times in ticks."""
 
     costs: Costs
+    """In a world of these members."""
+    full_step_s: float
+    """What a step takes in the full world."""
     every_steps: int
     total_steps: int
-    full_nodes: int
     round: Round
     sealed_at: int
     halt: Halt | None = None
@@ -91,8 +109,8 @@ class Job:
     def __post_init__(self) -> None:
         self._waits_for = len(self.round.members)
         self.begin_step = max(0, self.round.committed_step)
-        self.unit = ticks(self.costs.step_s)
-        self.step = ticks(self.costs.step_s * self.full_nodes / len(self.round.members))
+        self.step = ticks(self.costs.step_s)
+        self.unit = min(ticks(self.full_step_s), self.step)
         self._lag = ticks(self.costs.commit_lag_s)
         # One save at a time: the next one waits for the commit of the last.
         self._stall = max(ticks(self.costs.save_stall_s), self._lag - self.every_steps * self.step)
@@ -117,6 +135,16 @@ class Job:
         """Whether the ranks read a checkpoint."""
         first = ticks(self.costs.first_step_s)
         return self.trains_at is not None and self._restore_at <= now < self.trains_at - first
+
+    def broken_at(self) -> int | None:
+        """When the ranks of other nodes have ended, since those of one were killed; None: they wait for it.
+
+        Before there are process groups nobody notices.
+        """
+        halt = self.halt
+        if halt is None or halt.kind != Kind.DEATH or self.trains_at is None or halt.at < self._restore_at:
+            return None
+        return halt.at + ticks(self.costs.break_s)
 
     def ask(self, now: int) -> None:
         """The ranks are to finish their step, save and leave; the first request counts."""

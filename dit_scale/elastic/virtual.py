@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from dit_scale.elastic.board import Board, Ending, Joined, Member, Reason, Round
 from dit_scale.elastic.group import Outcome
 from dit_scale.elastic.heartbeat import MEASURED_STEPS, Beat, Section
-from dit_scale.elastic.timeline import SECOND, Job
+from dit_scale.elastic.timeline import SECOND, Job, Kind
 from dit_scale.elastic.watch import Deadlines, Standing
 
 KEPT_ROUNDS = 4
@@ -178,8 +178,11 @@ class VirtualGroup:
             self._world.awaits(Awaits.LEAVING)
         halt = job.halt
         if halt is not None:
-            if halt.killed and halt.node == self._node:
+            if halt.kind == Kind.CRASH and halt.node == self._node:
                 return Outcome(Reason.FAILED, "a rank was killed")
+            if self._is_broken(job):
+                self._world.awaits(Awaits.HEARING)
+                return Outcome(Reason.FAILED, "its peer is gone", first_hand=False)
             found = self._standing(job)
             if not found.is_overdue:
                 return None
@@ -191,7 +194,7 @@ class VirtualGroup:
 
     def quiet(self) -> tuple[Standing, ...]:
         job = self._job
-        if job is None or job.halt is None:
+        if job is None or job.halt is None or self._is_broken(job):
             return ()
         found = self._standing(job)
         return (found,) if found.age_s > found.quiet_s else ()
@@ -212,12 +215,18 @@ class VirtualGroup:
             self._job.running.discard(self._node)
         self._job = None
 
+    def _is_broken(self, job: Job) -> bool:
+        broken_at = job.broken_at()
+        return broken_at is not None and self._world.now >= broken_at
+
     def _standing(self, job: Job) -> Standing:
         assert job.halt is not None
         beat = last_beat(job)
         age_s = (self._world.now - job.halt.at) / SECOND
-        limit_s, quiet_s = self._deadlines.of(beat), self._deadlines.quiet(beat)
-        return Standing(0, beat.pid, beat.section, beat.step, age_s, limit_s, quiet_s)
+        stopped = job.halt.kind == Kind.STOP and job.halt.node == self._node
+        quiet_s = self._deadlines.quiet(beat)
+        limit_s = quiet_s if stopped else self._deadlines.of(beat)
+        return Standing(0, beat.pid, beat.section, beat.step, age_s, limit_s, quiet_s, stopped)
 
     def _expect_end(self, job: Job) -> None:
         if job.over_at is not None:

@@ -10,11 +10,12 @@ from dit_scale.elastic.board import Reason
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.hearing import JUDGES
 from dit_scale.elastic.plan import Machines, Work, best_every_steps, daly_s, estimate
-from dit_scale.elastic.simulate import DAY_S, Failure, Kind, Result, Setup, poisson, simulate
+from dit_scale.elastic.simulate import DAY_S, Failure, Result, Setup, poisson, simulate
 from dit_scale.elastic.supervisor import Policy
-from dit_scale.elastic.timeline import SECOND, Costs, Use
+from dit_scale.elastic.timeline import SECOND, Costs, Kind, Use
 
 SHARES = {Kind.CRASH: 0.4, Kind.HANG: 0.2, Kind.LOSS: 0.4}
+ALL = dict.fromkeys(Kind, 1 / len(Kind))
 COSTS = Costs(
     step_s=1.0,
     save_stall_s=2.0,
@@ -93,6 +94,36 @@ def test_a_hang_is_found_by_its_deadline() -> None:
     assert 27.5 < result.ledger_s[Use.DETECT] < 30
 
 
+def test_a_stopped_rank_is_found_also_before_its_steps_were_measured() -> None:
+    for since_s in (5.0, 250.0):
+        result = simulate(SMALL, [Failure(START_S + since_s, 1, Kind.STOP)])
+        assert result.endings == Counter({Reason.HUNG: 1, Reason.DONE: 1})
+        assert 7.5 < result.ledger_s[Use.DETECT] < 10
+
+
+def test_a_killed_supervisor_is_found_when_the_other_ranks_have_broken_off_and_all_were_heard() -> None:
+    patience_s = SMALL.policy.lease_s / 2
+    setup = replace(SMALL, spares=1, costs=replace(COSTS, break_s=3.0))
+    result = simulate(setup, [Failure(START_S + 250, 1, Kind.DEATH)])
+    assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
+    assert result.ledger_s[Use.DETECT] == pytest.approx(3.0 + patience_s, abs=POLLS_S)
+    # In imports there is nothing yet that could break off: the lease tells.
+    result = simulate(setup, [Failure(START_S / 2, 1, Kind.DEATH)])
+    assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
+    assert result.ledger_s[Use.DETECT] == pytest.approx(SMALL.policy.lease_s, abs=POLLS_S)
+
+
+def test_a_world_with_costs_of_its_own_takes_these() -> None:
+    failures = [Failure(START_S + 250, 1, Kind.LOSS)]
+    alike = simulate(replace(SMALL, measured={3: COSTS}), failures)
+    quicker = simulate(replace(SMALL, measured={3: replace(COSTS, step_s=0.5)}), failures)
+    assert alike.ledger[Use.DEGRADED] == quicker.ledger[Use.DEGRADED] == 0
+    assert alike.ledger[Use.PRODUCTIVE] == 1000 * SECOND
+    assert quicker.ledger[Use.PRODUCTIVE] == 600 * SECOND
+    for result in (alike, quicker):
+        assert_exact(result)
+
+
 def test_a_lost_node_is_found_by_its_lease() -> None:
     result = simulate(replace(SMALL, spares=1), [Failure(START_S + 250, 1, Kind.LOSS)])
     assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
@@ -136,7 +167,7 @@ def test_a_run_that_does_not_get_on_is_given_up() -> None:
 
 def stormy(seed: int, polls: bool, nodes: int = 5) -> Result:
     setup = replace(SMALL, nodes=nodes, spares=1, steps=1000, repair_s=400.0, polls=polls)
-    return simulate(setup, poisson(nodes + 1, 240_000 / (nodes + 1), SHARES, seed))
+    return simulate(setup, poisson(nodes + 1, 240_000 / (nodes + 1), ALL, seed))
 
 
 @pytest.mark.parametrize(("seed", "nodes"), [(0, 5), (1, 5), (3, 5), (3, JUDGES + 4)])
