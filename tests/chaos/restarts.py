@@ -26,6 +26,8 @@ from tests.dist.processes import run
 from tests.elastic.nodes import Cluster, Node, cluster, config_of
 
 STEPS_PER_CYCLE = 12
+STRAIGHT_S = 3600.0
+"""Time for the run that nobody disturbs."""
 PHASES = (
     ("failure noticed", "round_ended"),
     ("ranks ended", "ranks_gone"),
@@ -84,7 +86,7 @@ def campaign(cycles: int, stops: int, num_nodes: int, seed: int, out: Path) -> t
         codes = [node.exit_code() for node in supervisors]
     problems = [f"exit codes {codes}, expected 0"] if any(codes) else []
     straight = config.model_copy(update={"run": str(out / "straight")})
-    run(2, jobs.train, straight)
+    run(2, jobs.train, straight, timeout_s=STRAIGHT_S)
     return done, problems + differences_at_the_end(config, straight)
 
 

@@ -32,13 +32,13 @@ def start(world: int, job: Callable[..., Any], *args: Any) -> tuple[list[Any], A
     return ranks, answers
 
 
-def run(world: int, job: Callable[..., Any], *args: Any) -> list[Any]:
+def run(world: int, job: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
     """The results of `job(*args)` by rank; raises with the traceback of the first rank that fails."""
     ranks, answers = start(world, job, *args)
     results: dict[int, Any] = {}
     try:
         while len(results) < world:
-            rank, error, result = answers.get(timeout=TIMEOUT_S)
+            rank, error, result = answers.get(timeout=timeout_s)
             if error:
                 raise AssertionError(f"rank {rank} of {world} failed:\n{error}")
             results[rank] = result
