@@ -32,7 +32,7 @@ would end in the same way, 1 anything else.""",
     parser.add_argument("--address", help="where the others reach it (default: its host name)")
     parser.add_argument(
         "--start",
-        type=whole(0),
+        type=whole(0, 2**53),
         default=0,
         metavar="NUMBER",
         help="of this start of the job, the same on all nodes; one with a larger number takes over",
