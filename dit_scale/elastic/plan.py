@@ -10,13 +10,13 @@ docs/goodput.md has the model. All times are in seconds unless a name says other
 from dataclasses import dataclass, replace
 from math import ceil, exp, sqrt
 
+from dit_scale.elastic.supervisor import Policy
 from dit_scale.elastic.timeline import Costs
+from dit_scale.elastic.watch import SHORTEST_S, TIMES_P99
 
 DAY_S = 86400.0
-AGREE_S = 0.5
-"""Two polls of supervisors: a round ended is seen by all, and the next one is sealed."""
-NOTICE_S = 0.25
-"""A poll."""
+AGREE_LOOKS = 2.5
+"""Of supervisors: all see that a round has ended, the first sees all that join, all see the members."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def estimate(machines: Machines, work: Work) -> Estimate:
     the spares slow the run down, and each of their returns is a restart with a save.
     """
     costs = work.costs
-    begin_s = AGREE_S + costs.launch_s + costs.init_s + costs.restore_s + costs.first_step_s
+    begin_s = costs.launch_s + costs.init_s + costs.restore_s + costs.first_step_s
+    begin_s += AGREE_LOOKS * look_s(machines, work)
     lost_s = detect_s(machines, work) + begin_s + costs.commit_lag_s
     interval_s = work.every_steps * costs.step_s
     stall_s = max(costs.save_stall_s, costs.commit_lag_s - interval_s)
@@ -137,8 +138,14 @@ def estimate(machines: Machines, work: Work) -> Estimate:
 
 def detect_s(machines: Machines, work: Work) -> float:
     """Mean time from a failure to the end of its round."""
-    hang_s = max(10.0, 3 * work.costs.step_s)
-    return NOTICE_S + machines.hang_share * hang_s + machines.loss_share * work.lease_s
+    hang_s = max(SHORTEST_S, TIMES_P99 * work.costs.step_s)
+    lost_s = work.lease_s + look_s(machines, work)
+    return look_s(machines, work) / 2 + machines.hang_share * hang_s + machines.loss_share * lost_s
+
+
+def look_s(machines: Machines, work: Work) -> float:
+    """Time between two looks of a supervisor."""
+    return Policy(max_nodes=machines.nodes, lease_s=work.lease_s).look_s
 
 
 def beyond(mean: float, spares: int) -> tuple[float, float]:
