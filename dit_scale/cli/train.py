@@ -1,6 +1,7 @@
 """`dit-scale train`: train a model, or resume its training."""
 
 import argparse
+import gc
 from typing import Any
 
 from dit_scale.cli.arguments import command, whole
@@ -46,6 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     from dit_scale.elastic.rank import supervised
 
     def train() -> int:
+        gc.disable()  # until the loop begins: what is imported and built on the way there stays
         from dit_scale.train import loop
 
         return loop.train(config)

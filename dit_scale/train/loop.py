@@ -6,6 +6,7 @@
 Started again with the same command it goes on from the newest committed checkpoint.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -29,6 +30,8 @@ def train(config: TrainConfig) -> int:
         stack.callback(dist.stop)
         run = Session(config, world, stack, heart)
         run.begin()
+        gc.freeze()  # so that no collection stops a step in order to look at what stays
+        gc.enable()
         while run.state.step < config.steps:
             vote = world.begin_any(stop.wanted, *run.saver.flags(), run.has_found_damage())
             row = run.step.take(_beating(heart, run.loader, run.state.step), run.state.step)

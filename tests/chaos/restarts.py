@@ -25,7 +25,7 @@ from tests.dist import jobs
 from tests.dist.processes import run
 from tests.elastic.nodes import Cluster, Node, cluster, config_of
 
-STEPS_PER_CYCLE = 12
+STEPS_PER_CYCLE = 8
 STRAIGHT_S = 3600.0
 """Time for the run that nobody disturbs."""
 PHASES = (
