@@ -1,0 +1,49 @@
+"""Among many nodes few judge: the first members of a round, and the others when these do not."""
+
+from pathlib import Path
+
+import pytest
+
+from dit_scale.elastic.board import Board, Member, Reason, Round
+from dit_scale.elastic.group import Outcome
+from dit_scale.elastic.hearing import JUDGES, Hearing
+from dit_scale.elastic.heartbeat import Section
+from dit_scale.elastic.watch import Standing
+from dit_scale.storage import open_storage
+
+NODES = [f"n{number:02d}" for number in range(JUDGES + 2)]
+ROUND = Round(1, tuple(Member(node, node, "", 0, 1, "") for node in NODES), committed_step=5)
+BROKEN = Outcome(Reason.FAILED, "Connection closed by peer", first_hand=False)
+PATIENCE_S = 5.0
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board(open_storage(tmp_path))
+
+
+def hearing(board: Board, node: str) -> Hearing:
+    return Hearing(board, ROUND, node, PATIENCE_S)
+
+
+def test_the_first_members_judge_at_once_and_others_when_nothing_came_of_it(board: Board) -> None:
+    for node in NODES:
+        hearing(board, node).say(BROKEN, ())
+    assert hearing(board, NODES[JUDGES - 1]).judge(0.0) is not None
+    other = hearing(board, NODES[JUDGES])
+    assert other.judge(0.0) is None
+    assert other.judge(2 * PATIENCE_S - 0.1) is None
+    assert other.judge(2 * PATIENCE_S) is not None
+
+
+def test_a_silent_node_that_others_stand_still_for_is_lost(board: Board) -> None:
+    still = Standing(0, 10, Section.COMPUTE, 7, age_s=9.0, limit_s=8.0)
+    for node in NODES[:-1]:
+        hearing(board, node).say(None, (still,))
+        board.renew_lease(node, 1)
+    board.renew_lease(NODES[-1], 1)
+    judge = hearing(board, NODES[0])
+    assert [judge.judge(at_s) for at_s in (0.0, 1.5)] == [None, None]
+    outcome = judge.judge(PATIENCE_S + 0.5)
+    assert outcome is not None
+    assert (outcome.reason, outcome.node) == (Reason.LOST, NODES[-1])
