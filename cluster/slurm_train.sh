@@ -88,7 +88,7 @@ watch_allocation() {
 supervise() {
     local supervisor watcher code=0 address
     address=$(says node "$SLURMD_NODENAME" NodeAddr)
-    dit-scale launch "$@" --node "$SLURMD_NODENAME" --address "${address:-$SLURMD_NODENAME}" &
+    dit-scale launch "$@" --node "$SLURMD_NODENAME" --address "${address:-$SLURMD_NODENAME}" --start "$START" &
     supervisor=$!
     trap : USR1 TERM
     (trap '' USR1 TERM; watch_allocation "$supervisor") &
@@ -116,6 +116,10 @@ conclude() {
     esac
 }
 export -f wait_out pause says allocation watch_allocation supervise conclude
+
+# When it was started, by SLURM's clock: from what an earlier start left running somewhere, this one takes over.
+START=$(SLURM_TIME_FORMAT=%s says job "$SLURM_JOB_ID" StartTime) || START=0
+export START="${START:-0}"
 
 # SLURM_CPUS_PER_TASK is not for srun by itself; a lost node or a supervisor that failed must not end the others.
 # shellcheck disable=SC2086,SC2016

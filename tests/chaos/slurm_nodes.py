@@ -1,10 +1,11 @@
-"""Training on a real SLURM that takes nodes away: preemption, a lost daemon, a node that hangs and wakes up.
+"""Training on a real SLURM that takes nodes away: preemption, a lost daemon, a cut link, a node that hangs.
 
     python -m pytest tests/chaos/slurm_nodes.py
 
 `make test` does not collect it, for most of its five minutes are time limits of SLURM; `make chaos` runs it.
 """
 
+import json
 import os
 import signal
 import time
@@ -94,11 +95,48 @@ def test_a_node_that_hangs_is_replaced_and_does_no_harm_when_it_wakes_up(
     assert_moved_on(job, "node1")
     assert_nothing_trains(job, "node1")
     assert job.outcome() == straight.outcome()
+    assert_the_first_attempt_stayed_as_it_was(job)
+
+
+@pytest.mark.parametrize("victim", ["node1", "node2"])
+def test_a_node_whose_link_is_cut_is_replaced_and_makes_way(top: Path, straight: Job, victim: str) -> None:
+    """What is left running there still reaches the storage, and sees by it that it is not needed any more."""
+    with slurm_cluster(nodes=3, cables=True) as slurm:
+        config = config_of(top, f"cut-{victim}", STEPS)
+        job = submit(slurm, config, script="cluster/slurm_xl2_256.sh")
+        job.wait_for_checkpoint(step=20)  # a hang is found by the time that steps take: 16 are measured
+        assert slurm.network is not None
+        slurm.network.cut(victim)
+        job.wait_for_checkpoint(attempt=2)
+        assert_made_way(job, victim)
+        slurm.network.mend(victim)
+        assert_moved_on(job, victim)
+        assert_nothing_trains(job, victim)
+    assert job.outcome() == straight.outcome()
+    assert_the_first_attempt_stayed_as_it_was(job)
+
+
+def assert_the_first_attempt_stayed_as_it_was(job: Job) -> None:
+    """Nothing was committed by it after the second one had gone on from it."""
     resumed = events(job.config, "start")[1]["step"]
     root = root_of(job.config)
     names = [key.split("/")[1] for key, _ in root.list(f"{CHECKPOINTS}/") if key.endswith(MANIFEST)]
     old = [step for step, attempt in map(step_and_attempt, names) if attempt == 1]
     assert all(step <= resumed for step in old), names
+
+
+def assert_made_way(job: Job, node: str) -> None:
+    """The supervisor there, which SLURM cannot reach, has left by itself with its ranks."""
+    until = time.monotonic() + WAIT_S
+    while (said := supervisor_events(job, node))[-1] != "made_way":
+        assert time.monotonic() < until, said
+        time.sleep(0.2)
+
+
+def supervisor_events(job: Job, node: str) -> list[str]:
+    """Names of the events in its journal."""
+    lines = Path(job.config.run, "supervisors", f"{node}.jsonl").read_text().splitlines()
+    return [json.loads(line)["event"] for line in lines]
 
 
 def assert_moved_on(job: Job, victim: str) -> None:

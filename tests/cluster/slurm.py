@@ -6,6 +6,7 @@
 
 Each node claims the hardware of `Node`, so requests of a real size are judged as on a real cluster; what a
 job starts shares this machine. Jobs of the partition `high` preempt those of `low`, which queue again.
+With `cables=True` each node has a network of its own, from which it can be cut off.
 """
 
 import getpass
@@ -22,6 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.cluster.network import Host, Network, network
 from tests.needs import needs
 
 PACKAGES = {
@@ -33,12 +35,14 @@ PACKAGES = {
 }
 """Program => the Debian package that has it."""
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+CONTROL = "control"
+"""The host of slurmctld, in a network."""
 START_S = 60.0
 WAIT_S = 300.0
 
 CONFIGURATION = """
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
@@ -96,6 +100,8 @@ class Slurm:
     folder: Path
     daemons: "Mapping[str, subprocess.Popen[bytes]]" = field(default_factory=dict)
     """slurmd by node."""
+    network: Network | None = None
+    """Where every node has a cable of its own, and so has the controller: `control`."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -110,6 +116,8 @@ class Slurm:
     ) -> subprocess.CompletedProcess[str]:
         """A command of SLURM, to its end; `environment` is added."""
         variables = self.environment | dict(environment or {})
+        if self.network:
+            command = tuple(self.network.hosts[CONTROL].enter(*command))
         return subprocess.run(
             command, env=variables, cwd=cwd, capture_output=True, text=True, timeout=START_S, check=False
         )
@@ -160,13 +168,19 @@ class Slurm:
 def processes(job: int, node: str) -> list[int]:
     """What runs of a job on a node, SLURM's own processes for its steps included."""
     found = set()
-    wanted = {f"SLURM_JOB_ID={job}", f"SLURMD_NODENAME={node}"}
+    for pid in _having({f"SLURM_JOB_ID={job}", f"SLURMD_NODENAME={node}"}):
+        with suppress(OSError):
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            found |= {pid, *_stepd(parent)}
+    return sorted(found)
+
+
+def _having(variables: set[str]) -> Iterator[int]:
+    """Processes that have these variables, each as NAME=VALUE, in their environment."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if wanted <= set((folder / "environ").read_bytes().decode(errors="replace").split("\0")):
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                found |= {int(folder.name), *_stepd(parent)}
-    return sorted(found)
+            if variables <= set((folder / "environ").read_bytes().decode(errors="replace").split("\0")):
+                yield int(folder.name)
 
 
 def _stepd(pid: int) -> list[int]:
@@ -174,7 +188,7 @@ def _stepd(pid: int) -> list[int]:
 
 
 @contextmanager
-def slurm_cluster(nodes: int, node: Node | None = None) -> Iterator[Slurm]:
+def slurm_cluster(nodes: int, node: Node | None = None, cables: bool = False) -> Iterator[Slurm]:
     """Start it, which takes some seconds; end its jobs and its daemons.
 
     Skips the test where a program is missing, and fails it where DIT_SCALE_REQUIRE_ALL is 1.
@@ -183,10 +197,12 @@ def slurm_cluster(nodes: int, node: Node | None = None) -> Iterator[Slurm]:
     needs(not missing, f"SLURM: apt-get install {' '.join(missing)}")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-")))
-        daemons = _Daemons(folder, stack)
+        names = [f"node{number}" for number in range(1, nodes + 1)]
+        net = stack.enter_context(network([CONTROL, *names], folder)) if cables else None
+        daemons = _Daemons(folder, stack, net)
         try:
-            daemons.start(nodes, node or Node())
-            slurm = Slurm(folder, daemons.by_node)
+            daemons.start(names, node or Node())
+            slurm = Slurm(folder, daemons.by_node, net)
             _wait_for_nodes(slurm, nodes)
         except SlurmError as error:
             logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("log/*")))
@@ -198,16 +214,17 @@ def slurm_cluster(nodes: int, node: Node | None = None) -> Iterator[Slurm]:
 class _Daemons:
     """Starts the daemons; the stack ends them."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, net: Network | None) -> None:
         self._folder, self._stack = folder, stack
+        self._hosts: Mapping[str, Host] = net.hosts if net else {}
         self.by_node: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, nodes: int, node: Node) -> None:
+    def start(self, names: Sequence[str], node: Node) -> None:
         folder = self._folder
         folder.chmod(0o755)
         for name in ("state", "log", "munge"):
             (folder / name).mkdir()
-        self._configure(nodes, node)
+        self._configure(names, node)
         key = folder / "munge/key"
         key.write_bytes(random.randbytes(1024))
         key.chmod(0o400)
@@ -218,25 +235,28 @@ class _Daemons:
         )
         _wait_for(lambda: (folder / "munge/socket").exists(), "munged made no socket")
         configuration = ["-D", "-f", str(folder / "slurm.conf")]
-        self._daemon("slurmctld", *configuration, "-i")
-        for number in range(1, nodes + 1):
-            name = f"node{number}"
-            self.by_node[name] = self._daemon("slurmd", *configuration, "-N", name)
+        self._daemon("slurmctld", *configuration, "-i", host=CONTROL)
+        for name in names:
+            self.by_node[name] = self._daemon("slurmd", *configuration, "-N", name, host=name)
 
-    def _configure(self, nodes: int, node: Node) -> None:
-        folder, host = self._folder, socket.gethostname().partition(".")[0]
-        ports = _free_ports(nodes + 1)
+    def _configure(self, names: Sequence[str], node: Node) -> None:
+        folder = self._folder
+        here = Host(socket.gethostname().partition(".")[0], "127.0.0.1", os.getpid())
+        control = self._hosts.get(CONTROL, here)
+        ports = _free_ports(len(names) + 1)
         text = CONFIGURATION.format(
             folder=folder,
-            host=host,
+            host=control.name,
+            address=control.address,
             port=ports[0],
             user=getpass.getuser(),
             first_job=random.SystemRandom().randrange(1, 10**6),
         )
-        for number, port in enumerate(ports[1:], start=1):
-            (folder / f"spool-node{number}").mkdir()
+        for name, port in zip(names, ports[1:], strict=True):
+            (folder / f"spool-{name}").mkdir()
+            host = self._hosts.get(name, here)
             text += (
-                f"NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
+                f"NodeName={name} NodeHostname={host.name} NodeAddr={host.address} Port={port} "
                 f"CPUs={node.cpus} RealMemory={node.memory_mb} Gres=gpu:{node.gpus}\n"
             )
         (folder / "slurm.conf").write_text(text + PARTITIONS)
@@ -245,13 +265,18 @@ class _Daemons:
         gpus = f"Name=gpu File={folder}/nvidia[0-{node.gpus - 1}]\n" if node.gpus else ""
         (folder / "gres.conf").write_text(gpus)
 
-    def _daemon(self, program: str, *arguments: str, log: str | None = None) -> "subprocess.Popen[bytes]":
+    def _daemon(
+        self, program: str, *arguments: str, host: str = "", log: str | None = None
+    ) -> "subprocess.Popen[bytes]":
         """Start it in the foreground, as a child that the kernel ends when this process dies."""
         path = _find(program)
         assert path is not None
+        command = [path, *arguments]
+        if host in self._hosts:
+            command = self._hosts[host].enter(*command)
         with open(self._folder / "log" / (log or f"{program}.out"), "ab") as output:
             process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", path, *arguments],
+                ["setpriv", "--pdeathsig", "KILL", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -271,9 +296,17 @@ def _end(daemon: "subprocess.Popen[bytes]") -> None:
 
 
 def _end_jobs(slurm: Slurm) -> None:
-    """No job is left that the daemons could not end."""
+    """No job is left, nor anything of one that the daemons could not end."""
+    for host in slurm.network.hosts if slurm.network else ():
+        slurm.network.mend(host)
     slurm.run("scancel", f"--user={getpass.getuser()}")
-    _wait_for(lambda: not slurm.run("squeue", "--noheader").stdout.strip(), "jobs do not end")
+    try:
+        _wait_for(lambda: not slurm.run("squeue", "--noheader").stdout.strip(), "jobs do not end")
+    finally:
+        mark = f"SLURM_CONF={slurm.folder}/slurm.conf"
+        for pid in _having({mark}):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _wait_for_nodes(slurm: Slurm, nodes: int) -> None:

@@ -51,10 +51,10 @@ class Job:
         paths = committed(root_of(self.config))
         return step_and_attempt(paths[0]) if paths else (0, 0)
 
-    def wait_for_checkpoint(self, attempt: int = 1) -> None:
-        """Until this attempt, or a later one, has committed something, and is not done."""
+    def wait_for_checkpoint(self, attempt: int = 1, step: int = 1) -> None:
+        """Until this attempt, or a later one, has committed this step, or a later one, and is not done."""
         until = time.monotonic() + WAIT_S
-        while self.newest()[1] < attempt:
+        while self.newest()[1] < attempt or self.newest()[0] < step:
             state = self.slurm.job(self.number)["JobState"]
             assert state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), self.log
             assert time.monotonic() < until, self.log
@@ -74,14 +74,16 @@ def config_of(top: Path, name: str, steps: int = STEPS) -> TrainConfig:
     return jobs.saving(jobs.small_config(top / name, data), steps, every_steps=10)
 
 
-def submit(slurm: Slurm, config: TrainConfig, *arguments: str, options: tuple[str, ...] = ()) -> Job:
+def submit(
+    slurm: Slurm, config: TrainConfig, *arguments: str, script: str = SCRIPT, options: tuple[str, ...] = ()
+) -> Job:
     """The shipped script, unchanged, with a configuration of its own."""
     run = Path(config.run)
     run.parent.mkdir(exist_ok=True)
     file = run.with_suffix(".yaml")
     file.write_text(dump(config))
     number = slurm.submit(
-        SCRIPT,
+        script,
         *("--config", str(file), *arguments),
         options=[*SMALL, *options, f"--output={run}-%j.log"],
         cwd=ROOT,

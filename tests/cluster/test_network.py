@@ -1,0 +1,39 @@
+"""The hosts that tests build: each has its own name and network, and a cut cable parts it from all others."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.network import Network, network
+
+pytestmark = pytest.mark.cluster
+
+LISTEN = "import socket; s = socket.create_server(('', 7000)); print('up', flush=True); s.accept()"
+CALL = "import socket; print(socket.gethostname()); socket.create_connection(('b', 7000), 0.5)"
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Iterator[Network]:
+    with network(["a", "b"], tmp_path) as built:
+        yield built
+
+
+def call(net: Network) -> tuple[str, bool]:
+    """From host a to host b: the name that the caller has, and whether it got through."""
+    ran = subprocess.run(net.hosts["a"].enter(sys.executable, "-c", CALL), capture_output=True, text=True)
+    assert not ran.returncode or "TimeoutError" in ran.stderr, ran.stderr
+    return ran.stdout.strip(), not ran.returncode
+
+
+def test_a_host_is_reached_but_when_its_cable_is_cut(net: Network) -> None:
+    command = net.hosts["b"].enter(sys.executable, "-c", LISTEN)
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as listener:
+        assert listener.stdout is not None
+        listener.stdout.readline()
+        net.cut("b")
+        assert call(net) == ("a", False)
+        net.mend("b")
+        assert call(net) == ("a", True)
