@@ -149,7 +149,7 @@ class Loader:
         self._error: Exception | None = None
         self.waited_s = 0.0
         """How long batches were waited for, all in all."""
-        self._closing = threading.Event()
+        self._closing, self._patience_s = threading.Event(), CLOSE_S
         self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
         self._thread.start()
 
@@ -163,6 +163,7 @@ class Loader:
                 item = self._queue.get(timeout=self._deadline_s)
             except queue.Empty:
                 item = DataError(self._overdue())
+                self._patience_s = 0.0  # what was waited for so long is not waited for once more at the end
             self.waited_s += time.monotonic() - begin_s
             if not isinstance(item, Exception):
                 self._taken += 1
@@ -187,8 +188,8 @@ class Loader:
         """Stop reading ahead and wait for the threads, unless a storage keeps them waiting."""
         self._closing.set()
         if self._downloader is not None:
-            self._downloader.close(CLOSE_S)
-        self._thread.join(CLOSE_S)
+            self._downloader.close(self._patience_s)
+        self._thread.join(self._patience_s)
 
     def _read_ahead(self) -> None:
         plan = self._plan

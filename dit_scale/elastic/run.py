@@ -25,7 +25,7 @@ from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.group import LaunchedGroup
 from dit_scale.elastic.preflight import preflight, say_unless_shared
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
-from dit_scale.elastic.watch import NOTICE_S, Deadlines
+from dit_scale.elastic.watch import LEAVE_S, Deadlines
 from dit_scale.errors import ConfigError, DitScaleError, StorageError
 from dit_scale.storage import Storage, open_storage
 from dit_scale.telemetry.sinks import Journal
@@ -89,7 +89,7 @@ def launch(
         free_port,
         lambda step: samples_of(config, root, step),
     )
-    deadlines = Deadlines(data_s=config.data.deadline_s + NOTICE_S)
+    deadlines = Deadlines(data_s=config.data.deadline_s + LEAVE_S)
     command = ["--module", MODULE, "train", *arguments]
     with tempfile.TemporaryDirectory(prefix="dit-scale-") as beats:
         group = LaunchedGroup(command, Path(beats), deadlines, record, folder / "stacks")
@@ -98,7 +98,7 @@ def launch(
         except StorageError as error:
             record("board_gone", problem=str(error))
             raise StorageError(
-                f"the supervisors cannot agree any more, and the ranks of {node} are ended: {error}; when that "
+                f"the supervisors cannot agree any more, and the ranks of {node} are ended: {error}; when it "
                 "is mended the same command goes on"
             ) from error
 

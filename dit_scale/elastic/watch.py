@@ -17,6 +17,8 @@ TIMES_P99 = 3.0
 """A step may take this many times the 99th percentile of the steps before."""
 NOTICE_S = 2.0
 """Of that time, what it takes to look and to hear the other nodes."""
+LEAVE_S = 10.0
+"""Time that a rank which has given up has to say why."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Deadlines:
     """Until the slowest rank has read its part."""
     save_s: float = 120.0
     """Between two votes on a commit: a copy of the state, a pause of at most a minute before another try."""
-    data_s: float = 330.0
-    """Longer than the loader waits before it gives up by itself."""
+    data_s: float = 300.0 + LEAVE_S
+    """Longer than the loader waits before it gives up by itself, and says what it waited for."""
     shortest_s: float = SHORTEST_S
 
     def quiet(self, beat: Beat) -> float:
