@@ -331,7 +331,8 @@ def _times(policy: Policy) -> dict[Awaits, list[int]]:
         Awaits.NODES: (patience_s, *settle, *(patience_s + time_s for time_s in settle), policy.gather_s),
         Awaits.GROWTH: (policy.grow_s,),
         Awaits.LEAVING: (policy.save_s,),
-        Awaits.HEARING: tuple(hearing_s * patiences for patiences in (0.2, 1.0, 2.0, 2.2, 3.0)),
+        Awaits.HEARING: (hearing_s / 5, hearing_s),
+        Awaits.LATE_HEARING: (2 * hearing_s, 2.2 * hearing_s, 3 * hearing_s),
         Awaits.LEASE: (policy.lease_s,),
     }
     return {what: [ticks(time_s) for time_s in times] for what, times in seconds.items()}

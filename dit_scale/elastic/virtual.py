@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from dit_scale.elastic.board import Board, Ending, Joined, Member, Reason, Round
 from dit_scale.elastic.group import Outcome
+from dit_scale.elastic.hearing import JUDGES
 from dit_scale.elastic.heartbeat import MEASURED_STEPS, Beat, Section
 from dit_scale.elastic.timeline import SECOND, Job, Kind
 from dit_scale.elastic.watch import Deadlines, Standing
@@ -25,6 +26,8 @@ class Awaits(Enum):
     LEAVING = auto()
     """Ranks that were asked to save."""
     HEARING = auto()
+    LATE_HEARING = auto()
+    """Of a node that is none of the first judges."""
     LEASE = auto()
 
 
@@ -159,10 +162,12 @@ class VirtualGroup:
     def __init__(self, world: World, node: str, deadlines: Deadlines) -> None:
         self._world, self._node, self._deadlines = world, node, deadlines
         self._job: Job | None = None
+        self._hearing = Awaits.HEARING
 
     def start(self, round_: Round, index: int) -> None:
         self._job = job = self._world.job
         assert job is not None
+        self._hearing = Awaits.HEARING if index < JUDGES else Awaits.LATE_HEARING
         self._world.acts()
         if index == 0:
             self._world.awaits(Awaits.GROWTH)
@@ -181,12 +186,12 @@ class VirtualGroup:
             if halt.kind == Kind.CRASH and halt.node == self._node:
                 return Outcome(Reason.FAILED, "a rank was killed")
             if self._is_broken(job):
-                self._world.awaits(Awaits.HEARING)
+                self._world.awaits(self._hearing)
                 return Outcome(Reason.FAILED, "its peer is gone", first_hand=False)
             found = self._standing(job)
             if not found.is_overdue:
                 return None
-            self._world.awaits(Awaits.HEARING)
+            self._world.awaits(self._hearing)
             return Outcome(Reason.HUNG, str(found), first_hand=False)
         if job.over_at is not None and now >= job.over_at:
             return Outcome(Reason.DONE if job.is_done() else Reason.LEAVING, "left")
