@@ -1,21 +1,22 @@
 """Real pods for tests: podman runs them, and this plays the Job controller and the kubelet's part beside it.
 
-    with running(objects, Node(folder, {"dit-scale-runs": folder / "runs"})) as job:
-        job.until(lambda: job.succeeded == {0, 1})
+    with network() as wire, running(objects, Node(folder, wire, {"dit-scale-runs": folder / "runs"})) as job:
+        job.until(lambda: job.succeeded == {0, 1}, "the end of the run")
 
 One pod for each index on a network of their own, named as a headless service names it. An ended pod is
 judged by the Job's podFailurePolicy and replaced, as by Kubernetes. What podman leaves out is done
-here: $(VARIABLE) in arguments, folders of emptyDir with mode 777, a claim bound to a folder.
+here: the environment and $(VARIABLE) in arguments, folders of emptyDir with mode 777, a claim bound to a
+folder, secrets.
 """
 
 import copy
+import ipaddress
 import json
 import os
 import re
-import shutil
+import select
+import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,86 +26,20 @@ from typing import Any
 
 import yaml
 
-from tests.needs import needs
+from tests.cluster.image import WAIT_S, PodError, environment_folders, podman
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {
-    "podman": "podman",
-    "runc": "runc",
-    "iptables": "iptables",
-    "debootstrap": "debootstrap",
-}
-"""Program => the Debian package that has it. podman further wants netavark aardvark-dns conmon catatonit."""
-BASE = "localhost/dit-scale-test-base"
-IMAGE = "localhost/dit-scale-test"
-IMAGE_VARIABLE = "DIT_SCALE_TEST_IMAGE"
-"""An image that was built with its packages; otherwise one is built that takes them from this environment."""
-WAIT_S = 300.0
 MOST_ENDS = 10
 """Pods that end so often do nothing else."""
 Object = dict[str, Any]
 
 
-class PodError(Exception):
-    """podman, or a pod, did not do what it should."""
+@dataclass(frozen=True)
+class Network:
+    """Of pods alone."""
 
-
-def podman(*arguments: str, stdin: str | None = None, timeout_s: float = WAIT_S) -> str:
-    """What a command of podman prints."""
-    with tempfile.NamedTemporaryFile("w", suffix=".conf") as limits:
-        # its own default is above what a container may be given inside another one
-        limits.write('[containers]\ndefault_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]\n')
-        limits.flush()
-        ran = subprocess.run(
-            ["podman", "--runtime", "runc", *arguments],
-            input=stdin,
-            env=os.environ | {"CONTAINERS_CONF": limits.name},
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-    if ran.returncode:
-        raise PodError(f"podman {' '.join(arguments)}: {ran.stderr[-2000:]}")
-    return ran.stdout.strip()
-
-
-def build_image() -> str:
-    """The image of cluster/Dockerfile, on a Debian made here, with the packages of this environment."""
-    missing = sorted(package for program, package in PACKAGES.items() if not shutil.which(program))
-    needs(not missing and os.geteuid() == 0, f"root, and apt-get install {' '.join(missing)}")
-    if image := os.environ.get(IMAGE_VARIABLE):
-        return image
-    if not podman("images", "--quiet", BASE):
-        _make_base()
-    with tempfile.TemporaryDirectory() as folder:
-        programs = Path(folder) / "opt/venv/bin"
-        programs.mkdir(parents=True)
-        for program in (Path(sys.prefix) / "bin").iterdir():
-            (programs / program.name).symlink_to(program)
-        podman(
-            *("build", "--network=none", "--pull=never", "--file", str(ROOT / "cluster/Dockerfile")),
-            *("--build-arg", f"BASE={BASE}", "--build-context", f"packages={folder}"),
-            *("--tag", f"{IMAGE}:latest", str(ROOT)),
-        )
-    return f"{IMAGE}:latest"
-
-
-def _make_base() -> None:
-    """A Debian with the packages that the Dockerfile would otherwise fetch."""
-    found = re.search('^ARG DEBIAN="(.*)"', (ROOT / "cluster/Dockerfile").read_text(), re.MULTILINE)
-    assert found
-    with tempfile.TemporaryDirectory() as folder:
-        packages = found[1].replace(" ", ",")
-        command = ["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", folder]
-        made = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        if made.returncode:
-            raise PodError(f"debootstrap: {made.stdout[-2000:]}")
-        # an interpreter may lie there, and pods do not run as root
-        (Path(folder) / "root").chmod(0o755)
-        with tempfile.NamedTemporaryFile(suffix=".tar") as tar:
-            subprocess.run(["tar", "-C", folder, "-cf", tar.name, "."], check=True)
-            podman("import", tar.name, BASE)
+    name: str
+    gateway: str
+    """Address at which they reach this host."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +47,10 @@ class Node:
     """What the only node of these pods has."""
 
     folder: Path
-    claims: Mapping[str, Path]
+    network: Network
+    claims: Mapping[str, Path] = field(default_factory=dict)
     """Folder of each persistent volume claim."""
+    secrets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def volume(self, pod: str, volume: Object) -> Object:
         """A volume of a pod as one that podman knows."""
@@ -128,36 +65,38 @@ class Node:
         return {"name": volume["name"], "hostPath": {"path": str(path), "type": "Directory"}}
 
 
-@dataclass(frozen=True)
 class Pod:
-    """A pod of the job."""
+    """A pod of the job, started."""
 
-    index: int
-    name: str
+    def __init__(self, index: int, name: str, address: str) -> None:
+        self.index, self.name, self.address = index, name, address
+        self.container = f"{name}-train"
+        self.pid = int(podman("inspect", "--format", "{{.State.Pid}}", self.container))
+        """Of its first process, on this host; 0 when it had ended by then."""
+        self._process = os.pidfd_open(self.pid) if self.pid else None
 
-    @property
-    def container(self) -> str:
-        return f"{self.name}-train"
-
-    def kill(self) -> None:
-        """As the kernel does it for want of memory: nothing is said."""
-        podman("kill", "--signal", "KILL", self.container)
+    def signal(self, number: signal.Signals) -> None:
+        """To its first process: SIGTERM as the kubelet does it, SIGKILL as the kernel for want of memory."""
+        assert self._process is not None, f"{self.name} has ended"
+        signal.pidfd_send_signal(self._process, number)
 
     def log(self) -> str:
         """Both its outputs; podman keeps them apart."""
         command = ["podman", "logs", self.container]
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
-    def pid(self) -> int:
-        """Of its first process, on this host."""
-        return int(podman("inspect", "--format", "{{.State.Pid}}", self.container))
+    def has_ended(self, within_s: float = 0.0) -> bool:
+        return self._process is None or bool(select.select([self._process], [], [], within_s)[0])
 
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        (state,) = json.loads(podman("inspect", "--format", "json", self.container))
-        if state["State"]["Status"] not in ("exited", "stopped"):
-            return None
-        return int(state["State"]["ExitCode"])
+    def exit_code(self) -> int:
+        """Of a pod that has ended."""
+        return int(podman("wait", self.container))
+
+    def forget(self) -> None:
+        """It is not looked at any more."""
+        if self._process is not None:
+            os.close(self._process)
+            self._process = None
 
 
 @dataclass
@@ -167,7 +106,6 @@ class IndexedJob:
     job: Object
     others: Sequence[Object]
     node: Node
-    network: str
     pods: dict[int, Pod] = field(default_factory=dict)
     ended: list[tuple[int, int, str]] = field(default_factory=list)
     """(index, exit code, what the policy made of it), in order."""
@@ -178,58 +116,77 @@ class IndexedJob:
     def name(self) -> str:
         return str(self.job["metadata"]["name"])
 
+    @property
+    def grace_s(self) -> float:
+        """From SIGTERM to SIGKILL."""
+        return float(self.job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"])
+
     def start(self, index: int) -> None:
-        """A new pod of an index, with a name of its own and the host name of the index."""
+        """A new pod of an index, with a name and an address of its own and the host name of the index."""
         self._started += 1
         host, service = f"{self.name}-{index}", self.job["spec"]["template"]["spec"]["subdomain"]
-        pod = self._pod(index, f"{host}-{self._started}", host)
+        wire = self.node.network
+        address = str(ipaddress.ip_address(wire.gateway) + self._started)
+        pod = self._pod(index, f"{host}-{self._started}", host, address)
         documents = yaml.safe_dump_all([*(o for o in self.others if o["kind"] == "ConfigMap"), pod])
-        podman("kube", "play", "--network", f"{self.network}:alias={host}.{service}", "-", stdin=documents)
-        self.pods[index] = Pod(index, pod["metadata"]["name"])
+        place = f"{wire.name}:ip={address},alias={host}.{service}"
+        podman("kube", "play", "--network", place, "-", stdin=documents)
+        self.pods[index] = Pod(index, pod["metadata"]["name"], address)
 
-    def _pod(self, index: int, name: str, host: str) -> Object:
+    def _pod(self, index: int, name: str, host: str, address: str) -> Object:
         template = copy.deepcopy(self.job["spec"]["template"])
         labels = template["metadata"]["labels"] | {"batch.kubernetes.io/job-name": self.name}
         spec = template["spec"]
         spec["hostname"] = host
         (container,) = spec["containers"]
         container["env"].append({"name": "JOB_COMPLETION_INDEX", "value": str(index)})
-        known = variables(container, labels, self.others)
+        known = variables(container, labels, self.others, address, self.node.secrets)
+        del container["envFrom"]
+        container["env"] = [{"name": key, "value": value} for key, value in known.items()]
         container["args"] = [expand(text, known) for text in container["args"]]
         spec["volumes"] = [self.node.volume(name, volume) for volume in spec["volumes"]]
-        if IMAGE_VARIABLE not in os.environ:
-            for number, path in enumerate(_environment_folders()):
-                spec["volumes"].append({"name": f"env{number}", "hostPath": {"path": path}})
-                container["volumeMounts"].append(
-                    {"name": f"env{number}", "mountPath": path, "readOnly": True}
-                )
-        return {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": name, "labels": labels},
-            "spec": spec,
-        }
+        for number, path in enumerate(environment_folders()):
+            spec["volumes"].append({"name": f"env{number}", "hostPath": {"path": path}})
+            mount = {"name": f"env{number}", "mountPath": path, "readOnly": True}
+            container["volumeMounts"].append(mount)
+        metadata = {"name": name, "labels": labels}
+        return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
-    def evict(self, index: int) -> int:
-        """Drain its node: SIGTERM, the grace period, SIGKILL; the exit code. Its pod is replaced."""
-        pod = self.pods[index]
-        grace_s = self.job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-        podman("stop", "--time", str(grace_s), pod.container, timeout_s=grace_s + 60)
-        code = pod.exit_code()
-        assert code is not None
+    def evict(self, index: int) -> tuple[int, float]:
+        """Drain its node: SIGTERM, the grace period, SIGKILL. Its pod is replaced.
+
+        Returns its exit code, and how long it took to leave (seconds).
+        """
+        pod, begin_s = self.pods[index], time.monotonic()
+        pod.signal(signal.SIGTERM)
+        if not pod.has_ended(within_s=self.grace_s):
+            pod.signal(signal.SIGKILL)
+        took_s, code = time.monotonic() - begin_s, pod.exit_code()
         self._replace(pod, code, disrupted=True)
-        return code
+        return code, took_s
+
+    def freeze(self, index: int) -> None:
+        """Its node gives no sign any more, and does nothing."""
+        podman("pause", self.pods[index].container)
+
+    def delete_node(self, index: int) -> None:
+        """The cluster gives up a node that is frozen, and what ran there."""
+        pod = self.pods[index]
+        pod.signal(signal.SIGKILL)
+        podman("unpause", pod.container)
+        self._replace(pod, pod.exit_code(), disrupted=True)
 
     def control(self) -> None:
         """Judge and replace what has ended."""
         for pod in list(self.pods.values()):
-            if pod.index not in self.succeeded and (code := pod.exit_code()) is not None:
-                self._replace(pod, code, disrupted=False)
+            if pod.index not in self.succeeded and pod.has_ended():
+                self._replace(pod, pod.exit_code(), disrupted=False)
 
     def _replace(self, pod: Pod, code: int, disrupted: bool) -> None:
         action = verdict(self.job["spec"]["podFailurePolicy"], code, disrupted)
         self.ended.append((pod.index, code, action))
         (self.node.folder / f"{pod.name}.log").write_text(pod.log())
+        pod.forget()
         if action == "Succeeded":
             self.succeeded.add(pod.index)
         elif action == "FailJob" or len(self.ended) > MOST_ENDS:
@@ -245,7 +202,7 @@ class IndexedJob:
                 logs = "\n".join(f"{pod.name}: {pod.log()[-3000:]}" for pod in self.pods.values())
                 raise PodError(f"not within {WAIT_S:.0f} s: {what}; {self.ended}\n{logs}")
             self.control()
-            time.sleep(0.2)
+            time.sleep(0.05)
 
 
 def verdict(policy: Object, code: int, disrupted: bool) -> str:
@@ -264,42 +221,62 @@ def verdict(policy: Object, code: int, disrupted: bool) -> str:
 
 
 @contextmanager
+def network() -> Iterator[Network]:
+    """A network for pods."""
+    name = f"dit-test-{os.getpid()}-{time.monotonic_ns()}"
+    podman("network", "create", name)
+    (made,) = json.loads(podman("network", "inspect", name))
+    try:
+        yield Network(name, made["subnets"][0]["gateway"])
+    finally:
+        podman("network", "rm", "--force", name)
+
+
+@contextmanager
 def running(objects: Sequence[Object], node: Node) -> Iterator[IndexedJob]:
-    """Start all pods of the only Job among these objects; end them and their network."""
+    """Start all pods of the only Job among these objects; end them."""
     (job,) = (found for found in objects if found["kind"] == "Job")
-    network = f"dit-test-{os.getpid()}-{time.monotonic_ns()}"
-    podman("network", "create", network)
-    indexed = IndexedJob(job, [made for made in objects if made["kind"] == "ConfigMap"], node, network)
+    indexed = IndexedJob(job, [found for found in objects if found["kind"] == "ConfigMap"], node)
     try:
         for index in range(job["spec"]["completions"]):
             indexed.start(index)
         yield indexed
     finally:
-        names = podman("pod", "ls", "--filter", f"network={network}", "--format", "{{.Name}}").split()
-        for name in names:
-            podman("pod", "rm", "--force", "--time", "0", name)
-        podman("network", "rm", "--force", network)
+        for pod in indexed.pods.values():
+            pod.forget()
+        mine = ("--filter", f"network={node.network.name}")
+        if names := podman("pod", "ls", *mine, "--format", "{{.Name}}").split():
+            podman("pod", "rm", "--force", "--time", "0", *names)
 
 
-def variables(container: Object, labels: Mapping[str, str], objects: Sequence[Object]) -> dict[str, str]:
-    """The environment of a container, as far as ConfigMaps, labels and literals give it."""
-    maps = {made["metadata"]["name"]: made.get("data", {}) for made in objects if made["kind"] == "ConfigMap"}
-    names = [entry["configMapRef"]["name"] for entry in container["envFrom"] if "configMapRef" in entry]
-    found = {key: value for name in names for key, value in maps[name].items()}
+def variables(
+    container: Object,
+    labels: Mapping[str, str],
+    objects: Sequence[Object],
+    address: str = "10.0.0.1",
+    secrets: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, str]:
+    """The environment of a container, from ConfigMaps, secrets, literals, labels and the pod's address."""
+    sources = {
+        made["metadata"]["name"]: made.get("data", {}) for made in objects if made["kind"] == "ConfigMap"
+    }
+    sources |= secrets or {}
+    found: dict[str, str] = {}
+    for entry in container["envFrom"]:
+        (reference,) = entry.values()
+        data = sources.get(reference["name"])
+        assert data is not None or reference.get("optional"), f"no {entry}"
+        found |= data or {}
     for entry in container["env"]:
         if "value" in entry:
             found[entry["name"]] = entry["value"]
+        elif (path := entry["valueFrom"]["fieldRef"]["fieldPath"]) == "status.podIP":
+            found[entry["name"]] = address
         else:
-            label = entry["valueFrom"]["fieldRef"]["fieldPath"].partition("'")[2].partition("'")[0]
-            found[entry["name"]] = labels[label]
+            found[entry["name"]] = labels[path.partition("'")[2].partition("'")[0]]
     return found
 
 
 def expand(text: str, known: Mapping[str, str]) -> str:
     """$(VARIABLE) as the kubelet does it."""
     return re.sub(r"\$\((\w+)\)", lambda found: known[found[1]], text)
-
-
-def _environment_folders() -> list[str]:
-    """Where this environment and its interpreter lie; /usr is the image's own."""
-    return [path for path in dict.fromkeys((sys.prefix, sys.base_prefix)) if path != "/usr"]

@@ -79,7 +79,7 @@ def container(objects: list[Object]) -> Object:
 
 def launch(objects: list[Object], index: int = 0) -> tuple[Any, TrainConfig | None]:
     """What the command line makes of a pod's arguments; the configuration when the image has it."""
-    labels = {"batch.kubernetes.io/job-name": "job", "jobset.sigs.k8s.io/jobset-name": "set"}
+    labels = {"batch.kubernetes.io/job-name": "job"}
     known = variables(container(objects), labels, objects) | {"JOB_COMPLETION_INDEX": str(index)}
     assert container(objects)["command"] == ["tini", "--", "dit-scale"]
     args = _parse([expand(text, known) for text in container(objects)["args"]])
@@ -117,11 +117,7 @@ def test_the_jobset_is_valid(rendered: dict[str, list[Object]]) -> None:
 
 def test_the_jobset_is_the_job(rendered: dict[str, list[Object]]) -> None:
     job, wrapped = (deepcopy(job_spec(rendered[name])) for name in ("xl2_512", "xl2_512_jobset"))
-    pod, inner = job["template"]["spec"], wrapped["template"]["spec"]
-    assert pod.pop("subdomain") == "dit-scale-xl2-512"
-    service, wrapped_service = (_take(spec["containers"][0]["env"], "SERVICE") for spec in (pod, inner))
-    assert "job-name" in service["valueFrom"]["fieldRef"]["fieldPath"]
-    assert "jobset-name" in wrapped_service["valueFrom"]["fieldRef"]["fieldPath"]
+    assert job["template"]["spec"].pop("subdomain") == "dit-scale-xl2-512"
     assert job == wrapped
     jobset = one(rendered["xl2_512_jobset"], "JobSet")
     assert jobset["metadata"]["name"] == "dit-scale-xl2-512"
@@ -129,19 +125,12 @@ def test_the_jobset_is_the_job(rendered: dict[str, list[Object]]) -> None:
     assert jobset["spec"]["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
 
 
-def _take(env: list[Object], name: str) -> Object:
-    (found,) = (entry for entry in env if entry["name"] == name)
-    env.remove(found)
-    return found
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_line_understands_the_arguments(rendered: dict[str, list[Object]], name: str) -> None:
     objects = rendered[name]
     args, config = launch(objects, 3)
     assert config is not None
-    service = "set" if name.endswith("jobset") else "job"
-    assert (args.node, args.address) == ("job-3", f"job-3.{service}")
+    assert (args.node, args.address) == ("job-3", "10.0.0.1")
     size_px = 512 if "512" in name else 256
     assert config.model.image_size == size_px
     assert f"_{size_px}" in config.run
@@ -201,6 +190,7 @@ def test_the_job_outlives_a_week(rendered: dict[str, list[Object]], name: str) -
     assert spec["podReplacementPolicy"] == "Failed"
     assert pod["restartPolicy"] == "Never", "podFailurePolicy wants it"
     assert spec["backoffLimit"] > 7 * 24 * 60 * spec["completions"], "each pod may fail every minute"
+    assert spec["backoffLimitPerIndex"] == spec["backoffLimit"], "no index waits for the failures of others"
     assert not {"activeDeadlineSeconds", "ttlSecondsAfterFinished"} & set(spec)
     assert pod["terminationGracePeriodSeconds"] > Policy().save_s
 
@@ -248,10 +238,9 @@ def test_pods_are_named_by_the_service(rendered: dict[str, list[Object]], name: 
     service, job = one(rendered[name], "Service"), one(rendered[name], "Job")
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["publishNotReadyAddresses"] is True
-    labels = job["spec"]["template"]["metadata"]["labels"]
-    assert service["spec"]["selector"].items() <= labels.items()
-    named = service["metadata"]["name"]
-    assert named == job["metadata"]["name"] == job["spec"]["template"]["spec"]["subdomain"]
+    named = job["metadata"]["name"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": named}, "no other run's pods"
+    assert service["metadata"]["name"] == named == job["spec"]["template"]["spec"]["subdomain"]
 
 
 def test_the_documented_changes(alice: list[Object]) -> None:
@@ -260,15 +249,38 @@ def test_the_documented_changes(alice: list[Object]) -> None:
     assert (args.config, args.nodes) == ("/configs/my.yaml", "6:8")
     assert "optimizer.lr=2e-4" in args.overrides
     assert "run=/runs/alice" in args.overrides
-    job = one(alice, "Job")
+    job, service = one(alice, "Job"), one(alice, "Service")
     name = "alice-dit-scale-xl2-256"
     assert (job["metadata"]["name"], job["metadata"]["namespace"]) == (name, "research")
-    assert job["spec"]["template"]["spec"]["subdomain"] == one(alice, "Service")["metadata"]["name"] == name
+    assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"] == name
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == 8
     assert container(alice)["image"] == "registry.example.com/dit-scale:0.2.0"
     (mounted,) = (v["configMap"]["name"] for v in pod_spec(alice)["volumes"] if "configMap" in v)
     (configs,) = (made for made in alice if made["metadata"]["name"] == mounted)
     assert configs["data"] == {"my.yaml": "steps: 5\n"}
+
+
+def test_more_nodes_with_infiniband(tmp_path: Path) -> None:
+    made = written(tmp_path, example(OVERLAYS / "xl2_512/kustomization.yaml"))
+    args, config = launch(made)
+    assert config is not None
+    least, most = node_range(args.nodes)
+    assert (most, most) == (job_spec(made)["completions"], job_spec(made)["parallelism"])
+    for nodes in (least, most):
+        assert config.global_batch % (8 * nodes) == 0
+    limits = container(made)["resources"]["limits"]
+    assert (limits["nvidia.com/gpu"], limits["rdma/hca"]) == ("8", "1")
+    kubernetes_validate.validate(one(made, "Job"), "1.37", strict=True)
+
+
+def test_the_network_is_set_as_on_slurm(rendered: dict[str, list[Object]]) -> None:
+    text = (ROOT / "cluster/nccl_env.sh").read_text()
+    expected = dict(re.findall(r'^export (\w+)="\$\{\w+:-(.*)\}"$', text, re.MULTILINE))
+    assert len(expected) == 5
+    for name in NAMES:
+        known = variables(container(rendered[name]), {"batch.kubernetes.io/job-name": "job"}, rendered[name])
+        assert expected.items() <= known.items()
 
 
 def test_checkpoints_on_s3(tmp_path: Path) -> None:
@@ -305,7 +317,7 @@ def test_the_volume_is_not_part_of_a_job() -> None:
 def test_the_image_has_what_the_jobs_use() -> None:
     text = (ROOT / "cluster/Dockerfile").read_text()
     (packages,) = re.findall('^ARG DEBIAN="(.*)"', text, re.MULTILINE)
-    assert {"bash", "wget", "tini"} <= set(packages.split())
+    assert {"bash", "ibverbs-providers", "libibverbs1", "tini", "wget"} <= set(packages.split())
     assert f"COPY . {IN_IMAGE}" in text
     assert "USER 1000:1000" in text
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
