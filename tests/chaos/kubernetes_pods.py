@@ -1,75 +1,57 @@
-"""The rendered Job in real pods: a run that loses a launcher, a pod and a node ends as if it had not."""
+"""The rendered Job in real pods that lose launchers, pods and nodes, and are evicted, also from slow storage.
 
+    python -m pytest -s tests/chaos/kubernetes_pods.py
+
+`make test` has a short form, tests/cluster/test_kubernetes_pods.py; this runs as long as it takes.
+"""
+
+import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import step_and_attempt
-from dit_scale.checkpoint.partition import MASTER
-from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.config import TrainConfig, load
-from dit_scale.elastic.board import Board, Reason
+from dit_scale.elastic.board import Reason
 from dit_scale.elastic.exits import Exit
 from dit_scale.storage import open_storage
-from tests.cluster.kustomize import OVERLAYS, render
-from tests.cluster.pods import IndexedJob, Node, build_image, running
-from tests.dist import jobs
-from tests.dist.processes import run
+from tests.cluster.image import build_image
+from tests.cluster.pods import IndexedJob, Node, network, running
+from tests.cluster.pods_training import (
+    Progress,
+    Sizes,
+    manifests,
+    same_bits,
+    steps_taken,
+    undisturbed,
+    weights,
+)
+from tests.faults.ceph import ceph_s3
+from tests.faults.slow_upload import slow_upload
 from tests.latents import write_latents
+from tests.s3 import BUCKET
 
 pytestmark = pytest.mark.cluster
 
-STEPS = 300
-EVERY_STEPS = 20
-CONFIG = f"""
-steps: {STEPS}
-global_batch: 4
-model: {{name: DiT-Ti/2, image_size: 32, num_classes: 10, attention: sdpa}}
-engine: {{zero_stage: 2, precision: bf16, micro_batch: 2, device: cpu, determinism: strict}}
-checkpoint: {{every_steps: {EVERY_STEPS}}}
-log: {{every_steps: 10}}
-"""
-OVERLAY = """
-resources: [{overlay}]
-images:
-  - {{name: dit-scale, newName: {name}, newTag: {tag}}}
-configMapGenerator:
-  - name: dit-scale
-    behavior: merge
-    literals: [CONFIG=/configs/tiny.yaml, NODES=2, RUN=/runs/tiny, DATA_URL=/runs/latents]
-  - {{name: dit-scale-configs, behavior: merge, files: [tiny.yaml]}}
-patches:
-  - target: {{kind: Job}}
-    patch: |-
-      - {{op: replace, path: /spec/completions, value: 2}}
-      - {{op: replace, path: /spec/parallelism, value: 2}}
-      - {{op: remove, path: /spec/template/spec/containers/0/resources}}
-      - {{op: add, path: /spec/template/spec/containers/0/args/-, value: --lease-s=30}}
-"""
+SLOW_COMMIT_S = 60.0
 
 
-def objects(folder: Path, image: str) -> list[dict[str, Any]]:
-    """What an overlay of a small run on two CPU nodes makes of the shipped one."""
-    name, _, tag = image.rpartition(":")
-    (folder / "tiny.yaml").write_text(CONFIG)
-    overlay = os.path.relpath(OVERLAYS / "xl2_256", folder)
-    (folder / "kustomization.yaml").write_text(OVERLAY.format(overlay=overlay, name=name, tag=tag))
-    return render(folder)
+@pytest.fixture(scope="module")
+def image() -> str:
+    return build_image()
 
 
-def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
-    root = open_storage(config.run)
-    return Checkpoint(root, committed(root)[0]).read_whole(MASTER)
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """The shared folder, with a data set in it."""
+    write_latents(tmp_path / "runs/latents", 64, 32, 10)
+    return tmp_path / "runs"
 
 
 def launchers(job: IndexedJob, index: int) -> list[int]:
     """The processes of the deepspeed launcher in a pod, as this host knows them, outermost first."""
-    found, left = [], [job.pods[index].pid()]
+    found, left = [], [job.pods[index].pid]
     while left:
         pid = left.pop(0)
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -79,73 +61,105 @@ def launchers(job: IndexedJob, index: int) -> list[int]:
     return found
 
 
-class Progress:
-    """What the storage of a run says of it."""
+def evict_in_a_step(job: IndexedJob, progress: Progress, index: int) -> float:
+    """Evict a pod in the middle of its training; how long it took to leave.
 
-    def __init__(self, folder: Path) -> None:
-        self._root = open_storage(folder)
-        self.board = Board(self._root)
-
-    def step(self) -> int:
-        """Of the newest checkpoint; -1 when there is none."""
-        names = committed(self._root)
-        return step_and_attempt(names[0])[0] if names else -1
-
-    def reasons(self) -> list[Reason]:
-        endings = (self.board.ending(number) for number in range(1, self.board.newest() + 1))
-        return [ending.reason for ending in endings if ending is not None]
-
-    def wait_for_checkpoint(self, job: IndexedJob) -> None:
-        """A newer one than there is now."""
-        before = self.step()
-        job.until(lambda: self.step() > before, f"a checkpoint after step {before}")
+    What it has saved is no more than one step after the one that it was in.
+    """
+    before = steps_taken(job, index)
+    job.until(lambda: steps_taken(job, index) > before, "the begin of a step")
+    taken = steps_taken(job, index)
+    code, took_s = job.evict(index)
+    assert code == Exit.REQUEUE
+    assert taken < progress.step() <= taken + 2
+    return took_s
 
 
-@pytest.fixture(scope="module")
-def image() -> str:
-    return build_image()
+def last_commit(folder: Path) -> dict[str, Any]:
+    """The event of the newest commit in the journal of a run."""
+    events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    return [event for event in events if event["event"] == "checkpoint"][-1]
 
 
-def test_a_launcher_a_pod_and_a_node_are_lost(tmp_path: Path, image: str) -> None:
-    runs = tmp_path / "runs"
-    write_latents(runs / "latents", 64, 32, 10)
-    runs.chmod(0o777)
-    manifests = tmp_path / "manifests"
-    manifests.mkdir()
-    with running(objects(manifests, image), Node(tmp_path / "node", {"dit-scale-runs": runs})) as job:
-        progress = Progress(runs / "tiny")
+def tell(took_s: float, commit: dict[str, Any]) -> None:
+    print(f"\nSIGTERM to exit: {took_s:.1f} s, of which the commit of step {commit['step']}: ", end="")
+    print(f"{commit['seconds']:.1f} s")
+
+
+def test_a_launcher_a_pod_and_a_node_are_lost(tmp_path: Path, image: str, runs: Path) -> None:
+    sizes = Sizes(steps=300, every_steps=20)
+    objects = manifests(tmp_path / "manifests", image, sizes)
+    claims = {"dit-scale-runs": runs}
+    with network() as wire, running(objects, Node(tmp_path / "node", wire, claims)) as job:
+        progress = Progress(open_storage(runs / "tiny"))
         job.until(lambda: progress.step() > 0, "the first checkpoint")
 
         os.kill(launchers(job, 0)[0], signal.SIGKILL)
-        job.until(lambda: len(progress.reasons()) == 1, "the end of the round without a launcher")
+        progress.wait_for_round(job)
         progress.wait_for_checkpoint(job)
         assert not job.ended, "the supervisor starts the launcher again, no pod ends"
 
-        job.pods[1].kill()
-        job.until(lambda: len(job.ended) == 1, "the end of the killed pod")
+        job.pods[1].signal(signal.SIGKILL)
+        progress.wait_for_round(job)
         progress.wait_for_checkpoint(job)
 
-        assert job.evict(0) == Exit.REQUEUE
-        saved = progress.step()
-        newest = progress.board.sealed(progress.board.newest())
-        assert newest is not None
-        assert saved > newest.committed_step
-        job.until(lambda: progress.board.newest() > newest.number, "the next round")
-        after = progress.board.sealed(progress.board.newest())
-        assert after is not None
-        assert after.committed_step == saved
+        job.freeze(0)
+        job.until(lambda: len(progress.reasons()) == 3, "the end of the round without a node")
+        assert len(job.ended) == 1, "nobody has said yet that the node is gone"
+        job.delete_node(0)
+        progress.wait_for_round(job)
+        progress.wait_for_checkpoint(job)
 
         job.until(lambda: job.succeeded == {0, 1}, "the end of the run")
         killed = 128 + signal.SIGKILL
-        assert job.ended[:2] == [(1, killed, "Count"), (0, Exit.REQUEUE, "Ignore")]
+        assert job.ended[:2] == [(1, killed, "Count"), (0, killed, "Ignore")]
         assert sorted(job.ended[2:]) == [(0, Exit.DONE, "Succeeded"), (1, Exit.DONE, "Succeeded")]
-        assert progress.reasons() == [Reason.FAILED, Reason.LOST, Reason.LEAVING, Reason.DONE]
-        assert progress.step() == STEPS
+        assert progress.reasons() == [Reason.FAILED, Reason.LOST, Reason.LOST, Reason.DONE]
+        assert progress.step() == sizes.steps
+    expected = undisturbed(tmp_path / "straight", runs / "latents", tmp_path / "manifests")
+    assert same_bits(weights(open_storage(runs / "tiny")), expected)
 
-    overrides = [f"run={tmp_path / 'straight'}", f"data.url={runs / 'latents'}"]
-    straight = load(TrainConfig, str(manifests / "tiny.yaml"), overrides)
-    assert run(2, jobs.train, straight) == [0, 0]
-    moved = straight.model_copy(update={"run": str(runs / "tiny")})
-    expected, found = weights(straight), weights(moved)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+def test_an_evicted_pod_leaves_after_a_step_and_the_commit(tmp_path: Path, image: str, runs: Path) -> None:
+    sizes = Sizes(steps=12, every_steps=1000, global_batch=256)
+    objects = manifests(tmp_path / "manifests", image, sizes)
+    claims = {"dit-scale-runs": runs}
+    with network() as wire, running(objects, Node(tmp_path / "node", wire, claims)) as job:
+        progress = Progress(open_storage(runs / "tiny"))
+        job.until(lambda: steps_taken(job, 0) > 0, "the first step")
+        took_s = evict_in_a_step(job, progress, 0)
+        tell(took_s, last_commit(runs / "tiny"))
+        assert progress.wait_for_round(job) == progress.step()
+        job.until(lambda: job.succeeded == {0, 1}, "the end of the run")
+    expected = undisturbed(tmp_path / "straight", runs / "latents", tmp_path / "manifests")
+    assert same_bits(weights(open_storage(runs / "tiny")), expected)
+
+
+def test_an_evicted_pod_may_commit_for_a_minute(
+    tmp_path: Path, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = Sizes(steps=30, every_steps=15, global_batch=128)
+    data, url = f"s3://{BUCKET}/data", f"s3://{BUCKET}/run"
+    literals = ("RUN=/runs/tiny", f"DATA_URL={data}", f"CHECKPOINT_URL={url}")
+    objects = manifests(tmp_path / "manifests", image, sizes, literals, "checkpoints_on_s3")
+    with ceph_s3() as server, slow_upload(server.port) as way, network() as wire:
+        for key, value in server.environment.items():
+            monkeypatch.setenv(key, value)
+        write_latents(data, 64, 32, 10)
+        endpoint = {"AWS_ENDPOINT_URL": f"http://{wire.gateway}:{way.port}"}
+        secrets = {"dit-scale-s3": server.environment | endpoint}
+        root = open_storage(url)
+        with running(objects, Node(tmp_path / "node", wire, secrets=secrets)) as job:
+            progress = Progress(root)
+            job.until(lambda: progress.step() > 0, "the first checkpoint")
+            largest = max(size for _, size in root.list("checkpoints/"))
+            way.bytes_per_s = largest / SLOW_COMMIT_S
+            folder = tmp_path / "node" / job.pods[0].name / "runs/tiny"
+            took_s = evict_in_a_step(job, progress, 1)
+            way.bytes_per_s = float("inf")
+            commit = last_commit(folder)
+            tell(took_s, commit)
+            assert commit["seconds"] > 0.9 * SLOW_COMMIT_S
+            assert progress.wait_for_round(job) == progress.step() == commit["step"]
+            job.until(lambda: job.succeeded == {0, 1}, "the end of the run")
+        assert same_bits(weights(root), undisturbed(tmp_path / "straight", data, tmp_path / "manifests"))

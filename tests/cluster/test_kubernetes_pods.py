@@ -1,0 +1,48 @@
+"""The rendered Job in real pods: a run that loses a pod and has one evicted ends as if it had not."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from dit_scale.elastic.board import Reason
+from dit_scale.elastic.exits import Exit
+from dit_scale.storage import open_storage
+from tests.cluster.image import build_image
+from tests.cluster.pods import Node, network, running
+from tests.cluster.pods_training import Progress, Sizes, manifests, same_bits, undisturbed, weights
+from tests.latents import write_latents
+
+pytestmark = pytest.mark.cluster
+
+SIZES = Sizes(steps=150, every_steps=10)
+
+
+def test_a_killed_pod_and_an_evicted_one_come_back(tmp_path: Path) -> None:
+    objects = manifests(tmp_path / "manifests", build_image(), SIZES)
+    runs = tmp_path / "runs"
+    write_latents(runs / "latents", 64, 32, 10)
+    claims = {"dit-scale-runs": runs}
+    with network() as wire, running(objects, Node(tmp_path / "node", wire, claims)) as job:
+        progress = Progress(open_storage(runs / "tiny"))
+        job.until(lambda: progress.step() > 0, "the first checkpoint")
+
+        job.pods[1].signal(signal.SIGKILL)
+        progress.wait_for_round(job)
+        progress.wait_for_checkpoint(job)
+
+        begun = progress.board.sealed(progress.board.newest())
+        assert begun is not None
+        assert job.evict(0)[0] == Exit.REQUEUE
+        saved = progress.step()
+        assert saved > begun.committed_step
+        assert progress.wait_for_round(job) == saved
+
+        job.until(lambda: job.succeeded == {0, 1}, "the end of the run")
+        killed = 128 + signal.SIGKILL
+        assert job.ended[:2] == [(1, killed, "Count"), (0, Exit.REQUEUE, "Ignore")]
+        assert sorted(job.ended[2:]) == [(0, Exit.DONE, "Succeeded"), (1, Exit.DONE, "Succeeded")]
+        assert progress.reasons() == [Reason.LOST, Reason.LEAVING, Reason.DONE]
+        assert progress.step() == SIZES.steps
+    expected = undisturbed(tmp_path / "straight", runs / "latents", tmp_path / "manifests")
+    assert same_bits(weights(open_storage(runs / "tiny")), expected)
