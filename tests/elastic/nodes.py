@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,27 @@ LEASE_S = 3.0
 class Node:
     """The supervisor of a node, by its name; started again under the same name it is another Node."""
 
-    def __init__(self, config: TrainConfig, name: str, *arguments: str, slots: int = 1) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        name: str,
+        *arguments: str,
+        slots: int = 1,
+        fault: str = "",
+        under: Sequence[str] = (),
+    ) -> None:
+        """`fault` is what befalls its ranks, see tests.elastic.faulty; `under` a command that becomes it."""
         self.config, self.name = config, name
         folder = Path(config.run).parent
         path = folder / f"{name}.yaml"
         path.write_text(dump(config))
         self.log = folder / f"{name}.log"
-        command = [sys.executable, "-m", "dit_scale.cli", "launch", str(path), "--node", name]
+        module = "tests.elastic.faulty" if fault else "dit_scale.cli"
+        command = [*under, sys.executable, "-m", module, "launch", str(path), "--node", name]
         command += ["--address", "127.0.0.1", "--slots", str(slots), "--lease-s", str(LEASE_S), *arguments]
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "FAULT": fault}
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | {"DS_ACCELERATOR": "cpu"}
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def processes(self) -> dict[int, dict[str, str]]:
         """Environments of the launcher's processes and of the ranks, by process id."""
@@ -111,8 +120,16 @@ class Cluster:
         self.config = config
         self.nodes: list[Node] = []
 
-    def start(self, name: str, *arguments: str, slots: int = 1, config: TrainConfig | None = None) -> Node:
-        node = Node(config or self.config, name, *arguments, slots=slots)
+    def start(
+        self,
+        name: str,
+        *arguments: str,
+        slots: int = 1,
+        config: TrainConfig | None = None,
+        fault: str = "",
+        under: Sequence[str] = (),
+    ) -> Node:
+        node = Node(config or self.config, name, *arguments, slots=slots, fault=fault, under=under)
         self.nodes.append(node)
         return node
 

@@ -1,0 +1,18 @@
+"""A writer that takes longer to commit than a step may last."""
+
+import time
+from typing import Any
+
+from dit_scale.checkpoint import writer
+
+COMMIT_S = 12.0
+
+if __name__ == "__main__":
+    put_manifest = writer.put_manifest
+
+    def put_late(*args: Any) -> Any:
+        time.sleep(COMMIT_S)
+        return put_manifest(*args)
+
+    writer.put_manifest = put_late
+    writer.main()

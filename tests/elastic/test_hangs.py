@@ -1,0 +1,68 @@
+"""Ranks that stand still without being stopped: found by their beats, the right one named, stacks kept."""
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_scale.config import TrainConfig
+from tests.elastic.nodes import Node, cluster, config_of
+
+pytestmark = pytest.mark.dist
+
+STEPS = 100_000
+"""Further than any of these runs gets."""
+DATA_DEADLINE_S = 3.0
+FAULTS = ("lock", "deaf", "frozen_read", "stuck_read")
+
+
+def test_ranks_that_stand_still_are_named_and_their_stacks_kept(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        found = {}
+        for fault in FAULTS:  # all at once: most of the time is the deadline
+            nodes = stack.enter_context(cluster(_config(tmp_path / fault)))
+            found[fault] = nodes, [nodes.start(name, "--nodes", "2", fault=f"{fault}:1") for name in "ab"]
+        for fault, (nodes, (a, _)) in found.items():
+            nodes.wait(partial(_has_ended, a), f"end of the round: {fault}")
+    ends = {fault: members[0].events("round_ended")[0] for fault, (_, members) in found.items()}
+
+    assert _blamed(ends["lock"]) == ("hung", "b", 1, "COMPUTE")
+    assert ends["deaf"]["reason"] == "hung"  # both ends of a dead connection wait: neither is to blame
+    assert all("waits for other ranks in COMPUTE" in text for text in ends["deaf"]["details"]["ranks"])
+    assert _blamed(ends["frozen_read"]) == ("hung", "b", 1, "DATA")
+    for fault, inside in (("lock", "in lock"), ("deaf", "in all_reduce"), ("frozen_read", "in frozen_read")):
+        first, second = _stacks(found[fault][1][0])
+        assert "/torch/distributed/" in first
+        assert inside in second, second
+
+    late = ends["stuck_read"]
+    assert (late["reason"], late["failed_node"], late["details"]["rank"]) == ("failed", "b", 1)
+    assert "rank 1: DataError: step " in late["text"]
+    assert f"not read within data.deadline_s={DATA_DEADLINE_S:g} s" in late["text"]
+
+
+def _config(folder: Path) -> TrainConfig:
+    folder.mkdir()
+    config = config_of(folder, STEPS, every_steps=STEPS)
+    return config.model_copy(update={"data": config.data.model_copy(update={"deadline_s": DATA_DEADLINE_S})})
+
+
+def _has_ended(node: Node) -> bool:
+    return bool(node.events("ranks_gone"))
+
+
+def _blamed(ending: dict[str, Any]) -> tuple[str, str, int, str]:
+    return (
+        ending["reason"],
+        ending["failed_node"],
+        ending["details"]["rank"],
+        ending["details"]["section"],
+    )
+
+
+def _stacks(node: Node) -> list[str]:
+    """Of all ranks in the first round."""
+    paths = sorted((Path(node.config.run) / "supervisors" / "stacks").glob("round-000001-rank-*.stack"))
+    return [path.read_text() for path in paths]
