@@ -10,6 +10,7 @@ SHA-256 of the header. So every byte of the file is covered, and any range can b
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,6 +24,8 @@ from dit_scale.storage import Storage, UnavailableError
 
 BLOCK_BYTES = 4 * 2**20
 """Bytes of a tensor under one checksum; a multiple of 4."""
+RUN_BYTES = 4 * BLOCK_BYTES
+"""Bytes that `verify` asks for at once: tensors may be small and many, and every request takes its time."""
 READS = 4
 """Times that bytes are asked for whose checksum is wrong: those of a range may change on their way."""
 _LENGTH_BYTES = 8
@@ -61,6 +64,23 @@ class StoredPiece(Piece):
     """Of every block of `BLOCK_BYTES`, the last one shorter."""
 
 
+@dataclass(frozen=True)
+class _Block:
+    """The run of bytes of a piece that has a checksum."""
+
+    piece: StoredPiece
+    start: int
+    """First element within the piece."""
+    length: int
+    """Elements."""
+    crc32c: int
+
+    @property
+    def offset(self) -> int:
+        """First byte within the file."""
+        return self.piece.offset + 4 * self.start
+
+
 def name_of_rank(rank: int) -> str:
     """The file that a rank writes, below the checkpoint's folder."""
     return f"rank-{rank:05d}.safetensors"
@@ -84,7 +104,7 @@ def open_file(storage: Storage, folder: str, file: FileRecord) -> tuple[StoredPi
     """The pieces of a file, its size and header checked. Raises CheckpointError that names the file."""
     key = f"{folder}/{file.key}"
     where = f"{storage.url}/{key}"
-    try:
+    with _damage_told():
         size = storage.size(key)
         if size != file.bytes:
             raise CheckpointError(f"{where}: expected {file.bytes} bytes, got {size}")
@@ -92,10 +112,6 @@ def open_file(storage: Storage, folder: str, file: FileRecord) -> tuple[StoredPi
             lambda data: hashlib.sha256(data).hexdigest() != file.header_sha256,
             lambda: storage.read_range(key, 0, file.header_bytes),
         )
-    except UnavailableError:
-        raise
-    except StorageError as error:
-        raise CheckpointError(str(error)) from None
     if damaged:
         raise CheckpointError(f"{where}: its header is damaged (SHA-256)")
     return tuple(_pieces(header))
@@ -106,15 +122,11 @@ def read(storage: Storage, key: str, piece: StoredPiece, start: int, length: int
     first, last = 4 * start // BLOCK_BYTES, (4 * (start + length) - 1) // BLOCK_BYTES
     begin, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, piece.bytes)
     crcs = piece.crc32c[first : last + 1]
-    try:
+    with _damage_told(f"{piece.kind} of {piece.parameter}: "):
         data, bad = _read_again_if(
             lambda data: _bad_blocks(data, crcs),
             lambda: storage.read_range(key, piece.offset + begin, end - begin),
         )
-    except UnavailableError:
-        raise
-    except StorageError as error:
-        raise CheckpointError(f"{piece.kind} of {piece.parameter}: {error}") from None
     for number in bad:
         low = piece.start + (first + number) * BLOCK_BYTES // 4
         raise CheckpointError(
@@ -127,14 +139,48 @@ def read(storage: Storage, key: str, piece: StoredPiece, start: int, length: int
 
 def verify(storage: Storage, folder: str, file: FileRecord) -> None:
     """Read every byte of a file. Raises CheckpointError that names the file, and the tensor if it is one."""
-    for piece in open_file(storage, folder, file):
-        for start in range(0, piece.length, BLOCK_BYTES // 4):
-            read(storage, f"{folder}/{file.key}", piece, start, min(BLOCK_BYTES // 4, piece.length - start))
+    key = f"{folder}/{file.key}"
+    for run in _runs(open_file(storage, folder, file)):
+        begin = run[0].offset
+        with _damage_told():
+            data = storage.read_range(key, begin, 4 * sum(block.length for block in run))
+        for block in run:
+            low = block.offset - begin
+            found = np.frombuffer(data, np.uint8, 4 * block.length, low)
+            if google_crc32c.value(found) != block.crc32c:
+                read(storage, key, block.piece, block.start, block.length)  # alone: it may come whole now
 
 
 def blocks(data: Bytes) -> Iterator[Bytes]:
     """The runs of bytes that have a checksum each."""
     return (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
+
+
+def _runs(pieces: Iterable[StoredPiece]) -> Iterator[list[_Block]]:
+    """The blocks of pieces that lie one behind the other, as many together as fit into RUN_BYTES."""
+    run: list[_Block] = []
+    elements = BLOCK_BYTES // 4
+    for piece in pieces:
+        for number, crc in enumerate(piece.crc32c):
+            start = number * elements
+            block = _Block(piece, start, min(elements, piece.length - start), crc)
+            if run and block.offset + 4 * block.length - run[0].offset > RUN_BYTES:
+                yield run
+                run = []
+            run.append(block)
+    if run:
+        yield run
+
+
+@contextmanager
+def _damage_told(what: str = "") -> Iterator[None]:
+    """A file that is not there, or short, is a damaged checkpoint; a storage without an answer is not."""
+    try:
+        yield
+    except UnavailableError:
+        raise
+    except StorageError as error:
+        raise CheckpointError(f"{what}{error}") from None
 
 
 def _read_again_if(fault_of: Callable[[bytes], Fault], get: Callable[[], bytes]) -> tuple[bytes, Fault]:
