@@ -15,7 +15,7 @@ from tests.latents import write_latents
 
 pytestmark = pytest.mark.cluster
 
-SIZES = Sizes(steps=150, every_steps=10)
+SIZES = Sizes(steps=120, every_steps=10)
 
 
 def test_a_killed_pod_and_an_evicted_one_come_back(tmp_path: Path) -> None:
