@@ -31,3 +31,33 @@ class Leases:
         if count != self._seen:
             self._seen, self._since_s = count, now_s
         return self._neighbour if now_s - self._since_s > self._lease_s else None
+
+
+class Outside:
+    """A watch, from outside a round, over whether any of its members lives; it reads few leases."""
+
+    def __init__(self, board: Board, round_: Round, lease_s: float) -> None:
+        self._board, self._nodes, self._lease_s = board, list(round_.places), lease_s
+        self.watched, self._since_s = self._nodes[0], 0.0
+        self._seen: int | None = None
+        self._counts: dict[str, int] | None = None
+        """Of all members, since the one that is watched stands still."""
+
+    def is_deserted(self, now_s: float) -> bool:
+        """Whether the leases of all members have stood still for so long."""
+        self._see(self.watched, self._board.lease(self.watched), now_s)
+        if now_s - self._since_s <= self._lease_s:
+            return False
+        if self._counts is None:
+            self._counts = {node: self._board.lease(node) for node in self._nodes}
+            self._since_s = now_s
+            return False
+        for node, count in self._counts.items():
+            if (moved := self._board.lease(node)) != count:
+                self._see(node, moved, now_s)
+                return False
+        return True
+
+    def _see(self, node: str, count: int, now_s: float) -> None:
+        if (node, count) != (self.watched, self._seen):
+            self.watched, self._seen, self._since_s, self._counts = node, count, now_s, None

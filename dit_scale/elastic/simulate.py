@@ -263,9 +263,9 @@ class Simulation:
             self._current = None
         if self._acted:
             node.timers = []
-        elif told:
-            self._awaited.add(Awaits.LEASE)
-        if self._acted or told:
+        if not (self._acted or told):
+            self._awaited &= {Awaits.LEASE}
+        if self._awaited:
             times = {time for what in self._awaited for time in self._times[what]}
             node.timers += [at + (time // node.poll + 1) * node.poll for time in times]
         node.timers = [timer for timer in node.timers if timer > at]

@@ -14,7 +14,7 @@ from dit_scale.elastic.board import FRUITLESS, SAVING, Board, Ending, Member, Re
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.group import Group, Outcome
 from dit_scale.elastic.hearing import Hearing
-from dit_scale.elastic.lease import Leases
+from dit_scale.elastic.lease import Leases, Outside
 
 Wait = Generator[float, None, Exit]
 LOOKS_PER_S = 1024
@@ -151,35 +151,24 @@ class Supervisor:
         """The ending of a round that this node takes no part in any more, or never did."""
         if number == 0:
             return None
-        told, leases, looked_s = False, dict[str, int](), float("-inf")
+        outside: Outside | None = None
         while (ending := self._board.ending(number)) is None:
-            if not told:
+            if outside is None:
                 self._join(number + 1)
                 self._world.say(f"round {number} runs without this node, which waits for the next one")
-                told = True
-            if self._world.clock() - looked_s > self._policy.lease_s:
-                looked_s = self._world.clock()
-                self._end_if_deserted(number, leases)
+                sealed = self._board.sealed(number)
+                assert sealed is not None
+                outside = Outside(self._board, sealed, self._policy.lease_s)
+            if outside.is_deserted(self._world.clock()):
+                # Where one of the members lives it finds the others lost itself; here nobody is left to.
+                text = "none of its supervisors gives a sign"
+                self._board.end(self._ending(number, Reason.LOST, text, outside.watched))
+                continue
             if self._world.wanted_back():
                 self._board.withdraw(number + 1, self._me)
                 return Exit.REQUEUE
             yield self._rest()
         return ending
-
-    def _end_if_deserted(self, number: int, leases: dict[str, int]) -> None:
-        """End a round when none of its members' leases has moved on since the last look, at `leases`.
-
-        Where one of them lives it finds the others lost itself; here nobody is left to do so.
-        """
-        sealed, before = self._board.sealed(number), dict(leases)
-        assert sealed is not None
-        for member in sealed.members:
-            leases[member.node] = self._board.lease(member.node)
-            if before and leases[member.node] != before[member.node]:
-                return
-        if before:
-            text = "none of its supervisors gives a sign"
-            self._board.end(self._ending(number, Reason.LOST, text, sealed.members[0].node))
 
     def _conclude(self, ending: Ending) -> Exit | None:
         """What a round's end means for this node; None: there is another round."""

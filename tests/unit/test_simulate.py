@@ -113,6 +113,16 @@ def test_a_killed_supervisor_is_found_when_the_other_ranks_have_broken_off_and_a
     assert result.ledger_s[Use.DETECT] == pytest.approx(SMALL.policy.lease_s, abs=POLLS_S)
 
 
+@pytest.mark.parametrize("polls", [True, False])
+def test_a_round_that_all_nodes_are_gone_from_is_ended_by_the_spare(polls: bool) -> None:
+    setup = replace(SMALL, nodes=2, spares=1, policy=Policy(), polls=polls)
+    failures = [Failure(START_S + 250, node, Kind.LOSS) for node in (0, 1)]
+    result = simulate(setup, failures)
+    assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
+    # The one that was watched stood still, and then all of them.
+    assert result.ledger_s[Use.DETECT] == pytest.approx(2 * SMALL.policy.lease_s, abs=POLLS_S)
+
+
 def test_a_world_with_costs_of_its_own_takes_these() -> None:
     failures = [Failure(START_S + 250, 1, Kind.LOSS)]
     alike = simulate(replace(SMALL, measured={3: COSTS}), failures)
