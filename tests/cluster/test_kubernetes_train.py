@@ -26,6 +26,8 @@ NAMES = sorted(path.name for path in OVERLAYS.iterdir())
 JOBS = ["xl2_256", "xl2_512"]
 MINORS = range(28, 38)
 UNITS = {"Gi": 2**30, "Mi": 2**20}
+BAD_OPTION = 2
+"""Exit code of argparse."""
 Object = dict[str, Any]
 
 
@@ -170,6 +172,7 @@ def test_what_is_written_lies_on_volumes(rendered: dict[str, list[Object]], name
         (Exit.REQUEUE, True, "Ignore"),
         (137, True, "Ignore"),
         (Exit.DO_NOT_RESTART, False, "FailJob"),
+        (BAD_OPTION, False, "FailJob"),
         (Exit.FAILED, False, "Count"),
         (137, False, "Count"),
     ],
