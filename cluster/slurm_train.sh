@@ -20,6 +20,7 @@
 #   the time limit is near, or it is preempted   it saves, and queues itself again
 #   a node is lost          it goes on with the others; with fewer than MIN_NODES, or when it was the node of
 #                           this script, it saves and queues itself again
+#   ... and still trains    it leaves as soon as the next start has begun, and can commit nothing by then
 #   an error                it queues itself again, MAX_RESTARTS times
 #   a mistake (2), or a run that fails in the same way again and again (93)   it fails; the log says why
 
