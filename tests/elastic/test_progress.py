@@ -1,0 +1,38 @@
+"""Long reads and long waits of a rank that gets on are told from those of one that does not: it beats."""
+
+from collections import Counter
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from dit_scale.config import TrainConfig
+from dit_scale.elastic.heartbeat import Heart, Section
+from dit_scale.train import loop
+from tests.dist.processes import run
+from tests.elastic.nodes import config_of
+
+pytestmark = pytest.mark.dist
+
+
+def test_a_restore_beats_for_each_tensor_and_a_wait_for_a_commit_for_each_vote(tmp_path: Path) -> None:
+    config = config_of(tmp_path, steps=3)
+    (first,) = run(1, beats_of, config)
+    assert (first[Section.RESTORE], first[Section.RESTORED]) == (2, 0)  # there was nothing to read
+    assert first[Section.WAIT_SAVE] > 2
+
+    (second,) = run(1, beats_of, config.model_copy(update={"steps": 4}))
+    assert second[Section.RESTORE] > 100
+    assert second[Section.RESTORED] == 1
+
+
+def beats_of(config: TrainConfig) -> Counter[Section]:
+    """How often a rank beats in each section of a run."""
+    counts = Counter[Section]()
+
+    def beat(heart: Heart, section: Section, step: int) -> None:
+        counts[section] += 1
+
+    with patch.object(Heart, "beat", beat):
+        assert loop.train(config) == 0
+    return counts
