@@ -118,7 +118,7 @@ def weights(root: Storage) -> dict[str, torch.Tensor]:
     return Checkpoint(root, committed(root)[0]).read_whole(MASTER)
 
 
-def undisturbed(folder: Path, data: str | Path, manifests: Path) -> dict[str, torch.Tensor]:
+def undisturbed(folder: Path, data: Path, manifests: Path) -> dict[str, torch.Tensor]:
     """The weights of a run with the same configuration, in two processes of this host that nobody stops."""
     config = load(TrainConfig, str(manifests / "tiny.yaml"), [f"run={folder}", f"data.url={data}"])
     assert run(2, jobs.train, config) == [0, 0]
