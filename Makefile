@@ -49,6 +49,8 @@ chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos.campaign
 	$(BIN)/python -m tests.chaos.encode_campaign
 	$(BIN)/python -m tests.chaos.restarts
+	$(BIN)/python -m tests.chaos.quiet
+	$(BIN)/python -m tests.chaos.prediction
 	$(BIN)/python -m pytest tests/chaos/slurm_nodes.py
 	$(BIN)/python -m pytest tests/chaos/kubernetes_pods.py
 
