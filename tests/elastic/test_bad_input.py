@@ -1,0 +1,112 @@
+"""What people get wrong, and what changes under a run: said on the log, with the exit code that fits."""
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dit_scale import cli
+from dit_scale.elastic.board import Board
+from dit_scale.train.run import root_of
+from tests.chaos.record import last_step
+from tests.elastic.nodes import cluster, config_of
+from tests.faults.ceph import ACCESS_KEY, SECRET_KEY, ceph_s3
+from tests.needs import needs
+from tests.s3 import BUCKET
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "said"),
+    [
+        ("steps: [", (), "run.yaml is not valid YAML"),
+        ("stepz: 7", (), "unknown key 'stepz'; did you mean 'steps'?"),
+        ("steps: 7", ("--nodes", "3:2"), "--nodes 3:2: expected a number of nodes, or least:most"),
+        ("steps: 7", ("--nodes", "0"), "--nodes 0: expected"),
+        ("steps: 7", ("--address", "203.0.113.1"), "203.0.113.1: Cannot assign requested address"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, arguments: Sequence[str], said: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert cli.main(["launch", str(path), *arguments]) == 93
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_is_not_there_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", "no-such.yaml"]) == 93
+    assert "no-such.yaml" in capsys.readouterr().err
+
+
+def test_what_a_name_server_may_know_later_may_be_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 7")
+    assert cli.main(["launch", str(path), "--address", "no-such-node.invalid"]) == 1
+    assert "--address no-such-node.invalid: " in capsys.readouterr().err
+
+
+def test_a_node_too_many_waits_and_expired_credentials_end_the_run_until_there_is_a_new_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ceph_s3() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        config = config_of(tmp_path, steps=100_000)
+        checkpoint = config.checkpoint.model_copy(update={"url": f"s3://{BUCKET}/run"})
+        config = config.model_copy(update={"checkpoint": checkpoint})
+        key = ("--uid=storm", "--key-type=s3", f"--access-key={ACCESS_KEY}")
+        with cluster(config) as nodes:
+            a = nodes.start("a")
+            nodes.wait(lambda: bool(a.events("round")), "round")
+            b = nodes.start("b")
+            nodes.wait(lambda: b.says("round 1 runs without this node, which waits for the next"), "wait")
+            nodes.wait_for_step(1)
+            nodes.wait_for_commit()
+            server.admin("key", "rm", *key)
+            for node in (a, b):
+                assert node.exit_code() == 1
+                assert node.says(
+                    "InvalidAccessKeyId: the server does not know the access key; when it is mended"
+                )
+                assert node.processes() == {}
+            assert nodes.start("a").exit_code() == 1
+            assert a.says("this node takes no part: the root of the checkpoints cannot be written: ")
+
+            server.admin("key", "create", *key, f"--secret-key={SECRET_KEY}")
+            end = config.model_copy(update={"steps": last_step(Path(config.run) / "metrics.jsonl") + 20})
+            again = [nodes.start(name, config=end) for name in "ab"]
+            assert [node.exit_code() for node in again] == [0, 0]
+            assert any(node.says("resumed at step ") for node in again)
+
+
+def test_a_first_node_that_the_others_cannot_reach_is_named(tmp_path: Path) -> None:
+    may = subprocess.run(_alone_at("192.0.2.9", "true"), capture_output=True).returncode == 0
+    needs(may, "networks of its own (unshare --net, ip)")
+    with cluster(config_of(tmp_path)) as nodes:
+        for name, address in (("a", "192.0.2.1"), ("b", "192.0.2.2")):
+            arguments = ("--nodes", "2", "--address", address)
+            nodes.start(name, *arguments, fault="impatient", under=_alone_at(address))
+        _, b = nodes.nodes
+        nodes.wait(lambda: bool(b.events("round_ended")), "end of the round")
+        round_ = Board(root_of(config_of(tmp_path))).sealed(1)
+        assert round_ is not None
+        assert b.endings() == [("failed", "b")]
+        text = b.events("round_ended")[0]["text"]
+        where = f"192.0.2.1:{round_.members[0].port}"
+        assert f"rank 1: DitScaleError: the node of rank 0 does not answer at {where} within 2 s: " in text
+
+
+def _alone_at(address: str, *command: str) -> list[str]:
+    """A command in a network that has this address and nobody else: what it sends is lost."""
+    links = (
+        "ip link set lo up && ip link add near type veth peer name far && ip link set far up && "
+        f"ip address add {address}/24 dev near && ip link set near up"
+    )
+    return ["unshare", "--net", "sh", "-c", f'{links} && exec "$@"', "sh", *command]
