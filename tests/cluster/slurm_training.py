@@ -1,5 +1,6 @@
 """A small training run as a job of the shipped script: what tests submit, follow and compare."""
 
+import json
 import os
 import sys
 import time
@@ -7,24 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import step_and_attempt
+from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, step_and_attempt
 from dit_scale.config import TrainConfig, dump
 from dit_scale.train.run import root_of
-from tests.cluster.slurm import WAIT_S, Slurm
+from tests.cluster.slurm import WAIT_S, Slurm, processes
 from tests.dist import jobs
-from tests.dist.runs import final_files
+from tests.dist.runs import events, final_files
 from tests.latents import write_latents
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "cluster/slurm_xl2_512.sh"
-STEPS = 120
+STEPS = 80
 SMALL = ("--nodes=2", "--cpus-per-task=1", "--gpus-per-node=1", "--mem=1G", "--time=30")
 """A request that leaves room for another job on the same nodes; a rank per GPU."""
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "OMP_NUM_THREADS": "1",
     "MIN_NODES": "2",  # the bits are the same at the same world size
-    "WATCH_S": "3",
+    "WATCH_S": "1",
 }
 
 
@@ -90,3 +91,66 @@ def submit(
         environment=ENVIRONMENT,
     )
     return Job(slurm, config, number)
+
+
+def assert_goes_on_without(job: Job, victim: str) -> None:
+    """A job whose link to a node was just cut goes on elsewhere, and what is left running there makes way.
+
+    It still reaches the storage, and sees there that it is not needed any more.
+    """
+    job.wait_for_checkpoint(attempt=2)
+    assert_made_way(job, victim)
+    assert job.slurm.network is not None
+    job.slurm.network.mend(victim)
+    assert_moved_on(job, victim)
+    assert_the_first_attempt_stayed_as_it_was(job)
+
+
+def assert_the_first_attempt_stayed_as_it_was(job: Job) -> None:
+    """Nothing was committed by it after the second one had gone on from it."""
+    resumed = events(job.config, "start")[1]["step"]
+    root = root_of(job.config)
+    names = [key.split("/")[1] for key, _ in root.list(f"{CHECKPOINTS}/") if key.endswith(MANIFEST)]
+    old = [step for step, attempt in map(step_and_attempt, names) if attempt == 1]
+    assert all(step <= resumed for step in old), names
+
+
+def assert_made_way(job: Job, node: str) -> None:
+    """The supervisor there, which SLURM cannot reach, has left by itself with its ranks."""
+    until = time.monotonic() + WAIT_S
+    while (said := supervisor_events(job, node))[-1] != "made_way":
+        assert time.monotonic() < until, said
+        time.sleep(0.2)
+    while any(is_of_training(pid) for pid in processes(job.number, node)):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def is_of_training(pid: int) -> bool:
+    """A supervisor, a launcher, a rank or its writer, and nothing of SLURM or of the script."""
+    try:
+        return b"dit-scale" in (said := Path(f"/proc/{pid}/cmdline").read_bytes()) or b"dit_scale" in said
+    except FileNotFoundError:
+        return False
+
+
+def supervisor_events(job: Job, node: str) -> list[str]:
+    """Names of the events in its journal."""
+    lines = Path(job.config.run, "supervisors", f"{node}.jsonl").read_text().splitlines()
+    return [json.loads(line)["event"] for line in lines]
+
+
+def assert_moved_on(job: Job, victim: str) -> None:
+    """It was queued again, once, and ended on the other nodes."""
+    assert job.wait() == ("COMPLETED", 0), job.log
+    assert job.restarts() == 1
+    nodes = job.slurm.job(job.number)["NodeList"]
+    assert nodes == {"node1": "node[2-3]", "node2": "node[1,3]"}[victim]
+
+
+def assert_nothing_trains(job: Job, *nodes: str) -> None:
+    """No process of the job is left there, also where SLURM could not end it."""
+    until = time.monotonic() + WAIT_S
+    while left := [pid for node in nodes for pid in processes(job.number, node)]:
+        assert time.monotonic() < until, left
+        time.sleep(0.2)
