@@ -90,10 +90,10 @@ class Node:
     def says(self, text: str) -> bool:
         return text in self.log.read_text()
 
-    def exit_code(self) -> int:
+    def exit_code(self, within_s: float = TIMEOUT_S) -> int:
         """Waits for the end."""
         try:
-            return self.process.wait(TIMEOUT_S)
+            return self.process.wait(within_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.name} did not end:\n{self.log.read_text()[-4000:]}") from None
 
