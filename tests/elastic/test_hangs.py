@@ -20,25 +20,29 @@ FAULTS = ("lock", "deaf", "frozen_read", "stuck_read")
 
 def test_ranks_that_stand_still_are_named_and_their_stacks_kept(tmp_path: Path) -> None:
     with ExitStack() as stack:
-        found = {}
+        found: dict[str, Node] = {}
         for fault in FAULTS:  # all at once: most of the time is the deadline
             nodes = stack.enter_context(cluster(_config(tmp_path / fault)))
-            found[fault] = nodes, [nodes.start(name, "--nodes", "2", fault=f"{fault}:1") for name in "ab"]
-        for fault, (nodes, (a, _)) in found.items():
-            nodes.wait(partial(_has_ended, a), f"end of the round: {fault}")
-    ends = {fault: members[0].events("round_ended")[0] for fault, (_, members) in found.items()}
+            names = "ab" if fault == "lock" else "a"
+            arguments = ("--nodes", str(len(names)))
+            for name in names:
+                node = nodes.start(name, *arguments, slots=2 // len(names), fault=f"{fault}:1")
+                found.setdefault(fault, node)
+        for fault, node in found.items():
+            nodes.wait(partial(_has_ended, node), f"end of the round: {fault}")
+    ends = {fault: node.events("round_ended")[0] for fault, node in found.items()}
 
     assert _blamed(ends["lock"]) == ("hung", "b", 1, "COMPUTE")
     assert ends["deaf"]["reason"] == "hung"  # both ends of a dead connection wait: neither is to blame
     assert all("waits for other ranks in COMPUTE" in text for text in ends["deaf"]["details"]["ranks"])
-    assert _blamed(ends["frozen_read"]) == ("hung", "b", 1, "DATA")
+    assert _blamed(ends["frozen_read"]) == ("hung", "a", 1, "DATA")
     for fault, inside in (("lock", "in lock"), ("deaf", "in all_reduce"), ("frozen_read", "in frozen_read")):
-        first, second = _stacks(found[fault][1][0])
+        first, second = _stacks(found[fault])
         assert "/torch/distributed/" in first
         assert inside in second, second
 
     late = ends["stuck_read"]
-    assert (late["reason"], late["failed_node"], late["details"]["rank"]) == ("failed", "b", 1)
+    assert (late["reason"], late["failed_node"], late["details"]["rank"]) == ("failed", "a", 1)
     assert "rank 1: DataError: step " in late["text"]
     assert f"not read within data.deadline_s={DATA_DEADLINE_S:g} s" in late["text"]
 
