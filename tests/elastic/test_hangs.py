@@ -8,36 +8,39 @@ from typing import Any
 import pytest
 
 from dit_scale.config import TrainConfig
-from tests.elastic.nodes import Node, cluster, config_of
+from tests.elastic.nodes import Cluster, Node, cluster, config_of
 
 pytestmark = pytest.mark.dist
 
 STEPS = 100_000
 """Further than any of these runs gets."""
 DATA_DEADLINE_S = 3.0
-FAULTS = ("lock", "deaf", "frozen_read", "stuck_read")
+FAULTS = ("stuck_read", "lock", "deaf", "frozen_read")
+"""In the order in which they are found."""
 
 
 def test_ranks_that_stand_still_are_named_and_their_stacks_kept(tmp_path: Path) -> None:
     with ExitStack() as stack:
-        found: dict[str, Node] = {}
+        clusters: dict[str, Cluster] = {}
+        closes: dict[str, ExitStack] = {}
         for fault in FAULTS:  # all at once: most of the time is the deadline
-            nodes = stack.enter_context(cluster(_config(tmp_path / fault)))
+            closes[fault] = stack.enter_context(ExitStack())
+            nodes = clusters[fault] = closes[fault].enter_context(cluster(_config(tmp_path / fault)))
             names = "ab" if fault == "lock" else "a"
-            arguments = ("--nodes", str(len(names)))
             for name in names:
-                node = nodes.start(name, *arguments, slots=2 // len(names), fault=f"{fault}:1")
-                found.setdefault(fault, node)
-        for fault, node in found.items():
-            nodes.wait(partial(_has_ended, node), f"end of the round: {fault}")
-    ends = {fault: node.events("round_ended")[0] for fault, node in found.items()}
+                nodes.start(name, "--nodes", str(len(names)), slots=2 // len(names), fault=f"{fault}:1")
+        for fault, nodes in clusters.items():
+            nodes.wait(partial(_has_ended, nodes), f"end of the round: {fault}")
+            closes[fault].close()  # before its next round takes time from the others
+    first_nodes = {fault: nodes.nodes[0] for fault, nodes in clusters.items()}
+    ends = {fault: node.events("round_ended")[0] for fault, node in first_nodes.items()}
 
     assert _blamed(ends["lock"]) == ("hung", "b", 1, "COMPUTE")
     assert ends["deaf"]["reason"] == "hung"  # both ends of a dead connection wait: neither is to blame
     assert all("waits for other ranks in COMPUTE" in text for text in ends["deaf"]["details"]["ranks"])
     assert _blamed(ends["frozen_read"]) == ("hung", "a", 1, "DATA")
     for fault, inside in (("lock", "in lock"), ("deaf", "in all_reduce"), ("frozen_read", "in frozen_read")):
-        first, second = _stacks(found[fault])
+        first, second = _stacks(first_nodes[fault])
         assert "/torch/distributed/" in first
         assert inside in second, second
 
@@ -53,8 +56,8 @@ def _config(folder: Path) -> TrainConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"deadline_s": DATA_DEADLINE_S})})
 
 
-def _has_ended(node: Node) -> bool:
-    return bool(node.events("ranks_gone"))
+def _has_ended(nodes: Cluster) -> bool:
+    return all(node.events("ranks_gone") for node in nodes.nodes)
 
 
 def _blamed(ending: dict[str, Any]) -> tuple[str, str, int, str]:
