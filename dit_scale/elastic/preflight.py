@@ -1,7 +1,8 @@
 """What must be right on a node before it takes part in a round: a bad one should say so and stay out.
 
-GPUs as `nvidia-smi` has them, room on disks, the data set, the run's folder, the clock. Each check returns
-problems: what was got, what was expected, what to do. What is merely odd, or cannot be seen, is said.
+GPUs as `nvidia-smi` has them, room on disks, the data set, the run's folder, the clock, a sum over the GPUs.
+Each check returns problems: what was got, what was expected, what to do. What is merely odd, or cannot be
+seen, is said.
 """
 
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from dit_scale.config import TrainConfig
 from dit_scale.data.shards import read_info
+from dit_scale.elastic.collective import collective_problems
 from dit_scale.errors import DitScaleError
 from dit_scale.models.zoo import num_parameters, shape_of
 from dit_scale.storage import Storage, open_storage
@@ -64,6 +66,22 @@ class Gpu:
     used_mib: int
     ecc_errors: int
     """Uncorrected, since the driver was loaded; 0 where the device does not count them."""
+
+
+class Preflight:
+    """The checks of a node: all of them at first, and those that take no time before every further round."""
+
+    def __init__(self, config: TrainConfig, slots: int, say: Say) -> None:
+        self._config, self._slots, self._say = config, slots, say
+        self._is_first = True
+
+    def __call__(self) -> list[str]:
+        """What keeps the node from taking part."""
+        if not self._is_first:
+            return preflight(self._config, self._slots, lambda text: None)
+        self._is_first = False
+        problems = preflight(self._config, self._slots, self._say)
+        return problems or collective_problems(self._config.engine.device, self._slots)
 
 
 def preflight(config: TrainConfig, slots: int, say: Say = print, query: Query | None = None) -> list[str]:

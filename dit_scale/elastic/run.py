@@ -5,7 +5,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,10 +19,11 @@ from dit_scale.checkpoint.manifest import step_and_attempt
 from dit_scale.config import TrainConfig, dump
 from dit_scale.data.order import Order, positions_of
 from dit_scale.data.shards import read_info
+from dit_scale.elastic.address import check_address, free_port
 from dit_scale.elastic.board import Board, Member
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.group import LaunchedGroup
-from dit_scale.elastic.preflight import preflight, say_unless_shared
+from dit_scale.elastic.preflight import Preflight, say_unless_shared
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
 from dit_scale.elastic.watch import LEAVE_S, Deadlines
 from dit_scale.errors import ConfigError, DitScaleError, StorageError
@@ -73,11 +73,6 @@ def launch(
     def record(event: str, **details: object) -> None:
         journal.write(event, node=node, **details)
 
-    if problems := preflight(config, slots, say):
-        record("preflight_failed", problems=problems)
-        for problem in problems:
-            say(f"this node takes no part: {problem}")
-        return Exit.FAILED
     say_unless_shared(root, policy.max_nodes, say)
     me = Member(node, secrets.token_hex(8), address, free_port(), slots, digest(config), start)
     world = Surroundings(
@@ -88,6 +83,7 @@ def launch(
         record,
         free_port,
         lambda step: samples_of(config, root, step),
+        Preflight(config, slots, say),
     )
     deadlines = Deadlines(data_s=config.data.deadline_s + LEAVE_S)
     command = ["--module", MODULE, "train", *arguments]
@@ -116,25 +112,6 @@ def drive(life: Wait) -> Exit:
         life.close()
 
 
-def check_address(address: str) -> None:
-    """Raises ConfigError when ranks of other nodes could not meet at it: it is not one of this machine.
-
-    Of a name that nobody knows it raises DitScaleError: the name server may know it at the next start.
-    """
-    expected = (
-        "expected a name or number of this machine, at which the ranks of the other nodes can reach those of "
-        "this one"
-    )
-    try:
-        family, _, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as probe:
-            probe.bind(where)
-    except socket.gaierror as error:
-        raise DitScaleError(f"--address {address}: {error.strerror}; {expected}") from None
-    except OSError as error:
-        raise ConfigError(f"--address {address}: {error.strerror}; {expected}") from None
-
-
 def committed_step(root: Storage) -> int:
     """Of the newest checkpoint; -1 when there is none."""
     paths = attempts.committed(root)
@@ -159,13 +136,6 @@ def samples_of(config: TrainConfig, root: Storage, step: int) -> list[int]:
 def digest(config: TrainConfig) -> str:
     """Of the resolved configuration."""
     return hashlib.sha256(dump(config).encode()).hexdigest()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def num_devices() -> int:

@@ -72,6 +72,8 @@ class Surroundings:
     """A port of this node that nobody listens on; asked for before every round."""
     samples_of: Callable[[int], list[int]] = field(default=lambda step: [])
     """The ids of the samples of the step after so many steps."""
+    problems: Callable[[], list[str]] = field(default=list)
+    """Of this node, that keep it from taking part: looked for at the start and before every further round."""
 
 
 class Supervisor:
@@ -95,10 +97,12 @@ class Supervisor:
             self._me = replace(self._me, start=newest)
         if newest > self._me.start:
             return self._make_way()
+        if problems := self._world.problems():
+            return self._stay_out(problems)
         if before is not None and ending is None and (text := self._what_replaces(before)):
             self._join(number + 1)  # first, so that the others wait for this node, or make way for it
             self._end(number, Reason.LOST, text)
-        begun_after = ending is None
+        begun_after, has_taken_part = ending is None, False
         while True:
             if begun_after:  # what ended before this start was for a person to see and mend
                 said = yield from self._wait_for_end(number)
@@ -110,6 +114,8 @@ class Supervisor:
             begun_after = True
             if self._world.wanted_back():
                 return Exit.REQUEUE
+            if has_taken_part and (problems := self._world.problems()):
+                return self._stay_out(problems)
             found = yield from self._gather(number + 1, before, ending)
             if isinstance(found, Exit):
                 return found
@@ -120,6 +126,7 @@ class Supervisor:
                 self._end(number, Reason.LOST, STARTED_AGAIN)
             elif (index := found.index_of(self._me.node)) is not None:
                 yield from self._take_part(found, index)
+                has_taken_part = True
 
     def _what_replaces(self, round_: Round) -> str:
         """What became of an earlier start that takes part in a round that goes on; empty: there was none."""
@@ -134,6 +141,13 @@ class Supervisor:
         self._world.say("a later start of this job has taken over, or another job of the same run")
         self._world.record("made_way", start=self._me.start)
         return Exit.DO_NOT_RESTART
+
+    def _stay_out(self, problems: list[str]) -> Exit:
+        """Leave, for the ranks would fail here: the others go on without this node."""
+        self._world.record("preflight_failed", problems=problems)
+        for problem in problems:
+            self._world.say(f"this node takes no part: {problem}")
+        return Exit.FAILED
 
     def _is_same_run(self, round_: Round | None) -> bool:
         """Whether a round was of the configuration that this node has."""

@@ -1,0 +1,41 @@
+"""The devices of a node add numbers together before it takes part in a round."""
+
+from pathlib import Path
+
+import pytest
+
+from dit_scale.elastic import collective
+from dit_scale.elastic.collective import collective_problems
+
+pytestmark = pytest.mark.dist
+
+
+def test_devices_that_reach_each_other() -> None:
+    assert collective_problems("cpu", 2) == []
+
+
+def test_one_device_has_nobody_to_add_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collective, "_start", None)
+    assert collective_problems("cpu", 1) == []
+
+
+def test_devices_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (problem,) = collective_problems("cuda", 2)
+    assert problem.startswith("a sum over the 2 devices of this node failed")
+    assert all(f"rank {rank} of the node: dit_scale.errors.DeviceError: " in problem for rank in (0, 1))
+
+
+def test_ranks_that_give_no_answer_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    start = collective._start
+
+    def spy(*args: object) -> object:
+        started.append(start(*args))  # type: ignore[arg-type]
+        return started[-1]
+
+    monkeypatch.setattr(collective, "_start", spy)
+    monkeypatch.setattr(collective, "COLLECTIVE_S", 0.1)
+    (problem,) = collective_problems("cpu", 2)
+    assert "rank 0 of the node gave no answer within 0.1 s; rank 1 of the node gave no answer" in problem
+    assert [Path(f"/proc/{process.pid}").exists() for process in started] == [False, False]
