@@ -172,7 +172,6 @@ def test_what_is_written_lies_on_volumes(rendered: dict[str, list[Object]], name
         (Exit.REQUEUE, True, "Ignore"),
         (137, True, "Ignore"),
         (Exit.DO_NOT_RESTART, False, "FailJob"),
-        (2, False, "FailJob"),
         (BAD_OPTION, False, "FailJob"),
         (Exit.FAILED, False, "Count"),
         (137, False, "Count"),
