@@ -14,7 +14,7 @@ help:
 	@echo "make demo        train on real digits and draw them, from images to a score (about 5 minutes)"
 	@echo "make test        lint, type check and run all tests (about half an hour on 2 cores)"
 	@echo "make test-quick  the unit, property and golden tests alone (about 2 minutes)"
-	@echo "make chaos       kill, stop and preempt training, encoding, SLURM nodes and pods (over an hour)"
+	@echo "make chaos       kill, stop and preempt training, encoding, SLURM nodes and pods (about two hours)"
 	@echo "make check       ruff and mypy"
 	@echo "make bench       the benchmarks of encoding, training, saving and loading, in small (about a minute)"
 	@echo "make clean       remove the virtual environment and the demo's run"
