@@ -46,6 +46,7 @@ test-quick: $(VENV)/ready
 	$(BIN)/python -m pytest tests/unit tests/property tests/golden tests/architecture
 
 chaos: $(VENV)/ready
+	$(BIN)/python -m pytest -m long
 	$(BIN)/python -m tests.chaos.campaign
 	$(BIN)/python -m tests.chaos.encode_campaign
 	$(BIN)/python -m tests.chaos.restarts

@@ -207,6 +207,8 @@ def commit(
         quarantined=tuple(quarantined),
     )
     put_once(storage, INFO_KEY, (json.dumps(info.model_dump(mode="json"), indent=1) + "\n").encode())
+    for key in storage.leftovers("shards/"):  # of writers that were killed; all shards are there without
+        storage.delete(key)
     return info
 
 

@@ -23,6 +23,7 @@ KILLS, SEED = 6, 37
 
 
 @pytest.mark.dist
+@pytest.mark.long
 def test_killed_at_random_moments_a_run_gives_the_same_bits(tmp_path: Path) -> None:
     reason = stacks.why_not()
     needs(not reason, reason)

@@ -110,7 +110,8 @@ def kept(first_try: subprocess.CompletedProcess[str], folder: Path) -> dict[str,
 
 @pytest.fixture(scope="module")
 def latents(kept: dict[str, int], folder: Path) -> Path:
-    """The data set that the second start finished."""
+    """The data set that the second start finished, with what a killed writer left behind."""
+    (folder / "latents/shards/.00003.tar.0123456789abcdef.tmp").write_bytes(b"half a shard")
     ran = encode(folder, "latents")
     assert ran.returncode == 0, ran.stderr
     return folder / "latents"

@@ -79,6 +79,7 @@ def test_a_node_and_workers_and_drivers_die_at_random_moments(hunt: Hunt) -> Non
     hunt.compare()
 
 
+@pytest.mark.long
 def test_an_encoder_finds_no_vae_for_a_while(hunt: Hunt) -> None:
     vae = hunt.grounds.folder / "vae"
     hunt.start(*FEW)
@@ -143,6 +144,7 @@ def check_that_a_put_and_a_bit_are_seen(hunt: Hunt) -> None:
         hunt.compare()
 
 
+@pytest.mark.long
 def test_the_whole_cluster_dies(hunt: Hunt) -> None:
     """The driver says so in a line, and a smaller cluster goes on."""
     driver = hunt.start(*MANY)

@@ -107,6 +107,7 @@ def run(folder: Path, number: int, vae: str) -> dict[str, int]:
     return peaks.bytes
 
 
+@pytest.mark.long
 def test_no_process_grows_with_the_input(tmp_path: Path) -> None:
     vae = save_tiny_vae(tmp_path / "vae")
     few, many = (run(tmp_path / str(number), number, vae) for number in NUMBERS)
