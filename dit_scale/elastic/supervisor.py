@@ -86,6 +86,8 @@ class Supervisor:
 
     def run(self) -> Wait:
         """The whole life; returns the exit code."""
+        if problems := self._world.problems():
+            return self._stay_out(problems)
         number = self._board.newest()
         before = self._board.sealed(number) if number else None
         ending = self._board.ending(number) if number else None
@@ -97,8 +99,6 @@ class Supervisor:
             self._me = replace(self._me, start=newest)
         if newest > self._me.start:
             return self._make_way()
-        if problems := self._world.problems():
-            return self._stay_out(problems)
         if before is not None and ending is None and (text := self._what_replaces(before)):
             self._join(number + 1)  # first, so that the others wait for this node, or make way for it
             self._end(number, Reason.LOST, text)

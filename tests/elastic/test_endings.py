@@ -14,7 +14,8 @@ from tests.elastic.nodes import Cluster, Node, cluster, config_of
 
 pytestmark = pytest.mark.dist
 
-STEPS = 70
+STEPS = 200
+"""More than a quick machine takes between two signals."""
 
 
 def test_a_run_of_two_nodes_survives_whatever_its_processes_get(tmp_path: Path) -> None:
