@@ -22,7 +22,7 @@
 #                           this script, it saves and queues itself again
 #   ... and still trains    it leaves as soon as the next start has begun, and can commit nothing by then
 #   an error                it queues itself again, MAX_RESTARTS times
-#   a mistake (2), or a run that fails in the same way again and again (93)   it fails; the log says why
+#   a mistake (93; 2 for an option), or a run that fails again and again (93)   it fails; the log says why
 
 # shellcheck source=/dev/null
 [ -z "${DIT_SCALE_ENV:-}" ] || source "$DIT_SCALE_ENV" || exit

@@ -30,6 +30,7 @@ def train(config: TrainConfig) -> int:
         stack.callback(dist.stop)
         run = Session(config, world, stack, heart)
         run.begin()
+        gc.collect()
         gc.freeze()  # so that no collection stops a step in order to look at what stays
         gc.enable()
         while run.state.step < config.steps:
