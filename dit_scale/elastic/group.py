@@ -93,13 +93,13 @@ class LaunchedGroup:
         self._passed: list[str] = []
         self._first_step = 0
         self._beats: dict[int, Beat] = {}
-        self._in_collective: set[int] | None = None
+        self._stacks_then: dict[int, str] | None = None
         self.beats = folder
 
     def start(self, round_: Round, index: int) -> None:
         first = sum(member.slots for member in round_.members[:index])
         self._ranks = range(first, first + round_.members[index].slots)
-        self._round, self._passed, self._beats, self._in_collective = round_.number, [], {}, None
+        self._round, self._passed, self._beats, self._stacks_then = round_.number, [], {}, None
         self._looked_s = self._awake_s = time.monotonic()
         self.beats = self._folder / f"round-{round_.number:06d}"
         shutil.rmtree(self.beats, ignore_errors=True)
@@ -166,7 +166,9 @@ class LaunchedGroup:
             _signal(beats[rank].pid, STACK_SIGNAL)
             _signal(beats[rank].pid, signal.SIGCONT)  # a stopped one writes first of all when it goes on
 
-        stacks = ask_for_stacks(self.beats, beats, wake_and_ask)
+        now = ask_for_stacks(self.beats, beats, wake_and_ask)
+        # A rank may die as soon as another node ends its own: then its earlier stacks tell where it stood.
+        stacks = (self._stacks_then or {}) | {rank: text for rank, text in now.items() if text}
         if self._stacks is not None:
             self._stacks.mkdir(parents=True, exist_ok=True)
             for rank, text in stacks.items():
@@ -203,13 +205,13 @@ class LaunchedGroup:
         Of ranks in the same section of the same step they are those that wait for the others.
         """
         if not any(one.is_overdue for one in training):
-            self._in_collective = None
+            self._stacks_then = None
             return set()
-        if self._in_collective is None:
+        if self._stacks_then is None:
             pids = {one.rank: one.pid for one in training if not one.stopped}
             stacks = ask_for_stacks(self.beats, pids, lambda rank: _signal(pids[rank], STACK_SIGNAL))
-            self._in_collective = {rank for rank, text in stacks.items() if is_in_collective(text)}
-        return self._in_collective
+            self._stacks_then = {rank: text for rank, text in stacks.items() if text}
+        return {rank for rank, text in self._stacks_then.items() if is_in_collective(text)}
 
     def _note_progress(self, beats: Mapping[int, Beat]) -> None:
         """Write into the journal how far the start is: what a restart costs is in the times between."""
