@@ -1,6 +1,7 @@
 """What the supervisors of a run tell each other: objects in the run's storage, so that no host is needed.
 
     elastic/join/<round>/<start>/<node>.json who would take part in a round; <start>: of the whole job
+    elastic/join/<round>/<start>/<node>.left who would not any more, and is not waited for
     elastic/sealed/<round>.json        who does; put under a condition, so there is one answer
     elastic/ended/<round>.json         why it ended; likewise, the first reason counts
     elastic/reports/<round>/<node>.json how the ranks of a node stand, when they broke off or do not get on
@@ -20,6 +21,7 @@ from typing import Any
 
 from dit_scale.storage import MissingKeyError, Storage
 
+_LEFT = ".left"
 READERS = 16
 """Objects read at once: one after another, those of thousands of nodes would take a minute on S3."""
 
@@ -49,6 +51,8 @@ class Joined:
     start: int = 0
     nodes: list[str] = field(default_factory=list)
     """Their names, sorted."""
+    left: frozenset[str] = frozenset()
+    """Who has left since the round before."""
 
 
 @dataclass(frozen=True)
@@ -130,23 +134,30 @@ class Board:
         return max((int(key) for key in keys if key.isdecimal()), default=0)
 
     def join(self, number: int, member: Member) -> None:
-        self._storage.write(_join_key(number, member.start, member.node), _dump(asdict(member)))
+        self._storage.write(_join_key(number, member), _dump(asdict(member)))
+        self._storage.delete(_left_key(number, member))
 
     def withdraw(self, number: int, member: Member) -> None:
-        self._storage.delete(_join_key(number, member.start, member.node))
+        """Take no part, whether joined before or not."""
+        self._storage.write(_left_key(number, member), b"")
+        self._storage.delete(_join_key(number, member))
 
     def joined(self, number: int) -> Joined:
         """Who would take part; what is left of earlier starts does not count."""
         by_start: defaultdict[int, list[str]] = defaultdict(list)
+        left: defaultdict[int, set[str]] = defaultdict(set)
         for key, _ in self._list(f"join/{number:06d}/"):
             start, name = key.split("/")[-2:]
-            by_start[int(start)].append(name.removesuffix(".json"))
+            if name.endswith(_LEFT):
+                left[int(start)].add(name.removesuffix(_LEFT))
+            else:
+                by_start[int(start)].append(name.removesuffix(".json"))
         newest = max(by_start, default=0)
-        return Joined(newest, sorted(by_start[newest]))
+        return Joined(newest, sorted(by_start[newest]), frozenset(left[newest]))
 
     def members(self, number: int, start: int, nodes: Sequence[str]) -> list[Member | None]:
         """What these nodes said when they joined; None of one that withdrew since."""
-        trees = self._read_all([_join_key(number, start, node) for node in nodes])
+        trees = self._read_all([f"{_join_folder(number, start)}/{node}.json" for node in nodes])
         return [Member(**tree) if tree else None for tree in trees]
 
     def seal(self, round_: Round) -> bool:
@@ -206,8 +217,16 @@ class Board:
             return None
 
 
-def _join_key(number: int, start: int, node: str) -> str:
-    return f"elastic/join/{number:06d}/{start}/{node}.json"
+def _join_folder(number: int, start: int) -> str:
+    return f"elastic/join/{number:06d}/{start}"
+
+
+def _join_key(number: int, member: Member) -> str:
+    return f"{_join_folder(number, member.start)}/{member.node}.json"
+
+
+def _left_key(number: int, member: Member) -> str:
+    return f"{_join_folder(number, member.start)}/{member.node}{_LEFT}"
 
 
 def _dump(tree: dict[str, Any]) -> bytes:

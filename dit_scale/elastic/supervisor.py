@@ -10,7 +10,7 @@ which nothing needs to be done unless something changes.
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 
-from dit_scale.elastic.board import FRUITLESS, SAVING, Board, Ending, Member, Reason, Round
+from dit_scale.elastic.board import FRUITLESS, SAVING, Board, Ending, Joined, Member, Reason, Round
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.group import Group, Outcome
 from dit_scale.elastic.hearing import Hearing
@@ -113,8 +113,9 @@ class Supervisor:
                 ending = said
             begun_after = True
             if self._world.wanted_back():
-                return Exit.REQUEUE
+                return self._leave(number + 1)
             if has_taken_part and (problems := self._world.problems()):
+                self._leave(number + 1)
                 return self._stay_out(problems)
             found = yield from self._gather(number + 1, before, ending)
             if isinstance(found, Exit):
@@ -135,6 +136,11 @@ class Supervisor:
         index = round_.index_of(self._me.node)
         is_me = index is not None and round_.members[index].boot != self._me.boot
         return "its supervisor was started again" if is_me else ""
+
+    def _leave(self, number: int) -> Exit:
+        """Have nobody wait for this node to take part in a round."""
+        self._board.withdraw(number, self._me)
+        return Exit.REQUEUE
 
     def _make_way(self) -> Exit:
         """Leave, for a later start of the job is there: this node is what was left running of this one."""
@@ -179,8 +185,7 @@ class Supervisor:
                 self._board.end(self._ending(number, Reason.LOST, text, outside.watched))
                 continue
             if self._world.wanted_back():
-                self._board.withdraw(number + 1, self._me)
-                return Exit.REQUEUE
+                return self._leave(number + 1)
             yield self._rest()
         return ending
 
@@ -196,7 +201,7 @@ class Supervisor:
         if fruitless_after(sealed, ending) >= self._policy.max_fruitless:
             self._give_up(sealed, ending)
             return Exit.DO_NOT_RESTART
-        return Exit.REQUEUE if self._world.wanted_back() else None
+        return None
 
     def _give_up(self, sealed: Round, ending: Ending) -> None:
         """Say, and write into the journal, what a person needs to mend it."""
@@ -231,15 +236,14 @@ class Supervisor:
         while (sealed := self._board.sealed(number)) is None:
             now_s = self._world.clock()
             if self._world.wanted_back():
-                self._board.withdraw(number, self._me)
-                return Exit.REQUEUE
+                return self._leave(number)
             found = self._board.joined(number)
             if found.start > self._me.start:
                 self._board.withdraw(number, self._me)
                 return self._make_way()
             if found.nodes != names:
                 names, changed_s = found.nodes, now_s
-            if self._may_begin(names, now_s - changed_s, before, ending):
+            if self._may_begin(found, now_s - changed_s, before, ending):
                 if self._seal(number, names, before, ending):
                     continue
             elif len(names) < policy.min_nodes and now_s - begin_s > policy.gather_s:
@@ -251,15 +255,14 @@ class Supervisor:
             yield self._rest()
         return sealed
 
-    def _may_begin(
-        self, names: list[str], still_s: float, before: Round | None, ending: Ending | None
-    ) -> bool:
+    def _may_begin(self, found: Joined, still_s: float, before: Round | None, ending: Ending | None) -> bool:
         """Whether a round can begin with these nodes, the same for `still_s`, and this one is to begin it."""
-        policy, is_first = self._policy, names[:1] == [self._me.node]
+        policy, names = self._policy, found.nodes
+        is_first = names[:1] == [self._me.node]
         late_s = 0.0 if is_first else policy.patience_s
         if len(names) < policy.min_nodes or not (is_first or still_s > late_s):
             return False
-        expected = _expected(before, ending, self._me.start)
+        expected = _expected(before, ending, self._me.start) - found.left
         all_back = expected <= set(names)
         if len(names) >= policy.max_nodes or (bool(expected) and all_back):
             return True

@@ -76,6 +76,7 @@ class VirtualBoard(Board):
         self._newest = 0
         self._members: defaultdict[int, dict[str, Member]] = defaultdict(dict)
         self._joined: dict[int, list[str]] = {}
+        self._left: defaultdict[int, frozenset[str]] = defaultdict(frozenset)
         self._rounds: dict[int, Round] = {}
         self._endings: dict[int, Ending] = {}
         self._reports: defaultdict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
@@ -90,18 +91,20 @@ class VirtualBoard(Board):
             names = names.copy()  # readers keep the list to compare with
             insort(names, member.node)
             self._joined[number] = names
+        self._left[number] -= {member.node}
         self._world.acts()
         self._world.tell("joined", number)
 
     def withdraw(self, number: int, member: Member) -> None:
         self._members[number].pop(member.node, None)
         self._joined[number] = [name for name in self._joined.get(number, []) if name != member.node]
+        self._left[number] |= {member.node}
         self._world.tell("joined", number)
 
     def joined(self, number: int) -> Joined:
         self._world.reads("joined", number)
         self._world.awaits(Awaits.NODES)
-        return Joined(0, self._joined.get(number, []))
+        return Joined(0, self._joined.get(number, []), self._left[number])
 
     def members(self, number: int, start: int, nodes: Sequence[str]) -> list[Member | None]:
         return [self._members[number].get(node) for node in nodes]
@@ -112,7 +115,7 @@ class VirtualBoard(Board):
         self._rounds[round_.number] = round_
         self._newest = max(self._newest, round_.number)
         old = round_.number - KEPT_ROUNDS
-        for kept in (self._members, self._joined, self._rounds, self._endings, self._reports):
+        for kept in (self._members, self._joined, self._left, self._rounds, self._endings, self._reports):
             kept.pop(old, None)
         self._world.begin(round_)
         self._world.acts()

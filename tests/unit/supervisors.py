@@ -49,9 +49,14 @@ class Node:
         problems: Callable[[], list[str]] = list,
     ) -> None:
         self.ranks, self.code = Ranks(), None
+        self.is_wanted_back = False
         me = Member(name, f"{name} of start {start}", "", 1, 1, "digest", start)
         world = Surroundings(
-            lambda: cluster.now_s, lambda: -1, lambda: False, lambda text: None, problems=problems
+            lambda: cluster.now_s,
+            lambda: -1,
+            lambda: self.is_wanted_back,
+            lambda text: None,
+            problems=problems,
         )
         self._life = Supervisor(me, cluster.board, self.ranks, policy, world).run()
 

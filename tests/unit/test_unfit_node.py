@@ -1,8 +1,8 @@
-"""A node on which the ranks would fail takes no part, and the others go on without it."""
+"""A node that is unfit, or wanted back, takes no part in the next round, and nobody waits for it."""
 
 from pathlib import Path
 
-from dit_scale.elastic.board import Reason
+from dit_scale.elastic.board import Ending, Joined, Member, Reason
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.group import Outcome
 from dit_scale.elastic.supervisor import Policy
@@ -32,3 +32,45 @@ def test_a_node_that_has_become_unfit_is_left_out_of_the_next_round(tmp_path: Pa
     assert c.code == Exit.FAILED
     assert [node for node, _ in cluster.members(2)] == ["a", "b"]
     assert a.ranks.round == b.ranks.round == 2
+
+
+def test_after_a_save_nobody_waits_for_a_node_that_has_become_unfit(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    problems: list[str] = []
+    a, b = Node(cluster, "a", policy=POLICY), Node(cluster, "b", policy=POLICY)
+    c = Node(cluster, "c", policy=POLICY, problems=lambda: problems)
+    cluster.run(a, b, c)
+    problems.append("GPU 3 has fallen off the bus")
+    cluster.board.end(Ending(1, Reason.GROWING, "a", "further nodes are waiting"))
+    _leave(cluster, a, b, c)
+    assert c.code == Exit.FAILED
+    assert cluster.members(2) == [("a", 0), ("b", 0)]
+
+
+def test_nobody_waits_for_nodes_that_are_wanted_back_at_once(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    policy = Policy(min_nodes=1, max_nodes=3)
+    a, b, c = (Node(cluster, name, policy=policy) for name in "abc")
+    cluster.run(a, b, c)
+    b.is_wanted_back = c.is_wanted_back = True
+    cluster.run(a, b, c)
+    _leave(cluster, a, b, c)
+    assert (b.code, c.code) == (Exit.REQUEUE, Exit.REQUEUE)
+    assert cluster.members(2) == [("a", 0)]
+
+
+def test_who_comes_back_is_waited_for_again(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    member = Member("a", "boot", "", 1, 1, "digest")
+    cluster.board.withdraw(2, member)
+    assert cluster.board.joined(2) == Joined(0, [], frozenset({"a"}))
+    cluster.board.join(2, member)
+    assert cluster.board.joined(2) == Joined(0, ["a"], frozenset())
+
+
+def _leave(cluster: Cluster, *nodes: Node) -> None:
+    """Have all ranks leave as asked, some time after a round has ended."""
+    cluster.run(*nodes)
+    for node in nodes:
+        node.ranks.outcome = Outcome(Reason.LEAVING, "saved at step 7 and stopped")
+    cluster.run(*nodes)
