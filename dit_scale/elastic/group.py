@@ -78,13 +78,15 @@ class LaunchedGroup:
         deadlines: Deadlines,
         record: Callable[..., None] = lambda event, **details: None,
         stacks: Path | None = None,
+        say: Callable[[str], None] = lambda message: None,
     ) -> None:
         """`command` is what each rank runs, as arguments of the launcher: --module NAME ARGUMENTS.
 
-        Beats and verdicts are in `folder`, on this node; stacks of ranks that hung are kept in `stacks`.
+        Beats and verdicts are in `folder`, on this node; stacks of ranks that stand still are kept in
+        `stacks`.
         """
         self._command, self._folder, self._deadlines = command, folder, deadlines
-        self._record, self._stacks = record, stacks
+        self._record, self._stacks, self._say = record, stacks, say
         self._mark = ""
         self._launcher: subprocess.Popen[bytes] | None = None
         self._ranks = range(0)
@@ -92,6 +94,7 @@ class LaunchedGroup:
         self._looked_s = self._awake_s = 0.0
         self._passed: list[str] = []
         self._first_step = 0
+        self._stalled: set[tuple[int, int]] = set()
         self._beats: dict[int, Beat] = {}
         self._stacks_then: dict[int, str] | None = None
         self.beats = folder
@@ -133,6 +136,7 @@ class LaunchedGroup:
             code = self._launcher.returncode
             return Outcome(Reason.FAILED, f"the launcher ended with code {code}, but not all of its ranks")
         found = self._standings()
+        self._note_stalled(found)
         if not any(one.is_overdue for one in found):
             return None
         worst = culprit(found)
@@ -168,12 +172,7 @@ class LaunchedGroup:
 
         now = ask_for_stacks(self.beats, beats, wake_and_ask)
         # A rank may die as soon as another node ends its own: then its earlier stacks tell where it stood.
-        stacks = (self._stacks_then or {}) | {rank: text for rank, text in now.items() if text}
-        if self._stacks is not None:
-            self._stacks.mkdir(parents=True, exist_ok=True)
-            for rank, text in stacks.items():
-                name = f"round-{self._round:06d}-rank-{rank:05d}.stack"
-                (self._stacks / name).write_text(text)
+        self._write_down((self._stacks_then or {}) | now)
 
     def stop(self) -> None:
         end_s = time.monotonic() + END_S
@@ -208,10 +207,40 @@ class LaunchedGroup:
             self._stacks_then = None
             return set()
         if self._stacks_then is None:
-            pids = {one.rank: one.pid for one in training if not one.stopped}
-            stacks = ask_for_stacks(self.beats, pids, lambda rank: _signal(pids[rank], STACK_SIGNAL))
-            self._stacks_then = {rank: text for rank, text in stacks.items() if text}
+            self._stacks_then = self._ask(training)
         return {rank for rank, text in self._stacks_then.items() if is_in_collective(text)}
+
+    def _note_stalled(self, found: Sequence[Standing]) -> None:
+        """Name a rank that waits for data longer than a step takes, once for each wait.
+
+        The data may still come; that the rank gives up has time until its deadline.
+        """
+        stalled = [
+            one
+            for one in found
+            if one.section == Section.DATA
+            and one.age_s > one.quiet_s
+            and (one.rank, one.step) not in self._stalled
+        ]
+        if not stalled:
+            return
+        self._write_down(self._stacks_then or self._ask(found))
+        for one in stalled:
+            self._stalled.add((one.rank, one.step))
+            self._record("stalled", round=self._round, rank=one.rank, step=one.step, text=str(one))
+            self._say(f"{one}; it is given {one.limit_s:g} s. Stacks are in {self._stacks}")
+
+    def _ask(self, found: Sequence[Standing]) -> dict[int, str]:
+        """The stacks of those that are not stopped."""
+        pids = {one.rank: one.pid for one in found if one.pid and not one.stopped}
+        return ask_for_stacks(self.beats, pids, lambda rank: _signal(pids[rank], STACK_SIGNAL))
+
+    def _write_down(self, stacks: Mapping[int, str]) -> None:
+        if self._stacks is None:
+            return
+        self._stacks.mkdir(parents=True, exist_ok=True)
+        for rank, text in stacks.items():
+            (self._stacks / f"round-{self._round:06d}-rank-{rank:05d}.stack").write_text(text)
 
     def _note_progress(self, beats: Mapping[int, Beat]) -> None:
         """Write into the journal how far the start is: what a restart costs is in the times between."""

@@ -88,7 +88,7 @@ def launch(
     deadlines = Deadlines(data_s=config.data.deadline_s + LEAVE_S)
     command = ["--module", MODULE, "train", *arguments]
     with tempfile.TemporaryDirectory(prefix="dit-scale-") as beats:
-        group = LaunchedGroup(command, Path(beats), deadlines, record, folder / "stacks")
+        group = LaunchedGroup(command, Path(beats), deadlines, record, folder / "stacks", say)
         try:
             return drive(Supervisor(me, Board(root), group, policy, world).run())
         except StorageError as error:

@@ -39,7 +39,8 @@ def ask_for_stacks(folder: Path, ranks: Iterable[int], signal_to: Callable[[int]
             break
         sizes = now
         time.sleep(_PAUSE_S)
-    return {rank: path.read_text()[before[rank] :] for rank, path in paths.items() if path.exists()}
+    texts = {rank: path.read_text()[before[rank] :] for rank, path in paths.items() if path.exists()}
+    return {rank: text for rank, text in texts.items() if text}
 
 
 def is_in_collective(stacks: str) -> bool:

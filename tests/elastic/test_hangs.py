@@ -14,7 +14,7 @@ pytestmark = pytest.mark.dist
 
 STEPS = 100_000
 """Further than any of these runs gets."""
-DATA_DEADLINE_S = 3.0
+DATA_DEADLINE_S = {"stuck_read": 14.0, "frozen_read": 3.0}
 FAULTS = ("stuck_read", "lock", "deaf", "frozen_read")
 """In the order in which they are found."""
 
@@ -25,7 +25,7 @@ def test_ranks_that_stand_still_are_named_and_their_stacks_kept(tmp_path: Path) 
         closes: dict[str, ExitStack] = {}
         for fault in FAULTS:  # all at once: most of the time is the deadline
             closes[fault] = stack.enter_context(ExitStack())
-            nodes = clusters[fault] = closes[fault].enter_context(cluster(_config(tmp_path / fault)))
+            nodes = clusters[fault] = closes[fault].enter_context(cluster(_config(tmp_path, fault)))
             names = "ab" if fault == "lock" else "a"
             for name in names:
                 nodes.start(name, "--nodes", str(len(names)), slots=2 // len(names), fault=f"{fault}:1")
@@ -44,16 +44,23 @@ def test_ranks_that_stand_still_are_named_and_their_stacks_kept(tmp_path: Path) 
         assert "/torch/distributed/" in first
         assert inside in second, second
 
+    stalled = first_nodes["stuck_read"].events("stalled")
+    assert [event["rank"] for event in stalled] == [1]
+    assert " does not get on in DATA of step " in stalled[0]["text"]
+    assert "in stuck_read" in _stacks(first_nodes["stuck_read"])[1]
     late = ends["stuck_read"]
+    assert late["time_s"] > stalled[0]["time_s"]
     assert (late["reason"], late["failed_node"], late["details"]["rank"]) == ("failed", "a", 1)
     assert "rank 1: DataError: step " in late["text"]
-    assert f"not read within data.deadline_s={DATA_DEADLINE_S:g} s" in late["text"]
+    assert f"not read within data.deadline_s={DATA_DEADLINE_S['stuck_read']:g} s" in late["text"]
 
 
-def _config(folder: Path) -> TrainConfig:
+def _config(top: Path, fault: str) -> TrainConfig:
+    folder = top / fault
     folder.mkdir()
     config = config_of(folder, STEPS, every_steps=STEPS)
-    return config.model_copy(update={"data": config.data.model_copy(update={"deadline_s": DATA_DEADLINE_S})})
+    deadline_s = DATA_DEADLINE_S.get(fault, config.data.deadline_s)
+    return config.model_copy(update={"data": config.data.model_copy(update={"deadline_s": deadline_s})})
 
 
 def _has_ended(nodes: Cluster) -> bool:
