@@ -34,8 +34,10 @@ def train(config: TrainConfig) -> int:
         gc.freeze()  # so that no collection stops a step in order to look at what stays
         gc.enable()
         while run.state.step < config.steps:
+            sums = run.step.accumulate(_beating(heart, run.loader, run.state.step))
+            # Late in the step, so that a request to stop counts for this one; its answer comes meanwhile.
             vote = world.begin_any(stop.wanted, *run.saver.flags(), run.has_found_damage())
-            row = run.step.take(_beating(heart, run.loader, run.state.step), run.state.step)
+            row = run.step.update(sums, run.state.step)
             run.state.step += 1
             heart.beat(Section.AGREE, run.state.step)
             run.count(row)

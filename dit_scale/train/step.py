@@ -60,11 +60,13 @@ class TrainingStep:
         self.engine.set_optimizer_step(int(guard["updates"]))
 
     def take(self, batches: Iterator[Batch], step: int, watch: Watch | None = None) -> Tensor:
-        """Take step `step` (counted from 0) from the next micro-batches of this rank; `watch` sees them.
+        """Take step `step` (counted from 0): `accumulate`, then `update`."""
+        return self.update(self.accumulate(batches, watch), step)
 
-        When the guard says so the weights stay; the averages take the step all the same. Returns the row
-        of `meters.COLUMNS`, fp32 (5,) on the device: global means of the losses, the global gradient norm
-        (infinite when it is not finite), and 1.0 when the update was skipped. The same on all ranks.
+    def accumulate(self, batches: Iterator[Batch], watch: Watch | None = None) -> Tensor:
+        """Run the next micro-batches of this rank forward and backward; `watch` sees them.
+
+        Returns the sums of the losses over the samples of this rank, fp32 (3,) on the device.
         """
         config, plan, device = self._config, self._plan, self._world.device
         step_sums = torch.zeros(3, device=device)
@@ -84,8 +86,17 @@ class TrainingStep:
             sums = by_sample.sums(batch.weight_B)
             self.engine.backward(sums[0] * plan.loss_scale, last=micro_step == plan.micro_steps - 1)
             step_sums += sums.detach()
-        means = self._world.sum(step_sums) / plan.global_batch
-        rate = learning_rate(config.optimizer, step)
+        return step_sums
+
+    def update(self, step_sums: Tensor, step: int) -> Tensor:
+        """Move weights and averages by what `accumulate` has gathered for step `step` (counted from 0).
+
+        When the guard says so the weights stay; the averages take the step all the same. Returns the row
+        of `meters.COLUMNS`, fp32 (5,) on the device: global means of the losses, the global gradient norm
+        (infinite when it is not finite), and 1.0 when the update was skipped. The same on all ranks.
+        """
+        means = self._world.sum(step_sums) / self._plan.global_batch
+        rate = learning_rate(self._config.optimizer, step)
         norm, skipped = self.engine.step(rate, lambda norm: self.guard.judge(means[0], norm))
         self.ema.update(step + 1)
         return torch.cat((means, torch.stack((norm, skipped))))

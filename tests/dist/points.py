@@ -181,11 +181,11 @@ def _inside_snapshot(hold: Hold) -> Iterator[None]:
 
 
 RANK_POINTS: dict[str, Patch] = {
-    "before forward": lambda hold: before(_step(), "take")(hold),
+    "before forward": lambda hold: before(_step(), "accumulate")(hold),
     "inside backward": _inside_backward,
     "inside the reduce": _inside_reduce,
     "between optimizer and EMA": lambda hold: before(_ema(), "update")(hold),
-    "behind the step": lambda hold: after(_step(), "take")(hold),
+    "behind the step": lambda hold: after(_step(), "update")(hold),
     "inside a line of the log": _inside_log_line,
     "inside the snapshot": _inside_snapshot,
     "behind the snapshot": after(saver.Snapshot, "take"),

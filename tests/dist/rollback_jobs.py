@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import google_crc32c
@@ -87,18 +86,26 @@ def damage(folder: Path, sample_id: int) -> None:
 def train_and_tell(config: TrainConfig) -> Fed:
     """One rank of a training run; a step that was taken twice tells of the second time."""
     fed: Fed = {}
-    take = TrainingStep.take
+    samples: list[tuple[int, int]] = []
+    accumulate, update = TrainingStep.accumulate, TrainingStep.update
 
-    def take_and_tell(self: TrainingStep, batches: Iterator[Batch], step: int, *more: Any) -> torch.Tensor:
-        samples = fed[step + 1] = []
+    def accumulate_and_tell(self: TrainingStep, batches: Iterator[Batch]) -> torch.Tensor:
+        samples.clear()
 
         def tell(batch: Batch, _: SampleLosses) -> None:
             real = batch.weight_B > 0
             samples.extend(zip(batch.position_B[real].tolist(), batch.y_B[real].tolist(), strict=True))
 
-        return take(self, batches, step, tell)
+        return accumulate(self, batches, tell)
 
-    with patch.object(TrainingStep, "take", take_and_tell):
+    def update_and_tell(self: TrainingStep, sums: torch.Tensor, step: int) -> torch.Tensor:
+        fed[step + 1] = samples.copy()
+        return update(self, sums, step)
+
+    with (
+        patch.object(TrainingStep, "accumulate", accumulate_and_tell),
+        patch.object(TrainingStep, "update", update_and_tell),
+    ):
         assert loop.train(config) == 0
     return fed
 

@@ -42,19 +42,19 @@ def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
             ]
         )
 
-    take, begin = TrainingStep.take, session.Session.begin
+    update, begin = TrainingStep.update, session.Session.begin
 
     def begin_and_keep(run: session.Session) -> None:
         begin(run)
         keep(run.step)
 
-    def take_and_keep(step: TrainingStep, batches: object, number: int) -> Tensor:
-        row = take(step, batches, number)  # type: ignore[arg-type]
+    def update_and_keep(step: TrainingStep, sums: Tensor, number: int) -> Tensor:
+        row = update(step, sums, number)
         keep(step)
         return row
 
     with (
-        patch.object(TrainingStep, "take", take_and_keep),
+        patch.object(TrainingStep, "update", update_and_keep),
         patch.object(session.Session, "begin", begin_and_keep),
     ):
         assert loop.train(config) == 0

@@ -113,7 +113,7 @@ FAULTS = {
 """Kind => where it befalls a rank, and what."""
 
 SLOW = {
-    "step": ("dit_scale.train.step:TrainingStep", "take", 1 / 1000, (1.0, 6.0)),
+    "step": ("dit_scale.train.step:TrainingStep", "accumulate", 1 / 1000, (1.0, 6.0)),
     "read": ("dit_scale.data.shards:LatentDataset", "read_views", 1 / 3000, (9.0, 15.0)),
     "log": ("dit_scale.train.session:Session", "log", 1 / 50, (1.0, 6.0)),
     "snapshot": ("dit_scale.checkpoint.saver:Snapshot", "take", 1 / 3, (1.0, 6.0)),
