@@ -290,10 +290,12 @@ class Supervisor:
 
     def _take_part(self, round_: Round, index: int) -> Generator[float, None, None]:
         """Run this node's ranks until the round ends, and see them gone."""
-        named = ", ".join([member.node for member in round_.members[:MAX_NAMES]])
-        more = ", ..." if len(round_.members) > MAX_NAMES else ""
-        self._world.say(f"round {round_.number}: node {index + 1} of {len(round_.members)} ({named}{more})")
-        self._world.record("round", round=round_.number, nodes=list(round_.places))
+        nodes = list(round_.places)
+        named = ", ".join(nodes[:MAX_NAMES]) + (", ..." if len(nodes) > MAX_NAMES else "")
+        room = self._policy.max_nodes - len(nodes)
+        free = f"; room for {room} more, which must see the same {self._board.url}" if room > 0 else ""
+        self._world.say(f"round {round_.number}: node {index + 1} of {len(nodes)} ({named}){free}")
+        self._world.record("round", round=round_.number, nodes=nodes)
         begin_s = self._world.clock()
         self._leases.watch(round_, index, begin_s)
         self._hearing = Hearing(self._board, round_, self._me.node, self._policy.lease_s / 2)
