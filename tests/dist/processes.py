@@ -8,12 +8,14 @@ a run fails or times out are killed by their process ids.
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-TIMEOUT_S = 120.0
+from tests.faults.ports import free_port
+
+TIMEOUT_S = 400.0
+"""Far more than anything here takes: who takes longer hangs."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.dist.preload"])
@@ -49,13 +51,6 @@ def run(world: int, job: Callable[..., Any], *args: Any, timeout_s: float = TIME
                 process.kill()
                 process.join()
     return [results[rank] for rank in range(world)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _rank(rank: int, world: int, port: int, answers: Any, job: Callable[..., Any], args: Any) -> None:

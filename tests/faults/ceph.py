@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from tests.faults.ports import free_port
 from tests.needs import needs
 from tests.s3 import BUCKET, make_bucket
 
@@ -191,10 +191,3 @@ def _wait_for_answer(url: str, gateway: "subprocess.Popen[bytes]") -> None:
         except OSError:
             time.sleep(0.1)
     raise StartError(f"radosgw: no answer after {START_S:.0f} s")
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.faults.ceph import free_port
+from tests.faults.ports import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
 MARK = "DIT_SCALE_TEST_NODE"

@@ -317,15 +317,16 @@ def test_a_batch_that_does_not_come_is_an_error_that_says_what_is_missing(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = LatentDataset.open(copy)
-    answers, read = threading.Event(), dataset.storage.read
-    monkeypatch.setattr(dataset.storage, "read", lambda key: (answers.wait(60), read(key))[1])
+    asked, answers, read = threading.Event(), threading.Event(), dataset.storage.read
+    monkeypatch.setattr(dataset.storage, "read", lambda key: (asked.set(), answers.wait(60), read(key))[2])
     plan = batch_plan(1, 1, 1)
     first = int(sample_ids(np.array([15]), NUM, SEED)[0])
     with loading(dataset, plan, first_step=15, deadline_s=0.2) as loader:
         name = f"{dataset.locate(first).shard:05d}.idx"
         message = (
-            rf"step 15, micro-batch 0: not read within data.deadline_s=0.2 s; waiting for .*{name} for 0"
+            rf"step 15, micro-batch 0: not read within data.deadline_s=0.2 s; waiting for .*{name} for \d"
         )
+        assert asked.wait(60)
         with pytest.raises(DataError, match=message):
             next(loader)
         answers.set()

@@ -219,10 +219,13 @@ def test_an_etag_of_another_kind_is_believed(s3: S3Storage, direct: Any) -> None
 def test_an_absent_server_is_an_error_within_the_deadline(
     mode: str, s3: S3Storage, proxy: FaultProxy, direct: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "STALL_S", 0.1)
-    monkeypatch.setattr(s3_module, "DEADLINE_S", 0.4)
+    assert not s3.exists("key")  # makes the client, which may take longer than an attempt
+    reason, stall_s = ("no answer from the S3 server; check AWS", 60.0)
+    if mode == "blackhole":
+        reason, stall_s = ("no answer in 0.1 s", 0.1)
+    monkeypatch.setattr(transfer, "STALL_S", stall_s)
+    monkeypatch.setattr(s3_module, "DEADLINE_S", stall_s + 0.3)
     getattr(proxy, mode)()
-    reason = "no answer from the S3 server; check AWS" if mode == "down" else "no answer in 0.1 s"
     for verb, operation in (("read", s3.read), ("list", s3.list), ("delete", s3.delete)):
         with pytest.raises(
             StorageError, match=rf"cannot {verb} s3:.*key, tried \d+ times in \d+ s: {reason}"
@@ -349,8 +352,8 @@ def test_an_attempt_that_stalls_is_given_up_and_ends(monkeypatch: pytest.MonkeyP
     crawl, ended = threading.Event(), threading.Event()
 
     def crawling(watch: Watch) -> None:
-        watch.moved(10_000)
         try:
+            watch.moved(10_000)
             while not crawl.wait(0.01):
                 watch.moved(1)
         except BrokenError:
@@ -358,20 +361,30 @@ def test_an_attempt_that_stalls_is_given_up_and_ends(monkeypatch: pytest.MonkeyP
 
     with pytest.raises(BrokenError, match=r"no answer in 0\.05 s, in which \d+ bytes of a body moved"):
         transfer.attempt(crawling)
-    assert ended.wait(10)
+    assert ended.wait(60)
 
 
 def test_an_attempt_that_moves_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "STALL_S", 0.05)
-    monkeypatch.setattr(transfer, "SLOWEST_BYTES_PER_S", 1)
+    """It is looked at ten times, and has moved just enough each time."""
+    enough = int(transfer.STALL_S * transfer.SLOWEST_BYTES_PER_S)
+    looks, moves, wait = threading.Semaphore(0), threading.Semaphore(0), transfer.wait
     ten = iter(range(10))
 
+    def look(outcomes: list[Any], timeout: float) -> Any:
+        if next(ten, None) is None:
+            return wait(outcomes, 60)
+        looks.release()
+        assert moves.acquire(timeout=60)
+        return wait(outcomes, 0)
+
     def slow(watch: Watch) -> str:
-        for _ in ten:
-            watch.moved(100)
-            threading.Event().wait(0.02)
+        for _ in range(10):
+            assert looks.acquire(timeout=60)
+            watch.moved(enough)
+            moves.release()
         return "done"
 
+    monkeypatch.setattr(transfer, "wait", look)
     assert transfer.attempt(slow) == "done"
 
 
