@@ -96,13 +96,15 @@ class LaunchedGroup:
         self._first_step = 0
         self._stalled: set[tuple[int, int]] = set()
         self._beats: dict[int, Beat] = {}
-        self._stacks_then: dict[int, str] | None = None
+        self._stacks_then: dict[int, str] = {}
+        self._asked_at: list[tuple[int, Section, int]] = []
         self.beats = folder
 
     def start(self, round_: Round, index: int) -> None:
         first = sum(member.slots for member in round_.members[:index])
         self._ranks = range(first, first + round_.members[index].slots)
-        self._round, self._passed, self._beats, self._stacks_then = round_.number, [], {}, None
+        self._round, self._passed, self._beats = round_.number, [], {}
+        self._stacks_then, self._asked_at = {}, []
         self._looked_s = self._awake_s = time.monotonic()
         self.beats = self._folder / f"round-{round_.number:06d}"
         shutil.rmtree(self.beats, ignore_errors=True)
@@ -171,8 +173,8 @@ class LaunchedGroup:
             _signal(beats[rank].pid, signal.SIGCONT)  # a stopped one writes first of all when it goes on
 
         now = ask_for_stacks(self.beats, beats, wake_and_ask)
-        # A rank may die as soon as another node ends its own: then its earlier stacks tell where it stood.
-        self._write_down((self._stacks_then or {}) | now)
+        # A rank breaks off as soon as another node ends its own: its earlier stacks tell where it stood.
+        self._write_down(now | self._stacks_then)
 
     def stop(self) -> None:
         end_s = time.monotonic() + END_S
@@ -199,15 +201,18 @@ class LaunchedGroup:
         return [replace(one, waits=one.rank in waiting) for one in found]
 
     def _waiting(self, training: Sequence[Standing]) -> set[int]:
-        """Ranks inside a collective, by their stacks, which are asked for once when one is overdue.
+        """Ranks inside a collective, by their stacks, which are asked for when one is overdue.
 
-        Of ranks in the same section of the same step they are those that wait for the others.
+        Of ranks in the same section of the same step they are those that wait for the others. They are asked
+        again when one has moved on; of ranks that have ended since, the last answer stays.
         """
-        if not any(one.is_overdue for one in training):
-            self._stacks_then = None
+        if training and not any(one.is_overdue for one in training):
+            self._stacks_then, self._asked_at = {}, []
             return set()
-        if self._stacks_then is None:
-            self._stacks_then = self._ask(training)
+        places = [(one.rank, one.section, one.step) for one in training]
+        if places != self._asked_at:
+            self._stacks_then |= self._ask(training)
+            self._asked_at = places
         return {rank for rank, text in self._stacks_then.items() if is_in_collective(text)}
 
     def _note_stalled(self, found: Sequence[Standing]) -> None:

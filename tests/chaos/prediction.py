@@ -30,11 +30,12 @@ from dit_scale.elastic.simulate import Failure, Result, Setup, simulate
 from dit_scale.elastic.supervisor import Policy
 from dit_scale.elastic.timeline import Costs, Kind, Use
 from dit_scale.telemetry.goodput import MICRO, Attempt, Heading, Ledger, attempts_of, ledger, read_journal
-from tests.elastic.nodes import LEASE_S, Cluster, Node, cluster, config_of
+from tests.elastic.nodes import Cluster, Node, cluster, config_of
 
 NAMES = ("a", "b", "c")
-POLICY = Policy(2, 3, lease_s=LEASE_S, grow_s=5.0)
+POLICY = Policy(2, 3, lease_s=3.0, grow_s=5.0)
 ARGUMENTS = ("--nodes", f"{POLICY.min_nodes}:{POLICY.max_nodes}", "--grow-s", str(POLICY.grow_s))
+ARGUMENTS += ("--lease-s", str(POLICY.lease_s))
 EVERY_STEPS = 30
 GAP_S = (35.0, 60.0)
 """Between two failures of the plan."""
@@ -148,7 +149,7 @@ def _fail(node: Node, kind: Kind, lived: Lived) -> None:
     said_before = set(_reports(lived.config))
     at_s = time.time()
     node.kill()
-    end_s = time.monotonic() + LEASE_S
+    end_s = time.monotonic() + POLICY.lease_s
     while time.monotonic() < end_s:
         if new := set(_reports(lived.config)) - said_before:
             # It was said at the first look after, which is half the time between two looks later.

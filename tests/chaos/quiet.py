@@ -34,7 +34,7 @@ def quiet(steps: int, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True)
     begin_s = time.monotonic()
     with cluster(_config(out, steps)) as nodes:
-        members = [nodes.start(name, "--nodes", "2", fault="slow") for name in "ab"]
+        members = [nodes.start(name, "--nodes", "2", "--lease-s", "3", fault="slow") for name in "ab"]
         codes = [node.exit_code(WITHIN_S) for node in members]
     first = members[0]
     return {

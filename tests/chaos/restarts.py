@@ -49,10 +49,10 @@ def cycle(nodes: Cluster, draws: random.Random, stop: bool) -> Cycle:
     node = draws.choice(nodes.nodes)
     rank, pid = draws.choice(sorted(node.ranks().items()))
     first = nodes.nodes[0]
-    before = len(first.events("first_step"))
+    number = first.events("round")[-1]["round"]
     at_s = time.monotonic()
     os.kill(pid, signal.SIGSTOP if stop else signal.SIGKILL)
-    nodes.wait(lambda: len(first.events("first_step")) > before, "restart")
+    nodes.wait_for_round(first, number + 1)
     times_s = [first.events(event)[-1]["monotonic_s"] for _, event in PHASES]
     ending = first.events("round_ended")[-1]
     return {
@@ -93,7 +93,8 @@ def campaign(cycles: int, stops: int, num_nodes: int, seed: int, out: Path) -> t
 def _start(nodes: Cluster, num_nodes: int) -> list[Node]:
     """Two ranks, on one node or two."""
     names = ("a", "b")[:num_nodes]
-    return [nodes.start(name, "--nodes", str(num_nodes), slots=2 // num_nodes) for name in names]
+    arguments = ("--nodes", str(num_nodes), "--lease-s", "3")
+    return [nodes.start(name, *arguments, slots=2 // num_nodes) for name in names]
 
 
 def _record(config: TrainConfig) -> Path:

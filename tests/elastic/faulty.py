@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from dit_scale import cli
@@ -60,12 +59,7 @@ def deaf() -> None:
 
 def stuck_read() -> None:
     """Read from a place that never answers."""
-    path = f"/tmp/fifo-{os.getpid()}"
-    os.mkfifo(path)
-    try:
-        os.open(path, os.O_RDONLY)
-    finally:
-        Path(path).unlink()
+    os.read(os.pipe()[0], 1)
 
 
 def frozen_read() -> None:

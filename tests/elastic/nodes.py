@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from dit_scale.elastic.board import Board
 from dit_scale.elastic.group import SUPERVISOR_VARIABLE, is_alive
 from dit_scale.elastic.run import committed_step
 from dit_scale.train.run import root_of
-from tests.chaos.record import last_step
+from tests.chaos.record import last_step, whole
 from tests.dist import jobs
 from tests.latents import write_latents
 
-TIMEOUT_S = 300.0
-LEASE_S = 3.0
+TIMEOUT_S = 600.0
+LEASE_S = 30.0
+"""Longer than a busy machine keeps a supervisor waiting; tests that kill one have a shorter one."""
 
 
 class Node:
@@ -80,7 +81,7 @@ class Node:
     def events(self, name: str) -> list[dict[str, Any]]:
         """Of the journal of this supervisor, and of those before it with its name."""
         path = Path(self.config.run) / "supervisors" / f"{self.name}.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = whole(path.read_bytes().splitlines(keepends=True)) if path.exists() else []
         return [event for event in map(json.loads, lines) if event["event"] == name]
 
     def endings(self) -> list[tuple[str, str]]:
@@ -145,6 +146,10 @@ class Cluster:
         assert round_ is not None
         self.wait(lambda: committed_step(root) > round_.committed_step, "commit")
 
+    def wait_for_round(self, node: Node, number: int) -> None:
+        """Until a supervisor has seen the first step of a round; it may miss that of one that ends early."""
+        self.wait(lambda: any(e["round"] == number for e in node.events("first_step")), f"round {number}")
+
     def wait(self, is_so: Callable[[], bool], what: str) -> None:
         """Until something is so; fails with the ends of all logs."""
         end_s = time.monotonic() + TIMEOUT_S
@@ -163,12 +168,12 @@ def cluster(config: TrainConfig) -> Iterator[Cluster]:
         yield nodes
     finally:
         for node in nodes.nodes:
-            left = list(node.processes())
-            if node.process.poll() is None:
-                node.kill()
-            for pid in left:
-                if is_alive(pid):
-                    os.kill(pid, signal.SIGKILL)
+            node.kill()  # first: it would start others
+            while left := node.processes():
+                for pid in left:
+                    with suppress(ProcessLookupError):  # ranks end by themselves, too
+                        os.kill(pid, signal.SIGKILL)
+                time.sleep(0.02)
 
 
 def config_of(folder: Path, steps: int = 60, every_steps: int = 5) -> TrainConfig:

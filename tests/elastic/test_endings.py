@@ -10,12 +10,14 @@ from dit_scale.config import TrainConfig
 from tests.chaos.record import differences_at_the_end, last_step
 from tests.dist import jobs
 from tests.dist.processes import run
-from tests.elastic.nodes import Cluster, Node, cluster, config_of
+from tests.elastic.nodes import TIMEOUT_S, Cluster, Node, cluster, config_of
 
 pytestmark = pytest.mark.dist
 
-STEPS = 200
-"""More than a quick machine takes between two signals."""
+STEPS = 100_000
+"""Further than the run gets before it is asked to stop."""
+MEASURED_STEPS = 20
+"""After so many a rank that waits is known to wait too long."""
 
 
 def test_a_run_of_two_nodes_survives_whatever_its_processes_get(tmp_path: Path) -> None:
@@ -30,31 +32,33 @@ def test_a_run_of_two_nodes_survives_whatever_its_processes_get(tmp_path: Path) 
         _launchers_do_not_heed(nodes, a)
         nodes.wait_for_commit()
         os.kill(a.launchers()["launch"], signal.SIGKILL)  # the front process then leaves with 0
-        _wait_for_round(nodes, a, 3)
+        nodes.wait_for_round(a, 3)
         assert "the launcher ended with code 0, but not all of its ranks" in _text(a)
 
         nodes.wait_for_commit()
         os.kill(b.launchers()["front"], signal.SIGKILL)
-        _wait_for_round(nodes, a, 4)
+        nodes.wait_for_round(a, 4)
         assert "the launcher ended with code -9, but not all of its ranks" in _text(a)
 
+        nodes.wait_for_step(last_step(_record(config)) + MEASURED_STEPS)
         nodes.wait_for_commit()
         rank = _end_round(nodes, a, b, 1, signal.SIGSTOP)
         assert f"rank 1 (process {rank}) is stopped in " in _text(b)
         assert len(b.events("round_ended")[-1]["details"]["ranks"]) == 2
         _stacks_are_kept(config, round_=4)
+        assert a.endings() == b.endings()
+        assert a.endings() == [("failed", "b"), ("failed", "a"), ("failed", "b"), ("hung", "b")]
+
+        for node in (a, b):
+            node.process.send_signal(signal.SIGUSR1)
+        assert (a.exit_code(), b.exit_code()) == (75, 75)
+        end = config.model_copy(update={"steps": last_step(_record(config)) + 5})
+        a, b = (nodes.start(name, "--nodes", "2", config=end) for name in "ab")
         assert (a.exit_code(), b.exit_code()) == (0, 0)
-        expected = [
-            ("failed", "b"),
-            ("failed", "a"),
-            ("failed", "b"),
-            ("hung", "b"),
-            ("done", a.endings()[-1][1]),
-        ]
-        assert a.endings() == b.endings() == expected
-    straight = config.model_copy(update={"run": str(tmp_path / "straight")})
-    assert run(2, jobs.train, straight) == [0, 0]
-    assert differences_at_the_end(config, straight) == []
+        assert [reason for reason, _ in a.endings()[-2:]] == ["leaving", "done"]
+    straight = end.model_copy(update={"run": str(tmp_path / "straight")})
+    assert run(2, jobs.train, straight, timeout_s=TIMEOUT_S) == [0, 0]
+    assert differences_at_the_end(end, straight) == []
 
 
 def _end_round(nodes: Cluster, a: Node, victim: Node, rank: int, number: signal.Signals) -> int:
@@ -62,21 +66,21 @@ def _end_round(nodes: Cluster, a: Node, victim: Node, rank: int, number: signal.
     pid = victim.ranks()[rank]
     rounds = a.events("round")[-1]["round"]
     os.kill(pid, number)
-    _wait_for_round(nodes, a, rounds + 1)
+    nodes.wait_for_round(a, rounds + 1)
     return pid
 
 
-def _wait_for_round(nodes: Cluster, node: Node, number: int) -> None:
-    nodes.wait(lambda: number in [event["round"] for event in node.events("first_step")], f"round {number}")
-
-
 def _launchers_do_not_heed(nodes: Cluster, node: Node) -> None:
-    before, step = node.launchers(), last_step(Path(node.config.run) / "metrics.jsonl")
+    before, step = node.launchers(), last_step(_record(node.config))
     for pid in before.values():
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGUSR1)
     nodes.wait_for_step(step + 3)
     assert node.launchers() == before
+
+
+def _record(config: TrainConfig) -> Path:
+    return Path(config.run) / "metrics.jsonl"
 
 
 def _text(node: Node) -> str:

@@ -1,0 +1,41 @@
+"""Stacks of ranks that stand still: those that tell where they stood are kept, also when they have ended."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dit_scale.elastic import group
+from dit_scale.elastic.heartbeat import Section
+from dit_scale.elastic.watch import Deadlines, Standing
+
+WAITS = Standing(rank=0, pid=11, section=Section.COMPUTE, step=20, age_s=9.0, limit_s=8.0, quiet_s=8.0)
+READS = Standing(rank=1, pid=12, section=Section.DATA, step=20, age_s=9.0, limit_s=310.0, quiet_s=8.0)
+
+
+def test_ranks_are_asked_once_for_each_place_and_the_last_answer_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+
+    def ask(folder: Path, ranks: Iterable[int], signal_to: Callable[[int], None]) -> dict[int, str]:
+        asked.append(list(ranks))
+        return {rank: f"answer {len(asked)}" for rank in asked[-1]}
+
+    monkeypatch.setattr(group, "ask_for_stacks", ask)
+    ranks = group.LaunchedGroup([], tmp_path, Deadlines(), stacks=tmp_path / "stacks")
+    ranks._waiting([WAITS, READS])
+    ranks._waiting([WAITS, READS])
+    assert asked == [[0, 1]]
+    ranks._waiting([WAITS, replace(READS, section=Section.COMPUTE)])
+    assert asked == [[0, 1]] * 2
+
+    ranks._waiting([])  # another node has ended its ranks, and these broke off
+    ranks.keep_stacks()
+    kept = [path.read_text() for path in sorted((tmp_path / "stacks").iterdir())]
+    assert kept == ["answer 2", "answer 2"]
+
+    ranks._waiting([replace(WAITS, age_s=0.1)])
+    ranks._waiting([WAITS])
+    assert asked[-1] == [0], "who got on since is asked anew"
