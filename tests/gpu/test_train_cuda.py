@@ -283,7 +283,7 @@ def train_without_waiting(config: TrainConfig) -> int:
     """Waiting is an error in all that is ours, from the first log point to the second.
 
     What DeepSpeed does in its backward pass and its step is let be, but for the guard, which is asked in
-    there: tests/unit/test_host_syncs.py says where DeepSpeed waits.
+    there: tests/dist/test_host_syncs.py says where DeepSpeed waits.
     """
     first = config.log.every_steps
     log, keeps_failing = Session.log, Session.keeps_failing

@@ -40,6 +40,7 @@ def draw_batch(batch=3, latent_size=8, seed=0):
 # --- the start of training
 
 
+@pytest.mark.long  # the small models below show the same
 def test_xl2_predicts_exactly_zero_at_initialisation():
     model = build(ModelConfig(name="DiT-XL/2"), seed=0)
     x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
