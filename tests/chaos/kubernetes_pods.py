@@ -92,19 +92,19 @@ def test_a_launcher_a_pod_and_a_node_are_lost(tmp_path: Path, image: str, runs: 
         job.until(lambda: progress.step() > 0, "the first checkpoint")
 
         os.kill(launchers(job, 0)[0], signal.SIGKILL)
-        progress.wait_for_round(job)
+        progress.wait_for_round(job, 2)
         progress.wait_for_checkpoint(job)
         assert not job.ended, "the supervisor starts the launcher again, no pod ends"
 
         job.pods[1].signal(signal.SIGKILL)
-        progress.wait_for_round(job)
+        progress.wait_for_round(job, 3)
         progress.wait_for_checkpoint(job)
 
         job.freeze(0)
         job.until(lambda: len(progress.reasons()) == 3, "the end of the round without a node")
         assert len(job.ended) == 1, "nobody has said yet that the node is gone"
         job.delete_node(0)
-        progress.wait_for_round(job)
+        progress.wait_for_round(job, 4)
         progress.wait_for_checkpoint(job)
 
         job.until(lambda: job.succeeded == {0, 1}, "the end of the run")
@@ -126,7 +126,7 @@ def test_an_evicted_pod_leaves_after_a_step_and_the_commit(tmp_path: Path, image
         job.until(lambda: steps_taken(job, 0) > 0, "the first step")
         took_s = evict_in_a_step(job, progress, 0)
         tell(took_s, last_commit(runs / "tiny"))
-        assert progress.wait_for_round(job) == progress.step()
+        assert progress.wait_for_round(job, 2).committed_step == progress.step()
         job.until(lambda: job.succeeded == {0, 1}, "the end of the run")
     expected = undisturbed(tmp_path / "straight", runs / "latents", tmp_path / "manifests")
     assert same_bits(weights(open_storage(runs / "tiny")), expected)
@@ -158,7 +158,7 @@ def test_an_evicted_pod_may_commit_for_a_minute(
             commit = last_commit(folder)
             tell(took_s, commit)
             assert commit["seconds"] > 0.9 * SLOW_COMMIT_S
-            assert progress.wait_for_round(job) == progress.step() == commit["step"]
+            assert progress.wait_for_round(job, 2).committed_step == progress.step() == commit["step"]
             job.until(lambda: job.succeeded == {0, 1}, "the end of the run")
         found = weights(root)
     write_latents(tmp_path / "latents", 64, 32, 10)

@@ -1,5 +1,6 @@
 """The image of cluster/Dockerfile for tests, and the podman that builds and runs it."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -21,10 +22,11 @@ PROGRAMS = {
 RUNTIME = ("bash", "libstdc++6", "passwd", "python3", "tini")
 """What pods without a GPU use of the Dockerfile's Debian packages, and what its build does."""
 BASE = "localhost/dit-scale-test-base"
-IMAGE = "localhost/dit-scale-test"
+IMAGE = f"localhost/dit-scale-test:{hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]}"
+"""Of this checkout: others may be tested at the same time."""
 IMAGE_VARIABLE = "DIT_SCALE_TEST_IMAGE"
 """An image that was built with its packages; otherwise one is built that takes them from this environment."""
-WAIT_S = 300.0
+WAIT_S = 600.0
 
 _LEFT_OUT = re.compile(r"/\.$|/root$|/usr/share/(doc|info|lintian|locale|man)/")
 
@@ -69,9 +71,9 @@ def build_image() -> str:
         podman(
             *("build", "--network=none", "--pull=never", "--file", str(ROOT / "cluster/Dockerfile")),
             *("--build-arg", f"BASE={BASE}", "--build-arg", f"DEBIAN={' '.join(RUNTIME)}"),
-            *("--build-context", f"packages={folder}", "--tag", f"{IMAGE}:latest", str(ROOT)),
+            *("--build-context", f"packages={folder}", "--tag", IMAGE, str(ROOT)),
         )
-    return f"{IMAGE}:latest"
+    return IMAGE
 
 
 def _make_base() -> None:

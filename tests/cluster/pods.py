@@ -127,7 +127,8 @@ class IndexedJob:
         host, service = f"{self.name}-{index}", self.job["spec"]["template"]["spec"]["subdomain"]
         wire = self.node.network
         address = str(ipaddress.ip_address(wire.gateway) + self._started)
-        pod = self._pod(index, f"{host}-{self._started}", host, address)
+        # podman knows all pods of this machine by their names, those of other jobs too
+        pod = self._pod(index, f"{wire.name}-{index}-{self._started}", host, address)
         documents = yaml.safe_dump_all([*(o for o in self.others if o["kind"] == "ConfigMap"), pod])
         place = f"{wire.name}:ip={address},alias={host}.{service}"
         podman("kube", "play", "--network", place, "-", stdin=documents)

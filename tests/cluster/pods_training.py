@@ -12,9 +12,10 @@ from dit_scale.checkpoint.manifest import step_and_attempt
 from dit_scale.checkpoint.partition import MASTER
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig, load
-from dit_scale.elastic.board import Board, Reason
+from dit_scale.elastic.board import Board, Reason, Round
 from dit_scale.elastic.heartbeat import read_beat
 from dit_scale.storage import Storage, open_storage
+from tests.cluster.image import WAIT_S
 from tests.cluster.kustomize import KUBERNETES, render
 from tests.cluster.pods import IndexedJob
 from tests.dist import jobs
@@ -96,13 +97,12 @@ class Progress:
         before = self.step()
         job.until(lambda: self.step() > before, f"a checkpoint after step {before}")
 
-    def wait_for_round(self, job: IndexedJob) -> int:
-        """The one after the newest; the step that it goes on from."""
-        before = self.board.newest()
-        job.until(lambda: self.board.newest() > before, f"a round after {before}")
-        sealed = self.board.sealed(self.board.newest())
+    def wait_for_round(self, job: IndexedJob, number: int) -> Round:
+        """Which has this number; as it begins."""
+        job.until(lambda: self.board.newest() >= number, f"round {number}")
+        sealed = self.board.sealed(number)
         assert sealed is not None
-        return sealed.committed_step
+        return sealed
 
 
 def steps_taken(job: IndexedJob, index: int) -> int:
@@ -121,7 +121,7 @@ def weights(root: Storage) -> dict[str, torch.Tensor]:
 def undisturbed(folder: Path, data: Path, manifests: Path) -> dict[str, torch.Tensor]:
     """The weights of a run with the same configuration, in two processes of this host that nobody stops."""
     config = load(TrainConfig, str(manifests / "tiny.yaml"), [f"run={folder}", f"data.url={data}"])
-    assert run(2, jobs.train, config) == [0, 0]
+    assert run(2, jobs.train, config, timeout_s=WAIT_S) == [0, 0]
     return weights(open_storage(folder))
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.cluster.network import Host, Network, network
+from tests.faults.ports import free_port
 from tests.needs import needs
 
 PACKAGES = {
@@ -37,8 +38,12 @@ PACKAGES = {
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 CONTROL = "control"
 """The host of slurmctld, in a network."""
-START_S = 60.0
-WAIT_S = 300.0
+SLURMD_TIMEOUT_S = 30
+"""Longer than a busy machine keeps a slurmd waiting."""
+CUT_OFF_S = 10
+"""The same where a job that is queued again waits so long for a node that was cut off."""
+START_S = 180.0
+WAIT_S = 600.0
 
 CONFIGURATION = """
 ClusterName=test
@@ -66,7 +71,7 @@ SchedulerParameters=batch_sched_delay=1,sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout={slurmd_timeout_s}
 KillWait=10
 FirstJobId={first_job}
 # Nodes have what is claimed below, whatever this machine has.
@@ -250,6 +255,7 @@ class _Daemons:
             address=control.address,
             port=ports[0],
             user=getpass.getuser(),
+            slurmd_timeout_s=CUT_OFF_S if self._hosts else SLURMD_TIMEOUT_S,
             first_job=random.SystemRandom().randrange(1, 10**6),
         )
         for name, port in zip(names, ports[1:], strict=True):
@@ -331,9 +337,8 @@ def _find(program: str) -> str | None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on, all different."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Ports that nobody listens on, all different."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return sorted(ports)

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, step_and_attempt
 from dit_scale.config import TrainConfig, dump
 from dit_scale.train.run import root_of
+from tests.chaos.record import last_step, whole
 from tests.cluster.slurm import WAIT_S, Slurm, processes
 from tests.dist import jobs
 from tests.dist.runs import events, final_files
@@ -52,15 +54,21 @@ class Job:
         paths = committed(root_of(self.config))
         return step_and_attempt(paths[0]) if paths else (0, 0)
 
+    def wait_for_step(self) -> None:
+        """Until the first one is in the record."""
+        self._until(lambda: last_step(Path(self.config.run) / "metrics.jsonl") > 0)
+
     def wait_for_checkpoint(self, attempt: int = 1, step: int = 1) -> None:
-        """Until this attempt, or a later one, has committed this step, or a later one, and is not done."""
+        """Until this attempt, or a later one, has committed this step, or a later one."""
+        self._until(lambda: self.newest()[1] >= attempt and self.newest()[0] >= step)
+
+    def _until(self, is_so: Callable[[], bool]) -> None:
         until = time.monotonic() + WAIT_S
-        while self.newest()[1] < attempt or self.newest()[0] < step:
+        while not is_so():
             state = self.slurm.job(self.number)["JobState"]
-            assert state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), self.log
+            assert state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING") or is_so(), self.log
             assert time.monotonic() < until, self.log
             time.sleep(0.05)
-        assert self.newest()[0] < self.config.steps
 
     def outcome(self) -> tuple[list[jobs.LossRow], list[bytes]]:
         """Loss and gradient norm of every step, and every rank's file of the last checkpoint."""
@@ -136,8 +144,8 @@ def is_of_training(pid: int) -> bool:
 
 def supervisor_events(job: Job, node: str) -> list[str]:
     """Names of the events in its journal."""
-    lines = Path(job.config.run, "supervisors", f"{node}.jsonl").read_text().splitlines()
-    return [json.loads(line)["event"] for line in lines]
+    data = Path(job.config.run, "supervisors", f"{node}.jsonl").read_bytes()
+    return [json.loads(line)["event"] for line in whole(data.splitlines(keepends=True))]
 
 
 def assert_moved_on(job: Job, victim: str) -> None:

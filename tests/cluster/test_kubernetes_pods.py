@@ -28,15 +28,13 @@ def test_a_killed_pod_and_an_evicted_one_come_back(tmp_path: Path) -> None:
         job.until(lambda: progress.step() > 0, "the first checkpoint")
 
         job.pods[1].signal(signal.SIGKILL)
-        progress.wait_for_round(job)
+        begun = progress.wait_for_round(job, 2)
         progress.wait_for_checkpoint(job)
 
-        begun = progress.board.sealed(progress.board.newest())
-        assert begun is not None
         assert job.evict(0)[0] == Exit.REQUEUE
         saved = progress.step()
         assert saved > begun.committed_step
-        assert progress.wait_for_round(job) == saved
+        assert progress.wait_for_round(job, 3).committed_step == saved
 
         job.until(lambda: job.succeeded == {0, 1}, "the end of the run")
         killed = 128 + signal.SIGKILL

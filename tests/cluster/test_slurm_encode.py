@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dit_scale.storage import open_storage
-from tests.cluster.slurm import Slurm, slurm_cluster
+from tests.cluster.slurm import START_S, WAIT_S, Slurm, slurm_cluster
 from tests.tiny_vae import save_tiny_vae
 
 pytestmark = pytest.mark.cluster
@@ -41,7 +41,7 @@ def processes(output: Path) -> dict[str, dict[str, str]]:
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            lines = (folder / "environ").read_text().split("\0")
+            lines = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
             if f"DIT_SCALE_TEST={output}" in lines:
                 command = (folder / "cmdline").read_text().replace("\0", " ")
                 found[command] = dict(line.split("=", 1) for line in lines if "=" in line)
@@ -52,7 +52,7 @@ def processes(output: Path) -> dict[str, dict[str, str]]:
 
 def client_server(output: Path) -> str:
     """The command line of the client server of a job's Ray, which starts with its head."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + WAIT_S
     while not (found := [line for line in processes(output) if "ray.util.client.server" in line]):
         assert time.monotonic() < until
         time.sleep(0.1)
@@ -132,9 +132,8 @@ def assert_same_files(output: Path, reference: Path) -> None:
 
 def assert_nothing_is_left(job: int, output: Path) -> None:
     """No process of the job, no folder of its Ray."""
-    for _ in range(100):
-        if not (left := processes(output)):
-            break
+    until = time.monotonic() + START_S
+    while (left := processes(output)) and time.monotonic() < until:
         time.sleep(0.1)
     assert left == {}
     assert list(Path("/tmp").glob(f"ds-{job}-*")) == []
@@ -151,7 +150,7 @@ def reference(folder: Path) -> Path:
         env=environment | ENVIRONMENT | {"RAY_AUTH_MODE": "disabled"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=WAIT_S,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr

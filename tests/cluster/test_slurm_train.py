@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_near_its_time_limit_a_job_saves_and_queues_itself_again(
     slurm: Slurm, top: Path, straight: Job
 ) -> None:
     job = submit(slurm, config_of(top, "limited"))
-    job.wait_for_checkpoint()
+    job.wait_for_step()
     assert slurm.run("scancel", "--signal=USR1", "--batch", str(job.number)).returncode == 0
     assert job.wait("PENDING")[0] == "PENDING", job.log
     step, attempt = job.newest()
@@ -98,7 +99,8 @@ def kill_supervisors(job: Job) -> None:
             assert time.monotonic() < until
             time.sleep(0.05)
         for pid in found:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def is_supervisor(pid: int) -> bool:
