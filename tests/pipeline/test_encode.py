@@ -12,7 +12,7 @@ import tarfile
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from data_pipeline.verify import main as verify_main
 from dit_scale.data.shards import LatentDataset, read_info
 from dit_scale.storage import open_storage
 from tests.encoding import ROOT, SCRIPT, clean_environment, job_command, objects, write_images
-from tests.faults.ceph import free_port
+from tests.faults.ports import free_port
+from tests.faults.proxy import FaultProxy
 from tests.faults.ray_nodes import marked_processes
 from tests.s3 import BUCKET, s3_server
 from tests.tiny_vae import save_tiny_vae
@@ -40,9 +41,13 @@ cpus_per_encoder: 0.5
 decoders: 1
 encoders: 1
 """
+ENCODER = ("ray::Encoder", "ray::encode")
+"""How the process of an encoder is called, at rest and at work."""
 MARK = f"dit-scale-test-{uuid.uuid4().hex}"
 ENVIRONMENT = clean_environment(DIT_SCALE_TEST=MARK)
 """Of every process that these tests start."""
+HANGS_S = 300.0
+"""Far more than anything here takes."""
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +87,16 @@ def start(
 
 def encode(folder: Path, output: str | Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     job = start(folder, output, *overrides)
-    stdout, stderr = job.communicate(timeout=120)
+    stdout, stderr = job.communicate(timeout=HANGS_S)
     return subprocess.CompletedProcess(job.args, job.returncode, stdout, stderr)
 
 
-def wait_until_begun(job: subprocess.Popen[str], output: str | Path) -> None:
-    """Until the encoders are ready and the first batches on their way."""
-    storage = open_storage(output)
-    while not storage.exists("encode.json"):
-        assert job.poll() is None, job.communicate()
+def wait_until(there: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Until it is true; the process must live so long."""
+    end_s = time.monotonic() + HANGS_S
+    while not there():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end_s
         time.sleep(0.05)
 
 
@@ -122,16 +128,18 @@ def latents(kept: dict[str, int], folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def s3_environment() -> Iterator[dict[str, str]]:
+def s3() -> Iterator[tuple[FaultProxy, dict[str, str]]]:
+    """The way to an S3 server, and the variables that lead there."""
     with s3_server() as environment:
-        yield environment
+        with FaultProxy(int(environment["AWS_ENDPOINT_URL"].rpartition(":")[2])) as proxy:
+            yield proxy, environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
 
 
 @pytest.fixture(scope="module")
-def cluster(s3_environment: dict[str, str]) -> Iterator[dict[str, str]]:
+def cluster(s3: tuple[FaultProxy, dict[str, str]]) -> Iterator[dict[str, str]]:
     """A Ray head on loopback that can reach the S3 server; yields the environment of its drivers."""
     address, dashboard = f"127.0.0.1:{free_port()}", free_port()
-    environment = ENVIRONMENT | s3_environment | {"RAY_USAGE_STATS_ENABLED": "0"}
+    environment = ENVIRONMENT | s3[1] | {"RAY_USAGE_STATS_ENABLED": "0"}
     # Ray's sockets lie in its folder, and a socket's path must be short.
     temporary = Path("/tmp") / f"ray-{uuid.uuid4().hex[:8]}"
     command = [RAY, "start", "--head", "--block", "--num-cpus=3"]
@@ -143,22 +151,17 @@ def cluster(s3_environment: dict[str, str]) -> Iterator[dict[str, str]]:
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        _wait_for_port(dashboard, head)
+        wait_until(lambda: listens(dashboard), head)
         yield environment | {"RAY_ADDRESS": address, "DASHBOARD": f"http://127.0.0.1:{dashboard}"}
     finally:
         head.terminate()
-        head.communicate(timeout=30)
+        head.communicate(timeout=HANGS_S)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _wait_for_port(port: int, process: subprocess.Popen[str]) -> None:
-    for _ in range(300):
-        assert process.poll() is None, process.communicate()[0]
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise AssertionError(f"nothing listens on port {port}")
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_too_many_bad_inputs_stop_the_job_and_keep_what_was_done(
@@ -306,19 +309,26 @@ def test_verify_finds_labels_counts_and_statistics(
 
 
 def test_two_encoders_on_a_cluster_one_of_them_killed_write_the_same_bytes_to_s3(
-    latents: Path, folder: Path, cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    latents: Path,
+    folder: Path,
+    s3: tuple[FaultProxy, dict[str, str]],
+    cluster: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in cluster:
-        if name.startswith("AWS_"):
-            monkeypatch.setenv(name, cluster[name])
+    proxy, variables = s3
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     url = f"s3://{BUCKET}/set"
+    proxy.set({"stall_request": 1.0}, only=r"^PUT /\S*\.tar")  # no shard gets on, and so not the job
     job = start(folder, url, "encoders=2", "decoders=2", environment=cluster)
-    wait_until_begun(job, url)
-    os.kill(
-        min(p for p, name in marked_processes(MARK).items() if name.startswith("ray::Encoder")),
-        signal.SIGKILL,
-    )
-    error = job.communicate(timeout=120)[1]
+    wait_until(lambda: proxy.injected["stall_request"], job)
+    victim = min(pid for pid, name in marked_processes(MARK).items() if name.startswith(ENCODER))
+    os.kill(victim, signal.SIGSTOP)  # so that it has no end of what it is given
+    proxy.down()  # what hangs there is reset
+    proxy.calm()
+    wait_until(lambda: any(key.endswith(".json") for key, _ in open_storage(url).list("shards/")), job)
+    os.kill(victim, signal.SIGKILL)
+    error = job.communicate(timeout=HANGS_S)[1]
     assert job.returncode == 0, error
     assert objects(url) == objects(latents)
     assert verify_main([url]) == 0
@@ -330,22 +340,23 @@ def test_a_submitted_job_writes_the_same_bytes(
     submit = [RAY, "job", "submit", "--address", cluster["DASHBOARD"], "--working-dir", ".", "--"]
     command = [*submit, "python", SCRIPT, *arguments(folder, tmp_path / "set")]
     environment = {name: value for name, value in cluster.items() if name != "RAY_ADDRESS"}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANGS_S)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert objects(tmp_path / "set") == objects(latents)
 
 
 def test_an_interrupt_leaves_no_process_behind(folder: Path, tmp_path: Path) -> None:
-    before = marked_processes(MARK)
-    job = start(folder, tmp_path / "set", "shard_samples=1")
-    wait_until_begun(job, tmp_path / "set")
+    write_images(tmp_path / "images", 600)  # more than can be encoded before the signal is there
+    mark = f"{MARK}-interrupt"
+    environment = clean_environment(DIT_SCALE_TEST=mark)
+    job = start(folder, tmp_path / "set", f"source={tmp_path}/images", environment=environment)
+    wait_until(lambda: (tmp_path / "set/encode.json").exists(), job)
+    assert marked_processes(mark)
     os.killpg(job.pid, signal.SIGINT)  # as Ctrl-C does: to the whole group
-    error = job.communicate(timeout=30)[1]
+    error = job.communicate(timeout=HANGS_S)[1]
     assert job.returncode == 130, error
     assert "interrupted; start the same command again to go on" in error
-    for _ in range(100):
-        left = {pid: command for pid, command in marked_processes(MARK).items() if pid not in before}
-        if not left:
-            break
+    end_s = time.monotonic() + HANGS_S
+    while left := marked_processes(mark):
+        assert time.monotonic() < end_s, left
         time.sleep(0.1)
-    assert left == {}
