@@ -38,7 +38,7 @@ CPUS = 2.0
 """Of each node, as Ray counts; they may be fewer."""
 MANY = ("encoders=3", "decoders=3")
 FEW = ("encoders=1", "decoders=1")
-RUN_S = 240.0
+RUN_S = 600.0
 """Far more than a run needs: who takes longer hangs."""
 TASKS = {"decoder": "ray::decode", "encoder": "ray::encode", "writer": "ray::write"}
 """Victim => the name of its process while it works."""
