@@ -15,12 +15,18 @@ from dit_scale import weights
 from dit_scale.models import dit
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.sources import build_model, open_source
+from tests.faults.ports import free_port
 
 pytestmark = pytest.mark.pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 CLI = "dit_scale.cli"
+
+
+def launcher() -> tuple[object, ...]:
+    """Two processes by the deepspeed launcher, at a port that nobody else has."""
+    return "deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--no_local_rank", "--module", CLI
 
 
 def command(*words: object) -> str:
@@ -38,7 +44,7 @@ def command(*words: object) -> str:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, f"{words} left with {done.returncode}:\n{done.stdout}"
     return done.stdout
@@ -64,16 +70,6 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(latents: Path) -> Path:
     """A few steps in bf16 at ZeRO-3 on two processes, by the deepspeed launcher."""
     folder = latents.parent / "run"
-    launcher = (
-        "deepspeed",
-        "--num_gpus",
-        2,
-        "--no_local_rank",
-        "--module",
-        CLI,
-        "train",
-        "configs/demo.yaml",
-    )
     settings = (
         "steps=6",
         "global_batch=8",
@@ -81,7 +77,7 @@ def run(latents: Path) -> Path:
         "log.every_steps=2",
         "log.tensorboard=true",
     )
-    command(*launcher, *settings, f"run={folder}", f"data.url={latents}")
+    command(*launcher(), "train", "configs/demo.yaml", *settings, f"run={folder}", f"data.url={latents}")
     return folder
 
 
@@ -102,9 +98,8 @@ def test_run_folder_holds_the_record(run: Path) -> None:
 
 def test_samples_are_the_same_from_one_and_from_two_processes(run: Path, tmp_path: Path) -> None:
     sample = ("sample", run, "--images", 6, "--batch", 3, "--steps", "5", "--out")
-    launcher = ("deepspeed", "--num_gpus", 2, "--no_local_rank", "--module", CLI)
     command("dit-scale", *sample, tmp_path / "one")
-    command(*launcher, *sample, tmp_path / "two")
+    command(*launcher(), *sample, tmp_path / "two")
     one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
     assert one["arr_0"].shape == (6, 64, 64, 3)
     assert one["arr_0"].dtype == np.uint8

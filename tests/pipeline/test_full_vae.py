@@ -68,7 +68,10 @@ def plain_loop(vae: str, paths: list[Path], size: int, batch: int) -> npt.NDArra
     return torch.cat(moments).numpy()
 
 
-@pytest.mark.parametrize(("size", "num_images"), [(256, 2), pytest.param(512, 1, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("size", "num_images"),
+    [(128, 2), *(pytest.param(*case, marks=pytest.mark.long) for case in ((256, 2), (512, 1)))],
+)
 def test_latents_are_those_of_a_plain_loop(vae: str, size: int, num_images: int, tmp_path: Path) -> None:
     paths = write_images(tmp_path / "images", num_images)
     command = job_command(f"source={tmp_path}/images", f"output={tmp_path}/out", f"vae={vae}")
