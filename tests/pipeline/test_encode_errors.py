@@ -113,7 +113,7 @@ def test_a_full_bucket_keeps_what_was_done(
     with closing(client(ceph)) as s3:
         s3.create_bucket(Bucket="small")
     quota = ("quota", "--quota-scope=bucket", "--bucket=small", "--uid=storm")
-    ceph.admin(quota[0], "set", *quota[1:], "--max-objects=12")
+    ceph.admin(quota[0], "set", *quota[1:], "--max-objects=14")
     ceph.admin(quota[0], "enable", *quota[1:])
     error = encode(folder, "s3://small/set", environment=ceph.environment)
     assert "QuotaExceeded: the quota of the bucket or of its owner is used up; raise it" in error

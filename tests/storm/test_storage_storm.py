@@ -136,6 +136,7 @@ def test_an_upload_that_somebody_aborted_is_an_error(
 def test_a_server_that_is_away(
     mode: str, s3: S3Storage, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(s3_module, "ATTEMPTS", 10_000)  # the clock ends them, however quick refusals are
     s3.write("before", b"before")
     getattr(proxy, mode)()
     with monkeypatch.context() as patch:
@@ -160,7 +161,7 @@ def test_a_server_that_hangs_and_answers_late(
     s3: S3Storage, ceph: CephServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attempts that were given up reach it all the same, after it wakes."""
-    monkeypatch.setattr(transfer, "STALL_S", 0.7)
+    monkeypatch.setattr(transfer, "STALL_S", 1.0)
     ceph.gateway.send_signal(signal.SIGSTOP)
     try:
         thaw = threading.Timer(3, ceph.gateway.send_signal, [signal.SIGCONT])
