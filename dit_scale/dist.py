@@ -13,6 +13,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its functions keep the group that is there when they are defined. Loaded later, as by torch._dynamo, they
+# would keep gloo's threads alive in a process that ends, and what is left to a thread then may abort it.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from dit_scale.config import EngineConfig

@@ -1,0 +1,30 @@
+"""A process that has left its group has none of the group's threads: one at work at the very end aborts it."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.dist
+
+PROGRAM = """
+from pathlib import Path
+from dit_scale import dist
+from dit_scale.config import EngineConfig
+
+def names():
+    return sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+
+world = dist.start(EngineConfig(device="cpu"))
+import torch._dynamo  # as diffusers does
+world.gather(0)
+assert any("gloo" in name for name in names()), names()
+dist.stop()
+del world
+assert not any("gloo" in name for name in names()), names()
+"""
+
+
+def test_no_thread_of_the_group_outlives_it() -> None:
+    ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
