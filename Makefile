@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo        train on real digits and draw them, from images to a score (about 5 minutes)"
-	@echo "make test        lint, type check and run all tests (about half an hour on 2 cores)"
+	@echo "make test        lint, type check and run the tests (about 25 minutes on 2 cores)"
 	@echo "make test-quick  the unit, property and golden tests alone (about 2 minutes)"
 	@echo "make chaos       kill, stop and preempt training, encoding, SLURM nodes and pods (about two hours)"
 	@echo "make check       ruff and mypy"
@@ -39,11 +39,12 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# In two processes; tests/conftest.py says which tests wait for one another.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 test-quick: $(VENV)/ready
-	$(BIN)/python -m pytest tests/unit tests/property tests/golden tests/architecture
+	$(BIN)/python -m pytest -n 2 tests/unit tests/property tests/golden tests/architecture
 
 chaos: $(VENV)/ready
 	$(BIN)/python -m pytest -m long

@@ -40,7 +40,7 @@ def server() -> Iterator[dict[str, str]]:
         yield environment
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture
 def place(
     request: pytest.FixtureRequest, server: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[str, dict[str, str]]:
@@ -69,14 +69,21 @@ def family(process: Any) -> list[int]:
     return [process.pid, *map(int, children)]
 
 
+def on_disk_and_on_s3(point: str, nth: int, *marks: pytest.MarkDecorator) -> list[Any]:
+    """`marks`: of the case on S3, which takes three times as long."""
+    on_s3 = pytest.param("s3", point, nth, marks=marks, id=f"s3-{point}")
+    return [pytest.param("disk", point, nth, id=f"disk-{point}"), on_s3]
+
+
 @pytest.mark.parametrize(
-    ("point", "nth"),
+    ("place", "point", "nth"),
     [
-        ("writer: before the manifest", 2),
-        ("writer: behind the chain's answer", 3),
-        ("writer: in retention", 1),
-        ("writer: retention, the chain has answered", 7),
+        *on_disk_and_on_s3("writer: before the manifest", 2, pytest.mark.long),
+        *on_disk_and_on_s3("writer: behind the chain's answer", 3),
+        *on_disk_and_on_s3("writer: in retention", 1, pytest.mark.long),
+        *on_disk_and_on_s3("writer: retention, the chain has answered", 7),
     ],
+    indirect=["place"],
 )
 def test_an_old_attempt_that_wakes_up_changes_nothing(
     data: Path, straight: TrainConfig, tmp_path: Path, place: tuple[str, dict[str, str]], point: str, nth: int

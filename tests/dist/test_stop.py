@@ -1,4 +1,4 @@
-"""A process that has left its group has none of the group's threads: one at work at the very end aborts it."""
+"""A process that has left its group has none of its threads: one at work at the very end aborts it."""
 
 import subprocess
 import sys

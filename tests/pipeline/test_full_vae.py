@@ -89,6 +89,7 @@ def test_latents_are_those_of_a_plain_loop(vae: str, size: int, num_images: int,
         assert largest < OTHER_BATCH_TOLERANCE
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_encoder_makes_nearly_the_same_latents(tmp_path: Path) -> None:
     vae = save_tiny_vae(tmp_path / "vae")

@@ -171,6 +171,7 @@ def manifests(config: TrainConfig) -> set[str]:
     return {key.removesuffix(ending) for key, _ in root_of(config).list() if key.endswith(ending)}
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_and_resumed_in_a_storm(
     ceph: CephServer, proxy: FaultProxy, straight: TrainConfig, tmp_path: Path
 ) -> None:
