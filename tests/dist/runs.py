@@ -1,9 +1,7 @@
 """What the tests look at in a run's folder, and how they follow processes that are held."""
 
 import json
-import os
 import queue
-import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -46,10 +44,8 @@ def wait_for(hold: Hold, answers: Any) -> int:
 def kill(processes: Sequence[Any]) -> None:
     """SIGKILL, one after the other, those that are alive."""
     for process in processes:
-        assert process.pid is not None
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
+        process.kill()
+        process.join()
 
 
 def kill_at(world: int, config: TrainConfig, folder: Path, point: str, nth: int, victim: int) -> None:
