@@ -105,6 +105,7 @@ class LaunchedGroup:
         self._ranks = range(first, first + round_.members[index].slots)
         self._round, self._passed, self._beats = round_.number, [], {}
         self._stacks_then, self._asked_at = {}, []
+        self._stalled.clear()  # a rank may wait in the same step again
         self._looked_s = self._awake_s = time.monotonic()
         self.beats = self._folder / f"round-{round_.number:06d}"
         shutil.rmtree(self.beats, ignore_errors=True)

@@ -115,7 +115,7 @@ class Supervisor:
             if self._world.wanted_back():
                 return self._leave(number + 1)
             if has_taken_part and (problems := self._world.problems()):
-                self._leave(number + 1)
+                self._board.withdraw(number + 1, self._me)
                 return self._stay_out(problems)
             found = yield from self._gather(number + 1, before, ending)
             if isinstance(found, Exit):
@@ -138,7 +138,7 @@ class Supervisor:
         return "its supervisor was started again" if is_me else ""
 
     def _leave(self, number: int) -> Exit:
-        """Have nobody wait for this node to take part in a round."""
+        """Leave, for the scheduler wants this node back; nobody waits for it to take part in a round."""
         self._board.withdraw(number, self._me)
         return Exit.REQUEUE
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dit_scale.elastic import group
+from dit_scale.elastic.board import Member, Round
 from dit_scale.elastic.heartbeat import Section
 from dit_scale.elastic.watch import Deadlines, Standing
 
@@ -39,3 +40,21 @@ def test_ranks_are_asked_once_for_each_place_and_the_last_answer_stays(
     ranks._waiting([replace(WAITS, age_s=0.1)])
     ranks._waiting([WAITS])
     assert asked[-1] == [0], "who got on since is asked anew"
+
+
+def test_a_wait_for_data_is_named_once_and_anew_in_the_next_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        group, "ask_for_stacks", lambda folder, ranks, signal_to: dict.fromkeys(ranks, "stack")
+    )
+    monkeypatch.setattr(group.subprocess, "Popen", lambda *command, **more: None)
+    ranks = group.LaunchedGroup([], tmp_path, Deadlines(), stacks=tmp_path / "stacks", say=said.append)
+    for number in (1, 2):
+        ranks.start(Round(number, (Member("a", "boot", "", 1, 2, "digest"),), -1), 0)
+        ranks._note_stalled([WAITS, READS])
+        ranks._note_stalled([WAITS, READS])
+        assert len(said) == number
+        assert said[-1].startswith("rank 1 (process 12) does not get on in DATA of step 20")
+        assert len(list((tmp_path / "stacks").glob(f"round-{number:06d}-*"))) == 2

@@ -22,9 +22,7 @@ def test_a_node_that_is_unfit_at_its_start_does_not_join(tmp_path: Path) -> None
 def test_a_node_that_has_become_unfit_is_left_out_of_the_next_round(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     problems: list[str] = []
-    a, b = Node(cluster, "a", policy=POLICY), Node(cluster, "b", policy=POLICY)
-    c = Node(cluster, "c", policy=POLICY, problems=lambda: problems)
-    cluster.run(a, b, c)
+    a, b, c = _take_part(cluster, problems)
     assert [node for node, _ in cluster.members(1)] == ["a", "b", "c"]
     problems.append("GPU 3 has fallen off the bus")
     c.ranks.outcome = Outcome(Reason.FAILED, "rank 2 was killed")
@@ -37,9 +35,7 @@ def test_a_node_that_has_become_unfit_is_left_out_of_the_next_round(tmp_path: Pa
 def test_after_a_save_nobody_waits_for_a_node_that_has_become_unfit(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     problems: list[str] = []
-    a, b = Node(cluster, "a", policy=POLICY), Node(cluster, "b", policy=POLICY)
-    c = Node(cluster, "c", policy=POLICY, problems=lambda: problems)
-    cluster.run(a, b, c)
+    a, b, c = _take_part(cluster, problems)
     problems.append("GPU 3 has fallen off the bus")
     cluster.board.end(Ending(1, Reason.GROWING, "a", "further nodes are waiting"))
     _leave(cluster, a, b, c)
@@ -66,6 +62,14 @@ def test_who_comes_back_is_waited_for_again(tmp_path: Path) -> None:
     assert cluster.board.joined(2) == Joined(0, [], frozenset({"a"}))
     cluster.board.join(2, member)
     assert cluster.board.joined(2) == Joined(0, ["a"], frozenset())
+
+
+def _take_part(cluster: Cluster, problems: list[str]) -> list[Node]:
+    """Three nodes in their first round; `problems` are those of the last one."""
+    nodes = [Node(cluster, name, policy=POLICY) for name in "ab"]
+    nodes.append(Node(cluster, "c", policy=POLICY, problems=lambda: problems))
+    cluster.run(*nodes)
+    return nodes
 
 
 def _leave(cluster: Cluster, *nodes: Node) -> None:
