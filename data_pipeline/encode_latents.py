@@ -56,6 +56,8 @@ def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
     config = resolve_paths(config)
     storage = open_storage(config.output)
     begun = output.read_identity(storage)
+    if begun is not None:
+        config = output.with_precision_of(begun, config)
     complete = begun is not None and storage.exists(INFO_KEY)
     metrics = None if complete else Metrics(storage, config)
     saved = load_listing(storage)
@@ -100,6 +102,7 @@ def make_shards(
     config = plan.config
     placement = place(config, wait_for_nodes(config, console))
     encoders, runtime = start_encoders(config, plan.vae, placement, console)
+    console.print(f"{len(encoders)} encoders on {runtime['device']}, the VAE in {runtime['precision']}")
     claimed = output.claim(storage, {**plan.identity, **runtime}, plan.listing)
     missing = {name: rows for name, rows in plan.shards.items() if name not in records}
     flow = Flow(
@@ -156,7 +159,7 @@ def dry_run(config: EncodeConfig, console: Console) -> None:
     started = time.perf_counter()
     encoder.encode(pixels, runtime)
     rate = config.vae_batch / (time.perf_counter() - started)
-    print(f"one batch on {runtime['device']}: {rate:.1f} images/s per encoder")
+    print(f"one batch on {runtime['device']} in {runtime['precision']}: {rate:.1f} images/s per encoder")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 Shapes: B images, V = 2 views (image, its mirror), C latent channels, H W pixels, h w latents.
 """
 
+import logging
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dit_scale.vae import Vae
 
 VIEWS = ("image", "mirror")
+_log = logging.getLogger(__name__)
 
 
 class Encoder:
@@ -27,13 +29,24 @@ class Encoder:
         self._config, self._identity, self._device = config, identity, device
 
     @cached_property
+    def _precision(self) -> str:
+        import torch
+
+        from dit_scale.dist import SLOW_BF16, choose_precision, multiplies_bf16
+
+        device = torch.device(self._device)
+        if self._config.precision == "bf16" and not multiplies_bf16(device):
+            _log.warning("precision bf16: %s", SLOW_BF16)
+        return choose_precision(self._config.precision, device)
+
+    @cached_property
     def _vae(self) -> "Vae":
         import torch
 
         from dit_scale import vae
 
         torch.set_num_threads(self._config.threads_per_encoder)
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self._config.precision]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self._precision]
         loaded = vae.load(
             self._config.vae, self._device, dtype, self._config.channels_last, self._config.compile
         )
@@ -51,6 +64,7 @@ class Encoder:
 
         return {
             "device": vae.device_kind(self._vae.device),
+            "precision": self._precision,
             "torch": version("torch"),
             "diffusers": version("diffusers"),
             "pillow": version("pillow"),

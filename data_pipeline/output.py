@@ -60,6 +60,7 @@ ENCODING_KEYS = (
 
 def identity(config: EncodeConfig, listing: Listing, vae: VaeIdentity) -> Identity:
     """All that the bytes of the output depend on, as far as the driver knows it (the encoders add theirs)."""
+    chosen = {} if config.precision == "auto" else {"precision": config.precision}
     return {
         "format_version": FORMAT_VERSION,
         "source_listing_sha256": listing.sha256,
@@ -69,7 +70,7 @@ def identity(config: EncodeConfig, listing: Listing, vae: VaeIdentity) -> Identi
         "vae_weights_sha256": vae.weights_sha256,
         "vae_scale": vae.scale,
         "vae_batch": config.vae_batch,
-        "precision": config.precision,
+        **chosen,
         "channels_last": config.channels_last,
         "compile": config.compile,
         "threads": config.threads_per_encoder,
@@ -89,6 +90,13 @@ def read_identity(storage: Storage) -> Identity | None:
         raise DataError(
             f"{storage.url}/{IDENTITY_KEY} is damaged ({error}); choose an empty output"
         ) from None
+
+
+def with_precision_of(begun: Identity, config: EncodeConfig) -> EncodeConfig:
+    """`precision: auto` goes on in the arithmetic that the output was begun with."""
+    if config.precision != "auto":
+        return config
+    return config.model_copy(update={"precision": begun["precision"]})
 
 
 def check_identity(

@@ -95,8 +95,9 @@ class EngineConfig(Section):
 
     zero_stage: Literal[1, 2, 3] = 2
     """ZeRO stage: 1 shards optimizer state, 2 also gradients, 3 also weights."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of weights and activations; masters, moments, EMA and gradient sums are always fp32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of weights and activations; masters, moments, EMA and gradient sums are always fp32. `auto`: what
+    the run began with; a new run takes bf16 where the device multiplies it in hardware, else fp32."""
     micro_batch: int = Field(32, gt=0)
     """Most samples per process in one forward pass; the global batch is reached by accumulation."""
     memory_gib: float = Field(0.0, ge=0)
@@ -242,8 +243,9 @@ class EncodeConfig(Mirrored):
     """Images of the listing per shard."""
     vae_batch: int = Field(32, gt=0)
     """Images per VAE pass; part of what a shard's bytes depend on."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the VAE; latents are stored as fp16 either way."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Arithmetic of the VAE; latents are stored as fp16 either way. `auto`: what the output was begun with; a
+    new one takes bf16 where the encoders multiply it in hardware, else fp32."""
     channels_last: bool = False
     """Layout of the VAE's tensors: faster in bf16 on a GPU; part of what a shard's bytes depend on."""
     compile: bool = False

@@ -115,7 +115,8 @@ def sample(
         raise ConfigError(f"class {bad[0]}: expected 0 to {source.model.num_classes - 1}")
     world = dist.start(engine)
     try:
-        dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
+        precision = dist.choose_precision(engine.precision, world.device)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         model = build_model(source, world.device, dtype)
         decoder = vae.load(vae_name, world.device)
         check_vae(decoder, source.vae_sha256)

@@ -47,7 +47,9 @@ Image i depends on the weights, --seed, i and its class alone.
         "--num-classes", type=whole(1), default=1000, help="of a bare weights file (default 1000)"
     )
     parser.add_argument("--batch", type=whole(1), default=32, help="images at once (default 32)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the transformer")
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="fp32", help="of the transformer"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads of each process (default 1)")
     parser.add_argument("--out", default=None, help="folder (default: RUN/samples, else ./samples)")

@@ -35,8 +35,8 @@ class Memory:
 def estimate(config: TrainConfig, shape: Shape, plan: BatchPlan) -> Memory:
     """Bytes held between the forward and the backward pass, without the allocator's slack.
 
-    Weights and activations in the chosen precision, gradients summed in fp32, master weights and two
-    moments and each EMA in fp32 on their owner; attention keeps no score matrix.
+    Weights and activations in the chosen precision (fp32 while it is `auto`), gradients summed in fp32,
+    master weights and two moments and each EMA in fp32 on their owner; attention keeps no score matrix.
     """
     element = 2 if config.engine.precision == "bf16" else 4
     whole = num_parameters(shape)

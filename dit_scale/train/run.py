@@ -11,13 +11,15 @@ and below the root of its state, which is the same folder unless checkpoint.url 
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dit_scale import dist
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Ranges
-from dit_scale.checkpoint.manifest import Manifest, step_and_attempt
+from dit_scale.checkpoint.manifest import Manifest, read_manifest, step_and_attempt
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig, load
 from dit_scale.data.shards import INFO_KEY, LatentDataset
@@ -85,6 +87,30 @@ def config_of_folder(run: str | Path) -> TrainConfig:
 def root_of_folder(run: str | Path) -> Storage:
     """Where the run of this folder keeps its attempts and checkpoints; the folder may have moved."""
     return open_storage(config_of_folder(run).checkpoint.url or run)
+
+
+def choose_precision(config: TrainConfig, world: World) -> tuple[TrainConfig, str]:
+    """The configuration with `engine.precision: auto` decided, the same on all ranks, and why, in one line.
+
+    A run keeps the precision of its newest checkpoint; a new one takes what suits the device of rank 0.
+    """
+    asked = config.engine.precision
+    fast_bf16 = dist.multiplies_bf16(world.device)
+    if asked != "auto":
+        is_slow = asked == "bf16" and not fast_bf16
+        return config, f"precision bf16: {dist.SLOW_BF16}" if is_slow else ""
+
+    def choose() -> tuple[str, str]:
+        root = root_of(config)
+        for path in attempts.committed(root):
+            with suppress(CheckpointError):  # named when it is filled in
+                return read_manifest(root, path).config["engine"]["precision"], "as the run began"
+        has = "multiplies bf16 in hardware" if fast_bf16 else "has no bf16 instructions"
+        return dist.choose_precision("auto", world.device), f"this {world.device.type.upper()} {has}"
+
+    chosen, why = world.first_says(choose)
+    engine = config.engine.model_copy(update={"precision": chosen})
+    return config.model_copy(update={"engine": engine}), f"precision auto: {chosen}, {why}"
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

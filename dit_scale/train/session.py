@@ -36,6 +36,7 @@ from dit_scale.train.memory import plan_of
 from dit_scale.train.run import (
     RunState,
     check_dataset,
+    choose_precision,
     data_digest,
     find_checkpoint,
     merged,
@@ -53,6 +54,7 @@ class Session:
 
     def __init__(self, config: TrainConfig, world: World, stack: ExitStack, heart: Heart) -> None:
         """`heart` is told that a long read, or a long wait, gets on."""
+        config, self._precision_note = choose_precision(config, world)
         self.config, self.world, self._heart = config, world, heart
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
         check_dataset(config, dataset)
@@ -293,7 +295,7 @@ class Session:
 
     def _announce(self, notes: list[str], resumed: bool, restore_s: float) -> None:
         plan, config = self.plan, self.config
-        notes = [*notes, *self.loader.notes()]
+        notes = [*filter(None, [self._precision_note]), *notes, *self.loader.notes()]
         for note in notes:
             self.say(note)
         self.say(

@@ -81,7 +81,7 @@ def test_an_unknown_key_names_the_nearest(override: str, unknown: str, nearest: 
         ("optimizer.betas=[0.9", "override 'optimizer.betas=[0.9': the value is not valid YAML"),
         ("engine.zero_stage=0", "engine.zero_stage: Input should be 1, 2 or 3, got 0"),
         ("engine.zero_stage=4", "engine.zero_stage: Input should be 1, 2 or 3, got 4"),
-        ("engine.precision=fp16", "engine.precision: Input should be 'bf16' or 'fp32', got 'fp16'"),
+        ("engine.precision=fp16", "engine.precision: Input should be 'auto', 'bf16' or 'fp32', got 'fp16'"),
         ("seed=-1", "seed: Input should be greater than or equal to 0, got -1"),
         ("seed=4294967296", "seed: Input should be less than 4294967296"),
         ("diffusion.label_dropout=1.1", "diffusion.label_dropout: Input should be less than or equal to 1"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from data_pipeline.metrics import Metrics
 from data_pipeline.progress import Watch
 from data_pipeline.ray_cluster import Placement, place
 from data_pipeline.shards_writer import Row, Shard, build_shard
+from dit_scale import dist
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import Quarantined, VaeIdentity
 from dit_scale.errors import ConfigError, DataError, DeviceError, WeightsError
@@ -130,6 +132,22 @@ def test_an_output_belongs_to_one_identity(storage: Storage, key: str) -> None:
     other = output.identity(config(**{key: BOUND[key]}), images, VAE)
     with pytest.raises(ConfigError, match="begun with another configuration"):
         output.check_identity(storage, found, other, images, images)
+
+
+@pytest.mark.parametrize("begun", ["bf16", "fp32"])
+def test_auto_precision_goes_on_as_the_output_was_begun(storage: Storage, begun: str) -> None:
+    images, auto = listing(3), config(precision="auto")
+    wanted = output.identity(auto, images, VAE)
+    output.claim(storage, {**wanted, "device": "cpu", "precision": begun}, images)
+    found = output.read_identity(storage)
+    assert found is not None
+    resumed = output.with_precision_of(found, auto)
+    assert resumed.precision == begun
+    output.check_identity(storage, found, output.identity(resumed, images, VAE), images, images)
+    other = config(precision="fp32" if begun == "bf16" else "bf16")
+    assert output.with_precision_of(found, other) == other
+    with pytest.raises(ConfigError, match=f"precision: '{begun}' there"):
+        output.check_identity(storage, found, output.identity(other, images, VAE), images, images)
 
 
 def test_a_damaged_identity_is_named(storage: Storage) -> None:
@@ -248,13 +266,19 @@ def test_other_arithmetic_gives_nearly_the_same_latents(
     setting: dict[str, object], tolerance: float, tmp_path: Path
 ) -> None:
     plain, runtime = tiny_encoder(tmp_path)
-    other, _ = tiny_encoder(tmp_path, **setting)
+    other, theirs = tiny_encoder(tmp_path, **setting)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     expected = plain.encode(pixels, runtime).astype(np.float32)
-    found = other.encode(pixels, runtime)
-    assert np.array_equal(found, other.encode(pixels, runtime))
+    found = other.encode(pixels, theirs)
+    assert np.array_equal(found, other.encode(pixels, theirs))
     assert not np.array_equal(found, expected), "the setting arrives"
     assert np.abs(found - expected).max() < tolerance * expected.std()
+
+
+@pytest.mark.parametrize("asked", ["auto", "bf16", "fp32"])
+def test_an_encoder_reports_its_precision(tmp_path: Path, asked: str) -> None:
+    _, runtime = tiny_encoder(tmp_path, precision=asked)
+    assert runtime["precision"] == dist.choose_precision(asked, torch.device("cpu"))
 
 
 def test_a_short_batch_gives_the_bits_of_a_full_one(tmp_path: Path) -> None:

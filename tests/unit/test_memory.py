@@ -15,7 +15,11 @@ PROFILES = [{"name": "a", "decay": 0.9}, {"name": "b", "decay": 0.99}]
 
 
 def config_of(global_batch: int = 256, **engine: Any) -> TrainConfig:
-    tree = {"global_batch": global_batch, "engine": {"micro_batch": 32, **engine}, "ema": PROFILES}
+    tree = {
+        "global_batch": global_batch,
+        "engine": {"precision": "bf16", "micro_batch": 32, **engine},
+        "ema": PROFILES,
+    }
     return TrainConfig.model_validate(tree)
 
 

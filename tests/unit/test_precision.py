@@ -1,0 +1,86 @@
+"""Which arithmetic `precision: auto` takes, and that a run keeps it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_scale import dist
+from dit_scale.checkpoint.manifest import CHECKPOINTS, name_of
+from dit_scale.config import TrainConfig
+from dit_scale.dist import World
+from dit_scale.storage import open_storage
+from dit_scale.train.run import choose_precision
+from tests import checkpoints
+
+CPU = torch.device("cpu")
+SAY = "import torch; from dit_scale import dist; print(dist.choose_precision('auto', torch.device('cpu')))"
+
+
+def has_instructions() -> bool:
+    """What the kernel says of this processor."""
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """A world of one."""
+    threads = torch.get_num_threads()
+    yield dist.start(TrainConfig().engine.model_copy(update={"device": "cpu"}))
+    dist.stop()
+    torch.set_num_threads(threads)
+
+
+def config_of(run: Path, precision: str) -> TrainConfig:
+    return TrainConfig.model_validate({"run": str(run), "engine": {"precision": precision, "device": "cpu"}})
+
+
+@pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="the instructions of this CPU are limited")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc/cpuinfo")
+def test_auto_is_bf16_where_the_processor_multiplies_it() -> None:
+    assert dist.choose_precision("auto", CPU) == ("bf16" if has_instructions() else "fp32")
+
+
+@pytest.mark.parametrize("limit", ["AVX2"])
+def test_auto_is_fp32_where_onednn_would_emulate_bf16(limit: str) -> None:
+    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
+    said = subprocess.run(
+        [sys.executable, "-c", SAY], env=limited, check=True, capture_output=True, text=True
+    )
+    assert said.stdout == "fp32\n"
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_a_precision_that_is_asked_for_is_taken(name: str) -> None:
+    assert dist.choose_precision(name, CPU) == name
+
+
+def test_a_new_run_takes_what_suits_the_device_and_says_so(tmp_path: Path, world: World) -> None:
+    config, note = choose_precision(config_of(tmp_path, "auto"), world)
+    assert config.engine.precision == dist.choose_precision("auto", CPU)
+    assert note.startswith(f"precision auto: {config.engine.precision}, this CPU ")
+
+
+@pytest.mark.parametrize("begun", ["bf16", "fp32"])
+def test_a_run_keeps_what_it_began_with_unless_told(tmp_path: Path, world: World, begun: str) -> None:
+    written = config_of(tmp_path, begun).model_dump(mode="json")
+    checkpoints.write(open_storage(tmp_path), f"{CHECKPOINTS}/{name_of(40, 1)}", [[]], config=written)
+    config, note = choose_precision(config_of(tmp_path, "auto"), world)
+    assert (config.engine.precision, note) == (begun, f"precision auto: {begun}, as the run began")
+    told = "fp32" if begun == "bf16" else "bf16"
+    assert choose_precision(config_of(tmp_path, told), world)[0].engine.precision == told
+
+
+def test_bf16_without_instructions_is_taken_with_a_warning(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for has, warned in ((True, False), (False, True)):
+        monkeypatch.setattr(dist, "multiplies_bf16", lambda _, has=has: has)
+        config, note = choose_precision(config_of(tmp_path, "bf16"), world)
+        assert (config.engine.precision, "8 to 10 times slower" in note) == ("bf16", warned)
+        assert choose_precision(config_of(tmp_path, "fp32"), world)[1] == ""
