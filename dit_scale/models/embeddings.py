@@ -22,8 +22,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """x_BCHW => tokens_BTD, row by row."""
-        return self.proj(x_BCHW).flatten(2).transpose(1, 2)
+        """x_BCHW => tokens_BTD, row by row, each token's channels side by side in memory."""
+        # The residual stream keeps this layout through all blocks; transposed, every layer would copy.
+        return self.proj(x_BCHW).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):

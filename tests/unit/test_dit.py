@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dit_scale.config import ModelConfig
 from dit_scale.errors import ConfigError
 from dit_scale.models.dit import build, unpatchify
-from dit_scale.models.embeddings import sincos_pos_embed, timestep_sinusoid
+from dit_scale.models.embeddings import PatchEmbed, sincos_pos_embed, timestep_sinusoid
 from dit_scale.models.zoo import CONDITIONINGS, shape_of
 
 
@@ -327,3 +327,38 @@ def test_blocks_share_one_compilation(conditioning):
     assert len(graphs) == 1
     assert list(model.state_dict()) == names
     torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_the_residual_stream_is_row_major_through_all_blocks(conditioning):
+    model = random_model(conditioning)
+    seen = []
+
+    def note(block, inputs, output):
+        seen.extend((inputs[0], output))
+
+    for block in (*model.blocks, model.final_layer):
+        block.register_forward_hook(note)
+    model(*draw_batch())
+    assert len(seen) == 2 * (len(model.blocks) + 1)
+    for x_BTD in seen:
+        tokens, width = x_BTD.shape[1:]
+        assert x_BTD.stride()[1:] == (width, 1), f"{tokens} tokens of {width}: strides {x_BTD.stride()}"
+
+
+def test_the_layout_of_tokens_does_not_change_a_bit(monkeypatch):
+    def transposed(embed, x_BCHW):
+        return embed.proj(x_BCHW).flatten(2).transpose(1, 2)
+
+    def run():
+        model = random_model()
+        out = model(*draw_batch())
+        out.square().sum().backward()
+        return out, [parameter.grad for parameter in model.parameters()]
+
+    out, grads = run()
+    monkeypatch.setattr(PatchEmbed, "forward", transposed)
+    transposed_out, transposed_grads = run()
+    assert torch.equal(out, transposed_out)
+    for name, a, b in zip(dict(random_model().named_parameters()), grads, transposed_grads, strict=True):
+        assert torch.equal(a, b), name
