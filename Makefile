@@ -19,19 +19,28 @@ help:
 	@echo "make bench       the benchmarks of encoding, training, saving and loading, in small (about a minute)"
 	@echo "make clean       remove the virtual environment and the demo's run"
 
-$(VENV)/ready: constraints.txt pyproject.toml
+$(VENV)/torch: constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON): install Python 3.11 or 3.12, or set PYTHON="; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 		|| { echo "$(PYTHON) is $$($(PYTHON) -V): this project runs on Python 3.11 and 3.12; set PYTHON="; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "no venv module: apt-get install python3-venv (or python3.11-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	# torch first: the packages behind it then keep the build that is there
-	$(BIN)/pip install --quiet torch
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	@bash demo/install_torch.sh $(BIN)/pip
 	@touch $@
 
-demo: $(VENV)/ready
+# What the demo needs; `ready` adds what the tests need.
+$(VENV)/demo: $(VENV)/torch pyproject.toml
+	@echo "set-up: DeepSpeed, Ray, diffusers and the demo (about 300 MB; a minute or two)"
+	@$(BIN)/pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/ready: $(VENV)/demo
+	@echo "set-up: what the tests need besides (about 100 MB)"
+	@$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/demo
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/run.sh
 
 check: $(VENV)/ready
