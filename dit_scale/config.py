@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dit_scale import recipes
 from dit_scale.errors import ConfigError
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -279,12 +280,12 @@ RootConfig = TypeVar("RootConfig", TrainConfig, EncodeConfig)
 
 
 def load(root: type[RootConfig], path: str | Path | None, overrides: Sequence[str] = ()) -> RootConfig:
-    """Read a configuration: defaults, then the YAML file, then `key=value` overrides.
+    """Read a configuration: defaults, then the YAML file or recipe, then `key=value` overrides.
 
-    Raises ConfigError for a missing file, bad YAML, an unknown key (naming the nearest one) or a
+    Raises ConfigError for a missing file or recipe, bad YAML, an unknown key (naming the nearest one) or a
     value of the wrong kind.
     """
-    tree = _read_yaml(Path(path)) if path is not None else {}
+    tree = _read_yaml(recipes.find(path)) if path is not None else {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -305,8 +306,6 @@ def dump(config: Section) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"no configuration file at {path}; configs/ has one for each recipe")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,42 +1,34 @@
-"""Encode images into a latent data set, in parallel, by Ray.
-
-    python data_pipeline/encode_latents.py --config configs/encode_imagenet_256.yaml [key=value ...]
-    ray job submit --working-dir . -- python data_pipeline/encode_latents.py --config ... output=s3://...
+"""The encoding job: images into a latent data set, in parallel, by Ray.
 
 Without RAY_ADDRESS a local Ray is started and ended with the job. Decoding tasks turn a shard's images
 into crops, encoder actors turn crops into latents, a writing task puts the shard; how much is under way
 at once is bounded. Start the same command again after any stop: finished shards are kept.
 """
 
-import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-# Found also where the package is not installed; as a script, Python looks beside this file only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 from rich.console import Console
 
-from data_pipeline import output
-from data_pipeline.encoder import Encoder
-from data_pipeline.flow import Flow, Stall
-from data_pipeline.inputs import Listing, open_input
-from data_pipeline.inputs.saved import current_listing, load_listing, save_listing
-from data_pipeline.metrics import Metrics
-from data_pipeline.progress import Watch, listing_bar, report_listing, summary
-from data_pipeline.ray_cluster import cluster, is_submitted, place, start_encoders, wait_for_nodes
-from data_pipeline.shards_writer import ShardRecord
-from dit_scale.config import EncodeConfig, dump, load
+from dit_scale.config import EncodeConfig, dump
 from dit_scale.data.shards import INFO_KEY, DatasetInfo, VaeIdentity, read_info
-from dit_scale.errors import ConfigError, DitScaleError
+from dit_scale.errors import ConfigError
 from dit_scale.storage import Storage, open_storage
 from dit_scale.vae_files import find as find_vae
+from dit_scale_pipeline import output
+from dit_scale_pipeline.encoder import Encoder
+from dit_scale_pipeline.flow import Flow, Stall
+from dit_scale_pipeline.inputs import Listing, open_input
+from dit_scale_pipeline.inputs.saved import current_listing, load_listing, save_listing
+from dit_scale_pipeline.metrics import Metrics
+from dit_scale_pipeline.progress import Watch, listing_bar, report_listing, summary
+from dit_scale_pipeline.ray_cluster import cluster, is_submitted, place, start_encoders, wait_for_nodes
+from dit_scale_pipeline.shards_writer import ShardRecord
 
 
 @dataclass(frozen=True)
@@ -159,33 +151,15 @@ def dry_run(config: EncodeConfig, console: Console) -> None:
     print(f"one batch on {runtime['device']}: {rate:.1f} images/s per encoder")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: 0 done, 2 a mistake that the message names, 130 interrupted (Ctrl-C, SIGTERM)."""
-    parser = argparse.ArgumentParser(
-        description="Encode images into a latent data set.",
-        epilog="Keys are those of EncodeConfig in dit_scale/config.py, for example: "
-        "source=/data/imagenet/train output=s3://bucket/imagenet256 encoders=8. "
-        "After any stop, start the same command again: finished shards are kept.",
-    )
-    parser.add_argument("--config", help="YAML file, for example configs/encode_imagenet_256.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, encode one synthetic batch")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
-    options = parser.parse_args(arguments)
+def run(config: EncodeConfig, dry: bool) -> int:
+    """The job with its words for people; 0 done, 130 interrupted (Ctrl-C, SIGTERM). Raises DitScaleError."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        config = load(EncodeConfig, options.config, options.overrides)
-        if options.dry_run:
+        if dry:
             dry_run(config, console)
         else:
             print(summary(encode(config, console)))
-    except DitScaleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

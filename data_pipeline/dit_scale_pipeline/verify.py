@@ -12,9 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Found also where the package is not installed; as a script, Python looks beside this file only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 from rich.console import Console
 
@@ -67,10 +64,10 @@ def _number(text: str) -> int:
 
 
 def _compare(options: argparse.Namespace, console: Console) -> None:
-    from data_pipeline.compare import compare, find_source
     from dit_scale.dist import choose_device
     from dit_scale.pictures import load_decoder, random_ids
     from dit_scale.sample import write_grid
+    from dit_scale_pipeline.compare import compare, find_source
 
     dataset = LatentDataset.open(options.url)
     uri, listing = find_source(dataset, options.source, console)
@@ -88,7 +85,3 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
     write_grid(np.stack(pictures), Path(options.grid))
     views = " | ".join(("crop", *dataset.info.views))
     print(f"{len(ids)} samples, median PSNR {np.median(psnrs_db):.1f} dB; {views} -> {options.grid}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,19 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from dit_scale.cli import checkpoint, ema, latents, launch, models, plan, replay, sample, status, train
+from dit_scale.cli import (
+    checkpoint,
+    ema,
+    encode,
+    latents,
+    launch,
+    models,
+    plan,
+    replay,
+    sample,
+    status,
+    train,
+)
 from dit_scale.errors import DitScaleError
 
 USER_ERROR_EXIT_CODE = 2
@@ -40,6 +52,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="dit-scale", description="Train Diffusion Transformers, exactly resumable."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (train, launch, plan, sample, models, latents, checkpoint, ema, replay, status):
+    for module in (encode, train, launch, plan, sample, models, latents, checkpoint, ema, replay, status):
         module.add(commands)
     return parser

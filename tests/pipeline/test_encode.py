@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.verify import main as verify_main
 from dit_scale.data.shards import LatentDataset, read_info
 from dit_scale.storage import open_storage
+from dit_scale_pipeline.verify import main as verify_main
 from tests.encoding import ROOT, SCRIPT, clean_environment, job_command, objects, write_images
 from tests.faults.ports import free_port
 from tests.faults.proxy import FaultProxy
@@ -217,9 +217,9 @@ def test_what_dataset_json_says(latents: Path, folder: Path) -> None:
 def test_latents_are_those_of_the_image_and_of_its_mirror(latents: Path, folder: Path) -> None:
     import torch
 
-    from data_pipeline.images import center_crop, decode, to_array
-    from data_pipeline.inputs import open_input
     from dit_scale import vae
+    from dit_scale_pipeline.images import center_crop, decode, to_array
+    from dit_scale_pipeline.inputs import open_input
 
     entry = open_input(str(folder / "images")).list().entries()[3]
     pixels = to_array(center_crop(decode((folder / "images" / entry.path).read_bytes()), 32))

@@ -237,7 +237,7 @@ def test_a_data_set_that_is_not_finished(tmp_path: Path, capsys: pytest.CaptureF
     write_latents(tmp_path / "data", num=4)
     (tmp_path / "data" / INFO_KEY).rename(tmp_path / "data" / "encode.json")
     said = refused(capsys, *small(tmp_path, tmp_path / "data"))
-    assert "its encoding has not finished; start the same encode_latents.py command again" in said
+    assert "its encoding has not finished; start the same encoding command again" in said
 
 
 @pytest.mark.usefixtures("same_process")
