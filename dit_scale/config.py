@@ -323,6 +323,13 @@ def _set(tree: dict[str, Any], keys: list[str], value: object) -> None:
     tree[keys[-1]] = value
 
 
+def nearest(key: str, known: Sequence[str]) -> str:
+    """The known key that was most likely meant."""
+    # A key that was put into the wrong section is nearest to its own last word.
+    near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    return (near or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
+
+
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
@@ -338,10 +345,7 @@ def _explain(root: type[BaseModel], error: ValidationError, path: str | Path | N
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            # A key that was put into the wrong section is nearest to its own last word.
-            near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]] or near
-            lines.append(f"unknown key {key!r}; did you mean {near[0]!r}?")
+            lines.append(f"unknown key {key!r}; did you mean {nearest(key, known)!r}?")
         else:
             lines.append(f"{key or root.__name__}: {problem['msg']}, got {problem['input']!r}")
     where = f"{path}: " if path else ""

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command
+from dit_scale.cli.arguments import CONFIG_HELP, command
 
 
 def add(commands: Any) -> None:
@@ -23,7 +23,7 @@ shards are kept.
 `dit-scale config encode` tells the keys. Exit codes: 0 done, 2 a mistake that the last line names, 130
 interrupted (Ctrl-C, SIGTERM).""",
     )
-    parser.add_argument("--config", help="YAML file")
+    parser.add_argument("--config", help=CONFIG_HELP)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, encode one synthetic batch")
 

@@ -25,7 +25,7 @@ MAX_FUNCTION_LINES = 60
 LAYERS = (
     ("errors",),
     ("recipes",),
-    ("config", "storage"),
+    ("config", "keys", "storage"),
     ("rng", "dist"),
     ("models", "diffusion", "data", "vae_files", "vae", "weights"),
     ("checkpoint",),
@@ -58,6 +58,7 @@ WITHOUT_TORCH = (
     "dit_scale.errors",
     "dit_scale.cli",
     "dit_scale.config",
+    "dit_scale.keys",
     "dit_scale.storage",
     "dit_scale.data.download",
     "dit_scale.data.order",
