@@ -156,9 +156,7 @@ def cluster(
     command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
     bare = environment | {"PATH": f"{python.parent}:{environment['PATH']}"}
     bare.pop("PYTHONPATH", None)
-    head = subprocess.Popen(
-        command, env=bare, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    head = subprocess.Popen(command, env=bare, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_until(lambda: listens(dashboard), head)
         yield environment | {"RAY_ADDRESS": address, "DASHBOARD": f"http://127.0.0.1:{dashboard}"}
