@@ -24,8 +24,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# Found also where the package is not installed; as a script, Python looks beside this file only.
+# Found also where the packages are not installed; as a script, Python looks beside this file only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_pipeline"))
 
 import numpy as np
 import numpy.typing as npt
@@ -34,17 +35,17 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.train_step import cpu_name, matmul_flops_per_s, versions
-from data_pipeline.decoder import read_batch
-from data_pipeline.encoder import VIEWS, Encoder
-from data_pipeline.flow import Flow
-from data_pipeline.images import Pixels
-from data_pipeline.inputs import Listing, open_input
-from data_pipeline.output import plan
-from data_pipeline.ray_cluster import Placement, cluster, start_encoders
-from data_pipeline.shards_writer import ShardRecord
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import VaeIdentity
 from dit_scale.vae_files import find as find_vae
+from dit_scale_pipeline.decoder import read_batch
+from dit_scale_pipeline.encoder import VIEWS, Encoder
+from dit_scale_pipeline.flow import Flow
+from dit_scale_pipeline.images import Pixels
+from dit_scale_pipeline.inputs import Listing, open_input
+from dit_scale_pipeline.output import plan
+from dit_scale_pipeline.ray_cluster import Placement, cluster, start_encoders
+from dit_scale_pipeline.shards_writer import ShardRecord
 from tests.tiny_vae import save_full_vae, save_tiny_vae
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95

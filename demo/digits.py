@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.decoder import read_batch
-from data_pipeline.images import Pixels, center_crop, to_array
-from data_pipeline.inputs import open_input
 from dit_scale.errors import DataError, DitScaleError
+from dit_scale_pipeline.decoder import read_batch
+from dit_scale_pipeline.images import Pixels, center_crop, to_array
+from dit_scale_pipeline.inputs import open_input
 
 SIDE = 8
 LEVELS = 16

@@ -15,11 +15,11 @@ step "1/5  1,797 handwritten digits as PNG files in class folders"
 show python demo/digits.py $RUN/images
 
 step "2/5  a Ray job encodes them to latents in WebDataset shards"
-show python data_pipeline/encode_latents.py --config configs/encode_demo.yaml
+show dit-scale encode --config encode_demo
 show python data_pipeline/verify.py $RUN/latents
 
 step "3/5  DeepSpeed trains a DiT on them, in bf16 on two processes"
-show deepspeed --log_level error --num_gpus 2 --no_local_rank --module dit_scale.cli train configs/demo.yaml
+show deepspeed --log_level error --num_gpus 2 --no_local_rank --module dit_scale.cli train demo
 
 step "4/5  500 guided samples, ten classes"
 show deepspeed --log_level error --num_gpus 2 --no_local_rank --module dit_scale.cli sample $RUN/run \
@@ -35,5 +35,5 @@ cat <<TEXT
   the latents      $RUN/latents
 next, for example:
   $(command -v dit-scale | sed "s|$PWD/||") sample $RUN/run --classes 3,7 --images 20 --guidance 4 --out $RUN/threes_and_sevens
-  $(command -v dit-scale | sed "s|$PWD/||") train configs/dit_xl2_256.yaml --dry-run --world 8
+  $(command -v dit-scale | sed "s|$PWD/||") train dit_xl2_256 --dry-run --world 8
 TEXT

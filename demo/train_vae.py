@@ -28,10 +28,10 @@ from score import fit_classifier
 from torch import Tensor
 from torch.nn import functional
 
-from data_pipeline.images import Pixels
 from dit_scale import vae
 from dit_scale.errors import DitScaleError
 from dit_scale.sample import write_grid
+from dit_scale_pipeline.images import Pixels
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dit_scale import recipes
 from dit_scale.errors import ConfigError
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -281,12 +282,12 @@ RootConfig = TypeVar("RootConfig", TrainConfig, EncodeConfig)
 
 
 def load(root: type[RootConfig], path: str | Path | None, overrides: Sequence[str] = ()) -> RootConfig:
-    """Read a configuration: defaults, then the YAML file, then `key=value` overrides.
+    """Read a configuration: defaults, then the YAML file or recipe, then `key=value` overrides.
 
-    Raises ConfigError for a missing file, bad YAML, an unknown key (naming the nearest one) or a
+    Raises ConfigError for a missing file or recipe, bad YAML, an unknown key (naming the nearest one) or a
     value of the wrong kind.
     """
-    tree = _read_yaml(Path(path)) if path is not None else {}
+    tree = _read_yaml(recipes.find(path)) if path is not None else {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -307,8 +308,6 @@ def dump(config: Section) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"no configuration file at {path}; configs/ has one for each recipe")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -326,6 +325,13 @@ def _set(tree: dict[str, Any], keys: list[str], value: object) -> None:
     tree[keys[-1]] = value
 
 
+def nearest(key: str, known: Sequence[str]) -> str:
+    """The known key that was most likely meant."""
+    # A key that was put into the wrong section is nearest to its own last word.
+    near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    return (near or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
+
+
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
@@ -341,10 +347,7 @@ def _explain(root: type[BaseModel], error: ValidationError, path: str | Path | N
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            # A key that was put into the wrong section is nearest to its own last word.
-            near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]] or near
-            lines.append(f"unknown key {key!r}; did you mean {near[0]!r}?")
+            lines.append(f"unknown key {key!r}; did you mean {nearest(key, known)!r}?")
         else:
             lines.append(f"{key or root.__name__}: {problem['msg']}, got {problem['input']!r}")
     where = f"{path}: " if path else ""

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.metrics import METRICS_KEY
 from dit_scale.storage import Storage, open_storage
+from dit_scale_pipeline.metrics import METRICS_KEY
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "data_pipeline/encode_latents.py"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.shards_writer import Row, build_shard, shard_name
 from dit_scale.data.shards import (
     FORMAT,
     FORMAT_VERSION,
@@ -17,6 +16,7 @@ from dit_scale.data.shards import (
 )
 from dit_scale.data.statistics import combine_sums
 from dit_scale.storage import open_storage
+from dit_scale_pipeline.shards_writer import Row, build_shard, shard_name
 
 
 def write_latents(

@@ -1,18 +1,44 @@
-"""The command line: `dit-scale COMMAND --help` tells the rest. Imports of weight happen inside commands."""
+"""The command line: `dit-scale` lists the commands, `dit-scale COMMAND --help` tells the rest.
+
+Imports of weight happen inside commands.
+"""
 
 import argparse
+import difflib
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 
-from dit_scale.cli import checkpoint, ema, latents, launch, models, plan, replay, sample, status, train
+from dit_scale import __version__, recipes
+from dit_scale.cli import (
+    checkpoint,
+    config,
+    ema,
+    encode,
+    latents,
+    launch,
+    models,
+    plan,
+    replay,
+    sample,
+    status,
+    train,
+)
+from dit_scale.cli.arguments import Parser
 from dit_scale.errors import DitScaleError
 
 USER_ERROR_EXIT_CODE = 2
+GROUPS = {
+    "Look ahead": (config, models, plan),
+    "Images to latents": (encode, latents),
+    "Train": (train, launch, status, replay),
+    "Use what was trained": (sample, checkpoint, ema),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; mistakes that people can mend print one message and leave with code 2."""
-    args = _parse(argv)
+    args = _parse((sys.argv[1:] if argv is None else argv) or ["--help"])
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
@@ -24,9 +50,13 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Arguments by name; key=value overrides may also stand behind options, where argparse sees none."""
-    parser = _parser()
+    parser, commands = _parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        near = difflib.get_close_matches(argv[0], commands, n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else ";"
+        parser.error(f"unknown command {argv[0]!r}{guess} `dit-scale` alone lists the commands")
     args, rest = parser.parse_known_args(argv)
     if rest and ("overrides" not in args or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -35,11 +65,30 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dit-scale", description="Train Diffusion Transformers, exactly resumable."
+def _parser() -> tuple[Parser, Mapping[str, Parser]]:
+    """The parser of the command line, and those of its commands by name."""
+    parser = Parser(
+        prog="dit-scale",
+        usage="dit-scale COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`dit-scale COMMAND --help` tells more, with an example.",
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (train, launch, plan, sample, models, latents, checkpoint, ema, replay, status):
-        module.add(commands)
-    return parser
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(
+        prog=parser.prog, required=True, metavar="COMMAND", help=argparse.SUPPRESS
+    )
+    lines = ["Train Diffusion Transformers, exactly resumable."]
+    for title, modules in GROUPS.items():
+        before = set(commands.choices)
+        for module in modules:
+            module.add(commands)
+        lines += ["", f"{title}:"]
+        lines += [
+            f"  {name:<12}{command.summary}"
+            for name, command in commands.choices.items()
+            if name not in before
+        ]
+    lines += ["", "Recipes, by name where a command takes a configuration:"]
+    lines += textwrap.wrap(" ".join(recipes.names()), initial_indent="  ", subsequent_indent="  ")
+    parser.description = "\n".join(lines)
+    return parser, commands.choices

@@ -4,18 +4,43 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+CONFIG_HELP = "a recipe (`dit-scale` lists their names) or a YAML file"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that keeps the line about its command."""
+
+    summary = ""
+
 
 def command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str, **more: Any
-) -> Any:
-    """The parser of a new command, which `run` carries out and ends with an exit code."""
-    parser = commands.add_parser(
-        name,
-        help=help,
-        description=more.pop("description", help),
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    help: str,
+    description: str = "",
+    example: str = "",
+) -> Parser:
+    """The parser of a new command, which `run` carries out and ends with an exit code.
+
+    `example` is a command line to show where `description` has none.
+    """
+    parser = _parser(commands, name, help, "\n\n  ".join(filter(None, [description or help, example])))
     parser.set_defaults(command=run, name=parser.prog)
+    return parser
+
+
+def group(commands: Any, name: str, help: str, example: str) -> Any:
+    """The parsers of a new command's actions."""
+    parser = _parser(commands, name, help, f"{help}\n\n  {example}")
+    return parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+
+
+def _parser(commands: Any, name: str, help: str, description: str) -> Parser:
+    parser: Parser = commands.add_parser(
+        name, help=help, description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.summary = help
     return parser
 
 

@@ -3,18 +3,32 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command, weights_file, whole
+from dit_scale.cli.arguments import command, group, weights_file, whole
 
 
 def add(commands: Any) -> None:
     """Declare the commands."""
-    parser = commands.add_parser("checkpoint", help="list, verify, export, keep or prune a run's checkpoints")
-    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    listing = command(actions, "list", _list, "committed checkpoints of a run, newest first")
+    actions = group(
+        commands,
+        "checkpoint",
+        "list, verify, export, keep or prune a run's checkpoints",
+        example="dit-scale checkpoint list runs/dit_xl2_256",
+    )
+    listing = command(
+        actions,
+        "list",
+        _list,
+        "committed checkpoints of a run, newest first",
+        example="dit-scale checkpoint list runs/dit_xl2_256",
+    )
     listing.add_argument("run", help="the run's folder")
     listing.add_argument("--json", action="store_true", help="a list of objects, for machines")
     verify = command(
-        actions, "verify", _verify, "read every byte and name what is damaged; code 1 if anything is"
+        actions,
+        "verify",
+        _verify,
+        "read every byte and name what is damaged; code 1 if anything is",
+        example="dit-scale checkpoint verify runs/dit_xl2_256",
     )
     verify.add_argument(
         "source", help="run folder (all its checkpoints, stored averages and attempts) or checkpoint folder"
@@ -24,11 +38,22 @@ def add(commands: Any) -> None:
         "export",
         _export,
         "write EMA weights as one safetensors file with the published names",
+        example="dit-scale checkpoint export runs/dit_xl2_256 dit_xl2_256.safetensors",
     )
     export.add_argument("source", help="run folder (its newest checkpoint) or checkpoint folder")
     export.add_argument("out", type=weights_file, help="the .safetensors file to write")
     export.add_argument("--ema", default=None, help="EMA profile (default: the first of the run)")
-    keep = command(actions, "keep", _keep, "keep one checkpoint for good, whatever retention would do")
+    _add_retention(actions)
+
+
+def _add_retention(actions: Any) -> None:
+    keep = command(
+        actions,
+        "keep",
+        _keep,
+        "keep one checkpoint for good, whatever retention would do",
+        example="dit-scale checkpoint keep runs/dit_xl2_256 0000400000-0003",
+    )
     keep.add_argument("run", help="the run's folder")
     keep.add_argument(
         "checkpoint", metavar="NAME", help="as `checkpoint list` names it, for example 0000400000-0003"
@@ -40,6 +65,7 @@ def add(commands: Any) -> None:
         "delete checkpoints that retention would not keep; says which, and deletes with --yes",
         description="""Delete old checkpoints of a run that is not running.
 Says which would go; deletes them with --yes, after the newest was verified.""",
+        example="dit-scale checkpoint prune runs/dit_xl2_256 --keep 2 --yes",
     )
     prune.add_argument("run", help="the run's folder")
     prune.add_argument(

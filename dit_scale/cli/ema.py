@@ -3,14 +3,24 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command, weights_file, whole
+from dit_scale.cli.arguments import command, group, weights_file, whole
 
 
 def add(commands: Any) -> None:
     """Declare the commands."""
-    parser = commands.add_parser("ema", help="list a run's stored averages, or make one of another width")
-    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    listing = command(actions, "list", _list, "power-function averages that a run holds, by step")
+    actions = group(
+        commands,
+        "ema",
+        "list a run's stored averages, or make one of another width",
+        example="dit-scale ema reconstruct runs/dit_xl2_256 --sigma-rel 0.08 --out sigma08.safetensors",
+    )
+    listing = command(
+        actions,
+        "list",
+        _list,
+        "power-function averages that a run holds, by step",
+        example="dit-scale ema list runs/dit_xl2_256",
+    )
     listing.add_argument("run", help="the run's folder")
     listing.add_argument("--json", action="store_true", help="a list of objects, for machines")
     rebuild = command(

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import command, whole
+from dit_scale.cli.arguments import command, group, whole
 
 if TYPE_CHECKING:
     from dit_scale.data.shards import DatasetInfo
@@ -14,9 +14,19 @@ FEW = 5
 
 def add(commands: Any) -> None:
     """Declare the commands."""
-    parser = commands.add_parser("latents", help="describe, verify or show a latent data set")
-    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    info = command(actions, "info", _info, "what dataset.json says; reads nothing else")
+    actions = group(
+        commands,
+        "latents",
+        "describe, verify or show a latent data set",
+        example="dit-scale latents verify s3://bucket/imagenet256",
+    )
+    info = command(
+        actions,
+        "info",
+        _info,
+        "what dataset.json says; reads nothing else",
+        example="dit-scale latents info s3://bucket/imagenet256",
+    )
     info.add_argument("url", help="folder or s3:// prefix")
     info.add_argument("--quarantined", action="store_true", help="name all inputs without a sample, and why")
     info.add_argument("--json", action="store_true", help="an object, for machines; names all of them")
@@ -28,6 +38,7 @@ def add(commands: Any) -> None:
         description="""Read a data set again from the first byte to the last: digests, members of the tars,
 checksum, shape and label of every sample, counts, channel statistics.
 Ends with code 0 when it is sound, 1 when not (every problem is named), 2 when there is none.""",
+        example="dit-scale latents verify s3://bucket/imagenet256",
     )
     verify.add_argument("url", help="folder or s3:// prefix")
     verify.add_argument(

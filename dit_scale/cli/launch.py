@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from dit_scale.cli.arguments import command, whole
+from dit_scale.cli.arguments import CONFIG_HELP, command, whole
 from dit_scale.errors import DitScaleError
 
 
@@ -19,12 +19,12 @@ def add(commands: Any) -> None:
 each other through the run's folder (or checkpoint.url), start the deepspeed launcher, watch the ranks, and
 start again with the nodes that are left when one fails.
 
-  on each node         dit-scale launch configs/dit_xl2_256.yaml --nodes 2:4 run=/shared/xl2
+  dit-scale launch dit_xl2_256 --nodes 2:4 run=/shared/xl2        (on each node)
 
 Exit codes: 0 done, 75 stopped on request and saved (start again to go on), 93 (2 for an option) another start
 would end in the same way, 1 anything else.""",
     )
-    parser.add_argument("config", help="YAML file; the same on all nodes")
+    parser.add_argument("config", help=f"{CONFIG_HELP}; the same on all nodes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="the same on all nodes")
     parser.add_argument("--nodes", default="1", help="how many, or least:most (default 1)")
     parser.add_argument("--slots", type=whole(1), help="ranks of this node (default: its GPUs, or 1)")

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import command, whole
+from dit_scale.cli.arguments import CONFIG_HELP, command, whole
 
 if TYPE_CHECKING:
     from dit_scale.elastic.plan import Estimate, Machines, Work
@@ -30,14 +30,14 @@ def add(commands: Any) -> None:
         description="""Tell how long a run will take, how often it should save and what it will cost, from a
 measured speed and a failure rate (docs/goodput.md has the model).
 
-  dit-scale plan configs/dit_xl2_256.yaml --gpus 64 --images-per-s 400 --price 2.5
-  dit-scale plan configs/dit_xl2_256.yaml --gpus 8192 --images-per-s 400 --spares 11 \\
+  dit-scale plan dit_xl2_256 --gpus 64 --images-per-s 400 --price 2.5
+  dit-scale plan dit_xl2_256 --gpus 8192 --images-per-s 400 --spares 11 \\
       global_batch=524288 steps=60000 --simulate 14
 
 The speed may come from `python benchmarks/train_step.py --json`, by --speed-from. Seconds that are not
 given are assumptions, not measurements: measure them on the machines in question.""",
     )
-    parser.add_argument("config", help="YAML file: steps, global batch, checkpoints")
+    parser.add_argument("config", help=f"{CONFIG_HELP}: steps, global batch, checkpoints")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpus", type=whole(1), required=True, help="that train, spares not counted")
     speed = parser.add_mutually_exclusive_group(required=True)

@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
 
 Whether it is alive is judged by the ages of its files. Where it keeps its checkpoints on S3, supervisors
 that only wait for nodes give no sign in the folder.""",
+        example="dit-scale status runs/dit_xl2_256 --watch",
     )
     parser.add_argument("run", help="the run's folder")
     parser.add_argument("--json", action="store_true", help="one object, for machines")

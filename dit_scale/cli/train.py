@@ -4,7 +4,7 @@ import argparse
 import gc
 from typing import Any
 
-from dit_scale.cli.arguments import command, whole
+from dit_scale.cli.arguments import CONFIG_HELP, command, whole
 
 
 def add(commands: Any) -> None:
@@ -16,14 +16,18 @@ def add(commands: Any) -> None:
         "train a model, or resume its training",
         description="""Train a model, or go on from the newest checkpoint of its run.
 
-  one process          dit-scale train configs/demo.yaml
-  eight processes      deepspeed --num_gpus 8 --no_local_rank --module dit_scale.cli train CONFIG
+  dit-scale train dit_xl2_256 --dry-run --world 8
+  dit-scale train dit_xl2_256 data.url=s3://bucket/imagenet256 run=runs/xl2
+  deepspeed --num_gpus 8 --no_local_rank --module dit_scale.cli train dit_xl2_256
 
 SIGTERM, SIGUSR1 or Ctrl-C: saves at the next step and leaves with code 75.""",
     )
-    parser.add_argument("config", help="YAML file; configs/ has one for each recipe")
+    parser.add_argument("config", help=CONFIG_HELP)
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=2e-4 steps=1000"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="for example optimizer.lr=2e-4 steps=1000; `dit-scale config` tells all keys",
     )
     parser.add_argument(
         "--dry-run",

@@ -136,9 +136,9 @@ def read_info(storage: Storage) -> DatasetInfo:
         raise DataError(
             f"{storage.url} has no {INFO_KEY}: "
             + (
-                "its encoding has not finished; start the same encode_latents.py command again"
+                "its encoding has not finished; start the same encoding command again"
                 if begun
-                else "not a latent data set; make one with data_pipeline/encode_latents.py"
+                else "not a latent data set; make one with `dit-scale encode`"
             )
         ) from None
     except ValueError as error:

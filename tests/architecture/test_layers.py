@@ -15,14 +15,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("dit_scale", "data_pipeline")
+PIPELINE = "data_pipeline/dit_scale_pipeline"
+PACKAGES = ("dit_scale", PIPELINE)
+SCRIPTS = ("data_pipeline/encode_latents.py", "data_pipeline/verify.py")
 PROGRAMS = ("benchmarks", "cluster", "demo")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 LAYERS = (
     ("errors",),
-    ("config", "storage"),
+    ("recipes",),
+    ("config", "keys", "storage"),
     ("rng", "dist"),
     ("models", "diffusion", "data", "vae_files", "vae", "weights"),
     ("checkpoint",),
@@ -43,8 +46,8 @@ DOORS = {
     "botocore": ("dit_scale.storage.s3",),
     "diffusers": ("dit_scale.vae", "dit_scale.weights"),
     "huggingface_hub": ("dit_scale.vae_files",),
-    "pyarrow": ("data_pipeline.inputs.parquet",),
-    "ray": ("data_pipeline.flow", "data_pipeline.ray_cluster"),
+    "pyarrow": ("dit_scale_pipeline.inputs.parquet",),
+    "ray": ("dit_scale_pipeline.flow", "dit_scale_pipeline.ray_cluster"),
     "wandb": ("dit_scale.telemetry.sinks",),
     "tensorboard": ("dit_scale.telemetry.sinks",),
     "torch.utils.tensorboard": ("dit_scale.telemetry.sinks",),
@@ -55,6 +58,7 @@ WITHOUT_TORCH = (
     "dit_scale.errors",
     "dit_scale.cli",
     "dit_scale.config",
+    "dit_scale.keys",
     "dit_scale.storage",
     "dit_scale.data.download",
     "dit_scale.data.order",
@@ -66,11 +70,12 @@ WITHOUT_TORCH = (
     "dit_scale.models.zoo",
     "dit_scale.vae_files",
     "dit_scale.checkpoint.writer",
-    "data_pipeline.decoder",
-    "data_pipeline.images",
-    "data_pipeline.inputs",
-    "data_pipeline.shards_writer",
-    "data_pipeline.verify",
+    "dit_scale.recipes",
+    "dit_scale_pipeline.decoder",
+    "dit_scale_pipeline.images",
+    "dit_scale_pipeline.inputs",
+    "dit_scale_pipeline.shards_writer",
+    "dit_scale_pipeline.verify",
 )
 """Modules that must load quickly, or where there is no torch: neither they nor what they import has it."""
 
@@ -93,7 +98,8 @@ def sources(*folders: str) -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    root = ROOT / "data_pipeline" if path.is_relative_to(ROOT / PIPELINE) else ROOT
+    parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -181,9 +187,25 @@ def test_nobody_imports_the_loop_or_the_command_line() -> None:
 
 
 def test_the_library_does_not_know_its_programs() -> None:
-    programs = ("data_pipeline", *PROGRAMS, "tests")
-    assert [o for path in sources("dit_scale") for o in offences(path, programs)] == []
-    assert [o for path in sources("data_pipeline") for o in offences(path, (*PROGRAMS, "tests"))] == []
+    programs = (*PROGRAMS, "tests")
+    assert [o for path in sources(*PACKAGES) for o in offences(path, programs)] == []
+
+
+def test_only_the_encode_command_knows_the_pipeline() -> None:
+    found = [
+        (name, entry.name, entry.lazy)
+        for name, path in MODULES.items()
+        if within(name, ("dit_scale",))
+        for entry in imports_of(path)
+        if within(entry.name, ("dit_scale_pipeline",))
+    ]
+    assert found == [("dit_scale.cli.encode", "dit_scale_pipeline.job", True)]
+
+
+def test_the_folder_of_the_pipeline_holds_short_scripts_beside_it() -> None:
+    beside = {str(path.relative_to(ROOT)): path for path in (ROOT / "data_pipeline").glob("*.py")}
+    assert set(beside) == set(SCRIPTS)
+    assert {name for name, path in beside.items() if len(path.read_text().splitlines()) > 30} == set()
 
 
 def test_imports_have_no_cycle() -> None:

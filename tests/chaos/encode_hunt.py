@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from data_pipeline.flow import MAX_LOSSES
-from data_pipeline.metrics import METRICS_KEY
-from data_pipeline.verify import main as verify_main
 from dit_scale.storage import open_storage
+from dit_scale_pipeline.flow import MAX_LOSSES
+from dit_scale_pipeline.metrics import METRICS_KEY
+from dit_scale_pipeline.verify import main as verify_main
 from tests.encoding import clean_environment, job_command, objects, write_images
 from tests.faults.ceph import CephServer
 from tests.faults.proxy import FaultProxy

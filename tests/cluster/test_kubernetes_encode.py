@@ -13,8 +13,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from data_pipeline import encode_latents
+from dit_scale.cli import main
 from dit_scale.config import EncodeConfig
+from dit_scale_pipeline import job as encoding
 from tests.needs import needs
 
 pytestmark = pytest.mark.cluster
@@ -85,8 +86,8 @@ def parsed(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> EncodeConfig
         configs.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encode_latents, "encode", encode)
-    assert encode_latents.main([word.replace(IN_IMAGE, str(ROOT)) for word in arguments]) == 130
+    monkeypatch.setattr(encoding, "encode", encode)
+    assert main(["encode", *(word.replace(IN_IMAGE, str(ROOT)) for word in arguments)]) == 130
     return configs[0]
 
 

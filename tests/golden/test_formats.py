@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.shards_writer import Row, build_shard
 from dit_scale import rng
 from dit_scale.checkpoint import attempts, rankfile
 from dit_scale.checkpoint.attempts import Attempt
@@ -21,6 +20,7 @@ from dit_scale.data.order import Order, permute, positions_of, round_keys, sampl
 from dit_scale.data.shards import encode_sample
 from dit_scale.rng import Purpose
 from dit_scale.storage import open_storage
+from dit_scale_pipeline.shards_writer import Row, build_shard
 
 FORMATS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.encoder import Encoder
 from dit_scale.config import EncodeConfig
 from dit_scale.vae_files import find
+from dit_scale_pipeline.encoder import Encoder
 from tests.encoding import clean_environment, job_command, objects, write_images
 from tests.tiny_vae import save_full_vae, save_tiny_vae
 

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.verify import main as verify_main
 from dit_scale.data.shards import LatentDataset, read_info
 from dit_scale.storage import open_storage
+from dit_scale_pipeline.verify import main as verify_main
+from tests.bare import bare_python
 from tests.encoding import ROOT, SCRIPT, clean_environment, job_command, objects, write_images
 from tests.faults.ports import free_port
 from tests.faults.proxy import FaultProxy
@@ -136,20 +137,26 @@ def s3() -> Iterator[tuple[FaultProxy, dict[str, str]]]:
 
 
 @pytest.fixture(scope="module")
-def cluster(s3: tuple[FaultProxy, dict[str, str]]) -> Iterator[dict[str, str]]:
-    """A Ray head on loopback that can reach the S3 server; yields the environment of its drivers."""
+def cluster(
+    s3: tuple[FaultProxy, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """A Ray head on loopback that can reach the S3 server; yields the environment of its drivers.
+
+    The project is not installed for the Python of the head and its workers: they get it from the driver.
+    """
+    python = bare_python(tmp_path_factory.mktemp("bare"))
     address, dashboard = f"127.0.0.1:{free_port()}", free_port()
     environment = ENVIRONMENT | s3[1] | {"RAY_USAGE_STATS_ENABLED": "0"}
     # Ray's sockets lie in its folder, and a socket's path must be short.
     temporary = Path("/tmp") / f"ray-{uuid.uuid4().hex[:8]}"
-    command = [RAY, "start", "--head", "--block", "--num-cpus=3"]
+    command = [str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=3"]
     command += ["--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}"]
     # the defaults of these may be taken by another Ray
     command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
-    head = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    bare = environment | {"PATH": f"{python.parent}:{environment['PATH']}"}
+    bare.pop("PYTHONPATH", None)
+    head = subprocess.Popen(command, env=bare, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_until(lambda: listens(dashboard), head)
         yield environment | {"RAY_ADDRESS": address, "DASHBOARD": f"http://127.0.0.1:{dashboard}"}
@@ -217,9 +224,9 @@ def test_what_dataset_json_says(latents: Path, folder: Path) -> None:
 def test_latents_are_those_of_the_image_and_of_its_mirror(latents: Path, folder: Path) -> None:
     import torch
 
-    from data_pipeline.images import center_crop, decode, to_array
-    from data_pipeline.inputs import open_input
     from dit_scale import vae
+    from dit_scale_pipeline.images import center_crop, decode, to_array
+    from dit_scale_pipeline.inputs import open_input
 
     entry = open_input(str(folder / "images")).list().entries()[3]
     pixels = to_array(center_crop(decode((folder / "images" / entry.path).read_bytes()), 32))

@@ -1,17 +1,21 @@
 """The command line: quick help, and one message with exit code 2 for every mistake that people make."""
 
+import argparse
 import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from dit_scale import cli
+from dit_scale import cli, recipes
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
 from dit_scale.checkpoint.reader import Checkpoint
@@ -24,6 +28,7 @@ from tests.tiny_run import STEP, write_run
 from tests.tiny_vae import save_tiny_vae
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+COMMANDS = cli._parser()[1]
 NEWEST = name_of(STEP, 1)
 
 HEAVY = ("torch", "deepspeed", "diffusers", "numpy", "scipy", "pydantic", "yaml", "boto3", "rich", "PIL")
@@ -99,6 +104,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     "command",
     [
         [],
+        ["config"],
+        ["encode"],
         ["train"],
         ["sample"],
         ["models"],
@@ -110,7 +117,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_help_imports_nothing_of_weight(command: list[str]) -> None:
     script = f"""
 import sys
-from dit_scale import cli
+import tomllib
+from dit_scale import cli, recipes
 try:
     cli.main({[*command, "--help"]!r})
 except SystemExit as end:
@@ -122,19 +130,52 @@ print("loaded:", *sorted(set({HEAVY!r}) & set(sys.modules)))
     assert done.stdout.splitlines()[-1] == "loaded:"
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    printed = capsys.readouterr().out
-    for command in ("train", "sample", "models", "latents", "checkpoint", "ema"):
-        assert f"\n    {command}" in printed
+@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["alone", "help"])
+def test_the_front_page_lists_commands_and_recipes(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 0
+    listed = re.findall(r"^  (\w+) +\w+.* \w+", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name in listed if name in COMMANDS] == list(COMMANDS)
+    assert set(listed) - set(COMMANDS) == {recipes.names()[0]}
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    project = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"dit-scale {project['version']}\n"
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """All commands and actions, `checkpoint` and `checkpoint list`, with their parsers."""
+    found = dict(COMMANDS)
+    for name, parser in COMMANDS.items():
+        for action in parser._subparsers._group_actions if parser._subparsers else ():
+            found |= {f"{name} {own}": actual for own, actual in dict(action.choices or {}).items()}
+    return found
+
+
+@pytest.mark.parametrize("name", parsers())
+def test_help_has_an_example_that_can_be_run(name: str) -> None:
+    """Every example in it is a command line that the parser takes; one is of this command."""
+    text = str(parsers()[name].description).replace("\\\n", " ")
+    lines = r"^  (?:dit-scale|deepspeed .*dit_scale\.cli) (\S.*?)(?:  +\(.*\))?$"
+    examples = re.findall(lines, text, re.MULTILINE)
+    assert any(example.startswith(f"{name} ") or example == name for example in examples)
+    for example in examples:
+        assert cli._parse(shlex.split(example)).name.startswith(f"dit-scale {name}")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "the following arguments are required: COMMAND"),
-        (["tarin"], "invalid choice: 'tarin'"),
+        (["tarin"], "unknown command 'tarin'; did you mean 'train'? `dit-scale` alone lists the commands"),
+        (["qqq"], "unknown command 'qqq'; `dit-scale` alone lists the commands"),
+        (["checkpoint", "lsit"], "invalid choice: 'lsit'"),
         (["train"], "the following arguments are required: config"),
         (["train", "x", "--world", "0"], "--world: expected a whole number from 1"),
         (["sample", "x", "--images", "0"], "--images: expected a whole number from 1"),
@@ -237,7 +278,7 @@ def test_a_data_set_that_is_not_finished(tmp_path: Path, capsys: pytest.CaptureF
     write_latents(tmp_path / "data", num=4)
     (tmp_path / "data" / INFO_KEY).rename(tmp_path / "data" / "encode.json")
     said = refused(capsys, *small(tmp_path, tmp_path / "data"))
-    assert "its encoding has not finished; start the same encode_latents.py command again" in said
+    assert "its encoding has not finished; start the same encoding command again" in said
 
 
 @pytest.mark.usefixtures("same_process")

@@ -12,21 +12,21 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from data_pipeline import output
-from data_pipeline.compare import psnr
-from data_pipeline.decoder import read_batch
-from data_pipeline.encode_latents import make_plan
-from data_pipeline.encoder import Encoder
-from data_pipeline.images import center_crop, to_array
-from data_pipeline.inputs.saved import save_listing
-from data_pipeline.shards_writer import write_shard
-from data_pipeline.verify import main
 from demo import digits
 from dit_scale import vae
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import LatentDataset
 from dit_scale.pictures import decode, random_ids
 from dit_scale.storage import open_storage
+from dit_scale_pipeline import output
+from dit_scale_pipeline.compare import psnr
+from dit_scale_pipeline.decoder import read_batch
+from dit_scale_pipeline.encoder import Encoder
+from dit_scale_pipeline.images import center_crop, to_array
+from dit_scale_pipeline.inputs.saved import save_listing
+from dit_scale_pipeline.job import make_plan
+from dit_scale_pipeline.shards_writer import write_shard
+from dit_scale_pipeline.verify import main
 from tests.tiny_vae import save_tiny_vae
 
 VAE = str(Path(__file__).parents[2] / "demo" / "vae")

@@ -9,20 +9,21 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from data_pipeline import output
-from data_pipeline.encode_latents import main, resolve_paths
-from data_pipeline.encoder import Encoder
-from data_pipeline.inputs import Listing
-from data_pipeline.metrics import Metrics
-from data_pipeline.progress import Watch
-from data_pipeline.ray_cluster import Placement, place
-from data_pipeline.shards_writer import Row, Shard, build_shard
 from dit_scale import dist
+from dit_scale.cli import main
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import Quarantined, VaeIdentity
 from dit_scale.errors import ConfigError, DataError, DeviceError, WeightsError
 from dit_scale.storage import Storage, open_storage
 from dit_scale.vae_files import find
+from dit_scale_pipeline import output
+from dit_scale_pipeline.encoder import Encoder
+from dit_scale_pipeline.inputs import Listing
+from dit_scale_pipeline.job import resolve_paths
+from dit_scale_pipeline.metrics import Metrics
+from dit_scale_pipeline.progress import Watch
+from dit_scale_pipeline.ray_cluster import Placement, place
+from dit_scale_pipeline.shards_writer import Row, Shard, build_shard
 from tests.tiny_vae import save_tiny_vae
 
 VAE = VaeIdentity(name="x", weights_sha256="1", scale=0.2, downsample=8, latent_channels=4)
@@ -297,7 +298,7 @@ def test_the_command_line_without_ray(tmp_path: Path, capsys: pytest.CaptureFixt
     Image.new("RGB", (40, 40)).save(tmp_path / "images/a/1.png")
     vae = save_tiny_vae(tmp_path / "vae")
     paths = [f"source={tmp_path}/images", f"vae={vae}", f"output={tmp_path}/out", "vae_batch=2"]
-    assert main(["--dry-run", "image_size=32", *paths]) == 0
+    assert main(["encode", "--dry-run", "image_size=32", *paths]) == 0
     captured = capsys.readouterr()
     assert "latents [2, 8, 4, 4]\n1 shards" in captured.out
     assert "images/s per encoder" in captured.out
@@ -309,12 +310,12 @@ def test_the_command_line_without_ray(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--config", str(tmp_path / "none.yaml")], "no configuration file"),
         ([*paths, "source=/nowhere"], "no folder at /nowhere"),
     ):
-        assert main(wrong) == 2
+        assert main(["encode", *wrong]) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "images/b").mkdir()
-    assert main([*paths, "image_size=32"]) == 2
+    assert main(["encode", *paths, "image_size=32"]) == 2
     assert "classes without an image: b. Bring its images" in capsys.readouterr().err
     (tmp_path / "images/b").rmdir()
     (tmp_path / "out/encode.json").write_text(json.dumps({"image_size": 32}))
-    assert main(paths) == 2
+    assert main(["encode", *paths]) == 2
     assert "image_size: 32 there, 256 here" in capsys.readouterr().err

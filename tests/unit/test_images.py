@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.decoder import read_batch
-from data_pipeline.images import center_crop, decode, to_array
-from data_pipeline.inputs import Entry, InputError, open_input
+from dit_scale_pipeline.decoder import read_batch
+from dit_scale_pipeline.images import center_crop, decode, to_array
+from dit_scale_pipeline.inputs import Entry, InputError, open_input
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:

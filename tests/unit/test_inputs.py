@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.decoder import read_batch
-from data_pipeline.inputs import Archive, Entry, Listing, open_input
-from data_pipeline.inputs.saved import LISTING_KEY, difference, load_listing, save_listing
 from dit_scale.errors import DataError
 from dit_scale.storage import open_storage
+from dit_scale_pipeline.decoder import read_batch
+from dit_scale_pipeline.inputs import Archive, Entry, Listing, open_input
+from dit_scale_pipeline.inputs.saved import LISTING_KEY, difference, load_listing, save_listing
 
 
 def test_the_listing_is_sorted_bytewise_and_its_digest_is_the_shells(tmp_path: Path) -> None:

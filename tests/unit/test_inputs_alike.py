@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.decoder import read_batch
-from data_pipeline.inputs import Entry, Listing, Progress, open_input
-from data_pipeline.inputs.archives import ArchiveInput
-from data_pipeline.inputs.saved import current_listing, load_listing, save_listing
 from dit_scale.storage import open_storage
+from dit_scale_pipeline.decoder import read_batch
+from dit_scale_pipeline.inputs import Entry, Listing, Progress, open_input
+from dit_scale_pipeline.inputs.archives import ArchiveInput
+from dit_scale_pipeline.inputs.saved import current_listing, load_listing, save_listing
 from tests.archives import ARCHIVES, KINDS, Images, tar_of, upload, watch_reads, write_parquet
 from tests.s3 import BUCKET, s3_server
 

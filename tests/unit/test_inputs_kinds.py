@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from data_pipeline.inputs import InputError, Listing, open_input, tars
-from data_pipeline.inputs.archives import ArchiveInput, Found, Part
-from data_pipeline.inputs.webdataset import split_name
 from dit_scale.errors import DataError
+from dit_scale_pipeline.inputs import InputError, Listing, open_input, tars
+from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part
+from dit_scale_pipeline.inputs.webdataset import split_name
 from tests.archives import (
     ARCHIVES,
     KINDS,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.inputs import open_input
 from dit_scale.errors import DataError
 from dit_scale.storage import open_storage
+from dit_scale_pipeline.inputs import open_input
 from tests.archives import ARCHIVES, KINDS, Images, tar_of, upload, watch_reads, web_dataset
 from tests.s3 import BUCKET, s3_server
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.inputs import Entry, InputError, open_input
-from data_pipeline.inputs.parquet import Parquet
 from dit_scale.errors import DataError
 from dit_scale.storage import DiskStorage
+from dit_scale_pipeline.inputs import Entry, InputError, open_input
+from dit_scale_pipeline.inputs.parquet import Parquet
 from tests.archives import parquet, watch_reads, write_parquet
 
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from data_pipeline.inputs import tars
-from data_pipeline.inputs.base import Entry
-from data_pipeline.inputs.tars import Member, Tar, read_member
 from dit_scale.errors import DataError, StorageError
 from dit_scale.storage import DiskStorage, S3Storage, Storage, open_storage
+from dit_scale_pipeline.inputs import tars
+from dit_scale_pipeline.inputs.base import Entry
+from dit_scale_pipeline.inputs.tars import Member, Tar, read_member
 from tests.archives import tar_of, watch_reads
 from tests.needs import needs
 from tests.s3 import BUCKET, s3_server

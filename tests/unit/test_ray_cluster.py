@@ -6,10 +6,10 @@ import socket
 
 import pytest
 
-from data_pipeline import ray_cluster
-from data_pipeline.ray_cluster import cluster, most_encoders, place
 from dit_scale.config import EncodeConfig
 from dit_scale.errors import DeviceError
+from dit_scale_pipeline import ray_cluster
+from dit_scale_pipeline.ray_cluster import cluster, most_encoders, place
 
 NODES = ([2.0], [2.0, 2.0], [1.0, 2.0], [0.25, 1.5], [4.0, 1.0], [2.0, 1.0, 1.5])
 

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.shards_writer import Row, ShardRecord, build_shard
 from dit_scale.data import files, shards
 from dit_scale.data.files import DamagedError
 from dit_scale.data.shards import (
@@ -32,6 +31,7 @@ from dit_scale.data.shards import (
 from dit_scale.data.statistics import combine_sums
 from dit_scale.errors import DataError
 from dit_scale.storage import Storage, open_storage
+from dit_scale_pipeline.shards_writer import Row, ShardRecord, build_shard
 from tests.latents import write_latents
 from tests.s3 import BUCKET, s3_server
 

@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from data_pipeline.encoder import Encoder
+import dit_scale
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import VaeIdentity
 from dit_scale.errors import DeviceError, DitScaleError
+from dit_scale_pipeline.encoder import Encoder
 
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
 
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (Path(dit_scale.__file__).resolve().parent, Path(__file__).resolve().parent)
+"""The code of this process, which workers run too."""
 
 PATIENCE_S = 20.0
 """Time after which a job that waits for its encoders says so."""
@@ -58,14 +60,14 @@ def cluster(address: str) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS", "local") if address == "auto" else address
     how: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
     if address == "local":
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        roots = [str(package.parent) for package in PACKAGES]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*roots, os.environ.get("PYTHONPATH")]))
         how["include_dashboard"] = False
     else:
         # What becomes of a lost node's work is told by the flow; Ray writes pages about it.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         _wait_for_head(address)
-        if not is_submitted():
-            how["runtime_env"] = {"py_modules": [str(ROOT / "dit_scale"), str(ROOT / "data_pipeline")]}
+        how["runtime_env"] = {"py_modules": [str(package) for package in PACKAGES]}
     with ExitStack() as stack:
         over = threading.Event()
         stack.callback(over.set)
@@ -165,7 +167,7 @@ class _Lifeline:
             if self.cut:
                 _thread.interrupt_main(signal.SIGTERM)
                 if not self._over.wait(NODE_LOST_S):
-                    print(f"error: {self.error}", file=sys.stderr, flush=True)
+                    print(f"dit-scale encode: {self.error}", file=sys.stderr, flush=True)
                     os._exit(2)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from data_pipeline.inputs.base import InputError
+from dit_scale_pipeline.inputs.base import InputError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may take the contents for, whatever the name says; none of them runs a program."""

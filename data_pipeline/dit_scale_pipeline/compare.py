@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from rich.console import Console
 
-from data_pipeline.decoder import read_batch
-from data_pipeline.images import Pixels
-from data_pipeline.inputs import Listing, open_input
-from data_pipeline.inputs.saved import current_listing, difference, load_listing
-from data_pipeline.progress import listing_bar
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import DataError
 from dit_scale.pictures import decode, side_by_side
 from dit_scale.vae import Vae
+from dit_scale_pipeline.decoder import read_batch
+from dit_scale_pipeline.images import Pixels
+from dit_scale_pipeline.inputs import Listing, open_input
+from dit_scale_pipeline.inputs.saved import current_listing, difference, load_listing
+from dit_scale_pipeline.progress import listing_bar
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.images import Pixels, center_crop, decode, to_array
-from data_pipeline.inputs import Entry, Input, InputError, open_input
+from dit_scale_pipeline.images import Pixels, center_crop, decode, to_array
+from dit_scale_pipeline.inputs import Entry, Input, InputError, open_input
 
 READS_AHEAD = 8
 """Images that are fetched at once from a remote source, where each one waits for the network."""

@@ -5,15 +5,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import islice
 
-from data_pipeline.inputs.archives import ArchiveInput
-from data_pipeline.inputs.base import Input
-from data_pipeline.inputs.folders import ClassFolders
-from data_pipeline.inputs.imagenet_tar import ClassTars, NestedTar
-from data_pipeline.inputs.parquet import Parquet
-from data_pipeline.inputs.places import ARCHIVE_SUFFIXES, KINDS, Place, locate
-from data_pipeline.inputs.tars import Tar
-from data_pipeline.inputs.webdataset import LABEL_SUFFIXES, WebDataset, split_name
 from dit_scale.errors import DataError
+from dit_scale_pipeline.inputs.archives import ArchiveInput
+from dit_scale_pipeline.inputs.base import Input
+from dit_scale_pipeline.inputs.folders import ClassFolders
+from dit_scale_pipeline.inputs.imagenet_tar import ClassTars, NestedTar
+from dit_scale_pipeline.inputs.parquet import Parquet
+from dit_scale_pipeline.inputs.places import ARCHIVE_SUFFIXES, KINDS, Place, locate
+from dit_scale_pipeline.inputs.tars import Tar
+from dit_scale_pipeline.inputs.webdataset import LABEL_SUFFIXES, WebDataset, split_name
 
 _LOOKED_AT = 16
 """Members of a tar that show of which kind it is: a sample has a label, the tar of a class has none."""

@@ -11,14 +11,14 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import data_pipeline.inputs as inputs
-from data_pipeline.decoder import DecodedBatch
-from data_pipeline.inputs import Listing
-from data_pipeline.metrics import Metrics
-from data_pipeline.shards_writer import ShardRecord, shard_name
+import dit_scale_pipeline.inputs as inputs
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import DatasetInfo, Quarantined
 from dit_scale.errors import DataError
+from dit_scale_pipeline.decoder import DecodedBatch
+from dit_scale_pipeline.inputs import Listing
+from dit_scale_pipeline.metrics import Metrics
+from dit_scale_pipeline.shards_writer import ShardRecord, shard_name
 
 SHOWN = 5
 """Names of inputs that a message shows before it says how many more there are."""

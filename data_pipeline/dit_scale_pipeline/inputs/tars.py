@@ -9,10 +9,10 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data_pipeline.inputs.base import Entry
-from data_pipeline.inputs.ranged import buffered
 from dit_scale.errors import DataError, StorageError
 from dit_scale.storage import DiskStorage, MissingKeyError, Storage
+from dit_scale_pipeline.inputs.base import Entry
+from dit_scale_pipeline.inputs.ranged import buffered
 
 DISK_WINDOW_BYTES = 4 * 2**10
 REMOTE_WINDOW_BYTES = 4 * 2**20

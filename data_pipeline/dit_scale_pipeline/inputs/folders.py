@@ -5,10 +5,19 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.inputs.base import Archive, Entry, Input, InputError, Listing, Progress, in_order, silent
-from data_pipeline.inputs.places import KINDS
 from dit_scale.errors import DataError
 from dit_scale.storage import DiskStorage, MissingKeyError, Storage
+from dit_scale_pipeline.inputs.base import (
+    Archive,
+    Entry,
+    Input,
+    InputError,
+    Listing,
+    Progress,
+    in_order,
+    silent,
+)
+from dit_scale_pipeline.inputs.places import KINDS
 
 
 class ClassFolders(Input):

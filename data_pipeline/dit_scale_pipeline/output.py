@@ -14,12 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from pydantic import ValidationError
 
-from data_pipeline.encoder import VIEWS
-from data_pipeline.images import CROP
-from data_pipeline.inputs import Listing
-from data_pipeline.inputs.saved import difference
-from data_pipeline.progress import few
-from data_pipeline.shards_writer import ShardRecord, put_once, shard_name
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import (
     FORMAT,
@@ -35,6 +29,12 @@ from dit_scale.data.shards import (
 from dit_scale.data.statistics import combine_sums
 from dit_scale.errors import ConfigError, DataError
 from dit_scale.storage import MissingKeyError, Storage
+from dit_scale_pipeline.encoder import VIEWS
+from dit_scale_pipeline.images import CROP
+from dit_scale_pipeline.inputs import Listing
+from dit_scale_pipeline.inputs.saved import difference
+from dit_scale_pipeline.progress import few
+from dit_scale_pipeline.shards_writer import ShardRecord, put_once, shard_name
 
 IDENTITY_KEY = "encode.json"
 

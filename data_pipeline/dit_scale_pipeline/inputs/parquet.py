@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.inputs.archives import ArchiveInput, Found, Part, checked_label
-from data_pipeline.inputs.base import Entry, InputError
-from data_pipeline.inputs.places import Place
-from data_pipeline.inputs.ranged import RangedFile
 from dit_scale.errors import DataError
 from dit_scale.storage import MissingKeyError
+from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part, checked_label
+from dit_scale_pipeline.inputs.base import Entry, InputError
+from dit_scale_pipeline.inputs.places import Place
+from dit_scale_pipeline.inputs.ranged import RangedFile
 
 if TYPE_CHECKING:
     from pyarrow import Table

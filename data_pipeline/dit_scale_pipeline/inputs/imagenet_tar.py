@@ -7,10 +7,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from data_pipeline.inputs.archives import ArchiveInput, Found, Part
-from data_pipeline.inputs.base import Archive, Entry
-from data_pipeline.inputs.tars import DISK_WINDOW_BYTES, Tar, read_member
 from dit_scale.errors import DataError
+from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part
+from dit_scale_pipeline.inputs.base import Archive, Entry
+from dit_scale_pipeline.inputs.tars import DISK_WINDOW_BYTES, Tar, read_member
 
 _STRANGE_SUFFIXES = (".tar", ".cls")
 """Of members that show that a tar does not hold the images of one class."""

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.decoder import DecodedBatch, read_batch
-from data_pipeline.inputs import Entry, Listing
-from data_pipeline.ray_cluster import LostError, get, living_nodes, most_encoders
-from data_pipeline.shards_writer import ShardRecord, write_shard
 from dit_scale.config import EncodeConfig
 from dit_scale.errors import DataError, DeviceError, DitScaleError
+from dit_scale_pipeline.decoder import DecodedBatch, read_batch
+from dit_scale_pipeline.inputs import Entry, Listing
+from dit_scale_pipeline.ray_cluster import LostError, get, living_nodes, most_encoders
+from dit_scale_pipeline.shards_writer import ShardRecord, write_shard
 
 if TYPE_CHECKING:
     from ray import ObjectRef

@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from data_pipeline.inputs.archives import ArchiveInput, Found, Part, checked_label
-from data_pipeline.inputs.base import Entry, InputError
-from data_pipeline.inputs.tars import Member, Tar, read_member
 from dit_scale.errors import DataError
+from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part, checked_label
+from dit_scale_pipeline.inputs.base import Entry, InputError
+from dit_scale_pipeline.inputs.tars import Member, Tar, read_member
 
 IMAGE_SUFFIXES = ("bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 LABEL_SUFFIXES = ("cls", "json")

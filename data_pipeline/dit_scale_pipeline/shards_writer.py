@@ -17,11 +17,11 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.decoder import DecodedBatch
 from dit_scale.data.shards import INDEX_HEADER, RECORD, Quarantined, ShardInfo, encode_sample, write_index
 from dit_scale.data.statistics import channel_sums
 from dit_scale.errors import DataError
 from dit_scale.storage import Storage, open_storage
+from dit_scale_pipeline.decoder import DecodedBatch
 
 TAR_HEADER_BYTES = 512
 

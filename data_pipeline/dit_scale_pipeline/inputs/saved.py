@@ -12,9 +12,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from data_pipeline.inputs.base import Archive, Input, Listing, Progress, silent
 from dit_scale.errors import DataError
 from dit_scale.storage import MissingKeyError, Storage
+from dit_scale_pipeline.inputs.base import Archive, Input, Listing, Progress, silent
 
 LISTING_KEY = "listing.safetensors"
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipeline.inputs.base import Archive, Input, Listing, Progress, in_order, silent
-from data_pipeline.inputs.places import KINDS, Place
 from dit_scale.errors import DataError
+from dit_scale_pipeline.inputs.base import Archive, Input, Listing, Progress, in_order, silent
+from dit_scale_pipeline.inputs.places import KINDS, Place
 
 LISTED_AT_ONCE = 8
 """Archives; each holds one window in memory while it is listed."""

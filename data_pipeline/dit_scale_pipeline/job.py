@@ -1,0 +1,168 @@
+"""The encoding job: images into a latent data set, in parallel, by Ray.
+
+Without RAY_ADDRESS a local Ray is started and ended with the job. Decoding tasks turn a shard's images
+into crops, encoder actors turn crops into latents, a writing task puts the shard; how much is under way
+at once is bounded. Start the same command again after any stop: finished shards are kept.
+"""
+
+import math
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from dit_scale.config import EncodeConfig, dump
+from dit_scale.data.shards import INFO_KEY, DatasetInfo, VaeIdentity, read_info
+from dit_scale.errors import ConfigError
+from dit_scale.storage import Storage, open_storage
+from dit_scale.vae_files import find as find_vae
+from dit_scale_pipeline import output
+from dit_scale_pipeline.encoder import Encoder
+from dit_scale_pipeline.flow import Flow, Stall
+from dit_scale_pipeline.inputs import Listing, open_input
+from dit_scale_pipeline.inputs.saved import current_listing, load_listing, save_listing
+from dit_scale_pipeline.metrics import Metrics
+from dit_scale_pipeline.progress import Watch, listing_bar, report_listing, summary
+from dit_scale_pipeline.ray_cluster import cluster, is_submitted, place, start_encoders, wait_for_nodes
+from dit_scale_pipeline.shards_writer import ShardRecord
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the shards are functions of."""
+
+    config: EncodeConfig
+    listing: Listing
+    vae: VaeIdentity
+    identity: output.Identity
+    shards: dict[str, range]
+    """Name => its rows of the listing."""
+
+
+def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
+    """The whole job; safe to call again after any stop."""
+    config = resolve_paths(config)
+    storage = open_storage(config.output)
+    begun = output.read_identity(storage)
+    if begun is not None:
+        config = output.with_precision_of(begun, config)
+    complete = begun is not None and storage.exists(INFO_KEY)
+    metrics = None if complete else Metrics(storage, config)
+    saved = load_listing(storage)
+    plan = make_plan(config, saved, console)
+    if begun is not None:
+        output.check_identity(storage, begun, plan.identity, plan.listing, saved)
+    if metrics is None:
+        console.print("this data set is complete, nothing to do")
+        return read_info(storage)
+    if saved is None or saved.sha256 != plan.listing.sha256:
+        save_listing(storage, plan.listing)
+    records = output.finished_shards(storage)
+    num_missing = len(plan.shards) - len(records)
+    with closing(metrics):
+        if num_missing:
+            console.print(f"{num_missing} of {len(plan.shards)} shards to encode; starting Ray and the VAE")
+            with Watch(len(plan.listing), config, records.values(), console, metrics) as watch:
+                with cluster(config.ray_address):
+                    begun = make_shards(plan, storage, records, watch, console)
+    assert begun is not None, "shards without an identity are refused above"
+    return output.commit(
+        storage, config, plan.listing, plan.vae, begun, [records[name] for name in plan.shards]
+    )
+
+
+def make_plan(config: EncodeConfig, saved: Listing | None, console: Console) -> Plan:
+    """What is to be encoded, by what, into which shards; `saved` is the listing of an earlier start."""
+    vae = find_vae(config.vae).identity
+    output.latent_shape(config, vae)
+    with listing_bar(console) as progress:
+        listing = current_listing(open_input(config.source), saved, progress)
+    report_listing(listing, console)
+    output.refuse_empty(config, listing.empty_classes, f"{config.source}: classes without an image")
+    identity = output.identity(config, listing, vae)
+    return Plan(config, listing, vae, identity, output.plan(listing, config.shard_samples))
+
+
+def make_shards(
+    plan: Plan, storage: Storage, records: dict[str, ShardRecord], watch: Watch, console: Console
+) -> output.Identity:
+    """Make the shards that have no record, and add theirs; returns the identity of all of them."""
+    config = plan.config
+    placement = place(config, wait_for_nodes(config, console))
+    encoders, runtime = start_encoders(config, plan.vae, placement, console)
+    console.print(f"{len(encoders)} encoders on {runtime['device']}, the VAE in {runtime['precision']}")
+    claimed = output.claim(storage, {**plan.identity, **runtime}, plan.listing)
+    missing = {name: rows for name, rows in plan.shards.items() if name not in records}
+    flow = Flow(
+        config, plan.listing, missing, encoders, placement.decoders, runtime, plan.vae.latent_channels
+    )
+    watch.start()
+    for event in flow.run():
+        match event:
+            case ShardRecord():
+                records[event.name] = event
+                watch.shard(event)
+            case Stall():
+                watch.stall(event.waits_for)
+            case _:
+                watch.batch(event)
+    return claimed
+
+
+def resolve_paths(config: EncodeConfig) -> EncodeConfig:
+    """Paths as workers see them, who stand in other folders: absolute."""
+    update = {}
+    for name in ("source", "output", "vae"):
+        text = getattr(config, name)
+        path = Path(text).expanduser()
+        if "://" in text or path.is_absolute() or (name == "vae" and (is_submitted() or not path.is_dir())):
+            continue
+        if is_submitted():
+            raise ConfigError(
+                f"{name}={text}: a submitted job runs in a temporary copy of the working directory; "
+                "give an absolute path that all nodes see, or an s3:// url"
+            )
+        update[name] = str(path.absolute())
+    return config.model_copy(update=update)
+
+
+def dry_run(config: EncodeConfig, console: Console) -> None:
+    """Print what would be done, and run one synthetic batch in this process, without Ray."""
+    import torch
+
+    print(dump(config))
+    plan = make_plan(config, None, console)
+    vae = plan.vae
+    shape = output.latent_shape(config, vae)
+    size_bytes = len(plan.listing) * 2 * math.prod(shape)
+    print(
+        f"VAE {vae.name} (weights {vae.weights_sha256[:12]}), scale {vae.scale}: latents {list(shape)}\n"
+        f"{len(plan.shards)} shards, about {size_bytes / 1e9:.3f} GB"
+    )
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = Encoder(config, vae, device)
+    runtime = encoder.runtime()
+    pixels = np.zeros((config.vae_batch, config.image_size, config.image_size, 3), np.uint8)
+    encoder.encode(pixels, runtime)
+    started = time.perf_counter()
+    encoder.encode(pixels, runtime)
+    rate = config.vae_batch / (time.perf_counter() - started)
+    print(f"one batch on {runtime['device']} in {runtime['precision']}: {rate:.1f} images/s per encoder")
+
+
+def run(config: EncodeConfig, dry: bool) -> int:
+    """The job with its words for people; 0 done, 130 interrupted (Ctrl-C, SIGTERM). Raises DitScaleError."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        if dry:
+            dry_run(config, console)
+        else:
+            print(summary(encode(config, console)))
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to go on", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,35 @@
+"""`dit-scale encode`: images into a latent data set."""
+
+import argparse
+from typing import Any
+
+from dit_scale.cli.arguments import CONFIG_HELP, command
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = command(
+        commands,
+        "encode",
+        _run,
+        "encode images into a latent data set, on this machine or a Ray cluster",
+        description="""Encode images into a latent data set, in parallel, by Ray: on the cluster that
+RAY_ADDRESS names, else on this machine alone. After any stop, start the same command again: finished
+shards are kept.
+
+  dit-scale encode --config encode_imagenet_256 source=/data/imagenet/train output=s3://bucket/imagenet256
+  dit-scale encode --config encode_imagenet_256 source=ILSVRC2012_img_train.tar --dry-run
+
+`dit-scale config encode` tells the keys. Exit codes: 0 done, 2 a mistake that the last line names, 130
+interrupted (Ctrl-C, SIGTERM).""",
+    )
+    parser.add_argument("--config", help=CONFIG_HELP)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, encode one synthetic batch")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from dit_scale.config import EncodeConfig, load
+    from dit_scale_pipeline.job import run
+
+    return run(load(EncodeConfig, args.config, args.overrides), args.dry_run)
