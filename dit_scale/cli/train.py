@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         description="""Train a model, or go on from the newest checkpoint of its run.
 
   one process          dit-scale train configs/demo.yaml
-  eight processes      deepspeed --num_gpus 8 --no_local_rank --module dit_scale.cli train CONFIG
+  eight processes      deepspeed -q --num_gpus 8 --no_local_rank --module dit_scale.cli train CONFIG
 
 SIGTERM, SIGUSR1 or Ctrl-C: saves at the next step and leaves with code 75.""",
     )
