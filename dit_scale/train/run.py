@@ -25,6 +25,7 @@ from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import Storage, UnavailableError, open_storage
 from dit_scale.train.ema import ema_kind
+from dit_scale.train.optim import learning_rate
 
 Say = Callable[[str], None]
 
@@ -179,6 +180,17 @@ def restored_kinds(config: TrainConfig, checkpoint: Checkpoint, say: Say) -> tup
     if gone:
         say(f"{', '.join(gone)}: in the checkpoint and no longer configured, dropped")
     return old, new
+
+
+def say_if_rate_changes(config: TrainConfig, checkpoint: Checkpoint, say: Say) -> None:
+    """Say so when the next step has another learning rate than with the configuration that was saved."""
+    saved, step = checkpoint.config, checkpoint.manifest.step
+    was, now = (learning_rate(one.optimizer, step, one.steps) for one in (saved, config))
+    if was != now and step < config.steps:
+        say(
+            f"the learning rate of step {step + 1} is {now:.3g}, with the saved configuration it was "
+            f"{was:.3g}: optimizer has changed, or steps, on which a decay depends"
+        )
 
 
 def _check_same_run(config: TrainConfig, data_sha256: str, checkpoint: Checkpoint) -> None:

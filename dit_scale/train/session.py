@@ -41,6 +41,7 @@ from dit_scale.train.run import (
     merged,
     restored_kinds,
     root_of,
+    say_if_rate_changes,
 )
 from dit_scale.train.step import TrainingStep
 
@@ -242,6 +243,7 @@ class Session:
         """Read what this rank owns. No collectives: a rank that cannot read must not keep others waiting."""
         said = list[str]()
         old, new = restored_kinds(self.config, found, said.append)
+        say_if_rate_changes(self.config, found, said.append)
         owned = self.step.engine.owned
 
         def read(kind: str, parameter: str, start: int, length: int) -> Tensor:
