@@ -147,8 +147,6 @@ def _fill(
         return None
     training.resume(found.manifest.guard)
     say(f"from {found}")
-    if config.optimizer.decay != "none" and found.config.steps != config.steps:
-        say(f"steps was {found.config.steps} when that was saved, is {config.steps}")  # the rate hangs on it
     before, now = found.config.model_dump(mode="json"), config.model_dump(mode="json")
     for section in ("optimizer", "engine", "guard"):
         for key, value in now[section].items():
