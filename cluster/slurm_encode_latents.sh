@@ -34,6 +34,8 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 
+# Functions are called by traps.
+# shellcheck disable=SC2317,SC2329
 # shellcheck source=/dev/null
 [ -z "${DIT_SCALE_ENV:-}" ] || source "$DIT_SCALE_ENV" || exit
 set -euo pipefail
@@ -79,7 +81,6 @@ folder=$(mktemp -d "${RAY_TMPDIR:-/tmp}/ds-$SLURM_JOB_ID-XXXXXX")
 job='' workers='' head=''
 
 # Ends what was started, the encoding job first, by process ids. SLURM kills what is left after this script.
-# shellcheck disable=SC2329
 stop() {
     trap '' TERM USR1
     set +e
@@ -92,7 +93,6 @@ stop() {
     wait
     rm -rf "$folder"
 }
-# shellcheck disable=SC2329
 requeue() {
     echo "stopping $(date +%T): the time limit is near or the job is preempted; it queues itself again" >&2
     stop

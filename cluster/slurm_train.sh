@@ -1,11 +1,20 @@
-# Training on the nodes of a SLURM job: sourced by cluster/slurm_xl2_*.sh, which say what is trained.
-# shellcheck shell=bash
+#!/usr/bin/env bash
+# Training on a SLURM cluster, on any number of nodes. Submit from the root of the project (or with --chdir=ROOT),
+# which all nodes must see, as they must see `run` and `data.url`.
 #
-#   sbatch [OPTIONS] cluster/slurm_xl2_512.sh [--config FILE] [key=value ...]
+#   sbatch [OPTIONS] cluster/slurm_train.sh CONFIG [key=value ...] [options of dit-scale launch]
 #
-# A supervisor (`dit-scale launch`) runs on each node under srun; no ssh, no MPI. Submit from the root of the
-# project (or with --chdir=ROOT), which all nodes must see, as they must see `run` and `data.url`. Options
-# given to sbatch win over those in the script. Take whole nodes: --exclusive if not all of their GPUs.
+#   on CPUs       sbatch cluster/slurm_train.sh configs/demo.yaml engine.device=cpu
+#   on one GPU    sbatch --gpus-per-node=1 cluster/slurm_train.sh configs/dit_xl2_256.yaml run=/shared/runs/xl2
+#   on 32 GPUs    sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=64 --mem=0 cluster/slurm_train.sh CONFIG ...
+#
+# The options below are defaults: those given to sbatch win. Time limit and partition are the cluster's defaults.
+# slurm_xl2_256.sh and slurm_xl2_512.sh ask for the nodes of the paper's recipes, and source this file.
+#
+# A supervisor (`dit-scale launch`) runs on each node under srun; no ssh, no MPI. Take whole nodes: --exclusive
+# if not all of their GPUs. A job without GPUs trains only with engine.device=cpu. When sbatch says "Requested node
+# configuration is not available", no node of the partition has so many GPUs, CPUs or so much memory:
+# `sinfo -o "%P %G %c %m"` shows what they have.
 #
 # The environment (PATH, AWS_*, WANDB_*, NCCL_*) is the one at submission. Set in addition, where needed:
 #
@@ -24,16 +33,36 @@
 #   an error                it queues itself again, MAX_RESTARTS times
 #   a mistake (93; 2 for an option), or a run that fails again and again (93)   it fails; the log says why
 
+#SBATCH --job-name=dit-scale
+#SBATCH --output=dit-scale-%j.log
+#SBATCH --open-mode=append
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=32G
+#SBATCH --requeue
+#SBATCH --no-kill
+#SBATCH --signal=B:USR1@300
+
+# Functions are called by traps and by the shells of other nodes.
+# shellcheck disable=SC2317,SC2329
 # shellcheck source=/dev/null
 [ -z "${DIT_SCALE_ENV:-}" ] || source "$DIT_SCALE_ENV" || exit
 set -euo pipefail
 
-if [ "${1:-}" = --config ]; then
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "error: expected to run as a job of SLURM: sbatch $0 $*" >&2
+    exit 2
+fi
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then  # submitted itself
+    config=${1:?expected a configuration: sbatch cluster/slurm_train.sh CONFIG [key=value ...]}
+    shift
+elif [ "${1:-}" = --config ]; then
     config=${2:?--config needs a file}
     shift 2
 fi
-if ! [ -f "$config" ]; then
-    echo "error: no $config in $PWD; submit from the root of the project" >&2
+if ! [ -f "$config" ] || ! [ -f cluster/nccl_env.sh ]; then
+    echo "error: no $config, or no cluster/nccl_env.sh, in $PWD; submit from the root of the project" >&2
     exit 2
 fi
 # shellcheck source=cluster/nccl_env.sh
@@ -129,7 +158,6 @@ srun --ntasks-per-node=1 --mpi=none --export=ALL --no-kill --wait=0 --kill-on-ba
     bash -c 'supervise "$@"' supervise "$config" "$@" --nodes "$MIN_NODES:$SLURM_JOB_NUM_NODES" &
 supervisors=$! deadline=''
 
-# shellcheck disable=SC2329
 leave() {
     trap '' USR1 TERM
     echo "asked to stop $(date +%T): saving" >&2

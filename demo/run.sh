@@ -19,10 +19,10 @@ show dit-scale encode --config encode_demo
 show python data_pipeline/verify.py $RUN/latents
 
 step "3/5  DeepSpeed trains a DiT on them, in bf16 on two processes"
-show deepspeed --log_level error --num_gpus 2 --no_local_rank --module dit_scale.cli train demo
+show deepspeed -q --num_gpus 2 --no_local_rank --module dit_scale.cli train demo
 
 step "4/5  500 guided samples, ten classes"
-show deepspeed --log_level error --num_gpus 2 --no_local_rank --module dit_scale.cli sample $RUN/run \
+show deepspeed -q --num_gpus 2 --no_local_rank --module dit_scale.cli sample $RUN/run \
     --images 500 --batch 125 --steps 50 --guidance 1.5
 
 step "5/5  would a classifier of real digits recognise them?"

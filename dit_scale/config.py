@@ -73,10 +73,10 @@ class DiffusionConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW as the paper has it: constant rate, no decay, no warm-up, no clipping."""
+    """AdamW as the paper has it: constant rate, no warm-up, no weight decay, no clipping."""
 
     lr: float = Field(1e-4, gt=0)
-    """Learning rate at full height."""
+    """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
@@ -85,10 +85,23 @@ class OptimizerConfig(Section):
     """Decoupled weight decay."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up; 0 starts at `lr`."""
+    decay: Literal["none", "cosine", "linear"] = "none"
+    """How the learning rate falls from the end of the warm-up to the last step (docs/diffusion.md)."""
+    final_lr_fraction: float = Field(0.0, ge=0, le=1)
+    """Learning rate of the last step, as a fraction of `lr`; needs a `decay`."""
     clip_grad_norm: float = Field(0.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     implementation: Literal["torch", "apex", "deepspeed"] = "torch"
     """Whose AdamW: torch (fused on CUDA), apex FusedAdam or DeepSpeed FusedAdam (both need CUDA)."""
+
+    @model_validator(mode="after")
+    def _final_rate_needs_a_decay(self) -> "OptimizerConfig":
+        if self.final_lr_fraction and self.decay == "none":
+            raise ValueError(
+                f"final_lr_fraction={self.final_lr_fraction:g} with decay=none has no effect; "
+                "set decay=cosine or decay=linear"
+            )
+        return self
 
 
 class EngineConfig(Section):

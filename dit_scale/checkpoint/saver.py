@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -97,8 +98,17 @@ class Snapshot:
 class Saver:
     """One rank's side of all saves. Every method but `close` is called by all ranks at the same step."""
 
-    def __init__(self, world: World, root: str, owned: Iterable[Partition], config: CheckpointConfig) -> None:
+    def __init__(
+        self,
+        world: World,
+        root: str,
+        owned: Iterable[Partition],
+        config: CheckpointConfig,
+        record: Iterable[Path] = (),
+    ) -> None:
+        """`record` are files of this machine that each checkpoint takes along, as they are at its commit."""
         self._world, self._root, self._config = world, root, config
+        self._record = tuple(map(str, record))
         self.snapshot = Snapshot(owned)
         self._writer: subprocess.Popen[bytes] | None = None
         self._phase: Literal["idle", "writing", "committing"] = "idle"
@@ -145,6 +155,7 @@ class Saver:
             request = Commit(
                 files={folder: tuple(reply.files[folder] for reply in replies) for folder in self._folders},
                 manifest=self._manifest,
+                record=self._record,
                 keep=config.keep,
                 keep_every_steps=config.keep_every_steps,
             )

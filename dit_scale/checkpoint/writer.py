@@ -17,6 +17,7 @@ import mmap
 import os
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -52,11 +53,13 @@ class Write(_Message):
 
 
 class Commit(_Message):
-    """Put the manifest of each folder, in this order, then let retention pass."""
+    """Put the record beside the checkpoint, then the manifest of each folder, then let retention pass."""
 
     files: dict[str, tuple[FileRecord, ...]]
     """Folder => what every rank has put there."""
     manifest: Manifest
+    record: tuple[str, ...] = ()
+    """Files of this machine that the checkpoint takes along: see dit_scale.train.run."""
     keep: int
     keep_every_steps: int
 
@@ -96,9 +99,11 @@ def commit(root: Storage, request: Commit) -> Reply:
 
     Raises SupersededError when a later attempt has begun, CheckpointError or StorageError otherwise.
     """
+    newest = next(folder for folder in request.files if folder.startswith(CHECKPOINTS))
+    for path in map(Path, request.record):
+        root.write(f"{newest}/{path.name}", path.read_bytes())
     for folder, files in request.files.items():
         put_manifest(root, folder, request.manifest.model_copy(update={"files": files}))
-    newest = next(folder for folder in request.files if folder.startswith(CHECKPOINTS))
     try:
         dropped = retention.prune(
             root, request.manifest.attempt, newest, request.keep, request.keep_every_steps

@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
 first. Begins at the newest checkpoint before the step; reads the run and changes nothing in it.
 
   dit-scale replay runs/dit_xl2_256 --step 123456
-  deepspeed --num_gpus 8 --no_local_rank --module dit_scale.cli replay runs/dit_xl2_256 --step 123456
+  deepspeed -q --num_gpus 8 --no_local_rank --module dit_scale.cli replay runs/dit_xl2_256 --step 123456
 
 At the same number of processes the step is the run's to the bit, at any other to rounding. A step that
 failed and was rolled back belongs to an earlier attempt: events.jsonl names it under "rollback".""",

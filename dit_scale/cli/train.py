@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
 
   dit-scale train dit_xl2_256 --dry-run --world 8
   dit-scale train dit_xl2_256 data.url=s3://bucket/imagenet256 run=runs/xl2
-  deepspeed --num_gpus 8 --no_local_rank --module dit_scale.cli train dit_xl2_256
+  deepspeed -q --num_gpus 8 --no_local_rank --module dit_scale.cli train dit_xl2_256
 
 SIGTERM, SIGUSR1 or Ctrl-C: saves at the next step and leaves with code 75.""",
     )

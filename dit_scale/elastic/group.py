@@ -115,7 +115,8 @@ class LaunchedGroup:
         self._mark = uuid.uuid4().hex
         head = round_.members[0]
         launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher), "--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(index)]
+        command = [str(launcher), "--log_level", "warning", "--hostfile", str(hostfile)]
+        command += ["--no_ssh", "--node_rank", str(index)]
         command += ["--master_addr", head.address, "--master_port", str(head.port), "--no_local_rank"]
         self._launcher = subprocess.Popen(
             [*command, *self._command],
@@ -272,6 +273,9 @@ class LaunchedGroup:
             MARK: self._mark,
             FOLDER_VARIABLE: str(self.beats),
             SUPERVISOR_VARIABLE: str(os.getpid()),
+            # For the launcher, which computes nothing: it would look for devices, twice, and warn where there
+            # are none. Ranks choose by themselves.
+            "DS_ACCELERATOR": "cpu",
         }
 
 

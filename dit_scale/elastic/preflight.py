@@ -120,6 +120,12 @@ def gpu_problems(device: str, slots: int, say: Say, query: Query) -> list[str]:
             return [
                 "nvidia-smi shows no GPU, engine.device=cuda needs one; see whether it works on this node"
             ]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if assigned_gpus(visible):
+            return [
+                f"CUDA_VISIBLE_DEVICES={visible} assigns GPUs and nvidia-smi shows none; see whether it "
+                "works on this node, or train on CPUs with engine.device=cpu"
+            ]
         say("GPUs are not looked at: nvidia-smi shows none, so the ranks will run on the CPU")
         return []
     if len(gpus) < slots:
@@ -147,6 +153,12 @@ def read_gpus(text: str | None) -> list[Gpu]:
 def _number(text: str) -> int:
     """0 for what a device does not tell, `[N/A]` and the like."""
     return int(text) if text.isdecimal() else 0
+
+
+def assigned_gpus(visible: str) -> int:
+    """GPUs in a value of CUDA_VISIBLE_DEVICES, where `-1` and words such as SLURM's `NoDevFiles` are none."""
+    names = [name.strip() for name in visible.split(",")]
+    return sum(name.isdecimal() or name.startswith(("GPU-", "MIG-")) for name in names)
 
 
 def _not_assigned(assigned: str, gpus: Sequence[Gpu], slots: int) -> list[str]:

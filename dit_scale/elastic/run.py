@@ -23,7 +23,7 @@ from dit_scale.elastic.address import check_address, free_port
 from dit_scale.elastic.board import Board, Member
 from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.group import LaunchedGroup
-from dit_scale.elastic.preflight import Preflight, say_unless_shared
+from dit_scale.elastic.preflight import Preflight, assigned_gpus, say_unless_shared
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
 from dit_scale.elastic.watch import LEAVE_S, Deadlines
 from dit_scale.errors import ConfigError, DitScaleError, StorageError
@@ -56,6 +56,7 @@ def launch(
 ) -> Exit:
     """Supervise this node's ranks of a run; `arguments` are those of `dit-scale train`."""
     check_address(address)
+    check_device(config.engine.device)
     root = open_storage(config.checkpoint.url or config.run)
     folder = Path(config.run) / "supervisors"
     try:
@@ -140,14 +141,30 @@ def digest(config: TrainConfig) -> str:
 
 def num_devices() -> int:
     """GPUs that this process was given; 1, for a CPU rank, when there are none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible:
-        return len(visible.split(","))
+    return max(1, num_gpus())
+
+
+def num_gpus() -> int:
+    """GPUs that this process was given."""
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return assigned_gpus(visible)
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (FileNotFoundError, subprocess.TimeoutExpired):
-        return 1
-    return max(1, len(re.findall("^GPU ", listed.stdout, re.MULTILINE)))
+        return 0
+    return len(re.findall("^GPU ", listed.stdout, re.MULTILINE))
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError in a SLURM job without GPUs that does not ask for the CPU; `auto` would take it."""
+    if device == "cpu" or "SLURM_JOB_ID" not in os.environ or num_gpus():
+        return
+    partition = os.environ.get("SLURM_JOB_PARTITION", "")
+    raise ConfigError(
+        f"engine.device={device}, and this SLURM job in partition {partition} has no GPU: ask for some, "
+        f"`sbatch --gpus-per-node=1`, or another partition (`sinfo -o '%P %G'` shows who has them), "
+        "or train on CPUs with engine.device=cpu"
+    )
 
 
 def node_range(text: str) -> tuple[int, int]:

@@ -1,7 +1,14 @@
-"""One status line with a progress bar on a terminal; one line per log point elsewhere."""
+"""One status line with a progress bar on a terminal; one line of fixed width per log point elsewhere."""
+
+import time
+from collections import deque
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
+
+RECENT = 10
+"""Log points over which the time left is estimated."""
 
 
 class StatusLine:
@@ -10,12 +17,12 @@ class StatusLine:
     def __init__(self, total_steps: int, first_step: int, shown: bool) -> None:
         self._console = Console(stderr=True)
         self._shown, self._total_steps = shown, total_steps
+        self._recent = deque([(first_step, time.monotonic())], maxlen=RECENT)
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            BarColumn(bar_width=12),
+            TextColumn("{task.fields[status]}", table_column=Column()),  # wraps on a narrow terminal
             console=self._console,
             disable=not (shown and self._console.is_terminal),
         )
@@ -26,20 +33,42 @@ class StatusLine:
         self._bar.advance(self._task)
 
     def report(self, step: int, record: dict[str, float | None]) -> None:
-        """Show the numbers of a log point; a number that is None has no value there."""
+        """Show the numbers of a log point, the time of day, and how long the run will still take.
+
+        A number that is None has no value there.
+        """
         shown = {name: float("nan") if value is None else value for name, value in record.items()}
         status = (
-            f"loss {shown['loss']:.4f}  grad {shown['grad_norm']:.3f}  "
-            f"lr {shown['lr']:.1e}  {shown['images_per_s']:8.1f} img/s"
+            f"loss {shown['loss']:6.4f}  grad {shown['grad_norm']:7.3f}  lr {shown['lr']:.1e}"
+            f"  {shown['images_per_s']:8.1f} img/s  left {duration(self._left_s(step))}"
         )
-        self._bar.update(self._task, status=status)
+        now = time.strftime("%H:%M:%S")
+        self._bar.update(self._task, status=f"{now}  {status}")
         if self._shown and not self._console.is_terminal:
-            self._console.print(f"step {step:>7}/{self._total_steps}  {status}", highlight=False)
+            width = len(str(self._total_steps))
+            self._print(f"{now}  step {step:>{width}}/{self._total_steps}  {status}")
 
     def say(self, message: str) -> None:
         """One line above the bar."""
         if self._shown:
-            self._bar.console.print(message, highlight=False, soft_wrap=True)
+            self._print(message)
 
     def close(self) -> None:
         self._bar.stop()
+
+    def _print(self, line: str) -> None:
+        self._bar.console.print(line, highlight=False, soft_wrap=True)
+
+    def _left_s(self, step: int) -> float:
+        """The steps that are left, each as long as the recent ones were."""
+        now_s = time.monotonic()
+        before, then_s = self._recent[0]
+        self._recent.append((step, now_s))
+        return (self._total_steps - step) * (now_s - then_s) / max(1, step - before)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, 10 characters wide: `  26:03:09`."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour:>4}:{minute:02}:{second:02}"

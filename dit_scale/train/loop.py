@@ -1,7 +1,7 @@
 """THE loop: one training run from its configuration to its last checkpoint.
 
     dit-scale train configs/demo.yaml
-    deepspeed --num_gpus 8 --no_local_rank --module dit_scale.cli train configs/dit_xl2_256.yaml
+    deepspeed -q --num_gpus 8 --no_local_rank --module dit_scale.cli train configs/dit_xl2_256.yaml
 
 Started again with the same command it goes on from the newest committed checkpoint.
 """

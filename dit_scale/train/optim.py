@@ -1,5 +1,6 @@
 """AdamW by configuration, the gate before its updates, and the learning rate as a function of the step."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,18 @@ from dit_scale.config import OptimizerConfig
 from dit_scale.errors import DeviceError
 
 
-def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """The rate of a step (counted from 0): constant after a linear warm-up."""
-    return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
+def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """The rate of a step (counted from 0) of a run of `num_steps`.
+
+    The warm-up is linear; its last step has `lr`, without a warm-up the first step has it. Then the rate is
+    constant, or it falls by a line or half a cosine; the last step of the run has `final_lr_fraction * lr`.
+    """
+    at_peak = max(1, config.warmup_steps)
+    if config.decay == "none" or step < at_peak:
+        return config.lr * min(1.0, (step + 1) / at_peak)
+    progress = min(1.0, (step + 1 - at_peak) / max(1, num_steps - at_peak))
+    above = 1.0 - progress if config.decay == "linear" else (1.0 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.final_lr_fraction + (1.0 - config.final_lr_fraction) * above)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:

@@ -7,6 +7,9 @@ and below the root of its state, which is the same folder unless checkpoint.url 
 
 <root>/attempts/    one file per start              <root>/checkpoints/   committed states
 <root>/ema/         stored averages, for `dit-scale ema reconstruct`
+
+Where checkpoint.url names another root, the folder may be one machine's own. So each checkpoint takes the
+record and the journal along, and the machine on which the run goes on has them from there.
 """
 
 import hashlib
@@ -21,14 +24,16 @@ from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Ranges
 from dit_scale.checkpoint.manifest import Manifest, read_manifest, step_and_attempt
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.config import TrainConfig, load
+from dit_scale.config import TrainConfig, dump, load
 from dit_scale.data.shards import INFO_KEY, LatentDataset
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, ConfigError
-from dit_scale.storage import Storage, UnavailableError, open_storage
+from dit_scale.storage import MissingKeyError, Storage, UnavailableError, open_storage
 from dit_scale.train.ema import ema_kind
+from dit_scale.train.optim import learning_rate
 
 Say = Callable[[str], None]
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
 
 @dataclass
@@ -113,6 +118,29 @@ def choose_precision(config: TrainConfig, world: World) -> tuple[TrainConfig, st
     return config.model_copy(update={"engine": engine}), f"precision auto: {chosen}, {why}"
 
 
+def record_of(config: TrainConfig) -> tuple[Path, ...]:
+    """What a checkpoint takes along of the run's folder; nothing where it lies in that folder itself."""
+    return tuple(Path(config.run) / name for name in (METRICS, EVENTS)) if config.checkpoint.url else ()
+
+
+def prepare_folder(config: TrainConfig, found: Checkpoint | None) -> None:
+    """Write the resolved configuration, and bring record and journal up to a checkpoint that has them along.
+
+    The record is the checkpoint's: that of this machine may lack steps that another one has taken, or have
+    some that did not last. Of the journal the longer one stays.
+    """
+    open_storage(config.run).write("config.yaml", dump(config).encode())
+    if found is None:
+        return
+    for path in record_of(config):
+        try:
+            saved = found.storage.read(f"{found.name}/{path.name}")
+        except MissingKeyError:  # saved when checkpoint.url was not set
+            continue
+        if path.name == METRICS or not path.exists() or path.stat().st_size < len(saved):
+            path.write_bytes(saved)
+
+
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The knobs that decide which numbers a run computes: they may not change within one run."""
     tree = config.model_dump(mode="json")
@@ -185,6 +213,7 @@ def find_checkpoint(
         if not problems and len({digest for _, digest, _ in answers}) > 1:
             problems = ["its manifest is not the same on all ranks"]
         if not problems:
+            say_if_rate_changes(config, checkpoint, say)
             return checkpoint
         say(f"passing over checkpoint {path}: {problems[0]}")
     if paths:
@@ -205,6 +234,17 @@ def restored_kinds(config: TrainConfig, checkpoint: Checkpoint, say: Say) -> tup
     if gone:
         say(f"{', '.join(gone)}: in the checkpoint and no longer configured, dropped")
     return old, new
+
+
+def say_if_rate_changes(config: TrainConfig, checkpoint: Checkpoint, say: Say) -> None:
+    """Say so when the next step has another learning rate than with the configuration that was saved."""
+    saved, step = checkpoint.config, checkpoint.manifest.step
+    was, now = (learning_rate(one.optimizer, step, one.steps) for one in (saved, config))
+    if was != now and step < config.steps:
+        say(
+            f"the learning rate of step {step + 1} is {now:.3g}, with the saved configuration it was "
+            f"{was:.3g}: optimizer has changed, or steps, on which a decay depends"
+        )
 
 
 def _check_same_run(config: TrainConfig, data_sha256: str, checkpoint: Checkpoint) -> None:

@@ -19,7 +19,7 @@ from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, Manifest, name_of
 from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Outcome, Saver
-from dit_scale.config import TrainConfig, dump
+from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Loader
 from dit_scale.data.order import positions_of
 from dit_scale.data.quarantine import Quarantine
@@ -27,7 +27,6 @@ from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
 from dit_scale.elastic.heartbeat import Heart, Section
 from dit_scale.errors import CheckpointError, StabilityError
-from dit_scale.storage import open_storage
 from dit_scale.telemetry.meters import COLUMNS, Meters, Row
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.telemetry.sinks import Journal, Sink, open_sinks
@@ -40,6 +39,8 @@ from dit_scale.train.run import (
     data_digest,
     find_checkpoint,
     merged,
+    prepare_folder,
+    record_of,
     restored_kinds,
     root_of,
 )
@@ -64,7 +65,9 @@ class Session:
         self._root = root_of(config)
         self.state = RunState()
         self.step = TrainingStep(config, world, self.plan, dataset.info.vae.scale)
-        self.saver = Saver(world, self._root.url, self.step.engine.owned, config.checkpoint)
+        self.saver = Saver(
+            world, self._root.url, self.step.engine.owned, config.checkpoint, record_of(config)
+        )
         stack.callback(self.saver.close)
         self._attempt_stack = stack.enter_context(ExitStack())
         self._rollbacks = 0
@@ -228,7 +231,7 @@ class Session:
         self.say(f"done: {self.state.step} steps in {self.config.run}")
 
     def _claim(self, found: Checkpoint | None, excluded: Ranges, behind: Attempt | None) -> Attempt:
-        """Begin the next attempt, and write the resolved configuration (rank 0 alone)."""
+        """Begin the next attempt, and prepare the run's folder (rank 0 alone)."""
         before = attempts.newest(self._root)
         last = behind.number if behind else max(attempts.numbers(self._root), default=0)
         attempt = Attempt(
@@ -237,7 +240,7 @@ class Session:
             merged((*excluded, *(before.excluded_positions if before else ()))),
         )
         attempts.claim(self._root, attempt)
-        open_storage(self.config.run).write("config.yaml", dump(self.config).encode())
+        prepare_folder(self.config, found)
         return attempt
 
     def _fill(self, found: Checkpoint, notes: list[str]) -> None:

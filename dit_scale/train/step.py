@@ -96,7 +96,7 @@ class TrainingStep:
         (infinite when it is not finite), and 1.0 when the update was skipped. The same on all ranks.
         """
         means = self._world.sum(step_sums) / self._plan.global_batch
-        rate = learning_rate(self._config.optimizer, step)
+        rate = learning_rate(self._config.optimizer, step, self._config.steps)
         norm, skipped = self.engine.step(rate, lambda norm: self.guard.judge(means[0], norm))
         self.ema.update(step + 1)
         return torch.cat((means, torch.stack((norm, skipped))))

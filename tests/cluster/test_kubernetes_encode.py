@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,37 +9,33 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-import yaml
 from rich.console import Console
 
 from dit_scale.cli import main
 from dit_scale.config import EncodeConfig
 from dit_scale_pipeline import job as encoding
-from tests.needs import needs
+from tests.cluster.kustomize import KUBERNETES, ROOT, render
 
 pytestmark = pytest.mark.cluster
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "cluster/kubernetes/encode"
+FOLDER = KUBERNETES / "encode"
 IN_IMAGE = "/opt/dit-scale"
 UNITS = {"Gi": 2**30, "Mi": 2**20}
 
 
-def render(folder: Path) -> dict[str, Any]:
-    """The only object that `kubectl kustomize` makes of a folder: the RayJob."""
-    needs(shutil.which("kubectl") is not None, "kubectl")
-    ran = subprocess.run(
-        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    (job,) = yaml.safe_load_all(ran.stdout)
+def rayjob(folder: Path) -> dict[str, Any]:
+    """The RayJob of a folder; `settings`, which are no part of it, are those that its submitter gets."""
+    settings, job = sorted(render(folder), key=lambda made: str(made["kind"]))
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    return dict(job)
+    assert settings["kind"] == "ConfigMap"
+    (submitter,) = job["spec"]["submitterPodTemplate"]["spec"]["containers"]
+    assert submitter["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
+    return job | {"settings": settings["data"]}
 
 
 @pytest.fixture(scope="module")
 def job() -> dict[str, Any]:
-    return render(FOLDER)
+    return rayjob(FOLDER)
 
 
 @pytest.fixture
@@ -50,7 +45,7 @@ def overlay(tmp_path: Path) -> dict[str, Any]:
     example = "\n".join(re.findall(r"^#   ( *(?!kubectl).*)$", header, re.MULTILINE))
     example = example.replace("../cluster/kubernetes/encode", os.path.relpath(FOLDER, tmp_path))
     (tmp_path / "kustomization.yaml").write_text(example)
-    return render(tmp_path)
+    return rayjob(tmp_path)
 
 
 def templates(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -74,11 +69,11 @@ def specs(job: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]
 def parsed(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> EncodeConfig:
     """What the encoding job would do, by its own command line, once the operator's shell has read it."""
     entrypoint = job["spec"]["entrypoint"]
-    shell = subprocess.run(
-        ["bash", "-c", f'printf "%s\\n" {entrypoint} ;'], capture_output=True, text=True, check=True
-    )
+    command = ["bash", "-uc", f'printf "%s\\n" {entrypoint} ;']
+    shell = subprocess.run(command, env=job["settings"], capture_output=True, text=True, check=True)
     program, script, *arguments = shell.stdout.splitlines()
-    assert [program, script, *arguments] == entrypoint.split()
+    expanded = entrypoint.replace("$BUCKET", job["settings"]["BUCKET"])
+    assert [program, script, *arguments] == expanded.split()
     assert (program, script) == ("python", f"{IN_IMAGE}/data_pipeline/encode_latents.py")
     configs: list[EncodeConfig] = []
 
@@ -107,8 +102,7 @@ def test_the_job_understands_its_entrypoint(job: dict[str, Any], monkeypatch: py
     config = parsed(job, monkeypatch)
     assert config.image_size == 256
     # nothing else is the same on all pods
-    assert config.source.startswith("s3://")
-    assert config.output.startswith("s3://")
+    assert (config.source, config.output) == ("s3://bucket/imagenet/train", "s3://bucket/imagenet256")
     assert config.ray_address == "auto"
 
 
@@ -187,8 +181,29 @@ def test_the_documented_changes(
 ) -> None:
     assert overlay["metadata"]["name"] == "alice-encode-latents"
     assert overlay["metadata"]["namespace"] == "research"
-    assert parsed(overlay, monkeypatch).image_size == 512
+    config = parsed(overlay, monkeypatch)
+    assert (config.image_size, config.output) == (512, "s3://alice/imagenet512")
     (before,), (after,) = (made["spec"]["rayClusterSpec"]["workerGroupSpecs"] for made in (job, overlay))
     assert before["replicas"] < after["replicas"] <= after["maxReplicas"]
     images = [{container["image"] for _, container in specs(made)} for made in (job, overlay)]
     assert images == [{"dit-scale:0.1.0"}, {"registry.example.com/dit-scale:0.2.0"}]
+
+
+def test_the_bucket_is_one_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = "{name: dit-scale-encode, behavior: merge, literals: [BUCKET=/data/mine]}"
+    folder = os.path.relpath(FOLDER, tmp_path)
+    text = f"resources: [{folder}]\nnamePrefix: bob-\nconfigMapGenerator: [{setting}]\n"
+    (tmp_path / "kustomization.yaml").write_text(text)
+    config = parsed(rayjob(tmp_path), monkeypatch)
+    assert (config.source, config.output) == ("/data/mine/imagenet/train", "/data/mine/imagenet256")
+
+
+def test_who_the_pods_are(tmp_path: Path) -> None:
+    folder = os.path.relpath(KUBERNETES, tmp_path)
+    text = f"resources: [{folder}/encode]\ncomponents: [{folder}/components/identity]\n"
+    (tmp_path / "kustomization.yaml").write_text(text)
+    for name, template in templates(rayjob(tmp_path)).items():
+        assert template["spec"]["imagePullSecrets"] == [{"name": "dit-scale-registry"}]
+        assert template["spec"]["serviceAccountName"] == template["spec"]["priorityClassName"] == "dit-scale"
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, **template}
+        kubernetes_validate.validate(pod, "1.37", strict=True)

@@ -119,9 +119,12 @@ def test_the_jobset_is_valid(rendered: dict[str, list[Object]]) -> None:
 
 def test_the_jobset_is_the_job(rendered: dict[str, list[Object]]) -> None:
     job, wrapped = (deepcopy(job_spec(rendered[name])) for name in ("xl2_512", "xl2_512_jobset"))
-    assert job["template"]["spec"].pop("subdomain") == "dit-scale-xl2-512"
-    assert job == wrapped
     jobset = one(rendered["xl2_512_jobset"], "JobSet")
+    assert job["template"]["spec"].pop("subdomain") == "dit-scale-xl2-512"
+    assert job.pop("ttlSecondsAfterFinished") == jobset["spec"]["ttlSecondsAfterFinished"]
+    assert apart(job).pop("batch.kubernetes.io/job-name") == "dit-scale-xl2-512"
+    assert apart(wrapped).pop("jobset.sigs.k8s.io/jobset-name") == "dit-scale-xl2-512"
+    assert job == wrapped
     assert jobset["metadata"]["name"] == "dit-scale-xl2-512"
     assert jobset["metadata"]["annotations"]["alpha.jobset.sigs.k8s.io/exclusive-topology"]
     assert jobset["spec"]["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
@@ -194,7 +197,7 @@ def test_the_job_outlives_a_week(rendered: dict[str, list[Object]], name: str) -
     assert pod["restartPolicy"] == "Never", "podFailurePolicy wants it"
     assert spec["backoffLimit"] > 7 * 24 * 60 * spec["completions"], "each pod may fail every minute"
     assert spec["backoffLimitPerIndex"] == spec["backoffLimit"], "no index waits for the failures of others"
-    assert not {"activeDeadlineSeconds", "ttlSecondsAfterFinished"} & set(spec)
+    assert "activeDeadlineSeconds" not in spec
     assert pod["terminationGracePeriodSeconds"] > Policy().save_s
 
 
@@ -224,14 +227,31 @@ def test_secrets_are_references(rendered: dict[str, list[Object]], name: str) ->
     assert not [key for key in literal if re.search("KEY|SECRET|TOKEN|PASSWORD|AWS", key)]
 
 
+def apart(spec: Object) -> Object:
+    """The labels of pods that share no node with a pod of this Job."""
+    rules = spec["template"]["spec"]["affinity"]["podAntiAffinity"]
+    (rule,) = rules["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert rule["topologyKey"] == "kubernetes.io/hostname"
+    return dict(rule["labelSelector"])["matchLabels"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_finished_job_goes_after_days(rendered: dict[str, list[Object]], name: str) -> None:
+    owner = next(made for made in rendered[name] if made["kind"] in ("Job", "JobSet"))
+    assert owner["spec"]["ttlSecondsAfterFinished"] >= 24 * 3600
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_pod_has_a_whole_node(rendered: dict[str, list[Object]], name: str) -> None:
     spec = job_spec(rendered[name])
-    (rule,) = spec["template"]["spec"]["affinity"]["podAntiAffinity"][
-        "requiredDuringSchedulingIgnoredDuringExecution"
-    ]
-    assert rule["topologyKey"] == "kubernetes.io/hostname"
-    assert rule["labelSelector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+    owner = next(made for made in rendered[name] if made["kind"] in ("Job", "JobSet"))
+    assert set(apart(spec).values()) == {owner["metadata"]["name"]}, "of its own run alone"
+    (spread,) = spec["template"]["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == (
+        "kubernetes.io/hostname",
+        "ScheduleAnyway",
+    )
+    assert spread["labelSelector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
     resources = container(rendered[name])["resources"]
     assert resources["requests"]["nvidia.com/gpu"] == resources["limits"]["nvidia.com/gpu"] == "8"
 
@@ -305,6 +325,36 @@ def test_a_jobset_of_somebody(tmp_path: Path) -> None:
     assert config is not None
     (mounted,) = (v["configMap"]["name"] for v in pod_spec(made)["volumes"] if "configMap" in v)
     assert mounted in [found["metadata"]["name"] for found in made]
+    assert set(apart(job_spec(made)).values()) == {"bob-dit-scale-xl2-512"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kueue_admits_it(tmp_path: Path, name: str) -> None:
+    text = example(KUBERNETES / "components/kueue/kustomization.yaml")
+    made = written(tmp_path, f"resources: [../cluster/kubernetes/overlays/{name}]\n{text}")
+    owner = next(found for found in made if found["kind"] in ("Job", "JobSet"))
+    assert owner["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
+    assert owner["spec"]["suspend"] is True
+    assert container(made)["resources"]["requests"], "by which Kueue counts"
+    if owner["kind"] == "Job":
+        kubernetes_validate.validate(owner, "1.28", strict=True)
+    else:
+        assert "suspend" not in job_spec(made), "the JobSet's is what counts"
+        owner["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"] = {
+            "containers": [{"name": "a"}]
+        }
+        assert JobsetV1alpha2JobSet.model_validate(owner).to_dict() == owner
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_who_the_pods_are(tmp_path: Path, name: str) -> None:
+    text = example(KUBERNETES / "components/identity/kustomization.yaml")
+    made = written(tmp_path, f"resources: [../cluster/kubernetes/overlays/{name}]\nnamePrefix: bob-\n{text}")
+    pod = pod_spec(made)
+    assert pod["imagePullSecrets"] == [{"name": "dit-scale-registry"}]
+    assert pod["serviceAccountName"] == pod["priorityClassName"] == "dit-scale"
+    template = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": pod}
+    kubernetes_validate.validate(template, "1.28", strict=True)
 
 
 def test_the_volume_is_not_part_of_a_job() -> None:

@@ -1,6 +1,7 @@
-"""cluster/slurm_xl2_*.sh as they are shipped, on a real SLURM of two nodes."""
+"""cluster/slurm_*.sh of training as they are shipped, on a real SLURM of two nodes."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from dit_scale.config import TrainConfig, dump
 from dit_scale.elastic.board import Board
 from dit_scale.train.run import root_of
 from tests.cluster.slurm import WAIT_S, Slurm, processes, slurm_cluster
 from tests.cluster.slurm_training import (
+    ENVIRONMENT,
     ROOT,
     Job,
     assert_goes_on_without,
@@ -23,6 +26,8 @@ from tests.cluster.slurm_training import (
 from tests.dist.runs import events
 
 pytestmark = pytest.mark.cluster
+
+ANY_SIZE = "cluster/slurm_train.sh"
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +56,55 @@ def test_the_real_request_fits_a_real_cluster(slurm: Slurm, script: str) -> None
     for too_much in ("--nodes=3", "--gpus-per-node=9", "--cpus-per-task=65"):
         ran = slurm.run("sbatch", "--test-only", "--nodes=2", too_much, script, cwd=ROOT)
         assert "Requested node configuration is not available" in ran.stderr
+
+
+def documented_lines() -> list[str]:
+    """Submissions in the header of the script for any size, with a configuration for CONFIG."""
+    header = (ROOT / ANY_SIZE).read_text().partition("#SBATCH")[0]
+    lines = re.findall(r"^#   on .*?  (sbatch .*)$", header, re.MULTILINE)
+    return [line.replace("CONFIG ...", "configs/dit_xl2_256.yaml") for line in lines]
+
+
+def test_documented_submissions_fit_a_real_cluster(slurm: Slurm) -> None:
+    assert len(documented_lines()) == 3
+    for line, fits in zip(documented_lines(), (True, True, False), strict=True):
+        command, options = line.split()[0], line.split()[1:]
+        assert all((ROOT / word).exists() for word in options if word.startswith(("cluster/", "configs/")))
+        ran = slurm.run(command, "--test-only", *options, cwd=ROOT)
+        assert (ran.returncode == 0) == fits, ran.stderr
+    ran = slurm.run(command, "--test-only", *(word.replace("=4", "=2") for word in options), cwd=ROOT)
+    assert ran.returncode == 0, "two of such nodes are there"
+
+
+def submit_any_size(slurm: Slurm, config: TrainConfig, *arguments: str) -> Job:
+    """The script for any size as it is shipped, on the nodes that it asks for by itself."""
+    run = Path(config.run)
+    file = run.with_suffix(".yaml")
+    file.write_text(dump(config))
+    options = [f"--output={run}-%j.log"]
+    number = slurm.submit(
+        ANY_SIZE,
+        str(file),
+        *arguments,
+        options=options,
+        cwd=ROOT,
+        environment=ENVIRONMENT | {"MIN_NODES": "1"},
+    )
+    return Job(slurm, config, number)
+
+
+def test_by_default_one_node_trains_on_its_cpus(slurm: Slurm, top: Path) -> None:
+    job = submit_any_size(slurm, config_of(top, "small", steps=2), "engine.precision=fp32", "--slots", "1")
+    assert job.wait() == ("COMPLETED", 0), job.log
+    assert "round 1: node 1 of 1 (node1)" in job.log
+    assert job.newest() == (2, 1)
+
+
+def test_a_job_without_gpus_is_told_so(slurm: Slurm, top: Path) -> None:
+    job = submit_any_size(slurm, config_of(top, "without", steps=2), "engine.device=auto")
+    assert job.wait() == ("FAILED", 93), job.log
+    assert "engine.device=auto, and this SLURM job in partition low has no GPU: ask for some" in job.log
+    assert job.restarts() == 0
 
 
 def test_a_job_on_two_nodes_trains_to_the_end(straight: Job) -> None:

@@ -46,7 +46,8 @@ class Node:
         module = "tests.elastic.faulty" if fault else "dit_scale.cli"
         command = [*under, sys.executable, "-m", module, "launch", str(path), "--node", name]
         command += ["--address", "127.0.0.1", "--slots", str(slots), "--lease-s", str(LEASE_S), *arguments]
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "FAULT": fault}
+        environment = os.environ | {"FAULT": fault}
+        environment.pop("DS_ACCELERATOR", None)
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 

@@ -1,6 +1,7 @@
 """Two nodes whose processes are killed, stopped and signalled: the cause is named, nothing is lost."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def test_a_run_of_two_nodes_survives_whatever_its_processes_get(tmp_path: Path) 
     with cluster(config) as nodes:
         a, b = (nodes.start(name, "--nodes", "2") for name in "ab")
         nodes.wait_for_step(2)
+        _the_logs_are_ours(a, b)
         rank = _end_round(nodes, a, b, 1, signal.SIGKILL)
         text = a.events("round_ended")[-1]["text"]
         assert text.startswith(f"rank 1 (process {rank}) was killed in "), text
@@ -59,6 +61,15 @@ def test_a_run_of_two_nodes_survives_whatever_its_processes_get(tmp_path: Path) 
     straight = end.model_copy(update={"run": str(tmp_path / "straight")})
     assert run(2, jobs.train, straight, timeout_s=TIMEOUT_S) == [0, 0]
     assert differences_at_the_end(end, straight) == []
+
+
+def _the_logs_are_ours(first: Node, second: Node) -> None:
+    """No line of launchers, DeepSpeed or torch that nobody can act on."""
+    run = re.escape(first.config.run)
+    for node, begin in ((first, rf"\[a\] |DiT-Ti/2 at |{run}: a new run|[\d:]+  step "), (second, r"\[b\] ")):
+        lines = node.log.read_text().split("\n")[:-1]  # the last one may be half there
+        assert lines
+        assert [line for line in lines if not re.match(begin, line)] == []
 
 
 def _end_round(nodes: Cluster, a: Node, victim: Node, rank: int, number: signal.Signals) -> int:

@@ -79,6 +79,11 @@ def test_an_unknown_key_names_the_nearest(override: str, unknown: str, nearest: 
         ("optimizer.betas=[0.9]", "optimizer.betas.1: Field required"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: Input should be less than 1, got 1.0"),
         ("optimizer.betas=[0.9", "override 'optimizer.betas=[0.9': the value is not valid YAML"),
+        (
+            "optimizer.final_lr_fraction=0.1",
+            "optimizer: Value error, final_lr_fraction=0.1 with decay=none has no effect; set decay=cosine",
+        ),
+        ("optimizer.decay=exponential", "optimizer.decay: Input should be 'none', 'cosine' or 'linear'"),
         ("engine.zero_stage=0", "engine.zero_stage: Input should be 1, 2 or 3, got 0"),
         ("engine.zero_stage=4", "engine.zero_stage: Input should be 1, 2 or 3, got 4"),
         ("engine.precision=fp16", "engine.precision: Input should be 'auto', 'bf16' or 'fp32', got 'fp16'"),

@@ -1,6 +1,8 @@
-"""Which checkpoint a run goes on from when its storage does not answer, or answers that something is gone."""
+"""Which checkpoint a run goes on from when its storage does not answer, and what it says of changes."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import CheckpointConfig, EngineConfig, TrainConfig
 from dit_scale.dist import World
-from dit_scale.storage import UnavailableError, s3
-from dit_scale.train.run import find_checkpoint, root_of
+from dit_scale.storage import UnavailableError, open_storage, s3
+from dit_scale.train.run import find_checkpoint, root_of, say_if_rate_changes
 from tests import checkpoints
 from tests.faults.proxy import FaultProxy
 from tests.s3 import BUCKET, s3_server
@@ -43,6 +45,28 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
         yield proxy
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"steps": 60}, "step 41 is 3.22e-05, with the saved configuration it was 5.96e-05"),
+        ({"optimizer": {"lr": 1e-3}}, "step 41 is 0.001, with the saved configuration it was 5.96e-05"),
+        ({"steps": 40}, ""),  # no step is left
+        ({"optimizer": {"decay": "linear"}, "seed": 1}, ""),
+    ],
+)
+def test_another_learning_rate_is_said(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    saved = {"steps": 100, "optimizer": {"decay": "linear"}}
+    owned = [Partition({MASTER: torch.zeros(SIZE)}, (Extent(WEIGHT, 0, SIZE, 0),))]
+    config = TrainConfig.model_validate(saved).model_dump(mode="json")
+    checkpoints.write(open_storage(tmp_path), NEWEST, [owned], config=config)
+    notes: list[str] = []
+    checkpoint = Checkpoint(open_storage(tmp_path), NEWEST)
+    say_if_rate_changes(TrainConfig.model_validate(saved | changes), checkpoint, notes.append)
+    assert len(notes) == bool(said)
+    assert said in "".join(notes)
 
 
 def test_a_server_that_does_not_answer_is_no_damage(proxy: FaultProxy, world: World) -> None:

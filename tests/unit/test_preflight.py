@@ -17,6 +17,8 @@ from dit_scale.elastic.preflight import (
     say_unless_shared,
     xid_problems,
 )
+from dit_scale.elastic.run import check_device, num_gpus
+from dit_scale.errors import ConfigError
 from dit_scale.storage import open_storage
 from tests.latents import write_latents
 
@@ -66,6 +68,34 @@ def test_a_sound_node_with_gpus() -> None:
     said: list[str] = []
     assert gpu_problems("auto", 2, said.append, node(gpus())) == []
     assert said == []
+
+
+@pytest.mark.parametrize(("visible", "num"), [("3", 1), ("GPU-1a,MIG-2b", 2), ("-1", 0), ("NoDevFiles", 0)])
+def test_assigned_gpus_that_are_not_there_are_a_problem(
+    monkeypatch: pytest.MonkeyPatch, visible: str, num: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert num_gpus() == num
+    problems = gpu_problems("auto", 1, lambda text: None, node(None))
+    assert len(problems) == bool(num)
+    assert all(f"CUDA_VISIBLE_DEVICES={visible} assigns GPUs and nvidia-smi" in text for text in problems)
+    assert gpu_problems("cpu", 1, lambda text: None, node(None)) == []
+
+
+def test_a_slurm_job_without_gpus_must_be_meant_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    check_device("auto")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "short")
+    check_device("cpu")
+    for device in ("auto", "cuda"):
+        with pytest.raises(
+            ConfigError, match=f"device={device}, .* partition short has no GPU: ask for some"
+        ):
+            check_device(device)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    check_device("auto")
 
 
 def test_a_gpu_that_counts_no_errors_is_sound() -> None:

@@ -1,0 +1,108 @@
+"""What a run shows of its steps: in a log file one line per log point, on a terminal a bar."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from dit_scale.telemetry import progress
+from dit_scale.telemetry.progress import RECENT, StatusLine, duration
+
+RECORD = {"loss": 0.18125, "grad_norm": 0.25, "lr": 1e-4, "images_per_s": 1234.56}
+
+
+class Screen:
+    """A log file or a terminal, and the clocks that a status line reads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, width: int = 120) -> None:
+        self.now_s = 1000.0
+        self._file = io.StringIO()
+        console = Console(file=self._file, force_terminal=is_terminal, width=width, color_system=None)
+        clock = SimpleNamespace(monotonic=lambda: self.now_s, strftime=lambda form: f"<{form}>")
+        monkeypatch.setattr(progress, "Console", lambda stderr: console)
+        monkeypatch.setattr(progress, "time", clock)
+
+    @property
+    def lines(self) -> list[str]:
+        return self._file.getvalue().splitlines()
+
+
+def test_a_line_has_the_time_of_day_the_numbers_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch, is_terminal=False, width=80)
+    status = StatusLine(total_steps=400_000, first_step=200, shown=True)
+    screen.now_s += 50.0
+    status.report(300, RECORD)
+    assert screen.lines == [  # half a second for each of 399,700 steps
+        "<%H:%M:%S>  step    300/400000  loss 0.1812  grad   0.250  lr 1.0e-04  "
+        "  1234.6 img/s  left   55:30:50"
+    ]
+
+
+def test_the_time_left_follows_recent_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch, is_terminal=False)
+    status = StatusLine(total_steps=10_000, first_step=0, shown=True)
+    left = []
+    for point in range(1, 2 * RECENT + 1):
+        screen.now_s += 1000.0 if point <= RECENT else 100.0  # the first steps are slow
+        status.report(100 * point, RECORD)
+        left.append(screen.lines[-1].partition("left")[2].strip())
+    assert left[0] == duration(99 * 1000).strip()
+    assert left[RECENT - 1] == duration(90 * 1000).strip()
+    assert left[RECENT] == duration(89 * (9 * 1000 + 100) / 10).strip()
+    assert left[-1] == duration(80 * 100).strip()
+
+
+def test_nothing_is_left_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch, is_terminal=False)
+    status = StatusLine(total_steps=5, first_step=4, shown=True)
+    screen.now_s += 3.0
+    status.report(5, RECORD)
+    status.report(5, RECORD)  # a log point right after a resume takes no step
+    assert [line[-10:] for line in screen.lines] == ["   0:00:00"] * 2
+
+
+def test_all_lines_of_a_run_are_equally_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch, is_terminal=False)
+    status = StatusLine(total_steps=400_000, first_step=0, shown=True)
+    nothing = dict.fromkeys(("loss", "grad_norm"))
+    for step, record in ((1, RECORD), (100, RECORD | {"grad_norm": 123.4}), (200, RECORD | {"lr": 0.0})):
+        screen.now_s += 20.0
+        status.report(step, record)
+    status.report(400_000, RECORD | nothing)
+    assert len({len(line) for line in screen.lines}) == 1
+    assert "loss    nan" in screen.lines[3]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_has_a_bar_and_all_numbers(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    screen = Screen(monkeypatch, is_terminal=True, width=width)
+    status = StatusLine(total_steps=20_000, first_step=0, shown=True)
+    screen.now_s += 50.0
+    status.advance()
+    status.report(100, RECORD)
+    status.close()
+    shown = " ".join(" ".join(screen.lines).split())
+    assert "1/20000 <%H:%M:%S> loss 0.1812 grad 0.250 lr 1.0e-04 1234.6 img/s left 2:45:50" in shown
+
+
+def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch, is_terminal=False)
+    status = StatusLine(total_steps=10, first_step=0, shown=False)
+    status.report(1, RECORD)
+    status.say("a note")
+    assert screen.lines == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "   0:00:00"),
+        (59.6, "   0:01:00"),
+        (3599.4, "   0:59:59"),
+        (93_789, "  26:03:09"),
+        (3.6e7, "10000:00:00"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
