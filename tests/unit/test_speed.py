@@ -8,6 +8,13 @@ import pytest
 from tests import speed
 
 
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test measures is forgotten after it."""
+    monkeypatch.setenv(speed.VARIABLE, "1.0")
+    monkeypatch.delenv(speed.VARIABLE)
+
+
 def test_limits_grow_with_the_time_that_work_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     for took_s, factor in [(0.5, 1.0), (1.0, 1.0), (7.0, 7.0)]:
         monkeypatch.delenv(speed.VARIABLE, raising=False)
@@ -16,8 +23,7 @@ def test_limits_grow_with_the_time_that_work_takes(monkeypatch: pytest.MonkeyPat
         assert speed.scaled(400.0) == speed.scaled(400.0) == pytest.approx(400.0 * factor)
 
 
-def test_processes_of_a_test_have_the_same_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(speed.VARIABLE, raising=False)
+def test_processes_of_a_test_have_the_same_limits() -> None:
     ours = speed.slowness()
     told = subprocess.check_output([sys.executable, "-c", "from tests import speed; print(speed.slowness())"])
     print(f"work takes {ours:.2f} times as long as on the reference")
