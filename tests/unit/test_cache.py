@@ -188,10 +188,13 @@ def test_a_shard_that_stays_damaged_is_not_kept(remote: Storage, tmp_path: Path)
     assert names(tmp_path) == []
 
 
-def test_a_file_of_another_size_is_dropped_when_it_is_opened(remote: Storage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size_bytes", [0, SIZE - 1, SIZE + 1])
+def test_a_file_of_another_size_is_dropped_when_it_is_opened(
+    remote: Storage, tmp_path: Path, size_bytes: int
+) -> None:
     shards = ShardCache(remote, tmp_path)
     shards.fetch(FILES[0])
-    os.truncate(tmp_path / tars(0)[0], SIZE - 1)
+    os.truncate(tmp_path / tars(0)[0], size_bytes)
     assert shards.open(FILES[0]) is None
     assert names(tmp_path) == []
 
