@@ -19,6 +19,7 @@ from dit_scale.data.cache import NoRoomError, ShardCache, ShardFile
 from dit_scale.errors import DataError
 from dit_scale.storage import Storage, open_storage
 from tests.s3 import BUCKET, s3_server
+from tests.speed import scaled
 
 SIZE = 100_000
 URL = f"s3://{BUCKET}/set"
@@ -100,7 +101,7 @@ def processes(*targets: tuple[Callable[..., None], tuple[object, ...]]) -> Itera
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + scaled(300.0)
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.01)
