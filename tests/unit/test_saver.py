@@ -11,7 +11,7 @@ import torch
 from dit_scale import dist
 from dit_scale.checkpoint import saver as savers
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import Manifest
+from dit_scale.checkpoint.manifest import CHECKPOINTS, Manifest, name_of
 from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Outcome, Saver
@@ -19,7 +19,12 @@ from dit_scale.config import CheckpointConfig, EngineConfig
 from dit_scale.dist import World
 from dit_scale.storage import open_storage
 
-PATH = "checkpoints/0000000003-0001"
+
+def path_of(step: int) -> str:
+    return f"{CHECKPOINTS}/{name_of(step, attempt=1)}"
+
+
+PATH = path_of(3)
 FOLDERS = {PATH: (MASTER,)}
 
 
@@ -33,9 +38,9 @@ def partition() -> Partition:
     return Partition({MASTER: torch.arange(6.0)}, (Extent("w", 0, 6, 0),))
 
 
-def manifest() -> Manifest:
+def manifest(step: int = 3) -> Manifest:
     return Manifest(
-        step=3,
+        step=step,
         samples=24,
         attempt=1,
         config={},
@@ -64,6 +69,20 @@ def test_a_save_is_what_was_there_when_it_began(world: World, tmp_path: Path) ->
     root = open_storage(tmp_path)
     assert committed(root) == [PATH]
     assert Checkpoint(root, PATH).read(MASTER, "w", 0, 6).tolist() == [0, 1, 2, 3, 4, 5]
+    saver.close()
+
+
+def test_retention_keeps_what_the_configuration_says(world: World, tmp_path: Path) -> None:
+    config = CheckpointConfig(keep=2, keep_every_steps=9)
+    saver = Saver(world, str(tmp_path), [partition()], config)
+    dropped: list[str] = []
+    for step in range(3, 22, 3):
+        saver.begin(manifest(step), {path_of(step): (MASTER,)})
+        outcome = saver.wait()
+        assert outcome is not None
+        dropped += outcome.dropped
+    assert committed(open_storage(tmp_path)) == [path_of(step) for step in (21, 18, 9)]
+    assert dropped == [path_of(step) for step in (3, 6, 12, 15)]
     saver.close()
 
 

@@ -1,0 +1,89 @@
+"""What reaches the model in a real run: every draw is a function of seed and position, whatever the rank."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from dit_scale.config import TrainConfig
+from dit_scale.data.loader import Batch
+from dit_scale.data.order import sample_ids
+from dit_scale.data.shards import LatentDataset
+from dit_scale.train import loop
+from dit_scale.train.engine import Engine
+from dit_scale.train.objective import SampleLosses
+from dit_scale.train.step import TrainingStep
+from tests import philox
+from tests.dist import jobs
+from tests.dist.processes import run
+from tests.latents import write_latents
+
+pytestmark = pytest.mark.dist
+
+WORLD, STEPS, SEED, NUM, NUM_CLASSES = 2, 3, 5, 40, 10
+LABEL_DROPOUT, SCALE, TIMESTEPS = 0.4, 0.5, 1000
+
+Given = tuple[int, int, int, np.ndarray]
+"""Position, timestep, label and noised latent of a sample, as the model was given them."""
+
+
+def train_and_tell(config: TrainConfig) -> list[Given]:
+    """One rank of a training run; what its model was given, but for fillers."""
+    given: list[Given] = []
+    last: tuple[torch.Tensor, ...] = ()
+    accumulate, call = TrainingStep.accumulate, Engine.__call__
+
+    def call_and_keep(self: Engine, *inputs: torch.Tensor) -> torch.Tensor:
+        nonlocal last
+        last = inputs
+        return call(self, *inputs)
+
+    def accumulate_and_tell(self: TrainingStep, batches: Iterator[Batch]) -> torch.Tensor:
+        def tell(batch: Batch, _: SampleLosses) -> None:
+            x_BCHW, t_B, y_B = last
+            for i in batch.weight_B.nonzero().flatten():
+                given.append((int(batch.position_B[i]), int(t_B[i]), int(y_B[i]), x_BCHW[i].numpy()))
+
+        return accumulate(self, batches, tell)
+
+    with (
+        patch.object(Engine, "__call__", call_and_keep),
+        patch.object(TrainingStep, "accumulate", accumulate_and_tell),
+    ):
+        assert loop.train(config) == 0
+    return given
+
+
+def test_what_the_model_is_given(tmp_path: Path) -> None:
+    data = tmp_path / "latents"
+    write_latents(data, num=NUM, num_classes=NUM_CLASSES)
+    dataset = LatentDataset.open(data)
+    config = jobs.saving(jobs.small_config(tmp_path / "run", data), steps=STEPS)
+    diffusion = config.diffusion.model_copy(update={"label_dropout": LABEL_DROPOUT})
+    config = config.model_copy(update={"seed": SEED, "diffusion": diffusion})
+    ranks = run(WORLD, train_and_tell, config)
+    samples = sorted((sample for rank in ranks for sample in rank), key=lambda sample: sample[0])
+    assert [sample[0] for sample in samples] == list(range(STEPS * config.global_batch))
+
+    dropped = 0
+    for position, t, y, x in samples:
+        moments, label = dataset.read(int(sample_ids(np.array([position]), NUM, SEED)[0]))
+        view = philox.words(SEED, philox.VIEW, position, 1)[0] * 2 >> 32
+        mean, std = moments[view].astype(np.float64).reshape(2, 4, 4, 4)
+        noise, posterior = (
+            np.reshape(philox.normals(SEED, purpose, position, 64), (4, 4, 4))
+            for purpose in (philox.NOISE, philox.POSTERIOR)
+        )
+        assert t == philox.words(SEED, philox.TIMESTEP, position, 1)[0] * TIMESTEPS >> 32
+        is_dropped = philox.uniform(SEED, philox.LABEL_DROP, position) < LABEL_DROPOUT
+        assert y == (NUM_CLASSES if is_dropped else label)
+        dropped += is_dropped
+        signal = math.prod(1 - (1e-4 + (2e-2 - 1e-4) * step / (TIMESTEPS - 1)) for step in range(t + 1))
+        z = SCALE * (mean + std * posterior)
+        expected = math.sqrt(signal) * z + math.sqrt(1 - signal) * noise
+        np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
+    assert 0 < dropped < len(samples)
