@@ -176,10 +176,7 @@ class Session:
         return not self.saver.in_flight and any(self._passed(steps, self._saved_step) for steps in every)
 
     def save(self) -> None:
-        """Begin to save this step, unless it failed: what a rollback needs must not be pushed out.
-
-        Training goes on; `follow_save` sees to the end of it.
-        """
+        """Begin to save this step in the background, unless it failed: a rollback needs what is there."""
         if not self._failures():
             self._begin_save()
 
