@@ -89,7 +89,7 @@ def test_the_life_of_a_run(site: Site) -> None:
     sizes = ("image_size=32", "shard_samples=8", "vae_batch=4", "encoders=1", "cpus_per_encoder=0.5")
     site.dit_scale("encode", *sizes, "source=images", "output=latents", f"vae={vae}")
     info = json.loads(site.dit_scale("latents", "info", "latents", "--json"))
-    assert (info["samples"], info["num_classes"]) == (12, 2)
+    assert (info["samples"], info["class_names"]) == (12, ["n0", "n1"])
 
     model = "model={name: DiT-Ti/2, image_size: 32, num_classes: 2}"
     settings = ("run=run", "data.url=latents", f"data.vae={vae}", "steps=3", "global_batch=4")
