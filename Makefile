@@ -31,12 +31,12 @@ $(VENV)/torch: constraints.txt
 
 # What the demo needs; `ready` adds what the tests need.
 $(VENV)/demo: $(VENV)/torch pyproject.toml
-	@echo "set-up: DeepSpeed, Ray, diffusers and the demo (about 300 MB; a minute or two)"
+	@echo "set-up 2/3: DeepSpeed, Ray, diffusers and their dependencies (about 300 MB)"
 	@$(BIN)/pip install --quiet --editable '.[demo]'
 	@touch $@
 
 $(VENV)/ready: $(VENV)/demo
-	@echo "set-up: what the tests need besides (about 100 MB)"
+	@echo "set-up 3/3: what the tests need besides (about 100 MB)"
 	@$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 

@@ -4,19 +4,23 @@
 #
 #   PIP_CONSTRAINT=constraints.txt bash demo/install_torch.sh .venv/bin/pip
 #
-# The CPU build comes from TORCH_CPU_INDEX (default: PyTorch's own), or from wherever pip is set up to look.
+# pip finds the CPU build, 2.13.0+cpu, at TORCH_CPU_INDEX (default: PyTorch's own) and takes it before the plain
+# 2.13.0 of the places that it is set up for. Where that index cannot be reached, pip takes what it finds.
 set -euo pipefail
 pip=$1
 index=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 
 has_gpu() { [ -e /proc/driver/nvidia/version ] || [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; }
+can_reach() {
+    python3 -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=20)' "$1" 2>/dev/null
+}
 
 if [ "$(uname -s)" != Linux ] || has_gpu; then
-    echo "set-up: torch"
+    echo "set-up 1/3: torch"
     exec "$pip" install --quiet torch
+elif can_reach "$index/torch/"; then
+    echo "set-up 1/3: torch for the CPU, as there is no NVIDIA GPU (about 200 MB)"
+    exec "$pip" install --quiet --extra-index-url "$index" torch
 fi
-echo "set-up: torch for the CPU, as there is no NVIDIA GPU (about 200 MB)"
-if ! "$pip" install --quiet --retries 1 --timeout 15 --index-url "$index" torch 2> >(grep -v '^WARNING' >&2); then
-    echo "set-up: no CPU build of torch at $index; installing the default build, which may bring CUDA (3 GB)"
-    exec "$pip" install --quiet torch
-fi
+echo "set-up 1/3: torch; $index cannot be reached, so it may be the build with CUDA (about 3 GB)"
+exec "$pip" install --quiet torch
