@@ -312,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
         "--stub-images-per-s", type=float, default=100.0, help="of the pipeline's encoder (default 100)"
     )
     parser.add_argument(
-        "--matmul-side", type=int, help="rows of the matrices of the product (default 8192 on CUDA, else 1024)"
+        "--matmul-side", type=int, help="of the matrix product (default 8192 on CUDA, 1024 on a CPU)"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")

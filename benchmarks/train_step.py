@@ -322,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
         help="steps before (default 10); the first ones also leave the zero weights of the start behind",
     )
     parser.add_argument(
-        "--matmul-side", type=int, help="rows of the matrices of the product (default 8192 on CUDA, else 1024)"
+        "--matmul-side", type=int, help="of the matrix product (default 8192 on CUDA, 1024 on a CPU)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="one object per row; the table goes to stderr")
