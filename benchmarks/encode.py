@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.smoke:
         args.images, args.rounds, args.batches, args.vae_batch = 8, 1, 4, 2
-        args.image_sizes, args.stub_images_per_s = [32], 100.0
+        args.image_sizes, args.stub_images_per_s, args.matmul_side = [32], 100.0, 128
     if args.vae_batch is None:
         args.vae_batch = 64 if torch.cuda.is_available() else 2
     with tempfile.TemporaryDirectory() as name:
@@ -235,7 +235,7 @@ def encoder(vae: str, size: int, args: argparse.Namespace) -> Iterator[Row]:
         for name, way in {**ways, **plain}.items():
             times[name].append(_seconds(way))
     flops = _flops_per_image(vae, size, device)
-    matmul = matmul_flops_per_s(torch.bfloat16, device)
+    matmul = matmul_flops_per_s(torch.bfloat16, device, args.matmul_side)
     speeds = {name: args.vae_batch / median(column) for name, column in times.items()}
     for name in ways:
         yield {
@@ -311,6 +311,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, default=128, help="of 32 images through the pipeline")
     parser.add_argument(
         "--stub-images-per-s", type=float, default=100.0, help="of the pipeline's encoder (default 100)"
+    )
+    parser.add_argument(
+        "--matmul-side", type=int, help="of the matrix product (default 8192 on CUDA, 1024 on a CPU)"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")

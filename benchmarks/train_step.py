@@ -63,6 +63,7 @@ SMOKE = {
     "device": "cpu",
     "steps": 3,
     "warmup": 1,
+    "matmul_side": 128,
 }
 
 Row = dict[str, Any]
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--attention {unknown[0]}: expected all, or some of {', '.join(attention.BACKENDS)}")
     rows = []
     for name in names:
-        row = _measure_apart(_config(args, name), args.warmup)
+        row = _measure_apart(_config(args, name), args.warmup, args.matmul_side)
         rows.append(row)
         if args.json:
             print(json.dumps(row), flush=True)
@@ -96,15 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(all("problem" in row for row in rows))
 
 
-def measure(config: TrainConfig, warmup: int) -> Row:
+def measure(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
     """The figures of a configuration, made in this process; an error becomes the row's `problem`."""
     try:
-        return _figures(config, warmup)
+        return _figures(config, warmup, matmul_side)
     except Exception as error:  # whatever this row suffers from, the others are still to be measured
         return {"problem": "".join(traceback.format_exception_only(error)).splitlines()[0]}
 
 
-def _figures(config: TrainConfig, warmup: int) -> Row:
+def _figures(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
     determinism.pin(config.engine)
     world = dist.start(config.engine)
     device = world.device
@@ -122,7 +123,7 @@ def _figures(config: TrainConfig, warmup: int) -> Row:
         step_s = median_s(take, warmup, config.steps, device)
         on_cuda = device.type == "cuda"
         peak_memory_bytes = torch.cuda.max_memory_allocated(device) if on_cuda else None
-        matmul = matmul_flops_per_s(DTYPES[config.engine.precision], device)
+        matmul = matmul_flops_per_s(DTYPES[config.engine.precision], device, matmul_side)
         images_per_s = config.global_batch / step_s
         flops_per_image = FLOPS_PER_MAC * TRAINING_FORWARDS * forward_macs(shape)
         return {
@@ -154,9 +155,9 @@ def random_batch(shape: Shape, micro_batch: int, index: int) -> Batch:
     )
 
 
-def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
+def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, side: int | None = None) -> float:
     """FLOP/s of a product of two square matrices of normal numbers: the yardstick."""
-    side = MATMUL_SIDE[device.type]
+    side = side or MATMUL_SIDE[device.type]
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -188,7 +189,7 @@ def _cuda_event() -> torch.cuda.Event:
     return event
 
 
-def _measure_apart(config: TrainConfig, warmup: int) -> Row:
+def _measure_apart(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
     settings: Row = {
         "model": config.model.name,
         "image_size": config.model.image_size,
@@ -204,7 +205,7 @@ def _measure_apart(config: TrainConfig, warmup: int) -> Row:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_print_to_stderr) as pool:
         try:
-            return settings | pool.submit(measure, config, warmup).result()
+            return settings | pool.submit(measure, config, warmup, matmul_side).result()
         except BrokenProcessPool:
             return settings | {"problem": "its process was killed; out of host memory?"}
 
@@ -319,6 +320,9 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=10,
         help="steps before (default 10); the first ones also leave the zero weights of the start behind",
+    )
+    parser.add_argument(
+        "--matmul-side", type=int, help="of the matrix product (default 8192 on CUDA, 1024 on a CPU)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="one object per row; the table goes to stderr")

@@ -29,7 +29,7 @@ class ModelConfig(Section):
     """Which transformer of the paper's Table 4, and how it is conditioned."""
 
     name: str = "DiT-XL/2"
-    """Row and patch size: DiT-{S,B,L,XL}/{2,4,8}; DiT-Ti is a small row for laptops and tests."""
+    """Row and patch size: DiT-{S,B,L,XL}/{2,4,8}; DiT-Ti is small, for laptops, DiT-Nano for tests."""
     image_size: int = Field(256, gt=0)
     """Side of the square image in pixels; a multiple of 8 x patch (the VAE divides it by 8)."""
     conditioning: Literal["adaln_zero", "adaln", "cross_attention", "in_context"] = "adaln_zero"

@@ -11,16 +11,37 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 
-NODES = ("tests/chaos/", "tests/cluster/", "tests/elastic/", "tests/storm/")
-"""Tests that wait for deadlines, leases and servers most of the time."""
+STREAMS = ("tests/elastic/", "tests/cluster/", "tests/storm/")
+"""Folders of tests that wait for deadlines, leases and servers most of the time, and start many processes."""
+
+FIRST = (
+    *STREAMS,
+    "tests/pipeline/test_encode_kills.py",
+    "tests/pipeline/",
+    "tests/dist/test_kills.py",
+    "tests/dist/",
+    "tests/bench/",
+    "tests/crash/",
+)
+"""What takes long begins early, so that no process is left alone with it at the end."""
 
 
 class Streams(LoadScopeScheduling):
-    """With `-n 2` those of NODES run one after the other, and all others, by files, beside them."""
+    """With `-n 4`, tests of a folder of STREAMS run one after the other, and files of others beside them."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "nodes" if nodeid.startswith(NODES) else nodeid.partition("::")[0]
+        files = nodeid.partition("::")[0]
+        return next((folder for folder in STREAMS if nodeid.startswith(folder)), files)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Streams:
     return Streams(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_rank)  # stable: within a folder the order stays
+
+
+def _rank(item: pytest.Item) -> int:
+    ranks = (rank for rank, start in enumerate(FIRST) if item.nodeid.startswith(start))
+    return next(ranks, len(FIRST))

@@ -32,7 +32,8 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "Ti": Row(6, 128, 4),  # ours, for laptops and tests; the others are Table 1 of the paper
+    "Nano": Row(2, 64, 2),  # ours, for tests
+    "Ti": Row(6, 128, 4),  # ours, for laptops; the others are Table 1 of the paper
     "S": Row(12, 384, 6),
     "B": Row(12, 768, 12),
     "L": Row(24, 1024, 16),

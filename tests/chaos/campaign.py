@@ -61,7 +61,7 @@ def run_stage(result: StageResult, draws: random.Random, folder: Path, say: Say)
 
 def config_of(folder: Path, name: str, result: StageResult) -> TrainConfig:
     """Of the run that is left alone (`straight`), or of the one that is `killed`."""
-    config = jobs.small_config(folder / name, folder / "data", zero_stage=result.stage)
+    config = jobs.small_config(folder / name, folder / "data", "DiT-Ti/2", zero_stage=result.stage)
     # The straight run stores averages as often as it can: at many of the steps at which the other did.
     ema_every_steps = 1 if name == "straight" else 6
     return jobs.saving(config, result.steps, every_steps=3, ema_every_steps=ema_every_steps, keep=2)

@@ -80,7 +80,7 @@ def config_of(top: Path, name: str, steps: int = STEPS) -> TrainConfig:
     data = top / "latents"
     if not data.exists():
         write_latents(data, num=40)
-    return jobs.saving(jobs.small_config(top / name, data), steps, every_steps=10)
+    return jobs.saving(jobs.small_config(top / name, data, "DiT-Ti/2"), steps, every_steps=10)
 
 
 def submit(

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import deepspeed
 import torch
 
 from dit_scale import dist
@@ -89,6 +88,8 @@ def pass_over_failures(config: TrainConfig, sub_group_elements: int = 10**9) -> 
 
 
 def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
+    import deepspeed
+
     plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
     dataset = LatentDataset.open(config.data.url)
     step = TrainingStep(config, world, plan, dataset.info.vae.scale)

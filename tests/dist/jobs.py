@@ -25,7 +25,7 @@ from tests.dist.points import Hold, held
 LossRow = dict[str, float]
 
 
-def small_config(run: Path, data: Path, **engine_knobs: object) -> TrainConfig:
+def small_config(run: Path, data: Path, model: str = "DiT-Nano/2", **engine_knobs: object) -> TrainConfig:
     """A tiny model, 7 samples per step: uneven on 2 and 3 ranks, accumulated in micro-batches of 2.
 
     In fp32, unless a test is about bf16: it takes ten times as long where a CPU has no instructions for it.
@@ -35,7 +35,7 @@ def small_config(run: Path, data: Path, **engine_knobs: object) -> TrainConfig:
             "run": str(run),
             "steps": 20,
             "global_batch": 7,
-            "model": {"name": "DiT-Ti/2", "image_size": 32, "num_classes": 10},
+            "model": {"name": model, "image_size": 32, "num_classes": 10},
             "data": {"url": str(data)},
             "engine": {"precision": "fp32", "micro_batch": 2, "device": "cpu", **engine_knobs},
             "ema": [{"name": "constant", "decay": 0.9}, {"name": "power", "sigma_rel": 0.1}],

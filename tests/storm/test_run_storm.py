@@ -153,7 +153,9 @@ def assert_every_sample_once_an_epoch(samples: list[Sample], data: Path) -> None
 
 def config_of(folder: Path, url: str, state: str = "") -> TrainConfig:
     """A run with one average, whose cache does not hold its data: it needs the server to the end."""
-    config = saving(small_config(folder, Path()), steps=32, every_steps=16, ema_every_steps=32, url=state)
+    config = saving(
+        small_config(folder, Path(), "DiT-Ti/2"), steps=32, every_steps=16, ema_every_steps=32, url=state
+    )
     data = DataConfig(url=url, cache_dir=str(folder / "cache"), cache_bytes=CACHE_BYTES // 2)
     return config.model_copy(update={"data": data, "ema": config.ema[1:]})
 

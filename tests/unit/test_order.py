@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from dit_scale.data import order
 from dit_scale.data.order import Order, mix64, permute, round_keys, sample_ids
@@ -146,6 +145,8 @@ def test_an_epoch_is_not_another_seeds_epoch() -> None:
 
 
 def test_an_epoch_looks_random(first_epoch: np.ndarray) -> None:
+    from scipy import stats
+
     ids, index = first_epoch.astype(np.float64), np.arange(IMAGENET)
     limit = 4 / np.sqrt(IMAGENET)
     assert abs(np.corrcoef(index, ids)[0, 1]) < limit
@@ -163,6 +164,8 @@ def test_an_epoch_looks_random(first_epoch: np.ndarray) -> None:
 
 @pytest.mark.parametrize("num_samples", [3, 4])
 def test_every_order_of_a_few_samples_is_as_likely(num_samples: int) -> None:
+    from scipy import stats
+
     counts = Counter(tuple(epoch_of(0, epoch, num_samples).tolist()) for epoch in range(2000))
     assert len(counts) == math.factorial(num_samples)
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3

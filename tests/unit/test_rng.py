@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from dit_scale import rng
 from dit_scale.rng import Purpose
@@ -107,11 +106,15 @@ def test_integers_are_the_high_part_of_a_product(high: int) -> None:
 
 
 def test_integers_are_uniform() -> None:
+    from scipy import stats
+
     counts = torch.bincount(rng.integers(3, Purpose.TIMESTEP, torch.arange(200_000), 1000), minlength=1000)
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
 
 
 def test_uniforms_are_exact_and_uniform() -> None:
+    from scipy import stats
+
     position_N = torch.arange(200_000)
     drawn = rng.uniforms(3, Purpose.LABEL_DROP, position_N)
     words = rng.words(3, Purpose.LABEL_DROP, position_N, 1)[:, 0]
@@ -147,6 +150,8 @@ def test_no_word_gives_an_infinite_normal(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_normals_have_the_moments_and_tails_of_the_normal_law() -> None:
+    from scipy import stats
+
     drawn = rng.normals(11, Purpose.NOISE, torch.arange(1000), (500,)).double().numpy().ravel()
     error = 1 / math.sqrt(drawn.size)
     assert abs(drawn.mean()) < 4 * error

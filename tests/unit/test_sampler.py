@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 
 from dit_scale.diffusion.sampler import ddim, ddpm, guided
 from dit_scale.diffusion.schedule import float64_tables, linear, respace
@@ -49,6 +48,8 @@ def with_our_tables(scheduler):
 
 @pytest.mark.parametrize("spec", ["250", "50", "10,15,20", "1000"])
 def test_ddpm_takes_the_steps_of_diffusers(spec, monkeypatch):
+    from diffusers import DDPMScheduler
+
     schedule, model = respace(FULL, spec), RandomModel()
     ours = list(ddpm(model, schedule, randn(*LATENTS), step_noise))
     assert model.timesteps == schedule.timesteps.flip(0).tolist()
@@ -70,6 +71,8 @@ def test_ddpm_takes_the_steps_of_diffusers(spec, monkeypatch):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("num_steps", [50, 100])
 def test_ddim_takes_the_steps_of_diffusers(num_steps, eta):
+    from diffusers import DDIMScheduler
+
     schedule, model = respace(FULL, f"ddim{num_steps}"), RandomModel()
     ours = list(ddim(model, schedule, randn(*LATENTS), step_noise, eta))
 

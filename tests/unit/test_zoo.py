@@ -59,7 +59,7 @@ def test_flops_of_one_image():
 
 
 @pytest.mark.parametrize("conditioning", zoo.CONDITIONINGS)
-@pytest.mark.parametrize(("name", "image_size"), [("DiT-Ti/2", 32), ("DiT-Ti/3", 96), ("DiT-S/16", 256)])
+@pytest.mark.parametrize(("name", "image_size"), [("DiT-Nano/2", 32), ("DiT-Ti/3", 96), ("DiT-S/16", 256)])
 def test_formulas_equal_the_model_outside_the_paper(name, image_size, conditioning):
     row = table.count(
         ModelConfig(name=name, image_size=image_size, conditioning=conditioning, num_classes=10)
@@ -79,7 +79,7 @@ def test_shape_of_parses_row_and_patch():
 @pytest.mark.parametrize("name", ["DiT-M/2", "XL/2", "DiT-XL", "DiT-XL/0", "DiT-XL/-2", "dit-xl/2"])
 def test_unknown_name_lists_the_rows(name):
     with pytest.raises(
-        ConfigError, match=r"unknown model .*DiT-XL/2; rows are DiT-Ti, DiT-S, DiT-B, DiT-L, DiT-XL"
+        ConfigError, match=r"unknown model .*DiT-XL/2; rows are DiT-Nano, DiT-Ti, DiT-S, DiT-B, DiT-L, DiT-XL"
     ):
         shape_of(ModelConfig(name=name))
 
