@@ -9,12 +9,13 @@ import pytest
 
 from dit_scale.config import TrainConfig
 from tests.elastic.nodes import Cluster, Node, cluster, config_of
+from tests.speed import scaled
 
 pytestmark = pytest.mark.dist
 
 STEPS = 100_000
 """Further than any of these runs gets."""
-DATA_DEADLINE_S = {"stuck_read": 14.0, "frozen_read": 3.0}
+DATA_DEADLINE_S = {"stuck_read": scaled(12.0), "frozen_read": scaled(2.0)}
 FAULTS = ("stuck_read", "lock", "deaf", "frozen_read")
 """In the order in which they are found."""
 
