@@ -184,5 +184,4 @@ def config_of(folder: Path, steps: int = 60, every_steps: int = 5) -> TrainConfi
     data = folder / "data"
     if not data.exists():
         write_latents(data)
-    config = jobs.small_config(folder / "run", data, precision="fp32")
-    return jobs.saving(config, steps, every_steps=every_steps)
+    return jobs.saving(jobs.small_config(folder / "run", data), steps, every_steps=every_steps)
