@@ -11,8 +11,6 @@ import os
 import statistics
 import time
 
-import torch
-
 VARIABLE = "DIT_SCALE_TEST_SLOWNESS"
 REFERENCE_S = 0.02
 """How long `_work` takes on one idle core of the reference, an AMD EPYC of 2024."""
@@ -32,6 +30,8 @@ def scaled(limit_s: float) -> float:
 
 def _work() -> float:
     """Seconds that a fixed piece of work takes: interpreted code and fp32 kernels, as in training."""
+    import torch  # here alone: most processes that ask find the factor, and do not need it
+
     begin_s = time.perf_counter()
     for _ in range(8):
         json.loads(json.dumps(list(range(4000))))

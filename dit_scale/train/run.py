@@ -134,8 +134,9 @@ def find_checkpoint(
     """Fill in the newest checkpoint that all ranks can read; None when the run has none.
 
     A damaged one is named and passed over, and so is one beyond `at_most_step`. Raises ConfigError when
-    the run belongs to another configuration or data set, CheckpointError when all are damaged, and
-    UnavailableError when the storage does not answer: nothing is passed over for that.
+    the run belongs to another configuration or data set, CheckpointError when all are damaged or when the
+    ranks find different ones under one name, and UnavailableError when the storage does not answer:
+    nothing is passed over for that.
     """
     root = root_of(config)
     paths = world.first_says(lambda: attempts.committed(root))
@@ -157,7 +158,10 @@ def find_checkpoint(
             raise UnavailableError(f"checkpoint {path} may be whole, but is not to be had: {gone[0]}")
         problems = [text for text, _, _ in answers if text]
         if not problems and len({digest for _, digest, _ in answers}) > 1:
-            problems = ["its manifest is not the same on all ranks"]
+            raise CheckpointError(
+                f"{root.url}/{path}: its manifest is whole on all ranks, and not the same on all of them: "
+                "they look at different storages. Set checkpoint.url, or run, to one that all nodes share"
+            )
         if not problems:
             return checkpoint
         say(f"passing over checkpoint {path}: {problems[0]}")

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.speed import scaled
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "encode.py"
 
 
@@ -16,7 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "encode.py"
 def rows() -> dict[str, dict[str, Any]]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, str(SCRIPT), "--smoke", "--json"]
-    ran = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=scaled(300.0))
     assert ran.returncode == 0, ran.stderr
     return {row["what"]: row for row in map(json.loads, ran.stdout.splitlines())}
 

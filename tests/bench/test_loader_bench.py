@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.speed import scaled
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loader.py"
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     command = [sys.executable, str(SCRIPT), "--smoke", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0), check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

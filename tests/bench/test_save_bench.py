@@ -13,6 +13,7 @@ from benchmarks.save import share_of
 from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.config import ModelConfig
 from dit_scale.models.zoo import num_parameters, shape_of
+from tests.speed import scaled
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "save.py"
 COPIES = 4
@@ -27,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(folder: Path) -> list[dict[str, Any]]:
     command = [sys.executable, str(SCRIPT), "--smoke", "--json", "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0), check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -99,6 +100,6 @@ def test_nothing_is_left_behind(rows: list[dict[str, Any]], folder: Path) -> Non
 
 def test_a_folder_that_is_not_there_is_refused() -> None:
     command = [sys.executable, str(SCRIPT), "--smoke", "--folder", "/nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0))
     assert done.returncode == 2
     assert "--folder /nowhere: expected a folder" in done.stderr

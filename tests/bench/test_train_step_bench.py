@@ -12,6 +12,7 @@ import torch
 
 from dit_scale.config import ModelConfig
 from dit_scale.models.zoo import forward_macs, shape_of
+from tests.speed import scaled
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 
@@ -20,7 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 def done() -> subprocess.CompletedProcess[str]:
     """One backend that needs CUDA, then one that is always there."""
     command = [sys.executable, str(SCRIPT), "--smoke", "--json", "--attention", "sdpa_cudnn,sdpa"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0))
 
 
 @pytest.fixture(scope="module")

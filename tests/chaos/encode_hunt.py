@@ -22,6 +22,7 @@ from tests.faults.ceph import CephServer
 from tests.faults.proxy import FaultProxy
 from tests.faults.ray_nodes import HEAD, SECOND, RayNodes, ray_nodes
 from tests.s3 import BUCKET
+from tests.speed import scaled
 from tests.tiny_vae import save_tiny_vae
 
 IMAGES, SHARD_SAMPLES, VAE_BATCH = 80, 8, 4
@@ -38,7 +39,7 @@ CPUS = 2.0
 """Of each node, as Ray counts; they may be fewer."""
 MANY = ("encoders=3", "decoders=3")
 FEW = ("encoders=1", "decoders=1")
-RUN_S = 600.0
+RUN_S = scaled(600.0)
 """Far more than a run needs: who takes longer hangs."""
 TASKS = {"decoder": "ray::decode", "encoder": "ray::encode", "writer": "ray::write"}
 """Victim => the name of its process while it works."""

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.faults.ports import free_port
+from tests.speed import scaled
 
-TIMEOUT_S = 400.0
+TIMEOUT_S = scaled(400.0)
 """Far more than anything here takes: who takes longer hangs."""
 
 _context = multiprocessing.get_context("forkserver")

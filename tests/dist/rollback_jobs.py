@@ -39,7 +39,7 @@ def ids_at(positions: np.ndarray) -> np.ndarray:
 def config_of(
     folder: Path, data: Path, log_every_steps: int = 1, damaged: str = "stop", **guard: int
 ) -> TrainConfig:
-    config = jobs.saving(jobs.small_config(folder, data, precision="fp32"), steps=STEPS, every_steps=3)
+    config = jobs.saving(jobs.small_config(folder, data), steps=STEPS, every_steps=3)
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"damaged": damaged}),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint.attempts import Attempt
 from dit_scale.checkpoint.manifest import Manifest
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
@@ -153,6 +154,17 @@ def test_an_old_attempt_that_wakes_up_cannot_roll_back(
     assert_same_end(config, rolled_back[0])
 
 
+def test_a_checkpoint_of_the_very_step_before_the_failure_is_taken(tmp_path: Path) -> None:
+    data = tmp_path / "latents"
+    write_latents(data, num=NUM)
+    spoil(data, {sample_of(step, place=step) for step in (4, 5)})
+    config = config_of(tmp_path / "run", data, rollback_after=2)
+    assert run(1, jobs.train, config) == [0]
+    (rollback,) = events(config, "rollback")
+    assert rollback["failed_steps"] == [4, 5]
+    assert resumed_from(config) == [None, "checkpoints/0000000003-0001"]
+
+
 def test_a_rollback_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> None:
     data = tmp_path / "latents"
     write_latents(data, num=NUM)
@@ -164,6 +176,13 @@ def test_a_rollback_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> N
     assert resumed_from(config) == [None, None]
     assert manifest_at_the_end(config).excluded_positions == ((7, 21),)
     assert [row["step"] for row in jobs.losses(config)] == list(range(1, STEPS + 1))
+
+    # What the first steps did to moments, averages and AdamW's count is gone: a fresh run that leaves the
+    # same samples out ends with the same bits.
+    fresh = config.model_copy(update={"run": str(tmp_path / "fresh")})
+    attempts.claim(root_of(fresh), Attempt(1, None, ((7, 21),)))
+    assert run(WORLD, jobs.train, fresh) == [0, 0]
+    assert_same_end(config, fresh)
 
 
 def test_a_run_that_nothing_helps_gives_up(tmp_path: Path) -> None:

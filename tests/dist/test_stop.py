@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.speed import scaled
+
 pytestmark = pytest.mark.dist
 
 PROGRAM = """
@@ -26,5 +28,6 @@ assert not any("gloo" in name for name in names()), names()
 
 
 def test_no_thread_of_the_group_outlives_it() -> None:
-    ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", PROGRAM]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0))
     assert ran.returncode == 0, ran.stderr

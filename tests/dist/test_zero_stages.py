@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[jobs.LossRow]:
-    config = jobs.small_config(tmp_path_factory.mktemp("plain"), data, precision="fp32")
+    config = jobs.small_config(tmp_path_factory.mktemp("plain"), data)
     return jobs.plain_training(config)[0]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from tests.faults.ports import free_port
 from tests.needs import needs
 from tests.s3 import BUCKET, make_bucket
+from tests.speed import scaled
 
 PACKAGES = {
     "ceph-mon": "ceph-mon",
@@ -28,7 +29,7 @@ PACKAGES = {
 }
 """Program => the Debian package that has it."""
 ACCESS_KEY, SECRET_KEY = "storm", "storm-secret"
-START_S = 90.0
+START_S = scaled(90.0)
 
 CONFIGURATION = """
 [global]

@@ -15,13 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.faults.ports import free_port
+from tests.speed import scaled
 
 RAY = str(Path(sys.executable).with_name("ray"))
 MARK = "DIT_SCALE_TEST_NODE"
 """Variable in the environment of all processes of a node."""
 HEAD, SECOND = 0, 1
-START_S = 90.0
-END_S = 30.0
+START_S = scaled(90.0)
+END_S = scaled(30.0)
 NOTICE_SOON = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",

@@ -26,6 +26,7 @@ from tests.faults.ports import free_port
 from tests.faults.proxy import FaultProxy
 from tests.faults.ray_nodes import marked_processes
 from tests.s3 import BUCKET, s3_server
+from tests.speed import scaled
 from tests.tiny_vae import save_tiny_vae
 
 pytestmark = pytest.mark.pipeline
@@ -46,7 +47,7 @@ ENCODER = ("ray::Encoder", "ray::encode")
 MARK = f"dit-scale-test-{uuid.uuid4().hex}"
 ENVIRONMENT = clean_environment(DIT_SCALE_TEST=MARK)
 """Of every process that these tests start."""
-HANGS_S = 300.0
+HANGS_S = scaled(300.0)
 """Far more than anything here takes."""
 
 

@@ -16,6 +16,7 @@ from tests.encoding import clean_environment, job_command, objects, write_images
 from tests.faults.ceph import CephServer, ceph_s3
 from tests.faults.small_disk import small_disk
 from tests.s3 import BUCKET
+from tests.speed import scaled
 from tests.tiny_vae import save_tiny_vae
 
 pytestmark = pytest.mark.pipeline
@@ -56,9 +57,8 @@ def encode(
 ) -> str:
     """Run a job to its end, with the exit code that is expected; returns what it says on stderr."""
     command = job_command(f"source={folder}/images", f"vae={folder}/vae", f"output={output}", *KEYS, *keys)
-    ran = subprocess.run(
-        command, env=clean_environment(**(environment or {})), capture_output=True, text=True, timeout=200
-    )
+    variables = clean_environment(**(environment or {}))
+    ran = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=scaled(200.0))
     assert ran.returncode == expected, ran.stderr
     assert "Traceback" not in ran.stderr
     return ran.stderr

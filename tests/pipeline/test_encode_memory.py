@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.encoding import clean_environment, job_command
+from tests.speed import scaled
 from tests.tiny_vae import save_tiny_vae
 
 pytestmark = pytest.mark.pipeline
@@ -100,7 +101,7 @@ def run(folder: Path, number: int, vae: str) -> dict[str, int]:
     begin_s = time.monotonic()
     with Peaks(mark) as peaks:
         environment = clean_environment(DIT_SCALE_TEST=mark)
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=scaled(500.0))
     assert ran.returncode == 0, ran.stderr
     assert f"{number} samples of {NUM_CLASSES} classes in {number // 2500} shards" in ran.stdout
     print(f"{number} images in {time.monotonic() - begin_s:.0f} s")

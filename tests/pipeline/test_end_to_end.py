@@ -16,6 +16,7 @@ from dit_scale.models import dit
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.sources import build_model, open_source
 from tests.faults.ports import free_port
+from tests.speed import scaled
 
 pytestmark = pytest.mark.pipeline
 
@@ -44,7 +45,7 @@ def command(*words: object) -> str:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=600,
+        timeout=scaled(600.0),
     )
     assert done.returncode == 0, f"{words} left with {done.returncode}:\n{done.stdout}"
     return done.stdout

@@ -14,6 +14,7 @@ from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import LatentDataset
 from dit_scale.vae_files import find
 from tests.encoding import clean_environment, job_command
+from tests.speed import scaled
 from tests.tiny_vae import save_full_vae, save_tiny_vae
 
 pytestmark = pytest.mark.pipeline
@@ -76,7 +77,9 @@ def test_latents_are_those_of_a_plain_loop(vae: str, size: int, num_images: int,
     paths = write_images(tmp_path / "images", num_images)
     command = job_command(f"source={tmp_path}/images", f"output={tmp_path}/out", f"vae={vae}")
     command += [f"image_size={size}", f"vae_batch={num_images}", f"threads_per_encoder={THREADS}"]
-    ran = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=400)
+    ran = subprocess.run(
+        command, env=clean_environment(), capture_output=True, text=True, timeout=scaled(400.0)
+    )
     assert ran.returncode == 0, ran.stderr
 
     dataset = LatentDataset.open(tmp_path / "out")

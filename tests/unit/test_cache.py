@@ -19,6 +19,7 @@ from dit_scale.data.cache import NoRoomError, ShardCache, ShardFile
 from dit_scale.errors import DataError
 from dit_scale.storage import Storage, open_storage
 from tests.s3 import BUCKET, s3_server
+from tests.speed import scaled
 
 SIZE = 100_000
 URL = f"s3://{BUCKET}/set"
@@ -100,7 +101,7 @@ def processes(*targets: tuple[Callable[..., None], tuple[object, ...]]) -> Itera
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + scaled(300.0)
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.01)
@@ -188,10 +189,13 @@ def test_a_shard_that_stays_damaged_is_not_kept(remote: Storage, tmp_path: Path)
     assert names(tmp_path) == []
 
 
-def test_a_file_of_another_size_is_dropped_when_it_is_opened(remote: Storage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size_bytes", [0, SIZE - 1, SIZE + 1])
+def test_a_file_of_another_size_is_dropped_when_it_is_opened(
+    remote: Storage, tmp_path: Path, size_bytes: int
+) -> None:
     shards = ShardCache(remote, tmp_path)
     shards.fetch(FILES[0])
-    os.truncate(tmp_path / tars(0)[0], SIZE - 1)
+    os.truncate(tmp_path / tars(0)[0], size_bytes)
     assert shards.open(FILES[0]) is None
     assert names(tmp_path) == []
 

@@ -322,6 +322,15 @@ def test_a_truncated_file_is_named_before_anything_is_read(mended: Path, keep: i
         Checkpoint(open_storage(mended), PATH)
 
 
+@pytest.mark.parametrize("more", [1, 8, 4096])
+def test_a_file_that_is_too_long_is_named_before_anything_is_read(mended: Path, more: int) -> None:
+    path, data, _ = rank_file(mended, 1)
+    path.write_bytes(data + bytes(more))
+    expected = f"rank-00001.safetensors: expected {len(data)} bytes, got {len(data) + more}"
+    with pytest.raises(CheckpointError, match=expected):
+        Checkpoint(open_storage(mended), PATH)
+
+
 @pytest.mark.parametrize("keep", [0, 1, 500, -1])
 def test_a_truncated_manifest_is_named(mended: Path, keep: int) -> None:
     path = mended / PATH / MANIFEST
@@ -354,9 +363,10 @@ class FlippingDisk(DiskStorage):
 
 
 def test_bits_that_flip_on_their_way_are_no_damage(finished: Path, small_blocks: None) -> None:
-    assert_whole(Checkpoint(FlippingDisk(finished, rankfile.READS - 1), PATH))
+    """Four answers are looked at: three wrong ones in a row are no damage, a fourth is."""
+    assert_whole(Checkpoint(FlippingDisk(finished, wrong_answers=3), PATH))
     with pytest.raises(CheckpointError, match="its header is damaged"):
-        Checkpoint(FlippingDisk(finished, rankfile.READS), PATH)
+        Checkpoint(FlippingDisk(finished, wrong_answers=4), PATH)
 
 
 def test_a_missing_file_is_named(root: Storage) -> None:

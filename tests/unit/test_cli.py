@@ -77,7 +77,7 @@ def small(folder: Path, data: Path) -> list[str]:
         f"run={folder / 'run'}",
         f"data.url={data}",
         "model={name: DiT-Ti/2, image_size: 32, num_classes: 5}",
-        "engine={device: cpu}",
+        "engine={device: cpu, precision: fp32}",
         "global_batch=2",
     ]
 

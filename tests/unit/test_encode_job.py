@@ -20,6 +20,7 @@ from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import Quarantined, VaeIdentity
 from dit_scale.errors import ConfigError, DataError, DeviceError, WeightsError
 from dit_scale.storage import Storage, open_storage
+from dit_scale.storage.disk import DiskStorage
 from dit_scale.vae_files import find
 from tests.tiny_vae import save_tiny_vae
 
@@ -166,10 +167,39 @@ def test_a_shard_without_its_mark_is_not_finished(storage: Storage, shard: Shard
     assert output.finished_shards(storage) == {}
 
 
-@pytest.mark.parametrize("key", ["shards/00000.tar", "shards/00000.idx", "shards/00000.json"])
-def test_what_was_damaged_after_it_was_finished_is_named(storage: Storage, shard: Shard, key: str) -> None:
+class Dies(Exception):
+    """The process ends here."""
+
+
+def test_the_mark_of_a_shard_is_put_when_all_else_is_there(
+    storage: Storage, shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, real, lives_for = list[str](), DiskStorage.write_new, 0
+
+    def put_or_die(self: DiskStorage, key: str, data: bytes) -> bool:
+        if len(put) == lives_for:
+            raise Dies
+        put.append(key)
+        return real(self, key, data)
+
+    monkeypatch.setattr(DiskStorage, "write_new", put_or_die)
+    while lives_for < 3:
+        with pytest.raises(Dies):
+            shard.put(storage)
+        assert output.finished_shards(storage) == {}
+        lives_for, put = lives_for + 1, []
     shard.put(storage)
-    storage.write(key, b"short")
+    assert put == ["shards/00000.tar", "shards/00000.idx", "shards/00000.json"]
+    assert output.finished_shards(storage) == {"00000": shard.record}
+
+
+@pytest.mark.parametrize("data", [b"short", bytes(100_000)], ids=["too short", "too long"])
+@pytest.mark.parametrize("key", ["shards/00000.tar", "shards/00000.idx", "shards/00000.json"])
+def test_what_was_damaged_after_it_was_finished_is_named(
+    storage: Storage, shard: Shard, key: str, data: bytes
+) -> None:
+    shard.put(storage)
+    storage.write(key, data)
     with pytest.raises(DataError, match=rf"{key}.* damaged.*elete .*start again"):
         output.finished_shards(storage)
     with pytest.raises(DataError, match=rf"{key} is there with other bytes .* Delete it"):

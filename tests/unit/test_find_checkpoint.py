@@ -1,9 +1,12 @@
-"""Which checkpoint a run goes on from when its storage does not answer, or answers that something is gone."""
+"""Which checkpoint a run goes on from, and whether it is one of the same run."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 
 from dit_scale import dist
 from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
@@ -11,14 +14,17 @@ from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import CheckpointConfig, EngineConfig, TrainConfig
 from dit_scale.dist import World
-from dit_scale.storage import UnavailableError, s3
+from dit_scale.errors import ConfigError
+from dit_scale.storage import Storage, UnavailableError, s3
 from dit_scale.train.run import find_checkpoint, root_of
 from tests import checkpoints
 from tests.faults.proxy import FaultProxy
 from tests.s3 import BUCKET, s3_server
 
-NEWEST, OLDER = (f"{CHECKPOINTS}/{name_of(step, 1)}" for step in (40, 30))
+STEPS = (40, 30, 20)
+NEWEST, OLDER, OLDEST = (f"{CHECKPOINTS}/{name_of(step, 1)}" for step in STEPS)
 WEIGHT, SIZE = "final_layer.linear.weight", 6
+DATA_SHA256 = "1" * 64
 
 
 @pytest.fixture
@@ -45,24 +51,30 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
         yield proxy
 
 
+def write(root: Storage, config: TrainConfig, *paths: str, **fields: Any) -> None:
+    """Checkpoints of one small tensor, of a run with this configuration."""
+    for path in paths:
+        owned = [Partition({MASTER: torch.zeros(SIZE)}, (Extent(WEIGHT, 0, SIZE, 0),))]
+        known = {"config": config.model_dump(mode="json"), "data_sha256": DATA_SHA256}
+        checkpoints.write(root, path, [owned], **known, **fields)
+
+
+def read(checkpoint: Checkpoint) -> None:
+    checkpoint.read(MASTER, WEIGHT, 0, SIZE)
+
+
 def test_a_server_that_does_not_answer_is_no_damage(proxy: FaultProxy, world: World) -> None:
     config = TrainConfig(checkpoint=CheckpointConfig(url=f"s3://{BUCKET}/run"))
-    root, digest = root_of(config), "1" * 64
-    for path in (OLDER, NEWEST):
-        owned = [Partition({MASTER: torch.zeros(SIZE)}, (Extent(WEIGHT, 0, SIZE, 0),))]
-        known = {"config": config.model_dump(mode="json"), "data_sha256": digest}
-        checkpoints.write(root, path, [owned], **known)
+    root = root_of(config)
+    write(root, config, OLDER, NEWEST)
     notes: list[str] = []
-
-    def read(checkpoint: Checkpoint) -> None:
-        checkpoint.read(MASTER, WEIGHT, 0, SIZE)
 
     def read_too_late(checkpoint: Checkpoint) -> None:
         proxy.set({"error": 1.0})
         read(checkpoint)
 
     def find(fill: Callable[[Checkpoint], None]) -> Checkpoint | None:
-        return find_checkpoint(config, digest, world, fill, notes.append)
+        return find_checkpoint(config, DATA_SHA256, world, fill, notes.append)
 
     def assert_it_stops(fill: Callable[[Checkpoint], None]) -> None:
         with pytest.raises(UnavailableError, match=f"checkpoint {NEWEST} may be whole, .* tried 20 times"):
@@ -78,3 +90,115 @@ def test_a_server_that_does_not_answer_is_no_damage(proxy: FaultProxy, world: Wo
     root.delete(f"{NEWEST}/rank-00000.safetensors")
     assert str(find(read)) == f"{root.url}/{OLDER}"
     assert [note.startswith(f"passing over checkpoint {NEWEST}: ") for note in notes] == [True]
+
+
+@pytest.mark.parametrize(
+    ("at_most_step", "name"),
+    [(41, NEWEST), (40, NEWEST), (39, OLDER), (30, OLDER), (29, OLDEST), (20, OLDEST), (19, None), (0, None)],
+)
+def test_the_newest_up_to_a_step_is_taken_that_of_the_step_too(
+    tmp_path: Path, world: World, at_most_step: int, name: str | None
+) -> None:
+    config = TrainConfig(run=str(tmp_path))
+    write(root_of(config), config, *(NEWEST, OLDER, OLDEST))
+    notes: list[str] = []
+    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append, at_most_step)
+    assert (found.name if found else None, notes) == (name, [])
+
+
+# One run, one identity
+
+FREE = {
+    "run",
+    "steps",
+    "model.attention",
+    "data.url",
+    "data.vae",
+    "data.cache_dir",
+    "data.cache_bytes",
+    "data.prefetch_batches",
+    "data.deadline_s",
+    "data.damaged",
+    "ema",
+}
+"""Keys that may change within a run (docs/determinism.md), beside those of whole sections."""
+FREE_SECTIONS = ("optimizer", "engine", "checkpoint", "guard", "log")
+BOUND: dict[str, object] = {
+    "seed": 1,
+    "global_batch": 255,
+    "model.name": "DiT-XL/4",
+    "model.image_size": 512,
+    "model.conditioning": "adaln",
+    "model.num_classes": 999,
+    "data.horizontal_flip": False,
+    "data.window_shards": 1,
+    "diffusion.timesteps": 999,
+    "diffusion.label_dropout": 0.2,
+}
+"""Keys that may not, each with another value than the default."""
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def changed(config: TrainConfig, key: str, value: object) -> TrainConfig:
+    tree = config.model_dump(mode="json")
+    *sections, name = key.split(".")
+    inner = tree
+    for section in sections:
+        inner = inner[section]
+    inner[name] = value
+    return TrainConfig.model_validate(tree)
+
+
+def test_every_key_may_change_within_a_run_or_may_not() -> None:
+    of_free_sections = {key for key in keys_of(TrainConfig) if key.startswith(FREE_SECTIONS)}
+    assert not BOUND.keys() & (FREE | of_free_sections)
+    assert FREE | of_free_sections | BOUND.keys() == {*keys_of(TrainConfig)}, "say where a new key belongs"
+
+
+@pytest.mark.parametrize("key", BOUND)
+def test_a_run_keeps_what_decides_its_numbers(tmp_path: Path, world: World, key: str) -> None:
+    config = TrainConfig(run=str(tmp_path))
+    write(root_of(config), config, NEWEST)
+    other = changed(config, key, BOUND[key])
+    assert other != config
+    with pytest.raises(ConfigError, match=rf"is a run of another configuration: {key.split('.')[0]}.* was "):
+        find_checkpoint(other, DATA_SHA256, world, read, print)
+
+
+OTHER_VALUES: dict[str, object] = {
+    "steps": 7,
+    "model.attention": "sdpa_math",
+    "data.damaged": "quarantine",
+    "ema": [{"name": "another", "decay": 0.5}],
+    "optimizer.lr": 1.0,
+    "engine.precision": "fp32",
+    "engine.micro_batch": 3,
+    "checkpoint.every_steps": 3,
+    "guard.rollback_after": 3,
+    "log.every_steps": 3,
+}
+
+
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_a_run_may_change_the_rest(tmp_path: Path, world: World, key: str) -> None:
+    config = TrainConfig(run=str(tmp_path))
+    write(root_of(config), config, NEWEST)
+    other = changed(config, key, OTHER_VALUES[key])
+    assert other != config
+    found = find_checkpoint(other, DATA_SHA256, world, read, print)
+    assert found is not None
+    assert found.name == NEWEST
+
+
+def test_a_run_keeps_its_data_set(tmp_path: Path, world: World) -> None:
+    config = TrainConfig(run=str(tmp_path))
+    write(root_of(config), config, NEWEST)
+    with pytest.raises(ConfigError, match=r"another configuration: data\.url holds another latent data set"):
+        find_checkpoint(config, "2" * 64, world, read, print)

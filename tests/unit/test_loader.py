@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from dit_scale import rng
 from dit_scale.config import DataConfig
 from dit_scale.data import files
-from dit_scale.data.loader import Batch, Loader, draw_latents, read_batch
+from dit_scale.data.loader import BLOCK_SAMPLES, Batch, Loader, draw_latents, read_batch
 from dit_scale.data.order import Order, Ranges, positions_of, sample_ids
 from dit_scale.data.plan import BatchPlan, batch_plan
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import ConfigError, DataError
-from dit_scale.rng import Purpose
+from tests import philox
 from tests.latents import write_latents
 
 NUM, SEED = 40, 7
@@ -60,6 +59,10 @@ def take(loader: Loader, count: int) -> list[Batch]:
     return list(itertools.islice(loader, count))
 
 
+def views_at(positions: np.ndarray) -> list[int]:
+    return [philox.words(SEED, philox.VIEW, position, 1)[0] * 2 >> 32 for position in positions.tolist()]
+
+
 def assert_same(one: Batch, other: Batch) -> None:
     for a, b in zip(vars(one).values(), vars(other).values(), strict=True):
         assert a.dtype == b.dtype
@@ -81,7 +84,7 @@ def test_a_step_is_its_positions_whatever_the_world(dataset: LatentDataset, worl
                     real[position] = (int(batch.y_B[i]), batch.moments_B2CHW[i].numpy())
     positions = np.arange(22 * num_steps)
     assert sorted(real) == positions.tolist()
-    views = rng.integers(SEED, Purpose.VIEW, torch.from_numpy(positions), 2)
+    views = views_at(positions)
     for position, sample_id in enumerate(sample_ids(positions, NUM, SEED)):
         moments, label = dataset.read(int(sample_id))
         assert real[position][0] == label
@@ -119,6 +122,35 @@ def test_a_later_start_goes_on_where_an_earlier_one_would_be(dataset: LatentData
             assert_same(one, other)
 
 
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "world"),
+    [(1024, 512, 1), (1000, 300, 1), (1500, 256, 2), (BLOCK_SAMPLES, 4096, 1), (5000, 5000, 1), (200, 30, 3)],
+)
+def test_no_step_is_left_out_or_repeated_where_a_block_ends(
+    dataset: LatentDataset, global_batch: int, micro_batch: int, world: int
+) -> None:
+    """Several blocks of what is computed at once, from the first step and from one inside a block."""
+    plan = batch_plan(global_batch, micro_batch, world)
+    rank, share = world - 1, -(-global_batch // world)
+    mine = np.arange(global_batch - global_batch // world, global_batch)
+    num_steps = 2 * max(1, BLOCK_SAMPLES // share) + 3
+    for first_step in (0, 2):
+        with loading(dataset, plan, rank, first_step) as loader:
+            for step in range(first_step, num_steps):
+                batches = take(loader, plan.micro_steps)
+                real = torch.cat([batch.weight_B for batch in batches]) > 0
+                positions, labels, moments = (
+                    torch.cat([getattr(batch, name) for batch in batches])[real].numpy()
+                    for name in ("position_B", "y_B", "moments_B2CHW")
+                )
+                assert positions.tolist() == (step * global_batch + mine).tolist()
+                ids = sample_ids(positions, NUM, SEED)
+                assert labels.tolist() == (ids % 10).tolist()
+                views = views_at(positions[-3:])
+                for sample_id, view, drawn in zip(ids[-3:].tolist(), views, moments[-3:], strict=True):
+                    assert np.array_equal(drawn, dataset.read(sample_id)[0][view])
+
+
 @pytest.mark.parametrize(("flip", "low", "high"), [(True, 430, 570), (False, 0, 0)])
 def test_the_mirrored_view_is_drawn_half_of_the_time(
     dataset: LatentDataset, flip: bool, low: int, high: int
@@ -139,7 +171,8 @@ def test_latents_are_drawn_from_each_samples_posterior(dataset: LatentDataset) -
     batch = read_batch(dataset, np.arange(100, 108), 8, SEED, flip=True)
     z_BCHW = draw_latents(batch, SEED, scale=0.5)
     mean, std = batch.moments_B2CHW.double().chunk(2, dim=1)
-    noise = rng.normals(SEED, Purpose.POSTERIOR, batch.position_B, (4, 4, 4)).double()
+    drawn = [philox.normals(SEED, philox.POSTERIOR, position, 64) for position in range(100, 108)]
+    noise = torch.tensor(drawn, dtype=torch.float64).reshape(8, 4, 4, 4)
     assert z_BCHW.dtype == torch.float32
     torch.testing.assert_close(z_BCHW.double(), 0.5 * (mean + std * noise), rtol=1e-6, atol=1e-6)
     alone = read_batch(dataset, np.array([103]), 1, SEED, flip=True)
@@ -177,7 +210,7 @@ def test_windows_are_read_in_their_order(dataset: LatentDataset, window_shards: 
         assert loader.sample_ids(3).tolist() == order.ids(np.arange(24, 32)).tolist()
     ids = order.ids(np.arange(120))
     assert torch.cat([batch.y_B for batch in batches]).tolist() == (ids % 10).tolist()
-    views = rng.integers(SEED, Purpose.VIEW, torch.arange(120), 2)
+    views = views_at(np.arange(120))
     for i, moments in enumerate(torch.cat([batch.moments_B2CHW for batch in batches])):
         assert np.array_equal(moments.numpy(), dataset.read(int(ids[i]))[0][views[i]])
 
@@ -256,7 +289,7 @@ def test_damaged_samples_are_replaced_by_the_next_whole_one(
     steps = 12  # two epochs and a bit
     positions = np.arange(7 * steps)
     ids = [DAMAGED.get(int(sample_id), int(sample_id)) for sample_id in sample_ids(positions, NUM, SEED)]
-    views = rng.integers(SEED, Purpose.VIEW, torch.from_numpy(positions), 2)
+    views = views_at(positions)
     real: list[int] = []
     found: dict[int, str] = {}
     damaged = damage(copy, *DAMAGED)

@@ -22,6 +22,7 @@ from dit_scale.errors import DataError
 from dit_scale.storage import open_storage
 from tests.latents import write_latents
 from tests.s3 import BUCKET, s3_server
+from tests.speed import scaled
 
 NUM, SEED, SIZES = 40, 7, [8] * 5
 PLAN = batch_plan(global_batch=4, micro_batch=4, world=1)
@@ -94,7 +95,7 @@ def assert_right(batches: list[Batch], dataset: LatentDataset) -> None:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + scaled(300.0)
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -1,15 +1,17 @@
 """What a micro-batch contributes: losses by sample, and their sums."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from dit_scale import rng
 from dit_scale.config import ModelConfig
 from dit_scale.data.loader import Batch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
-from dit_scale.rng import Purpose
 from dit_scale.train.objective import SampleLosses, losses
+from tests import philox
 
 SEED, SCALE, NUM_CLASSES, LABEL_DROPOUT = 7, 0.5, 10, 0.1
 NUM = 5
@@ -40,7 +42,6 @@ def settings(batch: Batch) -> tuple[schedules.Schedule, Batch, int, float, int, 
 @torch.no_grad()
 def test_the_losses_of_a_sample_do_not_depend_on_its_neighbours(model: dit.DiT, batch: Batch) -> None:
     together = losses(model, *settings(batch))
-    assert torch.equal(together.t_B, rng.integers(SEED, Purpose.TIMESTEP, batch.position_B, 1000))
     for i in range(NUM):
         one = Batch(*(getattr(batch, name)[i : i + 1] for name in vars(batch)))
         alone = losses(model, *settings(one))
@@ -54,3 +55,53 @@ def test_sums_are_weighted(model: dit.DiT, batch: Batch) -> None:
     expected = torch.stack([by_sample.total_B[:4].sum(), by_sample.mse_B[:4].sum(), by_sample.vb_B[:4].sum()])
     torch.testing.assert_close(by_sample.sums(batch.weight_B), expected)
     assert torch.equal(by_sample.sums(torch.zeros(NUM)), torch.zeros(3))
+
+
+# The draws of a micro-batch, against draws that are made here
+
+
+class Seen:
+    """A model that keeps what it is given, and answers zero: its error is the noise."""
+
+    def __call__(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
+        self.x_BCHW, self.t_B, self.y_B = x_BCHW, t_B, y_B
+        return torch.zeros(len(x_BCHW), 2 * x_BCHW.shape[1], *x_BCHW.shape[2:])
+
+
+def signal(t: int) -> float:
+    """alpha_bar of the linear schedule of 1000 steps: what is left of the variance of the latent."""
+    return math.prod(1 - (1e-4 + (2e-2 - 1e-4) * step / 999) for step in range(t + 1))
+
+
+def test_every_draw_is_that_of_its_purpose_and_position(batch: Batch) -> None:
+    seen = Seen()
+    found = losses(seen, *settings(batch))
+    for i, position in enumerate(batch.position_B.tolist()):
+        t = philox.words(SEED, philox.TIMESTEP, position, 1)[0] * 1000 >> 32
+        is_dropped = philox.uniform(SEED, philox.LABEL_DROP, position) < LABEL_DROPOUT
+        noise, posterior = (
+            np.reshape(philox.normals(SEED, purpose, position, 64), (4, 4, 4))
+            for purpose in (philox.NOISE, philox.POSTERIOR)
+        )
+        mean, std = batch.moments_B2CHW[i].double().numpy().reshape(2, 4, 4, 4)
+        z = SCALE * (mean + std * posterior)
+        x = math.sqrt(signal(t)) * z + math.sqrt(1 - signal(t)) * noise
+        assert found.t_B[i] == seen.t_B[i] == t
+        assert seen.y_B[i] == (NUM_CLASSES if is_dropped else batch.y_B[i])
+        np.testing.assert_allclose(seen.x_BCHW[i].numpy(), x, rtol=1e-4, atol=1e-5)
+        assert found.mse_B[i].item() == pytest.approx(np.square(noise).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_so_many_labels_are_dropped(share: float) -> None:
+    num = 20_000
+    labels = torch.arange(num) % NUM_CLASSES
+    batch = Batch(torch.ones(num, 8, 1, 1).half(), labels, torch.arange(num), torch.ones(num))
+    seen = Seen()
+    losses(seen, schedules.linear(1000), batch, SEED, SCALE, NUM_CLASSES, share)
+    is_dropped = seen.y_B == NUM_CLASSES
+    assert torch.equal(seen.y_B[~is_dropped], labels[~is_dropped])
+    drawn = [philox.uniform(SEED, philox.LABEL_DROP, position) < share for position in range(500)]
+    assert is_dropped[:500].tolist() == drawn
+    print(f"{is_dropped.sum()} of {num} labels are dropped at a share of {share}")
+    assert abs(is_dropped.sum().item() - share * num) <= 4 * math.sqrt(num * share * (1 - share))

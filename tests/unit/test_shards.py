@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import struct
@@ -165,9 +166,10 @@ def test_a_flipped_bit_of_a_sample_is_an_error_that_names_it(copy: Path, no_paus
         dataset.read(21)
 
 
-def test_a_truncated_shard_is_an_error(copy: Path) -> None:
+@pytest.mark.parametrize("size_bytes", [-512, 512])
+def test_a_shard_of_another_size_is_an_error(copy: Path, size_bytes: int) -> None:
     path = copy / "shards/00002.tar"
-    path.write_bytes(path.read_bytes()[:-512])
+    os.truncate(path, path.stat().st_size + size_bytes)
     with pytest.raises(DataError, match=r"shard 00002 at .*: expected \d+ bytes, got"):
         LatentDataset.open(copy).read(39)
 

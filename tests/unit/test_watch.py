@@ -55,6 +55,21 @@ def test_the_deadline_of_a_step_holds_as_soon_as_sixteen_were_measured(tmp_path:
     assert known == [False] * 17 + [True] * 3  # the first step, which may compile, is not among them
 
 
+def test_the_way_back_to_an_earlier_step_is_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rollback takes ten minutes: what a step may take stays what it was."""
+    now_s = 100.0
+    monkeypatch.setattr(heartbeat.time, "monotonic_ns", lambda: int(now_s * 1e9))
+    heart = Heart(0, str(tmp_path))
+    for steps, pause_s in ((range(30), 0.0), (range(12, 60), 600.0)):
+        now_s += pause_s
+        for step in steps:
+            now_s += 1.0
+            heart.beat(Section.COMPUTE, step)
+    beat = read_beat(beat_path(tmp_path, 0))
+    assert beat is not None
+    assert beat.p99_s == 1.0
+
+
 def test_slow_steps_have_a_deadline_that_is_three_times_as_long() -> None:
     beat = Beat(os.getpid(), Section.COMPUTE, 50, at_s=0.0, p99_s=20.0)
     (early,) = standings({0: beat}, {0: None}, Deadlines(), 57.0, 0.0)
