@@ -1,7 +1,7 @@
 """A node with faulty ranks: `python -m tests.elastic.faulty launch CONFIG ...`, in place of `dit_scale.cli`.
 
 FAULT=<kind>:<rank> says what befalls which rank, and FAULTS where; the launcher, the ranks and their
-supervisor are the real ones, but that a step has less time before it counts as stopped. `slow` befalls all
+supervisor are the real ones, but for the time that a step or the devices' sum is given. `slow` befalls all
 ranks, again and again, and is no fault; `impatient` ranks do not wait long for the node of rank 0.
 """
 
@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any
 
 from dit_scale import cli
+from dit_scale.elastic import collective, run
 from dit_scale.elastic import rank as supervision
-from dit_scale.elastic import run
 from tests.speed import scaled
 
 VARIABLE = "FAULT"
@@ -147,6 +147,7 @@ def main() -> int:
         for name in SLOW:
             slow(name, int(rank))
     elif rank is None and kind in FAULTS:
+        collective.COLLECTIVE_S = scaled(collective.COLLECTIVE_S)
         run.Deadlines = partial(run.Deadlines, shortest_s=scaled(SHORTEST_S))  # type: ignore[misc, assignment]
     elif rank == victim:
         at(*FAULTS[kind])

@@ -48,9 +48,10 @@ def test_three_failures_without_a_newer_checkpoint_end_with_the_samples(tmp_path
 
 
 def test_what_a_person_must_mend_ends_the_run_at_once(tmp_path: Path) -> None:
-    config = config_of(tmp_path).model_copy(update={"global_batch": 1})
-    with cluster(config) as nodes:
-        node = nodes.start("a", slots=2)
+    config = config_of(tmp_path)
+    few = config.model.model_copy(update={"num_classes": 4})
+    with cluster(config.model_copy(update={"model": few})) as nodes:
+        node = nodes.start("a")
         assert node.exit_code() == 93
         assert [reason for reason, _ in node.endings()] == ["mistake"]
         assert node.says("ConfigError")

@@ -65,6 +65,8 @@ def _config(top: Path, fault: str) -> TrainConfig:
 
 
 def _has_ended(nodes: Cluster) -> bool:
+    for node in nodes.nodes:
+        assert node.process.poll() is None, node.log.read_text()[-3000:]
     return all(node.events("ranks_gone") for node in nodes.nodes)
 
 
