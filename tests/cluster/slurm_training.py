@@ -95,9 +95,15 @@ def config_of(top: Path, name: str, steps: int = STEPS) -> TrainConfig:
 
 
 def submit(
-    slurm: Slurm, config: TrainConfig, *arguments: str, script: str = SCRIPT, options: tuple[str, ...] = ()
+    slurm: Slurm,
+    config: TrainConfig,
+    *arguments: str,
+    script: str = SCRIPT,
+    options: tuple[str, ...] = (),
+    programs: Path | None = None,
 ) -> Job:
-    """The shipped script, unchanged, with a configuration of its own."""
+    """The shipped script, unchanged, with a configuration of its own; `programs` come first in its PATH."""
+    path = ENVIRONMENT["PATH"] if programs is None else f"{programs}:{ENVIRONMENT['PATH']}"
     run = Path(config.run)
     run.parent.mkdir(exist_ok=True)
     file = run.with_suffix(".yaml")
@@ -107,7 +113,7 @@ def submit(
         *("--config", str(file), *arguments),
         options=[*SMALL, *options, f"--output={run}-%j.log"],
         cwd=ROOT,
-        environment=ENVIRONMENT,
+        environment=ENVIRONMENT | {"PATH": path},
     )
     return Job(slurm, config, number)
 

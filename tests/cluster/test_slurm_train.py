@@ -1,6 +1,7 @@
 """cluster/slurm_xl2_*.sh as they are shipped, on a real SLURM of two nodes."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -26,6 +27,11 @@ pytestmark = pytest.mark.cluster
 
 MEASURED_STEPS = 20
 """After so many a rank that waits is known to wait too long."""
+EVERY_OTHER = """\
+#!/bin/sh
+case "$*" in *"show job"*) if mkdir {mark} 2>/dev/null; then exit 1; else rmdir {mark}; fi ;; esac
+exec {scontrol} "$@"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +93,18 @@ def test_near_its_time_limit_and_without_the_link_to_its_first_node_a_job_goes_o
 
 
 def test_a_job_on_two_nodes_trains_to_the_end_and_one_that_was_disturbed_to_the_same(
-    slurm: Slurm, top: Path, disturbed: Job
+    slurm: Slurm, top: Path, disturbed: Job, tmp_path: Path
 ) -> None:
-    job = submit(slurm, config_of(top, "straight", disturbed.config.steps))
+    """Also where the controller answers every other question alone."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    scontrol = programs / "scontrol"
+    scontrol.write_text(EVERY_OTHER.format(mark=tmp_path / "mark", scontrol=shutil.which("scontrol")))
+    scontrol.chmod(0o755)
+    job = submit(slurm, config_of(top, "straight", disturbed.config.steps), programs=programs)
     assert job.wait() == ("COMPLETED", 0), job.log
     assert job.restarts() == 0
+    assert "the allocation has changed" not in job.log
     assert "(node1, node2)" in job.log
     assert len(events(job.config, "start")) == 1
     assert disturbed.outcome() == job.outcome()
