@@ -31,9 +31,7 @@ def test_ranks_that_stand_still_are_named_and_their_stacks_kept(tmp_path: Path) 
         left = dict(clusters)
         while left:
             watching = next(iter(left.values()))
-            watching.wait(
-                lambda: any(map(_has_ended, left.values())), f"end of the rounds: {', '.join(left)}"
-            )
+            watching.wait(lambda: any(map(_has_ended, left.values())), f"end of a round of {', '.join(left)}")
             for fault in [fault for fault, nodes in left.items() if _has_ended(nodes)]:
                 closes[fault].close()  # before its next round takes time from the others
                 del left[fault]
