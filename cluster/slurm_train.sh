@@ -82,21 +82,28 @@ pause() {
     read -rt "$1" <> <(:) || true
 }
 
+# A field of a record as SLURM says it: field NAME <<<RECORD
+field() {
+    sed -n "s/.* $1=\([^ ]*\).*/\1/p"
+}
+
 # What SLURM says of the job or of a node: says WHAT NAME FIELD; empty where it says nothing.
 says() {
-    scontrol --oneliner show "$1" "$2" 2>/dev/null | sed -n "s/.* $3=\([^ ]*\).*/\1/p"
+    scontrol --oneliner show "$1" "$2" 2>/dev/null | field "$3"
 }
 
 # One of: ok; not_ours, when this node is not of the job any more; no_script, when the node with the batch
 # script is lost; too_few.
 allocation() {
-    local nodes
-    nodes=$(says job "$SLURM_JOB_ID" NodeList)
+    local job nodes
+    # One question: a controller that answers a part of several would be misunderstood.
+    job=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null) || true
+    nodes=$(field NodeList <<<"$job")
     [ -n "$nodes" ] || { echo ok; return; }  # no answer, or no scontrol inside a container
     nodes=$(scontrol show hostnames "$nodes")
-    if [ "$(says job "$SLURM_JOB_ID" Restarts)" != "${SLURM_RESTART_COUNT:-0}" ]; then echo not_ours
+    if [ "$(field Restarts <<<"$job")" != "${SLURM_RESTART_COUNT:-0}" ]; then echo not_ours
     elif ! grep -qx "$SLURMD_NODENAME" <<<"$nodes"; then echo not_ours
-    elif ! grep -qx "$(says job "$SLURM_JOB_ID" BatchHost)" <<<"$nodes"; then echo no_script
+    elif ! grep -qx "$(field BatchHost <<<"$job")" <<<"$nodes"; then echo no_script
     elif [ "$(wc -l <<<"$nodes")" -lt "$MIN_NODES" ]; then echo too_few
     else echo ok; fi
 }
@@ -145,7 +152,7 @@ conclude() {
             ;;
     esac
 }
-export -f wait_out pause says allocation watch_allocation supervise conclude
+export -f wait_out pause field says allocation watch_allocation supervise conclude
 
 # When it was started, by SLURM's clock: from what an earlier start left running somewhere, this one takes over.
 START=$(SLURM_TIME_FORMAT=%s says job "$SLURM_JOB_ID" StartTime) || START=0

@@ -1,6 +1,6 @@
 """How a process of a run ends: exit codes, and the verdict that a rank leaves in a file.
 
-Launchers flatten exit codes (a killed one even leaves with 0), so nothing is believed that is not in a
+Launchers flatten exit codes, and ranks outlive one that is killed, so nothing is believed that is not in a
 rank's own verdict.
 """
 

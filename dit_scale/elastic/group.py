@@ -1,9 +1,12 @@
 """The ranks of one node in one round: started by the deepspeed launcher, watched from outside, all ended.
 
-The launcher is not believed: killed, it leaves with 0 and its ranks live on; told to end, it ends its front
-alone. So ranks are found by a mark in their environment, signalled directly, and believed by their verdicts.
+The launcher is not believed: killed, it leaves its ranks alive. So ranks are found by a mark in their
+environment, signalled directly, and believed by their verdicts. The launcher is the program that `deepspeed`
+itself starts on each node: what stands before it would import torch once more before a rank may begin to.
 """
 
+import base64
+import json
 import os
 import shutil
 import signal
@@ -69,7 +72,7 @@ class Group(Protocol):
 
 
 class LaunchedGroup:
-    """Ranks under the `deepspeed` launcher."""
+    """Ranks under DeepSpeed's launcher."""
 
     def __init__(
         self,
@@ -110,14 +113,13 @@ class LaunchedGroup:
         self.beats = self._folder / f"round-{round_.number:06d}"
         shutil.rmtree(self.beats, ignore_errors=True)
         self.beats.mkdir(parents=True)
-        hostfile = self.beats / "hostfile"
-        hostfile.write_text("".join(f"{member.node} slots={member.slots}\n" for member in round_.members))
         self._mark = uuid.uuid4().hex
         head = round_.members[0]
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher), "--log_level", "warning", "--hostfile", str(hostfile)]
-        command += ["--no_ssh", "--node_rank", str(index)]
-        command += ["--master_addr", head.address, "--master_port", str(head.port), "--no_local_rank"]
+        devices = {member.node: list(range(member.slots)) for member in round_.members}
+        world = base64.urlsafe_b64encode(json.dumps(devices).encode()).decode()
+        command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
+        command += [f"--node_rank={index}", f"--master_addr={head.address}", f"--master_port={head.port}"]
+        command += ["--log_level=warning", "--no_local_rank"]
         self._launcher = subprocess.Popen(
             [*command, *self._command],
             env=os.environ | self._variables(),

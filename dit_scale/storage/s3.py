@@ -55,6 +55,8 @@ _PASSING_STATUS = (409, 429)
 _PASSING_CODES = ("BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch")
 """Errors that a body which was cut off or damaged on its way causes, and the request to slow down."""
 _MISSING_CODES = ("NoSuchKey", "404")
+_DENIED = "the credentials do not permit this; check the bucket's policy, and that the key is still valid"
+"""Ceph also says so of a key that was taken away, as long as only one of its two records of it is gone."""
 
 T = TypeVar("T")
 
@@ -282,8 +284,8 @@ class S3Storage(Storage):
         advice = {
             "NoSuchBucket": f"there is no bucket {self.bucket!r}; create it, or correct the url",
             "InvalidRange": "the object is shorter than that",
-            "AccessDenied": "the credentials do not permit this; check the bucket's policy",
-            "403": "the credentials do not permit this; check the bucket's policy",
+            "AccessDenied": _DENIED,
+            "403": _DENIED,
             "SignatureDoesNotMatch": "the server does not accept the secret key",
             "InvalidAccessKeyId": "the server does not know the access key",
             "QuotaExceeded": "the quota of the bucket or of its owner is used up; raise it, or make room: "

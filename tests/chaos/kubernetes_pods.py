@@ -49,16 +49,16 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def launchers(job: IndexedJob, index: int) -> list[int]:
-    """The processes of the deepspeed launcher in a pod, as this host knows them, outermost first."""
+def launcher(job: IndexedJob, index: int) -> int:
+    """The deepspeed launcher in a pod, as this host knows it."""
     found, left = [], [job.pods[index].pid]
     while left:
         pid = left.pop(0)
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if any(word.endswith(b"bin/deepspeed") for word in command):
+        if b"deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
             found.append(pid)
         left += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    return found
+    (one,) = found
+    return one
 
 
 def evict_in_a_step(job: IndexedJob, progress: Progress, index: int) -> float:
@@ -91,7 +91,7 @@ def test_a_launcher_a_pod_and_a_node_are_lost(tmp_path: Path, image: str, runs: 
         progress = Progress(open_storage(runs / "tiny"))
         job.until(lambda: progress.step() > 0, "the first checkpoint")
 
-        os.kill(launchers(job, 0)[0], signal.SIGKILL)
+        os.kill(launcher(job, 0), signal.SIGKILL)
         progress.wait_for_round(job, 2)
         progress.wait_for_checkpoint(job)
         assert not job.ended, "the supervisor starts the launcher again, no pod ends"

@@ -17,10 +17,10 @@ import pytest
 from tests.cluster.slurm import Slurm, processes, slurm_cluster
 from tests.cluster.slurm_training import (
     Job,
+    assert_an_attempt_stayed_as_it_was,
     assert_goes_on_without,
     assert_moved_on,
     assert_nothing_trains,
-    assert_the_first_attempt_stayed_as_it_was,
     config_of,
     submit,
 )
@@ -100,7 +100,7 @@ def test_a_node_that_hangs_is_replaced_and_does_no_harm_when_it_wakes_up(
     assert_moved_on(job, "node1")
     assert_nothing_trains(job, "node1")
     assert job.outcome() == straight.outcome()
-    assert_the_first_attempt_stayed_as_it_was(job)
+    assert_an_attempt_stayed_as_it_was(job)
 
 
 @pytest.mark.parametrize("victim", ["node1", "node2"])

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from tests.needs import needs
+from tests.speed import scaled
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {
@@ -26,7 +27,7 @@ IMAGE = f"localhost/dit-scale-test:{hashlib.sha256(str(ROOT).encode()).hexdigest
 """Of this checkout: others may be tested at the same time."""
 IMAGE_VARIABLE = "DIT_SCALE_TEST_IMAGE"
 """An image that was built with its packages; otherwise one is built that takes them from this environment."""
-WAIT_S = 600.0
+WAIT_S = scaled(400.0)
 
 _LEFT_OUT = re.compile(r"/\.$|/root$|/usr/share/(doc|info|lintian|locale|man)/")
 

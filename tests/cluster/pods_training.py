@@ -25,7 +25,7 @@ CONFIG = """
 steps: {steps}
 global_batch: {global_batch}
 model: {{name: DiT-Ti/2, image_size: 32, num_classes: 10, attention: sdpa}}
-engine: {{zero_stage: 2, precision: bf16, micro_batch: 2, device: cpu, determinism: strict}}
+engine: {{zero_stage: 2, precision: fp32, micro_batch: 2, device: cpu, determinism: strict}}
 checkpoint: {{every_steps: {every_steps}}}
 log: {{every_steps: 10}}
 """

@@ -26,6 +26,7 @@ from pathlib import Path
 from tests.cluster.network import Host, Network, network
 from tests.faults.ports import free_port
 from tests.needs import needs
+from tests.speed import scaled
 
 PACKAGES = {
     "munged": "munge",
@@ -38,12 +39,12 @@ PACKAGES = {
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 CONTROL = "control"
 """The host of slurmctld, in a network."""
-SLURMD_TIMEOUT_S = 30
+SLURMD_TIMEOUT_S = round(scaled(30))
 """Longer than a busy machine keeps a slurmd waiting."""
-CUT_OFF_S = 10
+CUT_OFF_S = round(scaled(10))
 """The same where a job that is queued again waits so long for a node that was cut off."""
-START_S = 180.0
-WAIT_S = 600.0
+START_S = scaled(180.0)
+WAIT_S = scaled(400.0)
 
 CONFIGURATION = """
 ClusterName=test

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dit_scale.checkpoint.attempts import committed
@@ -20,7 +20,8 @@ from tests.latents import write_latents
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "cluster/slurm_xl2_512.sh"
-STEPS = 80
+STEPS = 100_000
+"""Further than a job gets before its end is set."""
 SMALL = ("--nodes=2", "--cpus-per-task=1", "--gpus-per-node=1", "--mem=1G", "--time=30")
 """A request that leaves room for another job on the same nodes; a rank per GPU."""
 ENVIRONMENT = {
@@ -56,7 +57,17 @@ class Job:
 
     def wait_for_step(self) -> None:
         """Until the first one is in the record."""
-        self._until(lambda: last_step(Path(self.config.run) / "metrics.jsonl") > 0)
+        self._until(lambda: self.last_step() > 0)
+
+    def ends_at(self, steps: int) -> "Job":
+        """The same job, whose next start reads that this step is the last one."""
+        config = self.config.model_copy(update={"steps": steps})
+        Path(config.run).with_suffix(".yaml").write_text(dump(config))
+        return replace(self, config=config)
+
+    def last_step(self) -> int:
+        """In the record."""
+        return last_step(Path(self.config.run) / "metrics.jsonl")
 
     def wait_for_checkpoint(self, attempt: int = 1, step: int = 1) -> None:
         """Until this attempt, or a later one, has committed this step, or a later one."""
@@ -84,9 +95,15 @@ def config_of(top: Path, name: str, steps: int = STEPS) -> TrainConfig:
 
 
 def submit(
-    slurm: Slurm, config: TrainConfig, *arguments: str, script: str = SCRIPT, options: tuple[str, ...] = ()
+    slurm: Slurm,
+    config: TrainConfig,
+    *arguments: str,
+    script: str = SCRIPT,
+    options: tuple[str, ...] = (),
+    programs: Path | None = None,
 ) -> Job:
-    """The shipped script, unchanged, with a configuration of its own."""
+    """The shipped script, unchanged, with a configuration of its own; `programs` come first in its PATH."""
+    path = ENVIRONMENT["PATH"] if programs is None else f"{programs}:{ENVIRONMENT['PATH']}"
     run = Path(config.run)
     run.parent.mkdir(exist_ok=True)
     file = run.with_suffix(".yaml")
@@ -96,30 +113,31 @@ def submit(
         *("--config", str(file), *arguments),
         options=[*SMALL, *options, f"--output={run}-%j.log"],
         cwd=ROOT,
-        environment=ENVIRONMENT,
+        environment=ENVIRONMENT | {"PATH": path},
     )
     return Job(slurm, config, number)
 
 
-def assert_goes_on_without(job: Job, victim: str) -> None:
+def assert_goes_on_without(job: Job, victim: str, attempt: int = 1) -> None:
     """A job whose link to a node was just cut goes on elsewhere, and what is left running there makes way.
 
-    It still reaches the storage, and sees there that it is not needed any more.
+    It still reaches the storage, and sees there that it is not needed any more. `attempt` is the one that
+    was cut.
     """
-    job.wait_for_checkpoint(attempt=2)
+    job.wait_for_checkpoint(attempt=attempt + 1)
     assert_made_way(job, victim)
     assert job.slurm.network is not None
     job.slurm.network.mend(victim)
-    assert_moved_on(job, victim)
-    assert_the_first_attempt_stayed_as_it_was(job)
+    assert_moved_on(job, victim, attempt)
+    assert_an_attempt_stayed_as_it_was(job, attempt)
 
 
-def assert_the_first_attempt_stayed_as_it_was(job: Job) -> None:
-    """Nothing was committed by it after the second one had gone on from it."""
-    resumed = events(job.config, "start")[1]["step"]
+def assert_an_attempt_stayed_as_it_was(job: Job, attempt: int = 1) -> None:
+    """Nothing was committed by it after the next one had gone on from it."""
+    resumed = events(job.config, "start")[attempt]["step"]
     root = root_of(job.config)
     names = [key.split("/")[1] for key, _ in root.list(f"{CHECKPOINTS}/") if key.endswith(MANIFEST)]
-    old = [step for step, attempt in map(step_and_attempt, names) if attempt == 1]
+    old = [step for step, number in map(step_and_attempt, names) if number == attempt]
     assert all(step <= resumed for step in old), names
 
 
@@ -148,10 +166,10 @@ def supervisor_events(job: Job, node: str) -> list[str]:
     return [json.loads(line)["event"] for line in whole(data.splitlines(keepends=True))]
 
 
-def assert_moved_on(job: Job, victim: str) -> None:
-    """It was queued again, once, and ended on the other nodes."""
+def assert_moved_on(job: Job, victim: str, restarts: int = 1) -> None:
+    """It was queued again, so often in all, and ended on the other nodes."""
     assert job.wait() == ("COMPLETED", 0), job.log
-    assert job.restarts() == 1
+    assert job.restarts() == restarts
     nodes = job.slurm.job(job.number)["NodeList"]
     assert nodes == {"node1": "node[2-3]", "node2": "node[1,3]"}[victim]
 

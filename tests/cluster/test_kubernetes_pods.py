@@ -10,12 +10,20 @@ from dit_scale.elastic.exits import Exit
 from dit_scale.storage import open_storage
 from tests.cluster.image import build_image
 from tests.cluster.pods import Node, network, running
-from tests.cluster.pods_training import Progress, Sizes, manifests, same_bits, undisturbed, weights
+from tests.cluster.pods_training import (
+    Progress,
+    Sizes,
+    manifests,
+    same_bits,
+    steps_taken,
+    undisturbed,
+    weights,
+)
 from tests.latents import write_latents
 
 pytestmark = pytest.mark.cluster
 
-SIZES = Sizes(steps=120, every_steps=10)
+SIZES = Sizes(steps=100, every_steps=10)
 
 
 def test_a_killed_pod_and_an_evicted_one_come_back(tmp_path: Path) -> None:
@@ -25,7 +33,7 @@ def test_a_killed_pod_and_an_evicted_one_come_back(tmp_path: Path) -> None:
     claims = {"dit-scale-runs": runs}
     with network() as wire, running(objects, Node(tmp_path / "node", wire, claims)) as job:
         progress = Progress(open_storage(runs / "tiny"))
-        job.until(lambda: progress.step() > 0, "the first checkpoint")
+        job.until(lambda: min(steps_taken(job, index) for index in (0, 1)) >= 0, "the start of the ranks")
 
         job.pods[1].signal(signal.SIGKILL)
         begun = progress.wait_for_round(job, 2)

@@ -1,7 +1,6 @@
 """cluster/slurm_encode_latents.sh as it is shipped, on a real SLURM of two nodes."""
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -10,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from data_pipeline import output
+from data_pipeline.decoder import read_batch
+from data_pipeline.encode_latents import make_plan
+from data_pipeline.encoder import Encoder
+from data_pipeline.shards_writer import write_shard
+from dit_scale.config import EncodeConfig, load
 from dit_scale.storage import open_storage
 from tests.cluster.slurm import START_S, WAIT_S, Slurm, slurm_cluster
 from tests.tiny_vae import save_tiny_vae
@@ -141,19 +147,20 @@ def assert_nothing_is_left(job: int, output: Path) -> None:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Path:
-    """The data set that the plain command makes, by one encoder in a local Ray."""
-    command = [sys.executable, "data_pipeline/encode_latents.py", *arguments(folder, folder / "reference")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    ran = subprocess.run(
-        [*command, "encoders=1"],
-        cwd=ROOT,
-        env=environment | ENVIRONMENT | {"RAY_AUTH_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
+    """The data set that a plain loop in this process makes, without Ray."""
+    config = load(EncodeConfig, folder / "config.yaml", arguments(folder, folder / "reference")[2:])
+    plan = make_plan(config, None, Console(quiet=True))
+    encoder = Encoder(config, plan.vae, "cpu")
+    runtime = encoder.runtime()
+    claimed = output.claim(open_storage(config.output), {**plan.identity, **runtime}, plan.listing)
+    records = []
+    for name, rows in plan.shards.items():
+        entries = plan.listing.entries(rows)
+        pixels, account = read_batch(config.source, plan.listing.kind, entries, config.image_size)
+        moments = encoder.encode(pixels, runtime)
+        channels = plan.vae.latent_channels
+        records.append(write_shard(config.output, name, [account], channels, moments))
+    output.commit(open_storage(config.output), config, plan.listing, plan.vae, claimed, records)
     return folder / "reference"
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -28,6 +29,13 @@ from tests.dist.runs import events
 pytestmark = pytest.mark.cluster
 
 ANY_SIZE = "cluster/slurm_train.sh"
+MEASURED_STEPS = 20
+"""After so many a rank that waits is known to wait too long."""
+EVERY_OTHER = """\
+#!/bin/sh
+case "$*" in *"show job"*) if mkdir {mark} 2>/dev/null; then exit 1; else rmdir {mark}; fi ;; esac
+exec {scontrol} "$@"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +47,6 @@ def slurm() -> Iterator[Slurm]:
 @pytest.fixture(scope="module")
 def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("slurm_train")
-
-
-@pytest.fixture(scope="module")
-def straight(slurm: Slurm, top: Path) -> Job:
-    """A job that nobody disturbs."""
-    job = submit(slurm, config_of(top, "straight"))
-    assert job.wait() == ("COMPLETED", 0), job.log
-    return job
 
 
 @pytest.mark.parametrize("script", ["cluster/slurm_xl2_256.sh", "cluster/slurm_xl2_512.sh"])
@@ -107,36 +107,65 @@ def test_a_job_without_gpus_is_told_so(slurm: Slurm, top: Path) -> None:
     assert job.restarts() == 0
 
 
-def test_a_job_on_two_nodes_trains_to_the_end(straight: Job) -> None:
-    assert straight.restarts() == 0
-    assert "(node1, node2)" in straight.log
-    assert len(events(straight.config, "start")) == 1
+@pytest.fixture(scope="module")
+def disturbed(top: Path) -> Job:
+    """A job that is told of its time limit, and then loses the link to its first node."""
+    with slurm_cluster(nodes=3, cables=True) as slurm:
+        job = submit(slurm, config_of(top, "disturbed"), script="cluster/slurm_xl2_256.sh")
+        job.wait_for_step()
+        step = saves_and_queues_itself_again(job)
+        job.wait_for_checkpoint(attempt=2, step=step + MEASURED_STEPS)
+        assert events(job.config, "start")[1]["step"] == step
+        assert slurm.network is not None
+        slurm.network.cut("node1")
+        slurm.declare_down("node1")
+        job = job.ends_at(job.last_step() + 10)
+        assert_goes_on_without(job, "node1", attempt=2)
+    return job
 
 
-def test_near_its_time_limit_a_job_saves_and_queues_itself_again(
-    slurm: Slurm, top: Path, straight: Job
-) -> None:
-    job = submit(slurm, config_of(top, "limited"))
-    job.wait_for_step()
-    assert slurm.run("scancel", "--signal=USR1", "--batch", str(job.number)).returncode == 0
+def saves_and_queues_itself_again(job: Job) -> int:
+    """Tell a job that its time limit is near; the step that it has saved."""
+    assert job.slurm.run("scancel", "--signal=USR1", "--batch", str(job.number)).returncode == 0
     assert job.wait("PENDING")[0] == "PENDING", job.log
     step, attempt = job.newest()
     assert attempt == 1
-    assert step < job.config.steps
-    assert job.wait() == ("COMPLETED", 0), job.log
-    assert job.restarts() == 1
+    assert 0 < step <= job.last_step()
     assert "it queues itself again" in job.log
-    assert events(job.config, "start")[1]["step"] == step
-    assert job.outcome() == straight.outcome()
+    assert job.restarts() == 1
     assert_nothing_trains(job, "node1", "node2")
-    first, second = (Board(root_of(job.config)).sealed(number) for number in (1, 2))
+    return step
+
+
+def test_near_its_time_limit_and_without_the_link_to_its_first_node_a_job_goes_on(disturbed: Job) -> None:
+    assert disturbed.newest() == (disturbed.config.steps, 3)
+    first, second = (Board(root_of(disturbed.config)).sealed(number) for number in (1, 2))
     assert first is not None
     assert second is not None
     assert 0 < first.start < second.start
 
 
+def test_a_job_on_two_nodes_trains_to_the_end_and_one_that_was_disturbed_to_the_same(
+    slurm: Slurm, top: Path, disturbed: Job, tmp_path: Path
+) -> None:
+    """Also where the controller answers every other question alone."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    scontrol = programs / "scontrol"
+    scontrol.write_text(EVERY_OTHER.format(mark=tmp_path / "mark", scontrol=shutil.which("scontrol")))
+    scontrol.chmod(0o755)
+    job = submit(slurm, config_of(top, "straight", disturbed.config.steps), programs=programs)
+    assert job.wait() == ("COMPLETED", 0), job.log
+    assert job.restarts() == 0
+    assert "the allocation has changed" not in job.log
+    assert "(node1, node2)" in job.log
+    assert len(events(job.config, "start")) == 1
+    assert disturbed.outcome() == job.outcome()
+
+
 def test_what_a_person_must_mend_is_not_started_again(slurm: Slurm, top: Path) -> None:
-    hopeless = submit(slurm, config_of(top, "hopeless"), "model.num_classes=4")
+    one_node = ("--nodes=1", "--export=ALL,MIN_NODES=1")
+    hopeless = submit(slurm, config_of(top, "hopeless"), "model.num_classes=4", options=one_node)
     mistaken = submit(slurm, config_of(top, "mistaken"), "optimizer.lrr=1")
     assert hopeless.wait() == ("FAILED", 93), hopeless.log
     assert mistaken.wait() == ("FAILED", 93), mistaken.log
@@ -173,14 +202,3 @@ def test_an_error_is_tried_again_so_many_times_and_no_more(slurm: Slurm, top: Pa
     assert job.wait()[0] == "FAILED", job.log
     assert job.restarts() == 1
     assert "exit code 137 after 1 restarts; MAX_RESTARTS allows no more" in job.log
-
-
-def test_a_job_goes_on_elsewhere_when_the_link_to_its_first_node_is_cut(top: Path, straight: Job) -> None:
-    with slurm_cluster(nodes=3, cables=True) as slurm:
-        job = submit(slurm, config_of(top, "cut"), script="cluster/slurm_xl2_256.sh")
-        job.wait_for_checkpoint(step=20)  # a hang is found by the time of a step, which 16 steps tell
-        assert slurm.network is not None
-        slurm.network.cut("node1")
-        slurm.declare_down("node1")
-        assert_goes_on_without(job, "node1")
-    assert job.outcome() == straight.outcome()

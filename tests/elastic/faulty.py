@@ -1,8 +1,8 @@
 """A node with faulty ranks: `python -m tests.elastic.faulty launch CONFIG ...`, in place of `dit_scale.cli`.
 
 FAULT=<kind>:<rank> says what befalls which rank, and FAULTS where; the launcher, the ranks and their
-supervisor are the real ones. `slow` befalls all ranks, again and again, and is no fault; `impatient` ranks
-do not wait long for the node of rank 0.
+supervisor are the real ones, but for the time that a step or the devices' sum is given. `slow` befalls all
+ranks, again and again, and is no fault; `impatient` ranks do not wait long for the node of rank 0.
 """
 
 import ctypes
@@ -19,10 +19,13 @@ from functools import partial
 from typing import Any
 
 from dit_scale import cli
+from dit_scale.elastic import collective, run
 from dit_scale.elastic import rank as supervision
-from dit_scale.elastic import run
+from tests.speed import scaled
 
 VARIABLE = "FAULT"
+SHORTEST_S = 5.0
+"""No step is given less time, where it is `scaled`."""
 CALLS = 45
 """At two micro-batches for each step, later than the first beat with a 99th percentile (step 17)."""
 _ATTACH_FILTER = 26
@@ -143,7 +146,10 @@ def main() -> int:
         saver.WRITER = (sys.executable, "-m", "tests.elastic.slow_writer")
         for name in SLOW:
             slow(name, int(rank))
-    elif rank is not None and rank == victim:
+    elif rank is None and kind in FAULTS:
+        collective.COLLECTIVE_S = scaled(collective.COLLECTIVE_S)
+        run.Deadlines = partial(run.Deadlines, shortest_s=scaled(SHORTEST_S))  # type: ignore[misc, assignment]
+    elif rank == victim:
         at(*FAULTS[kind])
     return cli.main()
 

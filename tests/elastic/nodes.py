@@ -19,9 +19,10 @@ from dit_scale.train.run import root_of
 from tests.chaos.record import last_step, whole
 from tests.dist import jobs
 from tests.latents import write_latents
+from tests.speed import scaled
 
-TIMEOUT_S = 600.0
-LEASE_S = 30.0
+TIMEOUT_S = scaled(400.0)
+LEASE_S = scaled(30.0)
 """Longer than a busy machine keeps a supervisor waiting; tests that kill one have a shorter one."""
 
 
@@ -52,7 +53,7 @@ class Node:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def processes(self) -> dict[int, dict[str, str]]:
-        """Environments of the launcher's processes and of the ranks, by process id."""
+        """Environments of the launcher and of the ranks, by process id."""
         found = {}
         mark = f"{SUPERVISOR_VARIABLE}={self.process.pid}"
         for folder in Path("/proc").glob("[0-9]*"):
@@ -69,14 +70,9 @@ class Node:
         found = self.processes().items()
         return {int(env["RANK"]): pid for pid, env in found if "RANK" in env and _runs(pid, "train")}
 
-    def launchers(self) -> dict[str, int]:
-        """The front process (`deepspeed`) and the one that started the ranks (`launch`)."""
-        found = {}
-        for pid in self.processes():
-            if _runs(pid, "deepspeed.launcher.launch"):
-                found["launch"] = pid
-            elif any(word.endswith("/deepspeed") for word in _words(pid)):
-                found["front"] = pid
+    def launcher(self) -> int:
+        """The process that started the ranks."""
+        (found,) = (pid for pid in self.processes() if _runs(pid, "deepspeed.launcher.launch"))
         return found
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -149,7 +145,14 @@ class Cluster:
 
     def wait_for_round(self, node: Node, number: int) -> None:
         """Until a supervisor has seen the first step of a round; it may miss that of one that ends early."""
-        self.wait(lambda: any(e["round"] == number for e in node.events("first_step")), f"round {number}")
+        self._wait_for_event(node, "first_step", number)
+
+    def wait_for_ranks(self, node: Node, number: int) -> None:
+        """Until all ranks of a node have begun to import, in a round or a later one."""
+        self._wait_for_event(node, "first_beat", number)
+
+    def _wait_for_event(self, node: Node, name: str, number: int) -> None:
+        self.wait(lambda: any(e["round"] >= number for e in node.events(name)), f"{name} of round {number}")
 
     def wait(self, is_so: Callable[[], bool], what: str) -> None:
         """Until something is so; fails with the ends of all logs."""

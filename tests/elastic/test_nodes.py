@@ -10,19 +10,21 @@ from dit_scale.elastic.group import is_alive
 from dit_scale.train.run import root_of
 from tests.chaos.record import last_step, rows
 from tests.elastic.nodes import Cluster, Node, cluster, config_of
+from tests.speed import scaled
 
 pytestmark = pytest.mark.dist
 
 STEPS = 100_000
 """Further than any of these runs gets before it is asked to stop."""
-GROWING = ("--nodes", "2:3", "--grow-s", "1", "--lease-s", "8")
+GROWING = ("--nodes", "2:3", "--grow-s", "1", "--lease-s", str(scaled(6.0)))
 
 
 def test_three_nodes_lose_the_first_and_take_it_in_again_and_all_leave(tmp_path: Path) -> None:
     config = config_of(tmp_path, STEPS)
     with cluster(config) as nodes:
         a, b, c = (nodes.start(name, *GROWING) for name in "abc")
-        _wait_for_members(nodes, b, ["a", "b", "c"])
+        nodes.wait_for_ranks(a, 1)
+        assert b.events("round")[-1]["nodes"] == ["a", "b", "c"]
         ranks = list(a.ranks().values())
         a.kill()  # the rendezvous of the ranks goes with it
         _wait_for_members(nodes, b, ["b", "c"])
@@ -34,12 +36,14 @@ def test_three_nodes_lose_the_first_and_take_it_in_again_and_all_leave(tmp_path:
         _wait_for_members(nodes, b, ["a", "b", "c"])
         assert b.endings()[-2:] == [("lost", "a"), ("growing", "b")]
 
+        step = last_step(Path(config.run) / "metrics.jsonl")
         again.process.send_signal(signal.SIGTERM)
         assert again.exit_code() == 75
-        _wait_for_members(nodes, b, ["b", "c"])
+        for node in (b, c):
+            nodes.wait_for_ranks(node, 4)
+        assert b.events("round")[-1]["nodes"] == ["b", "c"]
         assert b.endings()[-1] == ("leaving", "a")
 
-        step = last_step(Path(config.run) / "metrics.jsonl")
         b.process.send_signal(signal.SIGUSR1)
         c.process.send_signal(signal.SIGUSR1)
         assert (b.exit_code(), c.exit_code()) == (75, 75)
@@ -51,11 +55,12 @@ def test_three_nodes_lose_the_first_and_take_it_in_again_and_all_leave(tmp_path:
 def test_a_supervisor_that_is_started_again_rejoins_at_once(tmp_path: Path) -> None:
     config = config_of(tmp_path, STEPS)
     with cluster(config) as nodes:
-        a, b = (nodes.start(name, "--nodes", "2", "--lease-s", "600") for name in "ab")
-        nodes.wait_for_step(3)
+        a, b = (nodes.start(name, "--nodes", "2", "--lease-s", "6000") for name in "ab")
+        nodes.wait_for_ranks(b, 1)
         b.kill()
-        nodes.start("b", "--nodes", "2", "--lease-s", "600")
-        nodes.wait_for_round(a, 2)
+        nodes.start("b", "--nodes", "2", "--lease-s", "6000")
+        nodes.wait(lambda: len(a.events("ranks_started")) == 2, "round 2")
+        assert a.events("round")[-1]["nodes"] == ["a", "b"]
         assert a.endings() == [("lost", "b")]
         assert "its supervisor was started again" in a.events("round_ended")[0]["text"]
 

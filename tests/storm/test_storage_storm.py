@@ -17,6 +17,7 @@ from dit_scale.storage import s3 as s3_module
 from tests.faults.ceph import CephServer
 from tests.faults.proxy import KINDS, FaultProxy
 from tests.s3 import BUCKET
+from tests.speed import scaled
 
 # Together more than 0.3: half of the kinds suit only requests, or only answers, that have a body.
 RATES = {kind: 0.02 if kind in ("stall_request", "stall_reply", "trickle") else 0.055 for kind in KINDS}
@@ -29,7 +30,7 @@ def proxy(ceph: CephServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultPr
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(s3_module, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(s3_module, "LONGEST_PAUSE_S", 0.2)
-    monkeypatch.setattr(transfer, "STALL_S", 2.0)
+    monkeypatch.setattr(transfer, "STALL_S", scaled(2.0))
     with FaultProxy(ceph.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
         yield proxy
@@ -161,10 +162,10 @@ def test_a_server_that_hangs_and_answers_late(
     s3: S3Storage, ceph: CephServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attempts that were given up reach it all the same, after it wakes."""
-    monkeypatch.setattr(transfer, "STALL_S", 1.0)
+    monkeypatch.setattr(transfer, "STALL_S", scaled(1.0))
     ceph.gateway.send_signal(signal.SIGSTOP)
     try:
-        thaw = threading.Timer(3, ceph.gateway.send_signal, [signal.SIGCONT])
+        thaw = threading.Timer(scaled(3.0), ceph.gateway.send_signal, [signal.SIGCONT])
         thaw.start()
         with ThreadPoolExecutor(WRITERS) as pool:
             won = list(pool.map(lambda writer: s3.write_new("key", b"%d" % writer), range(WRITERS)))
