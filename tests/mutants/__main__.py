@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,10 @@ COUNT = 100
 """Mutants in the sample."""
 LEAST = 0.95
 """Share of the mutants that must be killed."""
+
+KILLED, CUT_OFF, SURVIVED = "killed", "killed: the tests took too long", "survived"
+EQUIVALENT, STALE = "survived, listed as equivalent", "killed, but listed as equivalent"
+"""What can become of a mutant."""
 
 TESTS = {
     "models/attention.py": "unit/test_attention unit/test_dit",
@@ -46,7 +51,7 @@ TESTS = {
     "checkpoint/reader.py": "golden/test_formats unit/test_checkpoint unit/test_retention",
     "checkpoint/retention.py": "unit/test_retention",
     "checkpoint/saver.py": "unit/test_saver unit/test_checkpoint",
-    "checkpoint/writer.py": "golden/test_formats unit/test_checkpoint unit/test_retention unit/test_saver",
+    "checkpoint/writer.py": "unit/test_writer unit/test_checkpoint unit/test_retention unit/test_saver",
     "rng.py": "golden/test_formats unit/test_rng",
     "train/objective.py": "unit/test_objective",
 }
@@ -89,7 +94,7 @@ def durations(bench: Bench, files: Sequence[str]) -> dict[str, float]:
 def trial_of(mutant: Mutant, seconds: dict[str, float]) -> Trial:
     """The tests of a mutant, with several times the time that they take without it."""
     tests = tests_of(mutant.file)
-    return Trial(tests, 20 + 4 * sum(seconds[file] for file in tests), mutant.file, mutant.source)
+    return Trial(tests, 30 + 5 * sum(seconds[file] for file in tests), mutant.file, mutant.source)
 
 
 def run(bench: Bench, trials: Sequence[Trial], what: str) -> list[Verdict]:
@@ -108,32 +113,35 @@ def report(
     mutants: Sequence[Mutant], verdicts: Sequence[Verdict], reasons: dict[equivalent.Name, str]
 ) -> tuple[str, bool]:
     """What happened, in words, and whether it is good enough."""
-    lines, killed, survived, listed, stale = [], 0, 0, 0, 0
+    lines: list[str] = []
+    count = Counter[str]()
     for mutant, verdict in zip(mutants, verdicts, strict=True):
-        alive, reason = verdict.exit_code == 0, reasons.get(mutant.name)
-        killed += not alive
-        listed += alive and reason is not None
-        survived += alive and reason is None
-        stale += not alive and reason is not None
-        if alive or reason is not None:
-            word = {
-                (True, True): "equivalent",
-                (True, False): "survived",
-                (False, True): "killed, but listed",
-            }
-            what = word[alive, reason is not None]
-            lines.append(f"{mutant.file}:{mutant.line}: {what}\n{mutant.file}, {mutant.definition}")
-            lines.append(f"- {mutant.removed}\n+ {mutant.added}\n{reason or ''}")
-    cut_off = sum(verdict.exit_code is None for verdict in verdicts)
-    share = killed / max(killed + survived, 1)
+        word = fate(verdict, mutant.name in reasons)
+        count[word] += 1
+        if word != KILLED:
+            lines += [f"{mutant.file}:{mutant.line}: {word}", mutant.text, ""]
+    killed = count[KILLED] + count[CUT_OFF] + count[STALE]
+    share = killed / max(killed + count[SURVIVED], 1)
     lines.append(
-        f"{killed} killed ({cut_off} of them cut off), {survived} survived, {listed} equivalent: "
-        f"{share:.1%}, expected {LEAST:.0%} or more"
+        f"{killed} killed ({count[CUT_OFF]} cut off), {count[SURVIVED]} survived, "
+        f"{count[EQUIVALENT]} equivalent: {share:.1%}, expected {LEAST:.0%} or more"
     )
-    if stale:
-        lines.append(f"{stale} of equivalent.txt are killed: take them out of the list")
-    return "\n".join(lines), share >= LEAST and not stale
+    if count[STALE]:
+        lines.append("some that equivalent.txt lists are killed: take them out of it")
+    return "\n".join(lines), share >= LEAST and not count[STALE]
+
+
+def fate(verdict: Verdict, listed: bool) -> str:
+    """What became of a mutant, in a word or two."""
+    if verdict.exit_code == 0:
+        return EQUIVALENT if listed else SURVIVED
+    if listed:
+        return STALE
+    return CUT_OFF if verdict.exit_code is None else KILLED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -15,7 +15,7 @@ Name = tuple[str, str, str, str]
 """Of a mutant: file, definition, the line as it is, the line as the mutant has it."""
 
 LIST = Path(__file__).with_name("equivalent.txt")
-_ENTRY = re.compile(r"(\S+),(?: (\S+))?\n- (.*)\n\+ ?(.*)\n(\S.*)", re.DOTALL)
+_ENTRY = re.compile(r"(\S+),(?: (\S+))?\n- ([^\n]*)\n\+ ?([^\n]*)\n(\S.*)", re.DOTALL)
 
 
 def read(text: str) -> dict[Name, str]:

@@ -17,8 +17,13 @@ from cosmic_ray.ast.ast_query import ASTQuery
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
-LEFT_OUT = re.compile(r"core/(Variable.*|ReplaceComparisonOperator_(?!Is)\w+_Is(Not)?)$")
-"""Operators that need arguments, and `==` or `<` as `is`: interned values make no difference of it."""
+_ARITHMETIC, _BITWISE = "Add|Sub|Mul|Div|FloorDiv|Mod|Pow", "RShift|LShift|BitOr|BitAnd|BitXor"
+LEFT_OUT = re.compile(
+    rf"core/(ReplaceBinaryOperator_(({_ARITHMETIC})_({_BITWISE})|({_BITWISE})_({_ARITHMETIC}))"
+    r"|ReplaceComparisonOperator_(?!Is)\w+_Is(Not)?|Variable.*)"
+)
+"""Operators that are not used: arithmetic as bit arithmetic and back, which tensors refuse anyway; `==` or
+`<` as `is`, which makes no difference to interned values; and those that need arguments."""
 AT_LEAST = 2
 """Mutants of every file that has so many places for one."""
 
@@ -61,6 +66,11 @@ class Mutant:
     def name(self) -> tuple[str, str, str, str]:
         return self.file, self.definition, self.removed, self.added
 
+    @property
+    def text(self) -> str:
+        """The same as equivalent.txt has it."""
+        return f"{self.file}, {self.definition}".rstrip() + f"\n- {self.removed}\n+ {self.added}".rstrip()
+
 
 def choose(root: Path, files: Sequence[str], count: int, seed: int) -> list[Mutant]:
     """`count` mutants of these files below `root`, file by file, line by line: the same for the same seed."""
@@ -95,7 +105,7 @@ def places_of(file: str, source: str) -> list[Place]:
     nodes = list(ast_nodes(tree))
     found: dict[tuple[tuple[int, int], tuple[int, int]], tuple[str, list[tuple[str, int]]]] = {}
     for name in operator_names():
-        if LEFT_OUT.match(name):
+        if LEFT_OUT.fullmatch(name):
             continue
         operator = get_operator(name)()
         at = ((node, span) for node in nodes for span in operator.mutation_positions(node))
@@ -111,7 +121,8 @@ def places_of(file: str, source: str) -> list[Place]:
 def essence(source: str) -> str:
     """What of a module can change what it does. Raises SyntaxError.
 
-    Without annotations, the text of errors and assertions, comments and layout.
+    Without annotations, assertions (they tell mypy and us what is so anyway), the text of errors, comments
+    and layout.
     """
     return ast.dump(_Essence().visit(ast.parse(source)))
 
@@ -135,9 +146,8 @@ class _Essence(ast.NodeTransformer):
                 child.values = []
         return node
 
-    def visit_Assert(self, node: ast.Assert) -> ast.AST:
-        node.msg = None
-        return self.generic_visit(node)
+    def visit_Assert(self, node: ast.Assert) -> ast.Pass:
+        return ast.Pass()
 
 
 def _first(source: str, place: Place, seed: int) -> Iterator[Mutant]:

@@ -4,6 +4,7 @@ The process is a fork of one that has imported torch and its like, but nothing o
 costs what its tests cost. Nothing is written outside of the copies.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -20,7 +21,10 @@ from pathlib import Path
 
 import pytest
 
-PRELOADED = ("numpy", "pydantic", "safetensors.torch", "scipy.stats", "torch._dynamo")
+PRELOADED = (
+    *("hypothesis.strategies", "numpy", "pydantic", "safetensors.torch", "scipy.stats"),
+    *("torch._dynamo", "torch.utils.flop_counter", "xdist.remote", "xdist.scheduler"),
+)
 """What most trials import."""
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "runs")
 _FORK = multiprocessing.get_context("fork")
@@ -68,6 +72,7 @@ class Bench:
     def __init__(self, root: Path, folder: Path, jobs: int) -> None:
         for name in PRELOADED:
             importlib.import_module(name)
+        gc.freeze()  # a collection in a fork then looks at what is its own
         self._root = root
         self._slots = [_Slot(folder / f"tree{job}") for job in range(jobs)]
         for slot in self._slots:
@@ -135,5 +140,7 @@ def _run_tests(tree: Path, log: Path, tests: Sequence[str]) -> None:
     sys.path.insert(0, str(tree))
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", f"--basetemp={tree.with_suffix('.tmp')}"]
-    sys.exit(pytest.main([*options, *tests]))
+    options = ("-x", "-q", "--no-header", "-p", "no:cacheprovider", f"--basetemp={tree.with_suffix('.tmp')}")
+    # because hypothesis, which is a plugin, is imported already
+    warnings = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+    sys.exit(pytest.main([*options, *warnings, *tests]))

@@ -9,7 +9,7 @@ from dit_scale.data.loader import Batch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.rng import Purpose
-from dit_scale.train.objective import SampleLosses, losses
+from dit_scale.train.objective import SampleLosses, drop_labels, losses
 
 SEED, SCALE, NUM_CLASSES, LABEL_DROPOUT = 7, 0.5, 10, 0.1
 NUM = 5
@@ -54,3 +54,15 @@ def test_sums_are_weighted(model: dit.DiT, batch: Batch) -> None:
     expected = torch.stack([by_sample.total_B[:4].sum(), by_sample.mse_B[:4].sum(), by_sample.vb_B[:4].sum()])
     torch.testing.assert_close(by_sample.sums(batch.weight_B), expected)
     assert torch.equal(by_sample.sums(torch.zeros(NUM)), torch.zeros(3))
+
+
+def test_a_label_is_dropped_when_its_draw_is_below_the_share() -> None:
+    position_B = torch.arange(1000)
+    y_B = position_B % NUM_CLASSES
+    draws = rng.uniforms(SEED, Purpose.LABEL_DROP, position_B).tolist()
+    share = sorted(draws)[100]  # that of one of them: its label stays
+    kept = drop_labels(y_B, position_B, NUM_CLASSES, share, SEED)
+    assert kept.tolist() == [
+        NUM_CLASSES if draw < share else y for draw, y in zip(draws, y_B.tolist(), strict=True)
+    ]
+    assert int((kept == NUM_CLASSES).sum()) == 100
