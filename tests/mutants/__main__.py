@@ -101,11 +101,12 @@ def run(bench: Bench, trials: Sequence[Trial], what: str) -> list[Verdict]:
     """The verdicts of all, in their order; shows how far it is."""
     verdicts: dict[int, Verdict] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    # Without a thread of its own: a lock that it holds would stay locked in a fork.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
         task = progress.add_task(what, total=len(trials))
         for number, verdict in bench.run(trials):
             verdicts[number] = verdict
-            progress.advance(task)
+            progress.update(task, advance=1, refresh=True)
     return [verdicts[number] for number in range(len(trials))]
 
 

@@ -120,6 +120,7 @@ class Bench:
         assert slot.trial is not None
         with suppress(ProcessLookupError):
             os.killpg(slot.process.pid or 0, signal.SIGKILL)
+        slot.process.kill()  # it may not have had the time to begin a group
         slot.process.join()
         slot.process = None
         if slot.trial.file:
