@@ -8,12 +8,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Only the CPU kernels of the tests and the demo need this; CUDA machines run as they are.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-quick chaos check bench clean
+.PHONY: help demo test test-quick mutants chaos check bench clean
 
 help:
 	@echo "make demo        train on real digits and draw them, from images to a score (about 5 minutes)"
 	@echo "make test        lint, type check and run the tests (25 to 30 minutes on 2 cores)"
 	@echo "make test-quick  the unit, property and golden tests alone (under 2 minutes)"
+	@echo "make mutants     100 small changes of the pure layers that their tests must notice (about 5 minutes)"
 	@echo "make chaos       kill, stop and preempt training, encoding, SLURM nodes and pods (about two hours)"
 	@echo "make check       ruff and mypy"
 	@echo "make bench       the benchmarks of encoding, training, saving and loading, in small (about a minute)"
@@ -54,6 +55,9 @@ test: check
 
 test-quick: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 tests/unit tests/property tests/golden tests/architecture
+
+mutants: $(VENV)/ready
+	$(BIN)/python -m tests.mutants
 
 chaos: $(VENV)/ready
 	$(BIN)/python -m pytest -m long

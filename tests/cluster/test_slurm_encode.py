@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from data_pipeline import output
-from data_pipeline.decoder import read_batch
-from data_pipeline.encode_latents import make_plan
-from data_pipeline.encoder import Encoder
-from data_pipeline.shards_writer import write_shard
 from dit_scale.config import EncodeConfig, load
 from dit_scale.storage import open_storage
+from dit_scale_pipeline import output
+from dit_scale_pipeline.decoder import read_batch
+from dit_scale_pipeline.encoder import Encoder
+from dit_scale_pipeline.job import make_plan
+from dit_scale_pipeline.shards_writer import write_shard
 from tests.cluster.slurm import START_S, WAIT_S, Slurm, slurm_cluster
 from tests.tiny_vae import save_tiny_vae
 

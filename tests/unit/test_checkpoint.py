@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
@@ -186,6 +188,26 @@ def test_only_the_blocks_of_a_range_are_read(
     monkeypatch.setattr(DiskStorage, "read_range", counting)
     checkpoint.read(MASTER, WEIGHT, 17, 3)
     assert ranges == [64]
+
+
+def test_verify_asks_for_as_many_blocks_at_once_as_fit(
+    root: Storage, monkeypatch: pytest.MonkeyPatch, small_blocks: None
+) -> None:
+    monkeypatch.setattr(rankfile, "RUN_BYTES", 4 * 64)
+    sizes = {"a": 9 * 16 + 5, "b": 3}  # ten blocks of one tensor, the last one short; one of the other
+    ranks = [[Partition({MASTER: torch.ones(n)}, (Extent(name, 0, n, 0),)) for name, n in sizes.items()]]
+    file = checkpoints.write(root, PATH, ranks).files[0]
+    ranges: list[tuple[int, int]] = []
+    read_range = DiskStorage.read_range
+
+    def counting(self: DiskStorage, key: str, start: int, length: int) -> bytes:
+        ranges.append((start, length))
+        return read_range(self, key, start, length)
+
+    monkeypatch.setattr(DiskStorage, "read_range", counting)
+    rankfile.verify(root, PATH, file)
+    body = file.header_bytes
+    assert ranges == [(0, body), (body, 256), (body + 256, 256), (body + 512, 64 + 4 * 5 + 4 * 3)]
 
 
 def test_rank_files_are_plain_safetensors(root: Storage, tmp_path: Path) -> None:
@@ -410,6 +432,31 @@ def test_another_format_is_refused(root: Storage, other: dict[str, Any]) -> None
     write(root, [], **other)
     with pytest.raises(CheckpointError, match="this program reads dit-scale checkpoint version 2"):
         Checkpoint(root, PATH)
+
+
+def test_a_configuration_of_another_version_is_refused(root: Storage) -> None:
+    write(root, [], config={"new_knob": 1})
+    with pytest.raises(CheckpointError, match=r"is of another version of this program: .*\n.*new_knob"):
+        _ = Checkpoint(root, PATH).config
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        (Extent("w", 0, 4, 0), "offset"),
+        (Partition({}, ()), "extents"),
+        (rankfile.Piece(MASTER, "w", 0, 4), "start"),
+        (rankfile.StoredPiece(MASTER, "w", 0, 4, 8, ()), "offset"),
+        (Attempt(1), "resumed_from"),
+        (FileRecord(key="k", bytes=8, header_bytes=8, header_sha256=""), "bytes"),
+        (writer.Reply(), "problem"),
+        (writer.Source(kind=MASTER, parameter="w", start=0, length=4, memory_offset=0), "start"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_record_cannot_be_changed(record: Any, field: str) -> None:
+    with pytest.raises((FrozenInstanceError, ValidationError)):
+        setattr(record, field, getattr(record, field))
 
 
 # Commit

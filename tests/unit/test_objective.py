@@ -10,7 +10,8 @@ from dit_scale.config import ModelConfig
 from dit_scale.data.loader import Batch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
-from dit_scale.train.objective import SampleLosses, losses
+from dit_scale.rng import Purpose
+from dit_scale.train.objective import SampleLosses, drop_labels, losses
 from tests import philox
 
 SEED, SCALE, NUM_CLASSES, LABEL_DROPOUT = 7, 0.5, 10, 0.1
@@ -105,3 +106,15 @@ def test_so_many_labels_are_dropped(share: float) -> None:
     assert is_dropped[:500].tolist() == drawn
     print(f"{is_dropped.sum()} of {num} labels are dropped at a share of {share}")
     assert abs(is_dropped.sum().item() - share * num) <= 4 * math.sqrt(num * share * (1 - share))
+
+
+def test_a_label_is_dropped_when_its_draw_is_below_the_share() -> None:
+    position_B = torch.arange(1000)
+    y_B = position_B % NUM_CLASSES
+    draws = rng.uniforms(SEED, Purpose.LABEL_DROP, position_B).tolist()
+    share = sorted(draws)[100]  # that of one of them: its label stays
+    kept = drop_labels(y_B, position_B, NUM_CLASSES, share, SEED)
+    assert kept.tolist() == [
+        NUM_CLASSES if draw < share else y for draw, y in zip(draws, y_B.tolist(), strict=True)
+    ]
+    assert int((kept == NUM_CLASSES).sum()) == 100

@@ -211,6 +211,25 @@ def test_a_commit_whose_retention_fails_is_a_commit(root: Storage, monkeypatch: 
     assert committed(root) == [path_of(20), path_of(10)]
 
 
+def test_a_commit_whose_retention_meets_a_later_attempt_is_superseded(
+    root: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attempt 2 begins when the manifest is there and the first delete is asked for."""
+    start(root, 1)
+    put(root, path_of(10))
+    manifest = checkpoints.write(open_storage(Path(root.url) / "elsewhere"), path_of(20), [])
+    files = {path_of(20): (checkpoints.write_rank(root, path_of(20), 0, RANKS[0]),)}
+    read_manifest = retention.read_manifest
+
+    def begin_then_read(storage: Storage, name: str) -> Any:
+        start(root, 2, path_of(20))
+        return read_manifest(storage, name)
+
+    monkeypatch.setattr(retention, "read_manifest", begin_then_read)
+    with pytest.raises(SupersededError, match="attempt 2 of this run has begun"):
+        writer.commit(root, writer.Commit(files=files, manifest=manifest, keep=1, keep_every_steps=0))
+
+
 def test_a_run_can_be_listed_while_it_deletes(root: Storage) -> None:
     """Folders vanish under the reader."""
     put(root, path_of(900))

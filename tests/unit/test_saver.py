@@ -1,9 +1,11 @@
 """The rank's side of a save: a writer that does not start costs the save, not the run."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +85,46 @@ def test_retention_keeps_what_the_configuration_says(world: World, tmp_path: Pat
         dropped += outcome.dropped
     assert committed(open_storage(tmp_path)) == [path_of(step) for step in (21, 18, 9)]
     assert dropped == [path_of(step) for step in (3, 6, 12, 15)]
+    saver.close()
+
+
+def test_a_rank_without_a_save_says_that_nothing_is_at_work(world: World, tmp_path: Path) -> None:
+    saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
+    assert saver.flags() == (False, False)
+    assert saved(saver).problem == ""
+    assert saver.flags() == (False, False)
+    saver.close()
+
+
+def test_a_rank_does_not_wait_for_its_writer_when_it_votes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits_s: list[float] = []
+    select = savers.select.select
+
+    def recording(read: Any, write: Any, other: Any, timeout_s: float) -> Any:
+        waits_s.append(timeout_s)
+        return select(read, write, other, timeout_s)
+
+    monkeypatch.setattr(savers.select, "select", recording)
+    saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
+    assert saved(saver).problem == ""
+    assert set(waits_s) == {0}
+    saver.close()
+
+
+def test_a_writer_that_died_before_it_was_asked_costs_the_save_alone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(savers, "WRITER", (sys.executable, "-c", "input(); raise SystemExit(7)"))
+        saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
+        assert saver._writer is not None
+        os.waitid(os.P_PID, saver._writer.pid, os.WEXITED | os.WNOWAIT)
+        assert saved(saver).problem == (
+            "rank 0: its writer process ended with 7; the next save starts another"
+        )
+    assert saved(saver).problem == ""
     saver.close()
 
 

@@ -48,6 +48,16 @@ def test_paper_column_is_complete():
     assert {(name, size, conditioning) for name, size, conditioning, *_ in TRUTH} == set(zoo.PAPER_GMACS)
 
 
+def test_depth_width_and_heads_are_those_of_the_paper():
+    assert {name: tuple(row) for name, row in zoo.ROWS.items()} == {
+        "Ti": (6, 128, 4),  # ours: runs that exist have it
+        "S": (12, 384, 6),
+        "B": (12, 768, 12),
+        "L": (24, 1024, 16),
+        "XL": (28, 1152, 16),
+    }
+
+
 def test_trainable_parameters_of_xl2_do_not_depend_on_image_size():
     shapes = [shape_of(ModelConfig(image_size=size)) for size in (256, 512)]
     assert [num_parameters(shape) for shape in shapes] == [674_834_720, 674_834_720]
@@ -122,6 +132,30 @@ def test_run_prints_json(capsys):
     ]
     shape = shape_of(ModelConfig(name="DiT-Ti/8"))
     assert rows[0]["parameters_with_pos_embed"] == num_parameters_with_pos_embed(shape)
+
+
+@pytest.mark.parametrize("counted", ["parameters", "parameters_with_pos_embed", "forward_macs"])
+def test_run_says_when_a_count_is_not_that_of_the_formula(counted, capsys, monkeypatch):
+    row = table.count(ModelConfig(name="DiT-Ti/8"))
+    monkeypatch.setattr(table, "rows", lambda names: iter([{**row, counted: row[counted] + 1}, row]))
+    table.run(json_output=False, names=None)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[6] for line in lines if "DiT-Ti/8" in line] == ["DIFFERS", "same"]
+
+
+def test_progress_on_a_terminal_is_no_part_of_the_output(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
+    row = table.count(ModelConfig(name="DiT-Ti/8"))
+    monkeypatch.setattr(table, "rows", lambda names: iter([row]))
+    table.run(json_output=True, names=None)
+    out, err = capsys.readouterr()
+    assert json.loads(out) == [row]
+    assert "counting" in err
+
+
+def test_rows_refuses_an_unknown_name_before_counting():
+    with pytest.raises(ConfigError, match="unknown model 'DiT-M/2'"):
+        table.rows(["DiT-Ti/8", "DiT-M/2"])
 
 
 def test_run_refuses_an_unknown_name_before_printing(capsys):
