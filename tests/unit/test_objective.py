@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dit_scale import rng
 from dit_scale.config import ModelConfig
 from dit_scale.data.loader import Batch
 from dit_scale.diffusion import schedule as schedules
