@@ -231,10 +231,14 @@ def test_what_was_damaged_after_it_was_finished_is_named(
 
 
 def test_who_comes_second_finds_its_own_bytes(storage: Storage, shard: Shard) -> None:
+    def written() -> dict[str, tuple[int, int]]:
+        stats = {key: storage.local_path(key).stat() for key, _ in storage.list()}
+        return {key: (stat.st_ino, stat.st_mtime_ns) for key, stat in stats.items()}
+
     shard.put(storage)
-    before = {key: storage.local_path(key).stat() for key, _ in storage.list()}
+    before = written()
     shard.put(storage)
-    assert {key: storage.local_path(key).stat() for key, _ in storage.list()} == before
+    assert written() == before
 
 
 def test_a_class_that_lost_all_its_images_is_an_error(storage: Storage) -> None:
