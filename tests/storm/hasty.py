@@ -15,6 +15,7 @@ from tests.speed import scaled
 KNOBS = (
     # Not less: on a busy machine an answer may take that long.
     (transfer, "STALL_S", scaled(2.0)),
+    (s3, "DEADLINE_S", scaled(s3.DEADLINE_S)),
     (s3, "FIRST_PAUSE_S", 0.01),
     (s3, "LONGEST_PAUSE_S", 0.2),
     (s3, "PART_BYTES", s3.MIN_PART_BYTES),

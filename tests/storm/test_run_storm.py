@@ -29,6 +29,7 @@ from tests.faults.ceph import CephServer
 from tests.faults.proxy import KINDS, FaultProxy
 from tests.latents import write_latents
 from tests.s3 import BUCKET
+from tests.speed import scaled
 from tests.storm import hasty, jobs
 
 pytestmark = pytest.mark.dist
@@ -68,6 +69,7 @@ def proxy(ceph: CephServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultPr
     """The way to the server, for this process too; calm at first."""
     hasty.hurry(monkeypatch.setattr)
     with FaultProxy(ceph.port) as proxy:
+        proxy.stall_s = scaled(proxy.stall_s)
         for name, value in environment_of(ceph, proxy).items():
             monkeypatch.setenv(name, value)
         yield proxy

@@ -31,7 +31,9 @@ def proxy(ceph: CephServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultPr
     monkeypatch.setattr(s3_module, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(s3_module, "LONGEST_PAUSE_S", 0.2)
     monkeypatch.setattr(transfer, "STALL_S", scaled(2.0))
+    monkeypatch.setattr(s3_module, "DEADLINE_S", scaled(s3_module.DEADLINE_S))
     with FaultProxy(ceph.port) as proxy:
+        proxy.stall_s = scaled(proxy.stall_s)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
         yield proxy
 
