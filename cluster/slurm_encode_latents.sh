@@ -62,8 +62,9 @@ export RAY_AUTH_TOKEN
 ray_node() {
     local folder=$1 told='' ray
     shift
-    timeout --foreground --kill-after=20 0 ray start --block --disable-usage-stats --log-style=record \
-        --temp-dir="$folder" --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
+    timeout --foreground --kill-after=20 0 python -m dit_scale_pipeline.ray_start --block \
+        --disable-usage-stats --log-style=record --temp-dir="$folder" \
+        --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
         --dashboard-agent-listen-port=0 "$@" >"$folder/start.log" 2>&1 &
     ray=$!
     trap 'told=yes; kill -TERM "$ray" 2>/dev/null' TERM USR1

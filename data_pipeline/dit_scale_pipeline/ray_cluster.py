@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import VaeIdentity
 from dit_scale.errors import DeviceError, DitScaleError
 from dit_scale_pipeline.encoder import Encoder
+from dit_scale_pipeline.ray_start import patient
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -73,7 +74,7 @@ def cluster(address: str) -> Iterator[None]:
         stack.callback(over.set)
         stack.callback(ray.shutdown)
         try:
-            with _late_interrupts():
+            with _late_interrupts(), patient() if address == "local" else nullcontext():
                 ray.init(**how)
         except (ConnectionError, ValueError) as error:
             raise DeviceError(f"no Ray cluster at {address}: {error}") from None

@@ -47,7 +47,7 @@ DOORS = {
     "diffusers": ("dit_scale.vae", "dit_scale.weights"),
     "huggingface_hub": ("dit_scale.vae_files",),
     "pyarrow": ("dit_scale_pipeline.inputs.parquet",),
-    "ray": ("dit_scale_pipeline.flow", "dit_scale_pipeline.ray_cluster"),
+    "ray": ("dit_scale_pipeline.flow", "dit_scale_pipeline.ray_cluster", "dit_scale_pipeline.ray_start"),
     "wandb": ("dit_scale.telemetry.sinks",),
     "tensorboard": ("dit_scale.telemetry.sinks",),
     "torch.utils.tensorboard": ("dit_scale.telemetry.sinks",),

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.faults.ports import free_port
 from tests.speed import scaled
 
-RAY = str(Path(sys.executable).with_name("ray"))
+RAY_START = (sys.executable, "-m", "dit_scale_pipeline.ray_start")
 MARK = "DIT_SCALE_TEST_NODE"
 """Variable in the environment of all processes of a node."""
 HEAD, SECOND = 0, 1
@@ -52,7 +52,7 @@ class RayNodes:
 
     def start(self, node: int) -> None:
         """Start a node that is not there, and wait until it is."""
-        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={self._cpus:g}"]
+        command = [*RAY_START, "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={self._cpus:g}"]
         command += ["--object-store-memory=200000000"]
         # What is not named here Ray takes at fixed numbers, where another Ray may listen.
         command += ["--min-worker-port=0", "--max-worker-port=0"]

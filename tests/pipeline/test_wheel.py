@@ -27,6 +27,7 @@ class Site:
         self.work.mkdir()
         self.python = bare_python(top / "python")
         self._environment = clean_environment(DS_ACCELERATOR="cpu", PYTHONPATH=str(self.packages))
+        self._environment.pop("PIP_CONSTRAINT", None)  # a path below another folder
 
     def run(self, *words: object) -> str:
         """What a command prints; fails with all of it."""

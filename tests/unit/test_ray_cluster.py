@@ -3,12 +3,14 @@
 import itertools
 import signal
 import socket
+from collections.abc import Iterator
 
 import pytest
+from ray._private import services
 
 from dit_scale.config import EncodeConfig
 from dit_scale.errors import DeviceError
-from dit_scale_pipeline import ray_cluster
+from dit_scale_pipeline import ray_cluster, ray_start
 from dit_scale_pipeline.ray_cluster import cluster, most_encoders, place
 
 NODES = ([2.0], [2.0, 2.0], [1.0, 2.0], [0.25, 1.5], [4.0, 1.0], [2.0, 1.0, 1.5])
@@ -74,3 +76,28 @@ def test_an_interrupt_waits_until_ray_is_started() -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_a_node_that_is_slow_to_register_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: Iterator[dict[str, str] | None] = iter((None, None, {"node_id": "a"}))
+
+    def get_node(*asked: str) -> dict[str, str]:
+        if (found := next(answers)) is None:
+            raise RuntimeError("no node info found")
+        return found
+
+    monkeypatch.setattr(services, "get_node", get_node)
+    monkeypatch.setattr(ray_start, "PAUSE_S", 0)
+    with ray_start.patient():
+        assert services.get_node("host:1", "a") == {"node_id": "a"}
+    assert services.get_node is get_node
+
+
+def test_a_node_that_never_registers_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_node(*asked: str) -> dict[str, str]:
+        raise RuntimeError("no node info found")
+
+    monkeypatch.setattr(services, "get_node", get_node)
+    monkeypatch.setattr(ray_start, "NODE_START_S", -1)
+    with ray_start.patient(), pytest.raises(DeviceError, match="Ray did not start within -1 s"):
+        services.get_node("host:1", "a")
