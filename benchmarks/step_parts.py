@@ -48,7 +48,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "moving averages": ((Ema, "update"),),
 }
 """Part => the functions whose time it is; none of them calls another one."""
-WARMUP_STEPS, PROFILED_STEPS, SHOWN_OPERATORS = 5, 10, 12
+WARMUP_STEPS, SHOWN_OPERATORS = 5, 12
 
 Times = dict[str, list[float]]
 """Part => seconds in each step."""
@@ -63,7 +63,9 @@ def main() -> int:
     parser.add_argument("config", help="YAML file of a run")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=30, help="timed steps (default 30)")
+    parser.add_argument(
+        "--steps", type=int, default=30, help="timed steps, and as many under the profiler (default 30)"
+    )
     args = parser.parse_args()
     config = load(TrainConfig, args.config, [*args.overrides, "engine.device=cpu"])
     port = free_port()
@@ -108,7 +110,7 @@ def measure(
         for number in range(steps):
             with timed(times):
                 step.take(batches, number)
-        return precision, dict(times), profiled(lambda: step.take(batches, 0))
+        return precision, dict(times), profiled(lambda: step.take(batches, 0), steps)
     finally:
         dist.stop()
 
@@ -139,12 +141,12 @@ def timed(times: Times) -> Iterator[None]:
         times[part].append(spent[part])
 
 
-def profiled(take: Callable[[], object]) -> Operators:
+def profiled(take: Callable[[], object], steps: int) -> Operators:
     """Seconds per step of each operator, the longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(PROFILED_STEPS):
+        for _ in range(steps):
             take()
-    found = {row.key: row.self_cpu_time_total / 1e6 / PROFILED_STEPS for row in profile.key_averages()}
+    found = {row.key: row.self_cpu_time_total / 1e6 / steps for row in profile.key_averages()}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("model.image_size=32", "global_batch=4", "engine.micro_batch=2", "engine.precision=fp32")
+SMALL = (
+    "model.name=DiT-Nano/2",
+    "model.image_size=32",
+    "global_batch=4",
+    "engine.micro_batch=2",
+    "engine.precision=fp32",
+)
 
 
 @pytest.mark.dist
