@@ -29,7 +29,7 @@ PACKAGES = {
 }
 """Program => the Debian package that has it."""
 ACCESS_KEY, SECRET_KEY = "storm", "storm-secret"
-START_S = scaled(90.0)
+START_S = scaled(400.0)
 
 CONFIGURATION = """
 [global]

@@ -21,8 +21,8 @@ RAY_START = (sys.executable, "-m", "dit_scale_pipeline.ray_start")
 MARK = "DIT_SCALE_TEST_NODE"
 """Variable in the environment of all processes of a node."""
 HEAD, SECOND = 0, 1
-START_S = scaled(90.0)
-END_S = scaled(30.0)
+START_S = scaled(400.0)
+END_S = scaled(120.0)
 NOTICE_SOON = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",

@@ -48,7 +48,7 @@ ENCODER = ("ray::Encoder", "ray::encode")
 MARK = f"dit-scale-test-{uuid.uuid4().hex}"
 ENVIRONMENT = clean_environment(DIT_SCALE_TEST=MARK)
 """Of every process that these tests start."""
-HANGS_S = scaled(300.0)
+HANGS_S = scaled(600.0)
 """Far more than anything here takes."""
 
 

@@ -58,7 +58,7 @@ def encode(
     """Run a job to its end, with the exit code that is expected; returns what it says on stderr."""
     command = job_command(f"source={folder}/images", f"vae={folder}/vae", f"output={output}", *KEYS, *keys)
     variables = clean_environment(**(environment or {}))
-    ran = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=scaled(200.0))
+    ran = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=scaled(600.0))
     assert ran.returncode == expected, ran.stderr
     assert "Traceback" not in ran.stderr
     return ran.stderr
