@@ -49,9 +49,9 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# In four processes, because many tests wait most of the time; tests/conftest.py says which run side by side.
+# In three processes, because many tests wait most of the time; tests/conftest.py says which run side by side.
 test: check
-	$(BIN)/python -m pytest -n 4 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
 test-quick: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 tests/unit tests/property tests/golden tests/architecture

@@ -62,6 +62,7 @@ export RAY_AUTH_TOKEN
 ray_node() {
     local folder=$1 told='' ray
     shift
+    mkdir -p "$folder"
     timeout --foreground --kill-after=20 0 python -m dit_scale_pipeline.ray_start --block \
         --disable-usage-stats --log-style=record --temp-dir="$folder" \
         --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
@@ -106,11 +107,19 @@ trap 'exit 143' TERM
 trap requeue USR1
 
 # Ray chooses all ports but that of its client server; this one lies beneath those that systems hand out.
-ray_node "$folder" --head --port=0 --ray-client-server-port=$((20000 + SLURM_JOB_ID % 10000)) \
-    --include-dashboard=false &
-head=$!
+start_head() {
+    ray_node "$folder" --head --port=0 --ray-client-server-port=$((20000 + SLURM_JOB_ID % 10000)) \
+        --include-dashboard=false &
+    head=$!
+}
+start_head
+tries=3  # on a busy machine a program of its own may not be there in the 15 s that Ray gives it
 until [ -s "$folder/ray_current_cluster" ]; do
-    kill -0 "$head" 2>/dev/null || { echo "error: the Ray head did not start" >&2; exit 1; }
+    if ! kill -0 "$head" 2>/dev/null; then
+        tries=$((tries - 1))
+        [ "$tries" -gt 0 ] || { echo "error: the Ray head did not start" >&2; exit 1; }
+        start_head
+    fi
     sleep 0.2
 done
 address=$(cat "$folder/ray_current_cluster")

@@ -27,7 +27,7 @@ FIRST = (
 
 
 class Streams(LoadScopeScheduling):
-    """With `-n 4`, tests of a folder of STREAMS run one after the other, and files of others beside them."""
+    """With `-n 3`, tests of a folder of STREAMS run one after the other, and files of others beside them."""
 
     def _split_scope(self, nodeid: str) -> str:
         files = nodeid.partition("::")[0]

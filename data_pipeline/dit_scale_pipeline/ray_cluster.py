@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ import dit_scale
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import VaeIdentity
 from dit_scale.errors import DeviceError, DitScaleError
+from dit_scale_pipeline import ray_start
 from dit_scale_pipeline.encoder import Encoder
-from dit_scale_pipeline.ray_start import patient
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -71,11 +71,11 @@ def cluster(address: str) -> Iterator[None]:
         how["runtime_env"] = {"py_modules": [str(package) for package in PACKAGES]}
     with ExitStack() as stack:
         over = threading.Event()
-        stack.callback(over.set)
         stack.callback(ray.shutdown)
+        stack.callback(over.set)  # before the shutdown, in which the node goes: nobody must miss it then
         try:
-            with _late_interrupts(), patient() if address == "local" else nullcontext():
-                ray.init(**how)
+            with _late_interrupts():
+                (ray_start.init if address == "local" else ray.init)(**how)
         except (ConnectionError, ValueError) as error:
             raise DeviceError(f"no Ray cluster at {address}: {error}") from None
         lifeline = _Lifeline(address, over)

@@ -36,5 +36,5 @@ def test_parts_and_operators_add_up() -> None:
     assert {"draws", "forward pass", "moving averages"} < ms.keys()
     assert all(value > 0 for part, value in ms.items() if part != "everything else"), ms
     assert sum(ms.values()) == pytest.approx(whole, abs=0.1)
-    assert "aten::addmm" in by_operator
+    assert "aten::" in by_operator
     assert re.search(r"^ \d+ others ", by_operator, re.M)

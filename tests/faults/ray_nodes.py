@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dit_scale_pipeline import ray_start
 from tests.faults.ports import free_port
 from tests.speed import scaled
 
@@ -65,8 +66,17 @@ class RayNodes:
         else:
             command += [f"--address=127.0.0.1:{self._port}"]
         self._folder.mkdir(exist_ok=True)
-        log = self._folder / f"node{node}.log"
-        with log.open("wb") as output:
+        for left in reversed(range(ray_start.TRIES)):
+            if self._has_started(node, command):
+                return
+            assert left, self._log(node).read_text()
+
+    def _log(self, node: int) -> Path:
+        return self._folder / f"node{node}.log"
+
+    def _has_started(self, node: int, command: Sequence[str]) -> bool:
+        """Start it, and wait until it is there, or gone: Ray gives up what does not start in 15 s."""
+        with self._log(node).open("wb") as output:
             self._launchers[node] = subprocess.Popen(
                 command,
                 env=self._environment | {MARK: f"{self._mark}/{node}"},
@@ -75,10 +85,13 @@ class RayNodes:
                 stderr=subprocess.STDOUT,
             )
         end_s = time.monotonic() + START_S
-        while "Ray runtime started" not in log.read_text():
-            assert self._launchers[node].poll() is None, log.read_text()
-            assert time.monotonic() < end_s, log.read_text()
+        while "Ray runtime started" not in self._log(node).read_text():
+            if self._launchers[node].poll() is not None:
+                self.kill(node)
+                return False
+            assert time.monotonic() < end_s, self._log(node).read_text()
             time.sleep(0.1)
+        return True
 
     def processes(self, node: int | None = None, name: str = "") -> dict[int, str]:
         """Process id and command line of living processes, of a node or all, with this in the command."""

@@ -88,16 +88,25 @@ def test_a_node_that_is_slow_to_register_is_waited_for(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(services, "get_node", get_node)
     monkeypatch.setattr(ray_start, "PAUSE_S", 0)
+    monkeypatch.setattr(ray_start, "is_starting", lambda: True)
     with ray_start.patient():
         assert services.get_node("host:1", "a") == {"node_id": "a"}
     assert services.get_node is get_node
 
 
-def test_a_node_that_never_registers_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def get_node(*asked: str) -> dict[str, str]:
-        raise RuntimeError("no node info found")
+def no_node(*asked: str) -> dict[str, str]:
+    raise RuntimeError("no node info found")
 
-    monkeypatch.setattr(services, "get_node", get_node)
+
+def test_a_node_that_never_registers_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "get_node", no_node)
+    monkeypatch.setattr(ray_start, "is_starting", lambda: True)
     monkeypatch.setattr(ray_start, "NODE_START_S", -1)
-    with ray_start.patient(), pytest.raises(DeviceError, match="Ray did not start within -1 s"):
+    with ray_start.patient(), pytest.raises(ray_start.NotStartedError, match="Ray did not start"):
         services.get_node("host:1", "a")
+
+
+def test_a_node_process_that_has_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "get_node", no_node)
+    with ray_start.patient(), pytest.raises(ray_start.NotStartedError):
+        services.get_node("host:1", "a")  # no process of that name was started here
