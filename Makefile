@@ -11,8 +11,8 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help demo test test-quick mutants chaos check bench clean
 
 help:
-	@echo "make demo        train on real digits and draw them, from images to a score (about 5 minutes)"
-	@echo "make test        lint, type check and run the tests (25 to 30 minutes on 2 cores)"
+	@echo "make demo        train on real digits and draw them, from images to a score (2 to 5 minutes)"
+	@echo "make test        lint, type check and run the tests (about 15 minutes on 2 cores)"
 	@echo "make test-quick  the unit, property and golden tests alone (under 2 minutes)"
 	@echo "make mutants     100 small changes of the pure layers that their tests must notice"
 	@echo "make chaos       kill, stop and preempt training, encoding, SLURM nodes and pods (about two hours)"
