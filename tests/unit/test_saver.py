@@ -88,6 +88,19 @@ def test_retention_keeps_what_the_configuration_says(world: World, tmp_path: Pat
     saver.close()
 
 
+def test_a_checkpoint_takes_the_record_along(world: World, tmp_path: Path) -> None:
+    record = tmp_path / "run" / "metrics.jsonl"
+    record.parent.mkdir()
+    record.write_text('{"step": 3}\n')
+    saver = Saver(world, str(tmp_path / "root"), [partition()], CheckpointConfig(), [record])
+    assert saved(saver).problem == ""
+    (path,) = committed(open_storage(tmp_path / "root"))
+    assert (tmp_path / "root" / path / "metrics.jsonl").read_text() == '{"step": 3}\n'
+    record.unlink()
+    assert "metrics.jsonl" in saved(saver).problem
+    saver.close()
+
+
 def test_a_rank_without_a_save_says_that_nothing_is_at_work(world: World, tmp_path: Path) -> None:
     saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
     assert saver.flags() == (False, False)

@@ -116,6 +116,8 @@ def test_run_prints_a_table_that_fits_80_columns(capsys):
     table.run(json_output=False, names=["DiT-S/8"])
     lines = capsys.readouterr().out.splitlines()
     [line] = [line for line in lines if "256" in line and "adaln_zero" in line]
+    names = ["model", "px", "conditioning", "tokens", "parameters", "GMACs", "formula", "paper"]
+    assert names in [line.split() for line in lines]
     shape = shape_of(ModelConfig(name="DiT-S/8"))
     assert line.split() == [
         *("DiT-S/8", "256", "adaln_zero", "16"),
