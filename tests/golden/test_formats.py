@@ -218,3 +218,7 @@ def test_bytes_of_a_checkpoint(tmp_path: Path) -> None:
     assert record == Manifest.model_validate_json(MANIFEST).files[0]
     put_manifest(root, CHECKPOINT, Manifest.model_validate_json(MANIFEST))
     assert root.read(f"{CHECKPOINT}/MANIFEST.json") == MANIFEST.encode()
+
+
+def test_checksums_are_of_blocks_of_4_mib() -> None:
+    assert rankfile.BLOCK_BYTES == 4_194_304

@@ -88,6 +88,14 @@ def test_retention_keeps_what_the_configuration_says(world: World, tmp_path: Pat
     saver.close()
 
 
+def test_a_snapshot_has_room_for_every_element_in_fp32(world: World, tmp_path: Path) -> None:
+    owned = [partition(), partition()]
+    elements = sum(buffer.numel() for part in owned for buffer in part.buffers.values())
+    saver = Saver(world, str(tmp_path), owned, CheckpointConfig())
+    assert saver.snapshot.bytes == 4 * elements > 0
+    saver.close()
+
+
 def test_a_checkpoint_takes_the_record_along(world: World, tmp_path: Path) -> None:
     record = tmp_path / "run" / "metrics.jsonl"
     record.parent.mkdir()
