@@ -113,7 +113,7 @@ start_head() {
     head=$!
 }
 start_head
-tries=3  # on a busy machine a program of its own may not be there in the 15 s that Ray gives it
+tries=3  # on a busy machine Ray's agent may miss its start-up deadline of 15 s, and Ray exits
 until [ -s "$folder/ray_current_cluster" ]; do
     if ! kill -0 "$head" 2>/dev/null; then
         tries=$((tries - 1))

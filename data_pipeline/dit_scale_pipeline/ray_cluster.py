@@ -72,7 +72,7 @@ def cluster(address: str) -> Iterator[None]:
     with ExitStack() as stack:
         over = threading.Event()
         stack.callback(ray.shutdown)
-        stack.callback(over.set)  # before the shutdown, in which the node goes: nobody must miss it then
+        stack.callback(over.set)  # first: the node goes away during the shutdown and must not count as lost
         try:
             with _late_interrupts():
                 (ray_start.init if address == "local" else ray.init)(**how)

@@ -1,8 +1,10 @@
-"""Ray on a machine that is slow: Ray itself gives its node 15 s for this and 30 s for that as it starts.
+"""Start Ray on a slow or busy machine.
+
+Ray gives up early: a node's agent has 15 s to start, the node 30 s to register with the head.
 
     python -m dit_scale_pipeline.ray_start --head --block ...
 
-takes the options of `ray start`.
+This command takes the options of `ray start`.
 """
 
 import sys
@@ -16,7 +18,7 @@ import psutil
 from dit_scale.errors import DeviceError
 
 NODE_START_S = 300.0
-"""Time in which a node that was started here must register with the head."""
+"""Longest wait for a new node to register with the head."""
 TRIES = 3
 PAUSE_S = 0.2
 
@@ -27,7 +29,7 @@ class NotStartedError(DeviceError):
 
 @contextmanager
 def patient() -> Iterator[None]:
-    """Within the block, the start of a node has NODE_START_S. NotStartedError when it failed all the same."""
+    """Within the block, a new node has NODE_START_S to register. Raises NotStartedError if it does not."""
     from ray._private import services
 
     get_node = services.get_node
@@ -40,8 +42,8 @@ def patient() -> Iterator[None]:
             except RuntimeError:  # not there yet; Ray asks again, too, but for 30 s
                 if not is_starting() or time.monotonic() > end_s:
                     raise NotStartedError(
-                        f"Ray did not start on this machine ({TRIES} tries of {NODE_START_S:g} s at most); "
-                        "see its logs in /tmp/ray/session_latest, or start again when there is less to do"
+                        "Ray did not start on this machine; see its logs in /tmp/ray/session_latest, or try "
+                        "again when the machine is less busy"
                     ) from None
             time.sleep(PAUSE_S)
 
@@ -53,7 +55,7 @@ def patient() -> Iterator[None]:
 
 
 def is_starting() -> bool:
-    """Whether a node process of Ray is alive that this process has started."""
+    """Whether this process has a living child that is a Ray node process (raylet)."""
     for child in psutil.Process().children():
         try:
             if child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE:
@@ -64,9 +66,9 @@ def is_starting() -> bool:
 
 
 def init(**how: Any) -> None:
-    """`ray.init` of a local Ray. A node that ended as it started is started anew.
+    """Start a local Ray with `ray.init(**how)`; try again up to TRIES times if its node process dies.
 
-    It waits 15 s for a program of its own and ends without it; what is left of it ends with this process.
+    Other processes of a failed try stay until this process exits. Raises NotStartedError.
     """
     import ray
 
