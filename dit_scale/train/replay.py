@@ -88,7 +88,7 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
     first. Raises ConfigError for a folder that is no run and a step that was not taken, CheckpointError
     for an unknown attempt, and what training raises.
     """
-    config = config_of_folder(run).model_copy(update={"run": run})  # the folder may have moved
+    config = config_of_folder(run)
     determinism.pin(config.engine)
     world = dist.start(config.engine)
     with ExitStack() as stack:

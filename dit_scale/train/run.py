@@ -24,7 +24,7 @@ from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Ranges
 from dit_scale.checkpoint.manifest import Manifest, read_manifest, step_and_attempt
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.config import TrainConfig, dump, load
+from dit_scale.config import TrainConfig, dump, load, moved
 from dit_scale.data.shards import INFO_KEY, LatentDataset
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, ConfigError
@@ -83,15 +83,15 @@ def root_of(config: TrainConfig) -> Storage:
 
 
 def config_of_folder(run: str | Path) -> TrainConfig:
-    """The configuration in a run's folder. Raises ConfigError for any other folder."""
+    """The configuration in a run's folder, which may have moved. Raises ConfigError for any other folder."""
     if not (Path(run) / "config.yaml").is_file():
         raise ConfigError(f"{run}: expected a run's folder, with its config.yaml")
-    return load(TrainConfig, Path(run) / "config.yaml")
+    return moved(load(TrainConfig, Path(run) / "config.yaml"), str(run))
 
 
 def root_of_folder(run: str | Path) -> Storage:
-    """Where the run of this folder keeps its attempts and checkpoints; the folder may have moved."""
-    return open_storage(config_of_folder(run).checkpoint.url or run)
+    """Where the run of this folder keeps its attempts and checkpoints."""
+    return root_of(config_of_folder(run))
 
 
 def choose_precision(config: TrainConfig, world: World) -> tuple[TrainConfig, str]:
@@ -188,10 +188,15 @@ def find_checkpoint(
     """Fill in the newest checkpoint that all ranks can read; None when the run has none.
 
     A damaged one is named and passed over, and so is one beyond `at_most_step`. Raises ConfigError when
-    the run belongs to another configuration or data set, CheckpointError when all are damaged or when the
-    ranks find different ones under one name, and UnavailableError when the storage does not answer:
-    nothing is passed over for that.
+    the run belongs to another configuration or data set, or the ranks see different ones; CheckpointError
+    when all are damaged or when the ranks find different ones under one name; and UnavailableError when the
+    storage does not answer: nothing is passed over for that.
     """
+    if len(set(world.gather(data_sha256))) > 1:
+        raise ConfigError(
+            f"data.url={config.data.url} is not the same latent data set for all ranks; on every node it "
+            "must lead to the same one, or to an exact copy"
+        )
     root = root_of(config)
     paths = world.first_says(lambda: attempts.committed(root))
     if at_most_step is not None:
