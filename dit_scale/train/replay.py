@@ -147,11 +147,6 @@ def _fill(
         return None
     training.resume(found.manifest.guard)
     say(f"from {found}")
-    before, now = found.config.model_dump(mode="json"), config.model_dump(mode="json")
-    for section in ("optimizer", "engine", "guard"):
-        for key, value in now[section].items():
-            if before[section][key] != value:
-                say(f"{section}.{key} was {before[section][key]} when that was saved, is {value}")
     return found
 
 

@@ -114,7 +114,7 @@ def test_the_command_on_a_run_that_moved_and_changed(rolled_back: TrainConfig, t
     tree, beside = command(tmp_path / "run", attempt=1)
     assert (tree["loss"], tree["grad_norm"], tree["skipped"], tree["differences"]) == ("nan", "inf", 1.0, {})
     assert f"from {tmp_path}/run/checkpoints/0000000003-0001\n" in beside
-    assert "optimizer.lr was 0.0001 when that was saved, is 0.5\n" in beside
+    assert "\noptimizer.lr: 0.0001 -> 0.5\n" in beside
 
 
 def test_a_sample_that_was_damaged_then(tmp_path: Path) -> None:
