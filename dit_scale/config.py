@@ -318,6 +318,24 @@ def load(
     return located(config, keep_relative, lambda key: configfile.blamed(key.split("."), path, given))
 
 
+def load_to_train(path: str | Path, overrides: Sequence[str]) -> TrainConfig:
+    """The configuration for a start of its run.
+
+    Raises ConfigError like `load`, and for the config.yaml of a run that has moved: unless the command line
+    says so, it would begin anew in the old place.
+    """
+    config = load(TrainConfig, path, overrides)
+    folder = Path(path).absolute().parent
+    is_of_run = Path(path).name == "config.yaml" and (folder / "events.jsonl").is_file()
+    is_there = Path(config.run).is_dir() and folder.samefile(config.run)
+    if is_of_run and not is_there and not any(text.partition("=")[0].strip() == "run" for text in overrides):
+        raise ConfigError(
+            f"{path} is of a run that was in {config.run}: run={folder} goes on with it here, any other "
+            "run=FOLDER begins a new one"
+        )
+    return config
+
+
 def moved(config: TrainConfig, folder: str) -> TrainConfig:
     """The configuration of a run that was found in this folder, wherever it was when it was saved.
 

@@ -139,6 +139,27 @@ def test_a_run_is_found_from_any_folder_and_where_it_moved(
     assert root_of_folder("../a/y").exists(f"{CHECKPOINTS}/{name_of(STEP, ATTEMPT)}/MANIFEST.json")
 
 
+def test_a_run_that_moved_does_not_begin_anew_in_the_old_place(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("old").mkdir()
+    Path("old/config.yaml").write_text(dump(load(TrainConfig, None, ["run=old", "engine.device=cpu"])))
+    arguments = ["train", "new/config.yaml", "--dry-run"]
+    Path("old").rename("new")
+    assert cli.main(arguments) == 0, "a file of that name that lies in no run"
+    Path("new/events.jsonl").touch()
+    assert cli.main(arguments) == 2
+    said = (
+        f"new/config.yaml is of a run that was in {here}/old: run={here}/new goes on with it here, any other"
+    )
+    assert said in capsys.readouterr().err
+    for run in ("new", "another"):
+        assert cli.main([*arguments, f"run={run}"]) == 0
+        assert f"run: {here}/{run}\n" in capsys.readouterr().out
+    Path("old").symlink_to("new")
+    assert cli.main(arguments) == 0
+
+
 @pytest.mark.parametrize(
     ("url", "found"),
     [
