@@ -303,9 +303,9 @@ def load(
 ) -> RootConfig:
     """Read a configuration: defaults, then the YAML file or recipe, then `key=value` overrides.
 
-    Paths come back absolute, whatever folder the caller stands in later; with `keep_relative` those below the
-    working directory do not. Raises ConfigError for a missing file or recipe, bad YAML, an unknown key
-    (naming the nearest one), a value of the wrong kind or an empty path.
+    Paths come back absolute; with `keep_relative`, relative ones stay as they are. Raises ConfigError for a
+    missing file or recipe, bad YAML, an unknown key (naming the nearest one), a value of the wrong kind or an
+    empty path.
     """
     tree = configfile.read_file(recipes.find(path)) if path is not None else {}
     given = [configfile.read_override(text) for text in overrides]

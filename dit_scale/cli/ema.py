@@ -102,7 +102,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
     stored = [one for one in stored if not one.flaw]
     if not stored:
         raise CheckpointError(
-            f"{args.run}: all its power-function averages are left out; train on, they forget"
+            f"none of the power-function averages of {args.run} can be used yet: train on, and store more"
         )
     target = Profile(args.sigma_rel, args.step or stored[-1].profile.step)
     console = Console(stderr=True)

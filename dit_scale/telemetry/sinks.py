@@ -111,7 +111,11 @@ def wandb_id(folder: Path) -> str:
     known = (_WANDB_FOLDER.fullmatch(path.name) for path in (folder / "wandb").glob("*run-*"))
     if begun := sorted(match.groups() for match in known if match):
         return str(begun[-1][1])
-    place = os.path.abspath(folder)
+    return wandb_id_of(os.path.abspath(folder))
+
+
+def wandb_id_of(place: str) -> str:
+    """An id for what lies at this path or url, unlike that of anything else."""
     digest = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9_.]+", "-", place).strip("-")[-100:] + f"-{digest}"
 

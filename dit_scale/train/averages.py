@@ -4,14 +4,13 @@ An average that was added to a run began as the weights of that step, not as an 
 is left of them in it at a later step is its foreign share: it falls as the average forgets.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, TrainConfig
 from dit_scale.errors import ConfigError
+from dit_scale.train.changes import Say
 from dit_scale.train.ema import ema_kind, power_gamma
-
-Say = Callable[[str], None]
 
 NEGLIGIBLE = 1e-3
 """Foreign share up to which an average counts as one of its whole past."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dit_scale.config import TrainConfig
-from dit_scale.telemetry.sinks import Journal, JsonLines, TensorBoard, open_sinks, wandb_id
+from dit_scale.telemetry.sinks import Journal, JsonLines, TensorBoard, open_sinks, wandb_id, wandb_id_of
 
 
 def steps_of(path: Path) -> list[int]:
@@ -117,6 +117,7 @@ def test_a_run_keeps_its_wandb_id_where_it_moves(tmp_path: Path) -> None:
     assert first not in {wandb_id(tmp_path / "b"), wandb_id(tmp_path / "a" / "a")}
     assert len(wandb_id(tmp_path / ("x" * 200))) <= 128
     assert wandb_id(tmp_path / "a b") != wandb_id(tmp_path / "a#b")
+    assert wandb_id_of("s3://a/imagenet256") != wandb_id_of("/a/imagenet256")
     for folder in ("offline-run-20260102_030405-runs-a", "run-20260101_000000-other"):
         (tmp_path / "moved" / "wandb" / folder).mkdir(parents=True)
     assert wandb_id(tmp_path / "moved") == "runs-a"
