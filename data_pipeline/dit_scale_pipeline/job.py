@@ -156,7 +156,7 @@ def dry_run(config: EncodeConfig, console: Console) -> None:
 
 def run(config: EncodeConfig, dry: bool) -> int:
     """The job with its words for people; 0 done, 130 interrupted (Ctrl-C, SIGTERM). Raises DitScaleError."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
         if dry:
             dry_run(config, console)

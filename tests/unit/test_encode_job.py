@@ -353,3 +353,15 @@ def test_the_command_line_without_ray(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "out/encode.json").write_text(json.dumps({"image_size": 32}))
     assert main(["encode", *paths]) == 2
     assert "image_size: 32 there, 256 here" in capsys.readouterr().err
+
+
+def test_names_with_brackets_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("images/[red]/1.png", "images/stray[red].png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    vae = save_tiny_vae(tmp_path / "vae")
+    paths = [f"source={tmp_path}/images", f"vae={vae}", f"output={tmp_path}/out", "vae_batch=2"]
+    assert main(["encode", "--dry-run", "image_size=32", *paths]) == 0
+    assert "left out: stray[red].png" in capsys.readouterr().err
