@@ -6,6 +6,7 @@ returns says what happened; that the results are right is for the campaign to co
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from tests.chaos.public_run import Form, PublicRun, RunError, Started, wait_unti
 MAX_KILLS = 3
 MAX_DELAY_S = 1.0
 """Between a commit and what befalls the run: some steps, or a part of the next save."""
+MAX_OPENING_S = 0.05
+"""Between the claim of an attempt and what befalls it while it opens its files."""
 MAX_START_S = 6.0
 """A start takes about as long."""
 MAX_FULL_S = 8.0
@@ -96,8 +99,8 @@ def flipped_bit(run: PublicRun, draws: random.Random) -> Happened:
         started.processes[0].send_signal(signal.SIGTERM)
     if (codes := started.wait()) not in ([REQUEUE_EXIT_CODE] * len(codes), [0] * len(codes)):
         raise RunError(f"stopped on request, it ended with {codes}:\n{started.text()[-3000:]}")
-    path = draws.choice(_files(run))
-    kind = _kind(path, run)
+    folders = _files(run)
+    kind, path = draws.choice(sorted(folders[draws.choice(sorted(folders))].items()))
     place = draws.randrange(path.stat().st_size * 8)
     _flip(path, place)
     started = run.start(form)
@@ -129,16 +132,27 @@ def woken_up(run: PublicRun, draws: random.Random) -> Happened:
 def _pass_time(run: PublicRun, started: Started, draws: random.Random) -> bool:
     """Wait for a moment that is drawn; False when the start ended before.
 
-    Half of them lie just behind a commit, the others anywhere from the start on.
+    Half of them lie just behind a commit, a quarter just behind the claim of an attempt, the others anywhere.
     """
-    if draws.random() < 0.5:
+    aim = draws.random()
+    if aim < 0.5:
         commits = run.commits() + draws.randint(1, 4)
         if not wait_until(lambda: run.commits() >= commits, started):
             return False
-        end_s = time.monotonic() + draws.choice((0.0, draws.uniform(0, MAX_DELAY_S)))
+        rest_s = draws.choice((0.0, draws.uniform(0, MAX_DELAY_S)))
+    elif aim < 0.75:
+        attempts = len(_attempts(run))
+        if not wait_until(lambda: len(_attempts(run)) > attempts, started):
+            return False
+        rest_s = draws.uniform(0, MAX_OPENING_S)
     else:
-        end_s = time.monotonic() + draws.uniform(0, 2 * MAX_START_S)
+        rest_s = draws.uniform(0, 2 * MAX_START_S)
+    end_s = time.monotonic() + rest_s
     return wait_until(lambda: time.monotonic() >= end_s, started)
+
+
+def _attempts(run: PublicRun) -> list[Path]:
+    return [*run.folder.glob("attempts/*.json")]
 
 
 def _to_the_end(run: PublicRun, started: Started, form: Form) -> str:
@@ -169,20 +183,18 @@ def _filled(filler: Path) -> Iterator[None]:
         filler.unlink()
 
 
-def _files(run: PublicRun) -> list[Path]:
-    """A file of every kind that is there, so that rare kinds are drawn as often as common ones."""
-    found: dict[str, list[Path]] = {}
-    for top in (run.folder, run.folder.parent / OF_DATA):
-        for path in sorted(top.rglob("*")):
-            if path.is_file() and path.stat().st_size:
-                found.setdefault(_kind(path, run), []).append(path)
-    return [paths[-1] for _, paths in sorted(found.items())]
+def _files(run: PublicRun) -> dict[str, dict[str, Path]]:
+    """Folder or file at the top => kind of file in it => the last of that kind.
 
-
-def _kind(path: Path, run: PublicRun) -> str:
-    """The path with its numbers taken out."""
-    name = path.relative_to(run.folder.parent).as_posix()
-    return "".join("#" if letter.isdigit() else letter for letter in name).replace("##", "#")
+    Drawn in this order, the many small files of one folder do not hide the few that matter.
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(run.folder.parent.rglob("*")):
+        name = path.relative_to(run.folder.parent).as_posix()
+        if path.is_file() and path.stat().st_size and "/" in name:
+            kind = re.sub(r"\d+", "#", name)
+            found.setdefault("/".join(name.split("/")[:2]), {})[kind] = path
+    return found
 
 
 def _flip(path: Path, bit: int) -> None:
