@@ -112,7 +112,10 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
 
 
 def read_manifest(storage: Storage, name: str) -> Manifest:
-    """The manifest of a checkpoint. Raises CheckpointError when it is missing, damaged or of another kind."""
+    """The manifest of the checkpoint at a path that ends in its name.
+
+    Raises CheckpointError when it is missing, damaged, of another kind, or under another checkpoint's name.
+    """
     where = f"{storage.url}/{name}/{MANIFEST}"
     try:
         tree = unseal(storage.read(f"{name}/{MANIFEST}"), where)
@@ -121,11 +124,17 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
                 f"{where}: {tree.get('format')} version {tree.get('version')}, "
                 f"this program reads {FORMAT} version {FORMAT_VERSION}"
             )
-        return Manifest.model_validate(tree)
+        manifest = Manifest.model_validate(tree)
     except UnavailableError:
         raise
     except (ValidationError, StorageError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from None
+    if (manifest.step, manifest.attempt) != step_and_attempt(name):
+        raise CheckpointError(
+            f"{storage.url}/{name} holds step {manifest.step} of attempt {manifest.attempt}: it was copied "
+            f"or renamed; its name is {name_of(manifest.step, manifest.attempt)}"
+        )
+    return manifest
 
 
 def _seal(body: bytes) -> bytes:

@@ -119,12 +119,9 @@ def _verify(args: argparse.Namespace) -> int:
     if (Path(args.source) / "config.yaml").is_file():
         root = root_of_folder(args.source)
         to_verify += [(path, partial(Checkpoint, root, path)) for path in attempts.committed(root, EMA)]
-        for number in attempts.numbers(root):
-            try:
-                attempts.read(root, number)
-            except CheckpointError as error:
-                damaged = True
-                print(error)
+        for problem in attempts.problems(root):
+            damaged = True
+            print(problem)
     for path, opened in to_verify:
         try:
             checkpoint = opened()

@@ -199,7 +199,7 @@ class Session:
         self._report(self.saver.advance(any_at_work, any_failed))
 
     def save_and_wait(self) -> None:
-        """Commit this step before going on; tried again until `checkpoint.deadline_s` has passed.
+        """Commit this step before going on; tried again, if it can help, for `checkpoint.deadline_s`.
 
         Raises CheckpointError, on all ranks, when it cannot be done.
         """
@@ -212,7 +212,9 @@ class Session:
             outcome = self._wait_for_save()
             self._report(outcome)
             assert outcome is not None
-            if outcome.problem and self.world.first_says(lambda: time.monotonic() > give_up_s):
+            if outcome.is_final or (
+                outcome.problem and self.world.first_says(lambda: time.monotonic() > give_up_s)
+            ):
                 raise CheckpointError(f"{self._root.url}: the last save failed: {outcome.problem}")
             if outcome.problem:
                 time.sleep(pause_s)
