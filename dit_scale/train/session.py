@@ -212,9 +212,8 @@ class Session:
             outcome = self._wait_for_save()
             self._report(outcome)
             assert outcome is not None
-            if outcome.is_final or (
-                outcome.problem and self.world.first_says(lambda: time.monotonic() > give_up_s)
-            ):
+            is_late = self.world.first_says(lambda: time.monotonic() > give_up_s)
+            if outcome.problem and (outcome.is_final or is_late):
                 raise CheckpointError(f"{self._root.url}: the last save failed: {outcome.problem}")
             if outcome.problem:
                 time.sleep(pause_s)
