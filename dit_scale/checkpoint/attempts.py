@@ -21,11 +21,10 @@ from dit_scale.checkpoint.manifest import (
     MANIFEST,
     is_name,
     read_manifest,
-    sealed,
     step_and_attempt,
-    unseal,
 )
 from dit_scale.errors import CheckpointError, SupersededError
+from dit_scale.sealed import sealed, unseal
 from dit_scale.storage import MissingKeyError, Storage
 
 Ranges = tuple[tuple[int, int], ...]
@@ -84,7 +83,7 @@ def read(root: Storage, number: int) -> Attempt:
     key = _key(number)
     where = f"{root.url}/{key}"
     try:
-        tree = unseal(root.read(key), where)
+        tree = unseal(root.read(key), where, CheckpointError)
     except MissingKeyError:
         raise CheckpointError(
             f"{where} is missing; the checkpoints of attempt {number} count without"

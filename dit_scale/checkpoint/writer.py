@@ -29,10 +29,10 @@ from dit_scale.checkpoint.manifest import (
     FileRecord,
     Manifest,
     read_manifest,
-    sealed,
 )
 from dit_scale.checkpoint.rankfile import Bytes, Piece
 from dit_scale.errors import CheckpointError, DitScaleError, SupersededError, TakenError
+from dit_scale.sealed import sealed
 from dit_scale.storage import Storage, open_storage
 
 _PR_SET_PDEATHSIG = 1

@@ -296,7 +296,7 @@ class Session:
 
     def _announce(self, notes: list[str], resumed: bool, restore_s: float) -> None:
         plan, config = self.plan, self.config
-        notes = [*filter(None, [self._precision_note]), *notes, *self.loader.notes()]
+        notes = [*filter(None, [self._precision_note]), *self._dataset.notes, *notes, *self.loader.notes()]
         for note in notes:
             self.say(note)
         self.say(
