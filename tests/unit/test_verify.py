@@ -164,9 +164,7 @@ def test_a_flipped_bit_of_dataset_json_is_refused(copy: Path) -> None:
     ends = range(len(whole) - 80, len(whole))  # the digest and its key
     for at in (*draws.integers(0, len(whole), 300).tolist(), *ends):
         flip_bit(path, at, int(draws.integers(8)))
-        with pytest.raises(
-            DataError, match=r"dataset\.json is damaged .*\. Copy it again"
-        ):
+        with pytest.raises(DataError, match=r"dataset\.json is damaged .*\. Copy it again"):
             verify(open_storage(copy), 1)
         path.write_bytes(whole)
 
