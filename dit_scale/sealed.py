@@ -22,6 +22,7 @@ Damaged = type[DitScaleError]
 
 def sealed(tree: dict[str, Any], indent: int | None = None, key: str = KEY) -> bytes:
     """The object as JSON with its digest; on one line, or with `indent` spaces for people."""
+    assert tree
     assert key not in tree
     separators = (",", ":") if indent is None else None
     body = json.dumps(tree, indent=indent, separators=separators).encode()[:-1]
