@@ -17,8 +17,6 @@ from dit_scale.storage import open_storage
 
 VALUES = st.integers() | st.text() | st.lists(st.integers())
 TREES = st.dictionaries(st.text(max_size=3), VALUES, min_size=1, max_size=4)
-    st.text(max_size=3), st.integers() | st.text() | st.lists(st.integers()), min_size=1, max_size=4
-)
 
 
 def test_the_digest_is_of_all_bytes_before_its_comma() -> None:
