@@ -172,6 +172,11 @@ def _prune(args: argparse.Namespace) -> int:
     paths, current = attempts.committed(root), attempts.numbers(root)
     if not paths:
         raise CheckpointError(f"{args.run} has no committed checkpoint")
+    saved = Checkpoint(root, paths[0]).config.checkpoint
+    for key in ("keep", "keep_every_steps"):
+        before, now = getattr(saved, key), getattr(config, key)
+        if before != now:
+            print(f"note: checkpoint.{key} is {now} in config.yaml, {before} in the newest checkpoint")
     keep = args.keep or config.keep
     rule = (paths[0], keep, config.keep_every_steps)
     if args.yes:
