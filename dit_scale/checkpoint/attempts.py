@@ -58,19 +58,19 @@ def claim(root: Storage, attempt: Attempt) -> None:
 
 def numbers(root: Storage) -> list[int]:
     """The numbers of all attempts, ascending: of those with a record, and of those that left a folder."""
-    return sorted({*_recorded(root), *_with_folders(root)})
+    return sorted(_recorded(root) | _with_folders(root, CHECKPOINTS) | _with_folders(root, EMA))
 
 
 def unrecorded(root: Storage) -> list[int]:
-    """The numbers of attempts that left a folder and have no record; none where there is no record at all."""
-    recorded = _recorded(root)
-    return sorted(_with_folders(root) - recorded) if recorded else []
+    """The numbers above that of the newest record; none where there is no record at all."""
+    newest_recorded = max(_recorded(root), default=float("inf"))
+    return [number for number in numbers(root) if number > newest_recorded]
 
 
 def problems(root: Storage) -> list[str]:
     """Which records of attempts are missing, damaged or under a wrong name."""
     found = []
-    for number in sorted({*_recorded(root), *unrecorded(root)}):
+    for number in numbers(root) if _recorded(root) else ():
         try:
             read(root, number)
         except CheckpointError as error:
@@ -86,7 +86,7 @@ def read(root: Storage, number: int) -> Attempt:
         tree = unseal(root.read(key), where, CheckpointError)
     except MissingKeyError:
         raise CheckpointError(
-            f"{where} is missing; the checkpoints of attempt {number} count without"
+            f"{where} is missing; checkpoints of attempt {number} count as far as they can be read"
         ) from None
     if tree["attempt"] != number:
         raise CheckpointError(f"{where} is the record of attempt {tree['attempt']}: it was copied or renamed")
@@ -145,9 +145,10 @@ def _counts(name: str, limits: dict[int, float] | None) -> bool:
 
 def _limits(root: Storage) -> dict[int, float] | None:
     """Attempt => last step of it that counts. None where no attempt is recorded: then all do."""
-    if not _recorded(root):
+    recorded = _recorded(root)
+    if not recorded:
         return None
-    left = numbers(root)
+    left = sorted(recorded | _with_folders(root, CHECKPOINTS))
     limits: dict[int, float] = {left[-1]: float("inf")}
     while left:
         number = left.pop()
@@ -183,8 +184,8 @@ def _recorded(root: Storage) -> set[int]:
     return {int(key) for key in keys if key.isdecimal()}
 
 
-def _with_folders(root: Storage) -> set[int]:
-    return {step_and_attempt(name)[1] for top in (CHECKPOINTS, EMA) for name in _names(root, top)}
+def _with_folders(root: Storage, top: str) -> set[int]:
+    return {step_and_attempt(name)[1] for name in _names(root, top)}
 
 
 def _names(root: Storage, top: str) -> set[str]:

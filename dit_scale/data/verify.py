@@ -2,8 +2,7 @@
 
 Digests of every tar and index, the tar's members against the index, checksum, shape and label of every
 sample, the counts, the quarantine and the channel statistics; what the encoding job left beside them, as
-far as it is there. Needs the memory of as many shards as are
-read at once, however large the data set is.
+far as it is there. Needs the memory of as many shards as are read at once, however large the data set is.
 """
 
 import hashlib

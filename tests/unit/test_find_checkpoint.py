@@ -160,7 +160,7 @@ def test_a_run_whose_newest_record_is_gone_says_so_and_goes_on(tmp_path: Path, w
     found = find_checkpoint(config, DATA_SHA256, world, read, notes.append)
     assert found is not None
     assert found.name == newest
-    assert notes == ["attempts/0002.json is missing; attempt 2 left checkpoints, which count"]
+    assert notes == ["attempts/0002.json is missing; attempt 2 counts as far as it can be read"]
 
 
 # One run, one identity
