@@ -58,7 +58,7 @@ def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
         output.check_identity(storage, begun, plan.identity, plan.listing, saved)
     if metrics is None:
         console.print("this data set is complete, nothing to do")
-        return read_info(storage)
+        return read_info(storage, console.print)
     if saved is None or saved.sha256 != plan.listing.sha256:
         save_listing(storage, plan.listing)
     records = output.finished_shards(storage)

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
-        info, problems = verify(open_storage(options.url), options.threads, console)
+        info, problems = verify(open_storage(options.url), options.threads, console, console.print)
         for problem in problems:
             print(f"wrong: {problem}", file=sys.stderr)
         if problems:

@@ -193,7 +193,9 @@ def find_checkpoint(
     nothing is passed over for that.
     """
     root = root_of(config)
-    paths = world.first_says(lambda: attempts.committed(root))
+    paths, lost = world.first_says(lambda: (attempts.committed(root), attempts.unrecorded(root)))
+    for number in lost:
+        say(f"attempts/{number:04d}.json is missing; attempt {number} counts as far as it can be read")
     if at_most_step is not None:
         paths = [path for path in paths if step_and_attempt(path)[0] <= at_most_step]
     for path in paths:

@@ -199,7 +199,7 @@ class Session:
         self._report(self.saver.advance(any_at_work, any_failed))
 
     def save_and_wait(self) -> None:
-        """Commit this step before going on; tried again until `checkpoint.deadline_s` has passed.
+        """Commit this step before going on; tried again, if it can help, for `checkpoint.deadline_s`.
 
         Raises CheckpointError, on all ranks, when it cannot be done.
         """
@@ -212,7 +212,8 @@ class Session:
             outcome = self._wait_for_save()
             self._report(outcome)
             assert outcome is not None
-            if outcome.problem and self.world.first_says(lambda: time.monotonic() > give_up_s):
+            is_late = self.world.first_says(lambda: time.monotonic() > give_up_s)
+            if outcome.problem and (outcome.is_final or is_late):
                 raise CheckpointError(f"{self._root.url}: the last save failed: {outcome.problem}")
             if outcome.problem:
                 time.sleep(pause_s)
@@ -295,7 +296,7 @@ class Session:
 
     def _announce(self, notes: list[str], resumed: bool, restore_s: float) -> None:
         plan, config = self.plan, self.config
-        notes = [*filter(None, [self._precision_note]), *notes, *self.loader.notes()]
+        notes = [*filter(None, [self._precision_note]), *self._dataset.notes, *notes, *self.loader.notes()]
         for note in notes:
             self.say(note)
         self.say(
