@@ -1,0 +1,31 @@
+"""What a file is that is not what its name says."""
+
+UNPACK = "unpack it, and name the folder, or the tars, that it holds"
+"""What to do with a compressed archive."""
+
+_KNOWN = (
+    (b"\x1f\x8b", f"is compressed with gzip, and archives are read in place: {UNPACK}"),
+    (b"BZh", f"is compressed with bzip2, and archives are read in place: {UNPACK}"),
+    (b"\xfd7zXZ\0", f"is compressed with xz, and archives are read in place: {UNPACK}"),
+    (b"\x28\xb5\x2f\xfd", f"is compressed with zstd, and archives are read in place: {UNPACK}"),
+    (b"PK\x03\x04", f"is a zip archive: {UNPACK}"),
+    (b"7z\xbc\xaf\x27\x1c", f"is a 7z archive: {UNPACK}"),
+    (b"Rar!", f"is a rar archive: {UNPACK}"),
+    (b"PAR1", "is a Parquet file: give it the suffix .parquet"),
+    (
+        b"version https://git-lfs",
+        "is a git-LFS pointer that stands for the file: fetch the file (git lfs install; git lfs pull)",
+    ),
+    (b"<!DOCTYPE", "is a web page, not the file that was asked for: download it again"),
+    (b"<html", "is a web page, not the file that was asked for: download it again"),
+)
+"""How a file begins => what it is, and what to do."""
+HEAD_BYTES = 512
+"""So many bytes tell."""
+
+COMPRESSED_SUFFIXES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
+
+
+def what_it_is(head: bytes) -> str:
+    """What a file with these first bytes is, and what to do with it; empty when they do not tell."""
+    return next((what for magic, what in _KNOWN if head[: len(magic)].lower() == magic.lower()), "")
