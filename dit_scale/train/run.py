@@ -177,6 +177,18 @@ def check_dataset(config: TrainConfig, dataset: LatentDataset) -> None:
         )
 
 
+def note_classes(config: TrainConfig, dataset: LatentDataset) -> str:
+    """What to know of a model with more classes than the data, in one line; empty when there are as many."""
+    here, known = dataset.info.num_classes, config.model.num_classes
+    if here == known:
+        return ""
+    return (
+        f"{config.data.url} has {here} classes, model.num_classes is {known}: the labels from {here} on are "
+        "never trained. That is no error where the data are a part of a larger set whose labels they keep; "
+        f"else set model.num_classes={here}"
+    )
+
+
 def find_checkpoint(
     config: TrainConfig,
     data_sha256: str,

@@ -39,6 +39,7 @@ from dit_scale.train.run import (
     data_digest,
     find_checkpoint,
     merged,
+    note_classes,
     prepare_folder,
     record_of,
     restored_kinds,
@@ -295,7 +296,8 @@ class Session:
 
     def _announce(self, notes: list[str], resumed: bool, restore_s: float) -> None:
         plan, config = self.plan, self.config
-        notes = [*filter(None, [self._precision_note]), *notes, *self.loader.notes()]
+        classes = note_classes(config, self._dataset)
+        notes = [*filter(None, [self._precision_note, classes]), *notes, *self.loader.notes()]
         for note in notes:
             self.say(note)
         self.say(
