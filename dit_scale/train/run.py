@@ -160,8 +160,8 @@ def data_digest(dataset: LatentDataset) -> str:
     return hashlib.sha256(dataset.storage.read(INFO_KEY)).hexdigest()
 
 
-def check_dataset(config: TrainConfig, dataset: LatentDataset) -> None:
-    """Raises ConfigError when model and data do not fit."""
+def check_dataset(config: TrainConfig, dataset: LatentDataset) -> str:
+    """A note on a model with more classes than the data, else nothing; ConfigError when they do not fit."""
     info = dataset.info
     if not info.samples:
         raise ConfigError(f"{config.data.url} holds no sample")
@@ -175,17 +175,12 @@ def check_dataset(config: TrainConfig, dataset: LatentDataset) -> None:
             f"{config.data.url} has {info.num_classes} classes, "
             f"model.num_classes is {config.model.num_classes}"
         )
-
-
-def note_classes(config: TrainConfig, dataset: LatentDataset) -> str:
-    """What to know of a model with more classes than the data, in one line; empty when there are as many."""
-    here, known = dataset.info.num_classes, config.model.num_classes
-    if here == known:
+    if info.num_classes == config.model.num_classes:
         return ""
     return (
-        f"{config.data.url} has {here} classes, model.num_classes is {known}: the labels from {here} on are "
-        "never trained. That is no error where the data are a part of a larger set whose labels they keep; "
-        f"else set model.num_classes={here}"
+        f"{config.data.url} has {info.num_classes} classes, model.num_classes is {config.model.num_classes}: "
+        f"the labels from {info.num_classes} on are never trained. That is no error where the data are a part "
+        f"of a larger set whose labels they keep; else set model.num_classes={info.num_classes}"
     )
 
 
