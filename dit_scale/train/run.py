@@ -179,7 +179,7 @@ def check_dataset(config: TrainConfig, dataset: LatentDataset) -> str:
         return ""
     return (
         f"{config.data.url} has {info.num_classes} classes, model.num_classes is {config.model.num_classes}: "
-        f"the labels from {info.num_classes} on are never trained. That is no error where the data are a part "
+        f"the labels from {info.num_classes} on are never trained. That is no error where the data are part "
         f"of a larger set whose labels they keep; else set model.num_classes={info.num_classes}"
     )
 
