@@ -182,7 +182,7 @@ def test_images_in_no_folder_and_compressed_archives_are_named(tmp_path: Path) -
         open_input(put(tmp_path / "flat", "0.jpg", "1.JPEG")).list()
     with pytest.raises(DataError, match=r"Found train.tar.gz, and compressed .*: unpack it"):
         open_input(put(tmp_path / "gz", "train.tar.gz")).list()
-    with pytest.raises(DataError, match=r"train.zip is compressed, .*: unpack it"):
+    with pytest.raises(DataError, match=r"Found train.zip, and compressed .*: unpack it"):
         open_input(put(tmp_path / "zip", "train.zip") + "/train.zip")
 
 

@@ -1,4 +1,8 @@
-"""What a file is that is not what its name says."""
+"""What a file is that is not what was expected: by its first bytes, or by its name."""
+
+from collections.abc import Iterable
+
+from dit_scale_pipeline.inputs.names import few
 
 UNPACK = "unpack it, and name the folder, or the tars, that it holds"
 """What to do with a compressed archive."""
@@ -23,7 +27,18 @@ _KNOWN = (
 HEAD_BYTES = 512
 """So many bytes tell."""
 
-COMPRESSED_SUFFIXES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
+_COMPRESSED = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
+
+
+def is_compressed(name: str) -> bool:
+    """Whether a file is a compressed archive by its name."""
+    return name.lower().endswith(_COMPRESSED)
+
+
+def compressed(names: Iterable[str]) -> str:
+    """Which of these files are compressed archives, and what to do with them; empty when none is."""
+    packed = [name for name in names if is_compressed(name)]
+    return f"{few(packed)}, and compressed archives are not read in place: {UNPACK}" if packed else ""
 
 
 def what_it_is(head: bytes) -> str:

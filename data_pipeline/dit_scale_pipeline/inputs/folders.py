@@ -20,13 +20,12 @@ from dit_scale_pipeline.inputs.base import (
     in_order,
     silent,
 )
-from dit_scale_pipeline.inputs.contents import COMPRESSED_SUFFIXES, UNPACK
+from dit_scale_pipeline.inputs.contents import UNPACK, compressed, is_compressed
 from dit_scale_pipeline.inputs.layout import check_folders, check_names
 from dit_scale_pipeline.inputs.names import few, hidden_part, is_hidden, shown
 from dit_scale_pipeline.inputs.places import ARCHIVE_SUFFIXES, KINDS, listing_errors, pattern_of
 from dit_scale_pipeline.inputs.webdataset import IMAGE_SUFFIXES
 
-_ARCHIVES = (*ARCHIVE_SUFFIXES, *COMPRESSED_SUFFIXES)
 _TEXTS = (".csv", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml")
 """Of files that lie beside archives."""
 
@@ -170,8 +169,9 @@ def _refuse_archives(url: str, paths: Sequence[str]) -> None:
     for path in paths:
         by_folder[path.partition("/")[0]].append(path)
     for inside in by_folder.values():
-        archives = [path for path in inside if path.lower().endswith(_ARCHIVES)]
-        if archives and all(path.lower().endswith((*_ARCHIVES, *_TEXTS)) for path in inside):
+        archives = [path for path in inside if path.endswith(ARCHIVE_SUFFIXES) or is_compressed(path)]
+        others = set(inside) - set(archives)
+        if archives and all(path.lower().endswith(_TEXTS) for path in others):
             named = f"source={url.rstrip('/')}/{pattern_of(archives[0])}"
             raise DataError(
                 f"{url}: expected images in the folders, found archives ({few(archives)}). "
@@ -181,8 +181,8 @@ def _refuse_archives(url: str, paths: Sequence[str]) -> None:
 
 def _instead(files: Sequence[str]) -> str:
     """What lies in a folder that holds no folders, and what to do with it."""
-    if packed := [name for name in files if name.lower().endswith(COMPRESSED_SUFFIXES)]:
-        return f"{few(packed)}, and compressed archives are not read in place: {UNPACK}"
+    if packed := compressed(files):
+        return packed
     if images := [name for name in files if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES]:
         return (
             f"{len(images)} images in no folder ({few(images)}): move them into one folder per class. "

@@ -7,7 +7,7 @@ from itertools import islice
 from dit_scale.errors import DataError
 from dit_scale_pipeline.inputs.archives import ArchiveInput
 from dit_scale_pipeline.inputs.base import COLUMNS, Input
-from dit_scale_pipeline.inputs.contents import COMPRESSED_SUFFIXES, UNPACK
+from dit_scale_pipeline.inputs.contents import compressed
 from dit_scale_pipeline.inputs.folders import ClassFolders
 from dit_scale_pipeline.inputs.imagenet_tar import ClassTars, NestedTar
 from dit_scale_pipeline.inputs.layout import are_shards
@@ -42,9 +42,9 @@ def _recognise(place: Place) -> str:
     parquet, tars = ([name for name in top.files if name.endswith(suffix)] for suffix in ARCHIVE_SUFFIXES)
     archives = parquet + tars
     if place.pattern and not archives:
-        raise DataError(
-            f"{place.url}: no .tar or .parquet file of that name; expected {KINDS}{_instead(top.files)}"
-        )
+        packed = compressed(top.files)
+        found = f". Found {packed}" if packed else ""
+        raise DataError(f"{place.url}: no .tar or .parquet file of that name; expected {KINDS}{found}")
     if not archives:
         return ClassFolders.kind
     if _stems(parquet) <= _stems(tars):
@@ -89,7 +89,7 @@ def _refuse_unlabelled(place: Place, names: Sequence[str], name: str, members: S
     if are_shards(names) or len(set(keys)) < len(keys):
         raise DataError(
             f"{place.url}: these tars look like WebDataset shards without labels: {holds}. {NO_LABELS}. If "
-            "each tar is a class, name it after the class"
+            "each tar is a class, name it after the class, and leave only images in it"
         )
     if place.pattern == name:
         raise DataError(
@@ -101,11 +101,6 @@ def _refuse_unlabelled(place: Place, names: Sequence[str], name: str, members: S
 
 def _stems(names: Sequence[str]) -> set[str]:
     return {name.rpartition(".")[0] for name in names}
-
-
-def _instead(files: Sequence[str] | dict[str, int]) -> str:
-    packed = [name for name in files if name.lower().endswith(COMPRESSED_SUFFIXES)]
-    return f". {few(packed)} is compressed, and archives are read in place: {UNPACK}" if packed else ""
 
 
 def _refuse_several_sets(place: Place, archives: Sequence[str]) -> None:
