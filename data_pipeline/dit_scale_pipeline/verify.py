@@ -68,6 +68,7 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
     from dit_scale.pictures import load_decoder, random_ids
     from dit_scale.sample import write_grid
     from dit_scale_pipeline.compare import compare, find_source
+    from dit_scale_pipeline.inputs.names import shown
 
     dataset = LatentDataset.open(options.url)
     uri, listing = find_source(dataset, options.source, console)
@@ -77,9 +78,9 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
     for compared in compare(dataset, uri, listing, decoder, ids):
         pictures.append(compared.picture)
         psnrs_db.append(compared.psnr_db)
-        name = dataset.info.class_names[compared.label]
+        name = shown(dataset.info.class_names[compared.label])
         print(
-            f"sample {compared.sample_id:>9}  class {compared.label:>5}  {name}  {compared.path}"
+            f"sample {compared.sample_id:>9}  class {compared.label:>5}  {name}  {shown(compared.path)}"
             f"  PSNR {compared.psnr_db:.1f} dB"
         )
     write_grid(np.stack(pictures), Path(options.grid))

@@ -59,7 +59,7 @@ class Session:
         config, self._precision_note = choose_precision(config, world)
         self.config, self.world, self._heart = config, world, heart
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
-        check_dataset(config, dataset)
+        self._classes_note = check_dataset(config, dataset)
         self.plan = plan_of(config, world.size)
         self._dataset = dataset
         self._data_sha256, self._vae_sha256 = data_digest(dataset), dataset.info.vae.weights_sha256
@@ -295,7 +295,8 @@ class Session:
 
     def _announce(self, notes: list[str], resumed: bool, restore_s: float) -> None:
         plan, config = self.plan, self.config
-        notes = [*filter(None, [self._precision_note]), *self._dataset.notes, *notes, *self.loader.notes()]
+        own = filter(None, [self._precision_note, self._classes_note])
+        notes = [*own, *self._dataset.notes, *notes, *self.loader.notes()]
         for note in notes:
             self.say(note)
         self.say(
