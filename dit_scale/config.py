@@ -245,6 +245,10 @@ class EncodeConfig(Mirrored):
     source: FolderOrUrl = "data/imagenet/train"
     """Folder or s3:// prefix that every node sees, with one sub-folder of images per class, with class
     tars, WebDataset tars or Parquet files; ILSVRC2012_img_train.tar itself; a pattern, DIR/train-*.tar."""
+    image_column: str = "image"
+    """Of Parquet files: the column of the images, structs with `bytes`. Other sources have no columns."""
+    label_column: str = "label"
+    """Of Parquet files: the column of the labels, integers from 0 on."""
     allow_empty_classes: bool = False
     """Whether classes may be without an image, as in a part of a data set; they keep their labels."""
     output: FolderOrUrl = "data/imagenet256"

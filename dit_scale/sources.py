@@ -29,6 +29,9 @@ from dit_scale.train.ema import ema_kind
 from dit_scale.train.posthoc import Profile
 from dit_scale.train.run import root_of_folder
 
+_DIGEST = "dit_scale_sha256"
+"""Key of an export's metadata that has the digest of all else in the file."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -141,11 +144,14 @@ def _of_run(
 
 
 def _from_file(path: Path, model: ModelConfig | None) -> Source:
-    said = weights.read_metadata(path)
+    said, state = weights.read_metadata(path), weights.read(path)
+    carried = said.pop(_DIGEST, "")  # other programs write none
+    if carried and carried != weights.digest(state, said):
+        raise WeightsError(f"{path} is damaged (its SHA-256 does not fit); fetch or export it again")
     config = ModelConfig.model_validate_json(said["model"]) if "model" in said else ModelConfig()
     return Source(
         model=model or config,
-        state=weights.read(path),
+        state=state,
         description=str(path),
         timesteps=int(said.get("timesteps", 1000)),
         vae=said.get("vae"),
@@ -244,4 +250,6 @@ def export(source: Source, path: Path) -> None:
         "vae_sha256": source.vae_sha256,
         **source.details,
     }
-    weights.write(source.state, path, {key: value for key, value in metadata.items() if value is not None})
+    said = {key: value for key, value in metadata.items() if value is not None}
+    state = {name: tensor.float() for name, tensor in source.state.items()}
+    weights.write(state, path, {**said, _DIGEST: weights.digest(state, said)})

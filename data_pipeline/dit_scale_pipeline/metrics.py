@@ -14,7 +14,7 @@ METRICS_KEY = "metrics.jsonl"
 class Metrics:
     """The rows of all starts. The object is put whole again with each row, for S3 has no append.
 
-    Making one puts it: an output that cannot be written to fails here, before anything else is done.
+    Making one puts it: an output that cannot be written to fails here.
     """
 
     def __init__(self, storage: Storage, config: EncodeConfig) -> None:

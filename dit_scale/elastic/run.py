@@ -115,9 +115,9 @@ def drive(life: Wait) -> Exit:
 
 
 def committed_step(root: Storage) -> int:
-    """Of the newest checkpoint; -1 when there is none."""
-    paths = attempts.committed(root)
-    return step_and_attempt(paths[0])[0] if paths else -1
+    """Of the newest checkpoint whose manifest can be read; -1 when there is none."""
+    readable = (path for path in attempts.committed(root) if attempts.is_readable(root, path))
+    return next((step_and_attempt(path)[0] for path in readable), -1)
 
 
 def samples_of(config: TrainConfig, root: Storage, step: int) -> list[int]:

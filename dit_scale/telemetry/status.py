@@ -193,7 +193,8 @@ def _stored(root: Storage) -> tuple[str, list[str], str]:
     """The newest checkpoint, the nodes that wait for a round, and why neither is known."""
     try:
         paths, board = chain.committed(root), Board(root)
-        return paths[0] if paths else "", board.joined(board.newest() + 1).nodes, ""
+        newest = next((path for path in paths if chain.is_readable(root, path)), "".join(paths[:1]))
+        return newest, board.joined(board.newest() + 1).nodes, ""
     except StorageError as error:
         return "", [], f"its checkpoints are not to be seen: {error}"
 

@@ -54,7 +54,8 @@ def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
     not seen or whose record is damaged.
     """
     root, folder = root_of(config), Path(config.run)
-    journal, record = list(_lines(folder / "events.jsonl")), list(_lines(folder / "metrics.jsonl"))
+    journal = list(_lines(folder / "events.jsonl", "event", "attempt", "step"))
+    record = list(_lines(folder / "metrics.jsonl", "step", *COLUMNS))
     committed = attempts.committed(root)
     reached = max(
         [line["step"] for line in (*journal, *record)] + [step_and_attempt(path)[0] for path in committed],
@@ -154,8 +155,13 @@ def _pending(root: Storage, committed: list[str], step: int) -> Recorded | None:
     return None
 
 
-def _lines(path: Path) -> Iterator[Line]:
-    """The whole lines of a file that may not be there; a kill can leave half a line at its end."""
+def _lines(path: Path, *keys: str) -> Iterator[Line]:
+    """The lines with these keys of a file that may not be there.
+
+    A kill can leave half a line at the end, and lines have no digest: one that is damaged counts as none.
+    """
     for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with suppress(json.JSONDecodeError):
-            yield json.loads(text)
+            line = json.loads(text)
+            if isinstance(line, dict) and {*keys} <= line.keys():
+                yield line

@@ -152,8 +152,8 @@ def data_digest(dataset: LatentDataset) -> str:
     return hashlib.sha256(dataset.storage.read(INFO_KEY)).hexdigest()
 
 
-def check_dataset(config: TrainConfig, dataset: LatentDataset) -> None:
-    """Raises ConfigError when model and data do not fit."""
+def check_dataset(config: TrainConfig, dataset: LatentDataset) -> str:
+    """A note on a model with more classes than the data, else nothing; ConfigError when they do not fit."""
     info = dataset.info
     if not info.samples:
         raise ConfigError(f"{config.data.url} holds no sample")
@@ -167,6 +167,13 @@ def check_dataset(config: TrainConfig, dataset: LatentDataset) -> None:
             f"{config.data.url} has {info.num_classes} classes, "
             f"model.num_classes is {config.model.num_classes}"
         )
+    if info.num_classes == config.model.num_classes:
+        return ""
+    return (
+        f"{config.data.url} has {info.num_classes} classes, model.num_classes is {config.model.num_classes}: "
+        f"the labels from {info.num_classes} on are never trained. That is no error where the data are part "
+        f"of a larger set whose labels they keep; else set model.num_classes={info.num_classes}"
+    )
 
 
 def find_checkpoint(
@@ -190,7 +197,9 @@ def find_checkpoint(
             "must lead to the same one, or to an exact copy"
         )
     root = root_of(config)
-    paths = world.first_says(lambda: attempts.committed(root))
+    paths, lost = world.first_says(lambda: (attempts.committed(root), attempts.unrecorded(root)))
+    for number in lost:
+        say(f"attempts/{number:04d}.json is missing; attempt {number} counts as far as it can be read")
     if at_most_step is not None:
         paths = [path for path in paths if step_and_attempt(path)[0] <= at_most_step]
     for path in paths:

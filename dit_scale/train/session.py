@@ -56,10 +56,10 @@ class Session:
 
     def __init__(self, config: TrainConfig, world: World, stack: ExitStack, heart: Heart) -> None:
         """`heart` is told that a long read, or a long wait, gets on."""
-        config, self._precision_note = choose_precision(config, world)
+        config, precision_note = choose_precision(config, world)
         self.config, self.world, self._heart = config, world, heart
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
-        check_dataset(config, dataset)
+        self._notes = [precision_note, check_dataset(config, dataset), *dataset.notes]
         self.plan = plan_of(config, world.size)
         self._dataset = dataset
         self._data_sha256, self._vae_sha256 = data_digest(dataset), dataset.info.vae.weights_sha256
@@ -200,7 +200,7 @@ class Session:
         self._report(self.saver.advance(any_at_work, any_failed))
 
     def save_and_wait(self) -> None:
-        """Commit this step before going on; tried again until `checkpoint.deadline_s` has passed.
+        """Commit this step before going on; tried again, if it can help, for `checkpoint.deadline_s`.
 
         Raises CheckpointError, on all ranks, when it cannot be done.
         """
@@ -213,7 +213,8 @@ class Session:
             outcome = self._wait_for_save()
             self._report(outcome)
             assert outcome is not None
-            if outcome.problem and self.world.first_says(lambda: time.monotonic() > give_up_s):
+            is_late = self.world.first_says(lambda: time.monotonic() > give_up_s)
+            if outcome.problem and (outcome.is_final or is_late):
                 raise CheckpointError(f"{self._root.url}: the last save failed: {outcome.problem}")
             if outcome.problem:
                 time.sleep(pause_s)
@@ -294,7 +295,7 @@ class Session:
 
     def _announce(self, notes: list[str], resumed: bool, restore_s: float) -> None:
         plan, config = self.plan, self.config
-        notes = [*filter(None, [self._precision_note]), *notes, *self.loader.notes()]
+        notes = [*filter(None, self._notes), *notes, *self.loader.notes()]
         for note in notes:
             self.say(note)
         self.say(

@@ -25,7 +25,7 @@ MAX_FUNCTION_LINES = 60
 LAYERS = (
     ("errors",),
     ("recipes", "paths", "configfile"),
-    ("config", "keys", "storage"),
+    ("config", "keys", "sealed", "storage"),
     ("rng", "dist"),
     ("models", "diffusion", "data", "vae_files", "vae", "weights"),
     ("checkpoint",),

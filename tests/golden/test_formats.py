@@ -13,12 +13,13 @@ import torch
 from dit_scale import rng
 from dit_scale.checkpoint import attempts, rankfile
 from dit_scale.checkpoint.attempts import Attempt
-from dit_scale.checkpoint.manifest import Manifest, name_of, sealed
+from dit_scale.checkpoint.manifest import Manifest, name_of
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.writer import put_manifest
 from dit_scale.data.order import Order, permute, positions_of, round_keys, sample_ids
 from dit_scale.data.shards import encode_sample
 from dit_scale.rng import Purpose
+from dit_scale.sealed import sealed
 from dit_scale.storage import open_storage
 from dit_scale_pipeline.shards_writer import Row, build_shard
 

@@ -444,6 +444,19 @@ def test_checkpoint_prune(run: Path, capsys: pytest.CaptureFixture[str], tiny_va
     assert committed(root) == [newest]
 
 
+def test_prune_says_where_the_configuration_was_edited(
+    run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str
+) -> None:
+    write_run(run, tiny_vae, STEP + 1)
+    text = (run / "config.yaml").read_text()
+    assert text.count("  keep: 2\n") == 1
+    (run / "config.yaml").write_text(text.replace("  keep: 2\n", "  keep: 1\n"))
+    assert cli.main(["checkpoint", "prune", str(run)]) == 0
+    note, gone = capsys.readouterr().out.splitlines()
+    assert note == "note: checkpoint.keep is 1 in config.yaml, 2 in the newest checkpoint"
+    assert gone == f"{CHECKPOINTS}/{NEWEST}: would be deleted"
+
+
 def test_checkpoint_keep(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:
     write_run(run, tiny_vae, STEP + 1)
     assert cli.main(["checkpoint", "keep", str(run), NEWEST]) == 0

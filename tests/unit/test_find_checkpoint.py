@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, whether it is one of the same run, and what is said of changes."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ import torch
 from pydantic import BaseModel
 
 from dit_scale import dist
+from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint.attempts import Attempt
 from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
 from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import CheckpointConfig, EngineConfig, TrainConfig
 from dit_scale.dist import World
+from dit_scale.elastic.run import committed_step
 from dit_scale.errors import ConfigError
 from dit_scale.paths import located
 from dit_scale.storage import Storage, UnavailableError, open_storage, s3
@@ -142,6 +146,37 @@ def test_the_newest_up_to_a_step_is_taken_that_of_the_step_too(
     notes: list[str] = []
     found = find_checkpoint(config, DATA_SHA256, world, read, notes.append, at_most_step)
     assert (found.name if found else None, notes) == (name, [])
+
+
+def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world: World) -> None:
+    config = TrainConfig(run=str(tmp_path))
+    write(root_of(config), config, NEWEST, OLDER)
+    wrong = f"{CHECKPOINTS}/{name_of(90, 1)}"
+    shutil.copytree(tmp_path / OLDER, tmp_path / wrong)
+    notes: list[str] = []
+    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append)
+    assert found is not None
+    assert found.name == NEWEST
+    assert notes == [
+        f"passing over checkpoint {wrong}: {tmp_path}/{wrong} holds step 30 of attempt 1: it was copied or "
+        "renamed; its name is 0000000030-0001"
+    ]
+    assert committed_step(root_of(config)) == 40
+
+
+def test_a_run_whose_newest_record_is_gone_says_so_and_goes_on(tmp_path: Path, world: World) -> None:
+    config, newest = TrainConfig(run=str(tmp_path)), f"{CHECKPOINTS}/{name_of(35, 2)}"
+    root = root_of(config)
+    attempts.claim(root, Attempt(1))
+    write(root, config, NEWEST, OLDER)
+    attempts.claim(root, Attempt(2, OLDER))
+    write(root, config, newest)
+    root.delete("attempts/0002.json")
+    notes: list[str] = []
+    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append)
+    assert found is not None
+    assert found.name == newest
+    assert notes == ["attempts/0002.json is missing; attempt 2 counts as far as it can be read"]
 
 
 # One run, one identity

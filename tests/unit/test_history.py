@@ -139,6 +139,20 @@ def test_lines_that_stand_for_one_step(config: TrainConfig) -> None:
     assert [recorded(config, step) for step in (3, 4, 6, 22)] == [None] * 4
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_damaged_line_counts_as_none(config: TrainConfig, name: str) -> None:
+    """Lines have no digest: a flipped bit can take a key, or the whole form."""
+    write_lines(Path(config.run) / "metrics.jsonl", line(1, 0.1))
+    with (Path(config.run) / name).open("a") as file:
+        for text in (
+            json.dumps(line(30, 3.0) | event("start", 4, 30, world=2)).replace("step", "stdp"),
+            "[1]",
+            "{",
+        ):
+            file.write(text + "\n")
+    assert recorded(config, 1) == (0.1, 2.0, 3.0, 4.0, 0.0)
+
+
 def test_rows_that_a_later_checkpoint_has(config: TrainConfig) -> None:
     rows = tuple((float(step), 2.0, 3.0, 4.0, 0.0) for step in (31, 32, 33))
     checkpoints.write(open_storage(config.run), path_of(33, 4), [], pending_metrics=rows)
