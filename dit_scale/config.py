@@ -326,29 +326,36 @@ def load_to_train(path: str | Path, overrides: Sequence[str]) -> TrainConfig:
     """The configuration for a start of its run.
 
     Raises ConfigError like `load`, and for the config.yaml of a run that has moved: unless the command line
-    says so, it would begin anew in the old place.
+    says where it is, it would begin anew in the old place.
     """
-    config = load(TrainConfig, path, overrides)
-    folder = Path(path).absolute().parent
-    is_of_run = Path(path).name == "config.yaml" and (folder / "events.jsonl").is_file()
-    is_there = Path(config.run).is_dir() and folder.samefile(config.run)
-    if is_of_run and not is_there and not any(text.partition("=")[0].strip() == "run" for text in overrides):
+    config, folder = load(TrainConfig, path, overrides), Path(os.path.abspath(path)).parent
+    if Path(path).name != "config.yaml" or not (folder / "events.jsonl").is_file():
+        return config
+    saved = load(TrainConfig, path)
+    if _is_folder(saved.run, folder):
+        return config
+    if not any(text.partition("=")[0].strip() == "run" for text in overrides):
         raise ConfigError(
-            f"{path} is of a run that was in {config.run}: run={folder} goes on with it here, any other "
+            f"{path} is of a run that was in {saved.run}: run={folder} goes on with it here, any other "
             "run=FOLDER begins a new one"
         )
-    return config
+    is_as_saved = config.checkpoint.url == saved.checkpoint.url
+    return moved(config, config.run, saved.run) if is_as_saved and _is_folder(config.run, folder) else config
 
 
-def moved(config: TrainConfig, folder: str) -> TrainConfig:
+def _is_folder(path: str, folder: Path) -> bool:
+    return os.path.isdir(path) and folder.samefile(path)
+
+
+def moved(config: TrainConfig, folder: str, old: str | None = None) -> TrainConfig:
     """The configuration of a run that was found in this folder, wherever it was when it was saved.
 
-    Checkpoints below the run's folder have moved with it.
+    Checkpoints below the run's folder, `old` (None: as configured), have moved with it.
     """
-    new = os.path.abspath(folder)
+    old, new = old or config.run, os.path.abspath(folder)
     url = config.checkpoint.url
-    if url == config.run or url.startswith(f"{config.run}/"):
-        url = new + url.removeprefix(config.run)
+    if url == old or url.startswith(f"{old}/"):
+        url = new + url.removeprefix(old)
     checkpoint = config.checkpoint.model_copy(update={"url": url})
     return config.model_copy(update={"run": new, "checkpoint": checkpoint})
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dit_scale import cli
 from dit_scale.checkpoint.manifest import CHECKPOINTS, name_of
-from dit_scale.config import EncodeConfig, TrainConfig, dump, load, moved
+from dit_scale.config import EncodeConfig, TrainConfig, dump, load, load_to_train, moved
 from dit_scale.data.cache import NoRoomError, ShardCache, ShardFile
 from dit_scale.elastic.run import digest
 from dit_scale.errors import ConfigError
@@ -158,6 +158,26 @@ def test_a_run_that_moved_does_not_begin_anew_in_the_old_place(
         assert f"run: {here}/{run}\n" in capsys.readouterr().out
     Path("old").symlink_to("new")
     assert cli.main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "more", "found"),
+    [
+        ("old/state", [], "new/state"),
+        ("old/state", ["checkpoint.url=old/state2"], "old/state2"),
+        ("elsewhere", [], "elsewhere"),
+    ],
+)
+def test_a_run_that_moved_goes_on_from_the_checkpoints_that_moved_with_it(
+    here: Path, url: str, more: list[str], found: str
+) -> None:
+    Path("new").mkdir()
+    saved = load(TrainConfig, None, ["run=old", f"checkpoint.url={url}"])
+    Path("new/config.yaml").write_text(dump(saved))
+    Path("new/events.jsonl").touch()
+    config = load_to_train("new/config.yaml", ["run=new", *more])
+    assert (config.run, config.checkpoint.url) == (f"{here}/new", f"{here}/{found}")
+    assert load_to_train("new/config.yaml", ["run=another"]).checkpoint == saved.checkpoint
 
 
 @pytest.mark.parametrize(
