@@ -34,8 +34,9 @@ from dit_scale.storage import MissingKeyError, Storage
 from dit_scale_pipeline.encoder import VIEWS
 from dit_scale_pipeline.images import CROP
 from dit_scale_pipeline.inputs import Listing
+from dit_scale_pipeline.inputs.names import few
+from dit_scale_pipeline.inputs.places import overlap
 from dit_scale_pipeline.inputs.saved import difference
-from dit_scale_pipeline.progress import few
 from dit_scale_pipeline.shards_writer import ShardRecord, put_once, shard_name
 
 READS_AT_ONCE = 16
@@ -90,6 +91,15 @@ def read_identity(storage: Storage) -> Identity | None:
         raise DataError(f"{where} is damaged; choose an empty output") from None
 
 
+def refuse_overlap(config: EncodeConfig, storage: Storage) -> None:
+    """ConfigError when the output and the source lie in each other: one would be listed as images."""
+    if how := overlap(config.source, storage):
+        raise ConfigError(
+            f"output={config.output} {how} ({config.source}); expected a place of its own. Choose another "
+            "output"
+        )
+
+
 def with_precision_of(begun: Identity, config: EncodeConfig) -> EncodeConfig:
     """`precision: auto` goes on in the arithmetic that the output was begun with."""
     if config.precision != "auto":
@@ -102,10 +112,15 @@ def check_identity(
 ) -> None:
     """ConfigError names what differs; `saved` is the listing that the output was begun with."""
     differing = [key for key, value in wanted.items() if found.get(key) != value]
+    # Labels count the empty classes too, of which the paths in the digest say nothing.
+    if saved and saved.class_names != listing.class_names and "source_listing_sha256" not in differing:
+        differing.append("class names")
+        found = {**found, "class names": len(saved.class_names)}
+        wanted = {**wanted, "class names": len(listing.class_names)}
     if not differing:
         return
     lines = [f"  {key}: {found.get(key)!r} there, {wanted[key]!r} here" for key in differing]
-    if "source_listing_sha256" in differing:
+    if {"source_listing_sha256", "class names"} & set(differing):
         changes = difference(saved, listing) if saved else "its first listing was not saved"
         lines.append(
             f"The source holds other images than when this output was begun: {changes}. Make it what it was, "

@@ -31,6 +31,7 @@ from dit_scale.errors import DataError
 from dit_scale.sealed import sealed
 from dit_scale.storage import Storage, open_storage
 from dit_scale_pipeline.decoder import DecodedBatch
+from dit_scale_pipeline.inputs.names import as_text
 
 TAR_HEADER_BYTES = 512
 
@@ -109,7 +110,9 @@ def build_shard(
         for row in rows:
             if not np.isfinite(row.moments).all():
                 refused.append(
-                    Quarantined(key=row.key, path=row.path, reason="its latents are not finite in fp16")
+                    Quarantined(
+                        key=row.key, path=as_text(row.path), reason="its latents are not finite in fp16"
+                    )
                 )
                 continue
             npy = encode_sample(row.moments)
@@ -146,7 +149,7 @@ def write_shard(
         for entry, latent in zip(account.good, batch, strict=True)
     )
     quarantined = [
-        Quarantined(key=entry.key, path=entry.path, reason=reason)
+        Quarantined(key=entry.key, path=as_text(entry.path), reason=reason)
         for account in accounts
         for entry, reason in account.bad
     ]

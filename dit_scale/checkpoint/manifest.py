@@ -71,6 +71,8 @@ class Manifest(_Record):
     """Half-open ranges of positions that the run leaves out since a rollback."""
     quarantined: dict[int, str] = {}
     """Sample id => why it cannot be read; it is replaced by the next one."""
+    ema_since: dict[str, int] = {}
+    """Profile => step since which its average is tracked; 0 for the run's start, absent where unknown."""
     versions: dict[str, str] = {}
     written_by: dict[str, int] = {}
     """World size and ZeRO stage of the writer; of interest to people only."""

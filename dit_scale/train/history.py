@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Attempt
-from dit_scale.checkpoint.manifest import read_manifest, step_and_attempt
+from dit_scale.checkpoint.manifest import EMA, read_manifest, step_and_attempt
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import Storage
@@ -59,7 +61,8 @@ def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
         [line["step"] for line in (*journal, *record)] + [step_and_attempt(path)[0] for path in committed],
         default=0,
     )
-    if step > min(reached + config.log.every_steps, config.steps):
+    # behind what is written down some more steps may be taken, but steps may also have been lowered since
+    if step > max(reached, min(reached + config.log.every_steps, config.steps)):
         raise ConfigError(f"{config.run}: step {step} was not taken yet, the run has come to about {reached}")
     taker = _taker(root, step, attempt)
     later = [number for number in attempts.numbers(root) if number > taker.number]
@@ -81,6 +84,29 @@ def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
             if event["failed_steps"][0] <= step <= event["failed_steps"][1]
         ),
     )
+
+
+def as_taken(config: TrainConfig, attempt: Attempt) -> TrainConfig:
+    """The configuration with what an attempt computed by, as its checkpoints say, if one is left.
+
+    Where things are, and the device, stay as they are now.
+    """
+    root = root_of(config)
+    for path in (*attempts.committed(root), *attempts.committed(root, EMA)):
+        if step_and_attempt(path)[1] == attempt.number:
+            with suppress(CheckpointError, ValidationError):
+                taken = TrainConfig.model_validate(read_manifest(root, path).config)
+                here = config.engine.model_dump(include={"device", "determinism", "cpu_threads"})
+                return config.model_copy(
+                    update={
+                        "steps": taken.steps,
+                        "model": taken.model,
+                        "optimizer": taken.optimizer,
+                        "guard": taken.guard,
+                        "engine": taken.engine.model_copy(update=here),
+                    }
+                )
+    return config
 
 
 def _taker(root: Storage, step: int, attempt: int | None) -> Attempt:

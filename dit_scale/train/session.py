@@ -30,6 +30,7 @@ from dit_scale.errors import CheckpointError, StabilityError
 from dit_scale.telemetry.meters import COLUMNS, Meters, Row
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.telemetry.sinks import Journal, Sink, open_sinks
+from dit_scale.train.averages import restored_kinds
 from dit_scale.train.ema import ema_kind
 from dit_scale.train.memory import plan_of
 from dit_scale.train.run import (
@@ -41,8 +42,8 @@ from dit_scale.train.run import (
     merged,
     prepare_folder,
     record_of,
-    restored_kinds,
     root_of,
+    state_of,
 )
 from dit_scale.train.step import TrainingStep
 
@@ -58,7 +59,7 @@ class Session:
         config, self._precision_note = choose_precision(config, world)
         self.config, self.world, self._heart = config, world, heart
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
-        check_dataset(config, dataset)
+        self._classes_note = check_dataset(config, dataset)
         self.plan = plan_of(config, world.size)
         self._dataset = dataset
         self._data_sha256, self._vae_sha256 = data_digest(dataset), dataset.info.vae.weights_sha256
@@ -259,12 +260,10 @@ class Session:
         notes += said
 
     def _go_on_from(self, found: Checkpoint | None) -> None:
-        excluded = self.attempt.excluded_positions
+        self.state = state_of(self.config, found, self.attempt.excluded_positions)
         if found is None:
             self.step.start()
-            self.state = RunState(excluded=excluded)
         else:
-            self.state = RunState.of(found.manifest, excluded)
             self.step.resume(found.manifest.guard)
         self._began_step = self._observed_step = self._saved_step = self._committed_step = self.state.step
 
@@ -296,7 +295,8 @@ class Session:
 
     def _announce(self, notes: list[str], resumed: bool, restore_s: float) -> None:
         plan, config = self.plan, self.config
-        notes = [*filter(None, [self._precision_note]), *self._dataset.notes, *notes, *self.loader.notes()]
+        own = filter(None, [self._precision_note, self._classes_note])
+        notes = [*own, *self._dataset.notes, *notes, *self.loader.notes()]
         for note in notes:
             self.say(note)
         self.say(
@@ -334,6 +334,7 @@ class Session:
             skipped_steps=state.skipped,
             excluded_positions=state.excluded,
             quarantined=dict(state.quarantined),
+            ema_since=state.ema_since,
             versions={"dit_scale": __version__, "torch": torch.__version__},
             written_by={"world": self.world.size, "zero_stage": config.engine.zero_stage},
         )

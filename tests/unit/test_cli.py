@@ -213,6 +213,13 @@ def test_arguments_that_do_not_exist(arguments: list[str], capsys: pytest.Captur
     assert "unrecognized arguments: --x" in capsys.readouterr().err
 
 
+def test_a_setting_with_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "demo", "--steps=7"])
+    said = "unrecognized arguments: --steps=7; settings have no dashes: steps=7\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
 # Training
 
 

@@ -13,11 +13,12 @@ import numpy.typing as npt
 from dit_scale.data.listing import LISTING_KEY, pack, unpack
 from dit_scale.errors import DataError
 from dit_scale.storage import MissingKeyError, Storage
-from dit_scale_pipeline.inputs.base import Archive, Input, Listing, Progress, silent
+from dit_scale_pipeline.inputs.base import COLUMNS, Archive, Input, Listing, Progress, silent
+from dit_scale_pipeline.inputs.names import few
 
 _COLUMNS = ("labels", "archive_numbers", "starts", "sizes")
 _MEND = "delete it, the next start makes it again"
-_FACTS = ("kind", "class_names", "labels_in_paths", "ignored")
+_FACTS = ("kind", "class_names", "labels_in_paths", "ignored", "columns")
 
 
 def save_listing(storage: Storage, listing: Listing) -> None:
@@ -45,6 +46,7 @@ def load_listing(storage: Storage) -> Listing | None:
             labels_in_paths=facts["labels_in_paths"],
             archives=tuple(Archive(**archive) for archive in facts["archives"]),
             ignored=tuple(facts["ignored"]),
+            columns=tuple(facts.get("columns", COLUMNS)),
             **{name: arrays[name] for name in _COLUMNS if name in arrays},
         )
         if listing.sha256 != sha256:
@@ -61,19 +63,27 @@ def load_listing(storage: Storage) -> Listing | None:
 def current_listing(source: Input, saved: Listing | None, progress: Progress = silent) -> Listing:
     """What the source holds now; archives that are as they were for `saved` are not walked again."""
     archives = source.archives()
-    if saved is not None and archives and (saved.kind, saved.archives) == (source.kind, archives):
+    now = (source.kind, archives, source.columns)
+    if saved is not None and archives and (saved.kind, saved.archives, saved.columns) == now:
         return saved
     return source.list(progress)
 
 
-def difference(old: Listing, new: Listing, shown: int = 3) -> str:
+def difference(old: Listing, new: Listing) -> str:
     """What became of the images between two listings, in words; empty when nothing that matters."""
-    if old.sha256 == new.sha256:
+    if all(getattr(old, name) == getattr(new, name) for name in ("sha256", "class_names", "columns")):
         return ""
+    if old.columns != new.columns:
+        return f"columns {' and '.join(new.columns)}, where it had {' and '.join(old.columns)}"
     before, now = set(old.paths), set(new.paths)
     parts = []
     for paths, verb in ((now - before, "new"), (before - now, "gone")):
         if paths:
-            names = ", ".join(sorted(paths)[:shown]) + (", ..." if len(paths) > shown else "")
-            parts.append(f"{len(paths)} {verb} ({names})")
+            parts.append(f"{len(paths)} {verb} ({few(sorted(paths))})")
+    for names, verb in (
+        (set(new.class_names) - set(old.class_names), "new"),
+        (set(old.class_names) - set(new.class_names), "gone"),
+    ):
+        if names and not parts:
+            return f"classes without an image are {verb} ({few(sorted(names))}), and labels count them"
     return " and ".join(parts) or "the same names with other labels"
