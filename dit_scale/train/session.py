@@ -56,10 +56,10 @@ class Session:
 
     def __init__(self, config: TrainConfig, world: World, stack: ExitStack, heart: Heart) -> None:
         """`heart` is told that a long read, or a long wait, gets on."""
-        config, self._precision_note = choose_precision(config, world)
+        config, precision_note = choose_precision(config, world)
         self.config, self.world, self._heart = config, world, heart
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
-        self._classes_note = check_dataset(config, dataset)
+        self._notes = [precision_note, check_dataset(config, dataset), *dataset.notes]
         self.plan = plan_of(config, world.size)
         self._dataset = dataset
         self._data_sha256, self._vae_sha256 = data_digest(dataset), dataset.info.vae.weights_sha256
@@ -295,8 +295,7 @@ class Session:
 
     def _announce(self, notes: list[str], resumed: bool, restore_s: float) -> None:
         plan, config = self.plan, self.config
-        own = filter(None, [self._precision_note, self._classes_note])
-        notes = [*own, *self._dataset.notes, *notes, *self.loader.notes()]
+        notes = [*filter(None, self._notes), *notes, *self.loader.notes()]
         for note in notes:
             self.say(note)
         self.say(
