@@ -45,7 +45,7 @@ class Plan:
 
 def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
     """The whole job; safe to call again after any stop."""
-    config = resolve_paths(config)
+    refuse_relative(config)
     storage = open_storage(config.output)
     output.refuse_overlap(config, storage)
     begun = output.read_identity(storage)
@@ -57,7 +57,7 @@ def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
         output.check_identity(storage, begun, plan.identity, plan.listing, saved)
     if begun is not None and storage.exists(INFO_KEY):
         console.print("this data set is complete, nothing to do")
-        return read_info(storage)
+        return read_info(storage, console.print)
     if begun is None:
         console.print("to see this without encoding: --dry-run")
     # An output that cannot be written to fails with the first row of its metrics, before Ray is started.
@@ -116,21 +116,14 @@ def make_shards(
     return claimed
 
 
-def resolve_paths(config: EncodeConfig) -> EncodeConfig:
-    """Paths as workers see them, who stand in other folders: absolute."""
-    update = {}
-    for name in ("source", "output", "vae"):
-        text = getattr(config, name)
-        path = Path(text).expanduser()
-        if "://" in text or path.is_absolute() or (name == "vae" and (is_submitted() or not path.is_dir())):
-            continue
-        if is_submitted():
+def refuse_relative(config: EncodeConfig) -> None:
+    """ConfigError for a relative path in a submitted job; a VAE may be a folder of the working directory."""
+    for name, text in (("source", config.source), ("output", config.output)):
+        if is_submitted() and "://" not in text and not Path(text).is_absolute():
             raise ConfigError(
                 f"{name}={text}: a submitted job runs in a temporary copy of the working directory; "
                 "give an absolute path that all nodes see, or an s3:// url"
             )
-        update[name] = str(path.absolute())
-    return config.model_copy(update=update)
 
 
 def dry_run(config: EncodeConfig, console: Console) -> None:

@@ -24,9 +24,9 @@ from dit_scale.storage import open_storage
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0 sound, 1 damaged, 2 no finished data set, or --grid has nothing to compare with."""
     options = _parse(arguments)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
-        info, problems = verify(open_storage(options.url), options.threads, console)
+        info, problems = verify(open_storage(options.url), options.threads, console, console.print)
         for problem in problems:
             print(f"wrong: {problem}", file=sys.stderr)
         if problems:

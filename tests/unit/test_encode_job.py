@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dit_scale import dist
 from dit_scale.cli import main
-from dit_scale.config import EncodeConfig
+from dit_scale.config import EncodeConfig, load
 from dit_scale.data.shards import Quarantined, VaeIdentity
 from dit_scale.errors import ConfigError, DataError, DeviceError, WeightsError
 from dit_scale.storage import Storage, open_storage
@@ -21,7 +21,6 @@ from dit_scale_pipeline import output
 from dit_scale_pipeline.decoder import DecodedBatch
 from dit_scale_pipeline.encoder import Encoder
 from dit_scale_pipeline.inputs import Entry, Listing
-from dit_scale_pipeline.job import resolve_paths
 from dit_scale_pipeline.metrics import Metrics
 from dit_scale_pipeline.progress import Watch
 from dit_scale_pipeline.ray_cluster import Placement, place
@@ -77,21 +76,19 @@ def test_what_ray_would_wait_for_forever_is_refused(
         place(config(**changes), nodes)
 
 
-def test_paths_are_made_absolute_for_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_of_a_submitted_job_are_refused_but_for_the_vae(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    found = resolve_paths(config(source="in", output="s3://b/x", vae="weights"))
-    assert (found.source, found.output, found.vae) == (
-        f"{tmp_path}/in",
-        "s3://b/x",
-        f"{tmp_path}/weights",
-    )
-    assert resolve_paths(config(vae="stabilityai/sd-vae-ft-ema")).vae == "stabilityai/sd-vae-ft-ema"
+    save_tiny_vae(tmp_path / "weights")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert resolve_paths(config(source="/in", output="/out", vae="weights")).vae == "weights"
-    with pytest.raises(ConfigError, match="output=out: a submitted job runs in a temporary copy"):
-        resolve_paths(config(source="/in", output="out"))
+    for name, paths in {"output": ("/in", "out"), "source": ("in", "/out")}.items():
+        arguments = [f"source={paths[0]}", f"output={paths[1]}", "vae=weights"]
+        assert main(["encode", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert f"{name}={arguments[name == 'output'].partition('=')[2]}: a submitted job runs in a" in said
+    # a folder of the working directory, of which every node has a copy of its own
+    assert load(EncodeConfig, None, ["vae=weights"], keep_relative=True).vae == "weights"
 
 
 FREE = {"source", "output", "vae", "max_quarantined", "allow_empty_classes", "ray_address"}
@@ -212,7 +209,7 @@ def test_an_output_that_would_be_listed_is_refused(
     (tmp_path / "x/n01").mkdir(parents=True)
     (tmp_path / "link").symlink_to("x")
     monkeypatch.chdir(tmp_path)
-    job = resolve_paths(config(source=source, output=where))
+    job = load(EncodeConfig, None, [f"source={source}", f"output={where}"])
     if how:
         with pytest.raises(ConfigError, match=rf"output=.* {how}.*Choose another output"):
             output.refuse_overlap(job, open_storage(job.output))
@@ -413,3 +410,15 @@ def test_the_command_line_without_ray(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "out/encode.json").write_text(json.dumps({"image_size": 32}))
     assert main(["encode", *paths]) == 2
     assert "image_size: 32 there, 256 here" in capsys.readouterr().err
+
+
+def test_names_with_brackets_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("images/[red]/1.png", "images/stray[red].png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    vae = save_tiny_vae(tmp_path / "vae")
+    paths = [f"source={tmp_path}/images", f"vae={vae}", f"output={tmp_path}/out", "vae_batch=2"]
+    assert main(["encode", "--dry-run", "image_size=32", *paths]) == 0
+    assert "left out: 1 (stray[red].png)" in capsys.readouterr().err

@@ -79,9 +79,13 @@ def images() -> Images:
 
 
 def reference_crop(data: bytes) -> np.ndarray:
-    """ADM's center_crop_arr, in its own words."""
+    """ADM's center_crop_arr, in its own words; 16 bits are scaled to 8 before it."""
     with Image.open(io.BytesIO(data)) as file:
-        image = file.convert("RGB")
+        if file.mode == "I;16":
+            grey = np.round(np.asarray(file) / 257).astype(np.uint8)
+            image = Image.fromarray(grey).convert("RGB")
+        else:
+            image = file.convert("RGB")
     while min(*image.size) >= 2 * SIZE:
         image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
     scale = SIZE / min(*image.size)

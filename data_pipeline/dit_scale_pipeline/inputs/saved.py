@@ -3,23 +3,21 @@
 A later start compares it with what is there now, and need not walk unchanged archives again.
 """
 
-import json
 import os
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
+from dit_scale.data.listing import LISTING_KEY, pack, unpack
 from dit_scale.errors import DataError
 from dit_scale.storage import MissingKeyError, Storage
 from dit_scale_pipeline.inputs.base import COLUMNS, Archive, Input, Listing, Progress, silent
 from dit_scale_pipeline.inputs.names import few
 
-LISTING_KEY = "listing.safetensors"
-
 _COLUMNS = ("labels", "archive_numbers", "starts", "sizes")
+_MEND = "delete it, the next start makes it again"
 _FACTS = ("kind", "class_names", "labels_in_paths", "ignored", "columns")
 
 
@@ -27,19 +25,18 @@ def save_listing(storage: Storage, listing: Listing) -> None:
     """Put the listing; an earlier one is replaced."""
     facts = {name: getattr(listing, name) for name in _FACTS}
     facts |= {"archives": [asdict(archive) for archive in listing.archives], "sha256": listing.sha256}
-    arrays = {
-        "facts": _packed(json.dumps(facts).encode()),
-        "paths": _packed(b"\0".join(map(os.fsencode, listing.paths))),
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "paths": np.frombuffer(b"\0".join(map(os.fsencode, listing.paths)), np.uint8)
     }
     arrays |= {name: getattr(listing, name) for name in _COLUMNS if getattr(listing, name) is not None}
-    storage.write(LISTING_KEY, save(arrays))
+    storage.write(LISTING_KEY, pack(facts, arrays))
 
 
 def load_listing(storage: Storage) -> Listing | None:
     """The listing that the output was begun with; None when there is none, DataError when it is damaged."""
+    where = f"{storage.url}/{LISTING_KEY}"
     try:
-        arrays = load(storage.read(LISTING_KEY))
-        facts = json.loads(arrays.pop("facts").tobytes())
+        facts, arrays = unpack(storage.read(LISTING_KEY), where)
         paths = os.fsdecode(arrays.pop("paths").tobytes()).split("\0")
         sha256 = facts.pop("sha256")
         listing = Listing(
@@ -53,13 +50,13 @@ def load_listing(storage: Storage) -> Listing | None:
             **{name: arrays[name] for name in _COLUMNS if name in arrays},
         )
         if listing.sha256 != sha256:
-            raise ValueError("its checksum does not fit")
+            raise DataError(f"{where} is damaged (its checksum does not fit)")
     except MissingKeyError:
         return None
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{storage.url}/{LISTING_KEY} is damaged ({error}); delete it, the next start makes it again"
-        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{where} is damaged ({error}); {_MEND}") from None
+    except DataError as error:
+        raise DataError(f"{error}; {_MEND}") from None
     return listing
 
 
@@ -90,7 +87,3 @@ def difference(old: Listing, new: Listing) -> str:
         if names and not parts:
             return f"classes without an image are {verb} ({few(sorted(names))}), and labels count them"
     return " and ".join(parts) or "the same names with other labels"
-
-
-def _packed(data: bytes) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(data, np.uint8)
