@@ -330,6 +330,7 @@ def test_links_that_lead_round_in_a_circle_are_named(tmp_path: Path) -> None:
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     source = Path(class_folders(tmp_path / "x", CLASSES))
     (source / "n01/nowhere.jpg").symlink_to("/nowhere")
+    (source / ".#lock").symlink_to("me@here")
     assert len(open_input(str(source)).list()) == 4, "a bad input, which is listed"
     os.mkfifo(source / "n01/pipe")
     with pytest.raises(DataError, match="n01/pipe is a pipe, a socket or a device"):
