@@ -51,7 +51,7 @@ def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
     if begun is not None:
         config = output.with_precision_of(begun, config)
     complete = begun is not None and storage.exists(INFO_KEY)
-    metrics = None if complete else Metrics(storage, config)
+    metrics = None if complete else Metrics(storage, config, console.print)
     saved = load_listing(storage)
     plan = make_plan(config, saved, console)
     if begun is not None:

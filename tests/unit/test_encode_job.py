@@ -261,7 +261,7 @@ def test_the_quarantine_is_counted_once_over_all_starts(storage: Storage) -> Non
     bad = Quarantined(key=1, path="a/1.png", reason="torn")
     record = build_shard("00000", [], [bad], 4).record
     console = Console(quiet=True)
-    metrics = Metrics(storage, config())
+    metrics = Metrics(storage, config(), console.print)
     with Watch(10, config(max_quarantined=0.1), [record], console, metrics) as watch:
         watch.shard(record)
         with pytest.raises(

@@ -1,0 +1,45 @@
+"""Claiming the number of an attempt, which waits for room when the disk is full."""
+
+import time
+from collections.abc import Callable
+
+from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint.attempts import Attempt, Ranges
+from dit_scale.errors import StorageError
+from dit_scale.storage import NoRoomError, Storage
+from dit_scale.train.run import Say, merged
+
+PAUSE_S = 5.0
+"""Between two tries while there is no room."""
+
+
+def claim_next(root: Storage, resumed_from: str | None, excluded: Ranges, behind: Attempt | None) -> Attempt:
+    """Begin the next attempt of a run, or the one behind `behind`, which leaves these positions out, too.
+
+    Raises SupersededError when another process was faster.
+    """
+    before = attempts.newest(root)
+    last = behind.number if behind else max(attempts.numbers(root), default=0)
+    left_out = merged((*excluded, *(before.excluded_positions if before else ())))
+    attempt = Attempt(last + 1, resumed_from, left_out)
+    attempts.claim(root, attempt)
+    return attempt
+
+
+def wait_for_room(
+    claim: Callable[[], Attempt], deadline_s: float, beat: Callable[[], None], say: Say
+) -> Attempt:
+    """Claim, and again until there is room for it. Raises StorageError when that lasts for `deadline_s`."""
+    give_up_s = time.monotonic() + deadline_s
+    has_said = False
+    while True:
+        beat()
+        try:
+            return claim()
+        except NoRoomError as error:
+            if time.monotonic() > give_up_s:
+                raise StorageError(f"{error}; waited for room for {deadline_s:g} s") from error
+            if not has_said:
+                say(f"ALARM: the run cannot begin, and waits for room: {error}")
+            has_said = True
+        time.sleep(PAUSE_S)
