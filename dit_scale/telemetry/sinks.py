@@ -64,6 +64,7 @@ class Wandb:
     ) -> None:
         import wandb
 
+        wandb.setup(wandb.Settings(silent=True))  # or it would ask a terminal for a key, and wait
         self._run = wandb.init(
             project=mirrored.wandb_project,
             name=name,
@@ -72,7 +73,6 @@ class Wandb:
             mode=mirrored.wandb,  # type: ignore[arg-type]
             resume="allow",
             config=config,
-            # silent: it asks nobody for a key, either
             settings=wandb.Settings(silent=True, finish_timeout=FINISH_S, finish_timeout_raises=True),
         )
 

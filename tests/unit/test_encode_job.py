@@ -25,6 +25,7 @@ from dit_scale_pipeline.metrics import Metrics
 from dit_scale_pipeline.progress import Watch
 from dit_scale_pipeline.ray_cluster import Placement, place
 from dit_scale_pipeline.shards_writer import Row, Shard, build_shard
+from tests.faults.small_disk import fill, small_disk
 from tests.tiny_vae import save_tiny_vae
 
 VAE = VaeIdentity(name="x", weights_sha256="1", scale=0.2, downsample=8, latent_channels=4)
@@ -273,6 +274,23 @@ def test_the_quarantine_is_counted_once_over_all_starts(storage: Storage) -> Non
     with pytest.raises(DataError, match="allows 0"):
         with Watch(10, config(max_quarantined=0.0), [record], console, metrics):
             pass
+
+
+def test_rows_that_cannot_be_put_stop_no_job(tmp_path: Path) -> None:
+    said: list[str] = []
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        storage = open_storage(disk / "set")
+        metrics = Metrics(storage, config(), said.append)
+        metrics.write(1, {"shards": 0})
+        filler = fill(disk)
+        for images in (2, 3):
+            metrics.write(images, {"shards": 0})
+        assert len(said) == 1
+        assert "metrics.jsonl: No space left on device" in said[0]
+        filler.unlink()
+        metrics.close()
+        rows = storage.read("metrics.jsonl").splitlines()
+    assert [json.loads(row)["images"] for row in rows] == [1, 2, 3]
 
 
 def tiny_encoder(folder: Path, **setting: object) -> tuple[Encoder, dict[str, str]]:
