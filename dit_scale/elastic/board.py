@@ -20,7 +20,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from dit_scale.storage import MissingKeyError, NoRoomError, Storage
+from dit_scale.storage import DiskFullError, MissingKeyError, Storage
 
 _LEFT = ".left"
 READERS = 16
@@ -178,7 +178,7 @@ class Board:
 
         On a full disk nothing is said: the round goes on until somebody who looks again finds room.
         """
-        with suppress(NoRoomError):
+        with suppress(DiskFullError):
             self._storage.write_new(f"elastic/ended/{ending.round:06d}.json", _dump(asdict(ending)))
 
     def ending(self, number: int) -> Ending | None:
@@ -192,7 +192,7 @@ class Board:
         """
         try:
             self._storage.write(f"elastic/reports/{number:06d}/{node}.json", _dump(tree))
-        except NoRoomError:
+        except DiskFullError:
             return False
         return True
 

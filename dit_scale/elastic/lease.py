@@ -1,7 +1,7 @@
 """Leases: counters that living supervisors move on. Members of a round watch each other, in a ring."""
 
 from dit_scale.elastic.board import Board, Round
-from dit_scale.storage import NoRoomError
+from dit_scale.storage import DiskFullError
 
 
 class Leases:
@@ -23,7 +23,7 @@ class Leases:
             self._renewed_s = now_s
             try:
                 self._board.renew_lease(self._node, self._count)
-            except NoRoomError:
+            except DiskFullError:
                 self._since_s = now_s
 
     def watch(self, round_: Round, index: int, now_s: float) -> None:

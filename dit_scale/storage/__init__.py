@@ -10,14 +10,14 @@ Keys are relative to the url, use "/" and cannot leave it. A write is seen compl
 from pathlib import Path
 
 from dit_scale.errors import StorageError
-from dit_scale.storage.base import MissingKeyError, NoRoomError, Storage, UnavailableError
+from dit_scale.storage.base import DiskFullError, MissingKeyError, Storage, UnavailableError
 from dit_scale.storage.disk import DiskStorage
 from dit_scale.storage.s3 import S3Storage
 
 __all__ = [
+    "DiskFullError",
     "DiskStorage",
     "MissingKeyError",
-    "NoRoomError",
     "S3Storage",
     "Storage",
     "UnavailableError",

@@ -11,7 +11,7 @@ class MissingKeyError(StorageError):
     """There is nothing under this key."""
 
 
-class NoRoomError(StorageError):
+class DiskFullError(StorageError):
     """A disk or a quota is full: somebody may make room."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Attempt, Ranges
 from dit_scale.errors import StorageError
-from dit_scale.storage import NoRoomError, Storage
+from dit_scale.storage import DiskFullError, Storage
 from dit_scale.train.run import Say, merged
 
 PAUSE_S = 5.0
@@ -36,7 +36,7 @@ def wait_for_room(
         beat()
         try:
             return claim()
-        except NoRoomError as error:
+        except DiskFullError as error:
             if time.monotonic() > give_up_s:
                 raise StorageError(f"{error}; waited for room for {deadline_s:g} s") from error
             if not has_said:

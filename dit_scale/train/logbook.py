@@ -1,13 +1,15 @@
 """What rank 0 writes down of an attempt: journal, record and mirrors, none of which can stop the run."""
 
+import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig, dump
 from dit_scale.errors import StorageError
-from dit_scale.storage import MissingKeyError, Storage
+from dit_scale.storage import DiskFullError, MissingKeyError, Storage, open_storage
 from dit_scale.telemetry import record
 from dit_scale.telemetry.goodput import ALARM
 from dit_scale.telemetry.record import Record
@@ -23,6 +25,14 @@ class Carried:
     """Lines of the record, of the steps that count."""
     events: Sequence[str] = ()
     """Lines of the journal that the run's folder lacks."""
+
+
+def check_writable(config: TrainConfig) -> None:
+    """Raises StorageError when the run's folder cannot be written to, unless that may pass: its disk is full."""
+    folder, key = open_storage(config.run), f".writable-{secrets.token_hex(8)}"
+    with suppress(DiskFullError):
+        folder.write(key, b"")
+        folder.delete(key)
 
 
 def carried_over(config: TrainConfig, found: Checkpoint | None, attempt: int) -> Carried:

@@ -5,6 +5,7 @@ The public command, on a file system of its own.
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,6 +118,21 @@ def test_a_record_that_was_never_written_is_no_success(data: Path, tmp_path: Pat
     assert "Traceback" not in log
     assert f"all {STEPS} steps are taken and saved, but {disk}/run/records/0001.jsonl lacks" in log
     assert "done:" not in log
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_done(
+    data: Path, tmp_path: Path, disk: Path
+) -> None:
+    """Unlike a full disk, which may pass."""
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    config = config_of(disk / "run", data, url=str(tmp_path / "bucket"))
+    with held_run(config, tmp_path / "held") as process:
+        assert process.end() == 2
+    log = process.log.read_text()
+    assert "Traceback" not in log
+    assert f"cannot write {disk}/run/.writable-" in log
+    assert "Read-only file system; choose a folder that can be written" in log
+    assert not (tmp_path / "bucket/attempts").exists()
 
 
 @pytest.mark.parametrize("url", ["", "bucket"])
