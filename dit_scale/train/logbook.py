@@ -28,7 +28,7 @@ class Carried:
 
 
 def check_writable(config: TrainConfig) -> None:
-    """Raises StorageError when the run's folder cannot be written to, unless that may pass: its disk is full."""
+    """Raises StorageError when the run's folder cannot be written to; that its disk is full may pass."""
     folder, key = open_storage(config.run), f".writable-{secrets.token_hex(8)}"
     with suppress(DiskFullError):
         folder.write(key, b"")

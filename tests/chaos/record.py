@@ -36,9 +36,7 @@ class Journal:
                 lines = file.read().splitlines(keepends=True)
             for line in whole(lines):
                 self._offset += len(line)
-                with suppress(
-                    json.JSONDecodeError
-                ):  # half a line of a killed writer, which got its end later
+                with suppress(json.JSONDecodeError):  # half a line that a killed writer left
                     self._take(json.loads(line))
         return self
 
