@@ -3,9 +3,10 @@
     <run>/records/<attempt>.jsonl   <run>/metrics.jsonl    a link to that of the newest attempt
     <run>/records/<attempt>.yaml    <run>/config.yaml      the same
 
-An attempt begins its record with the rows that it goes on from, so that each reads as one unbroken run. A
-process that was stopped, and wakes up when a later attempt has begun, has only its own files to write, and
-whoever sets the links sets them to the newest attempt on the chain: nothing of a later attempt is lost.
+An attempt begins its record with the rows that it goes on from, so that each reads as one unbroken run. Then
+comes the .yaml, which marks the record as begun in full, then the links. A process that was stopped, and wakes
+up when a later attempt has begun, has only its own files to write, and whoever sets the links sets them to the
+newest attempt on the chain: nothing of a later attempt is lost.
 """
 
 import errno
@@ -55,12 +56,14 @@ class Record:
 
     def publish(self) -> None:
         """Let the run's folder name the files of the newest attempt, unless it does. Raises nothing."""
-        if not self._lines.is_whole or self._is_published():
+        if not self._lines.is_whole:
             return
         try:
+            if self._is_published():
+                return
+            self._lines.sync()
             if not own_path(self._folder, self._attempt, CONFIG).is_file():
                 open_storage(self._folder).write(own_key(self._attempt, CONFIG), self._config)
-            self._lines.sync()
             publish(self._folder, self._root, self._attempt)
             drop_before(self._folder, self._attempt)
             problem = ""
@@ -86,8 +89,8 @@ def publish(folder: Path, root: Storage, attempt: int) -> None:
     newest = 0
     while (latest := max(attempts.numbers(root), default=attempt)) > newest:
         newest = max(latest, attempt)
-        for name in (METRICS, CONFIG):
-            with suppress(FileNotFoundError):  # a later attempt that has only just begun sets its own
+        with suppress(FileNotFoundError):  # a later attempt that has only just begun sets its own
+            for name in (CONFIG, METRICS):
                 _link(own_path(folder, newest, name), folder / name)
 
 
@@ -104,18 +107,19 @@ def rows_up_to(step: int, lines: Iterable[str]) -> list[str]:
 
 
 def drop_before(folder: Path, attempt: int) -> None:
-    """Delete the records that no later attempt goes on from: all but this one's and the newest before it.
+    """Delete the records that no later attempt goes on from: all before the newest one before this.
 
     Any process may do that at any time. Raises OSError.
     """
-    for number in [number for number in recorded(folder) if number < attempt][:-1]:
-        for name in (METRICS, CONFIG):
-            own_path(folder, number, name).unlink(missing_ok=True)
+    before = max((number for number in recorded(folder) if number < attempt), default=0)
+    for path in (folder / RECORDS).glob("[0-9]*"):
+        if path.stem.isdecimal() and int(path.stem) < before:
+            path.unlink(missing_ok=True)
 
 
 def recorded(folder: Path) -> list[int]:
-    """The attempts with a record in this folder, ascending."""
-    names = (path.stem for path in (folder / RECORDS).glob("*.jsonl"))
+    """The attempts whose record has all the rows that it goes on from, ascending: their .yaml comes last."""
+    names = (path.stem for path in (folder / RECORDS).glob("*.yaml"))
     return sorted(int(name) for name in names if name.isdecimal())
 
 

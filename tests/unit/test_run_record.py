@@ -125,6 +125,22 @@ def test_only_this_record_and_the_one_before_it_are_kept(run: Run) -> None:
     ]
 
 
+@pytest.mark.parametrize("rows", ["", '{"step": 1, "lo'])
+def test_an_attempt_that_was_killed_while_it_began_its_record(run: Run, rows: str) -> None:
+    run.write(0, 1, 2)
+    for _ in range(2):
+        own_path(run.folder, run.claim(), "metrics.jsonl").write_text(rows)
+        assert run.steps == [1, 2]
+    late = run.open(2, 2)
+    assert run.steps == [1, 2]
+    late.close()
+    run.write(2, 3)
+    assert run.steps == [1, 2, 3]
+    run.write(3, 4)
+    assert run.steps == [1, 2, 3, 4]
+    assert recorded(run.folder) == [4, 5]
+
+
 def test_a_folder_that_another_run_had_is_begun_anew(run: Run) -> None:
     for _ in range(3):
         run.write(0, 100)
