@@ -4,9 +4,9 @@
     <run>/records/<attempt>.yaml    <run>/config.yaml      the same
 
 An attempt begins its record with the rows that it goes on from, so that each reads as one unbroken run. Then
-comes the .yaml, which marks the record as begun in full, then the links. A process that was stopped, and wakes
-up when a later attempt has begun, has only its own files to write, and whoever sets the links sets them to the
-newest attempt on the chain: nothing of a later attempt is lost.
+comes the .yaml, which marks the record as begun in full, then the links. A process that was stopped, and
+wakes up when a later attempt has begun, has only its own files to write, and whoever sets the links sets them
+to the newest attempt on the chain: nothing of a later attempt is lost.
 """
 
 import errno
