@@ -99,6 +99,9 @@ def launch(
                 f"the supervisors cannot agree any more, and the ranks of {node} are ended: {error}; when it "
                 "is mended the same command goes on"
             ) from error
+        finally:
+            if problem := journal.close():
+                say(f"ALARM: {problem}")
 
 
 def drive(life: Wait) -> Exit:

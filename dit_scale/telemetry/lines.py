@@ -98,11 +98,8 @@ class LineFile:
             with suppress(OSError):
                 os.close(self._descriptor)
             self._descriptor = None
-        return (
-            f"{self.path} lacks {lost} lines: {self._problem or 'memory had no room for them'}"
-            if lost
-            else ""
-        )
+        why = self._problem or "memory had no room for them"
+        return f"{self.path} lacks {lost} lines: {why}" if lost else ""
 
     def _open(self) -> int:
         """The descriptor of the file that the path names now, made anew when there is none, at a new line."""

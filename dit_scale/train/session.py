@@ -144,6 +144,7 @@ class Session:
         self._report(self._wait_for_save())
         self._record("rollback", failed_steps=[before + 1, self.state.step], excluded_positions=excluded)
         self.say(f"{message}: going back to a checkpoint before it, and on without its samples")
+        self._heart.beat(Section.WAIT_SAVE, self.state.step)  # the last rows of a mirror may take a while
         self._attempt_stack.close()
         self._rollbacks += 1
         self.begin(before, excluded, behind=self.attempt)

@@ -20,7 +20,9 @@ def alarms_of(node: Node) -> list[str]:
 
 def test_a_disk_is_full_for_a_while(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", SPARE_BYTES + 400 * 2**20) as disk:
-        config = config_of(disk, steps=400, every_steps=10)
+        config = config_of(tmp_path, steps=400, every_steps=10)
+        (disk / "run").mkdir()
+        Path(config.run).symlink_to(disk / "run")
         with cluster(config) as nodes:
             node = nodes.start("a")
             nodes.wait_for_step(20)
