@@ -51,9 +51,9 @@ AT_THE_START = [
     ("before its files", 1, 0),
     ("behind the chain's answer", 1, 0),
     ("beginning its record", 1, 0),
-    ("before its own config", 1, 0),
+    ("before its own config", 2, 0),
     ("before its names", 1, 0),
-    ("setting a name", 2, 0),
+    ("setting a name", 4, 0),
     ("behind its files", 1, 0),
 ]
 THREE = [("inside the reduce", 20, 0), ("between optimizer and EMA", 5, 1), ("writer: inside the file", 3, 0)]

@@ -27,10 +27,10 @@ POINTS = [
     ("before its files", 1),
     ("behind the chain's answer", 1),
     ("beginning its record", 1),
-    ("before its own config", 1),
+    ("before its own config", 2),
     ("before its names", 1),
-    ("setting a name", 2),
     ("setting a name", 3),
+    ("setting a name", 4),
     ("behind its files", 1),
 ]
 """Where the old attempt is stopped, and in which pass; all lie between its claim and its first step."""
