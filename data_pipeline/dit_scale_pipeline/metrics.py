@@ -8,7 +8,7 @@ from pathlib import Path
 from dit_scale.config import EncodeConfig
 from dit_scale.errors import StorageError
 from dit_scale.storage import MissingKeyError, Storage
-from dit_scale.telemetry.sinks import Mirror, check_installed, wandb_mirror
+from dit_scale.telemetry.sinks import Mirror, check_installed, wandb_id_of, wandb_mirror
 
 METRICS_KEY = "metrics.jsonl"
 
@@ -16,7 +16,7 @@ METRICS_KEY = "metrics.jsonl"
 class Metrics:
     """The rows of all starts. The object is put whole again with each row, for S3 has no append.
 
-    Making one puts it: an output that cannot be written to fails here, before anything else is done.
+    Making one puts it: an output that cannot be written to fails here.
     """
 
     def __init__(self, storage: Storage, config: EncodeConfig, say: Callable[[str], None]) -> None:
@@ -32,7 +32,8 @@ class Metrics:
         self._mirrors: list[Mirror] = []
         if config.wandb != "off":
             name = storage.url.rpartition("/")[2]
-            self._mirrors.append(wandb_mirror(Path(), name, name, config, config, self._alarm))
+            run_id = wandb_id_of(storage.url)
+            self._mirrors.append(wandb_mirror(Path(), name, run_id, config, config, self._alarm))
 
     def write(self, images: int, record: dict[str, float | None]) -> None:
         """A row: images done so far, over all starts, and other figures."""

@@ -40,9 +40,9 @@ SIGTERM, SIGUSR1 or Ctrl-C: saves at the next step and leaves with code 75.""",
 
 
 def _run(args: argparse.Namespace) -> int:
-    from dit_scale.config import TrainConfig, load
+    from dit_scale.config import load_to_train
 
-    config = load(TrainConfig, args.config, args.overrides)
+    config = load_to_train(args.config, args.overrides)
     if args.dry_run:
         from dit_scale.train import dry_run
 

@@ -1,7 +1,10 @@
 """Mirrors of the record, wandb and TensorBoard, of which this is the one door, and the journal."""
 
+import hashlib
 import importlib.util
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +19,9 @@ from dit_scale.telemetry.lines import Alarm, LineFile
 
 FINISH_S = 60.0
 """Longest wait for wandb's uploads at the end of a run; what is left is on disk, for `wandb sync`."""
+
+_WANDB_FOLDER = re.compile(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)")
+"""When it was begun, and the run's id."""
 
 
 class Sink(Protocol):
@@ -113,7 +119,7 @@ def open_mirrors(config: TrainConfig, resume_step: int, alarm: Alarm) -> list[Mi
     """The mirrors of the record that the configuration asks for."""
     folder, mirrors = Path(config.run), list[Mirror]()
     if config.log.wandb != "off":
-        mirrors.append(wandb_mirror(folder, folder.name, config.run, config.log, config, alarm))
+        mirrors.append(wandb_mirror(folder, folder.name, wandb_id(folder), config.log, config, alarm))
     if config.log.tensorboard:
         mirrors.append(Mirror("TensorBoard", lambda: TensorBoard(folder, resume_step), alarm))
     return mirrors
@@ -125,6 +131,20 @@ def wandb_mirror(
     """A mirror on Weights & Biases, see `Wandb`."""
     tree = config.model_dump(mode="json")
     return Mirror("wandb", lambda: Wandb(folder, name, run_id, mirrored, tree), alarm)
+
+
+def wandb_id(folder: Path) -> str:
+    """The id under which the run in this folder began, also if it has moved since; a new one of its path."""
+    known = (_WANDB_FOLDER.fullmatch(path.name) for path in (folder / "wandb").glob("*run-*"))
+    if begun := sorted(match.groups() for match in known if match):
+        return str(begun[-1][1])
+    return wandb_id_of(os.path.abspath(folder))
+
+
+def wandb_id_of(place: str) -> str:
+    """An id for what lies at this path or url, unlike that of anything else."""
+    digest = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", place).strip("-")[-100:] + f"-{digest}"
 
 
 class Journal:

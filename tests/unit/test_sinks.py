@@ -1,6 +1,7 @@
 """The mirrors of the record, and the journal."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,15 @@ import pytest
 from dit_scale.config import TrainConfig
 from dit_scale.errors import ConfigError
 from dit_scale.telemetry.goodput import read_journal
-from dit_scale.telemetry.sinks import Journal, Mirror, TensorBoard, check_installed, open_mirrors
+from dit_scale.telemetry.sinks import (
+    Journal,
+    Mirror,
+    TensorBoard,
+    check_installed,
+    open_mirrors,
+    wandb_id,
+    wandb_id_of,
+)
 from tests.faults.small_disk import small_disk
 
 
@@ -95,28 +104,45 @@ def test_wandb_offline_writes_a_run(
         mirror.write(step, {"loss": 0.123456789})
     mirror.close()
     wandb.teardown()  # waits for wandb's own process, which writes the file, as the end of a run does
-    (written,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    (written,) = (folder / "wandb").glob(f"offline-run-*/run-{wandb_id(folder)}.wandb")
     data = written.read_bytes()
     assert b"loss" in data
     assert b"0.123456789" in data
     assert alarms == []
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_disk_that_is_full_under_tensorboard(tmp_path: Path, alarms: list[str]) -> None:
+def test_a_disk_that_is_full_under_tensorboard(
+    tmp_path: Path, alarms: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its thread meets the error some rows later; neither rows nor the end wait for that thread for ever."""
     run = tmp_path / "run"
     run.mkdir()
     config = TrainConfig.model_validate({"run": str(run), "log": {"tensorboard": True}})
+    before = set(threading.enumerate())
+    monkeypatch.setattr(threading, "excepthook", lambda raised: None)  # its thread ends with the error, too
     with small_disk(tmp_path / "disk", 4096) as disk:
         (run / "tensorboard").symlink_to(disk)
         (mirror,) = open_mirrors(config, 0, alarms.append)
         for step in range(1, 2000):
             mirror.write(step, {"loss": 1.0})
         mirror.close()
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
     (alarm,) = alarms
     assert alarm.startswith("TensorBoard ")
     assert "No space left on device" in alarm
+
+
+def test_a_run_keeps_its_wandb_id_where_it_moves(tmp_path: Path) -> None:
+    first = wandb_id(tmp_path / "a")
+    assert first.startswith(str(tmp_path / "a").strip("/").replace("/", "-"))
+    assert first not in {wandb_id(tmp_path / "b"), wandb_id(tmp_path / "a" / "a")}
+    assert len(wandb_id(tmp_path / ("x" * 200))) <= 128
+    assert wandb_id(tmp_path / "a b") != wandb_id(tmp_path / "a#b")
+    assert wandb_id_of("s3://a/imagenet256") != wandb_id_of("/a/imagenet256")
+    for folder in ("offline-run-20260102_030405-runs-a", "run-20260101_000000-other"):
+        (tmp_path / "moved" / "wandb" / folder).mkdir(parents=True)
+    assert wandb_id(tmp_path / "moved") == "runs-a"
 
 
 def test_the_journal_only_grows(tmp_path: Path, alarms: list[str]) -> None:
