@@ -13,29 +13,28 @@ PAUSE_S = 5.0
 """Between two tries while there is no room."""
 
 
-def claim_next(root: Storage, resumed_from: str | None, excluded: Ranges, behind: Attempt | None) -> Attempt:
-    """Begin the next attempt of a run, or the one behind `behind`, which leaves these positions out, too.
-
-    Raises SupersededError when another process was faster.
-    """
+def next_attempt(
+    root: Storage, resumed_from: str | None, excluded: Ranges, behind: Attempt | None
+) -> Attempt:
+    """The next attempt of a run, or the one behind `behind`, which leaves these positions out, too."""
     before = attempts.newest(root)
     last = behind.number if behind else max(attempts.numbers(root), default=0)
     left_out = merged((*excluded, *(before.excluded_positions if before else ())))
-    attempt = Attempt(last + 1, resumed_from, left_out)
-    attempts.claim(root, attempt)
-    return attempt
+    return Attempt(last + 1, resumed_from, left_out)
 
 
-def wait_for_room(
-    claim: Callable[[], Attempt], deadline_s: float, beat: Callable[[], None], say: Say
-) -> Attempt:
-    """Claim, and again until there is room for it. Raises StorageError when that lasts for `deadline_s`."""
+def claim(root: Storage, attempt: Attempt, deadline_s: float, beat: Callable[[], None], say: Say) -> None:
+    """Begin this attempt, as soon as there is room for its record.
+
+    Raises SupersededError when another process was faster, also while this one waited; StorageError when
+    there is no room for `deadline_s`.
+    """
     give_up_s = time.monotonic() + deadline_s
     has_said = False
     while True:
         beat()
         try:
-            return claim()
+            return attempts.claim(root, attempt)
         except DiskFullError as error:
             if time.monotonic() > give_up_s:
                 raise StorageError(f"{error}; waited for room for {deadline_s:g} s") from error

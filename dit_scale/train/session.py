@@ -30,7 +30,7 @@ from dit_scale.telemetry.meters import COLUMNS, Meters, Row
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.telemetry.sinks import check_installed
 from dit_scale.train.averages import restored_kinds
-from dit_scale.train.claim import claim_next, wait_for_room
+from dit_scale.train.claim import claim, next_attempt
 from dit_scale.train.ema import ema_kind
 from dit_scale.train.logbook import Carried, Logbook, carried_over, check_writable
 from dit_scale.train.memory import plan_of
@@ -240,8 +240,10 @@ class Session:
     def _claim(self, found: Checkpoint | None, excluded: Ranges, behind: Attempt | None) -> Attempt:
         """Begin the next attempt, and read what it goes on from (rank 0 alone)."""
         check_writable(self.config)
-        attempt = wait_for_room(
-            lambda: claim_next(self._root, found.name if found else None, excluded, behind),
+        attempt = next_attempt(self._root, found.name if found else None, excluded, behind)
+        claim(
+            self._root,
+            attempt,
             self.config.checkpoint.deadline_s,
             lambda: self._heart.beat(Section.RESTORE, self.state.step),
             self.say,
