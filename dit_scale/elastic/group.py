@@ -24,6 +24,7 @@ from dit_scale.elastic.exits import Exit, Verdict, read_verdict
 from dit_scale.elastic.heartbeat import FOLDER_VARIABLE, Beat, Section, beat_path, read_beat
 from dit_scale.elastic.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective
 from dit_scale.elastic.watch import Deadlines, Standing, culprit, standings
+from dit_scale.signals import ALWAYS, UNLESS_IGNORED
 
 MARK = "DIT_SCALE_GROUP"
 """Variable in the environment of every process of a group."""
@@ -314,11 +315,12 @@ def _failed(reason: Reason, verdicts: Sequence[Verdict]) -> Outcome:
 def _shield() -> None:
     """In the launcher before it starts: a scheduler's signals to all processes are for the ranks alone.
 
-    The launcher handles SIGTERM, so it is blocked, which stays so over exec and in children until ranks
-    take it again; SIGUSR1 it would die of, so it is ignored until ranks set their own handler.
+    It would die of them, or end its ranks. What is blocked stays so over exec and in children until ranks
+    take it again; what is ignored stays so in ranks, too: the supervisor gets it, and asks them.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ALWAYS)
+    for number in UNLESS_IGNORED:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def marked(mark: str) -> list[int]:

@@ -15,9 +15,9 @@ from dit_scale import dist
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Batch
 from dit_scale.elastic.heartbeat import Heart, Section
+from dit_scale.signals import REQUEUE_EXIT_CODE, StopRequest
 from dit_scale.train import determinism
 from dit_scale.train.session import Session
-from dit_scale.train.signals import REQUEUE_EXIT_CODE, StopRequest
 
 
 def train(config: TrainConfig) -> int:
