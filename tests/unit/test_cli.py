@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_scale import cli, recipes
+from dit_scale import cli, recipes, signals
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
 from dit_scale.checkpoint.reader import Checkpoint
@@ -37,9 +37,7 @@ HEAVY = ("torch", "deepspeed", "diffusers", "numpy", "scipy", "pydantic", "yaml"
 @pytest.fixture
 def same_process() -> Iterator[None]:
     """Commands run in this process here: put back what they set for their own."""
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
+    handlers = {number: signal.getsignal(number) for number in signals.ALL}
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
