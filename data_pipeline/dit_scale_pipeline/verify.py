@@ -19,6 +19,7 @@ from dit_scale.data.shards import LatentDataset
 from dit_scale.data.verify import sound, verify
 from dit_scale.errors import DitScaleError
 from dit_scale.storage import open_storage
+from dit_scale.storage.outputs import check_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
+        if options.grid:
+            check_output(options.grid, ".png")
         info, problems = verify(open_storage(options.url), options.threads, console)
         for problem in problems:
             print(f"wrong: {problem}", file=sys.stderr)

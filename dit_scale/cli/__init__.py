@@ -26,7 +26,7 @@ from dit_scale.cli import (
     train,
 )
 from dit_scale.cli.arguments import Parser
-from dit_scale.cli.streams import guarded, run_as_job
+from dit_scale.cli.streams import LostOutputError, guarded, run_as_job
 from dit_scale.elastic.heartbeat import FOLDER_VARIABLE
 from dit_scale.errors import DitScaleError
 
@@ -43,6 +43,8 @@ GROUPS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; mistakes that people can mend print one message and leave with code 2.
+
+    Among them are files and folders that the system refuses.
 
     Without arguments it runs that of the process, which it takes the standard streams of.
     """
@@ -69,6 +71,11 @@ def _run(argv: list[str], begin_job: Callable[[str], None] = lambda name: None) 
         return command(args)
     except DitScaleError as error:
         print(f"{args.name}: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
+    except OSError as error:
+        if error.filename is None or isinstance(error, LostOutputError):
+            raise
+        print(f"{args.name}: {error.filename}: {error.strerror}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         print(f"{args.name}: interrupted", file=sys.stderr)

@@ -119,7 +119,9 @@ def _show(args: argparse.Namespace) -> int:
     from dit_scale.dist import choose_device
     from dit_scale.pictures import decode, load_decoder, random_ids, side_by_side
     from dit_scale.sample import write_grid
+    from dit_scale.storage.outputs import check_output
 
+    check_output(args.out, ".png")
     dataset = LatentDataset.open(args.url)
     decoder = load_decoder(dataset, args.vae, choose_device(args.device))
     tiles = []

@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
 
     try:
         return _launch(args)
-    except DitScaleError as error:
+    except (DitScaleError, PermissionError) as error:
         print(f"{args.name}: {error}", file=sys.stderr)
         return exit_code(error)
 

@@ -62,7 +62,12 @@ def _run(args: argparse.Namespace) -> int:
     from dit_scale.errors import ConfigError
     from dit_scale.sample import Settings, balanced_labels, sample
     from dit_scale.sources import open_source
+    from dit_scale.storage.outputs import check_output
 
+    here = Path(args.source)
+    out = Path(args.out or (here / "samples" if here.is_dir() else "samples"))
+    for name in ("grid.png", "samples.npz"):
+        check_output(f"{args.out}/{name}" if args.out else out / name)
     bare = None
     if args.model:
         bare = ModelConfig(name=args.model, image_size=args.image_size, num_classes=args.num_classes)
@@ -79,8 +84,6 @@ def _run(args: argparse.Namespace) -> int:
         args.guidance_channels,
         min(args.batch, args.images),
     )
-    here = Path(args.source)
-    out = Path(args.out or (here / "samples" if here.is_dir() else "samples"))
     engine = EngineConfig(device=args.device, precision=args.precision, cpu_threads=args.threads)
     if sample(source, vae, labels, settings, out, engine):
         print(f"{source.description}: {args.images} images in {out}/grid.png and {out}/samples.npz")

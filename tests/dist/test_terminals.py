@@ -62,9 +62,7 @@ def saved_where_it_stopped(config: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize("number", signals.ALL, ids=lambda one: one.name)
-def test_signals_that_end_a_process_lead_to_a_save(
-    config: TrainConfig, number: signal.Signals
-) -> None:
+def test_signals_that_end_a_process_lead_to_a_save(config: TrainConfig, number: signal.Signals) -> None:
     with subprocess.Popen(command(config), stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(config, 2)
         process.send_signal(number)

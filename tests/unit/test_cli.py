@@ -5,17 +5,15 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from dit_scale import cli, recipes, signals
+from dit_scale import cli, recipes
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
 from dit_scale.checkpoint.reader import Checkpoint
@@ -32,26 +30,6 @@ COMMANDS = cli._parser()[1]
 NEWEST = name_of(STEP, 1)
 
 HEAVY = ("torch", "deepspeed", "diffusers", "numpy", "scipy", "pydantic", "yaml", "boto3", "rich", "PIL")
-
-
-@pytest.fixture
-def same_process() -> Iterator[None]:
-    """Commands run in this process here: put back what they set for their own."""
-    handlers = {number: signal.getsignal(number) for number in signals.ALL}
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        environment.setenv("NCCL_ALGO", "Ring")
-        yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = benchmark
-    assert not torch.distributed.is_initialized()
 
 
 @pytest.fixture(scope="module")
