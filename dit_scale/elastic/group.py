@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from dit_scale.elastic.board import Reason, Round
 from dit_scale.elastic.exits import Exit, Verdict, read_verdict
-from dit_scale.elastic.heartbeat import FOLDER_VARIABLE, Beat, Section, beat_path, read_beat
+from dit_scale.elastic.heartbeat import FOLDER_VARIABLE, Beat, Section, beat_path, place, read_beat
 from dit_scale.elastic.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective
 from dit_scale.elastic.watch import Deadlines, Standing, culprit, standings
 from dit_scale.signals import ALWAYS, UNLESS_IGNORED
@@ -289,7 +289,7 @@ def _judge(verdicts: Mapping[int, Verdict | None], killed: Mapping[int, Beat]) -
         return _failed(Reason.MISTAKE, wrong[:1])
     if killed:
         texts = [
-            f"rank {rank} (process {beat.pid}) was killed in {beat.section.name} of step {beat.step}"
+            f"rank {rank} (process {beat.pid}) was killed {place(beat.section, beat.step)}"
             for rank, beat in killed.items()
         ]
         rank, beat = next(iter(killed.items()))
@@ -301,14 +301,14 @@ def _judge(verdicts: Mapping[int, Verdict | None], killed: Mapping[int, Beat]) -
     if len(said) < len(verdicts):
         return None
     if all(verdict.code == Exit.DONE for verdict in said):
-        return Outcome(Reason.DONE, f"step {said[0].step} is the last one")
+        return Outcome(Reason.DONE, f"{said[0].step} steps are taken and saved")
     return Outcome(Reason.LEAVING, f"saved at step {said[0].step} and stopped")
 
 
 def _failed(reason: Reason, verdicts: Sequence[Verdict]) -> Outcome:
     texts = [f"rank {verdict.rank}: {verdict.error}: {verdict.message}" for verdict in verdicts]
     first = verdicts[0]
-    details = {"rank": first.rank, "step": first.step}
+    details = {"rank": first.rank, "step": first.step, "section": first.section}
     return Outcome(reason, "; ".join(texts), details, first_hand=not first.second_hand)
 
 
