@@ -43,5 +43,5 @@ def why(failures: int, committed_step: int, ending: Ending, sample_ids: Sequence
 
 
 def _section(ending: Ending) -> Section | None:
-    name = ending.details.get("section")
+    name = str(ending.details.get("section"))
     return Section[name] if name in Section.__members__ else None
