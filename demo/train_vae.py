@@ -48,7 +48,7 @@ BATCH = 16
 MAX_BYTES = 1_000_000
 """The weights live in the repository."""
 
-console = Console()
+console = Console(markup=False, emoji=False)
 
 
 def build() -> "AutoencoderKL":

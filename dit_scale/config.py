@@ -1,22 +1,27 @@
 """Every knob, typed and frozen, in one file that imports no torch.
 
 Two roots: `TrainConfig` (a training run) and `EncodeConfig` (an encoding job). `load` reads
-defaults -> YAML -> `key=value` overrides; an unknown key is an error that names the nearest one.
+defaults -> YAML -> `key=value` overrides (`configfile`), and makes all paths absolute (`paths`).
 A component is handed its own section, never the root.
 """
 
-import difflib
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dit_scale import recipes
+from dit_scale import configfile, recipes
 from dit_scale.errors import ConfigError
+from dit_scale.paths import Place, located
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Folder = Annotated[str, Place.FOLDER]
+NodeFolder = Annotated[str, Place.CACHE]
+FolderOrUrl = Annotated[str, Place.STORAGE]
+FolderOrHubName = Annotated[str, Place.VAE]
 
 
 class Section(BaseModel):
@@ -43,13 +48,13 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the latents are and how they are read."""
 
-    url: str = "data/imagenet256"
+    url: FolderOrUrl = "data/imagenet256"
     """Folder or s3:// prefix of a latent data set (docs/formats.md)."""
-    vae: str = "stabilityai/sd-vae-ft-ema"
+    vae: FolderOrHubName = "stabilityai/sd-vae-ft-ema"
     """Folder or hub name of the AutoencoderKL that made the latents; needed only to look at samples."""
     horizontal_flip: bool = True
     """Draw the mirrored view half of the time (both views are stored encoded)."""
-    cache_dir: str = "~/.cache/dit_scale/shards"
+    cache_dir: NodeFolder = "~/.cache/dit_scale/shards"
     """Folder on the node's own disk that keeps shards of a remote data set."""
     cache_bytes: int = Field(0, ge=0)
     """Most bytes that shards may take in `cache_dir`; 0 sets no limit."""
@@ -159,7 +164,7 @@ class EmaProfile(Section):
 class CheckpointConfig(Section):
     """When the run is saved, where, and what is kept."""
 
-    url: str = ""
+    url: FolderOrUrl = ""
     """Folder or s3:// prefix of checkpoints and attempts, the same on all nodes; empty: the run's folder."""
     every_steps: int = Field(5000, gt=0)
     """Steps between two checkpoints; the last step is always saved."""
@@ -194,11 +199,6 @@ class Mirrored(Section):
     wandb_project: str = "dit-scale"
     """Project of the mirror."""
 
-    @field_validator("wandb", mode="before")
-    @classmethod
-    def _yaml_reads_off_as_false(cls, value: object) -> object:
-        return "off" if value is False else value
-
 
 class LogConfig(Mirrored):
     """What is written down; metrics.jsonl is the record, the others mirror it."""
@@ -212,7 +212,7 @@ class LogConfig(Mirrored):
 class TrainConfig(Section):
     """One training run."""
 
-    run: str = "runs/dit_xl2_256"
+    run: Folder = "runs/dit_xl2_256"
     """The run's folder: config, metrics, events, checkpoints, samples."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Key of every draw and of the order of samples."""
@@ -242,14 +242,18 @@ class TrainConfig(Section):
 class EncodeConfig(Mirrored):
     """One encoding job: images in, a latent data set out."""
 
-    source: str = "data/imagenet/train"
+    source: FolderOrUrl = "data/imagenet/train"
     """Folder or s3:// prefix that every node sees, with one sub-folder of images per class, with class
     tars, WebDataset tars or Parquet files; ILSVRC2012_img_train.tar itself; a pattern, DIR/train-*.tar."""
+    image_column: str = "image"
+    """Of Parquet files: the column of the images, structs with `bytes`. Other sources have no columns."""
+    label_column: str = "label"
+    """Of Parquet files: the column of the labels, integers from 0 on."""
     allow_empty_classes: bool = False
     """Whether classes may be without an image, as in a part of a data set; they keep their labels."""
-    output: str = "data/imagenet256"
+    output: FolderOrUrl = "data/imagenet256"
     """Folder or s3:// prefix that becomes the latent data set; every node must see it."""
-    vae: str = "stabilityai/sd-vae-ft-ema"
+    vae: FolderOrHubName = "stabilityai/sd-vae-ft-ema"
     """Folder or hub name of the AutoencoderKL (safetensors only)."""
     image_size: int = Field(256, gt=0, multiple_of=8)
     """Side of the square crop in pixels."""
@@ -294,74 +298,61 @@ class EncodeConfig(Mirrored):
 RootConfig = TypeVar("RootConfig", TrainConfig, EncodeConfig)
 
 
-def load(root: type[RootConfig], path: str | Path | None, overrides: Sequence[str] = ()) -> RootConfig:
+def load(
+    root: type[RootConfig],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    keep_relative: bool = False,
+) -> RootConfig:
     """Read a configuration: defaults, then the YAML file or recipe, then `key=value` overrides.
 
-    Raises ConfigError for a missing file or recipe, bad YAML, an unknown key (naming the nearest one) or a
-    value of the wrong kind.
+    Paths come back absolute; with `keep_relative`, relative ones stay as they are. Raises ConfigError for a
+    missing file or recipe, bad YAML, an unknown key (naming the nearest one), a value of the wrong kind or an
+    empty path.
     """
-    tree = _read_yaml(recipes.find(path)) if path is not None else {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r}: expected key=value, for example optimizer.lr=2e-4")
-        try:
-            _set(tree, key.split("."), yaml.safe_load(text) if text else "")
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    tree = configfile.read_file(recipes.find(path)) if path is not None else {}
+    given = [configfile.read_override(text) for text in overrides]
+    for override in given:
+        configfile.put(root, tree, override)
     try:
-        return root.model_validate(tree)
+        config = root.model_validate(configfile.typed(root, tree))
     except ValidationError as error:
-        raise ConfigError(_explain(root, error, path)) from None
+        raise ConfigError(configfile.explain(root, error, path, given)) from None
+    return located(config, keep_relative, lambda key: configfile.blamed(key.split("."), path, given))
+
+
+def load_to_train(path: str | Path, overrides: Sequence[str]) -> TrainConfig:
+    """The configuration for a start of its run.
+
+    Raises ConfigError like `load`, and for the config.yaml of a run that has moved: unless the command line
+    says so, it would begin anew in the old place.
+    """
+    config = load(TrainConfig, path, overrides)
+    folder = Path(path).absolute().parent
+    is_of_run = Path(path).name == "config.yaml" and (folder / "events.jsonl").is_file()
+    is_there = Path(config.run).is_dir() and folder.samefile(config.run)
+    if is_of_run and not is_there and not any(text.partition("=")[0].strip() == "run" for text in overrides):
+        raise ConfigError(
+            f"{path} is of a run that was in {config.run}: run={folder} goes on with it here, any other "
+            "run=FOLDER begins a new one"
+        )
+    return config
+
+
+def moved(config: TrainConfig, folder: str) -> TrainConfig:
+    """The configuration of a run that was found in this folder, wherever it was when it was saved.
+
+    Checkpoints below the run's folder have moved with it.
+    """
+    new = os.path.abspath(folder)
+    url = config.checkpoint.url
+    if url == config.run or url.startswith(f"{config.run}/"):
+        url = new + url.removeprefix(config.run)
+    checkpoint = config.checkpoint.model_copy(update={"url": url})
+    return config.model_copy(update={"run": new, "checkpoint": checkpoint})
 
 
 def dump(config: Section) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected keys and values at the top level, got {type(tree).__name__}")
-    return tree
-
-
-def _set(tree: dict[str, Any], keys: list[str], value: object) -> None:
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override {'.'.join(keys)}: {key} holds a value, not a section")
-    tree[keys[-1]] = value
-
-
-def nearest(key: str, known: Sequence[str]) -> str:
-    """The known key that was most likely meant."""
-    # A key that was put into the wrong section is nearest to its own last word.
-    near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    return (near or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
-
-
-def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _explain(root: type[BaseModel], error: ValidationError, path: str | Path | None) -> str:
-    known = _known_keys(root)
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}; did you mean {nearest(key, known)!r}?")
-        else:
-            lines.append(f"{key or root.__name__}: {problem['msg']}, got {problem['input']!r}")
-    where = f"{path}: " if path else ""
-    return where + "\n".join(lines)

@@ -37,5 +37,9 @@ class SupersededError(CheckpointError):
     """A later attempt of the same run has begun: this one must not change anything any more."""
 
 
+class TakenError(CheckpointError):
+    """A checkpoint's name that holds another checkpoint already: to save it again would fail again."""
+
+
 class StabilityError(DitScaleError):
     """Losses or gradients that stay wrong, also without the samples that they first went wrong with."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from dit_scale.config import nearest
+from dit_scale.configfile import is_section, nearest
 from dit_scale.errors import ConfigError
 
 LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "multiple of"}
@@ -62,18 +62,14 @@ def _groups(section: type[BaseModel], name: str) -> Iterator[Group]:
     inner: list[tuple[Any, str]] = []
     for own, field in section.model_fields.items():
         key = f"{name}.{own}" if name else own
-        if _is_section(field.annotation):
+        if is_section(field.annotation):
             inner.append((field.annotation, key))
             continue
         keys.append(_key(key, field))
-        inner += [(item, f"{key}[]") for item in get_args(field.annotation) if _is_section(item)]
+        inner += [(item, f"{key}[]") for item in get_args(field.annotation) if is_section(item)]
     yield Group(name, _one_line(section.__doc__), tuple(keys))
     for part, key in inner:
         yield from _groups(part, key)
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _key(key: str, field: FieldInfo) -> Key:
@@ -93,7 +89,7 @@ def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         text = " | ".join(map(str, args))
     elif origin is tuple:
         text = f"[{', '.join('...' if arg is ... else _type(arg) for arg in args)}]"
-    elif _is_section(annotation):
+    elif is_section(annotation):
         text = f"{{{', '.join(annotation.model_fields)}}}"
     else:
         text = annotation.__name__

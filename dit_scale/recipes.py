@@ -26,6 +26,9 @@ def find(name_or_path: str | Path) -> Path:
         return path
     if str(name_or_path) in names():
         return FOLDER / f"{name_or_path}.yaml"
+    if path.is_dir():
+        inside = f"; {path}/config.yaml is one" if (path / "config.yaml").is_file() else ""
+        raise ConfigError(f"{path} is a folder, expected a YAML file or the name of a recipe{inside}")
     near = difflib.get_close_matches(path.stem, names(), n=1)
     raise ConfigError(
         f"no configuration file at {path}, and no recipe of that name"

@@ -5,7 +5,7 @@ All end in a `Source`: the model's configuration and its fp32 state by the publi
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,17 +17,20 @@ from dit_scale import weights
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, is_name
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.config import ModelConfig
+from dit_scale.config import EmaProfile, ModelConfig
 from dit_scale.errors import CheckpointError, WeightsError
 from dit_scale.models import dit
 from dit_scale.models.dit import DiT
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.models.zoo import shape_of
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train import posthoc
+from dit_scale.train import averages, posthoc
 from dit_scale.train.ema import ema_kind
 from dit_scale.train.posthoc import Profile
 from dit_scale.train.run import root_of_folder
+
+_DIGEST = "dit_scale_sha256"
+"""Key of an export's metadata that has the digest of all else in the file."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,19 @@ class StoredAverage:
     name: str
     """Of its profile in the run's configuration."""
     profile: Profile
+    since_step: int = 0
+    """Step since which it is tracked; the latest that it can be where the checkpoint does not say it."""
+
+    @property
+    def foreign_share(self) -> float:
+        """How much of it is no average of weights (`dit_scale.train.averages`)."""
+        tracked = EmaProfile(name=self.name, sigma_rel=self.profile.sigma_rel)
+        return averages.foreign_share(tracked, self.since_step, self.profile.step)
+
+    @property
+    def flaw(self) -> str:
+        """Why it is not what its profile says; empty when it is."""
+        return averages.told_share(self.since_step, self.foreign_share)
 
 
 def open_source(path: str, ema: str | None = None, model: ModelConfig | None = None) -> Source:
@@ -93,7 +109,17 @@ def _from_checkpoint(checkpoint: Checkpoint, ema: str | None) -> Source:
     if ema_kind(profile) not in checkpoint.kinds():
         held = sorted(kind.removeprefix("ema.") for kind in checkpoint.kinds() if kind.startswith("ema."))
         raise CheckpointError(f"{checkpoint} has no EMA profile {profile!r}; it has {', '.join(held)}")
-    return _of_run(checkpoint, checkpoint.read_whole(ema_kind(profile)), f"EMA {profile} of {checkpoint}")
+    return _of_run(checkpoint, checkpoint.read_whole(ema_kind(profile)), _described(checkpoint, profile))
+
+
+def _described(checkpoint: Checkpoint, profile: str) -> str:
+    manifest, text = checkpoint.manifest, f"EMA {profile} of {checkpoint}"
+    since_step = manifest.ema_since.get(profile, 0)
+    for entry in checkpoint.config.ema:
+        share = averages.foreign_share(entry, since_step, manifest.step) if entry.name == profile else 0.0
+        if flaw := averages.told_share(since_step, share):
+            text += f" ({flaw})"
+    return text
 
 
 def _of_run(
@@ -118,11 +144,14 @@ def _of_run(
 
 
 def _from_file(path: Path, model: ModelConfig | None) -> Source:
-    said = weights.read_metadata(path)
+    said, state = weights.read_metadata(path), weights.read(path)
+    carried = said.pop(_DIGEST, "")  # other programs write none
+    if carried and carried != weights.digest(state, said):
+        raise WeightsError(f"{path} is damaged (its SHA-256 does not fit); fetch or export it again")
     config = ModelConfig.model_validate_json(said["model"]) if "model" in said else ModelConfig()
     return Source(
         model=model or config,
-        state=weights.read(path),
+        state=state,
         description=str(path),
         timesteps=int(said.get("timesteps", 1000)),
         vae=said.get("vae"),
@@ -131,21 +160,42 @@ def _from_file(path: Path, model: ModelConfig | None) -> Source:
 
 
 def stored_averages(root: Storage) -> tuple[list[StoredAverage], list[str]]:
-    """All power-function averages below a run's root, by step and width; and why others cannot be opened."""
-    found: dict[Profile, StoredAverage] = {}
+    """All power-function averages below a run's root, by step and width; and why others cannot be opened.
+
+    Of two with the same width and step, the one that is nearer to its profile.
+    """
+    held: list[tuple[Checkpoint, tuple[EmaProfile, ...]]] = []
     problems = []
     for path in (*committed(root, CHECKPOINTS), *committed(root, EMA)):
         try:
             checkpoint = Checkpoint(root, path)
-            known = checkpoint.config.ema
+            held.append((checkpoint, checkpoint.config.ema))
         except CheckpointError as error:
             problems.append(str(error))
-            continue
-        for entry in known if checkpoint.manifest.step else ():
-            if entry.sigma_rel is not None and ema_kind(entry.name) in checkpoint.kinds():
-                profile = Profile(entry.sigma_rel, checkpoint.manifest.step)
-                found[profile] = StoredAverage(checkpoint, entry.name, profile)
+    found: dict[Profile, StoredAverage] = {}
+    for one in _with_history(sorted(held, key=lambda pair: pair[0].manifest.step)):
+        if one.profile not in found or one.foreign_share <= found[one.profile].foreign_share:
+            found[one.profile] = one
     return sorted(found.values(), key=lambda one: (one.profile.step, one.profile.sigma_rel)), problems
+
+
+def _with_history(held: Iterable[tuple[Checkpoint, tuple[EmaProfile, ...]]]) -> Iterator[StoredAverage]:
+    """The averages of checkpoints with these profiles, given by step, and since when each is tracked.
+
+    Where a checkpoint does not say it: if the profile was not in the one before, or had another width there,
+    then since this one at the latest.
+    """
+    before: dict[EmaProfile, int] | None = None
+    for checkpoint, profiles in held:
+        step, known = checkpoint.manifest.step, checkpoint.manifest.ema_since
+        since = {
+            entry: known.get(entry.name, 0 if before is None else before.get(entry, step))
+            for entry in profiles
+        }
+        for entry, since_step in since.items():
+            if step and entry.sigma_rel is not None and ema_kind(entry.name) in checkpoint.kinds():
+                yield StoredAverage(checkpoint, entry.name, Profile(entry.sigma_rel, step), since_step)
+        before = since
 
 
 def reconstruct(
@@ -200,4 +250,6 @@ def export(source: Source, path: Path) -> None:
         "vae_sha256": source.vae_sha256,
         **source.details,
     }
-    weights.write(source.state, path, {key: value for key, value in metadata.items() if value is not None})
+    said = {key: value for key, value in metadata.items() if value is not None}
+    state = {name: tensor.float() for name, tensor in source.state.items()}
+    weights.write(state, path, {**said, _DIGEST: weights.digest(state, said)})

@@ -7,6 +7,8 @@ safetensors file in fp32. Names are those of `dit_scale.models.dit.DiT`, which a
 """
 
 import argparse
+import hashlib
+import json
 import pickle
 import re
 import zipfile
@@ -129,6 +131,15 @@ def write(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, 
             save_file(tensors, temporary, metadata=dict(metadata))
         except SafetensorError as error:  # its only word for a full disk
             raise StorageError(f"cannot write {path}: {error}; what was there before is intact") from None
+
+
+def digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of what a safetensors file holds and says, for one that carries it along."""
+    found = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def to_diffusers(state: Mapping[str, Tensor], shape: Shape) -> StateDict:

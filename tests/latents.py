@@ -1,6 +1,5 @@
 """Latent data sets of random numbers, in the real format, for tests and benchmarks that need no images."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,8 @@ from dit_scale.data.shards import (
     VaeIdentity,
 )
 from dit_scale.data.statistics import combine_sums
+from dit_scale.errors import DataError
+from dit_scale.sealed import sealed, unseal
 from dit_scale.storage import open_storage
 from dit_scale_pipeline.shards_writer import Row, build_shard, shard_name
 
@@ -60,7 +61,13 @@ def write_latents(
         shards=tuple(shards),
         quarantined=(),
     )
-    storage.write(INFO_KEY, json.dumps(info.model_dump(mode="json")).encode())
+    storage.write(INFO_KEY, sealed(info.model_dump(mode="json")))
+
+
+def edit_info(folder: Path, **changes: object) -> None:
+    """Change keys of dataset.json, on purpose: its digest is made again."""
+    tree = unseal((folder / INFO_KEY).read_bytes(), str(folder), DataError)
+    (folder / INFO_KEY).write_bytes(sealed(tree | changes))
 
 
 def _row(key: int, side: int, num_classes: int, views: int) -> Row:

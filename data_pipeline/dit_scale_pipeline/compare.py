@@ -16,7 +16,7 @@ from dit_scale.pictures import decode, side_by_side
 from dit_scale.vae import Vae
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.images import Pixels
-from dit_scale_pipeline.inputs import Listing, open_input
+from dit_scale_pipeline.inputs import COLUMNS, Listing, open_input
 from dit_scale_pipeline.inputs.saved import current_listing, difference, load_listing
 from dit_scale_pipeline.progress import listing_bar
 
@@ -44,7 +44,8 @@ def find_source(dataset: LatentDataset, source: str | None, console: Console) ->
     saved = load_listing(dataset.storage)
     try:
         with listing_bar(console) as progress:
-            listing = current_listing(open_input(uri), saved, progress)
+            images = open_input(uri, columns=saved.columns if saved else COLUMNS)
+            listing = current_listing(images, saved, progress)
     except DataError as error:
         raise DataError(
             f"cannot list the images of {dataset.storage.url} at {uri}; --source says where they are now"
@@ -69,7 +70,7 @@ def compare(
         place = dataset.locate(sample_id)
         key = int(dataset.records(place.shard)[place.row]["key"])
         (entry,) = listing.entries(range(key, key + 1))
-        crops, account = read_batch(uri, listing.kind, [entry], dataset.info.image_size)
+        crops, account = read_batch(uri, listing.kind, [entry], dataset.info.image_size, listing.columns)
         if account.bad:
             raise DataError(
                 f"{uri}: {entry.path}, of which sample {sample_id} was made, gives no sample now: "

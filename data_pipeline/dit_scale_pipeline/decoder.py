@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_scale_pipeline.images import Pixels, center_crop, decode, to_array
-from dit_scale_pipeline.inputs import Entry, Input, InputError, open_input
+from dit_scale_pipeline.inputs import COLUMNS, Entry, Input, InputError, open_input
 
 READS_AHEAD = 8
 """Images that are fetched at once from a remote source, where each one waits for the network."""
@@ -28,15 +28,17 @@ class DecodedBatch:
         return len(self.good) + len(self.bad)
 
 
-def read_batch(source: str, kind: str, entries: Sequence[Entry], size: int) -> tuple[Pixels, DecodedBatch]:
+def read_batch(
+    source: str, kind: str, entries: Sequence[Entry], size: int, columns: tuple[str, str] = COLUMNS
+) -> tuple[Pixels, DecodedBatch]:
     """Read, decode and crop entries of a listing => uint8 (good ones, size, size, 3), and their account.
 
-    `kind` is the listing's.
+    `kind` and `columns` are the listing's.
     """
     pixels = np.empty((len(entries), size, size, 3), np.uint8)
     good: list[Entry] = []
     bad: list[tuple[Entry, str]] = []
-    for entry, data in zip(entries, _read(_opened(source, kind), entries), strict=True):
+    for entry, data in zip(entries, _read(_opened(source, kind, columns), entries), strict=True):
         try:
             if isinstance(data, InputError):
                 raise data

@@ -124,7 +124,7 @@ class Flow:
         # One name for all tasks of a kind: the dashboard groups by names, and Ray keeps an account of each.
         self._decode: Any = ray.remote(num_returns=2, **options)(read_batch).options(name="decode")
         self._write: Any = ray.remote(**options)(write_shard).options(name="write")
-        self._kind = listing.kind
+        self._kind, self._columns = listing.kind, listing.columns
         self._fresh = _batches(listing, shards, config.vae_batch)
         self._again: deque[Batch] = deque()
         self._decoded: deque[tuple[Batch, ObjectRef]] = deque()
@@ -263,7 +263,11 @@ class Flow:
             and (batch := self._next_batch())
         ):
             pixels, account = self._decode.remote(
-                self._config.source, self._kind, batch.entries, self._config.image_size
+                self._config.source,
+                self._kind,
+                batch.entries,
+                self._config.image_size,
+                self._columns,
             )
             self._under_way[account] = Decoding(batch, pixels)
 

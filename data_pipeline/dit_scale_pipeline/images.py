@@ -1,19 +1,33 @@
 """From the bytes of a picture file to a square uint8 array: decoding and the ADM crop.
 
 Everything here is a pure function of the bytes: no EXIF rotation, no approximate JPEG scaling.
+
+Pillow's `convert("RGB")` makes the pixels, as in the published code, wherever it is right. It is not for
+samples of more than 8 bits, which it cuts off at 255: those are scaled by their range. What it would
+convert wrongly is refused.
 """
 
 import io
 import warnings
+import zlib
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
+    SAMPLEFORMAT,
+    YCBCRSUBSAMPLING,
+    TiffImageFile,
+)
 
 from dit_scale_pipeline.inputs.base import InputError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may take the contents for, whatever the name says; none of them runs a program."""
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PIXELS = 2**27
 """Largest image before or after a resize; more is a damaged header or a strip, and would fill the memory."""
 
@@ -24,13 +38,15 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def decode(data: bytes) -> Image.Image:
-    """Bytes of a picture file, whatever its name says => RGB; InputError when they are not a whole one."""
+    """Bytes of a picture file, whatever its name says => RGB; InputError when they do not make one."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged EXIF, which is not looked at
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(_critical_chunks(data)), formats=FORMATS)
             _check_pixels(image.size)
-            return image.convert("RGB")
+            if reason := _misread(image):
+                raise InputError(reason)
+            return _to_rgb(image)
     except UnidentifiedImageError:
         # Pillow's own message holds an address, which differs between runs.
         raise InputError("not a picture in a known format") from None
@@ -38,6 +54,82 @@ def decode(data: bytes) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds for damaged bytes
         raise InputError(f"cannot be decoded: {error}") from None
+
+
+def _critical_chunks(data: bytes) -> bytes:
+    """A PNG without its ancillary chunks; anything else as it is. InputError when a checksum is wrong.
+
+    No ancillary chunk changes the color of a pixel, and some keep Pillow from reading sound pictures: it
+    decompresses texts and color profiles, and refuses large ones. Of checksums it skips the pixels' own.
+    """
+    if not data.startswith(PNG_SIGNATURE):
+        return data
+    rest = memoryview(data)
+    kept = [rest[: len(PNG_SIGNATURE)]]
+    rest = rest[len(PNG_SIGNATURE) :]
+    while len(rest) >= 12:  # length, name and checksum
+        end = 12 + int.from_bytes(rest[:4], "big")
+        name = bytes(rest[4:8])
+        if end > len(rest):
+            break
+        if zlib.crc32(rest[4 : end - 4]) != int.from_bytes(rest[end - 4 : end], "big"):
+            raise InputError(f"cannot be decoded: wrong checksum of PNG chunk {name!r}")
+        if name[:1].isupper():
+            kept.append(rest[:end])
+        rest = rest[end:]
+        if name == b"IEND":
+            return b"".join(kept)
+    return b"".join([*kept, rest])  # it ends early; whether all pixels are there is for Pillow to say
+
+
+def _misread(image: Image.Image) -> str:
+    """Why Pillow would read or convert these pixels wrongly; empty when it would not."""
+    if isinstance(image, TiffImageFile):
+        return _misread_tiff(image)
+    if image.mode == "P" and image.palette is None:
+        return "a palette picture without its palette"
+    if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+        return "a CMYK JPEG without Adobe's marker: whether its inks are inverted is not defined"
+    return ""
+
+
+def _misread_tiff(image: TiffImageFile) -> str:
+    tags = image.tag_v2
+    bits, kinds = tags.get(BITSPERSAMPLE, (1,)), tags.get(SAMPLEFORMAT, (1,))
+    photometric = tags.get(PHOTOMETRIC_INTERPRETATION, 0)
+    is_raw = image.info["compression"] == "raw"
+    if 2 in kinds:
+        return "signed integers, whose black and white are not defined; save it with 8 or 16 bits unsigned"
+    if max(bits) == 32 and 1 in kinds:
+        return "32-bit integers, whose white is not defined; save it with 8 or 16 bits"
+    if image.mode == "F" and not is_raw and tags.prefix == b"MM":
+        return "compressed big-endian floats, which Pillow misreads; save it little-endian"
+    if is_raw and max(bits) == 16 and len(bits) > 1 and tags.get(PLANAR_CONFIGURATION, 1) == 2:
+        return "an uncompressed TIFF of 16-bit planes, which Pillow misreads; save it as PNG"
+    if is_raw and photometric == 6 and max(tags.get(YCBCRSUBSAMPLING, (2, 2))) > 1:
+        return "an uncompressed TIFF of subsampled YCbCr, which Pillow misreads; save it as PNG"
+    return ""
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of 8 bits; grey samples of 9 to 16 bits, and floats from 0 to 1, are scaled and rounded."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image.convert("RGB")
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    samples = np.asarray(image)
+    if image.mode == "F":
+        if not (samples.min() >= 0 and samples.max() <= 1):  # NaN is in no order
+            raise InputError(
+                f"floats from {samples.min():g} to {samples.max():g}, expected 0 to 1: what else is black or "
+                "white is not defined"
+            )
+        grey = np.rint(samples * np.float32(255)).astype(np.uint8)
+    else:
+        white = 2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1  # 65535, or 4095 in some TIFFs
+        grey = ((samples.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero; Pillow inverts 8 bits only
+        grey = 255 - grey
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _check_pixels(size: tuple[int, int]) -> None:

@@ -24,7 +24,7 @@ from dit_scale_pipeline import output
 from dit_scale_pipeline.encoder import Encoder
 from dit_scale_pipeline.flow import Flow, Stall
 from dit_scale_pipeline.inputs import Listing, open_input
-from dit_scale_pipeline.inputs.saved import current_listing, load_listing, save_listing
+from dit_scale_pipeline.inputs.saved import current_listing, difference, load_listing, save_listing
 from dit_scale_pipeline.metrics import Metrics
 from dit_scale_pipeline.progress import Watch, listing_bar, report_listing, summary
 from dit_scale_pipeline.ray_cluster import cluster, is_submitted, place, start_encoders, wait_for_nodes
@@ -45,25 +45,27 @@ class Plan:
 
 def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
     """The whole job; safe to call again after any stop."""
-    config = resolve_paths(config)
+    refuse_relative(config)
     storage = open_storage(config.output)
+    output.refuse_overlap(config, storage)
     begun = output.read_identity(storage)
     if begun is not None:
         config = output.with_precision_of(begun, config)
-    complete = begun is not None and storage.exists(INFO_KEY)
-    metrics = None if complete else Metrics(storage, config)
     saved = load_listing(storage)
     plan = make_plan(config, saved, console)
     if begun is not None:
         output.check_identity(storage, begun, plan.identity, plan.listing, saved)
-    if metrics is None:
+    if begun is not None and storage.exists(INFO_KEY):
         console.print("this data set is complete, nothing to do")
-        return read_info(storage)
-    if saved is None or saved.sha256 != plan.listing.sha256:
-        save_listing(storage, plan.listing)
-    records = output.finished_shards(storage)
-    num_missing = len(plan.shards) - len(records)
-    with closing(metrics):
+        return read_info(storage, console.print)
+    if begun is None:
+        console.print("to see this without encoding: --dry-run")
+    # An output that cannot be written to fails with the first row of its metrics, before Ray is started.
+    with closing(Metrics(storage, config)) as metrics:
+        if saved is None or difference(saved, plan.listing):
+            save_listing(storage, plan.listing)
+        records = output.finished_shards(storage)
+        num_missing = len(plan.shards) - len(records)
         if num_missing:
             console.print(f"{num_missing} of {len(plan.shards)} shards to encode; starting Ray and the VAE")
             with Watch(len(plan.listing), config, records.values(), console, metrics) as watch:
@@ -80,7 +82,8 @@ def make_plan(config: EncodeConfig, saved: Listing | None, console: Console) -> 
     vae = find_vae(config.vae).identity
     output.latent_shape(config, vae)
     with listing_bar(console) as progress:
-        listing = current_listing(open_input(config.source), saved, progress)
+        images = open_input(config.source, columns=(config.image_column, config.label_column))
+        listing = current_listing(images, saved, progress)
     report_listing(listing, console)
     output.refuse_empty(config, listing.empty_classes, f"{config.source}: classes without an image")
     identity = output.identity(config, listing, vae)
@@ -113,21 +116,14 @@ def make_shards(
     return claimed
 
 
-def resolve_paths(config: EncodeConfig) -> EncodeConfig:
-    """Paths as workers see them, who stand in other folders: absolute."""
-    update = {}
-    for name in ("source", "output", "vae"):
-        text = getattr(config, name)
-        path = Path(text).expanduser()
-        if "://" in text or path.is_absolute() or (name == "vae" and (is_submitted() or not path.is_dir())):
-            continue
-        if is_submitted():
+def refuse_relative(config: EncodeConfig) -> None:
+    """ConfigError for a relative path in a submitted job; a VAE may be a folder of the working directory."""
+    for name, text in (("source", config.source), ("output", config.output)):
+        if is_submitted() and "://" not in text and not Path(text).is_absolute():
             raise ConfigError(
                 f"{name}={text}: a submitted job runs in a temporary copy of the working directory; "
                 "give an absolute path that all nodes see, or an s3:// url"
             )
-        update[name] = str(path.absolute())
-    return config.model_copy(update=update)
 
 
 def dry_run(config: EncodeConfig, console: Console) -> None:
@@ -135,6 +131,7 @@ def dry_run(config: EncodeConfig, console: Console) -> None:
     import torch
 
     print(dump(config))
+    output.refuse_overlap(config, open_storage(config.output))
     plan = make_plan(config, None, console)
     vae = plan.vae
     shape = output.latent_shape(config, vae)
@@ -156,7 +153,8 @@ def dry_run(config: EncodeConfig, console: Console) -> None:
 
 def run(config: EncodeConfig, dry: bool) -> int:
     """The job with its words for people; 0 done, 130 interrupted (Ctrl-C, SIGTERM). Raises DitScaleError."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    # Names may hold brackets and colons, which are letters here.
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
         if dry:
             dry_run(config, console)

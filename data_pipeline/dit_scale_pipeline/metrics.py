@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dit_scale.config import EncodeConfig
 from dit_scale.storage import MissingKeyError, Storage
-from dit_scale.telemetry.sinks import Sink, Wandb
+from dit_scale.telemetry.sinks import Sink, Wandb, wandb_id_of
 
 METRICS_KEY = "metrics.jsonl"
 
@@ -14,7 +14,7 @@ METRICS_KEY = "metrics.jsonl"
 class Metrics:
     """The rows of all starts. The object is put whole again with each row, for S3 has no append.
 
-    Making one puts it: an output that cannot be written to fails here, before anything else is done.
+    Making one puts it: an output that cannot be written to fails here.
     """
 
     def __init__(self, storage: Storage, config: EncodeConfig) -> None:
@@ -27,7 +27,8 @@ class Metrics:
         self._mirrors: list[Sink] = []
         if config.wandb != "off":
             name = storage.url.rpartition("/")[2]
-            self._mirrors.append(Wandb(Path(), name, name, config, config.model_dump(mode="json")))
+            run_id = wandb_id_of(storage.url)
+            self._mirrors.append(Wandb(Path(), name, run_id, config, config.model_dump(mode="json")))
 
     def write(self, images: int, record: dict[str, float | None]) -> None:
         """A row: images done so far, over all starts, and other figures."""

@@ -7,7 +7,6 @@ shards/<name>.json    a finished shard
 dataset.json          the commit mark of the whole: it is a function of the identity and the shards
 """
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,8 +17,10 @@ from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import (
     FORMAT,
     FORMAT_VERSION,
+    IDENTITY_KEY,
     INFO_KEY,
     LATENT_DTYPE,
+    RECORD_DIGEST,
     DatasetInfo,
     Quarantined,
     ShardInfo,
@@ -28,15 +29,15 @@ from dit_scale.data.shards import (
 )
 from dit_scale.data.statistics import combine_sums
 from dit_scale.errors import ConfigError, DataError
+from dit_scale.sealed import sealed, unseal_any
 from dit_scale.storage import MissingKeyError, Storage
 from dit_scale_pipeline.encoder import VIEWS
 from dit_scale_pipeline.images import CROP
 from dit_scale_pipeline.inputs import Listing
+from dit_scale_pipeline.inputs.names import few
+from dit_scale_pipeline.inputs.places import overlap
 from dit_scale_pipeline.inputs.saved import difference
-from dit_scale_pipeline.progress import few
 from dit_scale_pipeline.shards_writer import ShardRecord, put_once, shard_name
-
-IDENTITY_KEY = "encode.json"
 
 READS_AT_ONCE = 16
 """Records of finished shards that are read at once: on S3 each waits for the network."""
@@ -79,17 +80,24 @@ def identity(config: EncodeConfig, listing: Listing, vae: VaeIdentity) -> Identi
 
 def read_identity(storage: Storage) -> Identity | None:
     """What the output was begun with, None when it is free; ConfigError when it holds something else."""
+    where = f"{storage.url}/{IDENTITY_KEY}"
     try:
-        found: Identity = json.loads(storage.read(IDENTITY_KEY))
-        return found
+        return unseal_any(storage.read(IDENTITY_KEY), where, DataError)[0]
     except MissingKeyError:
         if storage.exists(INFO_KEY) or storage.list("shards/"):
             raise ConfigError(f"{storage.url} holds another data set; choose an empty output") from None
         return None
-    except ValueError as error:
-        raise DataError(
-            f"{storage.url}/{IDENTITY_KEY} is damaged ({error}); choose an empty output"
-        ) from None
+    except DataError:
+        raise DataError(f"{where} is damaged; choose an empty output") from None
+
+
+def refuse_overlap(config: EncodeConfig, storage: Storage) -> None:
+    """ConfigError when the output and the source lie in each other: one would be listed as images."""
+    if how := overlap(config.source, storage):
+        raise ConfigError(
+            f"output={config.output} {how} ({config.source}); expected a place of its own. Choose another "
+            "output"
+        )
 
 
 def with_precision_of(begun: Identity, config: EncodeConfig) -> EncodeConfig:
@@ -104,10 +112,15 @@ def check_identity(
 ) -> None:
     """ConfigError names what differs; `saved` is the listing that the output was begun with."""
     differing = [key for key, value in wanted.items() if found.get(key) != value]
+    # Labels count the empty classes too, of which the paths in the digest say nothing.
+    if saved and saved.class_names != listing.class_names and "source_listing_sha256" not in differing:
+        differing.append("class names")
+        found = {**found, "class names": len(saved.class_names)}
+        wanted = {**wanted, "class names": len(listing.class_names)}
     if not differing:
         return
     lines = [f"  {key}: {found.get(key)!r} there, {wanted[key]!r} here" for key in differing]
-    if "source_listing_sha256" in differing:
+    if {"source_listing_sha256", "class names"} & set(differing):
         changes = difference(saved, listing) if saved else "its first listing was not saved"
         lines.append(
             f"The source holds other images than when this output was begun: {changes}. Make it what it was, "
@@ -124,7 +137,7 @@ def check_identity(
 
 def claim(storage: Storage, wanted: Identity, listing: Listing) -> Identity:
     """Begin the output with this identity, or find it begun with the same one."""
-    if not storage.write_new(IDENTITY_KEY, (json.dumps(wanted, indent=1) + "\n").encode()):
+    if not storage.write_new(IDENTITY_KEY, sealed(wanted, indent=1)):
         check_identity(storage, read_identity(storage) or {}, wanted, listing, listing)
     return wanted
 
@@ -148,8 +161,9 @@ def finished_shards(storage: Storage) -> dict[str, ShardRecord]:
 
 def _read_record(storage: Storage, key: str) -> ShardRecord:
     try:
-        return ShardRecord.model_validate_json(storage.read(key))
-    except ValidationError:
+        tree, _ = unseal_any(storage.read(key), f"{storage.url}/{key}", DataError, RECORD_DIGEST)
+        return ShardRecord.model_validate(tree)
+    except (ValidationError, DataError):
         raise DataError(
             f"{storage.url}/{key} is damaged; delete it and start again: the shard is made again"
         ) from None
@@ -214,7 +228,7 @@ def commit(
         shards=tuple(ShardInfo.model_validate(record.model_dump()) for record in records),
         quarantined=tuple(quarantined),
     )
-    put_once(storage, INFO_KEY, (json.dumps(info.model_dump(mode="json"), indent=1) + "\n").encode())
+    put_once(storage, INFO_KEY, sealed(info.model_dump(mode="json"), indent=1))
     for key in storage.leftovers("shards/"):  # of writers that were killed; all shards are there without
         storage.delete(key)
     return info

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -17,11 +18,13 @@ from dit_scale.data.shards import DatasetInfo, Quarantined
 from dit_scale.errors import DataError
 from dit_scale_pipeline.decoder import DecodedBatch
 from dit_scale_pipeline.inputs import Listing
+from dit_scale_pipeline.inputs.layout import remarks
+from dit_scale_pipeline.inputs.names import as_text, few, shown
 from dit_scale_pipeline.metrics import Metrics
 from dit_scale_pipeline.shards_writer import ShardRecord, shard_name
 
-SHOWN = 5
-"""Names of inputs that a message shows before it says how many more there are."""
+FIRST_AND_LAST = 3
+"""Classes that the summary of a listing names at either end."""
 
 
 @contextmanager
@@ -38,8 +41,24 @@ def report_listing(listing: Listing, console: Console) -> None:
     """Say what was found, and what is left out."""
     inside = f" in {len(listing.archives)} archives" if listing.archives else ""
     console.print(f"{len(listing)} images of {len(listing.class_names)} classes{inside}: {listing.kind}")
+    console.print(_classes(listing))
     if listing.ignored:
-        console.print(f"no images of a class, left out: {few(listing.ignored)}")
+        console.print(f"no images of a class, left out: {len(listing.ignored)} ({few(listing.ignored)})")
+    for remark in remarks(listing):
+        console.print(f"note: {remark}")
+
+
+def _classes(listing: Listing) -> str:
+    """The first and last classes by label, and the extremes, with their numbers of images."""
+    counts = np.bincount(listing.labels, minlength=len(listing.class_names))
+    told = [f"{shown(name)} ({count})" for name, count in zip(listing.class_names, counts, strict=True)]
+    if len(told) <= 2 * FIRST_AND_LAST:
+        return f"classes, with numbers of images: {', '.join(told)}"
+    first, last = told[:FIRST_AND_LAST], told[-FIRST_AND_LAST:]
+    extremes = f"; smallest {told[counts.argmin()]}, largest {told[counts.argmax()]}"
+    return f"classes, with numbers of images: {', '.join(first)}, ... {', '.join(last)}" + (
+        extremes if counts.min() < counts.max() else ""
+    )
 
 
 def summary(info: DatasetInfo) -> str:
@@ -110,7 +129,7 @@ class Watch:
         """A VAE batch is through."""
         self._num_seen += len(account)
         for entry, reason in account.bad:
-            self._bad[entry.key] = Quarantined(key=entry.key, path=entry.path, reason=reason)
+            self._bad[entry.key] = Quarantined(key=entry.key, path=as_text(entry.path), reason=reason)
         self._bar.update(self._task, advance=len(account), rate=self._rate())
         self._check()
         if time.monotonic() - self._logged_s >= self._log_every_s:
@@ -166,10 +185,3 @@ class Watch:
 
 def _describe(item: Quarantined) -> str:
     return f"{item.path} ({item.reason})"
-
-
-def few(names: Iterable[str]) -> str:
-    """The first names of many, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(listed[:SHOWN]) + more

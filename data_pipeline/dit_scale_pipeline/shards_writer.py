@@ -17,11 +17,21 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from dit_scale.data.shards import INDEX_HEADER, RECORD, Quarantined, ShardInfo, encode_sample, write_index
+from dit_scale.data.shards import (
+    INDEX_HEADER,
+    RECORD,
+    RECORD_DIGEST,
+    Quarantined,
+    ShardInfo,
+    encode_sample,
+    write_index,
+)
 from dit_scale.data.statistics import channel_sums
 from dit_scale.errors import DataError
+from dit_scale.sealed import sealed
 from dit_scale.storage import Storage, open_storage
 from dit_scale_pipeline.decoder import DecodedBatch
+from dit_scale_pipeline.inputs.names import as_text
 
 TAR_HEADER_BYTES = 512
 
@@ -54,19 +64,10 @@ class ShardRecord(ShardInfo):
     def index_bytes(self) -> int:
         return INDEX_HEADER.size + RECORD.itemsize * self.samples
 
-    @property
-    def record_key(self) -> str:
-        return record_key(self.name)
-
 
 def shard_name(number: int) -> str:
     """Shard k holds the entries [k * shard_samples, (k + 1) * shard_samples) of the listing."""
     return f"{number:05d}"
-
-
-def record_key(name: str) -> str:
-    """Key of a shard's commit mark."""
-    return f"shards/{name}.json"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Shard:
         """Put the tar, then the index, then the commit mark."""
         put_once(storage, self.record.tar_key, self.tar)
         put_once(storage, self.record.index_key, self.index)
-        put_once(storage, self.record.record_key, self.record.model_dump_json(indent=1).encode())
+        record = sealed(self.record.model_dump(mode="json"), indent=1, key=RECORD_DIGEST)
+        put_once(storage, self.record.record_key, record)
 
 
 def put_once(storage: Storage, key: str, data: bytes) -> None:
@@ -108,7 +110,9 @@ def build_shard(
         for row in rows:
             if not np.isfinite(row.moments).all():
                 refused.append(
-                    Quarantined(key=row.key, path=row.path, reason="its latents are not finite in fp16")
+                    Quarantined(
+                        key=row.key, path=as_text(row.path), reason="its latents are not finite in fp16"
+                    )
                 )
                 continue
             npy = encode_sample(row.moments)
@@ -145,7 +149,7 @@ def write_shard(
         for entry, latent in zip(account.good, batch, strict=True)
     )
     quarantined = [
-        Quarantined(key=entry.key, path=entry.path, reason=reason)
+        Quarantined(key=entry.key, path=as_text(entry.path), reason=reason)
         for account in accounts
         for entry, reason in account.bad
     ]

@@ -25,11 +25,11 @@ from dit_scale.storage.outputs import check_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0 sound, 1 damaged, 2 no finished data set, or --grid has nothing to compare with."""
     options = _parse(arguments)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
         if options.grid:
             check_output(options.grid, ".png")
-        info, problems = verify(open_storage(options.url), options.threads, console)
+        info, problems = verify(open_storage(options.url), options.threads, console, console.print)
         for problem in problems:
             print(f"wrong: {problem}", file=sys.stderr)
         if problems:
@@ -71,6 +71,7 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
     from dit_scale.pictures import load_decoder, random_ids
     from dit_scale.sample import write_grid
     from dit_scale_pipeline.compare import compare, find_source
+    from dit_scale_pipeline.inputs.names import shown
 
     dataset = LatentDataset.open(options.url)
     uri, listing = find_source(dataset, options.source, console)
@@ -80,9 +81,9 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
     for compared in compare(dataset, uri, listing, decoder, ids):
         pictures.append(compared.picture)
         psnrs_db.append(compared.psnr_db)
-        name = dataset.info.class_names[compared.label]
+        name = shown(dataset.info.class_names[compared.label])
         print(
-            f"sample {compared.sample_id:>9}  class {compared.label:>5}  {name}  {compared.path}"
+            f"sample {compared.sample_id:>9}  class {compared.label:>5}  {name}  {shown(compared.path)}"
             f"  PSNR {compared.psnr_db:.1f} dB"
         )
     write_grid(np.stack(pictures), Path(options.grid))

@@ -5,22 +5,27 @@ it goes on from. A manifest counts when its attempt is the newest one, or when a
 chain went on from it or from a later checkpoint of the same attempt. So an old attempt that wakes up
 after the next one began can put a manifest, but no reader takes it; and `check_current`, asked before
 every commit and every delete, tells it so.
+
+A record that is damaged or gone takes nothing with it: the names of folders give its number as well, which
+is not used again, and its checkpoints count.
 """
 
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from dit_scale.checkpoint.manifest import (
     ATTEMPTS,
     CHECKPOINTS,
+    EMA,
     MANIFEST,
     is_name,
-    sealed,
+    read_manifest,
     step_and_attempt,
-    unseal,
 )
 from dit_scale.errors import CheckpointError, SupersededError
-from dit_scale.storage import Storage
+from dit_scale.sealed import sealed, unseal
+from dit_scale.storage import MissingKeyError, Storage
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -37,7 +42,8 @@ class Attempt:
 
 
 def claim(root: Storage, attempt: Attempt) -> None:
-    """Begin this attempt. Raises SupersededError when another process was faster."""
+    """Begin this attempt. Raises SupersededError when another process was faster, or has a later one."""
+    _refuse_old(root, attempt.number)  # numbers may have gaps
     tree = {
         "attempt": attempt.number,
         "resumed_from": attempt.resumed_from,
@@ -51,15 +57,39 @@ def claim(root: Storage, attempt: Attempt) -> None:
 
 
 def numbers(root: Storage) -> list[int]:
-    """The numbers of all attempts, ascending."""
-    keys = (key.removeprefix(f"{ATTEMPTS}/").removesuffix(".json") for key, _ in root.list(f"{ATTEMPTS}/"))
-    return sorted(int(key) for key in keys if key.isdecimal())
+    """The numbers of all attempts, ascending: of those with a record, and of those that left a folder."""
+    return sorted(_recorded(root) | _with_folders(root, CHECKPOINTS) | _with_folders(root, EMA))
+
+
+def unrecorded(root: Storage) -> list[int]:
+    """The numbers above that of the newest record; none where there is no record at all."""
+    newest_recorded = max(_recorded(root), default=float("inf"))
+    return [number for number in numbers(root) if number > newest_recorded]
+
+
+def problems(root: Storage) -> list[str]:
+    """Which records of attempts are missing, damaged or under a wrong name."""
+    found = []
+    for number in numbers(root) if _recorded(root) else ():
+        try:
+            read(root, number)
+        except CheckpointError as error:
+            found.append(str(error))
+    return found
 
 
 def read(root: Storage, number: int) -> Attempt:
-    """The record of an attempt. Raises CheckpointError, naming it, when it is damaged."""
+    """The record of an attempt. Raises CheckpointError, naming it, when it is damaged or not there."""
     key = _key(number)
-    tree = unseal(root.read(key), f"{root.url}/{key}")
+    where = f"{root.url}/{key}"
+    try:
+        tree = unseal(root.read(key), where, CheckpointError)
+    except MissingKeyError:
+        raise CheckpointError(
+            f"{where} is missing; checkpoints of attempt {number} count as far as they can be read"
+        ) from None
+    if tree["attempt"] != number:
+        raise CheckpointError(f"{where} is the record of attempt {tree['attempt']}: it was copied or renamed")
     excluded = tuple((int(low), int(high)) for low, high in tree["excluded_positions"])
     return Attempt(number, tree["resumed_from"], excluded)
 
@@ -76,9 +106,14 @@ def newest(root: Storage) -> Attempt | None:
 
 def check_current(root: Storage, attempt: int) -> None:
     """Raises SupersededError when a later attempt has begun."""
-    if root.exists(_key(attempt + 1)):
+    _refuse_old(root, attempt)
+
+
+def _refuse_old(root: Storage, attempt: int) -> None:
+    later = [number for number in _recorded(root) if number > attempt]
+    if later:
         raise SupersededError(
-            f"{root.url}: attempt {attempt + 1} of this run has begun; attempt {attempt} may change nothing"
+            f"{root.url}: attempt {min(later)} of this run has begun; attempt {attempt} may change nothing"
         )
 
 
@@ -94,6 +129,15 @@ def committed(root: Storage, folder: str = CHECKPOINTS) -> list[str]:
     return [f"{folder}/{name}" for name in sorted(found, key=step_and_attempt, reverse=True)]
 
 
+def is_readable(root: Storage, path: str) -> bool:
+    """Whether a checkpoint has a manifest that is whole and its own."""
+    try:
+        read_manifest(root, path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _counts(name: str, limits: dict[int, float] | None) -> bool:
     step, attempt = step_and_attempt(name)
     return limits is None or step <= limits.get(attempt, -1)
@@ -101,9 +145,10 @@ def _counts(name: str, limits: dict[int, float] | None) -> bool:
 
 def _limits(root: Storage) -> dict[int, float] | None:
     """Attempt => last step of it that counts. None where no attempt is recorded: then all do."""
-    left = numbers(root)
-    if not left:
+    recorded = _recorded(root)
+    if not recorded:
         return None
+    left = sorted(recorded | _with_folders(root, CHECKPOINTS))
     limits: dict[int, float] = {left[-1]: float("inf")}
     while left:
         number = left.pop()
@@ -112,14 +157,41 @@ def _limits(root: Storage) -> dict[int, float] | None:
         try:
             before = read(root, number).resumed_from
         except CheckpointError:
-            # Nobody knows where it went on from. What its predecessor committed is sound, late or not.
+            # Where it went on from is unknown, but it was no later step than its own first one. Up to there,
+            # what its predecessor committed is sound, late or not.
             if left:
-                limits.setdefault(left[-1], float("inf"))
+                limits.setdefault(left[-1], min(limits[number], _first_step(root, number)))
             continue
         if before is not None:
             step, attempt = step_and_attempt(before)
             limits[attempt] = step
+            left = sorted({*left, attempt})  # nothing of it may be left
     return limits
+
+
+def _first_step(root: Storage, number: int) -> float:
+    """Step of the first checkpoint of an attempt that is there; infinite when there is none."""
+    steps = []
+    for name in _names(root, CHECKPOINTS):
+        if step_and_attempt(name)[1] == number:
+            with suppress(CheckpointError):  # damaged, or another attempt's under a wrong name
+                steps.append(read_manifest(root, f"{CHECKPOINTS}/{name}").step)
+    return min(steps, default=float("inf"))
+
+
+def _recorded(root: Storage) -> set[int]:
+    keys = (key.removeprefix(f"{ATTEMPTS}/").removesuffix(".json") for key, _ in root.list(f"{ATTEMPTS}/"))
+    return {int(key) for key in keys if key.isdecimal()}
+
+
+def _with_folders(root: Storage, top: str) -> set[int]:
+    return {step_and_attempt(name)[1] for name in _names(root, top)}
+
+
+def _names(root: Storage, top: str) -> set[str]:
+    """Names of checkpoints under a folder, committed or not."""
+    names = {key.split("/")[1] for key, _ in root.list(f"{top}/")}
+    return {name for name in names if is_name(name)}
 
 
 def _key(number: int) -> str:

@@ -8,14 +8,13 @@
 docs/formats.md describes the files.
 """
 
-import hashlib
-import json
 import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dit_scale.errors import CheckpointError, StorageError
+from dit_scale.sealed import unseal
 from dit_scale.storage import Storage, UnavailableError
 
 FORMAT = "dit-scale checkpoint"
@@ -25,7 +24,6 @@ CHECKPOINTS, EMA, ATTEMPTS = "checkpoints", "ema", "attempts"
 """Folders below the root of a run's state."""
 
 _NAME = re.compile(r"(\d{10})-(\d{4,})")
-_SEAL = b',"sha256":"'
 
 
 class _Record(BaseModel):
@@ -73,6 +71,8 @@ class Manifest(_Record):
     """Half-open ranges of positions that the run leaves out since a rollback."""
     quarantined: dict[int, str] = {}
     """Sample id => why it cannot be read; it is replaced by the next one."""
+    ema_since: dict[str, int] = {}
+    """Profile => step since which its average is tracked; 0 for the run's start, absent where unknown."""
     versions: dict[str, str] = {}
     written_by: dict[str, int] = {}
     """World size and ZeRO stage of the writer; of interest to people only."""
@@ -96,37 +96,27 @@ def step_and_attempt(name: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def sealed(tree: dict[str, Any]) -> bytes:
-    """JSON on one line whose last key is the SHA-256 of all bytes before it."""
-    body = json.dumps(tree, separators=(",", ":")).encode()[:-1]
-    return body + _seal(body)
-
-
-def unseal(data: bytes, where: str) -> dict[str, Any]:
-    """The object in sealed JSON. Raises CheckpointError when a byte of it is not as it was written."""
-    body = data.rpartition(_SEAL)[0]
-    if not body or body + _seal(body) != data:
-        raise CheckpointError(f"{where} is damaged (its SHA-256 does not fit)")
-    tree: dict[str, Any] = json.loads(data)
-    return tree
-
-
 def read_manifest(storage: Storage, name: str) -> Manifest:
-    """The manifest of a checkpoint. Raises CheckpointError when it is missing, damaged or of another kind."""
+    """The manifest of the checkpoint at a path that ends in its name.
+
+    Raises CheckpointError when it is missing, damaged, of another kind, or under another checkpoint's name.
+    """
     where = f"{storage.url}/{name}/{MANIFEST}"
     try:
-        tree = unseal(storage.read(f"{name}/{MANIFEST}"), where)
+        tree = unseal(storage.read(f"{name}/{MANIFEST}"), where, CheckpointError)
         if (tree.get("format"), tree.get("version")) != (FORMAT, FORMAT_VERSION):
             raise CheckpointError(
                 f"{where}: {tree.get('format')} version {tree.get('version')}, "
                 f"this program reads {FORMAT} version {FORMAT_VERSION}"
             )
-        return Manifest.model_validate(tree)
+        manifest = Manifest.model_validate(tree)
     except UnavailableError:
         raise
     except (ValidationError, StorageError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from None
-
-
-def _seal(body: bytes) -> bytes:
-    return _SEAL + hashlib.sha256(body).hexdigest().encode() + b'"}'
+    if (manifest.step, manifest.attempt) != step_and_attempt(name):
+        raise CheckpointError(
+            f"{storage.url}/{name} holds step {manifest.step} of attempt {manifest.attempt}: it was copied "
+            f"or renamed; its name is {name_of(manifest.step, manifest.attempt)}"
+        )
+    return manifest

@@ -89,15 +89,15 @@ def name_of_rank(rank: int) -> str:
 def write(storage: Storage, key: str, pieces: Sequence[tuple[Piece, Bytes]]) -> FileRecord:
     """Put these pieces as one file. Nothing is copied: the data may be shared memory."""
     header = _header(pieces)
-    size = len(header) + sum(piece.bytes for piece, _ in pieces)
+    record = _record(key, header, pieces)
     chunks = (block.data for _, data in pieces for block in blocks(data))
-    storage.write_stream(key, _chain(memoryview(header), chunks), size)
-    return FileRecord(
-        key=key.rpartition("/")[2],
-        bytes=size,
-        header_bytes=len(header),
-        header_sha256=hashlib.sha256(header).hexdigest(),
-    )
+    storage.write_stream(key, _chain(memoryview(header), chunks), record.bytes)
+    return record
+
+
+def record_of(key: str, pieces: Sequence[tuple[Piece, Bytes]]) -> FileRecord:
+    """What `write` returns: it covers every byte of the file."""
+    return _record(key, _header(pieces), pieces)
 
 
 def open_file(storage: Storage, folder: str, file: FileRecord) -> tuple[StoredPiece, ...]:
@@ -211,6 +211,15 @@ def _header(pieces: Sequence[tuple[Piece, Bytes]]) -> bytes:
     body = json.dumps({"__metadata__": metadata, **tree}, separators=(",", ":")).encode()
     body += b" " * (-len(body) % 8)
     return len(body).to_bytes(_LENGTH_BYTES, "little") + body
+
+
+def _record(key: str, header: bytes, pieces: Sequence[tuple[Piece, Bytes]]) -> FileRecord:
+    return FileRecord(
+        key=key.rpartition("/")[2],
+        bytes=len(header) + sum(piece.bytes for piece, _ in pieces),
+        header_bytes=len(header),
+        header_sha256=hashlib.sha256(header).hexdigest(),
+    )
 
 
 def _pieces(header: bytes) -> Iterator[StoredPiece]:

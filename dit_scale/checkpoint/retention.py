@@ -26,9 +26,23 @@ def superfluous(root: Storage, newest: str, keep: int, keep_every_steps: int) ->
     """
     last = step_and_attempt(newest)
     on_chain = [path for path in attempts.committed(root) if step_and_attempt(path) <= last]
-    stay = kept(on_chain, keep, keep_every_steps) | _tagged(root) | set(attempts.committed(root, EMA))
+    stay = (
+        kept(on_chain, _window(root, on_chain, keep), keep_every_steps)
+        | _tagged(root)
+        | set(attempts.committed(root, EMA))
+    )
     below = _folders(root, CHECKPOINTS, newest) | _folders(root, EMA, newest)
     return sorted(below - stay)
+
+
+def _window(root: Storage, paths: list[str], keep: int) -> int:
+    """How many of the newest have `keep` among them whose manifests can be read."""
+    readable = 0
+    for number, path in enumerate(paths):
+        if readable == keep:
+            return number
+        readable += attempts.is_readable(root, path)
+    return len(paths)
 
 
 def prune(root: Storage, attempt: int, newest: str, keep: int, keep_every_steps: int) -> list[str]:

@@ -46,6 +46,8 @@ class Outcome:
     dropped: tuple[str, ...]
     """Checkpoints that retention deleted."""
     retention_problem: str
+    is_final: bool
+    """Whether another try under the same name would fail as well."""
     seconds: float
     """From the snapshot to the commit, retention included."""
 
@@ -191,7 +193,8 @@ class Saver:
         problem = "; ".join(f"rank {rank}: {reply.problem}" for rank, reply in bad)
         first = replies[0]
         took_s = time.monotonic() - self._since_s
-        return Outcome(manifest, problem, first.dropped, first.retention_problem, took_s)
+        is_final = any(reply.taken for reply in replies)
+        return Outcome(manifest, problem, first.dropped, first.retention_problem, is_final, took_s)
 
     def _start(self) -> None:
         options = {

@@ -23,9 +23,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from dit_scale.checkpoint import attempts, rankfile, retention
-from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, FileRecord, Manifest, sealed
+from dit_scale.checkpoint.manifest import (
+    CHECKPOINTS,
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    read_manifest,
+)
 from dit_scale.checkpoint.rankfile import Bytes, Piece
-from dit_scale.errors import CheckpointError, DitScaleError, SupersededError
+from dit_scale.errors import CheckpointError, DitScaleError, SupersededError, TakenError
+from dit_scale.sealed import sealed
 from dit_scale.storage import Storage, open_storage
 
 _PR_SET_PDEATHSIG = 1
@@ -69,6 +76,8 @@ class Reply(_Message):
 
     problem: str = ""
     superseded: bool = False
+    taken: bool = False
+    """Another try would end the same way: the name is taken."""
     files: dict[str, FileRecord] = {}
     """Folder => the file that this rank has put there."""
     dropped: tuple[str, ...] = ()
@@ -78,7 +87,7 @@ class Reply(_Message):
 
 
 def write(root: Storage, rank: int, memory: Bytes, sources: list[Source], request: Write) -> Reply:
-    """Put this rank's files and read them again. Raises CheckpointError or StorageError."""
+    """Put this rank's files and read them again. Raises TakenError, CheckpointError or StorageError."""
     files = {}
     for folder, kinds in request.folders.items():
         pieces = [
@@ -89,9 +98,30 @@ def write(root: Storage, rank: int, memory: Bytes, sources: list[Source], reques
             for s in sources
             if s.kind in kinds
         ]
-        files[folder] = rankfile.write(root, f"{folder}/{rankfile.name_of_rank(rank)}", pieces)
+        key = f"{folder}/{rankfile.name_of_rank(rank)}"
+        _check_free(root, folder, rankfile.record_of(key, pieces))
+        files[folder] = rankfile.write(root, key, pieces)
         rankfile.verify(root, folder, files[folder])
     return Reply(files=files)
+
+
+def _check_free(root: Storage, folder: str, file: FileRecord) -> None:
+    """Raises TakenError when the checkpoint is committed with another file; with this very one it is ours."""
+    if not root.exists(f"{folder}/{MANIFEST}"):
+        return
+    try:
+        is_ours = file in read_manifest(root, folder).files
+    except CheckpointError:
+        is_ours = False
+    if not is_ours:
+        raise _taken(root, folder)
+
+
+def _taken(root: Storage, folder: str) -> TakenError:
+    return TakenError(
+        f"{root.url}/{folder} has a manifest already: another process writes to this run, or it was copied "
+        "there; nothing in it was changed. A new start takes another number"
+    )
 
 
 def commit(root: Storage, request: Commit) -> Reply:
@@ -120,9 +150,7 @@ def put_manifest(root: Storage, folder: str, manifest: Manifest) -> None:
     key, data = f"{folder}/{MANIFEST}", sealed(json.loads(manifest.model_dump_json()))
     attempts.check_current(root, manifest.attempt)
     if not root.write_new(key, data) and root.read(key) != data:
-        raise CheckpointError(
-            f"{root.url}/{folder} has a manifest already: another process writes to this run"
-        )
+        raise _taken(root, folder)
     attempts.check_current(root, manifest.attempt)  # one that was stopped in between does not count
 
 
@@ -136,7 +164,11 @@ def serve(root: Storage, rank: int, memory: Bytes, sources: list[Source]) -> Non
             else:
                 reply = commit(root, Commit.model_validate(request))
         except (DitScaleError, OSError, MemoryError) as error:  # the rank decides what becomes of the run
-            reply = Reply(problem=str(error), superseded=isinstance(error, SupersededError))
+            reply = Reply(
+                problem=str(error),
+                superseded=isinstance(error, SupersededError),
+                taken=isinstance(error, TakenError),
+            )
         print(reply.model_dump_json(), flush=True)
 
 

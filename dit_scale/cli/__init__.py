@@ -91,7 +91,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"unknown command {argv[0]!r}{guess} `dit-scale` alone lists the commands")
     args, rest = parser.parse_known_args(argv)
     if rest and ("overrides" not in args or any(text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        settings = [text.lstrip("-") for text in rest if "overrides" in args and "=" in text]
+        hint = f"; settings have no dashes: {' '.join(settings)}" if settings else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         args.overrides += rest
     return args

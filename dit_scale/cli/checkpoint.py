@@ -119,12 +119,9 @@ def _verify(args: argparse.Namespace) -> int:
     if (Path(args.source) / "config.yaml").is_file():
         root = root_of_folder(args.source)
         to_verify += [(path, partial(Checkpoint, root, path)) for path in attempts.committed(root, EMA)]
-        for number in attempts.numbers(root):
-            try:
-                attempts.read(root, number)
-            except CheckpointError as error:
-                damaged = True
-                print(error)
+        for problem in attempts.problems(root):
+            damaged = True
+            print(problem)
     for path, opened in to_verify:
         try:
             checkpoint = opened()
@@ -169,6 +166,7 @@ def _keep(args: argparse.Namespace) -> int:
 
 def _prune(args: argparse.Namespace) -> int:
     from dit_scale.checkpoint import attempts, retention
+    from dit_scale.checkpoint.manifest import read_manifest
     from dit_scale.checkpoint.reader import Checkpoint
     from dit_scale.errors import CheckpointError
     from dit_scale.train.run import config_of_folder, root_of_folder
@@ -177,6 +175,12 @@ def _prune(args: argparse.Namespace) -> int:
     paths, current = attempts.committed(root), attempts.numbers(root)
     if not paths:
         raise CheckpointError(f"{args.run} has no committed checkpoint")
+    readable = next((path for path in paths if attempts.is_readable(root, path)), "")
+    saved = read_manifest(root, readable).config.get("checkpoint", {}) if readable else {}
+    for key in ("keep", "keep_every_steps"):
+        now = getattr(config, key)
+        if saved.get(key, now) != now:
+            print(f"note: checkpoint.{key} is {now} in config.yaml, {saved[key]} in the newest checkpoint")
     keep = args.keep or config.keep
     rule = (paths[0], keep, config.keep_every_steps)
     if args.yes:

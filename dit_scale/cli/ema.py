@@ -55,6 +55,8 @@ def _list(args: argparse.Namespace) -> int:
             "sigma_rel": average.profile.sigma_rel,
             "profile": average.name,
             "checkpoint": average.checkpoint.name,
+            "since_step": average.since_step,
+            "flaw": average.flaw,
         }
         for average in stored
     ]
@@ -65,6 +67,7 @@ def _list(args: argparse.Namespace) -> int:
         print(
             f"step {row['step']:>9}  sigma_rel {row['sigma_rel']:<6g}  {row['profile']}",
             row["checkpoint"],
+            *filter(None, [row["flaw"]]),
             sep="  ",
         )
     for problem in problems:
@@ -94,6 +97,14 @@ def _reconstruct(args: argparse.Namespace) -> int:
         raise CheckpointError(
             f"{args.run} holds no power-function average; it takes an ema profile with sigma_rel, "
             "and checkpoint.ema_every_steps"
+        )
+    for one in stored:
+        if one.flaw:
+            print(f"leaving out {one.name} at step {one.profile.step}: {one.flaw}", file=sys.stderr)
+    stored = [one for one in stored if not one.flaw]
+    if not stored:
+        raise CheckpointError(
+            f"none of the power-function averages of {args.run} can be used yet: train on, and store more"
         )
     target = Profile(args.sigma_rel, args.step or stored[-1].profile.step)
     console = Console(stderr=True)

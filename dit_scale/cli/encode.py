@@ -30,6 +30,7 @@ interrupted (Ctrl-C, SIGTERM, SIGHUP and the like).""",
 
 def _run(args: argparse.Namespace) -> int:
     from dit_scale.config import EncodeConfig, load
-    from dit_scale_pipeline.job import run
+    from dit_scale_pipeline.job import is_submitted, run
 
-    return run(load(EncodeConfig, args.config, args.overrides), args.dry_run)
+    config = load(EncodeConfig, args.config, args.overrides, keep_relative=is_submitted())
+    return run(config, args.dry_run)

@@ -1,6 +1,7 @@
 """`dit-scale latents ACTION`: what a latent data set holds."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import command, group, whole
@@ -80,7 +81,7 @@ def _info(args: argparse.Namespace) -> int:
     from dit_scale.storage import open_storage
 
     storage = open_storage(args.url)
-    info = read_info(storage)
+    info = read_info(storage, _note)
     if args.json:
         print(json.dumps({"url": storage.url, **_tree(info)}, indent=2))
     else:
@@ -91,7 +92,6 @@ def _info(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     import json
-    import sys
 
     from rich.console import Console
 
@@ -99,7 +99,7 @@ def _verify(args: argparse.Namespace) -> int:
     from dit_scale.storage import open_storage
 
     storage = open_storage(args.url)
-    info, problems = verify(storage, args.threads, Console(stderr=True))
+    info, problems = verify(storage, args.threads, Console(stderr=True), _note)
     if args.json:
         print(json.dumps({"url": storage.url, "samples": info.samples, "problems": problems}, indent=2))
         return int(bool(problems))
@@ -132,6 +132,11 @@ def _show(args: argparse.Namespace) -> int:
     write_grid(np.stack(tiles), Path(args.out))
     print(f"{len(tiles)} samples, {' | '.join(dataset.info.views)} -> {args.out}")
     return 0
+
+
+def _note(text: str) -> None:
+    """For people, beside the answer."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _tree(info: "DatasetInfo") -> dict[str, Any]:

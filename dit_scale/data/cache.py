@@ -47,7 +47,7 @@ class ShardCache:
 
     def __init__(self, storage: Storage, folder: str | Path, limit_bytes: int = 0) -> None:
         self.storage, self.limit_bytes = storage, limit_bytes
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))
 
     def holds(self, file: ShardFile) -> bool:
         """Whether the shard was fetched, by whatever process."""
@@ -130,6 +130,8 @@ class ShardCache:
         None when the shard is here by now, or another process is downloading it.
         """
         path = self._path(file, "tmp")
+        if str(self.folder).startswith("~"):
+            raise NoRoomError(f"no home directory is known for {self.folder}; set data.cache_dir")
         self.folder.mkdir(parents=True, exist_ok=True)
         with _opened(self.folder, os.O_RDONLY | os.O_DIRECTORY) as folder:
             fcntl.flock(folder, fcntl.LOCK_EX)

@@ -12,9 +12,9 @@ deviation, unscaled. Everything that is read is checked: a flipped bit is an err
 import functools
 import hashlib
 import io
-import json
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dit_scale.data.cache import RETRY_PAUSES_S, ShardCache, ShardFile
 from dit_scale.data.files import DamagedError, ShardFiles, concurrently
 from dit_scale.errors import DataError
+from dit_scale.sealed import unseal_any
 from dit_scale.storage import MissingKeyError, Storage, open_storage
 
 FORMAT = "dit-scale latents"
 FORMAT_VERSION = 1
-INFO_KEY = "dataset.json"
+INFO_KEY, IDENTITY_KEY = "dataset.json", "encode.json"
+MEND_INFO = "Copy it again from where it was made; if it was edited on purpose, delete its last key, sha256"
+
+RECORD_DIGEST = "record_sha256"
+"""The key that seals a shard's record, in which `sha256` is the tar's."""
 
 INDEX_MAGIC = b"DITSIDX\n"
 INDEX_VERSION = 1
@@ -97,6 +102,11 @@ class ShardInfo(_Part):
     def index_key(self) -> str:
         return f"shards/{self.name}.idx"
 
+    @property
+    def record_key(self) -> str:
+        """Its commit mark while the data set is made."""
+        return f"shards/{self.name}.json"
+
 
 class DatasetInfo(_Part):
     """dataset.json, typed."""
@@ -126,13 +136,16 @@ class DatasetInfo(_Part):
         return len(self.class_names)
 
 
-def read_info(storage: Storage) -> DatasetInfo:
-    """dataset.json of a finished data set; DataError says what is there instead."""
+def read_info(storage: Storage, say: Callable[[str], object] = lambda note: None) -> DatasetInfo:
+    """dataset.json of a finished data set; DataError says what is there instead.
+
+    `say` hears when it carries no digest of itself, as those of earlier versions.
+    """
     where = f"{storage.url}/{INFO_KEY}"
     try:
-        tree = json.loads(storage.read(INFO_KEY))
+        data = storage.read(INFO_KEY)
     except MissingKeyError:
-        begun = storage.exists("encode.json")
+        begun = storage.exists(IDENTITY_KEY)
         raise DataError(
             f"{storage.url} has no {INFO_KEY}: "
             + (
@@ -141,9 +154,11 @@ def read_info(storage: Storage) -> DatasetInfo:
                 else "not a latent data set; make one with `dit-scale encode`"
             )
         ) from None
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}); it was damaged or is of another kind") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    try:
+        tree, has_digest = unseal_any(data, where, DataError)
+    except DataError as error:
+        raise DataError(f"{error}. {MEND_INFO}") from None
+    if tree.get("format") != FORMAT:
         raise DataError(f"{where}: expected format {FORMAT!r}, got something else")
     if tree.get("version") != FORMAT_VERSION:
         raise DataError(
@@ -157,6 +172,8 @@ def read_info(storage: Storage) -> DatasetInfo:
         raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if info.samples != sum(shard.samples for shard in info.shards):
         raise DataError(f"{where}: the shards do not add up to {info.samples} samples")
+    if not has_digest:
+        say(f"{where} has no digest of itself, being of an earlier version: damage in it could go unseen")
     return info
 
 
@@ -234,7 +251,9 @@ class LatentDataset:
 
     def __init__(self, storage: Storage, cache_dir: str | Path, cache_bytes: int = 0) -> None:
         self.storage = storage
-        self.info = info = read_info(storage)
+        self.notes: list[str] = []
+        """What people should know of it."""
+        self.info = info = read_info(storage, self.notes.append)
         self.cache = ShardCache(storage, cache_dir, cache_bytes)
         tars = [ShardFile(shard.name, shard.tar_key, shard.bytes, shard.sha256) for shard in info.shards]
         self.files = ShardFiles(storage, self.cache, tars)

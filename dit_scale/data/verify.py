@@ -1,24 +1,28 @@
 """A latent data set read again from the first byte to the last: everything that is wrong with it.
 
 Digests of every tar and index, the tar's members against the index, checksum, shape and label of every
-sample, the counts, the quarantine and the channel statistics. Needs the memory of as many shards as are
-read at once, however large the data set is.
+sample, the counts, the quarantine and the channel statistics; what the encoding job left beside them, as
+far as it is there. Needs the memory of as many shards as are read at once, however large the data set is.
 """
 
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dit_scale.data.listing import LISTING_KEY, unpack
 from dit_scale.data.shards import (
+    IDENTITY_KEY,
     INFO_KEY,
+    RECORD_DIGEST,
     DatasetInfo,
     Records,
     ShardInfo,
@@ -28,22 +32,27 @@ from dit_scale.data.shards import (
 )
 from dit_scale.data.statistics import channel_sums, combine_sums
 from dit_scale.errors import DataError, StorageError
-from dit_scale.storage import Storage, UnavailableError
+from dit_scale.sealed import unseal_any
+from dit_scale.storage import MissingKeyError, Storage, UnavailableError
 
 STATISTICS_TOLERANCE = 1e-6
 """Largest difference of channel statistics: another NumPy may add in another order."""
 
 
 def verify(
-    storage: Storage, threads: int = 4, console: Console | None = None
+    storage: Storage,
+    threads: int = 4,
+    console: Console | None = None,
+    say: Callable[[str], object] = lambda note: None,
 ) -> tuple[DatasetInfo, list[str]]:
     """dataset.json and everything that is wrong; `threads` shards are read, and held in memory, at once.
 
-    A console that is a terminal gets a bar. Raises DataError when there is no finished data set,
-    UnavailableError when the storage does not answer: what cannot be read may be whole.
+    A console that is a terminal gets a bar; `say` hears what is to be known of a sound one. Raises DataError
+    when there is no finished data set, UnavailableError when the storage does not answer: what cannot be
+    read may be whole.
     """
-    info = read_info(storage)
-    problems, whole = list(_description(info)), _WholeSet(info)
+    info = read_info(storage, say)
+    problems, whole = [*_description(info), *_left_by_the_job(storage)], _WholeSet(info)
     bar = Progress(
         TextColumn("verifying"),
         BarColumn(),
@@ -100,6 +109,34 @@ def _description(info: DatasetInfo) -> Iterator[str]:
         )
 
 
+def _left_by_the_job(storage: Storage) -> Iterator[str]:
+    """The job's identity and listing; training does without them."""
+    for key in (IDENTITY_KEY, LISTING_KEY):
+        where = f"{storage.url}/{key}"
+        try:
+            data = storage.read(key)
+            unpack(data, where) if key == LISTING_KEY else unseal_any(data, where, DataError)
+        except MissingKeyError:
+            continue
+        except DataError as error:
+            yield str(error)
+
+
+def _record(storage: Storage, shard: ShardInfo) -> Iterator[str]:
+    """The shard's record of the job, if it is there; it must say what dataset.json does."""
+    where = f"{storage.url}/{shard.record_key}"
+    try:
+        tree, _ = unseal_any(storage.read(shard.record_key), where, DataError, RECORD_DIGEST)
+        said = ShardInfo.model_validate(tree)
+    except MissingKeyError:
+        return
+    except (DataError, ValidationError) as error:
+        yield f"{shard.record_key}: damaged ({error})"
+        return
+    if said != shard:
+        yield f"{shard.record_key}: it does not say what {INFO_KEY} says of this shard"
+
+
 def _verify_shard(storage: Storage, info: DatasetInfo, shard: ShardInfo) -> _ShardReport:
     """Digests, members, checksums, shapes and labels of one shard."""
     report = _ShardReport(info.latent_shape[1] // 2)
@@ -122,6 +159,7 @@ def _verify_shard(storage: Storage, info: DatasetInfo, shard: ShardInfo) -> _Sha
     if len(records) != shard.samples:
         report.problems.append(f"{shard.index_key}: {len(records)} records, {INFO_KEY} says {shard.samples}")
     report.keys = records["key"].astype(np.int64)
+    report.problems += _record(storage, shard)
     report.problems += _members(shard, tar, records)
     report.problems += _samples(report, info, shard, tar, records)
     return report

@@ -10,7 +10,6 @@
 A round is one try to train with a fixed set of nodes. Clocks of different nodes are never compared.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,8 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
+from dit_scale.errors import StorageError
+from dit_scale.sealed import sealed, unseal_any
 from dit_scale.storage import MissingKeyError, Storage
 
 _LEFT = ".left"
@@ -210,9 +211,9 @@ class Board:
             return list(readers.map(self._read, keys))
 
     def _read(self, key: str) -> dict[str, Any] | None:
+        where = f"{self.url}/{key}"
         try:
-            tree: dict[str, Any] = json.loads(self._storage.read(key))
-            return tree
+            return unseal_any(self._storage.read(key), where, StorageError)[0]
         except MissingKeyError:
             return None
 
@@ -230,4 +231,4 @@ def _left_key(number: int, member: Member) -> str:
 
 
 def _dump(tree: dict[str, Any]) -> bytes:
-    return json.dumps(tree).encode()
+    return sealed(tree)

@@ -218,14 +218,14 @@ def space_problems(config: TrainConfig) -> list[str]:
     checkpoint_bytes = 4 * kinds * num_parameters(shape_of(config.model))
     needs = {
         Path(tempfile.gettempdir()): ("TMPDIR", SPARE_BYTES),
-        Path(config.run).absolute(): ("run", SPARE_BYTES),
+        Path(config.run): ("run", SPARE_BYTES),
     }
     root = open_storage(config.checkpoint.url or config.run).local_path("checkpoints")
     if root:
         name = "checkpoint.url" if config.checkpoint.url else "run"
         needs[root.parent] = (name, SPARE_BYTES + checkpoint_bytes)
     if open_storage(config.data.url).local_path("dataset.json") is None:
-        needs[Path(config.data.cache_dir).expanduser()] = ("data.cache_dir", SPARE_BYTES)
+        needs[Path(config.data.cache_dir)] = ("data.cache_dir", SPARE_BYTES)
     problems = []
     for folder, (name, need_bytes) in needs.items():
         free_bytes = shutil.disk_usage(_existing(folder)).free
@@ -239,7 +239,6 @@ def space_problems(config: TrainConfig) -> list[str]:
 
 def _existing(folder: Path) -> Path:
     """The folder, or the one above it that is there already."""
-    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
     return folder

@@ -28,6 +28,7 @@ from dit_scale.elastic.preflight import Preflight, assigned_gpus, say_unless_sha
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
 from dit_scale.elastic.watch import LEAVE_S, Deadlines
 from dit_scale.errors import ConfigError, DitScaleError, StorageError
+from dit_scale.paths import without_paths
 from dit_scale.storage import Storage, open_storage
 from dit_scale.telemetry.sinks import Journal
 
@@ -115,9 +116,9 @@ def drive(life: Wait) -> Exit:
 
 
 def committed_step(root: Storage) -> int:
-    """Of the newest checkpoint; -1 when there is none."""
-    paths = attempts.committed(root)
-    return step_and_attempt(paths[0])[0] if paths else -1
+    """Of the newest checkpoint whose manifest can be read; -1 when there is none."""
+    readable = (path for path in attempts.committed(root) if attempts.is_readable(root, path))
+    return next((step_and_attempt(path)[0] for path in readable), -1)
 
 
 def samples_of(config: TrainConfig, root: Storage, step: int) -> list[int]:
@@ -136,8 +137,11 @@ def samples_of(config: TrainConfig, root: Storage, step: int) -> list[int]:
 
 
 def digest(config: TrainConfig) -> str:
-    """Of the resolved configuration."""
-    return hashlib.sha256(dump(config).encode()).hexdigest()
+    """Of the resolved configuration without its paths: nodes may have the same folders under other names.
+
+    The nodes that meet have the same root, and their ranks compare the data sets that they see.
+    """
+    return hashlib.sha256(dump(without_paths(config)).encode()).hexdigest()
 
 
 def num_devices() -> int:

@@ -15,7 +15,8 @@ class StatusLine:
     """Shows the steps of a run; silent on all ranks but the first."""
 
     def __init__(self, total_steps: int, first_step: int, shown: bool) -> None:
-        self._console = Console(stderr=True)
+        # A folder may be called [red] or :x:, and messages of others hold brackets: text is shown as it is.
+        self._console = Console(stderr=True, markup=False, emoji=False)
         self._shown, self._total_steps = shown, total_steps
         self._recent = deque([(first_step, time.monotonic())], maxlen=RECENT)
         self._bar = Progress(

@@ -4,14 +4,19 @@ The one door to wandb and TensorBoard. On resume, lines of steps that will be ta
 dropped from the record, so that it reads as one unbroken run.
 """
 
+import hashlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
 from dit_scale.config import Mirrored, TrainConfig
 from dit_scale.errors import ConfigError
+
+_WANDB_FOLDER = re.compile(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)")
+"""When it was begun, and the run's id."""
 
 
 class Sink(Protocol):
@@ -95,10 +100,24 @@ def open_sinks(folder: Path, config: TrainConfig, resume_step: int) -> list[Sink
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resume_step)]
     if config.log.wandb != "off":
         resolved = config.model_dump(mode="json")
-        sinks.append(Wandb(folder, folder.name, config.run, config.log, resolved))
+        sinks.append(Wandb(folder, folder.name, wandb_id(folder), config.log, resolved))
     if config.log.tensorboard:
         sinks.append(TensorBoard(folder, resume_step))
     return sinks
+
+
+def wandb_id(folder: Path) -> str:
+    """The id under which the run in this folder began, also if it has moved since; a new one of its path."""
+    known = (_WANDB_FOLDER.fullmatch(path.name) for path in (folder / "wandb").glob("*run-*"))
+    if begun := sorted(match.groups() for match in known if match):
+        return str(begun[-1][1])
+    return wandb_id_of(os.path.abspath(folder))
+
+
+def wandb_id_of(place: str) -> str:
+    """An id for what lies at this path or url, unlike that of anything else."""
+    digest = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", place).strip("-")[-100:] + f"-{digest}"
 
 
 class Journal:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_scale.checkpoint import attempts as chain
-from dit_scale.config import TrainConfig, load
+from dit_scale.config import TrainConfig, load, moved
 from dit_scale.elastic.board import Board
 from dit_scale.errors import ConfigError, StorageError
 from dit_scale.storage import Storage, open_storage
@@ -157,7 +157,8 @@ def _look(run: str, now_s: float) -> _Seen:
             f"{run}: expected a run's folder, with events.jsonl or supervisors/ in it; a run writes them "
             "when it first starts (run=FOLDER of its configuration)"
         )
-    config = load(TrainConfig, folder / "config.yaml") if (folder / "config.yaml").is_file() else None
+    known = (folder / "config.yaml").is_file()
+    config = moved(load(TrainConfig, folder / "config.yaml"), run) if known else None
     root = open_storage((config.checkpoint.url if config else "") or run)
     leases = root.local_path("elastic/leases")
     files += leases.glob("*.json") if leases else ()
@@ -192,7 +193,8 @@ def _stored(root: Storage) -> tuple[str, list[str], str]:
     """The newest checkpoint, the nodes that wait for a round, and why neither is known."""
     try:
         paths, board = chain.committed(root), Board(root)
-        return paths[0] if paths else "", board.joined(board.newest() + 1).nodes, ""
+        newest = next((path for path in paths if chain.is_readable(root, path)), "".join(paths[:1]))
+        return newest, board.joined(board.newest() + 1).nodes, ""
     except StorageError as error:
         return "", [], f"its checkpoints are not to be seen: {error}"
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Attempt
-from dit_scale.checkpoint.manifest import read_manifest, step_and_attempt
+from dit_scale.checkpoint.manifest import EMA, read_manifest, step_and_attempt
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import Storage
@@ -52,13 +54,15 @@ def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
     not seen or whose record is damaged.
     """
     root, folder = root_of(config), Path(config.run)
-    journal, record = list(_lines(folder / "events.jsonl")), list(_lines(folder / "metrics.jsonl"))
+    journal = list(_lines(folder / "events.jsonl", "event", "attempt", "step"))
+    record = list(_lines(folder / "metrics.jsonl", "step", *COLUMNS))
     committed = attempts.committed(root)
     reached = max(
         [line["step"] for line in (*journal, *record)] + [step_and_attempt(path)[0] for path in committed],
         default=0,
     )
-    if step > min(reached + config.log.every_steps, config.steps):
+    # behind what is written down some more steps may be taken, but steps may also have been lowered since
+    if step > max(reached, min(reached + config.log.every_steps, config.steps)):
         raise ConfigError(f"{config.run}: step {step} was not taken yet, the run has come to about {reached}")
     taker = _taker(root, step, attempt)
     later = [number for number in attempts.numbers(root) if number > taker.number]
@@ -80,6 +84,29 @@ def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
             if event["failed_steps"][0] <= step <= event["failed_steps"][1]
         ),
     )
+
+
+def as_taken(config: TrainConfig, attempt: Attempt) -> TrainConfig:
+    """The configuration with what an attempt computed by, as its checkpoints say, if one is left.
+
+    Where things are, and the device, stay as they are now.
+    """
+    root = root_of(config)
+    for path in (*attempts.committed(root), *attempts.committed(root, EMA)):
+        if step_and_attempt(path)[1] == attempt.number:
+            with suppress(CheckpointError, ValidationError):
+                taken = TrainConfig.model_validate(read_manifest(root, path).config)
+                here = config.engine.model_dump(include={"device", "determinism", "cpu_threads"})
+                return config.model_copy(
+                    update={
+                        "steps": taken.steps,
+                        "model": taken.model,
+                        "optimizer": taken.optimizer,
+                        "guard": taken.guard,
+                        "engine": taken.engine.model_copy(update=here),
+                    }
+                )
+    return config
 
 
 def _taker(root: Storage, step: int, attempt: int | None) -> Attempt:
@@ -128,8 +155,13 @@ def _pending(root: Storage, committed: list[str], step: int) -> Recorded | None:
     return None
 
 
-def _lines(path: Path) -> Iterator[Line]:
-    """The whole lines of a file that may not be there; a kill can leave half a line at its end."""
+def _lines(path: Path, *keys: str) -> Iterator[Line]:
+    """The lines with these keys of a file that may not be there.
+
+    A kill can leave half a line at the end, and lines have no digest: one that is damaged counts as none.
+    """
     for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with suppress(json.JSONDecodeError):
-            yield json.loads(text)
+            line = json.loads(text)
+            if isinstance(line, dict) and {*keys} <= line.keys():
+                yield line

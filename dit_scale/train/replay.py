@@ -23,7 +23,7 @@ from dit_scale.dist import World
 from dit_scale.telemetry.meters import COLUMNS, Meters, Row
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.train import determinism
-from dit_scale.train.history import Past, past_of
+from dit_scale.train.history import Past, as_taken, past_of
 from dit_scale.train.memory import plan_of
 from dit_scale.train.objective import SampleLosses, drop_labels
 from dit_scale.train.run import (
@@ -88,12 +88,13 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
     first. Raises ConfigError for a folder that is no run and a step that was not taken, CheckpointError
     for an unknown attempt, and what training raises.
     """
-    config = config_of_folder(run).model_copy(update={"run": run})  # the folder may have moved
-    determinism.pin(config.engine)
-    world = dist.start(config.engine)
+    asked = config_of_folder(run)
+    determinism.pin(asked.engine)
+    world = dist.start(asked.engine)
     with ExitStack() as stack:
         stack.callback(dist.stop)
-        past = world.first_says(lambda: past_of(config, step, attempt))
+        past = world.first_says(lambda: past_of(asked, step, attempt))
+        config = world.first_says(lambda: as_taken(asked, past.attempt))
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
         check_dataset(config, dataset)
         plan = plan_of(config, world.size)
@@ -147,11 +148,6 @@ def _fill(
         return None
     training.resume(found.manifest.guard)
     say(f"from {found}")
-    before, now = found.config.model_dump(mode="json"), config.model_dump(mode="json")
-    for section in ("optimizer", "engine", "guard"):
-        for key, value in now[section].items():
-            if before[section][key] != value:
-                say(f"{section}.{key} was {before[section][key]} when that was saved, is {value}")
     return found
 
 

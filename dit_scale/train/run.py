@@ -15,24 +15,22 @@ record and the journal along, and the machine on which the run goes on has them 
 import hashlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from dit_scale import dist
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Ranges
 from dit_scale.checkpoint.manifest import Manifest, read_manifest, step_and_attempt
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.config import TrainConfig, dump, load
+from dit_scale.config import TrainConfig, dump, load, moved
 from dit_scale.data.shards import INFO_KEY, LatentDataset
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import MissingKeyError, Storage, UnavailableError, open_storage
-from dit_scale.train.ema import ema_kind
-from dit_scale.train.optim import learning_rate
+from dit_scale.train.averages import since_steps
+from dit_scale.train.changes import Say, check_same_run, say_changes
 
-Say = Callable[[str], None]
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
 
@@ -52,6 +50,8 @@ class RunState:
     """Ranges of positions that the run leaves out."""
     quarantined: dict[int, str] = field(default_factory=dict)
     """Sample id => why it cannot be read."""
+    ema_since: dict[str, int] = field(default_factory=dict)
+    """Profile => step since which its average is tracked, as far as it is known."""
 
     @classmethod
     def of(cls, manifest: Manifest, excluded: Ranges) -> "RunState":
@@ -64,6 +64,12 @@ class RunState:
             merged((*manifest.excluded_positions, *excluded)),
             dict(manifest.quarantined),
         )
+
+
+def state_of(config: TrainConfig, found: Checkpoint | None, excluded: Ranges) -> RunState:
+    """Of a run that goes on from this checkpoint, or begins."""
+    state = RunState.of(found.manifest, excluded) if found else RunState(excluded=excluded)
+    return replace(state, ema_since=since_steps(config.ema, found))
 
 
 def merged(ranges: Ranges) -> Ranges:
@@ -83,15 +89,15 @@ def root_of(config: TrainConfig) -> Storage:
 
 
 def config_of_folder(run: str | Path) -> TrainConfig:
-    """The configuration in a run's folder. Raises ConfigError for any other folder."""
+    """The configuration in a run's folder, which may have moved. Raises ConfigError for any other folder."""
     if not (Path(run) / "config.yaml").is_file():
         raise ConfigError(f"{run}: expected a run's folder, with its config.yaml")
-    return load(TrainConfig, Path(run) / "config.yaml")
+    return moved(load(TrainConfig, Path(run) / "config.yaml"), str(run))
 
 
 def root_of_folder(run: str | Path) -> Storage:
-    """Where the run of this folder keeps its attempts and checkpoints; the folder may have moved."""
-    return open_storage(config_of_folder(run).checkpoint.url or run)
+    """Where the run of this folder keeps its attempts and checkpoints."""
+    return root_of(config_of_folder(run))
 
 
 def choose_precision(config: TrainConfig, world: World) -> tuple[TrainConfig, str]:
@@ -141,27 +147,13 @@ def prepare_folder(config: TrainConfig, found: Checkpoint | None) -> None:
             path.write_bytes(saved)
 
 
-def identity(config: TrainConfig) -> dict[str, Any]:
-    """The knobs that decide which numbers a run computes: they may not change within one run."""
-    tree = config.model_dump(mode="json")
-    model = {key: value for key, value in tree["model"].items() if key != "attention"}
-    return {
-        "seed": tree["seed"],
-        "global_batch": tree["global_batch"],
-        "model": model,
-        "data.horizontal_flip": tree["data"]["horizontal_flip"],
-        "data.window_shards": tree["data"]["window_shards"],
-        "diffusion": tree["diffusion"],
-    }
-
-
 def data_digest(dataset: LatentDataset) -> str:
     """SHA-256 of dataset.json: it names every shard by its own digest."""
     return hashlib.sha256(dataset.storage.read(INFO_KEY)).hexdigest()
 
 
-def check_dataset(config: TrainConfig, dataset: LatentDataset) -> None:
-    """Raises ConfigError when model and data do not fit."""
+def check_dataset(config: TrainConfig, dataset: LatentDataset) -> str:
+    """A note on a model with more classes than the data, else nothing; ConfigError when they do not fit."""
     info = dataset.info
     if not info.samples:
         raise ConfigError(f"{config.data.url} holds no sample")
@@ -175,6 +167,13 @@ def check_dataset(config: TrainConfig, dataset: LatentDataset) -> None:
             f"{config.data.url} has {info.num_classes} classes, "
             f"model.num_classes is {config.model.num_classes}"
         )
+    if info.num_classes == config.model.num_classes:
+        return ""
+    return (
+        f"{config.data.url} has {info.num_classes} classes, model.num_classes is {config.model.num_classes}: "
+        f"the labels from {info.num_classes} on are never trained. That is no error where the data are part "
+        f"of a larger set whose labels they keep; else set model.num_classes={info.num_classes}"
+    )
 
 
 def find_checkpoint(
@@ -188,12 +187,19 @@ def find_checkpoint(
     """Fill in the newest checkpoint that all ranks can read; None when the run has none.
 
     A damaged one is named and passed over, and so is one beyond `at_most_step`. Raises ConfigError when
-    the run belongs to another configuration or data set, CheckpointError when all are damaged or when the
-    ranks find different ones under one name, and UnavailableError when the storage does not answer:
-    nothing is passed over for that.
+    the run belongs to another configuration or data set, or the ranks see different ones; CheckpointError
+    when all are damaged or when the ranks find different ones under one name; and UnavailableError when the
+    storage does not answer: nothing is passed over for that.
     """
+    if len(set(world.gather(data_sha256))) > 1:
+        raise ConfigError(
+            f"data.url={config.data.url} is not the same latent data set for all ranks; on every node it "
+            "must lead to the same one, or to an exact copy"
+        )
     root = root_of(config)
-    paths = world.first_says(lambda: attempts.committed(root))
+    paths, lost = world.first_says(lambda: (attempts.committed(root), attempts.unrecorded(root)))
+    for number in lost:
+        say(f"attempts/{number:04d}.json is missing; attempt {number} counts as far as it can be read")
     if at_most_step is not None:
         paths = [path for path in paths if step_and_attempt(path)[0] <= at_most_step]
     for path in paths:
@@ -201,7 +207,7 @@ def find_checkpoint(
         try:
             checkpoint = Checkpoint(root, path)
             digest = hashlib.sha256(checkpoint.manifest.model_dump_json().encode()).hexdigest()
-            _check_same_run(config, data_sha256, checkpoint)
+            check_same_run(config, data_sha256, checkpoint)
             fill(checkpoint)
         except CheckpointError as error:
             problem = str(error)
@@ -217,7 +223,7 @@ def find_checkpoint(
                 "they look at different storages. Set checkpoint.url, or run, to one that all nodes share"
             )
         if not problems:
-            say_if_rate_changes(config, checkpoint, say)
+            say_changes(config, checkpoint, say)
             return checkpoint
         say(f"passing over checkpoint {path}: {problems[0]}")
     if paths:
@@ -225,40 +231,3 @@ def find_checkpoint(
             f"{root.url}: none of its {len(paths)} checkpoints can be read; start a new run"
         )
     return None
-
-
-def restored_kinds(config: TrainConfig, checkpoint: Checkpoint, say: Say) -> tuple[list[str], list[str]]:
-    """EMA kinds to restore, and those that this checkpoint does not hold and that start anew."""
-    held = checkpoint.kinds()
-    wanted = [ema_kind(profile.name) for profile in config.ema]
-    old, new = [kind for kind in wanted if kind in held], [kind for kind in wanted if kind not in held]
-    if new:
-        say(f"{', '.join(new)}: not in the checkpoint, starts from its weights")
-    gone = sorted(kind for kind in held if kind.startswith("ema.") and kind not in wanted)
-    if gone:
-        say(f"{', '.join(gone)}: in the checkpoint and no longer configured, dropped")
-    return old, new
-
-
-def say_if_rate_changes(config: TrainConfig, checkpoint: Checkpoint, say: Say) -> None:
-    """Say so when the next step has another learning rate than with the configuration that was saved."""
-    saved, step = checkpoint.config, checkpoint.manifest.step
-    was, now = (learning_rate(one.optimizer, step, one.steps) for one in (saved, config))
-    if was != now and step < config.steps:
-        say(
-            f"the learning rate of step {step + 1} is {now:.3g}, with the saved configuration it was "
-            f"{was:.3g}: optimizer has changed, or steps, on which a decay depends"
-        )
-
-
-def _check_same_run(config: TrainConfig, data_sha256: str, checkpoint: Checkpoint) -> None:
-    before = identity(checkpoint.config)
-    now = identity(config)
-    changed = [f"{key} was {before[key]}, is {now[key]}" for key in now if before[key] != now[key]]
-    if checkpoint.manifest.data_sha256 != data_sha256:
-        changed.append("data.url holds another latent data set")
-    if changed:
-        raise ConfigError(
-            f"{config.run} is a run of another configuration: {'; '.join(changed)}. "
-            "Restore the values to resume it, or choose another run=FOLDER"
-        )

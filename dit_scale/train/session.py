@@ -30,6 +30,7 @@ from dit_scale.errors import CheckpointError, StabilityError
 from dit_scale.telemetry.meters import COLUMNS, Meters, Row
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.telemetry.sinks import Journal, Sink, open_sinks
+from dit_scale.train.averages import restored_kinds
 from dit_scale.train.ema import ema_kind
 from dit_scale.train.memory import plan_of
 from dit_scale.train.run import (
@@ -41,8 +42,8 @@ from dit_scale.train.run import (
     merged,
     prepare_folder,
     record_of,
-    restored_kinds,
     root_of,
+    state_of,
 )
 from dit_scale.train.step import TrainingStep
 
@@ -55,10 +56,10 @@ class Session:
 
     def __init__(self, config: TrainConfig, world: World, stack: ExitStack, heart: Heart) -> None:
         """`heart` is told that a long read, or a long wait, gets on."""
-        config, self._precision_note = choose_precision(config, world)
+        config, precision_note = choose_precision(config, world)
         self.config, self.world, self._heart = config, world, heart
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
-        check_dataset(config, dataset)
+        self._notes = [precision_note, check_dataset(config, dataset), *dataset.notes]
         self.plan = plan_of(config, world.size)
         self._dataset = dataset
         self._data_sha256, self._vae_sha256 = data_digest(dataset), dataset.info.vae.weights_sha256
@@ -199,7 +200,7 @@ class Session:
         self._report(self.saver.advance(any_at_work, any_failed))
 
     def save_and_wait(self) -> None:
-        """Commit this step before going on; tried again until `checkpoint.deadline_s` has passed.
+        """Commit this step before going on; tried again, if it can help, for `checkpoint.deadline_s`.
 
         Raises CheckpointError, on all ranks, when it cannot be done.
         """
@@ -212,7 +213,8 @@ class Session:
             outcome = self._wait_for_save()
             self._report(outcome)
             assert outcome is not None
-            if outcome.problem and self.world.first_says(lambda: time.monotonic() > give_up_s):
+            is_late = self.world.first_says(lambda: time.monotonic() > give_up_s)
+            if outcome.problem and (outcome.is_final or is_late):
                 raise CheckpointError(f"{self._root.url}: the last save failed: {outcome.problem}")
             if outcome.problem:
                 time.sleep(pause_s)
@@ -258,12 +260,10 @@ class Session:
         notes += said
 
     def _go_on_from(self, found: Checkpoint | None) -> None:
-        excluded = self.attempt.excluded_positions
+        self.state = state_of(self.config, found, self.attempt.excluded_positions)
         if found is None:
             self.step.start()
-            self.state = RunState(excluded=excluded)
         else:
-            self.state = RunState.of(found.manifest, excluded)
             self.step.resume(found.manifest.guard)
         self._began_step = self._observed_step = self._saved_step = self._committed_step = self.state.step
 
@@ -295,7 +295,7 @@ class Session:
 
     def _announce(self, notes: list[str], resumed: bool, restore_s: float) -> None:
         plan, config = self.plan, self.config
-        notes = [*filter(None, [self._precision_note]), *notes, *self.loader.notes()]
+        notes = [*filter(None, self._notes), *notes, *self.loader.notes()]
         for note in notes:
             self.say(note)
         self.say(
@@ -333,6 +333,7 @@ class Session:
             skipped_steps=state.skipped,
             excluded_positions=state.excluded,
             quarantined=dict(state.quarantined),
+            ema_since=state.ema_since,
             versions={"dit_scale": __version__, "torch": torch.__version__},
             written_by={"world": self.world.size, "zero_stage": config.engine.zero_stage},
         )

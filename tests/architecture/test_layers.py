@@ -24,8 +24,8 @@ MAX_FUNCTION_LINES = 60
 
 LAYERS = (
     ("errors", "signals"),
-    ("recipes",),
-    ("config", "keys", "storage"),
+    ("recipes", "paths", "configfile"),
+    ("config", "keys", "sealed", "storage"),
     ("rng", "dist"),
     ("models", "diffusion", "data", "vae_files", "vae", "weights"),
     ("checkpoint",),
@@ -58,6 +58,8 @@ WITHOUT_TORCH = (
     "dit_scale.errors",
     "dit_scale.cli",
     "dit_scale.config",
+    "dit_scale.configfile",
+    "dit_scale.paths",
     "dit_scale.keys",
     "dit_scale.storage",
     "dit_scale.data.download",

@@ -1,7 +1,6 @@
 """Samples that spoil a step or cannot be read, and a run that tells which samples it was fed."""
 
 import hashlib
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -13,11 +12,12 @@ import torch
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Batch
 from dit_scale.data.order import Order
-from dit_scale.data.shards import INFO_KEY, LATENT_DTYPE, LatentDataset, encode_sample, write_index
+from dit_scale.data.shards import LATENT_DTYPE, LatentDataset, encode_sample, write_index
 from dit_scale.train import loop
 from dit_scale.train.objective import SampleLosses
 from dit_scale.train.step import TrainingStep
 from tests.dist import jobs
+from tests.latents import edit_info
 
 Fed = dict[int, list[tuple[int, int]]]
 """Step, counted from 1 => (position, label) of the samples of one rank, or of all."""
@@ -69,8 +69,7 @@ def spoil(folder: Path, sample_ids: Collection[int]) -> None:
             "index_sha256": hashlib.sha256(index).hexdigest(),
         }
         shards[number] = shard.model_copy(update=digests)
-    info = dataset.info.model_copy(update={"shards": tuple(shards)})
-    (folder / INFO_KEY).write_text(json.dumps(info.model_dump(mode="json")))
+    edit_info(folder, shards=[shard.model_dump(mode="json") for shard in shards])
 
 
 def damage(folder: Path, sample_id: int) -> None:

@@ -10,7 +10,7 @@ from dit_scale import dist
 from dit_scale.checkpoint.manifest import CHECKPOINTS, name_of
 from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.config import EngineConfig, TrainConfig
-from dit_scale.errors import CheckpointError
+from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import open_storage
 from dit_scale.train.run import find_checkpoint
 from tests import checkpoints
@@ -31,7 +31,7 @@ def found_in(folders: tuple[Path, ...]) -> tuple[str, list[str]]:
         found = find_checkpoint(
             config, "1" * 64, world, lambda found: found.read(MASTER, "w", 0, SIZE), notes.append
         )
-        return found.name if found else "none", notes
+        return found.name if found else "none", [note for note in notes if not note.startswith("run: ")]
     except CheckpointError as error:
         return str(error), notes
     finally:
@@ -68,3 +68,24 @@ def test_different_checkpoints_under_one_name_are_an_error(folders: tuple[Path, 
     for message, notes in run(WORLD, found_in, folders):
         assert f"{NEWEST}: its manifest is whole on all ranks, and not the same on all of them" in message
         assert notes == []
+
+
+def sees(digests: tuple[str, ...]) -> str:
+    """What a rank says that sees this data set."""
+    world = dist.start(EngineConfig(device="cpu"))
+    try:
+        find_checkpoint(TrainConfig(), digests[int(os.environ["RANK"])], world, print, print)
+        return ""
+    except ConfigError as error:
+        return str(error)
+    finally:
+        dist.stop()
+
+
+def test_different_data_sets_under_one_path_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(WORLD, sees, ("1" * 64, "1" * 64)) == [""] * WORLD
+    for said in run(WORLD, sees, ("1" * 64, "2" * 64)):
+        assert said.startswith("data.url=data/imagenet256 is not the same latent data set for all ranks")

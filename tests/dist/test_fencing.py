@@ -4,6 +4,7 @@ The old one is held at a point, stopped with SIGSTOP, and woken with SIGCONT whe
 """
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any
 import pytest
 
 from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
 from dit_scale.train.run import root_of
 from tests.dist import jobs
 from tests.dist.points import Hold
 from tests.dist.processes import TIMEOUT_S, run, start
-from tests.dist.runs import final_files, kill, wait_for
+from tests.dist.runs import events, final_files, kill, wait_for
 from tests.latents import write_latents
 from tests.s3 import BUCKET, s3_server
 
@@ -115,3 +117,27 @@ def test_an_old_attempt_that_wakes_up_changes_nothing(
     assert jobs.losses(config) == jobs.losses(straight)
     assert run(WORLD, jobs.in_environment, environment, jobs.train, config) == [0, 0]
     assert final_files(config) == final_files(straight)
+
+
+def test_the_last_save_is_not_tried_again_under_a_name_that_is_taken(data: Path, tmp_path: Path) -> None:
+    """An older manifest is copied into its folder just before the commit; the next start has another name."""
+    config = config_of(tmp_path / "run", data, "")
+    hold = Hold(tmp_path, "writer: before the manifest", nth=4)
+    ranks, answers = start(1, jobs.train_held, config, hold, 0)
+    try:
+        wait_for(hold, answers)
+        older, last = (root_of(config).local_path(f"{CHECKPOINTS}/{name_of(step, 1)}") for step in (9, 12))
+        assert older is not None
+        assert last is not None
+        shutil.copy(older / MANIFEST, last / MANIFEST)
+        hold.go.touch()
+        error = answers.get(timeout=TIMEOUT_S)[1]
+    finally:
+        kill(ranks)
+    assert "CheckpointError" in error
+    assert f"the last save failed: rank 0: {last} has a manifest already" in error
+    assert (older / MANIFEST).read_bytes() == (last / MANIFEST).read_bytes()
+    assert run(1, jobs.train, config) == [0]
+    (note,) = events(config, "start")[-1]["notes"]
+    assert note.startswith(f"passing over checkpoint {CHECKPOINTS}/{name_of(12, 1)}: {last} holds step 9 of ")
+    assert committed(root_of(config))[0] == f"{CHECKPOINTS}/{name_of(12, 2)}"

@@ -114,7 +114,19 @@ def test_the_command_on_a_run_that_moved_and_changed(rolled_back: TrainConfig, t
     tree, beside = command(tmp_path / "run", attempt=1)
     assert (tree["loss"], tree["grad_norm"], tree["skipped"], tree["differences"]) == ("nan", "inf", 1.0, {})
     assert f"from {tmp_path}/run/checkpoints/0000000003-0001\n" in beside
-    assert "optimizer.lr was 0.0001 when that was saved, is 0.5\n" in beside
+    assert f"run: {rolled_back.run} -> {tmp_path}/run\n" in beside
+    assert "optimizer.lr" not in beside, "the attempt took its steps at the rate that its checkpoints have"
+
+
+def test_a_step_that_was_taken_at_another_rate(rolled_back: TrainConfig, tmp_path: Path) -> None:
+    run_of_old = rolled_back.model_copy(update={"run": str(tmp_path / "run")})
+    shutil.copytree(rolled_back.run, run_of_old.run)
+    faster = run_of_old.optimizer.model_copy(update={"lr": 0.5})
+    (tmp_path / "run" / "config.yaml").write_text(dump(run_of_old.model_copy(update={"optimizer": faster})))
+    found = replayed(run_of_old, step=9)
+    assert found.past.recorded is not None
+    assert found.checkpoint == "checkpoints/0000000006-0002"
+    assert found.differences() == {}
 
 
 def test_a_sample_that_was_damaged_then(tmp_path: Path) -> None:

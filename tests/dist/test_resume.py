@@ -111,6 +111,21 @@ def test_another_configuration_is_refused(data: Path, tmp_path: Path) -> None:
     assert ConfigError.__name__ in str(failure.value)
 
 
+def test_an_average_keeps_its_width(data: Path, tmp_path: Path) -> None:
+    config = config_of(tmp_path, data).model_copy(update={"steps": 1})
+    assert run(1, jobs.train, config) == [0]
+    saved = committed(root_of(config))
+    constant = config.ema[0]
+    other = config.model_copy(update={"steps": 2, "ema": (constant, EmaProfile(name="power", sigma_rel=0.2))})
+    with pytest.raises(
+        AssertionError, match=r"'power' has sigma_rel 0\.2, but .* with sigma_rel 0\.1"
+    ) as failure:
+        run(1, jobs.train, other)
+    assert ConfigError.__name__ in str(failure.value)
+    assert committed(root_of(config)) == saved
+    assert "sigma_rel: 0.2" not in (tmp_path / "config.yaml").read_text()
+
+
 def test_averages_may_come_and_go(data: Path, tmp_path: Path) -> None:
     config = jobs.saving(config_of(tmp_path / "run", data), steps=4, every_steps=4)
     kept, gone, new = *config.ema, EmaProfile(name="new", decay=0.5)
@@ -123,12 +138,15 @@ def test_averages_may_come_and_go(data: Path, tmp_path: Path) -> None:
     assert events(config, "start")[-1]["notes"] == [
         "ema.new: not in the checkpoint, starts from its weights",
         "ema.power: in the checkpoint and no longer configured, dropped",
+        "steps: 4 -> 5",
     ]
     before, after, whole = (
         Checkpoint(root_of(run), committed(root_of(run))[number])
         for run, number in ((changed, 1), (changed, 0), (straight, 0))
     )
     assert gone.name == "power"
+    assert before.manifest.ema_since == {"constant": 0, "power": 0}
+    assert after.manifest.ema_since == {"constant": 0, "new": 4}
     assert after.kinds() == {"master", "exp_avg", "exp_avg_sq", "ema.constant", "ema.new"}
     for name, weights in after.read_whole("master").items():
         start = before.read_whole("master")[name]

@@ -13,12 +13,13 @@ import torch
 from dit_scale import rng
 from dit_scale.checkpoint import attempts, rankfile
 from dit_scale.checkpoint.attempts import Attempt
-from dit_scale.checkpoint.manifest import Manifest, name_of, sealed
+from dit_scale.checkpoint.manifest import Manifest, name_of
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.writer import put_manifest
 from dit_scale.data.order import Order, permute, positions_of, round_keys, sample_ids
 from dit_scale.data.shards import encode_sample
 from dit_scale.rng import Purpose
+from dit_scale.sealed import sealed
 from dit_scale.storage import open_storage
 from dit_scale_pipeline.shards_writer import Row, build_shard
 
@@ -184,10 +185,14 @@ MANIFEST = (
     '{"format":"dit-scale checkpoint","version":2,"step":3,"samples":768,"attempt":1,"config":{},'
     '"data_sha256":"d","vae_sha256":"v","model_shapes":{"w":[6]},"optimizer_groups":[],'
     '"pending_metrics":[[0.5,0.25,0.125,1.0,0.0]],"guard":{"updates":2.0},"skipped_steps":[2],'
-    '"excluded_positions":[[256,512]],"quarantined":{"7":"unreadable"},"versions":{},"written_by":{},'
-    f'"files":[{FILE_RECORD}],'
-    '"sha256":"cd26224596d5225f9083c2e21c68ced2d09904efe6abe097076c92b51f457bd8"}'
+    '"excluded_positions":[[256,512]],"quarantined":{"7":"unreadable"},"ema_since":{"late":2},"versions":{},'
+    f'"written_by":{{}},"files":[{FILE_RECORD}],'
+    '"sha256":"85012ec4293d8abfe585a888401885ee04da17b17b127f16a4cecbed3c3f04f5"}'
 ).replace("\n", "")
+MANIFEST_WITHOUT_EMA_SINCE = MANIFEST.replace('"ema_since":{"late":2},', "").replace(
+    "85012ec4293d8abfe585a888401885ee04da17b17b127f16a4cecbed3c3f04f5",
+    "cd26224596d5225f9083c2e21c68ced2d09904efe6abe097076c92b51f457bd8",
+)
 ATTEMPT = """\
 {"attempt":2,"resumed_from":"checkpoints/0000000003-0001","excluded_positions":[[256,512]],
 "nonce":"00000000000000000000000000000000",
@@ -195,10 +200,15 @@ ATTEMPT = """\
 """
 
 
-def test_a_checkpoint_of_version_2_stays_readable(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "ema_since"), [(MANIFEST, {"late": 2}), (MANIFEST_WITHOUT_EMA_SINCE, {})], ids=["now", "before"]
+)
+def test_a_checkpoint_of_version_2_stays_readable(
+    tmp_path: Path, text: str, ema_since: dict[str, int]
+) -> None:
     root = open_storage(tmp_path)
     root.write(f"{CHECKPOINT}/rank-00000.safetensors", RANK_FILE)
-    root.write(f"{CHECKPOINT}/MANIFEST.json", MANIFEST.encode())
+    root.write(f"{CHECKPOINT}/MANIFEST.json", text.encode())
     root.write("attempts/0001.json", sealed({"attempt": 1, "resumed_from": None, "excluded_positions": []}))
     root.write("attempts/0002.json", ATTEMPT.replace("\n", "").encode())
     assert attempts.newest(root) == Attempt(2, CHECKPOINT, ((256, 512),))
@@ -207,6 +217,7 @@ def test_a_checkpoint_of_version_2_stays_readable(tmp_path: Path) -> None:
     manifest = checkpoint.manifest
     assert (manifest.step, manifest.samples, manifest.guard) == (3, 768, {"updates": 2.0})
     assert (manifest.skipped_steps, manifest.quarantined) == ((2,), {7: "unreadable"})
+    assert manifest.ema_since == ema_since
     assert checkpoint.read("master", "w", 4, 2).tolist() == [1.5, -2.0]
 
 

@@ -1,7 +1,6 @@
 """The encoding job as users start it: alone and on a cluster, to disk and S3, stopped and started again."""
 
 import gc
-import json
 import os
 import shutil
 import signal
@@ -26,6 +25,7 @@ from tests.encoding import ROOT, SCRIPT, clean_environment, job_command, objects
 from tests.faults.ports import free_port
 from tests.faults.proxy import FaultProxy
 from tests.faults.ray_nodes import marked_processes
+from tests.latents import edit_info
 from tests.s3 import BUCKET, s3_server
 from tests.speed import scaled
 from tests.tiny_vae import save_tiny_vae
@@ -303,7 +303,7 @@ def test_verify_finds_a_flipped_bit(
 def test_verify_finds_labels_counts_and_statistics(
     latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    info = json.loads((latents / "dataset.json").read_text())
+    info = read_info(open_storage(latents)).model_dump(mode="json")
     changes = (
         ({"quarantined": []}, "do not make up the 39 files"),
         ({"class_names": ["empty", "n0"]}, "label 2 of 2 classes"),
@@ -311,7 +311,7 @@ def test_verify_finds_labels_counts_and_statistics(
     )
     copy = Path(shutil.copytree(latents, tmp_path / "copy"))
     for change, message in changes:
-        (copy / "dataset.json").write_text(json.dumps(info | change))
+        edit_info(copy, **{**info, **change})
         assert verify_main([str(copy)]) == 1
         assert message in capsys.readouterr().err
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Attempt, committed
-from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, MANIFEST, name_of
+from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, MANIFEST, name_of, read_manifest
 from dit_scale.errors import CheckpointError, SupersededError
 from dit_scale.storage import Storage, open_storage
+from tests import checkpoints
 
 
 def path_of(step: int, attempt: int, folder: str = CHECKPOINTS) -> str:
@@ -193,7 +194,137 @@ def test_a_damaged_record_loses_no_checkpoint(root: Storage, damaged: int) -> No
     assert committed(root) == paths
 
 
+# Records that are gone
+
+
+def save(root: Storage, *paths: str) -> None:
+    """Commit checkpoints without tensors, as their attempts do."""
+    for path in paths:
+        checkpoints.write(root, path, [])
+
+
+def test_the_newest_record_is_gone(root: Storage) -> None:
+    claim(root, 1)
+    save(root, path_of(10, 1), path_of(20, 1))
+    claim(root, 2, path_of(10, 1))
+    save(root, path_of(15, 2))
+    root.delete(f"{ATTEMPTS}/0002.json")
+    assert attempts.numbers(root) == [1, 2], "its folder says that the number is taken"
+    assert attempts.unrecorded(root) == [2]
+    assert attempts.newest(root) == Attempt(1)
+    assert committed(root) == [path_of(15, 2), path_of(10, 1)], "20 was left behind"
+    (problem,) = attempts.problems(root)
+    assert problem.startswith(f"{root.url}/attempts/0002.json is missing; checkpoints of attempt 2 count as")
+    claim(root, 3, path_of(15, 2))
+    save(root, path_of(16, 3))
+    assert committed(root) == [path_of(16, 3), path_of(15, 2), path_of(10, 1)]
+
+
+def test_an_average_alone_takes_its_number(root: Storage) -> None:
+    claim(root, 1)
+    save(root, path_of(10, 2, EMA))
+    assert attempts.numbers(root) == [1, 2]
+
+
+def test_all_records_are_gone(root: Storage) -> None:
+    save(root, path_of(10, 1), path_of(20, 3))
+    assert attempts.numbers(root) == [1, 3]
+    assert attempts.unrecorded(root) == attempts.problems(root) == []
+    claim(root, 4, path_of(20, 3))
+    assert committed(root) == [path_of(20, 3), path_of(10, 1)]
+
+
+def test_a_checkpoint_whose_attempt_left_nothing_else(root: Storage) -> None:
+    """Attempt 2 went on from attempt 1; of attempt 2, neither record nor checkpoint is left."""
+    claim(root, 1)
+    save(root, path_of(10, 1))
+    claim(root, 3, path_of(20, 2))
+    assert committed(root) == [path_of(10, 1)]
+
+
+def test_numbers_with_gaps_keep_old_attempts_out(root: Storage) -> None:
+    claim(root, 1)
+    claim(root, 4)
+    with pytest.raises(SupersededError, match="attempt 4 of this run has begun; attempt 1 may change"):
+        attempts.check_current(root, 1)
+    with pytest.raises(SupersededError, match="attempt 4 of this run has begun; attempt 2 may change"):
+        claim(root, 2)
+    assert attempts.numbers(root) == [1, 4]
+
+
+def test_a_record_under_another_name(root: Storage, tmp_path: Path) -> None:
+    claim(root, 1)
+    save(root, path_of(10, 1))
+    claim(root, 2, path_of(10, 1))
+    save(root, path_of(20, 2))
+    (tmp_path / ATTEMPTS / "0002.json").write_bytes((tmp_path / ATTEMPTS / "0001.json").read_bytes())
+    with pytest.raises(
+        CheckpointError, match=r"0002\.json is the record of attempt 1: it was copied or renamed"
+    ):
+        attempts.read(root, 2)
+    assert committed(root) == [path_of(20, 2), path_of(10, 1)]
+
+
+# Checkpoints under wrong names
+
+
+def test_a_checkpoint_under_another_name_is_not_read(root: Storage, tmp_path: Path) -> None:
+    claim(root, 1)
+    save(root, path_of(6, 1), path_of(9, 1))
+    (tmp_path / path_of(6, 1)).rename(tmp_path / path_of(12, 2))
+    with pytest.raises(CheckpointError) as caught:
+        read_manifest(root, path_of(12, 2))
+    assert str(caught.value) == (
+        f"{root.url}/{path_of(12, 2)} holds step 6 of attempt 1: it was copied or renamed; its name is "
+        "0000000006-0001"
+    )
+    assert [path for path in committed(root) if attempts.is_readable(root, path)] == [path_of(9, 1)]
+
+
+def test_a_folder_that_was_moved_is_read(root: Storage, tmp_path: Path) -> None:
+    claim(root, 1)
+    save(root, path_of(6, 1))
+    (tmp_path / CHECKPOINTS).rename(tmp_path / "elsewhere")
+    assert read_manifest(root, f"elsewhere/{name_of(6, 1)}").step == 6
+    assert read_manifest(open_storage(tmp_path / "elsewhere"), name_of(6, 1)).step == 6
+
+
 # Any run
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None)
+def test_any_records_may_go(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Starts, saves, late saves and deleted records, in any order.
+
+    The newest checkpoint stays the newest, no number is used twice, the running attempt can save, and none
+    that has a recorded successor can.
+    """
+    root = open_storage(tmp_path_factory.mktemp("run"))
+    elsewhere = open_storage(tmp_path_factory.mktemp("elsewhere"))
+    steps: dict[int, int] = {}  # attempt => step that it is at
+    for _ in range(data.draw(st.integers(1, 5), "attempts")):
+        resumed_from = next(iter(committed(root)), None)
+        number = max(attempts.numbers(root), default=0) + 1
+        assert number not in steps
+        claim(root, number, resumed_from)
+        at = steps[number] = int(resumed_from.split("/")[1].split("-")[0]) if resumed_from else 0
+        for writer in [number, *data.draw(st.lists(st.sampled_from([number, *steps]), max_size=4), "saves")]:
+            steps[writer] += data.draw(st.integers(1, 3), "steps")
+            path = path_of(steps[writer], writer)
+            if writer == number:
+                save(root, path)
+                at = steps[writer]
+                continue
+            with pytest.raises(SupersededError):
+                save(root, path)
+            save(elsewhere, path)  # the chain was asked long ago
+            root.write(f"{path}/{MANIFEST}", elsewhere.read(f"{path}/{MANIFEST}"))
+        records = [key for key, _ in root.list(f"{ATTEMPTS}/")]
+        for key in data.draw(st.lists(st.sampled_from(records), unique=True), "deleted"):
+            if len(root.list(f"{ATTEMPTS}/")) > 1:
+                root.delete(key)
+        assert committed(root)[0] == path_of(at, number)
 
 
 @given(st.data())

@@ -189,6 +189,13 @@ def test_arguments_that_do_not_exist(arguments: list[str], capsys: pytest.Captur
     assert "unrecognized arguments: --x" in capsys.readouterr().err
 
 
+def test_a_setting_with_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "demo", "--steps=7"])
+    said = "unrecognized arguments: --steps=7; settings have no dashes: steps=7\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
 # Training
 
 
@@ -411,6 +418,19 @@ def test_checkpoint_prune(run: Path, capsys: pytest.CaptureFixture[str], tiny_va
     assert cli.main(["checkpoint", "prune", str(run), "--yes", "--keep", "1"]) == 0
     assert capsys.readouterr().out == f"{next_newest}: deleted\n"
     assert committed(root) == [newest]
+
+
+def test_prune_says_where_the_configuration_was_edited(
+    run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str
+) -> None:
+    write_run(run, tiny_vae, STEP + 1)
+    text = (run / "config.yaml").read_text()
+    assert text.count("  keep: 2\n") == 1
+    (run / "config.yaml").write_text(text.replace("  keep: 2\n", "  keep: 1\n"))
+    assert cli.main(["checkpoint", "prune", str(run)]) == 0
+    note, gone = capsys.readouterr().out.splitlines()
+    assert note == "note: checkpoint.keep is 1 in config.yaml, 2 in the newest checkpoint"
+    assert gone == f"{CHECKPOINTS}/{NEWEST}: would be deleted"
 
 
 def test_checkpoint_keep(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:

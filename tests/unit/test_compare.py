@@ -27,6 +27,7 @@ from dit_scale_pipeline.inputs.saved import save_listing
 from dit_scale_pipeline.job import make_plan
 from dit_scale_pipeline.shards_writer import write_shard
 from dit_scale_pipeline.verify import main
+from tests.latents import edit_info
 from tests.tiny_vae import save_tiny_vae
 
 VAE = str(Path(__file__).parents[2] / "demo" / "vae")
@@ -115,9 +116,8 @@ def test_samples_beside_their_images(
 
 def test_images_that_were_moved(moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "grid.png")
-    info = (moved / "set" / "dataset.json").read_text()
-    old = str(LatentDataset.open(moved / "set").info.source.uri)
-    (moved / "set" / "dataset.json").write_text(info.replace(old, "/gone"))
+    source = LatentDataset.open(moved / "set").info.source.model_dump()
+    edit_info(moved / "set", source=source | {"uri": "/gone"})
     assert verify(moved, "--grid", out) == 2
     error = capsys.readouterr().err
     assert f"cannot list the images of {moved}/set at /gone; --source says where they are now" in error

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from dit_scale.config import EmaProfile, EncodeConfig, Section, TrainConfig, dump, load
 from dit_scale.errors import ConfigError
+from dit_scale.paths import located
 from dit_scale.train import dry_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -30,7 +31,7 @@ def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
     config = load(TrainConfig, path, ["optimizer.lr=2e-4", "model.name=DiT-S/8"])
     assert (config.steps, config.optimizer.lr, config.optimizer.eps) == (7, 2e-4, 0.25)
     assert (config.model.name, config.global_batch) == ("DiT-S/8", TrainConfig().global_batch)
-    assert load(TrainConfig, None) == TrainConfig()
+    assert load(TrainConfig, None) == located(TrainConfig())
 
 
 @pytest.mark.parametrize(
@@ -39,17 +40,11 @@ def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
         ("ema=[{name: a, decay: 0.9}, {name: b, sigma_rel: 0.1}]", "ema", 2),
         ("optimizer.betas=[0.8, 0.95]", "betas", (0.8, 0.95)),
         ("data.url=s3://bucket/a=b", "url", "s3://bucket/a=b"),
-        ("run=", "run", ""),
     ],
 )
-def test_overrides_are_yaml(override: str, field: str, value: object) -> None:
+def test_an_override_may_be_a_list_or_have_an_equals_sign(override: str, field: str, value: object) -> None:
     config = load(TrainConfig, None, [override])
-    found = {
-        "ema": len(config.ema),
-        "betas": config.optimizer.betas,
-        "url": config.data.url,
-        "run": config.run,
-    }
+    found = {"ema": len(config.ema), "betas": config.optimizer.betas, "url": config.data.url}
     assert found[field] == value
 
 
@@ -64,7 +59,7 @@ def test_overrides_are_yaml(override: str, field: str, value: object) -> None:
     ],
 )
 def test_an_unknown_key_names_the_nearest(override: str, unknown: str, nearest: str) -> None:
-    assert complaint(override) == f"unknown key {unknown!r}; did you mean {nearest!r}?"
+    assert complaint(override) == f"command line: unknown key {unknown!r}; did you mean {nearest!r}?"
 
 
 @pytest.mark.parametrize(
@@ -74,14 +69,14 @@ def test_an_unknown_key_names_the_nearest(override: str, unknown: str, nearest: 
         ("steps=1.5", "steps: Input should be a valid integer"),
         ("steps=0", "steps: Input should be greater than 0, got 0"),
         ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number"),
-        ("optimizer.lr=.nan", "optimizer.lr: Input should be a finite number"),
-        ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number"),
+        ("optimizer.lr=nan", "optimizer.lr: Input should be a finite number"),
+        ("optimizer.lr=inf", "optimizer.lr: Input should be a finite number"),
         ("optimizer.betas=[0.9]", "optimizer.betas.1: Field required"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: Input should be less than 1, got 1.0"),
-        ("optimizer.betas=[0.9", "override 'optimizer.betas=[0.9': the value is not valid YAML"),
+        ("optimizer.betas=[0.9", "'optimizer.betas=[0.9': the value is not valid YAML"),
         (
             "optimizer.final_lr_fraction=0.1",
-            "optimizer: Value error, final_lr_fraction=0.1 with decay=none has no effect; set decay=cosine",
+            "optimizer: final_lr_fraction=0.1 with decay=none has no effect; set decay=cosine",
         ),
         ("optimizer.decay=exponential", "optimizer.decay: Input should be 'none', 'cosine' or 'linear'"),
         ("engine.zero_stage=0", "engine.zero_stage: Input should be 1, 2 or 3, got 0"),
@@ -91,12 +86,13 @@ def test_an_unknown_key_names_the_nearest(override: str, unknown: str, nearest: 
         ("seed=4294967296", "seed: Input should be less than 4294967296"),
         ("diffusion.label_dropout=1.1", "diffusion.label_dropout: Input should be less than or equal to 1"),
         ("steps.x=1", "steps: Input should be a valid integer"),
-        ("steps", "override 'steps': expected key=value"),
-        ("=3", "override '=3': expected key=value"),
+        ("steps", "'steps': expected key=value"),
+        ("steps:7", "'steps:7': expected key=value, for example optimizer.lr=2e-4"),
+        ("=3", "'=3': expected key=value"),
     ],
 )
 def test_a_wrong_value_says_what_was_expected_and_got(override: str, said: str) -> None:
-    assert complaint(override).startswith(said)
+    assert complaint(override).startswith(f"command line: {said}")
 
 
 def test_every_mistake_is_listed_at_once() -> None:
@@ -106,7 +102,7 @@ def test_every_mistake_is_listed_at_once() -> None:
 
 def test_an_override_cannot_open_a_value(tmp_path: Path) -> None:
     said = complaint("data.url=x", text="data: folder\n", folder=tmp_path)
-    assert said == "override data.url: data holds a value, not a section"
+    assert said == "command line: 'data.url=x': data holds a value, not a section"
 
 
 @pytest.mark.parametrize(
@@ -114,8 +110,8 @@ def test_an_override_cannot_open_a_value(tmp_path: Path) -> None:
     [
         ("a: [", "config.yaml is not valid YAML"),
         ("- 1", "config.yaml: expected keys and values at the top level, got list"),
-        ("data:\n", "config.yaml: data: Input should be a valid dictionary"),
-        ("1: 2", "config.yaml: 1: Keys should be strings"),
+        ("data: x", "config.yaml: data: Input should be a valid dictionary"),
+        ("1: 2", "config.yaml: unknown key '1'; did you mean"),
     ],
 )
 def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, said: str) -> None:
@@ -145,9 +141,9 @@ def test_ema_profiles_are_checked(profile: str, said: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["off", "'off'", "offline"])
-def test_wandb_is_off_where_yaml_reads_false(value: str) -> None:
+def test_wandb_can_be_off(value: str) -> None:
     assert load(TrainConfig, None, [f"log.wandb={value}"]).log.wandb == value.strip("'")
-    with pytest.raises(ConfigError, match=r"log\.wandb: Input should be 'off', .* got True"):
+    with pytest.raises(ConfigError, match=r"log\.wandb: Input should be 'off', .* got 'on'"):
         load(TrainConfig, None, ["log.wandb=on"])
 
 

@@ -11,20 +11,20 @@ from rich.console import Console
 
 from dit_scale import dist
 from dit_scale.cli import main
-from dit_scale.config import EncodeConfig
+from dit_scale.config import EncodeConfig, load
 from dit_scale.data.shards import Quarantined, VaeIdentity
 from dit_scale.errors import ConfigError, DataError, DeviceError, WeightsError
 from dit_scale.storage import Storage, open_storage
 from dit_scale.storage.disk import DiskStorage
 from dit_scale.vae_files import find
 from dit_scale_pipeline import output
+from dit_scale_pipeline.decoder import DecodedBatch
 from dit_scale_pipeline.encoder import Encoder
-from dit_scale_pipeline.inputs import Listing
-from dit_scale_pipeline.job import resolve_paths
+from dit_scale_pipeline.inputs import Entry, Listing
 from dit_scale_pipeline.metrics import Metrics
 from dit_scale_pipeline.progress import Watch
 from dit_scale_pipeline.ray_cluster import Placement, place
-from dit_scale_pipeline.shards_writer import Row, Shard, build_shard
+from dit_scale_pipeline.shards_writer import Row, Shard, build_shard, write_shard
 from tests.tiny_vae import save_tiny_vae
 
 VAE = VaeIdentity(name="x", weights_sha256="1", scale=0.2, downsample=8, latent_channels=4)
@@ -76,21 +76,19 @@ def test_what_ray_would_wait_for_forever_is_refused(
         place(config(**changes), nodes)
 
 
-def test_paths_are_made_absolute_for_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_of_a_submitted_job_are_refused_but_for_the_vae(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    found = resolve_paths(config(source="in", output="s3://b/x", vae="weights"))
-    assert (found.source, found.output, found.vae) == (
-        f"{tmp_path}/in",
-        "s3://b/x",
-        f"{tmp_path}/weights",
-    )
-    assert resolve_paths(config(vae="stabilityai/sd-vae-ft-ema")).vae == "stabilityai/sd-vae-ft-ema"
+    save_tiny_vae(tmp_path / "weights")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert resolve_paths(config(source="/in", output="/out", vae="weights")).vae == "weights"
-    with pytest.raises(ConfigError, match="output=out: a submitted job runs in a temporary copy"):
-        resolve_paths(config(source="/in", output="out"))
+    for name, paths in {"output": ("/in", "out"), "source": ("in", "/out")}.items():
+        arguments = [f"source={paths[0]}", f"output={paths[1]}", "vae=weights"]
+        assert main(["encode", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert f"{name}={arguments[name == 'output'].partition('=')[2]}: a submitted job runs in a" in said
+    # a folder of the working directory, of which every node has a copy of its own
+    assert load(EncodeConfig, None, ["vae=weights"], keep_relative=True).vae == "weights"
 
 
 FREE = {"source", "output", "vae", "max_quarantined", "allow_empty_classes", "ray_address"}
@@ -104,6 +102,7 @@ FREE |= {
     "cpus_per_decoder",
 }
 FREE |= {"device", "log_every_s", "wandb", "wandb_project"}
+FREE |= {"image_column", "label_column"}  # parts of the listing
 BOUND: dict[str, object] = {
     "image_size": 512,
     "shard_samples": 1,
@@ -172,6 +171,62 @@ def test_another_listing_and_another_vae_are_explained(storage: Storage) -> None
     assert "other images than when this output was begun: 1 new (a/3.png)" in str(caught.value)
     assert "vae is another autoencoder than the one that made the shards" in str(caught.value)
     assert "its shards stay as they are" in str(caught.value)
+
+
+def test_labels_that_an_empty_class_moves_are_refused(storage: Storage) -> None:
+    before = Listing("class_folders", ("b",), ["b/1.png"], np.array([0], np.int32))
+    now = Listing("class_folders", ("a", "b"), ["b/1.png"], np.array([1], np.int32))
+    assert before.sha256 == now.sha256
+    wanted = output.identity(config(), before, VAE)
+    with pytest.raises(ConfigError, match=r"classes without an image are new \(a\), and labels count them"):
+        output.check_identity(storage, wanted, output.identity(config(), now, VAE), now, before)
+
+
+@pytest.mark.parametrize(
+    ("source", "where", "how"),
+    [
+        ("x", "x", "is where the source is"),
+        ("x", "x/latents", "lies inside the source"),
+        ("x", "link/latents", "lies inside the source"),
+        ("link", "x/latents", "lies inside the source"),
+        ("x/n01", "x", "holds the source"),
+        ("x/train-*.tar", "x", "is where the source is"),
+        ("x/train.tar", ".", "holds the source"),
+        ("s3://b/x", "s3://b/x/", "is where the source is"),
+        ("s3://b", "s3://b/latents", "lies inside the source"),
+        ("s3://b/x/train.tar", "s3://b", "holds the source"),
+        ("x", "y", ""),
+        ("x", "x2", ""),
+        ("x/train-*.tar", "x/latents", ""),
+        ("s3://b/x", "s3://b/x2", ""),
+        ("s3://b/x", "s3://c/x/y", ""),
+        ("x", "s3://b/x", ""),
+    ],
+)
+def test_an_output_that_would_be_listed_is_refused(
+    source: str, where: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x/n01").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("x")
+    monkeypatch.chdir(tmp_path)
+    job = load(EncodeConfig, None, [f"source={source}", f"output={where}"])
+    if how:
+        with pytest.raises(ConfigError, match=rf"output=.* {how}.*Choose another output"):
+            output.refuse_overlap(job, open_storage(job.output))
+    else:
+        output.refuse_overlap(job, open_storage(job.output))
+
+
+def test_a_bad_input_whose_name_is_not_text(storage: Storage) -> None:
+    entry = Entry(0, "a/caf\udce9.png", 0)
+    account = DecodedBatch((), ((entry, "torn"),))
+    record = write_shard(storage.url, "00000", [account], 4, np.zeros((0, 2, 8, 4, 4), np.float16))
+    assert [item.path for item in record.quarantined] == ["a/caf\\xe9.png"]
+    assert output.finished_shards(storage) == {"00000": record}
+    metrics = Metrics(storage, config())
+    with pytest.raises(DataError, match=r"a/caf\\xe9.png \(torn\)"):
+        with Watch(10, config(max_quarantined=0.0), [], Console(quiet=True), metrics) as watch:
+            watch.batch(account)
 
 
 @pytest.fixture
@@ -350,6 +405,20 @@ def test_the_command_line_without_ray(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["encode", *paths, "image_size=32"]) == 2
     assert "classes without an image: b. Bring its images" in capsys.readouterr().err
     (tmp_path / "images/b").rmdir()
+    assert not (tmp_path / "out").exists(), "nothing is written before the listing is accepted"
+    (tmp_path / "out").mkdir()
     (tmp_path / "out/encode.json").write_text(json.dumps({"image_size": 32}))
     assert main(["encode", *paths]) == 2
     assert "image_size: 32 there, 256 here" in capsys.readouterr().err
+
+
+def test_names_with_brackets_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("images/[red]/1.png", "images/stray[red].png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    vae = save_tiny_vae(tmp_path / "vae")
+    paths = [f"source={tmp_path}/images", f"vae={vae}", f"output={tmp_path}/out", "vae_batch=2"]
+    assert main(["encode", "--dry-run", "image_size=32", *paths]) == 0
+    assert "left out: 1 (stray[red].png)" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, whether it is one of the same run, and what is said of changes."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,19 @@ import torch
 from pydantic import BaseModel
 
 from dit_scale import dist
+from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint.attempts import Attempt
 from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
 from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import CheckpointConfig, EngineConfig, TrainConfig
 from dit_scale.dist import World
+from dit_scale.elastic.run import committed_step
 from dit_scale.errors import ConfigError
+from dit_scale.paths import located
 from dit_scale.storage import Storage, UnavailableError, open_storage, s3
-from dit_scale.train.run import find_checkpoint, root_of, say_if_rate_changes
+from dit_scale.train.changes import say_changes
+from dit_scale.train.run import find_checkpoint, root_of
 from tests import checkpoints
 from tests.faults.proxy import FaultProxy
 from tests.s3 import BUCKET, s3_server
@@ -51,26 +57,40 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
         yield proxy
 
 
+RATE = "the learning rate of step 41 is {}; as saved it would be 5.96e-05"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, ""),
-        ({"steps": 60}, "step 41 is 3.22e-05, with the saved configuration it was 5.96e-05"),
-        ({"optimizer": {"lr": 1e-3}}, "step 41 is 0.001, with the saved configuration it was 5.96e-05"),
-        ({"steps": 40}, ""),  # no step is left
-        ({"optimizer": {"decay": "linear"}, "seed": 1}, ""),
+        ({}, []),
+        ({"steps": 60}, ["steps: 100 -> 60", RATE.format("3.22e-05")]),
+        (
+            {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]}},
+            [
+                "optimizer.lr: 0.0001 -> 0.001",
+                "optimizer.betas: [0.9, 0.999] -> [0.9, 0.95]",
+                "optimizer.decay: linear -> none",
+                RATE.format("0.001"),
+            ],
+        ),
+        ({"steps": 40}, ["steps: 100 -> 40"]),  # no step is left
+        ({"checkpoint": {"url": "s3://a/b"}}, ['checkpoint.url: "" -> s3://a/b']),
+        ({"log": {"tensorboard": True}}, ["log.tensorboard: false -> true"]),
+        ({"ema": [{"name": "new", "sigma_rel": 0.1}]}, []),  # told when its averages are restored
+        ({"run": str(Path("runs/dit_xl2_256").absolute())}, []),  # the same as in an older checkpoint
+        ({"data": {"url": "/elsewhere"}}, [f"data.url: {Path('data/imagenet256').absolute()} -> /elsewhere"]),
     ],
 )
-def test_another_learning_rate_is_said(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_all_that_changed_is_said(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
     saved = {"steps": 100, "optimizer": {"decay": "linear"}}
     owned = [Partition({MASTER: torch.zeros(SIZE)}, (Extent(WEIGHT, 0, SIZE, 0),))]
     config = TrainConfig.model_validate(saved).model_dump(mode="json")
     checkpoints.write(open_storage(tmp_path), NEWEST, [owned], config=config)
     notes: list[str] = []
     checkpoint = Checkpoint(open_storage(tmp_path), NEWEST)
-    say_if_rate_changes(TrainConfig.model_validate(saved | changes), checkpoint, notes.append)
-    assert len(notes) == bool(said)
-    assert said in "".join(notes)
+    say_changes(located(TrainConfig.model_validate(saved | changes)), checkpoint, notes.append)
+    assert notes == said
 
 
 def write(root: Storage, config: TrainConfig, *paths: str, **fields: Any) -> None:
@@ -126,6 +146,37 @@ def test_the_newest_up_to_a_step_is_taken_that_of_the_step_too(
     notes: list[str] = []
     found = find_checkpoint(config, DATA_SHA256, world, read, notes.append, at_most_step)
     assert (found.name if found else None, notes) == (name, [])
+
+
+def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world: World) -> None:
+    config = TrainConfig(run=str(tmp_path))
+    write(root_of(config), config, NEWEST, OLDER)
+    wrong = f"{CHECKPOINTS}/{name_of(90, 1)}"
+    shutil.copytree(tmp_path / OLDER, tmp_path / wrong)
+    notes: list[str] = []
+    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append)
+    assert found is not None
+    assert found.name == NEWEST
+    assert notes == [
+        f"passing over checkpoint {wrong}: {tmp_path}/{wrong} holds step 30 of attempt 1: it was copied or "
+        "renamed; its name is 0000000030-0001"
+    ]
+    assert committed_step(root_of(config)) == 40
+
+
+def test_a_run_whose_newest_record_is_gone_says_so_and_goes_on(tmp_path: Path, world: World) -> None:
+    config, newest = TrainConfig(run=str(tmp_path)), f"{CHECKPOINTS}/{name_of(35, 2)}"
+    root = root_of(config)
+    attempts.claim(root, Attempt(1))
+    write(root, config, NEWEST, OLDER)
+    attempts.claim(root, Attempt(2, OLDER))
+    write(root, config, newest)
+    root.delete("attempts/0002.json")
+    notes: list[str] = []
+    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append)
+    assert found is not None
+    assert found.name == newest
+    assert notes == ["attempts/0002.json is missing; attempt 2 counts as far as it can be read"]
 
 
 # One run, one identity
@@ -190,7 +241,7 @@ def test_a_run_keeps_what_decides_its_numbers(tmp_path: Path, world: World, key:
     write(root_of(config), config, NEWEST)
     other = changed(config, key, BOUND[key])
     assert other != config
-    with pytest.raises(ConfigError, match=rf"is a run of another configuration: {key.split('.')[0]}.* was "):
+    with pytest.raises(ConfigError, match=rf"is a run of another configuration: {key} was "):
         find_checkpoint(other, DATA_SHA256, world, read, print)
 
 

@@ -15,7 +15,7 @@ from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, name_of, step_a
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train.history import Past, past_of
+from dit_scale.train.history import Past, as_taken, past_of
 from tests import checkpoints
 
 STEPS = 40
@@ -139,6 +139,20 @@ def test_lines_that_stand_for_one_step(config: TrainConfig) -> None:
     assert [recorded(config, step) for step in (3, 4, 6, 22)] == [None] * 4
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_damaged_line_counts_as_none(config: TrainConfig, name: str) -> None:
+    """Lines have no digest: a flipped bit can take a key, or the whole form."""
+    write_lines(Path(config.run) / "metrics.jsonl", line(1, 0.1))
+    with (Path(config.run) / name).open("a") as file:
+        for text in (
+            json.dumps(line(30, 3.0) | event("start", 4, 30, world=2)).replace("step", "stdp"),
+            "[1]",
+            "{",
+        ):
+            file.write(text + "\n")
+    assert recorded(config, 1) == (0.1, 2.0, 3.0, 4.0, 0.0)
+
+
 def test_rows_that_a_later_checkpoint_has(config: TrainConfig) -> None:
     rows = tuple((float(step), 2.0, 3.0, 4.0, 0.0) for step in (31, 32, 33))
     checkpoints.write(open_storage(config.run), path_of(33, 4), [], pending_metrics=rows)
@@ -183,6 +197,31 @@ def summary(past: Past) -> tuple[tuple[int, ...], int | None, tuple[int, ...]]:
     return past.quarantined, past.world, past.rolled_back
 
 
+# What the attempt computed by
+
+
+def test_an_attempt_has_the_configuration_that_it_had(config: TrainConfig) -> None:
+    """Rates, guard and arithmetic of its checkpoints; places, device and what is written down of today."""
+    root = open_storage(config.run)
+    then = {
+        "steps": 70,
+        "optimizer": {"lr": 0.5},
+        "guard": {"spike_factor": 7.0},
+        "engine": {"micro_batch": 3, "device": "cuda", "precision": "bf16"},
+        "data": {"url": "elsewhere"},
+        "run": "elsewhere",
+    }
+    saved = TrainConfig.model_validate(then).model_dump(mode="json")
+    attempts.claim(root, Attempt(5, path_of(30, 4)))
+    checkpoints.write(root, path_of(33, 5), [], config=saved)
+    attempts.claim(root, Attempt(6, path_of(33, 5)))
+    taken = as_taken(config, attempts.read(root, 5))
+    assert (taken.steps, taken.optimizer.lr, taken.guard.spike_factor) == (70, 0.5, 7.0)
+    assert (taken.engine.micro_batch, taken.engine.precision) == (3, "bf16")
+    assert (taken.run, taken.data, taken.engine.device) == (config.run, config.data, config.engine.device)
+    assert as_taken(config, attempts.read(root, 6)) == config, "it has no checkpoint"
+
+
 # What cannot be
 
 
@@ -191,6 +230,10 @@ def test_steps_that_were_not_taken(config: TrainConfig) -> None:
     for beyond, log_every_steps in ((41, 10), (36, 5)):
         with pytest.raises(ConfigError, match=f"step {beyond} was not taken yet, .* come to about 30"):
             past_of(config_of(Path(config.run), log_every_steps), beyond, None)
+    lowered = config.model_copy(update={"steps": 12})
+    assert past_of(lowered, 30, None).attempt.number == 4
+    with pytest.raises(ConfigError, match="step 31 was not taken yet"):
+        past_of(lowered, 31, None)
 
 
 def test_attempts_that_do_not_exist(config: TrainConfig, tmp_path: Path) -> None:

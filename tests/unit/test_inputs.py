@@ -109,6 +109,6 @@ def test_the_place_of_an_image_in_an_archive() -> None:
 def test_what_became_of_a_source_is_said_in_words() -> None:
     assert difference(FOLDERS, FOLDERS) == ""
     other = replace(FOLDERS, paths=["a/1", "a/3", "a/4"])
-    assert difference(FOLDERS, other) == "2 new (a/3, a/4) and 2 gone (a/\udcff, b/2)"
+    assert difference(FOLDERS, other) == "2 new (a/3, a/4) and 2 gone (a/\\xff, b/2)"
     relabelled = replace(ARCHIVES, labels=np.array([1, 0, 1], np.int32))
     assert difference(ARCHIVES, relabelled) == "the same names with other labels"

@@ -1,11 +1,17 @@
 """The same images from every kind of input: the same crops, odd ones too, and the same saved listing."""
 
 import io
+import os
+import secrets
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dit_scale.storage import open_storage
@@ -73,9 +79,13 @@ def images() -> Images:
 
 
 def reference_crop(data: bytes) -> np.ndarray:
-    """ADM's center_crop_arr, in its own words."""
+    """ADM's center_crop_arr, in its own words; 16 bits are scaled to 8 before it."""
     with Image.open(io.BytesIO(data)) as file:
-        image = file.convert("RGB")
+        if file.mode == "I;16":
+            grey = np.round(np.asarray(file) / 257).astype(np.uint8)
+            image = Image.fromarray(grey).convert("RGB")
+        else:
+            image = file.convert("RGB")
     while min(*image.size) >= 2 * SIZE:
         image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
     scale = SIZE / min(*image.size)
@@ -157,6 +167,68 @@ def test_archives_are_not_walked_again_unless_they_changed(
     assert len(walks) == 2
     assert third.archives != first.archives
     assert third.sha256 != first.sha256 or kind == "imagenet_tar"
+
+
+HIDDEN = (".DS_Store", "._0.jpg", "@eaDir/0.jpg/S_M.jpg", ".git/x.jpg", "Thumbs.db", "sub/desktop.ini")
+HIDDEN_TOPS = (".ipynb_checkpoints", "__MACOSX", "$RECYCLE.BIN", ".Trash-1000", "System Volume Information")
+files = st.sets(st.sampled_from((*HIDDEN, "1.jpg", "sub/2.jpg", "sub/sub/3.jpg")))
+trees = st.builds(
+    lambda classes, hidden: {
+        **{name: dict.fromkeys({"0.jpg", *inside}, b".") for name, inside in classes.items()},
+        **{name: {"0.jpg": b".", "1.jpg": b"."} for name in hidden},
+    },
+    st.dictionaries(st.sampled_from(("n01", "n02", "a b", "\u00e9", "#", "MACOSX")), files, min_size=1),
+    st.sets(st.sampled_from(HIDDEN_TOPS)),
+)
+
+
+@settings(max_examples=8, deadline=None)
+@given(tree=trees)
+def test_hidden_names_are_left_out_of_every_kind_of_input(server: dict[str, str], tree: Images) -> None:
+    names = sorted(set(tree) - set(HIDDEN_TOPS), key=os.fsencode)
+    expected = sorted(f"{n}/{path}" for n in names for path in tree[n] if path not in HIDDEN)
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.items():
+            patch.setenv(name, value)
+        top = Path(folder)
+        sources = {kind: KINDS[kind](top / kind, tree) for kind in ("class_tars", "imagenet_tar")}
+        for class_name, inside in tree.items():
+            for path, data in inside.items():
+                (top / "folders" / class_name / path).parent.mkdir(parents=True, exist_ok=True)
+                (top / "folders" / class_name / path).write_bytes(data)
+        sources["folders"] = str(top / "folders")
+        sources["s3"] = upload(sources["folders"], f"s3://{BUCKET}/{secrets.token_hex(8)}")
+        listings = {where: open_input(source).list() for where, source in sources.items()}
+    for where, listing in listings.items():
+        assert listing.paths == sorted(expected, key=os.fsencode), where
+        assert listing.class_names == tuple(names), where
+        assert listing.sha256 == listings["folders"].sha256, where
+        assert listing.labels.tolist() == listings["folders"].labels.tolist(), where
+    hidden = {f"{n}/{path}" for n in names for path in tree[n] if path in HIDDEN}
+    left_out = {path for path in hidden if any(path.startswith(one) for one in listings["s3"].ignored)}
+    assert left_out == hidden, "what is left out is said"
+    assert listings["s3"].ignored == listings["folders"].ignored
+    assert bool(listings["class_tars"].ignored) == bool(listings["s3"].ignored)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_hidden_members_and_archives_are_left_out(kind: str, tmp_path: Path) -> None:
+    source = Path(ARCHIVES[kind](tmp_path / "x", images()))
+    expected = open_input(str(source)).list()
+    first = sorted(source.iterdir())[0]
+    (source / f"._{first.name}").write_bytes(b"\0\5\26\7")
+    (source / ".ipynb_checkpoints").mkdir()
+    ignored = [f"._{first.name}", ".ipynb_checkpoints/"]
+    if kind == "webdataset":
+        mac = {"__MACOSX/._a.jpg": b"\0", ".git/b.jpg": b"\0", "@eaDir/c.jpg": b"\0", "@eaDir/c.cls": b"0"}
+        with tarfile.open(first) as tar:
+            members = {member.name: tar.extractfile(member) for member in tar.getmembers()}
+            first.write_bytes(tar_of(mac | {name: file.read() for name, file in members.items() if file}))
+        ignored += [f"{first.name}/{folder}/" for folder in (".git", "@eaDir", "__MACOSX")]
+    for place, said in ((str(source), ignored), (f"{source}/*{first.suffix}", ignored[2:])):
+        listing = open_input(place).list()
+        assert listing.sha256 == expected.sha256
+        assert listing.ignored == tuple(said)
 
 
 def change(kind: str, archive: Path) -> None:

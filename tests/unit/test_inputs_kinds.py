@@ -132,7 +132,7 @@ def test_webdataset_groups_as_its_package_does(tmp_path: Path) -> None:
         "a.tar/x/a.JPG": 7,
     }
     assert listing.class_names == tuple(map(str, range(8)))
-    assert listing.ignored == ("a.tar/README", "a.tar/.hidden", "a.tar/__meta__/x.json")
+    assert listing.ignored == ("a.tar/.hidden", "a.tar/README", "a.tar/__meta__/x.json")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,11 @@ def test_a_webdataset_sample_without_an_image_is_listed_and_is_a_bad_input(tmp_p
     ("sample", "why"),
     [
         ({"b.jpg": b"2"}, "expected one label, found none"),
-        ({"b.jpg": b"2", "b.json": b'{"label": true}'}, "expected one label, found none"),
+        ({"b.jpg": b"2", "b.txt": b"cat"}, r"found none in b.jpg, b.txt.*a caption \(.txt\), as"),
+        ({"b.jpg": b"2", "b.json": b'{"label": true}'}, '"label" in .json is true; expected an integer'),
+        ({"b.jpg": b"2", "b.json": b'{"label": "1"}'}, '"label" in .json is "1"; expected an integer'),
+        ({"b.0.jpg": b"2", "b.0.cls": b"1"}, r"found none in b.0.jpg, b.0.cls. The key .* first dot"),
+        ({"b.0.jpg": b"2", "b.1.jpg": b"2", "b.cls": b"1"}, r"found b.0.jpg, b.1.jpg.*ends at the first dot"),
         ({"b.jpg": b"2", "b.json": b"{"}, r"\.json is damaged"),
         ({"b.jpg": b"2", "b.cls": b"cat"}, r"\.cls is b'cat'; expected a decimal number"),
         ({"b.jpg": b"2", "b.cls": b"-1"}, "label -1; expected the number of a class"),
@@ -181,6 +185,34 @@ def test_a_webdataset_sample_that_is_none_is_named(
     (tmp_path / "a.tar").write_bytes(tar_of(first | sample))
     with pytest.raises(DataError, match=f"sample b in a.tar.*{why}"):
         open_input(str(tmp_path)).list()
+
+
+@pytest.mark.parametrize(
+    ("members", "why"),
+    [
+        (
+            {"a.0.jpg": b"1", "a.0.cls": b"0", "a.1.jpg": b"1", "a.1.cls": b"0"},
+            "found none in a.0.jpg, a.0.cls",
+        ),
+        ({"a.v0.jpg": b"1", "a.v1.jpg": b"1", "a.cls": b"0"}, "expected one image, found a.v0.jpg, a.v1.jpg"),
+    ],
+)
+def test_dots_in_keys_are_named(members: dict[str, bytes], why: str, tmp_path: Path) -> None:
+    (tmp_path / "train-000.tar").write_bytes(tar_of(members))
+    with pytest.raises(
+        DataError, match=rf"sample a in train-000.tar: .*{why}.* The key of a sample ends at the"
+    ):
+        open_input(str(tmp_path)).list()
+
+
+def test_an_only_image_may_have_a_suffix_of_two_parts(tmp_path: Path) -> None:
+    members = {
+        f"{n}.{kind}": data for n in range(2) for kind, data in (("image.jpg", b"1"), ("cls", b"%d" % n))
+    }
+    (tmp_path / "train-000.tar").write_bytes(tar_of(members | {"1.mask.png": b"2", "1.jpg": b"3"}))
+    listing = open_input(str(tmp_path)).list()
+    assert rows_of(listing) == [("train-000.tar/0.image.jpg", 0), ("train-000.tar/1.jpg", 1)]
+    assert contents(str(tmp_path), listing) == [b"1", b"3"]
 
 
 def test_archives_of_two_data_sets_do_not_mix(tmp_path: Path) -> None:

@@ -103,7 +103,8 @@ def test_other_files_beside_the_archives_are_reported(s3: str, tmp_path: Path) -
     (folder / ".cache").mkdir()
     (folder / ".cache/x").touch()
     for source in (str(folder), upload(str(folder), s3)):
-        assert open_input(source).list().ignored == ("README.md", "_info.json")
+        ignored = (".cache/", ".gitattributes", "README.md", "_info.json")
+        assert open_input(source).list().ignored == ignored
     assert open_input(f"{folder}/*.tar").list().ignored == ()
 
 
@@ -137,7 +138,7 @@ def test_different_things_side_by_side_are_refused(s3: str, tmp_path: Path) -> N
 def test_the_downloads_of_imagenet_in_one_folder_are_to_be_named(tmp_path: Path) -> None:
     val = tmp_path / "ILSVRC2012_img_val.tar"
     val.write_bytes(tar_of({"ILSVRC2012_val_00000001.JPEG": b"1"}))
-    with pytest.raises(DataError, match=r"sample ILSVRC2012_val_00000001 .* found none"):
+    with pytest.raises(DataError, match=r"holds ILSVRC2012_val_00000001.JPEG. Unpack it, and name the"):
         open_input(str(val)).list()
     train = tmp_path / "ILSVRC2012_img_train.tar"
     train.write_bytes(tar_of({"n01.tar": tar_of({"n01_1.JPEG": b"1"})}))

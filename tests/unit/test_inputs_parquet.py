@@ -1,5 +1,6 @@
 """Parquet files: row groups among threads, rows and files that are none, damage."""
 
+import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from dit_scale.errors import DataError
-from dit_scale.storage import DiskStorage
-from dit_scale_pipeline.inputs import Entry, InputError, open_input
+from dit_scale.storage import DiskStorage, open_storage
+from dit_scale_pipeline.inputs import Entry, InputError, Listing, open_input
 from dit_scale_pipeline.inputs.parquet import Parquet
+from dit_scale_pipeline.inputs.saved import current_listing, difference, load_listing, save_listing
 from tests.archives import parquet, watch_reads, write_parquet
 
 
@@ -80,8 +82,62 @@ def test_parquet_files_with_other_columns_are_refused(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table({"img": [b"x"], "label": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"expected columns image .* found img \(binary\), label \(int64\)"):
+    row = [{"bytes": b"x", "path": None}]
+    columns: dict[str, list[object]] = {"img": row, "fine_label": [1], "coarse_label": [0]}
+    for table, why in (
+        ({"img": [b"x"], "label": [1]}, r"expected columns image .* found img \(binary\), label \(int64\)"),
+        (columns, r"Name them: image_column=img label_column=... \(one of fine_label, coarse_label\)"),
+        (
+            {"image": row, "label": ["cat"]},
+            r"label \(string\). Column label holds no numbers: write each class",
+        ),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=why):
+            open_input(str(tmp_path)).list()
+
+
+def test_columns_may_have_other_names(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {
+        name: [{"bytes": name.encode() * n, "path": None} for n in range(1, 4)] for name in ("img", "image")
+    }
+    labels = {"fine_label": [2, 1, 0], "coarse_label": [0, 0, 1], "other": [2, 1, 0]}
+    features = {"info": {"features": {"fine_label": {"names": ["x", "y", "z"]}}}}
+    table = pyarrow.table({**columns, **labels}).replace_schema_metadata(
+        {"huggingface": json.dumps(features)}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+
+    def listed(image: str, label: str) -> Listing:
+        return open_input(str(tmp_path), columns=(image, label)).list()
+
+    fine = listed("img", "fine_label")
+    assert (fine.labels.tolist(), fine.class_names) == ([2, 1, 0], ("x", "y", "z"))
+    assert listed("img", "coarse_label").labels.tolist() == [0, 0, 1]
+    images = open_input(str(tmp_path), fine.kind, fine.columns)
+    assert [images.read(entry) for entry in fine.entries()] == [b"img", b"imgimg", b"imgimgimg"]
+    # What is encoded follows from the digest: other images, or other labels.
+    digests = {listed(image, label).sha256 for image in ("img", "image") for label in labels}
+    assert len(digests) == 4
+    storage = open_storage(tmp_path.with_name("out"))
+    save_listing(storage, fine)
+    saved = load_listing(storage)
+    assert saved is not None
+    assert (saved.columns, saved.sha256) == (fine.columns, fine.sha256)
+    assert current_listing(images, saved) is saved
+    other = current_listing(open_input(str(tmp_path), columns=("image", "fine_label")), saved)
+    assert difference(saved, other) == "columns image and fine_label, where it had img and fine_label"
+
+
+def test_paths_alone_are_no_images(tmp_path: Path) -> None:
+    row = {"bytes": None, "path": "a.jpg"}
+    write_parquet(tmp_path / "a.parquet", [(row, 0), (row, 1), (None, 1)], [])
+    with pytest.raises(
+        DataError, match=r"a.parquet: image.bytes is empty in all 3 rows: the file holds the paths"
+    ):
         open_input(str(tmp_path)).list()
 
 

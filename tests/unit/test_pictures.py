@@ -1,6 +1,5 @@
 """Pictures of latents: which samples, by which VAE, and what of each is decoded."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +8,10 @@ import torch
 
 from dit_scale import vae
 from dit_scale.data.order import Order
-from dit_scale.data.shards import INFO_KEY, LatentDataset
+from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import WeightsError
 from dit_scale.pictures import GAP, decode, load_decoder, random_ids, side_by_side
-from tests.latents import write_latents
+from tests.latents import edit_info, write_latents
 from tests.tiny_vae import save_tiny_vae
 
 CPU = torch.device("cpu")
@@ -33,9 +32,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_vae: str) -> LatentDa
 
 def named(folder: Path, tiny_vae: str, **changes: object) -> None:
     """Let dataset.json name this VAE."""
-    info = json.loads((folder / INFO_KEY).read_text())
-    info["vae"] = vae.load(tiny_vae).identity().model_dump(mode="json") | changes
-    (folder / INFO_KEY).write_text(json.dumps(info))
+    edit_info(folder, vae=vae.load(tiny_vae).identity().model_dump(mode="json") | changes)
 
 
 def test_random_samples_are_those_that_a_run_of_this_seed_begins_with() -> None:

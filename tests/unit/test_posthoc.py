@@ -299,8 +299,15 @@ def test_what_a_run_has_stored_is_listed(run: Path, capsys: pytest.CaptureFixtur
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 2 * STEPS // STORE_EVERY
     assert rows[:2] == [
-        {"step": 80, "sigma_rel": 0.05, "profile": "narrow", "checkpoint": f"{EMA}/{name_of(80, 1)}"},
-        {"step": 80, "sigma_rel": 0.1, "profile": "wide", "checkpoint": f"{EMA}/{name_of(80, 1)}"},
+        {
+            "step": 80,
+            "sigma_rel": sigma_rel,
+            "profile": profile,
+            "checkpoint": f"{EMA}/{name_of(80, 1)}",
+            "since_step": 0,
+            "flaw": "",
+        }
+        for profile, sigma_rel in (("narrow", 0.05), ("wide", 0.1))
     ]
     assert rows[-1]["checkpoint"] == f"{CHECKPOINTS}/{name_of(STEPS, 1)}"
     assert cli.main(["ema", "list", str(run)]) == 0

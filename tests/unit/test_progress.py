@@ -18,9 +18,9 @@ class Screen:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, width: int = 120) -> None:
         self.now_s = 1000.0
         self._file = io.StringIO()
-        console = Console(file=self._file, force_terminal=is_terminal, width=width, color_system=None)
+        shape = {"file": self._file, "force_terminal": is_terminal, "width": width, "color_system": None}
         clock = SimpleNamespace(monotonic=lambda: self.now_s, strftime=lambda form: f"<{form}>")
-        monkeypatch.setattr(progress, "Console", lambda stderr: console)
+        monkeypatch.setattr(progress, "Console", lambda stderr, **options: Console(**shape, **options))
         monkeypatch.setattr(progress, "time", clock)
 
     @property
@@ -84,6 +84,16 @@ def test_a_terminal_has_a_bar_and_all_numbers(monkeypatch: pytest.MonkeyPatch, w
     status.close()
     shown = " ".join(" ".join(screen.lines).split())
     assert "1/20000 <%H:%M:%S> loss 0.1812 grad 0.250 lr 1.0e-04 1234.6 img/s left 2:45:50" in shown
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_messages_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    screen = Screen(monkeypatch, is_terminal)
+    status = StatusLine(total_steps=10, first_step=0, shown=True)
+    message = "runs/[red]/[/x]/:cat: is a folder, [/gloo/pair.cc:1] a place in foreign code"
+    status.say(message)
+    status.close()
+    assert any(line.endswith(message) for line in screen.lines)
 
 
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,14 @@ def test_a_damaged_one_that_the_run_passed_over_does_not_count(root: Storage, ke
     assert folders(root) == [path_of(50, 2), path_of(40, 2)][:keep]
 
 
+def test_a_copy_under_another_name_takes_no_place(root: Storage, tmp_path: Path) -> None:
+    start(root, 1)
+    put(root, *map(path_of, (10, 20, 30, 50)))
+    (tmp_path / path_of(10)).rename(tmp_path / path_of(40))
+    assert retention.prune(root, 1, path_of(50), 2, 0) == [path_of(20)]
+    assert folders(root) == [path_of(50), path_of(40), path_of(30)]
+
+
 def test_what_killed_saves_left_behind_goes(root: Storage, tmp_path: Path) -> None:
     """Also the part of a file that its writer was killed in."""
     start(root, 1)

@@ -67,7 +67,9 @@ def test_a_data_set_fits_a_model_of_its_size_with_as_many_classes(tmp_path: Path
     write_latents(tmp_path, num=4, image_size=32, num_classes=10)
     dataset = LatentDataset.open(tmp_path)
     for num_classes in (10, 11):
-        check_dataset(config_of(tmp_path, num_classes), dataset)
+        note = check_dataset(config_of(tmp_path, num_classes), dataset)
+        assert bool(note) == (num_classes == 11)
+    assert "has 10 classes, model.num_classes is 11: the labels from 10 on are never trained" in note
     with pytest.raises(ConfigError, match=r"has 10 classes, model.num_classes is 9"):
         check_dataset(config_of(tmp_path, num_classes=9), dataset)
     with pytest.raises(ConfigError, match=r"holds latents of 32 px images, model.image_size is 64"):

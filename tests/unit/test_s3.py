@@ -7,6 +7,7 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
+from moto.s3.models import s3_backends
 
 from dit_scale.errors import StorageError
 from dit_scale.storage import MissingKeyError, S3Storage, transfer
@@ -209,7 +210,45 @@ def test_an_etag_of_another_kind_is_believed(s3: S3Storage, direct: Any) -> None
     ]
     parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
     direct.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+    requests = count_gets(s3)
     assert s3.read("key") == DATA[: 2 * PART]
+    assert requests == ["key"], "its parts are not ours, and nothing is asked for twice"
+
+
+def count_gets(s3: S3Storage) -> list[str]:
+    """The keys of all further requests for objects."""
+    asked: list[str] = []
+    events = s3._client_here().meta.events
+    events.register(
+        "provide-client-params.s3.GetObject",
+        lambda params, **_: asked.append(params["Key"][len(s3.prefix) :]),
+    )
+    return asked
+
+
+@pytest.mark.parametrize("encryption", [{}, {"ServerSideEncryption": "aws:kms"}])
+def test_an_etag_that_is_no_md5_costs_no_second_request(
+    encryption: dict[str, str], s3: S3Storage, direct: Any
+) -> None:
+    keys = [f"key {number}" for number in range(5)]
+    for key in keys:
+        direct.put_object(Bucket=BUCKET, Key=s3.prefix + key, Body=FEW, **encryption)
+        stored = s3_backends["123456789012"]["aws"].buckets[BUCKET].keys[s3.prefix + key]
+        stored._etag = "0123456789abcdef" * 2
+    requests = count_gets(s3)
+    for key in keys:
+        assert s3.read(key) == FEW
+    # Without a word of encryption, one object shows that this server's ETags are something else.
+    assert requests == (keys if encryption else [keys[0], *keys])
+
+
+@pytest.mark.parametrize("size", [len(FEW), len(DATA)])
+def test_an_etag_that_is_the_md5_of_our_parts_is_checked(size: int, s3: S3Storage, proxy: FaultProxy) -> None:
+    s3.write("key", DATA[:size])
+    for _ in range(3):
+        proxy.set({"flip": 1.0}, at_most=1)
+        assert s3.read("key") == DATA[:size]
+    assert proxy.injected["flip"] == 3
 
 
 # A server that does not come back

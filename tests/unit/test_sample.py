@@ -277,6 +277,17 @@ def test_export_and_open_is_the_same_source(source: Source, tmp_path: Path) -> N
         assert file.metadata()["source"] == source.description
 
 
+@pytest.mark.parametrize("part", ["what it says", "weights"])
+def test_an_export_that_was_damaged_is_refused(source: Source, tmp_path: Path, part: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    export(source, path)
+    data = bytearray(path.read_bytes())
+    data[-1 if part == "weights" else data.index(b'"timesteps":"') + len(b'"timesteps":"')] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"weights\.safetensors is damaged \(its SHA-256 does not fit\)"):
+        open_source(str(path))
+
+
 def test_a_bare_weights_file_takes_the_model_it_is_told(source: Source, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save(source.state, path)

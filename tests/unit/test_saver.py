@@ -173,3 +173,24 @@ def test_a_save_that_takes_too_long_has_failed(
         saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig(deadline_s=0.2))
         assert saved(saver).problem == "rank 0: not written within checkpoint.deadline_s=0.2"
     saver.close()
+
+
+def test_a_name_that_another_process_took_is_left_as_it_is(world: World, tmp_path: Path) -> None:
+    """Told as final: to try the same name again would fail again, and the next step has another one."""
+    theirs = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
+    assert saved(theirs).problem == ""
+    theirs.close()
+    before = {path: path.read_bytes() for path in (tmp_path / PATH).iterdir()}
+    ours = partition()
+    saver = Saver(world, str(tmp_path), [ours], CheckpointConfig())
+    assert (saved(saver).problem, saved(saver).is_final) == ("", False), "the same one again is ours"
+    ours.buffers[MASTER].fill_(-1)
+    outcome = saved(saver)
+    assert outcome.is_final
+    assert outcome.problem.startswith(f"rank 0: {tmp_path}/{PATH} has a manifest already")
+    assert {path: path.read_bytes() for path in (tmp_path / PATH).iterdir()} == before
+    saver.begin(manifest(6), {path_of(6): (MASTER,)})
+    outcome = saver.wait()
+    assert outcome is not None
+    assert (outcome.problem, outcome.is_final) == ("", False)
+    saver.close()

@@ -33,7 +33,7 @@ from dit_scale.data.statistics import combine_sums
 from dit_scale.errors import DataError
 from dit_scale.storage import Storage, open_storage
 from dit_scale_pipeline.shards_writer import Row, ShardRecord, build_shard
-from tests.latents import write_latents
+from tests.latents import edit_info, write_latents
 from tests.s3 import BUCKET, s3_server
 
 
@@ -53,11 +53,6 @@ def flip_bit(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
-
-
-def edit_info(folder: Path, **changes: object) -> None:
-    info = json.loads((folder / INFO_KEY).read_text())
-    (folder / INFO_KEY).write_text(json.dumps(info | changes))
 
 
 def test_known_checksum() -> None:

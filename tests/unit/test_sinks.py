@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dit_scale.config import TrainConfig
-from dit_scale.telemetry.sinks import Journal, JsonLines, TensorBoard, open_sinks
+from dit_scale.telemetry.sinks import Journal, JsonLines, TensorBoard, open_sinks, wandb_id, wandb_id_of
 
 
 def steps_of(path: Path) -> list[int]:
@@ -104,11 +104,23 @@ def test_wandb_offline_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for sink in sinks:
         sink.close()
     wandb.teardown()  # waits for wandb's own process, which writes the file, as the end of a run does
-    (written,) = (folder / "wandb").glob("offline-run-*/run-runs-dit_xl2_256.wandb")
+    (written,) = (folder / "wandb").glob(f"offline-run-*/run-{wandb_id(folder)}.wandb")
     data = written.read_bytes()
     assert b"loss" in data
     assert b"0.123456789" in data
     assert steps_of(folder / "metrics.jsonl") == [100, 200]
+
+
+def test_a_run_keeps_its_wandb_id_where_it_moves(tmp_path: Path) -> None:
+    first = wandb_id(tmp_path / "a")
+    assert first.startswith(str(tmp_path / "a").strip("/").replace("/", "-"))
+    assert first not in {wandb_id(tmp_path / "b"), wandb_id(tmp_path / "a" / "a")}
+    assert len(wandb_id(tmp_path / ("x" * 200))) <= 128
+    assert wandb_id(tmp_path / "a b") != wandb_id(tmp_path / "a#b")
+    assert wandb_id_of("s3://a/imagenet256") != wandb_id_of("/a/imagenet256")
+    for folder in ("offline-run-20260102_030405-runs-a", "run-20260101_000000-other"):
+        (tmp_path / "moved" / "wandb" / folder).mkdir(parents=True)
+    assert wandb_id(tmp_path / "moved") == "runs-a"
 
 
 def test_the_journal_only_grows(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """What the inputs share whose images lie in archives: these are listed side by side, and put in one order."""
 
+import os
 from abc import abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -10,7 +11,10 @@ import numpy as np
 
 from dit_scale.errors import DataError
 from dit_scale_pipeline.inputs.base import Archive, Input, Listing, Progress, in_order, silent
+from dit_scale_pipeline.inputs.layout import check_names
+from dit_scale_pipeline.inputs.names import hidden_part
 from dit_scale_pipeline.inputs.places import KINDS, Place
+from dit_scale_pipeline.inputs.tars import Member
 
 LISTED_AT_ONCE = 8
 """Archives; each holds one window in memory while it is listed."""
@@ -44,7 +48,7 @@ class Found:
     class_names: dict[int, str] = field(default_factory=dict)
     """Those that it tells."""
     ignored: list[str] = field(default_factory=list)
-    """Files in it that are no images."""
+    """Files in it that are no images, hidden files and folders (with a slash)."""
 
     def add(self, path: str, label: int, start: int, size: int) -> None:
         """One more image."""
@@ -75,6 +79,7 @@ class ArchiveInput(Input):
         if not paths:
             raise DataError(f"{self.url}: no image in {len(archives)} archives; expected {KINDS}")
         class_names = self._class_names(found)
+        check_names(self.url, class_names)
         order = in_order(paths, self.url)
         numbers = np.repeat([part.number for part in parts], [len(part.paths) for part in found])
         return Listing(
@@ -87,7 +92,8 @@ class ArchiveInput(Input):
             archive_numbers=numbers.astype(np.int32)[order],
             starts=_joined([part.starts for part in found], np.int64)[order],
             sizes=_joined([part.sizes for part in found], np.int64)[order],
-            ignored=(*others, *ignored, *(name for part in found for name in part.ignored)),
+            ignored=_once([*others, *ignored, *(name for part in found for name in part.ignored)]),
+            columns=self.columns,
         )
 
     def parts(self, archives: Sequence[Archive]) -> tuple[Sequence[Part], Sequence[str]]:
@@ -120,10 +126,11 @@ class ArchiveInput(Input):
         return tuple(names.get(label, str(label)) for label in range(largest + 1))
 
     def _top(self) -> tuple[tuple[Archive, ...], Sequence[str]]:
-        """The archives at the place, and the other files there."""
-        files, _ = self.place.top()
-        archives = (Archive(name, size) for name, size in files.items() if name.endswith(self.suffix))
-        return tuple(archives), [name for name in files if not name.endswith(self.suffix)]
+        """The archives at the place, and what else is there."""
+        top = self.place.top()
+        archives = (Archive(name, size) for name, size in top.files.items() if name.endswith(self.suffix))
+        others = [name for name in top.files if not name.endswith(self.suffix)]
+        return tuple(archives), [*others, *top.hidden]
 
 
 def checked_label(label: int, where: str) -> int:
@@ -134,6 +141,19 @@ def checked_label(label: int, where: str) -> int:
             "encoded"
         )
     return label
+
+
+def visible(members: Iterable[Member], where: str, left_out: list[str]) -> Iterator[Member]:
+    """The members that are not hidden; `left_out` gets the hidden part of the others, below `where`."""
+    for member in members:
+        if hidden := hidden_part(member.name):
+            left_out.append(f"{where}/{hidden}")
+        else:
+            yield member
+
+
+def _once(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(names), key=os.fsencode))
 
 
 def _joined(columns: "Sequence[array[int]]", dtype: type) -> np.ndarray:

@@ -15,6 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dit_scale.errors import DataError
+from dit_scale_pipeline.inputs.names import shown
+
+COLUMNS = ("image", "label")
+"""Names of the columns of images and labels in Parquet files, unless the configuration has others."""
 
 Progress = Callable[[int, int], None]
 """Takes the number of archives that were listed, and that of all."""
@@ -77,7 +81,9 @@ class Listing:
     sizes: npt.NDArray[np.int64] | None = None
     """(N,) as in `Entry`."""
     ignored: tuple[str, ...] = ()
-    """Files that are no part of the listing, for they have no class."""
+    """What is no part of the listing: files that have no class, hidden files and folders (with a slash)."""
+    columns: tuple[str, str] = COLUMNS
+    """Of Parquet files: those of the images and the labels."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -97,9 +103,12 @@ class Listing:
     def sha256(self) -> str:
         """Of every path and a zero byte, in order: `find * -mindepth 1 -type f -print0 | sort -z`.
 
-        Where the paths do not tell the labels, each path is followed by its label and a zero byte too.
+        Where the paths do not tell the labels, each path is followed by its label and a zero byte too. The
+        name of another image column than `image`, and two zero bytes, come first.
         """
         digest = hashlib.sha256()
+        if self.columns[0] != COLUMNS[0]:
+            digest.update(self.columns[0].encode() + b"\0\0")
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
             digest.update(os.fsencode(path) + b"\0")
             if not self.labels_in_paths:
@@ -118,7 +127,9 @@ def in_order(paths: Sequence[str], where: str) -> npt.NDArray[np.int64]:
     order = sorted(range(len(paths)), key=lambda row: os.fsencode(paths[row]))
     for one, other in pairwise(order):
         if paths[one] == paths[other]:
-            raise DataError(f"{where}: {paths[one]} is there twice; every image must have a name of its own")
+            raise DataError(
+                f"{where}: {shown(paths[one])} is there twice; every image must have a name of its own"
+            )
     return np.array(order, np.int64)
 
 
@@ -129,6 +140,7 @@ class Input(ABC):
     url: str
     remote: bool
     """Whether each read waits for a network: then several are made at once."""
+    columns: tuple[str, str] = COLUMNS
 
     @abstractmethod
     def archives(self) -> tuple[Archive, ...]:

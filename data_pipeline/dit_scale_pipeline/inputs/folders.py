@@ -1,6 +1,9 @@
 """Class folders: one sub-folder of image files per class, on disk or under an s3:// prefix."""
 
 import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,14 @@ from dit_scale_pipeline.inputs.base import (
     in_order,
     silent,
 )
-from dit_scale_pipeline.inputs.places import KINDS
+from dit_scale_pipeline.inputs.contents import UNPACK, compressed, is_compressed
+from dit_scale_pipeline.inputs.layout import check_folders, check_names
+from dit_scale_pipeline.inputs.names import few, hidden_part, is_hidden, shown
+from dit_scale_pipeline.inputs.places import ARCHIVE_SUFFIXES, KINDS, listing_errors, pattern_of
+from dit_scale_pipeline.inputs.webdataset import IMAGE_SUFFIXES
+
+_TEXTS = (".csv", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml")
+"""Of files that lie beside archives."""
 
 
 class ClassFolders(Input):
@@ -35,19 +45,21 @@ class ClassFolders(Input):
 
     def list(self, progress: Progress = silent) -> Listing:
         storage = self._storage
-        paths, folders = _walk(storage) if isinstance(storage, DiskStorage) else _list(storage)
-        inside = [path for path in paths if "/" in path]
-        if not inside:
-            raise DataError(f"{self.url}: expected {KINDS}. Found no file in any folder, and no archive")
-        class_names = sorted(folders, key=os.fsencode)
+        found = _walk(storage) if isinstance(storage, DiskStorage) else _list(storage)
+        if not found.inside:
+            raise DataError(f"{self.url}: expected {KINDS}. Found {_instead(found.outside)}")
+        class_names = sorted(found.folders, key=os.fsencode)
+        check_names(self.url, class_names)
+        check_folders(self.url, class_names, found.inside)
+        _refuse_archives(self.url, found.inside)
         label = {name: number for number, name in enumerate(class_names)}
-        ordered = [inside[row] for row in in_order(inside, self.url)]
+        ordered = [found.inside[row] for row in in_order(found.inside, self.url)]
         return Listing(
             kind=self.kind,
             class_names=tuple(class_names),
             paths=ordered,
             labels=np.array([label[path.partition("/")[0]] for path in ordered], np.int32),
-            ignored=tuple(sorted((path for path in paths if "/" not in path), key=os.fsencode)),
+            ignored=tuple(sorted((*found.outside, *found.left_out), key=os.fsencode)),
         )
 
     def read(self, entry: Entry) -> bytes:
@@ -63,20 +75,117 @@ class ClassFolders(Input):
             ) from None
 
 
-def _walk(storage: DiskStorage) -> tuple[list[str], set[str]]:
-    if not storage.folder.is_dir():
-        raise DataError(f"no folder at {storage.folder}; expected {KINDS}")
-    with os.scandir(storage.folder) as top:
-        children = [(child.name, child.is_dir()) for child in top]
-    folders = {name for name, is_folder in children if is_folder}
-    paths = [name for name, is_folder in children if not is_folder]
-    for name in folders:
-        for folder, _, files in os.walk(storage.folder / name, followlinks=True):
-            inner = Path(folder).relative_to(storage.folder).as_posix()
-            paths += [f"{inner}/{file}" for file in files]
-    return paths, folders
+_Inode = tuple[int, int]
+"""Device and number: what a folder is, whatever links lead to it."""
 
 
-def _list(storage: Storage) -> tuple[list[str], set[str]]:
-    paths = [key for key, _ in storage.list() if not key.endswith("/")]
-    return paths, {path.partition("/")[0] for path in paths if "/" in path}
+@dataclass
+class _Found:
+    """What lies below a place, by paths."""
+
+    folders: set[str] = field(default_factory=set)
+    """Those at the top, empty ones too."""
+    inside: list[str] = field(default_factory=list)
+    """Files in folders."""
+    outside: list[str] = field(default_factory=list)
+    """Files in none."""
+    left_out: set[str] = field(default_factory=set)
+    """Files and folders (with a slash) that are hidden, or a system's, or markers of nothing."""
+
+
+def _walk(storage: DiskStorage) -> _Found:
+    """A disk's files. Raises StorageError for a folder that cannot be read, DataError for what is no file."""
+    found = _Found()
+    top = storage.folder
+    with listing_errors(top):
+        if not top.is_dir():
+            raise DataError(f"no folder at {top}; expected {KINDS}")
+        left: list[tuple[str, tuple[_Inode, ...]]] = [("", (_inode(top),))]
+        while left:
+            folder, above = left.pop()
+            with os.scandir(top / folder) as children:
+                for child in children:
+                    path = f"{folder}/{child.name}" if folder else child.name
+                    if is_hidden(child.name):
+                        # What it is does not matter: lost+found cannot be read by everybody.
+                        found.left_out.add(f"{path}/" if child.is_dir(follow_symlinks=False) else path)
+                    elif child.is_dir():
+                        left.append((path, (*above, _new_inode(top / path, above))))
+                    else:
+                        _check_file(child)
+                        (found.inside if folder else found.outside).append(path)
+            if folder and "/" not in folder:
+                found.folders.add(folder)
+    return found
+
+
+def _inode(folder: Path) -> _Inode:
+    stat = os.stat(folder)
+    return stat.st_dev, stat.st_ino
+
+
+def _new_inode(folder: Path, above: Sequence[_Inode]) -> _Inode:
+    """Identity of a folder; DataError when it is one of those that it lies in."""
+    if (inode := _inode(folder)) in above:
+        raise DataError(
+            f"{shown(str(folder))} is a link to {shown(os.path.realpath(folder))}, which holds the link: its "
+            "images would be listed without end. Remove the link"
+        )
+    return inode
+
+
+def _check_file(child: "os.DirEntry[str]") -> None:
+    """DataError for what no image can be: reading a pipe would wait for ever. A link may lead to nothing."""
+    if not child.is_file() and (not child.is_symlink() or os.path.exists(child.path)):
+        raise DataError(f"{shown(child.path)} is a pipe, a socket or a device; expected files. Remove it")
+
+
+def _list(storage: Storage) -> _Found:
+    """Objects under a prefix."""
+    found, markers = _Found(), set()
+    for key in filter(None, (key for key, _ in storage.list())):
+        parts = key.removesuffix("/").split("/")
+        if any(part in ("", ".", "..") for part in parts):
+            raise DataError(
+                f"{storage.url}/{shown(key)}: expected a key without empty parts, '.' or '..', as a path "
+                "has it. Copy the object to such a key, or delete it"
+            )
+        if hidden := hidden_part(key):
+            found.left_out.add(hidden)
+        elif key.endswith("/"):
+            markers.add(f"{parts[0]}/")
+        elif len(parts) > 1:
+            found.folders.add(parts[0])
+            found.inside.append(key)
+        else:
+            found.outside.append(key)
+    found.left_out |= markers - {f"{folder}/" for folder in found.folders}
+    return found
+
+
+def _refuse_archives(url: str, paths: Sequence[str]) -> None:
+    """DataError when the files of a folder are archives and what accompanies them."""
+    by_folder = defaultdict(list)
+    for path in paths:
+        by_folder[path.partition("/")[0]].append(path)
+    for inside in by_folder.values():
+        archives = [path for path in inside if path.endswith(ARCHIVE_SUFFIXES) or is_compressed(path)]
+        others = set(inside) - set(archives)
+        if archives and all(path.lower().endswith(_TEXTS) for path in others):
+            named = f"source={url.rstrip('/')}/{pattern_of(archives[0])}"
+            raise DataError(
+                f"{url}: expected images in the folders, found archives ({few(archives)}). "
+                + (f"Name them: {named}" if archives[0].endswith(ARCHIVE_SUFFIXES) else UNPACK.capitalize())
+            )
+
+
+def _instead(files: Sequence[str]) -> str:
+    """What lies in a folder that holds no folders, and what to do with it."""
+    if packed := compressed(files):
+        return packed
+    if images := [name for name in files if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES]:
+        return (
+            f"{len(images)} images in no folder ({few(images)}): move them into one folder per class. "
+            "Images without classes are one class, in one folder"
+        )
+    return "no file in any folder, and no archive" + (f", only {few(files)}" if files else "")

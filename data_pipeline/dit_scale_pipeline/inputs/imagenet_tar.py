@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dit_scale.errors import DataError
-from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part
-from dit_scale_pipeline.inputs.base import Archive, Entry
+from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part, visible
+from dit_scale_pipeline.inputs.base import Archive, Entry, Listing, Progress, silent
+from dit_scale_pipeline.inputs.layout import check_tars
+from dit_scale_pipeline.inputs.names import shown
 from dit_scale_pipeline.inputs.tars import DISK_WINDOW_BYTES, Tar, read_member
 
 _STRANGE_SUFFIXES = (".tar", ".cls")
@@ -23,17 +25,23 @@ class ClassTars(ArchiveInput):
     suffix = ".tar"
     labels_in_paths = True
 
+    def list(self, progress: Progress = silent) -> Listing:
+        listing = super().list(progress)
+        check_tars(self.url, listing.class_names, listing.paths)
+        return listing
+
     def parts(self, archives: Sequence[Archive]) -> tuple[Sequence[Part], Sequence[str]]:
         parts, others = super().parts(archives)
         return self._labeled([(one.name, part) for one, part in zip(archives, parts, strict=True)]), others
 
     def list_part(self, part: Part) -> Found:
         found = Found(class_names={part.label: part.name})
-        for member in Tar(self.storage, part.key, part.start, part.end):
+        tar = Tar(self.storage, part.key, part.start, part.end)
+        for member in visible(tar, part.name, found.ignored):
             if member.name.lower().endswith(_STRANGE_SUFFIXES):
                 raise DataError(
-                    f"{self.url}: the tar of class {part.name} has a member {member.name}; expected the "
-                    "images of one class. Name a tar of class tars, or the tars of a WebDataset, by itself"
+                    f"{self.url}: the tar of class {part.name} has a member {shown(member.name)}; expected "
+                    "the images of one class. Name a tar of class tars, or WebDataset tars, by themselves"
                 )
             found.add(f"{part.name}/{member.name}", part.label, member.start, member.span)
         return found
@@ -41,7 +49,7 @@ class ClassTars(ArchiveInput):
     def read(self, entry: Entry) -> bytes:
         return read_member(self.storage, entry)
 
-    def _labeled(self, tars: Sequence[tuple[str, Part]]) -> list[Part]:
+    def _labeled(self, tars: Sequence[tuple[str, Part]]) -> Sequence[Part]:
         """(file's name, tar) => tars with their classes, in order of the labels."""
         classes = {name.rpartition("/")[2].removesuffix(self.suffix): part for name, part in tars}
         if len(classes) < len(tars):
@@ -57,10 +65,11 @@ class NestedTar(ClassTars):
 
     def parts(self, archives: Sequence[Archive]) -> tuple[Sequence[Part], Sequence[str]]:
         tars: list[tuple[str, Part]] = []
-        others = []
+        others: list[str] = []
         for number, one in enumerate(archives):
             # Between two headers lies a whole class: more than any window.
-            for member in Tar(self.storage, one.name, 0, one.bytes, DISK_WINDOW_BYTES):
+            tar = Tar(self.storage, one.name, 0, one.bytes, DISK_WINDOW_BYTES)
+            for member in visible(tar, one.name, others):
                 part = Part(number, one.name, member.data_start, member.data_start + member.size)
                 if member.name.endswith(self.suffix):
                     tars.append((member.name, part))

@@ -3,42 +3,40 @@
 A later start compares it with what is there now, and need not walk unchanged archives again.
 """
 
-import json
 import os
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
+from dit_scale.data.listing import LISTING_KEY, pack, unpack
 from dit_scale.errors import DataError
 from dit_scale.storage import MissingKeyError, Storage
-from dit_scale_pipeline.inputs.base import Archive, Input, Listing, Progress, silent
-
-LISTING_KEY = "listing.safetensors"
+from dit_scale_pipeline.inputs.base import COLUMNS, Archive, Input, Listing, Progress, silent
+from dit_scale_pipeline.inputs.names import few
 
 _COLUMNS = ("labels", "archive_numbers", "starts", "sizes")
-_FACTS = ("kind", "class_names", "labels_in_paths", "ignored")
+_MEND = "delete it, the next start makes it again"
+_FACTS = ("kind", "class_names", "labels_in_paths", "ignored", "columns")
 
 
 def save_listing(storage: Storage, listing: Listing) -> None:
     """Put the listing; an earlier one is replaced."""
     facts = {name: getattr(listing, name) for name in _FACTS}
     facts |= {"archives": [asdict(archive) for archive in listing.archives], "sha256": listing.sha256}
-    arrays = {
-        "facts": _packed(json.dumps(facts).encode()),
-        "paths": _packed(b"\0".join(map(os.fsencode, listing.paths))),
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "paths": np.frombuffer(b"\0".join(map(os.fsencode, listing.paths)), np.uint8)
     }
     arrays |= {name: getattr(listing, name) for name in _COLUMNS if getattr(listing, name) is not None}
-    storage.write(LISTING_KEY, save(arrays))
+    storage.write(LISTING_KEY, pack(facts, arrays))
 
 
 def load_listing(storage: Storage) -> Listing | None:
     """The listing that the output was begun with; None when there is none, DataError when it is damaged."""
+    where = f"{storage.url}/{LISTING_KEY}"
     try:
-        arrays = load(storage.read(LISTING_KEY))
-        facts = json.loads(arrays.pop("facts").tobytes())
+        facts, arrays = unpack(storage.read(LISTING_KEY), where)
         paths = os.fsdecode(arrays.pop("paths").tobytes()).split("\0")
         sha256 = facts.pop("sha256")
         listing = Listing(
@@ -48,39 +46,44 @@ def load_listing(storage: Storage) -> Listing | None:
             labels_in_paths=facts["labels_in_paths"],
             archives=tuple(Archive(**archive) for archive in facts["archives"]),
             ignored=tuple(facts["ignored"]),
+            columns=tuple(facts.get("columns", COLUMNS)),
             **{name: arrays[name] for name in _COLUMNS if name in arrays},
         )
         if listing.sha256 != sha256:
-            raise ValueError("its checksum does not fit")
+            raise DataError(f"{where} is damaged (its checksum does not fit)")
     except MissingKeyError:
         return None
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{storage.url}/{LISTING_KEY} is damaged ({error}); delete it, the next start makes it again"
-        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{where} is damaged ({error}); {_MEND}") from None
+    except DataError as error:
+        raise DataError(f"{error}; {_MEND}") from None
     return listing
 
 
 def current_listing(source: Input, saved: Listing | None, progress: Progress = silent) -> Listing:
     """What the source holds now; archives that are as they were for `saved` are not walked again."""
     archives = source.archives()
-    if saved is not None and archives and (saved.kind, saved.archives) == (source.kind, archives):
+    now = (source.kind, archives, source.columns)
+    if saved is not None and archives and (saved.kind, saved.archives, saved.columns) == now:
         return saved
     return source.list(progress)
 
 
-def difference(old: Listing, new: Listing, shown: int = 3) -> str:
+def difference(old: Listing, new: Listing) -> str:
     """What became of the images between two listings, in words; empty when nothing that matters."""
-    if old.sha256 == new.sha256:
+    if all(getattr(old, name) == getattr(new, name) for name in ("sha256", "class_names", "columns")):
         return ""
+    if old.columns != new.columns:
+        return f"columns {' and '.join(new.columns)}, where it had {' and '.join(old.columns)}"
     before, now = set(old.paths), set(new.paths)
     parts = []
     for paths, verb in ((now - before, "new"), (before - now, "gone")):
         if paths:
-            names = ", ".join(sorted(paths)[:shown]) + (", ..." if len(paths) > shown else "")
-            parts.append(f"{len(paths)} {verb} ({names})")
+            parts.append(f"{len(paths)} {verb} ({few(sorted(paths))})")
+    for names, verb in (
+        (set(new.class_names) - set(old.class_names), "new"),
+        (set(old.class_names) - set(new.class_names), "gone"),
+    ):
+        if names and not parts:
+            return f"classes without an image are {verb} ({few(sorted(names))}), and labels count them"
     return " and ".join(parts) or "the same names with other labels"
-
-
-def _packed(data: bytes) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(data, np.uint8)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dit_scale.errors import DataError, StorageError
 from dit_scale.storage import DiskStorage, MissingKeyError, Storage
 from dit_scale_pipeline.inputs.base import Entry
+from dit_scale_pipeline.inputs.contents import HEAD_BYTES, what_it_is
 from dit_scale_pipeline.inputs.ranged import buffered
 
 DISK_WINDOW_BYTES = 4 * 2**10
@@ -55,9 +56,15 @@ class Tar:
         while self._more(at):
             try:
                 info = headers.next_at(at)
+            except ValueError as error:
+                raise self._no_header(at, error) from None
+            try:
                 name = _safe(info.name)
             except ValueError as error:
-                raise self._damaged(at, f"expected the header of a member, found none ({error})") from None
+                raise DataError(
+                    f"{self._where}: the member at byte {self._start + at} would not unpack below a folder "
+                    f"({error}). Pack the archive again, from inside its folder (tar -C FOLDER)"
+                ) from None
             if not info.isdir():
                 yield self._member(info, name, at)
             at = _end(info)
@@ -77,10 +84,10 @@ class Tar:
             return True
         while rest := self._file.read(REMOTE_WINDOW_BYTES):
             if rest.strip(b"\0"):
-                raise self._damaged(
-                    at,
-                    "expected only zeros behind its end mark, found more; archives that were joined must be "
-                    "taken apart",
+                raise DataError(
+                    f"{self._where}: expected only zeros behind its end mark at byte {self._start + at}, "
+                    "found more. If archives were joined (cat), take them apart; else it is damaged, copy it "
+                    "again"
                 )
         return False
 
@@ -99,6 +106,15 @@ class Tar:
             )
         start = self._start + info.offset
         return Member(name, start, self._start + info.offset_data, info.size)
+
+    def _no_header(self, at: int, error: ValueError) -> DataError:
+        """What to say where the header of a member should be."""
+        self._file.seek(at)
+        what = "" if at else what_it_is(self._file.read(HEAD_BYTES))
+        if what:
+            within = f" (the member at byte {self._start})" if self._start else ""
+            return DataError(f"{self._where}{within}: expected a tar, found a file that {what}")
+        return self._damaged(at, f"expected the header of a member, found none ({error})")
 
     def _damaged(self, at: int, what: str) -> DataError:
         return DataError(
