@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command, whole
+from dit_scale.cli.arguments import command, finite, place, whole
 
 
 def add(commands: Any) -> None:
@@ -29,7 +29,7 @@ Image i depends on the weights, --seed, i and its class alone.
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="default ddpm")
     parser.add_argument("--steps", default="250", help='denoising steps, or "ddim50" (default 250)')
     parser.add_argument(
-        "--guidance", type=float, default=1.5, help="classifier-free guidance scale; 1 is off"
+        "--guidance", type=finite, default=1.5, help="classifier-free guidance scale; 1 is off"
     )
     parser.add_argument(
         "--guidance-channels",
@@ -52,7 +52,7 @@ Image i depends on the weights, --seed, i and its class alone.
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads of each process (default 1)")
-    parser.add_argument("--out", default=None, help="folder (default: RUN/samples, else ./samples)")
+    parser.add_argument("--out", type=place, default=None, help="folder (default: RUN/samples or samples)")
 
 
 def _run(args: argparse.Namespace) -> int:

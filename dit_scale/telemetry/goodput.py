@@ -131,7 +131,8 @@ def attempts_of(journal: Iterable[Event]) -> list[Attempt]:
     """The attempts in events.jsonl, ascending; none begins before the one before it."""
     by_number: dict[int, list[Event]] = {}
     for event in journal:
-        by_number.setdefault(int(event["attempt"]), []).append(event)
+        if {"attempt", "step"} <= event.keys():  # else no line that a run has written
+            by_number.setdefault(int(event["attempt"]), []).append(event)
     found: list[Attempt] = []
     for number, events in sorted(by_number.items()):
         earliest_us = found[-1].begin_us if found else 0

@@ -167,6 +167,10 @@ def test_help_has_an_example_that_can_be_run(name: str) -> None:
         (["ema", "reconstruct", "x", "--sigma-rel", "0.3"], "expected a number above 0 and below 0.289"),
         (["ema", "reconstruct", "x", "--sigma-rel", "nan"], "expected a number above 0 and below 0.289"),
         (["ema", "reconstruct", "x", "--sigma-rel", "thin"], "below 0.289, got 'thin'"),
+        (["sample", "x", "--guidance", "nan"], "--guidance: expected a number, got 'nan'"),
+        (["launch", "x", "--lease-s", "0"], "--lease-s: expected more than 0"),
+        (["launch", "x", "--gather-s", "inf"], "--gather-s: expected a number, got 'inf'"),
+        (["launch", "x", "--grow-s", "-1"], "--grow-s: expected a number, 0 or more, got '-1'"),
         (["sample", "x", "--sampler", "euler"], "--sampler: invalid choice: 'euler'"),
     ],
 )
@@ -212,6 +216,7 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, data: Path, capsys: pytest.Cap
             ["optimizer.learning_rate=1"],
             "unknown key 'optimizer.learning_rate'; did you mean 'optimizer.lr'?",
         ),
+        (["global_batch=99999999999999999999"], "global_batch: Input should be less than 2147483648"),
         (["engine.zero_stage=0"], "engine.zero_stage: Input should be 1, 2 or 3, got 0"),
         (["--dry-run", "--world", "3"], "global_batch=2 is smaller than the 3 processes"),
         (

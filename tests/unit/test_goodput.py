@@ -99,6 +99,12 @@ def test_a_first_start_that_failed_is_a_startup_and_the_next_one_a_restart() -> 
     assert found["RESTART"] == (17.0 - 4.0) + 1.5
 
 
+def test_lines_that_no_run_has_written_do_not_count() -> None:
+    assert spent_s(ledger([*FIRST, event(1040.0, "log", step=1), event(1.0, "log")], {})) == spent_s(
+        ledger(FIRST, {})
+    )
+
+
 def test_steps_between_two_events_are_shared_out() -> None:
     """The second attempt goes on from step 15, which lies between two events of the first."""
     later = of_attempt(2, (1070.0, "start", 15, {"restore_s": 0.0}))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dit_scale import cli, weights
+from dit_scale.cli.arguments import weights_file
 from dit_scale.errors import StorageError
 from dit_scale.sample import write_grid, write_npz
 from dit_scale.storage.outputs import check_output, new_file
@@ -126,3 +127,9 @@ def test_commands_look_at_their_output_first(
     said = capsys.readouterr().err
     assert filled[-1] in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_home_directory_that_the_shell_has_not_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert weights_file("~/x.safetensors") == "/home/somebody/x.safetensors"
+    assert cli._parse(["sample", "x", "--out=~/y"]).out == "/home/somebody/y"
