@@ -8,6 +8,7 @@ decoded and shown beside the images that they were made of: the crop, the image 
 """
 
 import argparse
+import os.path
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=_number, default=4, help="shards read and held in memory at once (default 4)"
     )
-    parser.add_argument("--grid", metavar="FILE.png", help="show random samples beside their images here")
+    parser.add_argument(
+        "--grid",
+        type=os.path.expanduser,
+        metavar="FILE.png",
+        help="show random samples beside their images here",
+    )
     parser.add_argument("--images", type=_number, default=16, help="how many (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="which (default 0)")
     parser.add_argument("--vae", help="folder or hub name of the VAE (default: as dataset.json names it)")

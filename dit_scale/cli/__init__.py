@@ -31,6 +31,8 @@ from dit_scale.elastic.heartbeat import FOLDER_VARIABLE
 from dit_scale.errors import DitScaleError
 
 USER_ERROR_EXIT_CODE = 2
+MISTAKES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""Of what the system refuses; a full or broken disk may be well again when a scheduler tries again."""
 JOBS = ("dit-scale train", "dit-scale launch", "dit-scale encode")
 """They go on when nobody reads what they print."""
 GROUPS = {
@@ -76,7 +78,7 @@ def _run(argv: list[str], begin_job: Callable[[str], None] = lambda name: None) 
         if error.filename is None or isinstance(error, LostOutputError):
             raise
         print(f"{args.name}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
+        return USER_ERROR_EXIT_CODE if isinstance(error, MISTAKES) else 1
     except KeyboardInterrupt:
         print(f"{args.name}: interrupted", file=sys.stderr)
         return 130

@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
 
     try:
         return _launch(args)
-    except (DitScaleError, PermissionError) as error:
+    except DitScaleError as error:
         print(f"{args.name}: {error}", file=sys.stderr)
         return exit_code(error)
 

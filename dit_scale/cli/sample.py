@@ -65,9 +65,9 @@ def _run(args: argparse.Namespace) -> int:
     from dit_scale.storage.outputs import check_output
 
     here = Path(args.source)
-    out = Path(args.out or (here / "samples" if here.is_dir() else "samples"))
+    out = args.out or str(here / "samples" if here.is_dir() else "samples")
     for name in ("grid.png", "samples.npz"):
-        check_output(f"{args.out}/{name}" if args.out else out / name)
+        check_output(f"{out}/{name}")
     bare = None
     if args.model:
         bare = ModelConfig(name=args.model, image_size=args.image_size, num_classes=args.num_classes)
@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
         min(args.batch, args.images),
     )
     engine = EngineConfig(device=args.device, precision=args.precision, cpu_threads=args.threads)
-    if sample(source, vae, labels, settings, out, engine):
+    if sample(source, vae, labels, settings, Path(out), engine):
         print(f"{source.description}: {args.images} images in {out}/grid.png and {out}/samples.npz")
     return 0
 
