@@ -157,7 +157,9 @@ def _export(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from dit_scale.sources import export, open_source
+    from dit_scale.storage.outputs import check_output
 
+    check_output(args.out)
     source = open_source(args.source, args.ema)
     export(source, Path(args.out))
     print(f"{source.description} -> {args.out}")

@@ -20,7 +20,8 @@ def add(commands: Any) -> None:
   dit-scale train dit_xl2_256 data.url=s3://bucket/imagenet256 run=runs/xl2
   deepspeed -q --num_gpus 8 --no_local_rank --module dit_scale.cli train dit_xl2_256
 
-SIGTERM, SIGUSR1 or Ctrl-C: saves at the next step and leaves with code 75.""",
+SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGHUP (a closed terminal), Ctrl-C or Ctrl-\\: saves at the next step and
+leaves with code 75; a second Ctrl-C or Ctrl-\\ ends it at once.""",
     )
     parser.add_argument("config", help=CONFIG_HELP)
     parser.add_argument(

@@ -14,6 +14,7 @@ from types import FrameType
 
 import numpy as np
 
+from dit_scale import signals
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.manifest import step_and_attempt
 from dit_scale.config import TrainConfig, dump
@@ -35,11 +36,11 @@ MODULE = "dit_scale.cli"
 
 
 class WantedBack:
-    """Up once the scheduler, or a person by Ctrl-C, wants the node back."""
+    """Up once the scheduler, or a person by Ctrl-C or by closing the terminal, wants the node back."""
 
     def __init__(self) -> None:
         self.is_up = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in signals.caught():
             signal.signal(number, self._raise_it)
 
     def _raise_it(self, number: int, frame: FrameType | None) -> None:

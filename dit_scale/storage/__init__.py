@@ -30,7 +30,10 @@ def open_storage(url: str | Path) -> Storage:
     text = str(url)
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return DiskStorage(Path(text).expanduser())
+        try:
+            return DiskStorage(Path(text).expanduser())
+        except RuntimeError:
+            raise StorageError(f"{text}: no home directory is known for it; give an absolute path") from None
     if scheme == "file" and rest.startswith("/"):
         return DiskStorage(Path(rest))
     if scheme == "s3" and rest.strip("/"):
