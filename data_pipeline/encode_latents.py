@@ -12,4 +12,5 @@ import sys
 from dit_scale.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["encode", *sys.argv[1:]]))
+    sys.argv.insert(1, "encode")
+    sys.exit(main())

@@ -218,7 +218,7 @@ class TrainConfig(Section):
     """Key of every draw and of the order of samples."""
     steps: int = Field(400_000, gt=0)
     """Optimizer steps."""
-    global_batch: int = Field(256, gt=0)
+    global_batch: int = Field(256, gt=0, lt=2**31)
     """Samples per optimizer step over all processes."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

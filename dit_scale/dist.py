@@ -121,7 +121,10 @@ SLOW_BF16 = "this CPU has no bf16 instructions: 8 to 10 times slower than fp32; 
 
 
 def start(config: EngineConfig) -> World:
-    """Join the process group. Raises DeviceError, or ConfigError for a half-set launcher environment."""
+    """Join the process group.
+
+    Raises DeviceError, also for a port that is taken, or ConfigError for a half-set launcher environment.
+    """
     device = choose_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.cpu_threads)
@@ -132,7 +135,16 @@ def start(config: EngineConfig) -> World:
             raise ConfigError(
                 f"RANK is set but {', '.join(needed)} not: use the deepspeed launcher, or unset RANK"
             )
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+        except RuntimeError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise DeviceError(
+                f"port {os.environ['MASTER_PORT']} of this machine is taken (EADDRINUSE), expected it free "
+                "for the ranks to meet: does another run use it? Give the launcher another one, `deepspeed "
+                "--master_port NUMBER`; `dit-scale launch` takes one that is free at every try"
+            ) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     host_group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=_TIMEOUT)

@@ -9,7 +9,6 @@ matrix products.
 Shapes: B images at once, C latent channels, H and W latent sides.
 """
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from dit_scale.errors import ConfigError, WeightsError
 from dit_scale.models.dit import DiT
 from dit_scale.rng import Purpose
 from dit_scale.sources import Source, build_model
-from dit_scale.storage import open_storage
+from dit_scale.storage.outputs import new_file
 
 GRID_IMAGES = 100
 """Most images that a grid shows."""
@@ -156,15 +155,14 @@ def write_grid(images: np.ndarray, path: Path) -> None:
     for index, image in enumerate(images):
         top, left = 2 + index // columns * (height + 2), 2 + index % columns * (width + 2)
         grid[top : top + height, left : left + width] = image
-    stream = io.BytesIO()
-    Image.fromarray(grid).save(stream, format="PNG")
-    open_storage(path.parent).write(path.name, stream.getvalue())
+    with new_file(path) as temporary:
+        Image.fromarray(grid).save(temporary, format="PNG")
 
 
 def write_npz(images: np.ndarray, labels: np.ndarray, path: Path) -> None:
     """The sample file of the ADM evaluation suite: arr_0 uint8 (N, height, width, 3), arr_1 labels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, arr_0=images, arr_1=labels)
+    with new_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, arr_0=images, arr_1=labels)
 
 
 def balanced_labels(classes: Sequence[int], num: int) -> list[int]:

@@ -9,7 +9,6 @@ safetensors file in fp32. Names are those of `dit_scale.models.dit.DiT`, which a
 import argparse
 import hashlib
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -21,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dit_scale.errors import WeightsError
+from dit_scale.errors import StorageError, WeightsError
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.models.zoo import Shape
+from dit_scale.storage.outputs import new_file
 
 StateDict = dict[str, Tensor]
 
@@ -124,18 +124,13 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def write(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors as fp32 safetensors; `path` appears complete or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write tensors as fp32 safetensors; `path` appears complete or not at all. Raises StorageError."""
     tensors = {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in state.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=dict(metadata))
-        _fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
+    with new_file(Path(path)) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=dict(metadata))
+        except SafetensorError as error:  # its only word for a full disk
+            raise StorageError(f"cannot write {path}: {error}; what was there before is intact") from None
 
 
 def digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -145,14 +140,6 @@ def digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def to_diffusers(state: Mapping[str, Tensor], shape: Shape) -> StateDict:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 import dit_scale
+from dit_scale import signals
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import VaeIdentity
 from dit_scale.errors import DeviceError, DitScaleError
@@ -91,12 +92,12 @@ def cluster(address: str) -> Iterator[None]:
 
 @contextmanager
 def _late_interrupts() -> Iterator[None]:
-    """Ctrl-C and a scheduler's SIGTERM wait for the end of the block, and are both interrupts from then on.
+    """Ctrl-C, a scheduler's SIGTERM and their like wait for the end of the block, and interrupt from then on.
 
     Within it Ray would set a handler of its own, which leaves processes of a half started Ray behind.
     """
     came: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals.caught():
         signal.signal(number, lambda number, _: came.append(number))
     set_handler = signal.signal
     signal.signal = lambda number, handler: signal.getsignal(number)  # type: ignore[assignment]
@@ -104,8 +105,7 @@ def _late_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal = set_handler
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
+        signals.interrupt()
     if came:
         raise KeyboardInterrupt
 

@@ -8,6 +8,7 @@ decoded and shown beside the images that they were made of: the crop, the image 
 """
 
 import argparse
+import os.path
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from dit_scale.data.shards import LatentDataset
 from dit_scale.data.verify import sound, verify
 from dit_scale.errors import DitScaleError
 from dit_scale.storage import open_storage
+from dit_scale.storage.outputs import check_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
+        if options.grid:
+            check_output(options.grid, ".png")
         info, problems = verify(open_storage(options.url), options.threads, console, console.print)
         for problem in problems:
             print(f"wrong: {problem}", file=sys.stderr)
@@ -49,7 +53,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=_number, default=4, help="shards read and held in memory at once (default 4)"
     )
-    parser.add_argument("--grid", metavar="FILE.png", help="show random samples beside their images here")
+    parser.add_argument(
+        "--grid",
+        type=os.path.expanduser,
+        metavar="FILE.png",
+        help="show random samples beside their images here",
+    )
     parser.add_argument("--images", type=_number, default=16, help="how many (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="which (default 0)")
     parser.add_argument("--vae", help="folder or hub name of the VAE (default: as dataset.json names it)")

@@ -30,6 +30,7 @@ from dit_scale.checkpoint.writer import Commit, Reply, Source, Write
 from dit_scale.config import CheckpointConfig
 from dit_scale.dist import World
 from dit_scale.errors import SupersededError
+from dit_scale.signals import deaf_children
 
 WRITER = (sys.executable, "-m", "dit_scale.checkpoint.writer")
 _POLL_S = 0.005
@@ -204,12 +205,13 @@ class Saver:
             "root": self._root,
         }
         arguments = [f"--{name}={value}" for name, value in options.items()]
-        self._writer = subprocess.Popen(
-            [*WRITER, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[self.snapshot.file],
-        )
+        with deaf_children():
+            self._writer = subprocess.Popen(
+                [*WRITER, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[self.snapshot.file],
+            )
         self._send(json.dumps([source.model_dump() for source in self.snapshot.sources]))
 
     def _ask(self, what: str, request: Write | Commit) -> None:

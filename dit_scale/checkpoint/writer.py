@@ -6,8 +6,8 @@ and replies are lines of JSON on stdin and stdout.
     {"do": "write", ...}    put this rank's files, read them again, answer when every block was right
     {"do": "commit", ...}   on rank 0, when all have written: put the manifests, then let retention pass
 
-SIGTERM and Ctrl-C go to the ranks: they decide whether this save is still wanted. The writer ends with
-its rank: at the end of its input, or by the kernel when the rank was killed.
+Signals to stop are for ranks, who decide whether this save is still wanted: they start the writer with
+them blocked. It ends with its rank: at the end of its input, or by the kernel when the rank was killed.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import mmap
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,8 @@ def commit(root: Storage, request: Commit) -> Reply:
     """
     newest = next(folder for folder in request.files if folder.startswith(CHECKPOINTS))
     for path in map(Path, request.record):
-        root.write(f"{newest}/{path.name}", path.read_bytes())
+        with suppress(OSError):  # the rank that writes it raises the alarm; a save does not depend on it
+            root.write(f"{newest}/{path.name}", path.read_bytes())
     for folder, files in request.files.items():
         put_manifest(root, folder, request.manifest.model_copy(update={"files": files}))
     try:
@@ -186,9 +188,6 @@ def main() -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Signals are the rank's business; its death is ours."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the kernel was told
         sys.exit(1)

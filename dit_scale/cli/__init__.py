@@ -5,11 +5,12 @@ Imports of weight happen inside commands.
 
 import argparse
 import difflib
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
-from dit_scale import __version__, recipes
+from dit_scale import __version__, recipes, signals
 from dit_scale.cli import (
     checkpoint,
     config,
@@ -25,9 +26,15 @@ from dit_scale.cli import (
     train,
 )
 from dit_scale.cli.arguments import Parser
+from dit_scale.cli.streams import LostOutputError, guarded, run_as_job
+from dit_scale.elastic.heartbeat import FOLDER_VARIABLE
 from dit_scale.errors import DitScaleError
 
 USER_ERROR_EXIT_CODE = 2
+MISTAKES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""Of what the system refuses; a full or broken disk may be well again when a scheduler tries again."""
+JOBS = ("dit-scale train", "dit-scale launch", "dit-scale encode")
+"""They go on when nobody reads what they print."""
 GROUPS = {
     "Look ahead": (config, models, plan),
     "Images to latents": (encode, latents),
@@ -37,14 +44,41 @@ GROUPS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; mistakes that people can mend print one message and leave with code 2."""
-    args = _parse((sys.argv[1:] if argv is None else argv) or ["--help"])
+    """Run a command; mistakes that people can mend print one message and leave with code 2.
+
+    Among them are files and folders that the system refuses.
+
+    Without arguments it runs that of the process, which it takes the standard streams of.
+    """
+    if argv is None:
+        return guarded(lambda: _run(sys.argv[1:], _begin_job))
+    return _run(argv)
+
+
+def _begin_job(name: str) -> None:
+    """What a job does first of all in a process of its own: imports take seconds."""
+    run_as_job()
+    if name == "dit-scale encode":
+        signals.interrupt()
+    elif FOLDER_VARIABLE not in os.environ:  # of a rank with a supervisor: that one is asked
+        signals.leave_until_ready(f"{name}: stopped before the first step, there is nothing to save")
+
+
+def _run(argv: list[str], begin_job: Callable[[str], None] = lambda name: None) -> int:
+    args = _parse(argv or ["--help"])
+    if args.name in JOBS and not getattr(args, "dry_run", False):
+        begin_job(args.name)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
     except DitScaleError as error:
         print(f"{args.name}: {error}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
+    except OSError as error:
+        if error.filename is None or isinstance(error, LostOutputError):
+            raise
+        print(f"{args.name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE if isinstance(error, MISTAKES) else 1
     except KeyboardInterrupt:
         print(f"{args.name}: interrupted", file=sys.stderr)
         return 130

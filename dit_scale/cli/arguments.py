@@ -1,6 +1,8 @@
 """What the commands share in reading their arguments; nothing of weight."""
 
 import argparse
+import math
+import os.path
 from collections.abc import Callable
 from typing import Any
 
@@ -55,8 +57,40 @@ def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     return read
 
 
+def finite(text: str) -> float:
+    """Reads a number that is neither infinite nor nan."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return value
+
+
+def number(text: str) -> float:
+    """Reads a number, 0 or more."""
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, got {text!r}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """Reads a number above 0."""
+    value = number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("expected more than 0")
+    return value
+
+
+def place(text: str) -> str:
+    """Reads a path to write to; a shell leaves the ~ of --out=~/x as it is."""
+    return os.path.expanduser(text)
+
+
 def weights_file(text: str) -> str:
     """Reads the name of a weights file to write."""
     if not text.endswith(".safetensors"):
         raise argparse.ArgumentTypeError(f"expected a name that ends in .safetensors, got {text!r}")
-    return text
+    return place(text)

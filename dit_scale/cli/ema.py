@@ -85,9 +85,11 @@ def _reconstruct(args: argparse.Namespace) -> int:
 
     from dit_scale.errors import CheckpointError
     from dit_scale.sources import export, reconstruct, stored_averages
+    from dit_scale.storage.outputs import check_output
     from dit_scale.train.posthoc import Profile
     from dit_scale.train.run import root_of_folder
 
+    check_output(args.out)
     stored, problems = stored_averages(root_of_folder(args.run))
     for problem in problems:
         print(f"passing over {problem}", file=sys.stderr)

@@ -21,7 +21,7 @@ shards are kept.
   dit-scale encode --config encode_imagenet_256 source=ILSVRC2012_img_train.tar --dry-run
 
 `dit-scale config encode` tells the keys. Exit codes: 0 done, 2 a mistake that the last line names, 130
-interrupted (Ctrl-C, SIGTERM).""",
+interrupted (Ctrl-C, SIGTERM, SIGHUP and the like).""",
     )
     parser.add_argument("--config", help=CONFIG_HELP)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")

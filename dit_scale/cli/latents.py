@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import command, group, whole
+from dit_scale.cli.arguments import command, group, place, whole
 
 if TYPE_CHECKING:
     from dit_scale.data.shards import DatasetInfo
@@ -71,7 +71,7 @@ side by side; their ids and classes are printed in the same order, row by row.
     show.add_argument("--seed", type=whole(0), default=0, help="which random samples (default 0)")
     show.add_argument("--vae", default=None, help="folder or hub name (default: as dataset.json names it)")
     show.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    show.add_argument("--out", default="latents.png", help="PNG file to write (default latents.png)")
+    show.add_argument("--out", type=place, default="latents.png", help="PNG file (default latents.png)")
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -119,7 +119,9 @@ def _show(args: argparse.Namespace) -> int:
     from dit_scale.dist import choose_device
     from dit_scale.pictures import decode, load_decoder, random_ids, side_by_side
     from dit_scale.sample import write_grid
+    from dit_scale.storage.outputs import check_output
 
+    check_output(args.out, ".png")
     dataset = LatentDataset.open(args.url)
     decoder = load_decoder(dataset, args.vae, choose_device(args.device))
     tiles = []

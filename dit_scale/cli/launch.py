@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, command, whole
+from dit_scale.cli.arguments import CONFIG_HELP, above_zero, command, number, whole
 from dit_scale.errors import DitScaleError
 
 
@@ -37,12 +37,12 @@ would end in the same way, 1 anything else.""",
         metavar="NUMBER",
         help="of this start of the job, the same on all nodes; one with a larger number takes over",
     )
-    parser.add_argument("--lease-s", type=float, default=15.0, help="silence that means a node is lost")
+    parser.add_argument("--lease-s", type=above_zero, default=15.0, help="silence that means a node is lost")
     parser.add_argument(
-        "--gather-s", type=float, default=3600.0, help="longest wait for the least number of nodes"
+        "--gather-s", type=above_zero, default=3600.0, help="longest wait for the least number of nodes"
     )
     parser.add_argument(
-        "--grow-s", type=float, default=60.0, help="a round lasts so long before it lets nodes in"
+        "--grow-s", type=number, default=60.0, help="a round lasts so long before it lets nodes in"
     )
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, command, whole
+from dit_scale.cli.arguments import CONFIG_HELP, above_zero, command, number, whole
 
 if TYPE_CHECKING:
     from dit_scale.elastic.plan import Estimate, Machines, Work
@@ -41,28 +41,28 @@ given are assumptions, not measurements: measure them on the machines in questio
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpus", type=whole(1), required=True, help="that train, spares not counted")
     speed = parser.add_mutually_exclusive_group(required=True)
-    speed.add_argument("--images-per-s", type=_above_zero, help="of one GPU, as measured")
+    speed.add_argument("--images-per-s", type=above_zero, help="of one GPU, as measured")
     speed.add_argument(
         "--speed-from", metavar="FILE", help="rows of train_step.py --json; the fastest counts"
     )
     parser.add_argument("--gpus-per-node", type=whole(1), default=8, help="(default 8)")
     parser.add_argument("--spares", type=whole(0), default=0, help="nodes more, that wait (default 0)")
-    parser.add_argument("--failures", type=_number, default=6.5, help="per 1,000 nodes and day (default 6.5)")
+    parser.add_argument("--failures", type=number, default=6.5, help="per 1,000 nodes and day (default 6.5)")
     parser.add_argument("--crash", type=_share, default=0.4, help="share of them that kill a rank (0.4)")
     parser.add_argument(
         "--hang", type=_share, default=0.1, help="share that stop a rank (0.1); others: a node"
     )
-    parser.add_argument("--repair-h", type=_number, default=24.0, help="until a node is back (24)")
+    parser.add_argument("--repair-h", type=number, default=24.0, help="until a node is back (24)")
     parser.add_argument(
-        "--lease-s", type=_above_zero, default=15.0, help="silence that means a node is lost (15)"
+        "--lease-s", type=above_zero, default=15.0, help="silence that means a node is lost (15)"
     )
     for name, (default, text) in COSTS.items():
         option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=_number, default=default, help=f"{text} ({default:g})")
-    parser.add_argument("--price", type=_number, default=0.0, help="of a GPU-hour")
+        parser.add_argument(option, type=number, default=default, help=f"{text} ({default:g})")
+    parser.add_argument("--price", type=number, default=0.0, help="of a GPU-hour")
     parser.add_argument(
         "--simulate",
-        type=_above_zero,
+        type=above_zero,
         metavar="DAYS",
         help="also run the supervisors for so many virtual days",
     )
@@ -258,25 +258,8 @@ def _told(result: "Result") -> str:
     return "\n".join([head, *spent])
 
 
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, got {text!r}")
-    return number
-
-
-def _above_zero(text: str) -> float:
-    number = _number(text)
-    if number == 0:
-        raise argparse.ArgumentTypeError("expected more than 0")
-    return number
-
-
 def _share(text: str) -> float:
-    number = _number(text)
-    if number > 1:
+    share = number(text)
+    if share > 1:
         raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text!r}")
-    return number
+    return share

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command, whole
+from dit_scale.cli.arguments import command, finite, place, whole
 
 
 def add(commands: Any) -> None:
@@ -29,7 +29,7 @@ Image i depends on the weights, --seed, i and its class alone.
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="default ddpm")
     parser.add_argument("--steps", default="250", help='denoising steps, or "ddim50" (default 250)')
     parser.add_argument(
-        "--guidance", type=float, default=1.5, help="classifier-free guidance scale; 1 is off"
+        "--guidance", type=finite, default=1.5, help="classifier-free guidance scale; 1 is off"
     )
     parser.add_argument(
         "--guidance-channels",
@@ -52,7 +52,7 @@ Image i depends on the weights, --seed, i and its class alone.
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads of each process (default 1)")
-    parser.add_argument("--out", default=None, help="folder (default: RUN/samples, else ./samples)")
+    parser.add_argument("--out", type=place, default=None, help="folder (default: RUN/samples or samples)")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -62,7 +62,12 @@ def _run(args: argparse.Namespace) -> int:
     from dit_scale.errors import ConfigError
     from dit_scale.sample import Settings, balanced_labels, sample
     from dit_scale.sources import open_source
+    from dit_scale.storage.outputs import check_output
 
+    here = Path(args.source)
+    out = args.out or str(here / "samples" if here.is_dir() else "samples")
+    for name in ("grid.png", "samples.npz"):
+        check_output(f"{out}/{name}")
     bare = None
     if args.model:
         bare = ModelConfig(name=args.model, image_size=args.image_size, num_classes=args.num_classes)
@@ -79,10 +84,8 @@ def _run(args: argparse.Namespace) -> int:
         args.guidance_channels,
         min(args.batch, args.images),
     )
-    here = Path(args.source)
-    out = Path(args.out or (here / "samples" if here.is_dir() else "samples"))
     engine = EngineConfig(device=args.device, precision=args.precision, cpu_threads=args.threads)
-    if sample(source, vae, labels, settings, out, engine):
+    if sample(source, vae, labels, settings, Path(out), engine):
         print(f"{source.description}: {args.images} images in {out}/grid.png and {out}/samples.npz")
     return 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import sys
 from typing import Any
 
 from dit_scale.cli.arguments import CONFIG_HELP, command, whole
@@ -20,7 +21,8 @@ def add(commands: Any) -> None:
   dit-scale train dit_xl2_256 data.url=s3://bucket/imagenet256 run=runs/xl2
   deepspeed -q --num_gpus 8 --no_local_rank --module dit_scale.cli train dit_xl2_256
 
-SIGTERM, SIGUSR1 or Ctrl-C: saves at the next step and leaves with code 75.""",
+SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGHUP (a closed terminal), Ctrl-C or Ctrl-\\: saves at the next step and
+leaves with code 75; a second Ctrl-C or Ctrl-\\ ends it at once.""",
     )
     parser.add_argument("config", help=CONFIG_HELP)
     parser.add_argument(
@@ -48,7 +50,8 @@ def _run(args: argparse.Namespace) -> int:
 
         dry_run.report(config, args.world)
         return 0
-    from dit_scale.elastic.rank import supervised
+    from dit_scale.elastic.exits import Exit
+    from dit_scale.elastic.rank import is_second_hand, supervised
 
     def train() -> int:
         gc.disable()  # until the loop begins: what is imported and built on the way there stays
@@ -56,4 +59,14 @@ def _run(args: argparse.Namespace) -> int:
 
         return loop.train(config)
 
-    return supervised(train)
+    try:
+        return supervised(train)
+    except RuntimeError as error:
+        if not is_second_hand(error):
+            raise
+        print(
+            f"{args.name}: another rank is gone, and this one cannot go on without it; see what that rank "
+            f"printed. The same command resumes from the newest checkpoint. ({error})",
+            file=sys.stderr,
+        )
+        return Exit.FAILED

@@ -46,6 +46,8 @@ class Verdict:
     error: str = ""
     """Class of the exception; empty when there was none."""
     message: str = ""
+    section: str = ""
+    """Name of what it was doing (`heartbeat.Section`)."""
     second_hand: bool = False
     """The error only says that another rank does not answer."""
 

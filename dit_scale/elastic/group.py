@@ -21,9 +21,10 @@ from typing import Any, Protocol
 
 from dit_scale.elastic.board import Reason, Round
 from dit_scale.elastic.exits import Exit, Verdict, read_verdict
-from dit_scale.elastic.heartbeat import FOLDER_VARIABLE, Beat, Section, beat_path, read_beat
+from dit_scale.elastic.heartbeat import FOLDER_VARIABLE, Beat, Section, beat_path, place, read_beat
 from dit_scale.elastic.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective
 from dit_scale.elastic.watch import Deadlines, Standing, culprit, standings
+from dit_scale.signals import ALWAYS, UNLESS_IGNORED
 
 MARK = "DIT_SCALE_GROUP"
 """Variable in the environment of every process of a group."""
@@ -247,9 +248,12 @@ class LaunchedGroup:
     def _write_down(self, stacks: Mapping[int, str]) -> None:
         if self._stacks is None:
             return
-        self._stacks.mkdir(parents=True, exist_ok=True)
-        for rank, text in stacks.items():
-            (self._stacks / f"round-{self._round:06d}-rank-{rank:05d}.stack").write_text(text)
+        try:
+            self._stacks.mkdir(parents=True, exist_ok=True)
+            for rank, text in stacks.items():
+                (self._stacks / f"round-{self._round:06d}-rank-{rank:05d}.stack").write_text(text)
+        except OSError as error:
+            self._say(f"ALARM: the stacks of ranks cannot be kept in {self._stacks}: {error.strerror}")
 
     def _note_progress(self, beats: Mapping[int, Beat]) -> None:
         """Write into the journal how far the start is: what a restart costs is in the times between."""
@@ -288,7 +292,7 @@ def _judge(verdicts: Mapping[int, Verdict | None], killed: Mapping[int, Beat]) -
         return _failed(Reason.MISTAKE, wrong[:1])
     if killed:
         texts = [
-            f"rank {rank} (process {beat.pid}) was killed in {beat.section.name} of step {beat.step}"
+            f"rank {rank} (process {beat.pid}) was killed {place(beat.section, beat.step)}"
             for rank, beat in killed.items()
         ]
         rank, beat = next(iter(killed.items()))
@@ -300,25 +304,26 @@ def _judge(verdicts: Mapping[int, Verdict | None], killed: Mapping[int, Beat]) -
     if len(said) < len(verdicts):
         return None
     if all(verdict.code == Exit.DONE for verdict in said):
-        return Outcome(Reason.DONE, f"step {said[0].step} is the last one")
+        return Outcome(Reason.DONE, f"{said[0].step} steps are taken and saved")
     return Outcome(Reason.LEAVING, f"saved at step {said[0].step} and stopped")
 
 
 def _failed(reason: Reason, verdicts: Sequence[Verdict]) -> Outcome:
     texts = [f"rank {verdict.rank}: {verdict.error}: {verdict.message}" for verdict in verdicts]
     first = verdicts[0]
-    details = {"rank": first.rank, "step": first.step}
+    details = {"rank": first.rank, "step": first.step, "section": first.section}
     return Outcome(reason, "; ".join(texts), details, first_hand=not first.second_hand)
 
 
 def _shield() -> None:
     """In the launcher before it starts: a scheduler's signals to all processes are for the ranks alone.
 
-    The launcher handles SIGTERM, so it is blocked, which stays so over exec and in children until ranks
-    take it again; SIGUSR1 it would die of, so it is ignored until ranks set their own handler.
+    It would die of them, or end its ranks. What is blocked stays so over exec and in children until ranks
+    take it again; what is ignored stays so in ranks, too: the supervisor gets it, and asks them.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ALWAYS)
+    for number in UNLESS_IGNORED:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def marked(mark: str) -> list[int]:

@@ -47,6 +47,13 @@ class Section(IntEnum):
     """Waits for a commit; a beat for each vote on whether it is there."""
 
 
+def place(section: Section, step: int) -> str:
+    """Where a rank stands, in words that follow on what it does there; `step` are those that it has taken."""
+    if section <= Section.RESTORED and step == 0:
+        return f"in {section.name}, before its first step"
+    return f"in {section.name} of step {step}"
+
+
 @dataclass(frozen=True)
 class Beat:
     """What a rank said last."""

@@ -86,7 +86,8 @@ def _leave_verdict(folder: Path, rank: int, code: int, error: BaseException | No
     if error is not None:
         code, name, message = exit_code(error), type(error).__name__, str(error)
     second_hand = error is not None and is_second_hand(error)
-    write_verdict(folder, Verdict(rank, code, beat.step if beat else 0, name, message, second_hand))
+    step, section = (beat.step, beat.section.name) if beat else (0, "")
+    write_verdict(folder, Verdict(rank, code, step, name, message, section, second_hand))
 
 
 def is_second_hand(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from types import FrameType
 
 import numpy as np
 
+from dit_scale import signals
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.manifest import step_and_attempt
 from dit_scale.config import TrainConfig, dump
@@ -35,11 +36,11 @@ MODULE = "dit_scale.cli"
 
 
 class WantedBack:
-    """Up once the scheduler, or a person by Ctrl-C, wants the node back."""
+    """Up once the scheduler, or a person by Ctrl-C or by closing the terminal, wants the node back."""
 
     def __init__(self) -> None:
         self.is_up = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in signals.caught():
             signal.signal(number, self._raise_it)
 
     def _raise_it(self, number: int, frame: FrameType | None) -> None:
@@ -66,11 +67,12 @@ def launch(
         raise StorageError(
             f"run={config.run} cannot be made: {error.strerror}; it must be the same folder for all nodes"
         ) from None
-    journal = Journal(folder / f"{node}.jsonl")
     wanted_back = WantedBack()
 
     def say(message: str) -> None:
         print(f"[{node}] {message}", flush=True)
+
+    journal = Journal(folder / f"{node}.jsonl", lambda text: say(f"ALARM: {text}"))
 
     def record(event: str, **details: object) -> None:
         journal.write(event, node=node, **details)
@@ -99,6 +101,9 @@ def launch(
                 f"the supervisors cannot agree any more, and the ranks of {node} are ended: {error}; when it "
                 "is mended the same command goes on"
             ) from error
+        finally:
+            if problem := journal.close():
+                say(f"ALARM: {problem}")
 
 
 def drive(life: Wait) -> Exit:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from dit_scale.elastic.board import FRUITLESS, SAVING, Board, Ending, Joined, Member, Reason, Round
 from dit_scale.elastic.exits import Exit
+from dit_scale.elastic.giving_up import failed_step, why
 from dit_scale.elastic.group import Group, Outcome
 from dit_scale.elastic.hearing import Hearing
 from dit_scale.elastic.lease import Leases, Outside
@@ -205,7 +206,7 @@ class Supervisor:
 
     def _give_up(self, sealed: Round, ending: Ending) -> None:
         """Say, and write into the journal, what a person needs to mend it."""
-        rank, step = ending.details.get("rank"), ending.details.get("step")
+        step = failed_step(ending)
         samples = self._world.samples_of(step) if step is not None else []
         failures = fruitless_after(sealed, ending)
         self._world.record(
@@ -214,16 +215,12 @@ class Supervisor:
             failures=failures,
             committed_step=sealed.committed_step,
             failed_node=ending.node,
-            rank=rank,
+            rank=ending.details.get("rank"),
             after_step=step,
             sample_ids=samples,
             text=ending.text,
         )
-        self._world.say(
-            f"{failures} failures in a row without a checkpoint newer than step {sealed.committed_step}: no "
-            f"further try. The last one, of rank {rank} on {ending.node} after step {step}: {ending.text}. "
-            f"The samples of the step that it was in: {', '.join(map(str, samples))}"
-        )
+        self._world.say(why(failures, sealed.committed_step, ending, samples))
 
     def _gather(
         self, number: int, before: Round | None, ending: Ending | None

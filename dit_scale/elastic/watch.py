@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dit_scale.elastic.exits import Verdict
-from dit_scale.elastic.heartbeat import Beat, Section
+from dit_scale.elastic.heartbeat import Beat, Section, place
 
 SHORTEST_S = 10.0
 """No step is given less time before it counts as stopped."""
@@ -86,7 +86,7 @@ class Standing:
         waits = "waits for other ranks" if self.waits else "does not get on"
         state = "is stopped" if self.stopped else waits
         return (
-            f"rank {self.rank} (process {self.pid}) {state} in {self.section.name} of step {self.step}, "
+            f"rank {self.rank} (process {self.pid}) {state} {place(self.section, self.step)}, "
             f"{self.age_s:.1f} s without a beat"
         )
 

@@ -10,11 +10,19 @@ Keys are relative to the url, use "/" and cannot leave it. A write is seen compl
 from pathlib import Path
 
 from dit_scale.errors import StorageError
-from dit_scale.storage.base import MissingKeyError, Storage, UnavailableError
+from dit_scale.storage.base import DiskFullError, MissingKeyError, Storage, UnavailableError
 from dit_scale.storage.disk import DiskStorage
 from dit_scale.storage.s3 import S3Storage
 
-__all__ = ["DiskStorage", "MissingKeyError", "S3Storage", "Storage", "UnavailableError", "open_storage"]
+__all__ = [
+    "DiskFullError",
+    "DiskStorage",
+    "MissingKeyError",
+    "S3Storage",
+    "Storage",
+    "UnavailableError",
+    "open_storage",
+]
 
 
 def open_storage(url: str | Path) -> Storage:
@@ -22,7 +30,10 @@ def open_storage(url: str | Path) -> Storage:
     text = str(url)
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return DiskStorage(Path(text).expanduser())
+        try:
+            return DiskStorage(Path(text).expanduser())
+        except RuntimeError:
+            raise StorageError(f"{text}: no home directory is known for it; give an absolute path") from None
     if scheme == "file" and rest.startswith("/"):
         return DiskStorage(Path(rest))
     if scheme == "s3" and rest.strip("/"):

@@ -21,7 +21,9 @@ from typing import Any
 Event = dict[str, Any]
 """A line of a journal."""
 ENDS = ("done", "waited", "rollback")
-"""What an attempt writes last when it ends by itself."""
+"""What an attempt does last when it ends by itself."""
+ALARM = "alarm"
+"""A disk or a mirror that failed, which changes nothing in the run."""
 MICRO = 1_000_000
 """Times are whole microseconds here, so that sums are exact."""
 
@@ -36,17 +38,19 @@ class Heading(IntEnum):
     RESTART = 2
     """Old ranks are ended; from the start of a round to the end of its first step, which may compile: the
     launcher, imports, process group, engine."""
-    REPLAYED = 3
+    STARTUP = 3
+    """The same for the first start of the run, up to its first step or its failure."""
+    REPLAYED = 4
     """Steps that did not last: a later attempt took them again, or will have to."""
-    PRODUCTIVE = 4
+    PRODUCTIVE = 5
     """Steps that count."""
-    DATA = 5
+    DATA = 6
     """Rank 0 waited for a batch. Other ranks' waits look like work here, for all wait for each other."""
-    CHECKPOINT = 6
+    CHECKPOINT = 7
     """Training stood still for a save: the copy to host memory, or the wait for the last commit."""
-    RESTORE = 7
+    RESTORE = 8
     """A checkpoint was found and read."""
-    DETECT = 8
+    DETECT = 9
     """From the last sign of a rank that stood still to the end of the round. Where nobody knows since when,
     the time until then counts as steps."""
 
@@ -62,6 +66,12 @@ class Attempt:
     @property
     def begin_us(self) -> int:
         return self.events[0][0]
+
+    @property
+    def last_event(self) -> Event:
+        """What it did last; an alarm may follow when its files are closed."""
+        told = (event for _, event in reversed(self.events) if event["event"] != ALARM)
+        return next(told, self.events[-1][1])
 
     @property
     def first_step(self) -> int:
@@ -129,7 +139,8 @@ def attempts_of(journal: Iterable[Event]) -> list[Attempt]:
     """The attempts in events.jsonl, ascending; none begins before the one before it."""
     by_number: dict[int, list[Event]] = {}
     for event in journal:
-        by_number.setdefault(int(event["attempt"]), []).append(event)
+        if {"attempt", "step"} <= event.keys():  # else no line that a run has written
+            by_number.setdefault(int(event["attempt"]), []).append(event)
     found: list[Attempt] = []
     for number, events in sorted(by_number.items()):
         earliest_us = found[-1].begin_us if found else 0
@@ -178,6 +189,7 @@ def ledger(
         spans.paint(Heading.RESTART, span.begin_us, closed_us if span.end_us is None else span.end_us)
         if span.seen_us is not None:
             spans.paint(Heading.DETECT, max(span.begin_us, span.seen_us - span.silent_us), span.seen_us)
+    spans.paint(Heading.STARTUP, *_startup(attempts, rounds, end_us))
     if rounds and rounds[-1].goes_on and rounds[-1].end_us is not None:
         spans.paint(Heading.WAITING, rounds[-1].end_us, end_us)
     newest = rounds[-1].number if rounds else 0
@@ -262,10 +274,21 @@ def _lasting(attempts: Sequence[Attempt], alive: bool) -> list[float]:
     return limits[::-1]
 
 
+def _startup(attempts: Sequence[Attempt], rounds: Sequence[RoundSpan], end_us: int) -> tuple[int, int]:
+    """From when to when the first start took: to its first step, or to its end without one."""
+    events = attempts[0].events if attempts else ()
+    stepped = [at_us for at_us, event in events if event["event"] == "first_step"]
+    if rounds and not (events and events[0][0] < rounds[0].begin_us):
+        first, *later = rounds
+        over_us = first.seen_us or (_last_sign(first, attempts, later[0]) if later else end_us)
+        return first.begin_us, min([*stepped, over_us])
+    return (events[0][0], (stepped or [events[-1][0]])[0]) if events else (end_us, end_us)
+
+
 def _work_until(attempt: Attempt, attempts: Sequence[Attempt], rounds: Sequence[RoundSpan]) -> int:
     """When an attempt was last at work: at its last event, or when its round was seen to have failed."""
     last_us = attempt.events[-1][0]
-    if attempt.events[-1][1]["event"] in ENDS:
+    if attempt.last_event["event"] in ENDS:
         return last_us
     for span in reversed(rounds):
         if span.begin_us <= attempt.begin_us:

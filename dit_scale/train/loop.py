@@ -15,9 +15,9 @@ from dit_scale import dist
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Batch
 from dit_scale.elastic.heartbeat import Heart, Section
+from dit_scale.signals import REQUEUE_EXIT_CODE, StopRequest
 from dit_scale.train import determinism
 from dit_scale.train.session import Session
-from dit_scale.train.signals import REQUEUE_EXIT_CODE, StopRequest
 
 
 def train(config: TrainConfig) -> int:
@@ -33,6 +33,8 @@ def train(config: TrainConfig) -> int:
         gc.collect()
         gc.freeze()  # so that no collection stops a step in order to look at what stays
         gc.enable()
+        if run.state.step >= config.steps:
+            run.say(f"the run is done: its newest checkpoint is step {run.state.step}, steps={config.steps}")
         while run.state.step < config.steps:
             sums = run.step.accumulate(_beating(heart, run.loader, run.state.step))
             # Late in the step, so that a request to stop counts for this one; its answer comes meanwhile.
@@ -64,6 +66,7 @@ def train(config: TrainConfig) -> int:
             if stopping and not last:
                 run.say(f"stopped on request at step {run.state.step}; the same command goes on from there")
                 return REQUEUE_EXIT_CODE
+        heart.beat(Section.LOG, run.state.step)
         run.finish()
     return 0
 

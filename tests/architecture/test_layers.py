@@ -23,7 +23,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 LAYERS = (
-    ("errors",),
+    ("errors", "signals"),
     ("recipes", "paths", "configfile"),
     ("config", "keys", "sealed", "storage"),
     ("rng", "dist"),

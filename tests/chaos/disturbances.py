@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dit_scale.elastic.exits import Exit
-from dit_scale.train.signals import REQUEUE_EXIT_CODE
+from dit_scale.signals import REQUEUE_EXIT_CODE
 from tests.chaos.public_run import Form, PublicRun, RunError, Started, wait_until
 
 MAX_KILLS = 3

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any, Literal
 
 from dit_scale.config import TrainConfig
-from dit_scale.train.signals import REQUEUE_EXIT_CODE
+from dit_scale.signals import REQUEUE_EXIT_CODE
 from tests.chaos import record
 from tests.chaos.stacks import (
     AT_WORK,

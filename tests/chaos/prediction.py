@@ -58,7 +58,7 @@ ROWS: tuple[tuple[str, tuple[Heading, ...], tuple[Use, ...]], ...] = (
     ("steps that count", (Heading.PRODUCTIVE, Heading.DATA), (Use.PRODUCTIVE, Use.DEGRADED)),
     ("replayed, detect", (Heading.REPLAYED, Heading.DETECT), (Use.REPLAYED, Use.DETECT)),
     ("save stall", (Heading.CHECKPOINT,), (Use.STALL,)),
-    ("restart", (Heading.RESTART,), (Use.RESTART,)),
+    ("restart", (Heading.STARTUP, Heading.RESTART), (Use.RESTART,)),
     ("restore", (Heading.RESTORE,), (Use.RESTORE,)),
     ("waiting", (Heading.WAITING, Heading.STOPPED), (Use.WAIT,)),
 )

@@ -1,5 +1,7 @@
-"""What a rank imports before its first step: this is most of the time that a restart takes."""
+"""What happens before the first step: imports, which are most of a restart, and where the ranks meet."""
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +28,24 @@ print("deepspeed" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "True False"
+
+
+def test_a_port_that_another_run_has_is_named(tmp_path: Path) -> None:
+    write_latents(tmp_path / "latents", num=8)
+    config = tmp_path / "config.yaml"
+    config.write_text(dump(jobs.small_config(tmp_path / "run", tmp_path / "latents")))
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run(
+            [sys.executable, "-m", "dit_scale.cli", "train", str(config)],
+            capture_output=True,
+            text=True,
+            env=os.environ | launched,
+        )
+    assert done.returncode == 2
+    assert (
+        f"dit-scale train: port {port} of this machine is taken (EADDRINUSE), expected it free" in done.stderr
+    )
+    assert "--master_port" in done.stderr
+    assert "Traceback" not in done.stderr

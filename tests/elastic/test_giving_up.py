@@ -40,11 +40,44 @@ def test_three_failures_without_a_newer_checkpoint_end_with_the_samples(tmp_path
         damaged = re.search(r"sample (\d+):", report["text"])
         assert damaged is not None
         assert int(damaged[1]) in report["sample_ids"]
-        assert node.says("3 failures in a row without a checkpoint newer than step -1: no further try")
+        assert node.says(
+            "3 failures in a row without a first checkpoint: no further try. The last one was of rank 0 "
+        )
 
         shutil.rmtree(tmp_path / "data")
         write_latents(tmp_path / "data")  # a person has mended it
         assert nodes.start("a").exit_code() == 0
+
+
+def test_three_failures_to_start_blame_no_samples(tmp_path: Path) -> None:
+    config = config_of(tmp_path, steps=2)
+    with cluster(config) as nodes:
+        node = nodes.start("a")
+        for number in (1, 2, 3):
+            nodes.wait(lambda: len(node.events("ranks_started")) == number, "start")  # noqa: B023
+            round_ = Board(root_of(config)).sealed(number)
+            assert round_ is not None
+            with socket.create_server(("", round_.members[0].port)):
+                nodes.wait(lambda: len(node.events("round_ended")) == number, "end")  # noqa: B023
+        assert node.exit_code() == 93
+        (report,) = node.events("gave_up")
+        assert (report["rank"], report["after_step"], report["sample_ids"]) == (0, None, [])
+        assert "EADDRINUSE" in report["text"]
+        assert node.says("The last one was of rank 0 on a while it started: ")
+        assert not node.says("samples")
+
+
+def test_a_run_that_is_done_is_said_to_be_done_when_it_is_started_again(tmp_path: Path) -> None:
+    config = config_of(tmp_path, steps=6)
+    with cluster(config) as nodes:
+        assert nodes.start("a").exit_code() == 0
+        node = nodes.start("a")
+        assert node.exit_code() == 0
+        assert node.says("the run is done: 6 steps are taken and saved")
+        fewer = nodes.start("a", config=config.model_copy(update={"steps": 4}))
+        assert fewer.exit_code() == 0
+        assert fewer.says("the run is done: its newest checkpoint is step 6, steps=4")
+        assert fewer.says("done (a): 6 steps are taken and saved")
 
 
 def test_what_a_person_must_mend_ends_the_run_at_once(tmp_path: Path) -> None:

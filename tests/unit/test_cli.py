@@ -5,11 +5,9 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,28 +30,6 @@ COMMANDS = cli._parser()[1]
 NEWEST = name_of(STEP, 1)
 
 HEAVY = ("torch", "deepspeed", "diffusers", "numpy", "scipy", "pydantic", "yaml", "boto3", "rich", "PIL")
-
-
-@pytest.fixture
-def same_process() -> Iterator[None]:
-    """Commands run in this process here: put back what they set for their own."""
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        environment.setenv("NCCL_ALGO", "Ring")
-        yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = benchmark
-    assert not torch.distributed.is_initialized()
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +167,10 @@ def test_help_has_an_example_that_can_be_run(name: str) -> None:
         (["ema", "reconstruct", "x", "--sigma-rel", "0.3"], "expected a number above 0 and below 0.289"),
         (["ema", "reconstruct", "x", "--sigma-rel", "nan"], "expected a number above 0 and below 0.289"),
         (["ema", "reconstruct", "x", "--sigma-rel", "thin"], "below 0.289, got 'thin'"),
+        (["sample", "x", "--guidance", "nan"], "--guidance: expected a number, got 'nan'"),
+        (["launch", "x", "--lease-s", "0"], "--lease-s: expected more than 0"),
+        (["launch", "x", "--gather-s", "inf"], "--gather-s: expected a number, got 'inf'"),
+        (["launch", "x", "--grow-s", "-1"], "--grow-s: expected a number, 0 or more, got '-1'"),
         (["sample", "x", "--sampler", "euler"], "--sampler: invalid choice: 'euler'"),
     ],
 )
@@ -236,6 +216,7 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, data: Path, capsys: pytest.Cap
             ["optimizer.learning_rate=1"],
             "unknown key 'optimizer.learning_rate'; did you mean 'optimizer.lr'?",
         ),
+        (["global_batch=99999999999999999999"], "global_batch: Input should be less than 2147483648"),
         (["engine.zero_stage=0"], "engine.zero_stage: Input should be 1, 2 or 3, got 0"),
         (["--dry-run", "--world", "3"], "global_batch=2 is smaller than the 3 processes"),
         (
@@ -453,7 +434,10 @@ def test_prune_says_where_the_configuration_was_edited(
     (run / "config.yaml").write_text(text.replace("  keep: 2\n", "  keep: 1\n"))
     assert cli.main(["checkpoint", "prune", str(run)]) == 0
     note, gone = capsys.readouterr().out.splitlines()
-    assert note == "note: checkpoint.keep is 1 in config.yaml, 2 in the newest checkpoint"
+    assert (
+        note
+        == f"note: config.yaml is not as in {CHECKPOINTS}/{name_of(STEP + 1, 1)}: checkpoint.keep: 2 -> 1"
+    )
     assert gone == f"{CHECKPOINTS}/{NEWEST}: would be deleted"
 
 

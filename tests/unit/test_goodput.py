@@ -70,8 +70,9 @@ def test_a_restarted_run() -> None:
     found = ledger([*FIRST, *SECOND], {"node0": NODE0})
     assert spent_s(found) == {
         "WAITING": 2.0 + 3.0,  # for node1, and from the end of round 1 to round 2
-        # rounds 1 and 2 to the ends of their first steps without what was read, and their ranks' ends
-        "RESTART": (10.0 - 0.5) + 2.0 + (17.0 - 4.0) + 1.5,
+        "STARTUP": 10.0 - 0.5,  # round 1 to the end of its first step without what was read
+        # round 2 likewise, and the ends of the ranks of both
+        "RESTART": 2.0 + (17.0 - 4.0) + 1.5,
         "RESTORE": 0.5 + 4.0,
         # steps 2 to 20 of 30, without a wait for data and a stall; then from step 21 to the last save
         "PRODUCTIVE": (19.0 - 0.5 - 0.25) + 17.0,
@@ -87,7 +88,21 @@ def test_a_run_without_supervisors() -> None:
     found = spent_s(ledger([*FIRST, *SECOND], {}))
     assert found["STOPPED"] == (1070.0 - 4.0) - 1041.0
     assert found["REPLAYED"] == 1041.0 - 1031.0
-    assert found["RESTART"] == 2.0 + 2.0
+    assert found["STARTUP"] == 2.0
+    assert found["RESTART"] == 2.0
+
+
+def test_a_first_start_that_failed_is_a_startup_and_the_next_one_a_restart() -> None:
+    failed = [*NODE0[:3], event(1008.0, "round_ended", round=1, reason="failed"), *NODE0[5:]]
+    found = spent_s(ledger(SECOND, {"node0": failed}))
+    assert found["STARTUP"] == 1008.0 - 1002.0
+    assert found["RESTART"] == (17.0 - 4.0) + 1.5
+
+
+def test_lines_that_no_run_has_written_do_not_count() -> None:
+    assert spent_s(ledger([*FIRST, event(1040.0, "log", step=1), event(1.0, "log")], {})) == spent_s(
+        ledger(FIRST, {})
+    )
 
 
 def test_steps_between_two_events_are_shared_out() -> None:
@@ -182,7 +197,7 @@ def test_nothing_gives_nothing() -> None:
 def test_half_a_line_of_a_journal_counts_as_none(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     assert read_journal(path) == []
-    journal = Journal(path)
+    journal = Journal(path, print)
     journal.write("start", attempt=1, step=0)
     journal.close()
     with path.open("a") as file:
@@ -191,7 +206,18 @@ def test_half_a_line_of_a_journal_counts_as_none(tmp_path: Path) -> None:
 
 
 SECONDS = st.floats(0, 5000, allow_nan=False)
-NAMES = ("start", "first_step", "log", "save", "checkpoint", "waited", "rollback", "save_failed", "done")
+NAMES = (
+    "start",
+    "first_step",
+    "log",
+    "save",
+    "checkpoint",
+    "waited",
+    "rollback",
+    "save_failed",
+    "alarm",
+    "done",
+)
 
 
 @st.composite

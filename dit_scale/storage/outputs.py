@@ -1,0 +1,60 @@
+"""Files that commands write where a person says: looked at before the work, and whole after it or absent."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dit_scale.errors import StorageError
+from dit_scale.storage.disk import DiskStorage, _disk_errors
+
+
+def check_output(path: str | Path, suffix: str = "") -> None:
+    """See that a file of this name can be written; makes nothing. Missing folders above it are fine.
+
+    Raises StorageError for a folder, a url, another suffix, or where nothing may be written.
+    """
+    text, path = str(path), Path(path)
+    if "://" in text:
+        raise StorageError(f"{text}: expected a file on this machine")
+    if suffix and path.suffix != suffix:
+        raise StorageError(f"{text}: expected a name that ends in {suffix}")
+    with _disk_errors(DiskStorage(path.parent), "write", path.name):
+        if path.is_dir():
+            raise StorageError(f"{text} is a folder, expected the name of a file to write")
+        above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        if not above.is_dir():
+            raise StorageError(f"cannot write {text}: {above} is not a folder")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise StorageError(
+                f"cannot write {text}: nothing may be written in {above}; check its owner and mode, and that "
+                "the file system is not read-only, or choose another folder"
+            )
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; at the end of the block it becomes `path`, durable.
+
+    After an error `path` is as it was, and nothing is left beside it. Raises StorageError for what the disk
+    refuses.
+    """
+    with _disk_errors(DiskStorage(path.parent), "write", path.name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            yield tmp
+            _sync(tmp)
+            tmp.replace(path)
+            _sync(path.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
