@@ -61,7 +61,7 @@ def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
     if begun is None:
         console.print("to see this without encoding: --dry-run")
     # An output that cannot be written to fails with the first row of its metrics, before Ray is started.
-    with closing(Metrics(storage, config)) as metrics:
+    with closing(Metrics(storage, config, console.print)) as metrics:
         if saved is None or difference(saved, plan.listing):
             save_listing(storage, plan.listing)
         records = output.finished_shards(storage)

@@ -43,14 +43,16 @@ class Attempt:
 
 def claim(root: Storage, attempt: Attempt) -> None:
     """Begin this attempt. Raises SupersededError when another process was faster, or has a later one."""
-    _refuse_old(root, attempt.number)  # numbers may have gaps
+    key = _key(attempt.number)
+    if not root.exists(key):
+        _refuse_old(root, attempt.number)  # numbers may have gaps
     tree = {
         "attempt": attempt.number,
         "resumed_from": attempt.resumed_from,
         "excluded_positions": attempt.excluded_positions,
         "nonce": secrets.token_hex(16),  # two starts never put the same bytes, so one of them loses
     }
-    if not root.write_new(_key(attempt.number), sealed(tree)):
+    if not root.write_new(key, sealed(tree)):
         raise SupersededError(
             f"{root.url}: another process has just started attempt {attempt.number} of this run"
         )

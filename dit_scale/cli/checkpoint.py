@@ -122,6 +122,7 @@ def _verify(args: argparse.Namespace) -> int:
         for problem in attempts.problems(root):
             damaged = True
             print(problem)
+        _say_if_edited(args.source)
     for path, opened in to_verify:
         try:
             checkpoint = opened()
@@ -131,6 +132,25 @@ def _verify(args: argparse.Namespace) -> int:
             damaged = True
             print(f"{path}: {error}")
     return int(damaged)
+
+
+def _say_if_edited(run: str) -> None:
+    """Name what differs between config.yaml, which has no digest, and the configuration in a manifest."""
+    from contextlib import suppress
+
+    from dit_scale.checkpoint.attempts import committed
+    from dit_scale.checkpoint.reader import Checkpoint
+    from dit_scale.errors import CheckpointError
+    from dit_scale.train.changes import differences
+    from dit_scale.train.run import config_of_folder, root_of_folder
+
+    config, root = config_of_folder(run), root_of_folder(run)
+    for path in committed(root):
+        with suppress(CheckpointError):
+            saved = Checkpoint(root, path).config
+            for line in differences(saved.model_copy(update={"run": config.run}), config):
+                print(f"note: config.yaml is not as in {path}: {line}")
+            return
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -166,7 +186,6 @@ def _keep(args: argparse.Namespace) -> int:
 
 def _prune(args: argparse.Namespace) -> int:
     from dit_scale.checkpoint import attempts, retention
-    from dit_scale.checkpoint.manifest import read_manifest
     from dit_scale.checkpoint.reader import Checkpoint
     from dit_scale.errors import CheckpointError
     from dit_scale.train.run import config_of_folder, root_of_folder
@@ -175,12 +194,7 @@ def _prune(args: argparse.Namespace) -> int:
     paths, current = attempts.committed(root), attempts.numbers(root)
     if not paths:
         raise CheckpointError(f"{args.run} has no committed checkpoint")
-    readable = next((path for path in paths if attempts.is_readable(root, path)), "")
-    saved = read_manifest(root, readable).config.get("checkpoint", {}) if readable else {}
-    for key in ("keep", "keep_every_steps"):
-        now = getattr(config, key)
-        if saved.get(key, now) != now:
-            print(f"note: checkpoint.{key} is {now} in config.yaml, {saved[key]} in the newest checkpoint")
+    _say_if_edited(args.run)
     keep = args.keep or config.keep
     rule = (paths[0], keep, config.keep_every_steps)
     if args.yes:

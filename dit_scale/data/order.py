@@ -98,6 +98,12 @@ def positions_of(indices: I64, excluded: Ranges) -> I64:
     return indices + left_out[np.searchsorted(resumes, indices, side="right")]
 
 
+def ranges_of(positions: I64) -> tuple[tuple[int, int], ...]:
+    """Ascending positions as half-open ranges."""
+    cuts = np.flatnonzero(np.diff(positions) != 1) + 1
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(positions, cuts))
+
+
 @dataclass(frozen=True)
 class _Windows:
     """One epoch of a windowed order."""

@@ -13,6 +13,7 @@ A round is one try to train with a fixed set of nodes. Clocks of different nodes
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -20,7 +21,7 @@ from typing import Any
 
 from dit_scale.errors import StorageError
 from dit_scale.sealed import sealed, unseal_any
-from dit_scale.storage import MissingKeyError, Storage
+from dit_scale.storage import DiskFullError, MissingKeyError, Storage
 
 _LEFT = ".left"
 READERS = 16
@@ -174,16 +175,27 @@ class Board:
         return Round(**{**tree, "members": members})
 
     def end(self, ending: Ending) -> None:
-        """Say why a round ended; an earlier reason stays."""
-        self._storage.write_new(f"elastic/ended/{ending.round:06d}.json", _dump(asdict(ending)))
+        """Say why a round ended; an earlier reason stays.
+
+        On a full disk nothing is said: the round goes on until somebody who looks again finds room.
+        """
+        with suppress(DiskFullError):
+            self._storage.write_new(f"elastic/ended/{ending.round:06d}.json", _dump(asdict(ending)))
 
     def ending(self, number: int) -> Ending | None:
         tree = self._read(f"elastic/ended/{number:06d}.json")
         return Ending(**{**tree, "reason": Reason(tree["reason"])}) if tree else None
 
-    def report(self, number: int, node: str, tree: dict[str, Any]) -> None:
-        """Say how the ranks of a node stand, in place of what was said before."""
-        self._storage.write(f"elastic/reports/{number:06d}/{node}.json", _dump(tree))
+    def report(self, number: int, node: str, tree: dict[str, Any]) -> bool:
+        """Say how the ranks of a node stand, in place of what was said before.
+
+        False when there is no room for it.
+        """
+        try:
+            self._storage.write(f"elastic/reports/{number:06d}/{node}.json", _dump(tree))
+        except DiskFullError:
+            return False
+        return True
 
     def take_back(self, number: int, node: str) -> None:
         """They get on again."""

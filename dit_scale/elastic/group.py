@@ -248,9 +248,12 @@ class LaunchedGroup:
     def _write_down(self, stacks: Mapping[int, str]) -> None:
         if self._stacks is None:
             return
-        self._stacks.mkdir(parents=True, exist_ok=True)
-        for rank, text in stacks.items():
-            (self._stacks / f"round-{self._round:06d}-rank-{rank:05d}.stack").write_text(text)
+        try:
+            self._stacks.mkdir(parents=True, exist_ok=True)
+            for rank, text in stacks.items():
+                (self._stacks / f"round-{self._round:06d}-rank-{rank:05d}.stack").write_text(text)
+        except OSError as error:
+            self._say(f"ALARM: the stacks of ranks cannot be kept in {self._stacks}: {error.strerror}")
 
     def _note_progress(self, beats: Mapping[int, Beat]) -> None:
         """Write into the journal how far the start is: what a restart costs is in the times between."""

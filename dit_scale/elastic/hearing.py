@@ -54,7 +54,8 @@ class Hearing:
         if failed or quiet:
             text = outcome.text if outcome is not None and failed else ""
             tree = {"failed": failed, "text": text, "ranks": [dict(vars(one)) for one in quiet]}
-            self._board.report(self._round.number, self._node, tree)
+            if not self._board.report(self._round.number, self._node, tree):
+                return
         elif self._said is not None:
             self._board.take_back(self._round.number, self._node)
         self._said = said

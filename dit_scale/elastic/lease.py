@@ -1,6 +1,7 @@
 """Leases: counters that living supervisors move on. Members of a round watch each other, in a ring."""
 
 from dit_scale.elastic.board import Board, Round
+from dit_scale.storage import DiskFullError
 
 
 class Leases:
@@ -13,11 +14,17 @@ class Leases:
         self._neighbour, self._seen, self._since_s = node, -1, 0.0
 
     def renew(self, now_s: float) -> None:
-        """Move on the counter of this node when it is time."""
+        """Move on the counter of this node when it is time.
+
+        While the disk is full nobody can: this node goes on, and gives its neighbour time from then on.
+        """
         if now_s - self._renewed_s > self._lease_s / 5:
             self._count += 1
             self._renewed_s = now_s
-            self._board.renew_lease(self._node, self._count)
+            try:
+                self._board.renew_lease(self._node, self._count)
+            except DiskFullError:
+                self._since_s = now_s
 
     def watch(self, round_: Round, index: int, now_s: float) -> None:
         """Watch the member before member `index`, which is this node: each is watched by one."""

@@ -67,11 +67,12 @@ def launch(
         raise StorageError(
             f"run={config.run} cannot be made: {error.strerror}; it must be the same folder for all nodes"
         ) from None
-    journal = Journal(folder / f"{node}.jsonl")
     wanted_back = WantedBack()
 
     def say(message: str) -> None:
         print(f"[{node}] {message}", flush=True)
+
+    journal = Journal(folder / f"{node}.jsonl", lambda text: say(f"ALARM: {text}"))
 
     def record(event: str, **details: object) -> None:
         journal.write(event, node=node, **details)
@@ -100,6 +101,9 @@ def launch(
                 f"the supervisors cannot agree any more, and the ranks of {node} are ended: {error}; when it "
                 "is mended the same command goes on"
             ) from error
+        finally:
+            if problem := journal.close():
+                say(f"ALARM: {problem}")
 
 
 def drive(life: Wait) -> Exit:

@@ -136,9 +136,10 @@ class VirtualBoard(Board):
         self._world.reads("ending", number)
         return self._endings.get(number)
 
-    def report(self, number: int, node: str, tree: dict[str, Any]) -> None:
+    def report(self, number: int, node: str, tree: dict[str, Any]) -> bool:
         self._reports[number][node] = tree
         self._world.tell("reports", number)
+        return True
 
     def take_back(self, number: int, node: str) -> None:
         self._reports[number].pop(node, None)

@@ -10,11 +10,19 @@ Keys are relative to the url, use "/" and cannot leave it. A write is seen compl
 from pathlib import Path
 
 from dit_scale.errors import StorageError
-from dit_scale.storage.base import MissingKeyError, Storage, UnavailableError
+from dit_scale.storage.base import DiskFullError, MissingKeyError, Storage, UnavailableError
 from dit_scale.storage.disk import DiskStorage
 from dit_scale.storage.s3 import S3Storage
 
-__all__ = ["DiskStorage", "MissingKeyError", "S3Storage", "Storage", "UnavailableError", "open_storage"]
+__all__ = [
+    "DiskFullError",
+    "DiskStorage",
+    "MissingKeyError",
+    "S3Storage",
+    "Storage",
+    "UnavailableError",
+    "open_storage",
+]
 
 
 def open_storage(url: str | Path) -> Storage:

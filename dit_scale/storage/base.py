@@ -11,6 +11,10 @@ class MissingKeyError(StorageError):
     """There is nothing under this key."""
 
 
+class DiskFullError(StorageError):
+    """A disk or a quota is full: somebody may make room."""
+
+
 class UnavailableError(StorageError):
     """The storage gave no answer, or none that tells what is there."""
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dit_scale.errors import StorageError
-from dit_scale.storage.base import MissingKeyError, Storage, check_key, whole
+from dit_scale.storage.base import DiskFullError, MissingKeyError, Storage, check_key, whole
 
 _WINDOW_BYTES = 256 * 2**20
 """The end of a growing file whose pages leave memory as soon as the device has them: each look walks them."""
@@ -174,4 +174,6 @@ def _disk_errors(storage: Storage, verb: str, key: str) -> Iterator[None]:
             errno.EPERM: "; if this file system has no hard links, choose another or s3://",
             errno.ENOTSUP: "; if this file system has no hard links, choose another or s3://",
         }.get(error.errno or 0, "")
-        raise StorageError(f"cannot {verb} {where}: {error.strerror}{advice}") from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind = DiskFullError if is_full else StorageError
+        raise kind(f"cannot {verb} {where}: {error.strerror}{advice}") from error

@@ -21,7 +21,9 @@ from typing import Any
 Event = dict[str, Any]
 """A line of a journal."""
 ENDS = ("done", "waited", "rollback")
-"""What an attempt writes last when it ends by itself."""
+"""What an attempt does last when it ends by itself."""
+ALARM = "alarm"
+"""A disk or a mirror that failed, which changes nothing in the run."""
 MICRO = 1_000_000
 """Times are whole microseconds here, so that sums are exact."""
 
@@ -64,6 +66,12 @@ class Attempt:
     @property
     def begin_us(self) -> int:
         return self.events[0][0]
+
+    @property
+    def last_event(self) -> Event:
+        """What it did last; an alarm may follow when its files are closed."""
+        told = (event for _, event in reversed(self.events) if event["event"] != ALARM)
+        return next(told, self.events[-1][1])
 
     @property
     def first_step(self) -> int:
@@ -280,7 +288,7 @@ def _startup(attempts: Sequence[Attempt], rounds: Sequence[RoundSpan], end_us: i
 def _work_until(attempt: Attempt, attempts: Sequence[Attempt], rounds: Sequence[RoundSpan]) -> int:
     """When an attempt was last at work: at its last event, or when its round was seen to have failed."""
     last_us = attempt.events[-1][0]
-    if attempt.events[-1][1]["event"] in ENDS:
+    if attempt.last_event["event"] in ENDS:
         return last_us
     for span in reversed(rounds):
         if span.begin_us <= attempt.begin_us:

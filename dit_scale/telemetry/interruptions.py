@@ -34,7 +34,7 @@ def interruptions(journal: Sequence[Event], supervisors: Mapping[str, Sequence[E
         begun = [span for span in rounds if span.begin_us <= attempt.begin_us]
         if begun and (begun[-1].seen_us is None or attempt.begin_us <= begun[-1].seen_us):
             by_round[begun[-1].number].append(attempt)
-        elif attempt is not attempts[-1] or _ending(attempt)["event"] in ("waited", "rollback"):
+        elif attempt is not attempts[-1] or attempt.last_event["event"] in ("waited", "rollback"):
             found.append(_of_attempt(attempt, attempts))
     for span in rounds:
         of_span = by_round[span.number]
@@ -48,7 +48,7 @@ def interruptions(journal: Sequence[Event], supervisors: Mapping[str, Sequence[E
 
 def _of_attempt(attempt: Attempt, attempts: Sequence[Attempt]) -> Interruption:
     """Of one whose end no supervisor saw."""
-    at_us, last = attempt.events[-1]
+    at_us, last = attempt.events[-1][0], attempt.last_event
     reason, text = {
         "rollback": ("rollback", "steps failed; went back, and on without their samples"),
         "waited": ("stopped", "on request, saved"),
@@ -91,13 +91,9 @@ def committed_step(attempts: Sequence[Attempt]) -> int:
 
 def is_done(attempts: Sequence[Attempt]) -> bool:
     """Whether the last attempt came to the last step."""
-    return bool(attempts) and _ending(attempts[-1])["event"] == "done"
+    return bool(attempts) and attempts[-1].last_event["event"] == "done"
 
 
 def has_left(attempt: Attempt) -> bool:
     """Whether an attempt ended by itself."""
-    return _ending(attempt)["event"] in ENDS
-
-
-def _ending(attempt: Attempt) -> Event:
-    return attempt.events[-1][1]
+    return attempt.last_event["event"] in ENDS

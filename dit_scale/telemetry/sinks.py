@@ -1,19 +1,24 @@
-"""Where measurements go: metrics.jsonl is the record; wandb and TensorBoard mirror it.
-
-The one door to wandb and TensorBoard. On resume, lines of steps that will be taken again are
-dropped from the record, so that it reads as one unbroken run.
-"""
+"""Mirrors of the record, wandb and TensorBoard, of which this is the one door, and the journal."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import BaseModel
+
 from dit_scale.config import Mirrored, TrainConfig
 from dit_scale.errors import ConfigError
+from dit_scale.telemetry.lines import Alarm, LineFile
+
+FINISH_S = 60.0
+"""Longest wait for wandb's uploads at the end of a run; what is left is on disk, for `wandb sync`."""
 
 _WANDB_FOLDER = re.compile(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)")
 """When it was begun, and the run's id."""
@@ -27,23 +32,34 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-class JsonLines:
-    """metrics.jsonl, one object per log point, each line whole on disk before the next step."""
+class Mirror:
+    """A sink that may break, at any time and in any way: one alarm, and the run goes on without it."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        if path.exists():
-            lines = path.read_text(errors="replace").splitlines()
-            kept = [line for line in lines if _step_of(line) in range(resume_step + 1)]
-            tmp = path.with_suffix(".tmp")
-            tmp.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(tmp, path)
-        self._file = path.open("a", buffering=1)
+    def __init__(self, name: str, make: Callable[[], Sink], alarm: Alarm) -> None:
+        self._name, self._alarm = name, alarm
+        self._sink: Sink | None = None
+        with self._guarded("did not start"):
+            self._sink = make()
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        if self._sink is not None:
+            with self._guarded("broke"):
+                self._sink.write(step, record)
 
     def close(self) -> None:
-        self._file.close()
+        if self._sink is not None:
+            with self._guarded("did not finish"):
+                self._sink.close()
+            self._sink = None
+
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a foreign library, whatever it raises
+            self._sink = None
+            text = str(error) or type(error).__name__
+            self._alarm(f"{self._name} {what} and gets no more rows, metrics.jsonl has them all: {text}")
 
 
 class Wandb:
@@ -52,10 +68,9 @@ class Wandb:
     def __init__(
         self, folder: Path, name: str, run_id: str, mirrored: Mirrored, config: dict[str, Any]
     ) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError(f"wandb={mirrored.wandb}: wandb is not installed; pip install wandb") from None
+        import wandb
+
+        wandb.setup(wandb.Settings(silent=True))  # or it would ask a terminal for a key, and wait
         self._run = wandb.init(
             project=mirrored.wandb_project,
             name=name,
@@ -64,7 +79,7 @@ class Wandb:
             mode=mirrored.wandb,  # type: ignore[arg-type]
             resume="allow",
             config=config,
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, finish_timeout=FINISH_S, finish_timeout_raises=True),
         )
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
@@ -78,12 +93,8 @@ class TensorBoard:
     """Event files in the run's folder."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "log.tensorboard: tensorboard is not installed; pip install tensorboard"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
@@ -95,15 +106,31 @@ class TensorBoard:
         self._writer.close()
 
 
-def open_sinks(folder: Path, config: TrainConfig, resume_step: int) -> list[Sink]:
-    """The record and the mirrors that the configuration asks for."""
-    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resume_step)]
+def check_installed(mirrored: Mirrored) -> None:
+    """Raises ConfigError when the package of a mirror that is asked for is missing."""
+    wanted = {"wandb": mirrored.wandb != "off", "tensorboard": getattr(mirrored, "tensorboard", False)}
+    for package, is_wanted in wanted.items():
+        if is_wanted and importlib.util.find_spec(package) is None:
+            value = mirrored.wandb if package == "wandb" else "true"
+            raise ConfigError(f"{package}={value}: {package} is not installed; pip install {package}")
+
+
+def open_mirrors(config: TrainConfig, resume_step: int, alarm: Alarm) -> list[Mirror]:
+    """The mirrors of the record that the configuration asks for."""
+    folder, mirrors = Path(config.run), list[Mirror]()
     if config.log.wandb != "off":
-        resolved = config.model_dump(mode="json")
-        sinks.append(Wandb(folder, folder.name, wandb_id(folder), config.log, resolved))
+        mirrors.append(wandb_mirror(folder, folder.name, wandb_id(folder), config.log, config, alarm))
     if config.log.tensorboard:
-        sinks.append(TensorBoard(folder, resume_step))
-    return sinks
+        mirrors.append(Mirror("TensorBoard", lambda: TensorBoard(folder, resume_step), alarm))
+    return mirrors
+
+
+def wandb_mirror(
+    folder: Path, name: str, run_id: str, mirrored: Mirrored, config: BaseModel, alarm: Alarm
+) -> Mirror:
+    """A mirror on Weights & Biases, see `Wandb`."""
+    tree = config.model_dump(mode="json")
+    return Mirror("wandb", lambda: Wandb(folder, name, run_id, mirrored, tree), alarm)
 
 
 def wandb_id(folder: Path) -> str:
@@ -121,28 +148,23 @@ def wandb_id_of(place: str) -> str:
 
 
 class Journal:
-    """events.jsonl: what happened to the run, append-only; the half line of a killed writer is cut off.
+    """What happened, one object per line: events.jsonl of a run, and that of each of its supervisors.
 
     Two clocks stand in each line: that of the wall, which may jump, and that of the node since its start.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1)
-        whole_bytes = path.read_bytes().rfind(b"\n") + 1
-        if whole_bytes < path.stat().st_size:
-            self._file.truncate(whole_bytes)
+    def __init__(self, path: Path, alarm: Alarm) -> None:
+        self._lines = LineFile(path, alarm)
 
     def write(self, event: str, **details: Any) -> None:
         clocks = {"time_s": time.time(), "monotonic_s": round(time.monotonic(), 6)}
-        self._file.write(json.dumps({**clocks, "event": event, **details}) + "\n")
+        self._lines.append(json.dumps({**clocks, "event": event, **details}))
 
-    def close(self) -> None:
-        self._file.close()
+    def take_over(self, lines: Iterable[str]) -> None:
+        """Add lines of another copy of this journal."""
+        if text := "".join(f"{line}\n" for line in lines):
+            self._lines.append_lines(text.encode())
 
-
-def _step_of(line: str) -> int:
-    """The step of a line; a torn last line, cut off by a kill, counts as never written."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return -1
+    def close(self) -> str:
+        """Returns what could not be written, in words; empty when all was."""
+        return self._lines.close()

@@ -222,7 +222,7 @@ def _state(seen: _Seen) -> tuple[str, str]:
         return "failed", f"its supervisors gave up: {ended.get('text', '')}"
     if ended.get("reason") == "mistake":
         return "failed", f"a person must mend something: {ended.get('text', '')}"
-    last = seen.attempts[-1].events[-1][1]["event"] if seen.attempts else ""
+    last = seen.attempts[-1].last_event["event"] if seen.attempts else ""
     if not seen.open_round and (last == "waited" or ended.get("reason") == "leaving"):
         return "stopped", "on request; the same command goes on"
     if seen.is_quiet:
@@ -236,7 +236,7 @@ def _phase(seen: _Seen) -> str:
         of_round = [e for events in seen.supervisors.values() for e in events if e.get("round") == number]
         starting = [STARTING[e["event"]] for e in of_round if e["event"] in STARTING]
         return f"starting: {starting[-1]}" if starting else "between two attempts"
-    match seen.current.events[-1][1]["event"]:
+    match seen.current.last_event["event"]:
         case "start":
             return "the first step"
         case "save":

@@ -2,6 +2,7 @@
 
 <run>/config.yaml   the resolved configuration      <run>/metrics.jsonl   the record
 <run>/events.jsonl  the journal                     <run>/samples/        pictures
+<run>/records/      the first two as each attempt has them, see dit_scale.telemetry.record
 
 and below the root of its state, which is the same folder unless checkpoint.url names another:
 
@@ -23,11 +24,11 @@ from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Ranges
 from dit_scale.checkpoint.manifest import Manifest, read_manifest, step_and_attempt
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.config import TrainConfig, dump, load, moved
+from dit_scale.config import TrainConfig, load, moved
 from dit_scale.data.shards import INFO_KEY, LatentDataset
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, ConfigError
-from dit_scale.storage import MissingKeyError, Storage, UnavailableError, open_storage
+from dit_scale.storage import Storage, UnavailableError, open_storage
 from dit_scale.train.averages import since_steps
 from dit_scale.train.changes import Say, check_same_run, say_changes
 
@@ -127,24 +128,6 @@ def choose_precision(config: TrainConfig, world: World) -> tuple[TrainConfig, st
 def record_of(config: TrainConfig) -> tuple[Path, ...]:
     """What a checkpoint takes along of the run's folder; nothing where it lies in that folder itself."""
     return tuple(Path(config.run) / name for name in (METRICS, EVENTS)) if config.checkpoint.url else ()
-
-
-def prepare_folder(config: TrainConfig, found: Checkpoint | None) -> None:
-    """Write the resolved configuration, and bring record and journal up to a checkpoint that has them along.
-
-    The record is the checkpoint's: that of this machine may lack steps that another one has taken, or have
-    some that did not last. Of the journal the longer one stays.
-    """
-    open_storage(config.run).write("config.yaml", dump(config).encode())
-    if found is None:
-        return
-    for path in record_of(config):
-        try:
-            saved = found.storage.read(f"{found.name}/{path.name}")
-        except MissingKeyError:  # saved when checkpoint.url was not set
-            continue
-        if path.name == METRICS or not path.exists() or path.stat().st_size < len(saved):
-            path.write_bytes(saved)
 
 
 def data_digest(dataset: LatentDataset) -> str:

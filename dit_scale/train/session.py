@@ -6,32 +6,33 @@ the loader. A rollback begins another one in the same processes.
 
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dit_scale import __version__
-from dit_scale.checkpoint import attempts, reader
-from dit_scale.checkpoint.attempts import Attempt, Ranges
+from dit_scale.checkpoint import reader
+from dit_scale.checkpoint.attempts import Attempt, Ranges, check_current
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, Manifest, name_of
 from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Outcome, Saver
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Loader
-from dit_scale.data.order import positions_of
+from dit_scale.data.order import positions_of, ranges_of
 from dit_scale.data.quarantine import Quarantine
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
 from dit_scale.elastic.heartbeat import Heart, Section
-from dit_scale.errors import CheckpointError, StabilityError
+from dit_scale.errors import CheckpointError, StabilityError, StorageError
 from dit_scale.telemetry.meters import COLUMNS, Meters, Row
 from dit_scale.telemetry.progress import StatusLine
-from dit_scale.telemetry.sinks import Journal, Sink, open_sinks
+from dit_scale.telemetry.sinks import check_installed
 from dit_scale.train.averages import restored_kinds
+from dit_scale.train.claim import claim, next_attempt
 from dit_scale.train.ema import ema_kind
+from dit_scale.train.logbook import Carried, Logbook, carried_over, check_writable
 from dit_scale.train.memory import plan_of
 from dit_scale.train.run import (
     RunState,
@@ -40,7 +41,6 @@ from dit_scale.train.run import (
     data_digest,
     find_checkpoint,
     merged,
-    prepare_folder,
     record_of,
     root_of,
     state_of,
@@ -58,6 +58,7 @@ class Session:
         """`heart` is told that a long read, or a long wait, gets on."""
         config, precision_note = choose_precision(config, world)
         self.config, self.world, self._heart = config, world, heart
+        check_installed(config.log)
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
         self._notes = [precision_note, check_dataset(config, dataset), *dataset.notes]
         self.plan = plan_of(config, world.size)
@@ -71,6 +72,8 @@ class Session:
         )
         stack.callback(self.saver.close)
         self._attempt_stack = stack.enter_context(ExitStack())
+        self._logbook: Logbook | None = None
+        self._carried = Carried()
         self._rollbacks = 0
         self._began_step = self._observed_step = self._saved_step = self._committed_step = 0
 
@@ -92,7 +95,9 @@ class Session:
             notes.append,
             at_most_step,
         )
-        self._heart.beat(Section.RESTORE, self.state.step)
+        self.status = StatusLine(config.steps, found.manifest.step if found else 0, self.world.is_first)
+        self._attempt_stack.callback(self.status.close)
+        self._heart.beat(Section.RESTORED, self.state.step)
         self.attempt = self.world.first_says(lambda: self._claim(found, excluded, behind))
         self._go_on_from(found)
         self._open(notes, found is not None, restore_s=time.monotonic() - begin_s)
@@ -130,7 +135,7 @@ class Session:
         failures = self._failures()
         before = self.state.step - failures
         positions = self._positions(before, self.state.step)
-        excluded = merged((*self.state.excluded, *_ranges(positions)))
+        excluded = merged((*self.state.excluded, *ranges_of(positions)))
         message = f"{failures} steps in a row failed, from step {before + 1} on"
         if self._rollbacks == self.config.guard.max_rollbacks:
             raise StabilityError(
@@ -140,6 +145,7 @@ class Session:
         self._report(self._wait_for_save())
         self._record("rollback", failed_steps=[before + 1, self.state.step], excluded_positions=excluded)
         self.say(f"{message}: going back to a checkpoint before it, and on without its samples")
+        self._heart.beat(Section.WAIT_SAVE, self.state.step)  # the last rows of a mirror may take a while
         self._attempt_stack.close()
         self._rollbacks += 1
         self.begin(before, excluded, behind=self.attempt)
@@ -166,8 +172,8 @@ class Session:
         }
         for note in self.loader.notes():
             self.say(note)
-        for sink in self._sinks:
-            sink.write(self.state.step, record)
+        if self._logbook:
+            self._logbook.row(record)
         self.status.report(self.state.step, record)
         self._record("log", data_s=round(self.loader.waited_s, 3))
 
@@ -225,21 +231,25 @@ class Session:
         return self.saver.wait(lambda: self._heart.beat(Section.WAIT_SAVE, self.state.step))
 
     def finish(self) -> None:
-        """The run is done: say where everything is."""
+        """The run is done: say where everything is. Raises StorageError when its record is not whole."""
         self._record("done")
+        if self._logbook and (problem := self._logbook.close()):
+            raise StorageError(f"all {self.state.step} steps are taken and saved, but {problem}")
         self.say(f"done: {self.state.step} steps in {self.config.run}")
 
     def _claim(self, found: Checkpoint | None, excluded: Ranges, behind: Attempt | None) -> Attempt:
-        """Begin the next attempt, and prepare the run's folder (rank 0 alone)."""
-        before = attempts.newest(self._root)
-        last = behind.number if behind else max(attempts.numbers(self._root), default=0)
-        attempt = Attempt(
-            last + 1,
-            found.name if found else None,
-            merged((*excluded, *(before.excluded_positions if before else ()))),
+        """Begin the next attempt, and read what it goes on from (rank 0 alone)."""
+        check_writable(self.config)
+        attempt = next_attempt(self._root, found.name if found else None, excluded, behind)
+        claim(
+            self._root,
+            attempt,
+            self.config.checkpoint.deadline_s,
+            lambda: self._heart.beat(Section.RESTORE, self.state.step),
+            self.say,
         )
-        attempts.claim(self._root, attempt)
-        prepare_folder(self.config, found)
+        self._carried = carried_over(self.config, found, attempt.number)
+        check_current(self._root, attempt.number)
         return attempt
 
     def _fill(self, found: Checkpoint, notes: list[str]) -> None:
@@ -271,15 +281,11 @@ class Session:
         """The record, the journal and the loader of this attempt."""
         config, state, stack = self.config, self.state, self._attempt_stack
         self.meters = Meters(config.global_batch, state.pending)
-        self.status = StatusLine(config.steps, state.step, shown=self.world.is_first)
-        stack.callback(self.status.close)
-        folder = Path(config.run)
-        self._sinks: list[Sink] = open_sinks(folder, config, state.step) if self.world.is_first else []
-        self._journal = Journal(folder / "events.jsonl") if self.world.is_first else None
-        for sink in self._sinks:
-            stack.callback(sink.close)
-        if self._journal:
-            stack.callback(self._journal.close)
+        self._logbook = None
+        if self.world.is_first:
+            number, carried = self.attempt.number, self._carried
+            self._logbook = Logbook(config, self._root, number, carried, lambda: self.state.step, self.say)
+            stack.callback(self._logbook.close)
         self.loader = Loader(
             self._dataset,
             config.data,
@@ -369,7 +375,7 @@ class Session:
             "skipped_step",
             skipped_step=step,
             **dict(zip(COLUMNS[:-1], map(str, row), strict=False)),
-            positions=_ranges(positions),
+            positions=ranges_of(positions),
             sample_ids=sample_ids.tolist(),
         )
         self.say(
@@ -390,11 +396,5 @@ class Session:
         return positions_of(indices, self.state.excluded)
 
     def _record(self, event: str, **details: object) -> None:
-        if self._journal:
-            self._journal.write(event, attempt=self.attempt.number, step=self.state.step, **details)
-
-
-def _ranges(positions: np.ndarray) -> Ranges:
-    """Ascending positions as half-open ranges."""
-    cuts = np.flatnonzero(np.diff(positions) != 1) + 1
-    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(positions, cuts))
+        if self._logbook:
+            self._logbook.event(event, **details)

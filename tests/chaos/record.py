@@ -1,6 +1,7 @@
 """The record and the journal of a run, read while it writes them, and compared with those of another run."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class Journal:
                 lines = file.read().splitlines(keepends=True)
             for line in whole(lines):
                 self._offset += len(line)
-                self._take(json.loads(line))
+                with suppress(json.JSONDecodeError):  # half a line that a killed writer left
+                    self._take(json.loads(line))
         return self
 
     def _take(self, event: dict[str, Any]) -> None:

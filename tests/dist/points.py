@@ -21,7 +21,7 @@ import torch
 
 from dit_scale.checkpoint import attempts, retention, saver, writer
 from dit_scale.storage import disk
-from dit_scale.telemetry import sinks
+from dit_scale.telemetry import lines, record
 from dit_scale.train import session
 
 
@@ -146,23 +146,18 @@ def _held_in_backward(hold: Hold, real: Callable[..., Any]) -> Callable[..., Any
 @contextmanager
 def _inside_log_line(hold: Hold) -> Iterator[None]:
     """Half a line of the record is on the disk."""
+    real = record.Record.write
 
-    def write(self: sinks.JsonLines, step: int, record: dict[str, float]) -> None:
-        self._file.write('{"step": ')
-        self._file.flush()
-        hold.here()
-        self._file.write(f'{step}, "half": 1}}\n')
-
-    real = sinks.JsonLines.write
-
-    def nth_write(self: sinks.JsonLines, step: int, record: dict[str, float]) -> None:
+    def write(self: record.Record, step: int, values: dict[str, float | None]) -> None:
         if hold.passes + 1 == hold.nth:
-            write(self, step, record)
+            os.write(self._lines._open(), b'{"step": ')
+            hold.here()
+            os.write(self._lines._open(), f'{step}, "half": 1}}\n'.encode())
         else:
             hold.passes += 1
-            real(self, step, record)
+            real(self, step, values)
 
-    with patch.object(sinks.JsonLines, "write", nth_write):
+    with patch.object(record.Record, "write", write):
         yield
 
 
@@ -193,7 +188,13 @@ RANK_POINTS: dict[str, Patch] = {
     "restoring": before(session.Checkpoint, "read"),
     "before the attempt": before(attempts, "claim"),
     "behind the attempt": after(attempts, "claim"),
-    "cutting the log": lambda hold: before(sinks.os, "replace")(hold),
+    "before its files": before(session, "carried_over"),
+    "behind the chain's answer": after(session, "check_current"),
+    "beginning its record": before(lines.LineFile, "append_lines"),
+    "before its own config": before(disk.DiskStorage, "write"),
+    "before its names": before(record, "publish"),
+    "setting a name": lambda hold: before(record.os, "replace")(hold),
+    "behind its files": after(record.Record, "publish"),
 }
 """Points in a rank."""
 

@@ -26,7 +26,8 @@ def final_files(config: TrainConfig) -> list[bytes]:
 
 def events(config: TrainConfig, name: str) -> list[dict[str, Any]]:
     """The events of a kind in the journal."""
-    lines = (Path(config.run) / "events.jsonl").read_text().splitlines()
+    path = Path(config.run) / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
     return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
@@ -39,6 +40,14 @@ def wait_for(hold: Hold, answers: Any) -> int:
         with suppress(queue.Empty):
             raise AssertionError(f"a rank ended before {hold.point!r}: {answers.get(timeout=0.01)}")
     raise AssertionError(f"{hold.point!r} was not reached within {TIMEOUT_S} s")
+
+
+def wait_for_event(config: TrainConfig, name: str, count: int = 1) -> None:
+    """Until the journal has so many events of a kind."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(events(config, name)) < count:
+        assert time.monotonic() < deadline, f"no {name} in the journal"
+        time.sleep(0.02)
 
 
 def kill(processes: Sequence[Any]) -> None:

@@ -48,7 +48,13 @@ AT_THE_START = [
     ("restoring", 20, 1),
     ("before the attempt", 1, 0),
     ("behind the attempt", 1, 0),
-    ("cutting the log", 2, 0),
+    ("before its files", 1, 0),
+    ("behind the chain's answer", 1, 0),
+    ("beginning its record", 1, 0),
+    ("before its own config", 2, 0),
+    ("before its names", 1, 0),
+    ("setting a name", 4, 0),
+    ("behind its files", 1, 0),
 ]
 THREE = [("inside the reduce", 20, 0), ("between optimizer and EMA", 5, 1), ("writer: inside the file", 3, 0)]
 

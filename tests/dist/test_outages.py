@@ -16,7 +16,7 @@ from dit_scale.config import TrainConfig, dump
 from tests.dist import jobs
 from tests.dist.points import Hold
 from tests.dist.processes import TIMEOUT_S, run, start
-from tests.dist.runs import events, final_files, kill, wait_for
+from tests.dist.runs import events, final_files, kill, wait_for, wait_for_event
 from tests.faults.proxy import FaultProxy
 from tests.faults.small_disk import small_disk
 from tests.latents import write_latents
@@ -51,15 +51,6 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
 def disk(tmp_path: Path) -> Iterator[Path]:
     with small_disk(tmp_path / "disk", 200 * 2**20) as folder:
         yield folder
-
-
-def wait_for_event(config: TrainConfig, name: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        if events(config, name):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no {name} in the journal")
 
 
 def finish(answers: Any) -> list[Any]:

@@ -100,6 +100,21 @@ def test_nodes_with_different_configurations_are_named(tmp_path: Path) -> None:
             assert node.says("the configuration of b differs from that of a")
 
 
+def test_nodes_with_different_data_sets_are_refused_and_with_copies_under_other_names_are_not(
+    tmp_path: Path,
+) -> None:
+    config = config_of(tmp_path, steps=3)
+    copy, other = (config.data.model_copy(update={"url": str(tmp_path / name)}) for name in ("copy", "other"))
+    shutil.copytree(config.data.url, copy.url)
+    write_latents(Path(other.url), num=30)
+    with cluster(config) as nodes:
+        for data, code in ((other, 93), (copy, 0)):
+            a = nodes.start("a", "--nodes", "2")
+            b = nodes.start("b", "--nodes", "2", config=config.model_copy(update={"data": data}))
+            assert (a.exit_code(), b.exit_code()) == (code, code)
+            assert a.says("is not the same latent data set for all ranks")
+
+
 def test_a_node_that_stays_alone_says_what_it_waited_for(tmp_path: Path) -> None:
     with cluster(config_of(tmp_path)) as nodes:
         node = nodes.start("a", "--nodes", "2", "--gather-s", "1")

@@ -19,6 +19,7 @@ import pytest
 
 from dit_scale.data.shards import LatentDataset, read_info
 from dit_scale.storage import open_storage
+from dit_scale_pipeline.inputs.saved import load_listing
 from dit_scale_pipeline.verify import main as verify_main
 from tests.bare import bare_python
 from tests.encoding import ROOT, SCRIPT, clean_environment, job_command, objects, write_images
@@ -43,6 +44,7 @@ cpus_per_encoder: 0.5
 decoders: 1
 encoders: 1
 """
+DAMAGED = b"damag\xe9d.jpg"
 ENCODER = ("ray::Encoder", "ray::encode")
 """How the process of an encoder is called, at rest and at work."""
 MARK = f"dit-scale-test-{uuid.uuid4().hex}"
@@ -54,11 +56,17 @@ HANGS_S = scaled(600.0)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images in three classes and an empty one; a damaged, a truncated and a foreign file; a tiny VAE."""
+    """Images in three classes and an empty one; a damaged, a truncated and a foreign file; a tiny VAE.
+
+    The name of the damaged file is not UTF-8. What a Mac leaves is no part of it.
+    """
     top = tmp_path_factory.mktemp("encode")
     write_images(top / "images", 36)
     (top / "images/empty").mkdir()
-    (top / "images/n0/damaged.jpg").write_bytes(b"no picture")
+    (top / f"images/n0/{os.fsdecode(DAMAGED)}").write_bytes(b"no picture")
+    (top / "images/__MACOSX").mkdir()
+    for left in ("n0/.DS_Store", "n1/._001.png", "__MACOSX/._n0"):
+        (top / "images" / left).write_bytes(b"no picture")
     (top / "images/n1/notes.txt").write_text("no picture either")
     whole = (top / "images/n2/005.JPEG").read_bytes()
     (top / "images/n2/truncated.jpg").write_bytes(whole[: len(whole) // 2])
@@ -213,11 +221,15 @@ def test_what_dataset_json_says(latents: Path, folder: Path) -> None:
     assert info.class_names == ("empty", "n0", "n1", "n2")
     assert (info.samples, info.source.count) == (36, 39)
     assert [(item.path, item.reason.split(":")[0]) for item in info.quarantined] == [
-        ("n0/damaged.jpg", "not a picture in a known format"),
+        (r"n0/damag\xe9d.jpg", "not a picture in a known format"),
         ("n1/notes.txt", "not a picture in a known format"),
         ("n2/truncated.jpg", "cannot be decoded"),
     ]
     assert [shard.samples for shard in info.shards] == [8, 7, 8, 7, 6]
+    left_out = ("__MACOSX/", "n0/.DS_Store", "n1/._001.png")
+    saved = load_listing(open_storage(latents))
+    assert saved is not None
+    assert (saved.ignored, f"n0/{os.fsdecode(DAMAGED)}" in saved.paths) == (left_out, True)
     text = (latents / "dataset.json").read_text()
     assert text.count(str(folder)) == 1, "the source's uri is the only path"
 

@@ -434,7 +434,10 @@ def test_prune_says_where_the_configuration_was_edited(
     (run / "config.yaml").write_text(text.replace("  keep: 2\n", "  keep: 1\n"))
     assert cli.main(["checkpoint", "prune", str(run)]) == 0
     note, gone = capsys.readouterr().out.splitlines()
-    assert note == "note: checkpoint.keep is 1 in config.yaml, 2 in the newest checkpoint"
+    assert (
+        note
+        == f"note: config.yaml is not as in {CHECKPOINTS}/{name_of(STEP + 1, 1)}: checkpoint.keep: 2 -> 1"
+    )
     assert gone == f"{CHECKPOINTS}/{NEWEST}: would be deleted"
 
 

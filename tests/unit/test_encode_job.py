@@ -25,6 +25,7 @@ from dit_scale_pipeline.metrics import Metrics
 from dit_scale_pipeline.progress import Watch
 from dit_scale_pipeline.ray_cluster import Placement, place
 from dit_scale_pipeline.shards_writer import Row, Shard, build_shard, write_shard
+from tests.faults.small_disk import fill, small_disk
 from tests.tiny_vae import save_tiny_vae
 
 VAE = VaeIdentity(name="x", weights_sha256="1", scale=0.2, downsample=8, latent_channels=4)
@@ -223,7 +224,7 @@ def test_a_bad_input_whose_name_is_not_text(storage: Storage) -> None:
     record = write_shard(storage.url, "00000", [account], 4, np.zeros((0, 2, 8, 4, 4), np.float16))
     assert [item.path for item in record.quarantined] == ["a/caf\\xe9.png"]
     assert output.finished_shards(storage) == {"00000": record}
-    metrics = Metrics(storage, config())
+    metrics = Metrics(storage, config(), print)
     with pytest.raises(DataError, match=r"a/caf\\xe9.png \(torn\)"):
         with Watch(10, config(max_quarantined=0.0), [], Console(quiet=True), metrics) as watch:
             watch.batch(account)
@@ -316,7 +317,7 @@ def test_the_quarantine_is_counted_once_over_all_starts(storage: Storage) -> Non
     bad = Quarantined(key=1, path="a/1.png", reason="torn")
     record = build_shard("00000", [], [bad], 4).record
     console = Console(quiet=True)
-    metrics = Metrics(storage, config())
+    metrics = Metrics(storage, config(), console.print)
     with Watch(10, config(max_quarantined=0.1), [record], console, metrics) as watch:
         watch.shard(record)
         with pytest.raises(
@@ -328,6 +329,23 @@ def test_the_quarantine_is_counted_once_over_all_starts(storage: Storage) -> Non
     with pytest.raises(DataError, match="allows 0"):
         with Watch(10, config(max_quarantined=0.0), [record], console, metrics):
             pass
+
+
+def test_rows_that_cannot_be_put_stop_no_job(tmp_path: Path) -> None:
+    said: list[str] = []
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        storage = open_storage(disk / "set")
+        metrics = Metrics(storage, config(), said.append)
+        metrics.write(1, {"shards": 0})
+        filler = fill(disk)
+        for images in (2, 3):
+            metrics.write(images, {"shards": 0})
+        assert len(said) == 1
+        assert "metrics.jsonl: No space left on device" in said[0]
+        filler.unlink()
+        metrics.close()
+        rows = storage.read("metrics.jsonl").splitlines()
+    assert [json.loads(row)["images"] for row in rows] == [1, 2, 3]
 
 
 def tiny_encoder(folder: Path, **setting: object) -> tuple[Encoder, dict[str, str]]:

@@ -197,7 +197,7 @@ def test_nothing_gives_nothing() -> None:
 def test_half_a_line_of_a_journal_counts_as_none(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     assert read_journal(path) == []
-    journal = Journal(path)
+    journal = Journal(path, print)
     journal.write("start", attempt=1, step=0)
     journal.close()
     with path.open("a") as file:
@@ -206,7 +206,18 @@ def test_half_a_line_of_a_journal_counts_as_none(tmp_path: Path) -> None:
 
 
 SECONDS = st.floats(0, 5000, allow_nan=False)
-NAMES = ("start", "first_step", "log", "save", "checkpoint", "waited", "rollback", "save_failed", "done")
+NAMES = (
+    "start",
+    "first_step",
+    "log",
+    "save",
+    "checkpoint",
+    "waited",
+    "rollback",
+    "save_failed",
+    "alarm",
+    "done",
+)
 
 
 @st.composite

@@ -10,6 +10,7 @@ from dit_scale.elastic import group
 from dit_scale.elastic.board import Member, Round
 from dit_scale.elastic.heartbeat import Section
 from dit_scale.elastic.watch import Deadlines, Standing
+from tests.faults.small_disk import fill, small_disk
 
 WAITS = Standing(rank=0, pid=11, section=Section.COMPUTE, step=20, age_s=9.0, limit_s=8.0, quiet_s=8.0)
 READS = Standing(rank=1, pid=12, section=Section.DATA, step=20, age_s=9.0, limit_s=310.0, quiet_s=8.0)
@@ -58,3 +59,14 @@ def test_a_wait_for_data_is_named_once_and_anew_in_the_next_round(
         assert len(said) == number
         assert said[-1].startswith("rank 1 (process 12) does not get on in DATA of step 20")
         assert len(list((tmp_path / "stacks").glob(f"round-{number:06d}-*"))) == 2
+
+
+def test_stacks_that_cannot_be_kept_end_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        fill(disk)
+        ranks = group.LaunchedGroup([], tmp_path, Deadlines(), stacks=disk / "run/stacks", say=said.append)
+        ranks._write_down({0: "stack"})
+    assert len(said) == 1
+    assert said[0].startswith("ALARM: the stacks of ranks cannot be kept in ")
+    assert said[0].endswith("No space left on device")

@@ -53,8 +53,8 @@ def manifest(step: int = 3) -> Manifest:
     )
 
 
-def saved(saver: Saver) -> Outcome:
-    saver.begin(manifest(), FOLDERS)
+def saved(saver: Saver, step: int = 3) -> Outcome:
+    saver.begin(manifest(step), {path_of(step): (MASTER,)})
     outcome = saver.wait()
     assert outcome is not None
     return outcome
@@ -105,7 +105,9 @@ def test_a_checkpoint_takes_the_record_along(world: World, tmp_path: Path) -> No
     (path,) = committed(open_storage(tmp_path / "root"))
     assert (tmp_path / "root" / path / "metrics.jsonl").read_text() == '{"step": 3}\n'
     record.unlink()
-    assert "metrics.jsonl" in saved(saver).problem
+    assert saved(saver, 6).problem == ""
+    (path,) = {*committed(open_storage(tmp_path / "root"))} - {path}
+    assert not (tmp_path / "root" / path / "metrics.jsonl").exists()
     saver.close()
 
 

@@ -1,76 +1,76 @@
-"""Where measurements go: the record after a resume, the mirrors, the journal."""
+"""The mirrors of the record, and the journal."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
 from dit_scale.config import TrainConfig
-from dit_scale.telemetry.sinks import Journal, JsonLines, TensorBoard, open_sinks, wandb_id, wandb_id_of
+from dit_scale.errors import ConfigError
+from dit_scale.telemetry.goodput import read_journal
+from dit_scale.telemetry.sinks import (
+    Journal,
+    Mirror,
+    TensorBoard,
+    check_installed,
+    open_mirrors,
+    wandb_id,
+    wandb_id_of,
+)
+from tests.faults.small_disk import small_disk
 
 
-def steps_of(path: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+@pytest.fixture
+def alarms() -> list[str]:
+    return []
 
 
-def write_steps(path: Path, resume_step: int, *steps: int) -> None:
-    sink = JsonLines(path, resume_step)
-    for step in steps:
-        sink.write(step, {"loss": step / 3})
-    sink.close()
+def test_mirrors_only_when_asked_for(alarms: list[str]) -> None:
+    assert open_mirrors(TrainConfig(), 0, alarms.append) == []
 
 
-def test_a_record_is_one_object_per_line(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    write_steps(path, 0, 100, 200)
-    assert path.read_text() == (
-        '{"step": 100, "loss": 33.333333333333336}\n{"step": 200, "loss": 66.66666666666667}\n'
-    )
+def test_the_package_of_a_mirror_that_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_installed(TrainConfig().log)
+    for key, value, name in (("wandb", "offline", "wandb"), ("tensorboard", True, "tensorboard")):
+        log = TrainConfig.model_validate({"log": {key: value}}).log
+        with pytest.raises(ConfigError, match=f"{name} is not installed; pip install {name}"):
+            check_installed(log)
 
 
-def test_a_line_is_written_before_the_next_step(tmp_path: Path) -> None:
-    sink = JsonLines(tmp_path / "metrics.jsonl", 0)
-    sink.write(1, {"loss": 1.0})
-    assert steps_of(tmp_path / "metrics.jsonl") == [1]
-    sink.close()
+class Breaking:
+    """A sink that fails from its n-th call on."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+        self.rows: list[int] = []
+        self._count()
+
+    def write(self, step: int, record: dict[str, float | None]) -> None:
+        self._count()
+        self.rows.append(step)
+
+    def close(self) -> None:
+        self._count()
+
+    def _count(self) -> None:
+        self.calls -= 1
+        if self.calls < 0:
+            raise BrokenPipeError("its process is gone")
 
 
 @pytest.mark.parametrize(
-    ("resume_step", "kept"), [(0, []), (199, [100]), (200, [100, 200]), (999, [100, 200, 300])]
+    ("calls", "what"), [(0, "did not start"), (2, "broke"), (4, "did not finish"), (5, "")]
 )
-def test_steps_taken_again_are_dropped(tmp_path: Path, resume_step: int, kept: list[int]) -> None:
-    path = tmp_path / "metrics.jsonl"
-    write_steps(path, 0, 100, 200, 300)
-    before = path.read_text().splitlines()
-    write_steps(path, resume_step, 1000)
-    assert steps_of(path) == [*kept, 1000]
-    assert path.read_text().splitlines()[:-1] == before[: len(kept)]
-
-
-TORN = [b'{"step": 30', b'{"step": 300, "lo', b"{", b'{"step": 300, "loss": 1.0}', b"\0\0\0", b"3", b"\xff"]
-
-
-@pytest.mark.parametrize("torn", TORN)
-def test_a_torn_last_line_counts_as_never_written(tmp_path: Path, torn: bytes) -> None:
-    path = tmp_path / "metrics.jsonl"
-    write_steps(path, 0, 100, 200)
-    with path.open("ab") as file:
-        file.write(torn)
-    write_steps(path, 200, 300, 400)
-    assert steps_of(path) == [100, 200, 300, 400]
-
-
-def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 100}')
-    write_steps(path, 100, 200)
-    assert steps_of(path) == [100, 200]
-
-
-def test_mirrors_only_when_asked_for(tmp_path: Path) -> None:
-    sinks = open_sinks(tmp_path, TrainConfig(), 0)
-    assert [type(sink) for sink in sinks] == [JsonLines]
-    sinks[0].close()
+def test_a_mirror_that_breaks_costs_one_alarm(alarms: list[str], calls: int, what: str) -> None:
+    mirror = Mirror("wandb", lambda: Breaking(calls), alarms.append)
+    for step in (1, 2, 3):
+        mirror.write(step, {"loss": 1.0})
+    mirror.close()
+    mirror.close()
+    text = f"wandb {what} and gets no more rows, metrics.jsonl has them all: its process is gone"
+    assert alarms == ([text] if what else [])
 
 
 def test_tensorboard_files_hold_the_numbers(tmp_path: Path) -> None:
@@ -88,7 +88,9 @@ def test_tensorboard_files_hold_the_numbers(tmp_path: Path) -> None:
     assert loss == [(100, 25.0), (200, 50.0), (300, 275.0), (400, 300.0)]
 
 
-def test_wandb_offline_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline_writes_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alarms: list[str]
+) -> None:
     import wandb
 
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID"):
@@ -96,19 +98,39 @@ def test_wandb_offline_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "my_run"
     folder.mkdir()
-    config = TrainConfig.model_validate({"log": {"wandb": "offline"}})
-    sinks = open_sinks(folder, config, 0)
+    config = TrainConfig.model_validate({"run": str(folder), "log": {"wandb": "offline"}})
+    (mirror,) = open_mirrors(config, 0, alarms.append)
     for step in (100, 200):
-        for sink in sinks:
-            sink.write(step, {"loss": 0.123456789})
-    for sink in sinks:
-        sink.close()
+        mirror.write(step, {"loss": 0.123456789})
+    mirror.close()
     wandb.teardown()  # waits for wandb's own process, which writes the file, as the end of a run does
     (written,) = (folder / "wandb").glob(f"offline-run-*/run-{wandb_id(folder)}.wandb")
     data = written.read_bytes()
     assert b"loss" in data
     assert b"0.123456789" in data
-    assert steps_of(folder / "metrics.jsonl") == [100, 200]
+    assert alarms == []
+
+
+def test_a_disk_that_is_full_under_tensorboard(
+    tmp_path: Path, alarms: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread meets the error some rows later; neither rows nor the end wait for that thread for ever."""
+    run = tmp_path / "run"
+    run.mkdir()
+    config = TrainConfig.model_validate({"run": str(run), "log": {"tensorboard": True}})
+    before = set(threading.enumerate())
+    monkeypatch.setattr(threading, "excepthook", lambda raised: None)  # its thread ends with the error, too
+    with small_disk(tmp_path / "disk", 4096) as disk:
+        (run / "tensorboard").symlink_to(disk)
+        (mirror,) = open_mirrors(config, 0, alarms.append)
+        for step in range(1, 2000):
+            mirror.write(step, {"loss": 1.0})
+        mirror.close()
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+    (alarm,) = alarms
+    assert alarm.startswith("TensorBoard ")
+    assert "No space left on device" in alarm
 
 
 def test_a_run_keeps_its_wandb_id_where_it_moves(tmp_path: Path) -> None:
@@ -123,12 +145,12 @@ def test_a_run_keeps_its_wandb_id_where_it_moves(tmp_path: Path) -> None:
     assert wandb_id(tmp_path / "moved") == "runs-a"
 
 
-def test_the_journal_only_grows(tmp_path: Path) -> None:
+def test_the_journal_only_grows(tmp_path: Path, alarms: list[str]) -> None:
     path = tmp_path / "events.jsonl"
     for event in ("start", "checkpoint"):
-        journal = Journal(path)
+        journal = Journal(path, alarms.append)
         journal.write(event, step=3, name="x")
-        journal.close()
+        assert journal.close() == ""
     events = [json.loads(line) for line in path.read_text().splitlines()]
     assert [event.pop("event") for event in events] == ["start", "checkpoint"]
     for clock in ("time_s", "monotonic_s"):
@@ -137,12 +159,11 @@ def test_the_journal_only_grows(tmp_path: Path) -> None:
     assert events == [{"step": 3, "name": "x"}] * 2
 
 
-def test_half_a_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
+def test_half_a_line_of_the_journal_counts_as_never_written(tmp_path: Path, alarms: list[str]) -> None:
     path = tmp_path / "events.jsonl"
     for torn in ('{"event": "sta', ""):
-        path.write_text('{"event": "first"}\n' + torn)
-        journal = Journal(path)
+        path.write_text('{"event": "first", "time_s": 1}\n' + torn)
+        journal = Journal(path, alarms.append)
         journal.write("second")
         journal.close()
-        lines = path.read_text().splitlines()
-        assert [json.loads(line)["event"] for line in lines] == ["first", "second"]
+        assert [event["event"] for event in read_journal(path)] == ["first", "second"]

@@ -92,6 +92,17 @@ def test_a_run_that_trains(tmp_path: Path) -> None:
     assert found.spent_s["productive"] == NOW_S - 1012.0
 
 
+@pytest.mark.parametrize(("last", "state"), [("done", "finished"), ("waited", "stopped"), ("log", "running")])
+def test_an_alarm_changes_nothing_in_what_a_run_is(tmp_path: Path, last: str, state: str) -> None:
+    """A mirror that does not finish is said behind the end of the run."""
+    journal = [*TRAINING, event(1042.0, last, attempt=1, step=30, data_s=0.0)]
+    alarm = event(1043.0, "alarm", attempt=1, step=30, text="wandb did not finish")
+    without, found = (state_of(tmp_path, events, []) for events in (journal, [*journal, alarm]))
+    assert without.state == found.state == state
+    assert without.text == found.text
+    assert [one.reason for one in without.interruptions] == [one.reason for one in found.interruptions]
+
+
 def test_a_run_that_was_restarted(tmp_path: Path) -> None:
     found = state_of(tmp_path, TRAINING, [*ROUND, *FAILED, *AGAIN])
     assert (found.state, found.text) == ("running", "starting: launcher and imports")

@@ -10,8 +10,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from dit_scale.errors import DataError
 from dit_scale_pipeline.inputs.base import Listing
 from dit_scale_pipeline.inputs.names import few, is_text, shown
@@ -48,11 +46,11 @@ def _dividing(folders: set[str]) -> tuple[str, ...]:
 def check_folders(url: str, class_names: Sequence[str], paths: Iterable[str]) -> None:
     """DataError when class folders are the splits of a data set."""
     below = folders_below(paths)
-    if _are_splits(class_names, below):
+    if splits := _splits(class_names, below):
         raise DataError(
             f"{url}: expected a folder per class, found what looks like the splits of a data set, "
             f"{few(class_names)}{_held(class_names, below)}. Name one: "
-            f"source={url.rstrip('/')}/{class_names[0]}. If they are classes, give them other names; "
+            f"source={url.rstrip('/')}/{splits[0]}. If they are classes, give them other names; "
             "symbolic links will do"
         )
 
@@ -60,7 +58,7 @@ def check_folders(url: str, class_names: Sequence[str], paths: Iterable[str]) ->
 def check_tars(url: str, class_names: Sequence[str], paths: Iterable[str]) -> None:
     """DataError when class tars are splits, or tars of class folders."""
     below = folders_below(paths)
-    if (below and all(below.values())) or _are_splits(class_names, below):
+    if (below and all(below.values())) or _splits(class_names, below):
         raise DataError(
             f"{url}: expected one tar per class, named after it, found {few(f'{n}.tar' for n in class_names)}"
             f"{_held(class_names, below)}. Unpack them, and name the folder whose folders are the classes; "
@@ -74,11 +72,14 @@ def _held(class_names: Sequence[str], below: dict[str, tuple[str, ...]]) -> str:
     return f": {'; '.join(held[:3])}" if held else ""
 
 
-def _are_splits(class_names: Sequence[str], below: dict[str, tuple[str, ...]]) -> bool:
+def _splits(class_names: Sequence[str], below: dict[str, tuple[str, ...]]) -> Sequence[str]:
+    """The classes that are splits; first those that hold folders, which may be the classes. Mostly none."""
     splits = [name for name in class_names if _SPLIT.fullmatch(name.lower())]
-    divided = any(below.get(name) for name in splits)
+    divided = [name for name in splits if below.get(name)]
     # A class may be called train; nobody has the classes train and val alone.
-    return (len(splits) > 1 or len(class_names) == 1) and (divided or 1 < len(splits) == len(class_names))
+    if (len(splits) > 1 or len(class_names) == 1) and (divided or 1 < len(splits) == len(class_names)):
+        return divided or splits
+    return ()
 
 
 def are_shards(archives: Sequence[str]) -> bool:
@@ -120,8 +121,7 @@ def remarks(listing: Listing) -> list[str]:
             f"no image lies directly in a class, each class holds folders ({few([name])}: {few(folders)}). "
             f"If these are the classes, name the folder above them: source=.../{few([name])}"
         )
-    empty = listing.empty_classes
-    if not listing.labels_in_paths and empty == ("0",) and np.unique(listing.labels).size == len(names) - 1:
+    if not listing.labels_in_paths and listing.empty_classes == ("0",):
         said.append(
             f"labels count from 1 to {len(names) - 1}: class 0 has no image. Labels count from 0 here; write "
             "them so, or keep them, and an empty class 0, with allow_empty_classes=true"

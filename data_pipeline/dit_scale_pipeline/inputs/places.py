@@ -128,7 +128,9 @@ def _scan(storage: DiskStorage, place: Place) -> tuple[dict[str, int], set[str]]
         with os.scandir(storage.folder) as children:
             is_folder = {child.name: child.is_dir() for child in children}
     names = [name for name, folder in is_folder.items() if not folder and place.matches(name)]
-    return {name: storage.size(name) for name in names}, {n for n, folder in is_folder.items() if folder}
+    # A hidden file may be a link to nothing: editors lock files so.
+    sizes = {name: 0 if not place.pattern and is_hidden(name) else storage.size(name) for name in names}
+    return sizes, {name for name, folder in is_folder.items() if folder}
 
 
 KINDS = (

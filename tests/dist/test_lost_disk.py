@@ -1,0 +1,154 @@
+"""The disk of the run's folder is full, or the folder is gone: an alarm, and the run goes on.
+
+The public command, on a file system of its own.
+"""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dit_scale.config import TrainConfig, load
+from tests.dist import jobs
+from tests.dist.held_run import held_run
+from tests.dist.processes import run
+from tests.dist.runs import events, final_files
+from tests.faults.small_disk import fill, small_disk
+from tests.latents import write_latents
+
+pytestmark = pytest.mark.dist
+
+STEPS = 60
+"""Their lines take several pages of a disk."""
+DISK_BYTES = 100 * 2**20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("latents")
+    write_latents(folder, num=40)
+    return folder
+
+
+def config_of(folder: Path, data: Path, **checkpoint: object) -> TrainConfig:
+    return jobs.saving(jobs.small_config(folder, data), steps=STEPS, every_steps=20, **checkpoint)
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    config = config_of(tmp_path_factory.mktemp("straight"), data)
+    assert run(1, jobs.train, config) == [0]
+    return config
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", DISK_BYTES) as folder:
+        yield folder
+
+
+def alarms(config: TrainConfig) -> list[str]:
+    return [event["text"] for event in events(config, "alarm")]
+
+
+def steps_of(config: TrainConfig) -> list[int]:
+    lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_the_disk_is_full_for_a_while(data: Path, straight: TrainConfig, tmp_path: Path, disk: Path) -> None:
+    """Record, journal and checkpoints lie on it."""
+    config = config_of(disk / "run", data)
+    with held_run(config, tmp_path / "held", [2, 58]) as process:
+        process.wait()
+        filler = fill(disk)
+        process.go()
+        process.wait()
+        filler.unlink()
+        process.go()
+        assert process.end() == 0, process.log.read_text()
+    log = process.log.read_text()
+    assert "Traceback" not in log
+    for name in ("records/0001.jsonl", "events.jsonl"):
+        assert f"{name} cannot be written: No space left on device" in log
+        assert f"{name} is written again, with the lines that waited" in log
+    assert jobs.losses(config) == jobs.losses(straight)
+    assert final_files(config) == final_files(straight)
+    assert load(TrainConfig, disk / "run/config.yaml") == config
+    assert len(events(config, "save_failed")) == 2
+    assert any("records/0001.jsonl cannot be written" in text for text in alarms(config))
+    assert [event["step"] for event in events(config, "log")] == list(range(1, STEPS + 1))
+
+
+def test_the_disk_is_full_when_the_run_begins(
+    data: Path, straight: TrainConfig, tmp_path: Path, disk: Path
+) -> None:
+    config = config_of(disk / "run", data)
+    filler = fill(disk)
+    with held_run(config, tmp_path / "held") as process:
+        process.wait_until(lambda: "waits for room" in process.log.read_text())
+        filler.unlink()
+        assert process.end() == 0, process.log.read_text()
+    assert "ALARM: the run cannot begin, and waits for room: cannot write" in process.log.read_text()
+    assert jobs.losses(config) == jobs.losses(straight)
+
+
+def test_there_is_never_room_to_begin(data: Path, tmp_path: Path, disk: Path) -> None:
+    fill(disk)
+    with held_run(config_of(disk / "run", data, deadline_s=1.0), tmp_path / "held") as process:
+        assert process.end() == 2
+    log = process.log.read_text()
+    assert "Traceback" not in log
+    assert "No space left on device; free some space" in log
+    assert "waited for room for 1 s" in log
+
+
+def test_a_record_that_was_never_written_is_no_success(data: Path, tmp_path: Path, disk: Path) -> None:
+    """The checkpoints lie elsewhere."""
+    config = config_of(disk / "run", data, url=str(tmp_path / "bucket"))
+    with held_run(config, tmp_path / "held", [2]) as process:
+        process.wait()
+        fill(disk)
+        process.go()
+        assert process.end() == 2
+    log = process.log.read_text()
+    assert "Traceback" not in log
+    assert f"all {STEPS} steps are taken and saved, but {disk}/run/records/0001.jsonl lacks" in log
+    assert "done:" not in log
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_done(
+    data: Path, tmp_path: Path, disk: Path
+) -> None:
+    """Unlike a full disk, which may pass."""
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    config = config_of(disk / "run", data, url=str(tmp_path / "bucket"))
+    with held_run(config, tmp_path / "held") as process:
+        assert process.end() == 2
+    log = process.log.read_text()
+    assert "Traceback" not in log
+    assert f"cannot write {disk}/run/.writable-" in log
+    assert "Read-only file system; choose a folder that can be written" in log
+    assert not (tmp_path / "bucket/attempts").exists()
+
+
+@pytest.mark.parametrize("url", ["", "bucket"])
+def test_the_folder_is_removed(data: Path, straight: TrainConfig, tmp_path: Path, url: str) -> None:
+    config = config_of(tmp_path / "run", data, url=url and str(tmp_path / url))
+    with held_run(config, tmp_path / "held", [30]) as process:
+        process.wait()
+        shutil.rmtree(config.run)
+        process.go()
+        assert process.end() == 0, process.log.read_text()
+    assert "records/0001.jsonl was removed or replaced, and is written anew" in process.log.read_text()
+    assert jobs.losses(config) == jobs.losses(straight)
+    assert final_files(config) == final_files(straight)
+    assert load(TrainConfig, tmp_path / "run/config.yaml") == config
+    assert [event["step"] for event in events(config, "start")] == [0]
+    assert any("was removed" in text for text in alarms(config))
+    more = config.model_copy(update={"steps": STEPS + 2})
+    assert run(1, jobs.train, more) == [0]
+    assert steps_of(more) == list(range(1, STEPS + 3))

@@ -1,0 +1,142 @@
+"""An attempt that was stopped, and wakes up behind a later one, takes nothing of the run's folder away.
+
+It is held at a point, stopped with SIGSTOP, and woken with SIGCONT when the later one has committed.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dit_scale.config import TrainConfig, load
+from tests.dist import jobs
+from tests.dist.points import Hold
+from tests.dist.processes import TIMEOUT_S, run, start
+from tests.dist.runs import events, kill, wait_for, wait_for_event
+from tests.latents import write_latents
+
+pytestmark = pytest.mark.dist
+
+STEPS = 12
+POINTS = [
+    ("behind the attempt", 1),
+    ("before its files", 1),
+    ("behind the chain's answer", 1),
+    ("beginning its record", 1),
+    ("before its own config", 2),
+    ("before its names", 1),
+    ("setting a name", 3),
+    ("setting a name", 4),
+    ("behind its files", 1),
+]
+"""Where the old attempt is stopped, and in which pass; all lie between its claim and its first step."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("latents")
+    write_latents(folder, num=40)
+    return folder
+
+
+def config_of(folder: Path, data: Path) -> TrainConfig:
+    return jobs.saving(jobs.small_config(folder, data), steps=STEPS, every_steps=3)
+
+
+def steps_of(config: TrainConfig) -> list[int]:
+    lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+class Stopped:
+    """An attempt that stands at a point, stopped."""
+
+    def __init__(self, config: TrainConfig, hold: Hold) -> None:
+        hold.folder.mkdir()
+        self._hold = hold
+        self._ranks, self._answers = start(1, jobs.train_held, config, hold, 0)
+        self._pid = wait_for(hold, self._answers)
+        os.kill(self._pid, signal.SIGSTOP)
+
+    def wake(self) -> str:
+        """Let it go on to its end; what it ends with."""
+        self._hold.go.touch()
+        os.kill(self._pid, signal.SIGCONT)
+        error: str = self._answers.get(timeout=TIMEOUT_S)[1]
+        return error
+
+    def kill(self) -> None:
+        kill(self._ranks)
+
+
+@contextmanager
+def held_live(config: TrainConfig, folder: Path) -> Iterator[Callable[[], None]]:
+    """The later attempt, held behind its sixth step; what is yielded lets it go on to its end."""
+    hold = Hold(folder / "live", "behind the step", 6)
+    hold.folder.mkdir()
+    ranks, answers = start(1, jobs.train_held, config, hold, 0)
+
+    def go() -> None:
+        hold.go.touch()
+        assert answers.get(timeout=TIMEOUT_S)[1:] == (None, 0)
+
+    try:
+        wait_for(hold, answers)
+        yield go
+    finally:
+        kill(ranks)
+
+
+@pytest.fixture
+def begun(data: Path, tmp_path: Path) -> TrainConfig:
+    """A run with a checkpoint, as one finds it at a resume."""
+    config = config_of(tmp_path / "run", data)
+    assert run(1, jobs.train, config.model_copy(update={"steps": 3})) == [0]
+    return config
+
+
+@pytest.fixture(params=POINTS, ids=lambda point: f"{point[0]} {point[1]}")
+def stopped(request: pytest.FixtureRequest, begun: TrainConfig, tmp_path: Path) -> Iterator[Stopped]:
+    point, nth = request.param
+    old = begun.model_copy(update={"steps": 99})
+    process = Stopped(old, Hold(tmp_path / "old", point, nth))
+    yield process
+    process.kill()
+
+
+def test_woken_when_the_later_attempt_is_done(begun: TrainConfig, stopped: Stopped) -> None:
+    assert run(1, jobs.train, begun) == [0]
+    before = jobs.losses(begun)
+    assert "SupersededError" in stopped.wake()
+    assert steps_of(begun) == list(range(1, STEPS + 1))
+    assert jobs.losses(begun) == before
+    assert load(TrainConfig, Path(begun.run) / "config.yaml").steps == STEPS
+    assert events(begun, "done")
+
+
+def test_woken_while_the_later_attempt_is_at_work(
+    begun: TrainConfig, stopped: Stopped, tmp_path: Path
+) -> None:
+    with held_live(begun, tmp_path) as go:
+        wait_for_event(begun, "checkpoint", 2)
+        assert "SupersededError" in stopped.wake()
+        go()
+    assert steps_of(begun) == list(range(1, STEPS + 1))
+    assert load(TrainConfig, Path(begun.run) / "config.yaml").steps == STEPS
+    assert [(done["attempt"], done["step"]) for done in events(begun, "done")] == [(1, 3), (3, STEPS)]
+
+
+def test_names_that_an_old_attempt_set_before_it_was_killed(begun: TrainConfig, tmp_path: Path) -> None:
+    """They are set right by the next line of the later one."""
+    folder = Path(begun.run)
+    with held_live(begun, tmp_path) as go:
+        for name in ("metrics.jsonl", "config.yaml"):
+            (tmp_path / name).write_text("of an old attempt")
+            (tmp_path / name).replace(folder / name)
+        go()
+    assert steps_of(begun) == list(range(1, STEPS + 1))
+    assert load(TrainConfig, folder / "config.yaml").steps == STEPS

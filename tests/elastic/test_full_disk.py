@@ -1,0 +1,43 @@
+"""The disk that run, checkpoints and board lie on is full for a while: the same ranks go on."""
+
+from pathlib import Path
+
+import pytest
+
+from dit_scale.elastic.preflight import SPARE_BYTES
+from tests.dist import jobs
+from tests.dist.runs import events
+from tests.elastic.nodes import Node, cluster, config_of
+from tests.faults.small_disk import fill, small_disk
+
+pytestmark = pytest.mark.dist
+
+
+def alarms_of(node: Node) -> list[str]:
+    """Of saves that failed."""
+    return [line for line in node.log.read_text().splitlines() if "is not saved" in line]
+
+
+def test_a_disk_is_full_for_a_while(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", SPARE_BYTES + 400 * 2**20) as disk:
+        config = config_of(tmp_path, steps=400, every_steps=10)
+        (disk / "run").mkdir()
+        Path(config.run).symlink_to(disk / "run")
+        with cluster(config) as nodes:
+            node = nodes.start("a")
+            nodes.wait_for_step(20)
+            ranks = node.ranks()
+            filler = fill(disk)
+            nodes.wait(lambda: node.says("jsonl cannot be written: No space left on device"), "alarm")
+            failed = node.log.read_text().count("is not saved")
+            nodes.wait(
+                lambda: node.log.read_text().count("is not saved") > failed + 2, "two more failed saves"
+            )
+            assert node.ranks() == ranks
+            filler.unlink()
+            assert node.exit_code() == 0
+            assert node.endings() == [("done", "a")]
+            assert not node.says("Traceback")
+        assert [row["step"] for row in jobs.losses(config)] == list(range(1, 401))
+        assert len(events(config, "start")) == 1
+        assert events(config, "alarm")

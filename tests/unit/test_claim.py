@@ -1,0 +1,56 @@
+"""Claiming the number of an attempt on a disk that is full."""
+
+from pathlib import Path
+
+import pytest
+
+from dit_scale.checkpoint import attempts
+from dit_scale.errors import StorageError, SupersededError
+from dit_scale.storage import open_storage
+from dit_scale.train import claim
+from tests.faults.small_disk import fill, small_disk
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "PAUSE_S", 0.0)
+
+
+def test_a_claim_waits_for_room_and_says_so_once(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        root, said = open_storage(disk), list[str]()
+        filler, beats = fill(disk), iter(range(100))
+
+        def beat() -> None:
+            if next(beats) == 3:
+                filler.unlink()
+
+        claim.claim(root, claim.next_attempt(root, None, (), None), 1000.0, beat, said.append)
+        assert attempts.numbers(root) == [1]
+        assert next(beats) == 4
+        assert len(said) == 1
+        assert "waits for room: cannot write" in said[0]
+
+
+def test_who_begins_meanwhile_is_not_overtaken(tmp_path: Path) -> None:
+    """What the waiting one goes on from may be older than what the other has saved since."""
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        root, filler, beats = open_storage(disk), fill(disk), iter(range(100))
+
+        def beat() -> None:
+            if next(beats) == 1:
+                filler.unlink()
+                attempts.claim(root, claim.next_attempt(root, None, (), None))
+
+        mine = claim.next_attempt(root, None, (), None)
+        with pytest.raises(SupersededError):
+            claim.claim(root, mine, 1000.0, beat, print)
+        assert attempts.numbers(root) == [1]
+
+
+def test_a_claim_gives_up(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        fill(disk)
+        root = open_storage(disk)
+        with pytest.raises(StorageError, match=r"No space left on device.*waited for room for 0 s"):
+            claim.claim(root, claim.next_attempt(root, None, (), None), 0.0, lambda: None, print)
