@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import sys
 from typing import Any
 
 from dit_scale.cli.arguments import CONFIG_HELP, command, whole
@@ -49,7 +50,8 @@ def _run(args: argparse.Namespace) -> int:
 
         dry_run.report(config, args.world)
         return 0
-    from dit_scale.elastic.rank import supervised
+    from dit_scale.elastic.exits import Exit
+    from dit_scale.elastic.rank import is_second_hand, supervised
 
     def train() -> int:
         gc.disable()  # until the loop begins: what is imported and built on the way there stays
@@ -57,4 +59,14 @@ def _run(args: argparse.Namespace) -> int:
 
         return loop.train(config)
 
-    return supervised(train)
+    try:
+        return supervised(train)
+    except RuntimeError as error:
+        if not is_second_hand(error):
+            raise
+        print(
+            f"{args.name}: another rank is gone, and this one cannot go on without it; see what that rank "
+            f"printed. The same command resumes from the newest checkpoint. ({error})",
+            file=sys.stderr,
+        )
+        return Exit.FAILED

@@ -1,0 +1,30 @@
+"""A rank that loses another one, without a supervisor: one message, no traceback of foreign code."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.public_run import PublicRun, Shape, wait_until
+from tests.dist import jobs
+from tests.latents import write_latents
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_that_loses_another_says_so(tmp_path: Path, stage: int) -> None:
+    write_latents(tmp_path / "data", num=40)
+    config = jobs.small_config(tmp_path / "run", tmp_path / "data", zero_stage=stage)
+    run = PublicRun(jobs.saving(config, 1000, every_steps=4), Shape(2, stage))
+    try:
+        started = run.start("ranks")
+        assert wait_until(lambda: run.commits() > 0, started), started.text()
+        os.kill(started.processes[1].pid, signal.SIGKILL)
+        assert started.wait() == [1, -signal.SIGKILL]
+    finally:
+        run.end_all()
+    text = started.text()
+    assert text.count("dit-scale train: another rank is gone") == 1
+    assert "Traceback" not in text
