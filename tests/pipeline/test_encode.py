@@ -365,14 +365,15 @@ def test_a_submitted_job_writes_the_same_bytes(
     assert objects(tmp_path / "set") == objects(latents)
 
 
-def test_an_interrupt_leaves_no_process_behind(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda one: one.name)
+def test_an_interrupt_leaves_no_process_behind(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     write_images(tmp_path / "images", 600)  # more than can be encoded before the signal is there
     mark = f"{MARK}-interrupt"
     environment = clean_environment(DIT_SCALE_TEST=mark)
     job = start(folder, tmp_path / "set", f"source={tmp_path}/images", environment=environment)
     wait_until(lambda: (tmp_path / "set/encode.json").exists(), job)
     assert marked_processes(mark)
-    os.killpg(job.pid, signal.SIGINT)  # as Ctrl-C does: to the whole group
+    os.killpg(job.pid, number)  # as a terminal does: to the whole group
     error = job.communicate(timeout=HANGS_S)[1]
     assert job.returncode == 130, error
     assert "interrupted; start the same command again to go on" in error

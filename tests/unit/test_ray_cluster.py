@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from ray._private import services
 
+from dit_scale import signals
 from dit_scale.config import EncodeConfig
 from dit_scale.errors import DeviceError
 from dit_scale_pipeline import ray_cluster, ray_start
@@ -57,14 +58,15 @@ def test_an_address_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> Non
                 pass
 
 
-def test_an_interrupt_waits_until_ray_is_started() -> None:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda one: one.name)
+def test_an_interrupt_waits_until_ray_is_started(number: signal.Signals) -> None:
+    handlers = {number: signal.getsignal(number) for number in signals.ALL}
     went_on = False
 
     def interrupted() -> None:
         nonlocal went_on
         with ray_cluster._late_interrupts():
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
             went_on = True
 
     try:
@@ -72,7 +74,7 @@ def test_an_interrupt_waits_until_ray_is_started() -> None:
             interrupted()
         assert went_on
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
