@@ -112,3 +112,14 @@ def test_what_became_of_a_source_is_said_in_words() -> None:
     assert difference(FOLDERS, other) == "2 new (a/3, a/4) and 2 gone (a/\\xff, b/2)"
     relabelled = replace(ARCHIVES, labels=np.array([1, 0, 1], np.int32))
     assert difference(ARCHIVES, relabelled) == "the same names with other labels"
+
+
+def test_a_folder_above_the_classes_is_seen_by_what_it_holds(tmp_path: Path) -> None:
+    for path in ("Data/train/n01/0.JPEG", "Annotations/train/n01/0.xml", "ImageSets/train.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b".")
+    listing = open_input(str(tmp_path)).list()
+    assert listing.empty_classes == ("Annotations", "ImageSets")
+    assert listing.ignored == ("Annotations/train/n01/0.xml", "ImageSets/train.txt")
+    with pytest.raises(DataError, match=r"Found no image in any folder, and no archive, only n01/0\.xml"):
+        open_input(str(tmp_path / "Annotations/train")).list()

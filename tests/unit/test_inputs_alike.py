@@ -169,7 +169,10 @@ def test_archives_are_not_walked_again_unless_they_changed(
     assert third.sha256 != first.sha256 or kind == "imagenet_tar"
 
 
-HIDDEN = (".DS_Store", "._0.jpg", "@eaDir/0.jpg/S_M.jpg", ".git/x.jpg", "Thumbs.db", "sub/desktop.ini")
+HIDDEN = (
+    *(".DS_Store", "._0.jpg", "@eaDir/0.jpg/S_M.jpg", ".git/x.jpg", "Thumbs.db", "sub/desktop.ini"),
+    *("boxes.TXT", "sub/0.jpg.xml"),
+)
 HIDDEN_TOPS = (".ipynb_checkpoints", "__MACOSX", "$RECYCLE.BIN", ".Trash-1000", "System Volume Information")
 files = st.sets(st.sampled_from((*HIDDEN, "1.jpg", "sub/2.jpg", "sub/sub/3.jpg")))
 trees = st.builds(

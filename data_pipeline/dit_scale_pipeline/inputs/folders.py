@@ -22,12 +22,9 @@ from dit_scale_pipeline.inputs.base import (
 )
 from dit_scale_pipeline.inputs.contents import UNPACK, compressed, is_compressed
 from dit_scale_pipeline.inputs.layout import check_folders, check_names
-from dit_scale_pipeline.inputs.names import few, hidden_part, is_hidden, shown
+from dit_scale_pipeline.inputs.names import few, hidden_part, is_hidden, is_other_kind, shown
 from dit_scale_pipeline.inputs.places import ARCHIVE_SUFFIXES, KINDS, listing_errors, pattern_of
 from dit_scale_pipeline.inputs.webdataset import IMAGE_SUFFIXES
-
-_TEXTS = (".csv", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml")
-"""Of files that lie beside archives."""
 
 
 class ClassFolders(Input):
@@ -46,20 +43,22 @@ class ClassFolders(Input):
     def list(self, progress: Progress = silent) -> Listing:
         storage = self._storage
         found = _walk(storage) if isinstance(storage, DiskStorage) else _list(storage)
-        if not found.inside:
-            raise DataError(f"{self.url}: expected {KINDS}. Found {_instead(found.outside)}")
+        _refuse_archives(self.url, found.inside)
+        images = [path for path in found.inside if not is_other_kind(path)]
+        others = [path for path in found.inside if is_other_kind(path)]
+        if not images:
+            raise DataError(f"{self.url}: expected {KINDS}. Found {_instead([*others, *found.outside])}")
         class_names = sorted(found.folders, key=os.fsencode)
         check_names(self.url, class_names)
-        check_folders(self.url, class_names, found.inside)
-        _refuse_archives(self.url, found.inside)
+        check_folders(self.url, class_names, images)
         label = {name: number for number, name in enumerate(class_names)}
-        ordered = [found.inside[row] for row in in_order(found.inside, self.url)]
+        ordered = [images[row] for row in in_order(images, self.url)]
         return Listing(
             kind=self.kind,
             class_names=tuple(class_names),
             paths=ordered,
             labels=np.array([label[path.partition("/")[0]] for path in ordered], np.int32),
-            ignored=tuple(sorted((*found.outside, *found.left_out), key=os.fsencode)),
+            ignored=tuple(sorted((*found.outside, *others, *found.left_out), key=os.fsencode)),
         )
 
     def read(self, entry: Entry) -> bytes:
@@ -171,7 +170,7 @@ def _refuse_archives(url: str, paths: Sequence[str]) -> None:
     for inside in by_folder.values():
         archives = [path for path in inside if path.endswith(ARCHIVE_SUFFIXES) or is_compressed(path)]
         others = set(inside) - set(archives)
-        if archives and all(path.lower().endswith(_TEXTS) for path in others):
+        if archives and all(map(is_other_kind, others)):
             named = f"source={url.rstrip('/')}/{pattern_of(archives[0])}"
             raise DataError(
                 f"{url}: expected images in the folders, found archives ({few(archives)}). "
@@ -179,8 +178,9 @@ def _refuse_archives(url: str, paths: Sequence[str]) -> None:
             )
 
 
-def _instead(files: Sequence[str]) -> str:
-    """What lies in a folder that holds no folders, and what to do with it."""
+def _instead(found: Sequence[str]) -> str:
+    """What lies in a folder without images in folders, and what to do with it."""
+    files = sorted(found, key=os.fsencode)
     if packed := compressed(files):
         return packed
     if images := [name for name in files if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES]:
@@ -188,4 +188,4 @@ def _instead(files: Sequence[str]) -> str:
             f"{len(images)} images in no folder ({few(images)}): move them into one folder per class. "
             "Images without classes are one class, in one folder"
         )
-    return "no file in any folder, and no archive" + (f", only {few(files)}" if files else "")
+    return "no image in any folder, and no archive" + (f", only {few(files)}" if files else "")

@@ -11,7 +11,7 @@ from dit_scale.errors import DataError
 from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part, visible
 from dit_scale_pipeline.inputs.base import Archive, Entry, Listing, Progress, silent
 from dit_scale_pipeline.inputs.layout import check_tars
-from dit_scale_pipeline.inputs.names import shown
+from dit_scale_pipeline.inputs.names import is_other_kind, shown
 from dit_scale_pipeline.inputs.tars import DISK_WINDOW_BYTES, Tar, read_member
 
 _STRANGE_SUFFIXES = (".tar", ".cls")
@@ -43,7 +43,10 @@ class ClassTars(ArchiveInput):
                     f"{self.url}: the tar of class {part.name} has a member {shown(member.name)}; expected "
                     "the images of one class. Name a tar of class tars, or WebDataset tars, by themselves"
                 )
-            found.add(f"{part.name}/{member.name}", part.label, member.start, member.span)
+            if is_other_kind(member.name):
+                found.ignored.append(f"{part.name}/{member.name}")
+            else:
+                found.add(f"{part.name}/{member.name}", part.label, member.start, member.span)
         return found
 
     def read(self, entry: Entry) -> bytes:

@@ -1,5 +1,6 @@
 """Names of files and folders: which of them no input takes, and how they are shown to people."""
 
+import re
 from collections.abc import Iterable
 
 _SYSTEM = frozenset(
@@ -15,6 +16,12 @@ _SYSTEM = frozenset(
     )
 )
 """What file managers, file systems and network disks leave among the files of their users, in lower case."""
+_OTHER_KIND = re.compile(
+    r".*[.](arrow|avi|csv|db|h5|hdf5|html|ini|json|jsonl|log|mat|md|mdb|mkv|mov|mp4|npy|npz|pdf|pickle|pkl|pt"
+    r"|pth|py|safetensors|sh|tfrecord|txt|webm|xml|xmp|yaml|yml)",
+    re.DOTALL | re.IGNORECASE,
+)
+"""Names of files that lie among images and are none. What another file is, its bytes tell."""
 SHOWN = 5
 """Names that a message shows before it says how many more there are."""
 
@@ -31,6 +38,11 @@ def hidden_part(path: str) -> str:
         if is_hidden(part):
             return "/".join(parts[:depth]) + ("/" if depth < len(parts) else "")
     return ""
+
+
+def is_other_kind(name: str) -> bool:
+    """Whether a file is no image by its name, such as the boxes and captions that lie beside images."""
+    return _OTHER_KIND.fullmatch(name) is not None
 
 
 def shown(name: str) -> str:
