@@ -101,10 +101,11 @@ class Listing:
 
     @cached_property
     def sha256(self) -> str:
-        """Of every path and a zero byte, in order: `find * -mindepth 1 -type f -print0 | sort -z`, if all are images.
+        """Of every path and a zero byte, in order: `find * -mindepth 1 -type f -print0 | sort -z`.
 
-        Where the paths do not tell the labels, each path is followed by its label and a zero byte too. The
-        name of another image column than `image`, and two zero bytes, come first.
+        What is left out is not among them. Where the paths do not tell the labels, each path is followed by
+        its label and a zero byte too. The name of another image column than `image`, and two zero bytes,
+        come first.
         """
         digest = hashlib.sha256()
         if self.columns[0] != COLUMNS[0]:
