@@ -15,7 +15,7 @@ help:
 	@echo "make test        lint, type check and run the tests (about 15 minutes on 2 cores)"
 	@echo "make test-quick  the unit, property and golden tests alone (under 2 minutes)"
 	@echo "make mutants     100 small changes of the pure layers that their tests must notice"
-	@echo "make chaos       kill, stop and preempt training, encoding, SLURM nodes and pods (about two hours)"
+	@echo "make chaos       kill, stop and preempt training, encoding, SLURM nodes and pods (about three hours)"
 	@echo "make check       ruff and mypy"
 	@echo "make bench       the benchmarks of encoding, training, saving and loading, in small (about a minute)"
 	@echo "make clean       remove the virtual environment and the demo's run"
@@ -62,6 +62,7 @@ mutants: $(VENV)/ready
 chaos: $(VENV)/ready
 	$(BIN)/python -m pytest -m long
 	$(BIN)/python -m tests.chaos.campaign
+	$(BIN)/python -m tests.chaos.outside
 	$(BIN)/python -m tests.chaos.encode_campaign
 	$(BIN)/python -m tests.chaos.restarts
 	$(BIN)/python -m tests.chaos.quiet
