@@ -1,5 +1,7 @@
 """Settings of all tests."""
 
+import signal
+
 import pytest
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
@@ -10,6 +12,13 @@ settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("repeatable")
+
+# A shell starts what runs in its background deaf to these keys, as `nohup` does to SIGHUP; so would be every
+# process that a test starts.
+for number in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 STREAMS = ("tests/elastic/", "tests/cluster/", "tests/storm/")
 """Folders of tests that wait for deadlines, leases and servers most of the time, and start many processes."""
