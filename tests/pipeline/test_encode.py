@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (top / "images/__MACOSX").mkdir()
     for left in ("n0/.DS_Store", "n1/._001.png", "__MACOSX/._n0"):
         (top / "images" / left).write_bytes(b"no picture")
-    (top / "images/n1/notes.txt").write_text("no picture either")
+    (top / "images/n1/notes.jpg").write_text("no picture either")
     whole = (top / "images/n2/005.JPEG").read_bytes()
     (top / "images/n2/truncated.jpg").write_bytes(whole[: len(whole) // 2])
     save_tiny_vae(top / "vae")
@@ -185,7 +185,7 @@ def test_too_many_bad_inputs_stop_the_job_and_keep_what_was_done(
 ) -> None:
     assert first_try.returncode == 2
     assert "max_quarantined=0.052 allows 2" in first_try.stderr
-    assert "n1/notes.txt (not a picture in a known format)" in first_try.stderr
+    assert "n1/notes.jpg (not a picture in a known format)" in first_try.stderr
     wrong = ", ".join(f"shards/0000{shard}.*" for shard in (1, 3, 4))
     assert f"delete their shards as far as they are there ({wrong})" in first_try.stderr
     assert "Traceback" not in first_try.stderr
@@ -222,7 +222,7 @@ def test_what_dataset_json_says(latents: Path, folder: Path) -> None:
     assert (info.samples, info.source.count) == (36, 39)
     assert [(item.path, item.reason.split(":")[0]) for item in info.quarantined] == [
         (r"n0/damag\xe9d.jpg", "not a picture in a known format"),
-        ("n1/notes.txt", "not a picture in a known format"),
+        ("n1/notes.jpg", "not a picture in a known format"),
         ("n2/truncated.jpg", "cannot be decoded"),
     ]
     assert [shard.samples for shard in info.shards] == [8, 7, 8, 7, 6]
