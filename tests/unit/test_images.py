@@ -111,7 +111,7 @@ def test_damaged_files_have_reasons_without_addresses() -> None:
 def test_a_batch_accounts_for_every_entry(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     picture(20, 20).save(tmp_path / "c/b.png")
-    (tmp_path / "c/a.txt").write_text("words")
+    (tmp_path / "c/a.jpg").write_text("words")
     (tmp_path / "c/c.png").write_bytes(b"")
     (tmp_path / "c/d.png").symlink_to(tmp_path / "gone")
     listing = open_input(str(tmp_path)).list()
@@ -119,7 +119,7 @@ def test_a_batch_accounts_for_every_entry(tmp_path: Path) -> None:
     assert pixels.shape == (1, 8, 8, 3)
     assert account.good == (Entry(1, "c/b.png", 0),)
     assert [(entry.path, reason) for entry, reason in account.bad] == [
-        ("c/a.txt", "not a picture in a known format"),
+        ("c/a.jpg", "not a picture in a known format"),
         ("c/c.png", "not a picture in a known format"),
         ("c/d.png", "a link to nothing"),
     ]
