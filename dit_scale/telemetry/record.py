@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -104,6 +104,11 @@ def rows_before(folder: Path, attempt: int) -> list[str]:
 def rows_up_to(step: int, lines: Iterable[str]) -> list[str]:
     """Without the steps that will be taken again, and without a line that a kill has torn."""
     return [line for line in lines if 0 <= _step_of(line) <= step]
+
+
+def unreadable(lines: Sequence[str]) -> int:
+    """How many lines are damaged; a last one that a kill has torn is not among them."""
+    return sum(_step_of(line) < 0 for line in lines[:-1])
 
 
 def drop_before(folder: Path, attempt: int) -> None:

@@ -25,6 +25,8 @@ class Carried:
     """Lines of the record, of the steps that count."""
     events: Sequence[str] = ()
     """Lines of the journal that the run's folder lacks."""
+    damaged: int = 0
+    """Lines of the record that cannot be read, and are left out."""
 
 
 def check_writable(config: TrainConfig) -> None:
@@ -54,7 +56,8 @@ def carried_over(config: TrainConfig, found: Checkpoint | None, attempt: int) ->
             f"{folder}: its {METRICS} or {EVENTS} cannot be read: {error.strerror}; a new record would lack "
             "what they hold. Mend the disk, or move the file away to go on without it"
         ) from error
-    return Carried(record.rows_up_to(step, rows), [line for line in events or () if line not in known])
+    new = [line for line in events or () if line not in known]
+    return Carried(record.rows_up_to(step, rows), new, record.unreadable(rows))
 
 
 def _along(found: Checkpoint | None, name: str) -> list[str] | None:
@@ -96,6 +99,8 @@ class Logbook:
         self._journal.take_over(carried.events)
         self._record = Record(folder, root, attempt, dump(config), carried.rows, self._alarm)
         self._mirrors = open_mirrors(config, step(), self._alarm)
+        if carried.damaged:
+            self._alarm(f"{folder / METRICS}: {carried.damaged} damaged lines are left out from now on")
 
     def event(self, event: str, /, **details: object) -> None:
         """Write an event; the first one of an attempt says how it starts."""

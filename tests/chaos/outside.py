@@ -125,7 +125,8 @@ def differences(
     run: PublicRun, happened: Happened, record: list[dict[str, object]], files: list[bytes]
 ) -> str:
     """What is not as it should be; empty when all is."""
-    if happened.changed is None or happened.changed.name != "metrics.jsonl":
+    # A line of the record that was damaged itself may be left out, which is said.
+    if not _is_record(happened):
         got = record_lines(run)
         if got != record:
             return f"the record has {len(got)} lines, of which {_same(got, record)} are as expected"
@@ -133,6 +134,11 @@ def differences(
         return "the last checkpoint differs"
     text = run.text()
     return f"a traceback:\n{text[text.index('Traceback') :][:3000]}" if "Traceback" in text else ""
+
+
+def _is_record(happened: Happened) -> bool:
+    path = happened.changed
+    return path is not None and (path.name == "metrics.jsonl" or path.match("records/*.jsonl"))
 
 
 def _same(got: list[dict[str, object]], wanted: list[dict[str, object]]) -> int:

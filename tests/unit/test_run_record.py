@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from dit_scale.checkpoint.attempts import Attempt, claim
+from dit_scale.config import TrainConfig
 from dit_scale.storage import open_storage
 from dit_scale.telemetry import record
 from dit_scale.telemetry.record import Record, own_path, recorded, rows_before, rows_up_to
+from dit_scale.train.logbook import Logbook, carried_over
 from tests.faults.small_disk import fill, small_disk
 
 
@@ -247,3 +249,14 @@ def test_a_file_system_without_hard_links(run: Run, monkeypatch: pytest.MonkeyPa
     assert run.metrics.samefile(own_path(folder, 1, "metrics.jsonl"))
     moved = folder.rename(folder.parent / "moved")
     assert (moved / "metrics.jsonl").is_file()
+
+
+def test_a_damaged_line_is_left_out_and_said(tmp_path: Path) -> None:
+    config = TrainConfig(run=str(tmp_path))
+    lines = ['{"step": 1, "loss": 0.5}', '{"step": 2, "lo\x12s": 0.5}', '{"step": 3, "loss": 0.5}', '{"step']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    said: list[str] = []
+    carried = carried_over(config, None, 1)
+    Logbook(config, open_storage(tmp_path), 1, carried, lambda: 3, said.append).close()
+    assert said == [f"ALARM: {tmp_path}/metrics.jsonl: 1 damaged lines are left out from now on"]
+    assert carried.damaged == 1, "the torn last line was never written"
