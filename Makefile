@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make demo        train on real digits and draw them, from images to a score (2 to 5 minutes)"
 	@echo "make test        lint, type check and run the tests (about 15 minutes on 2 cores)"
-	@echo "make test-quick  the unit, property and golden tests alone (under 2 minutes)"
+	@echo "make test-quick  the unit, property and golden tests alone (2 to 3 minutes)"
 	@echo "make mutants     100 small changes of the pure layers that their tests must notice"
 	@echo "make chaos       kill, stop and preempt training, encoding, SLURM nodes and pods (about three hours)"
 	@echo "make check       ruff and mypy"
