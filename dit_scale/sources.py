@@ -128,7 +128,7 @@ def _of_run(
     description: str,
     details: Mapping[str, str] | None = None,
 ) -> Source:
-    """Of the tensors that a run trains; its configuration is the checkpoint's."""
+    """The weights of a run's checkpoint, with the configuration in that checkpoint."""
     config = checkpoint.config
     shape = shape_of(config.model)
     return Source(

@@ -1,11 +1,16 @@
 """Settings of all tests."""
 
 import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+
+if TYPE_CHECKING:
+    from dit_scale.dist import World
 
 # The same examples every time, and no test fails because a machine was slow.
 settings.register_profile(
@@ -54,3 +59,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _rank(item: pytest.Item) -> int:
     ranks = (rank for rank, start in enumerate(FIRST) if item.nodeid.startswith(start))
     return next(ranks, len(FIRST))
+
+
+@pytest.fixture
+def world() -> "Iterator[World]":
+    """A world of one process, on the CPU."""
+    import torch
+
+    from dit_scale import dist
+    from dit_scale.config import EngineConfig
+
+    threads = torch.get_num_threads()
+    yield dist.start(EngineConfig(device="cpu"))
+    dist.stop()
+    torch.set_num_threads(threads)

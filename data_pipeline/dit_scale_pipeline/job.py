@@ -59,7 +59,7 @@ def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
         console.print("this data set is complete, nothing to do")
         return read_info(storage, console.print)
     if begun is None:
-        console.print("to see this without encoding: --dry-run")
+        console.print("--dry-run prints this and encodes nothing")
     # An output that cannot be written to fails with the first row of its metrics, before Ray is started.
     with closing(Metrics(storage, config, console.print)) as metrics:
         if saved is None or difference(saved, plan.listing):

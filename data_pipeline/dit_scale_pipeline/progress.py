@@ -43,7 +43,7 @@ def report_listing(listing: Listing, console: Console) -> None:
     console.print(f"{len(listing)} images of {len(listing.class_names)} classes{inside}: {listing.kind}")
     console.print(_classes(listing))
     if listing.ignored:
-        console.print(f"no images of a class, left out: {len(listing.ignored)} ({few(listing.ignored)})")
+        console.print(f"ignored, not images of a class: {len(listing.ignored)} ({few(listing.ignored)})")
     for remark in remarks(listing):
         console.print(f"note: {remark}")
 

@@ -9,7 +9,7 @@ TAG = "KEEP"
 
 
 def kept(paths: list[str], keep: int, keep_every_steps: int) -> set[str]:
-    """Of checkpoints (newest first) the newest `keep`, and the first of every so many steps."""
+    """From checkpoints (newest first), the newest `keep`, and the first of every so many steps."""
     stay = set(paths[:keep])
     if keep_every_steps:
         first = {step_and_attempt(path)[0] // keep_every_steps: path for path in paths}

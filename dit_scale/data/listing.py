@@ -43,7 +43,7 @@ def unpack(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, npt.NDArr
 
 
 def _digest(arrays: Arrays) -> str:
-    """Of names, types, shapes and values, in the order of the names."""
+    """SHA-256 of names, types, shapes and values, in the order of the names."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())

@@ -173,7 +173,7 @@ def read_info(storage: Storage, say: Callable[[str], object] = lambda note: None
     if info.samples != sum(shard.samples for shard in info.shards):
         raise DataError(f"{where}: the shards do not add up to {info.samples} samples")
     if not has_digest:
-        say(f"{where} has no digest of itself, being of an earlier version: damage in it could go unseen")
+        say(f"{where} has no digest, because an earlier version wrote it: damage to it would go unnoticed")
     return info
 
 

@@ -120,7 +120,7 @@ def drive(life: Wait) -> Exit:
 
 
 def committed_step(root: Storage) -> int:
-    """Of the newest checkpoint whose manifest can be read; -1 when there is none."""
+    """The step of the newest checkpoint whose manifest can be read; -1 when there is none."""
     readable = (path for path in attempts.committed(root) if attempts.is_readable(root, path))
     return next((step_and_attempt(path)[0] for path in readable), -1)
 
@@ -141,7 +141,7 @@ def samples_of(config: TrainConfig, root: Storage, step: int) -> list[int]:
 
 
 def digest(config: TrainConfig) -> str:
-    """Of the resolved configuration without its paths: nodes may have the same folders under other names.
+    """SHA-256 of the resolved configuration without its paths, whose names may differ between nodes.
 
     The nodes that meet have the same root, and their ranks compare the data sets that they see.
     """

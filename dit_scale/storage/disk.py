@@ -22,11 +22,11 @@ class DiskStorage(Storage):
         self.url = str(self.folder)
 
     def read(self, key: str) -> bytes:
-        with _disk_errors(self, "read", key):
+        with disk_errors(self, "read", key):
             return self._path(key).read_bytes()
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
-        with _disk_errors(self, "read", key), open(self._path(key), "rb") as file:
+        with disk_errors(self, "read", key), open(self._path(key), "rb") as file:
             file.seek(start)
             data = file.read(length)
         whole(len(data), length, f"{self.url}/{key} at {start}")
@@ -37,14 +37,14 @@ class DiskStorage(Storage):
 
     def write_stream(self, key: str, chunks: Iterable[memoryview], size: int) -> None:
         path = self._path(key)
-        with _disk_errors(self, "write", key), self._temporary(path, chunks) as tmp:
+        with disk_errors(self, "write", key), self._temporary(path, chunks) as tmp:
             whole(tmp.stat().st_size, size, f"{self.url}/{key}")
             os.replace(tmp, path)
             self._sync_folders(path.parent)
 
     def write_new(self, key: str, data: bytes) -> bool:
         path = self._path(key)
-        with _disk_errors(self, "write", key), self._temporary(path, [memoryview(data)]) as tmp:
+        with disk_errors(self, "write", key), self._temporary(path, [memoryview(data)]) as tmp:
             try:
                 os.link(tmp, path)
             except FileExistsError:
@@ -58,12 +58,12 @@ class DiskStorage(Storage):
         return self._path(key).is_file()
 
     def size(self, key: str) -> int:
-        with _disk_errors(self, "read", key):
+        with disk_errors(self, "read", key):
             return self._path(key).stat().st_size
 
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         found: list[tuple[str, int]] = []
-        with _disk_errors(self, "list", prefix):
+        with disk_errors(self, "list", prefix):
             for key in self._walk(prefix):
                 if not _is_temporary(key):
                     with suppress(FileNotFoundError):  # deleted since, or a dangling link
@@ -71,12 +71,12 @@ class DiskStorage(Storage):
         return sorted(found)
 
     def leftovers(self, prefix: str = "") -> Sequence[str]:
-        with _disk_errors(self, "list", prefix):
+        with disk_errors(self, "list", prefix):
             return sorted(key for key in self._walk(prefix) if _is_temporary(key))
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        with _disk_errors(self, "delete", key), suppress(FileNotFoundError):
+        with disk_errors(self, "delete", key), suppress(FileNotFoundError):
             path.unlink()
             _sync_folder(path.parent)
             if path.parent != self.folder:
@@ -159,7 +159,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(storage: Storage, verb: str, key: str) -> Iterator[None]:
+def disk_errors(storage: Storage, verb: str, key: str) -> Iterator[None]:
     where = f"{storage.url}/{key}"
     try:
         yield

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dit_scale.errors import StorageError
-from dit_scale.storage.disk import DiskStorage, _disk_errors
+from dit_scale.storage.disk import DiskStorage, disk_errors
 
 
 def check_output(path: str | Path, suffix: str = "") -> None:
@@ -20,7 +20,7 @@ def check_output(path: str | Path, suffix: str = "") -> None:
         raise StorageError(f"{text}: expected a file on this machine")
     if suffix and path.suffix != suffix:
         raise StorageError(f"{text}: expected a name that ends in {suffix}")
-    with _disk_errors(DiskStorage(path.parent), "write", path.name):
+    with disk_errors(DiskStorage(path.parent), "write", path.name):
         if path.is_dir():
             raise StorageError(f"{text} is a folder, expected the name of a file to write")
         above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
@@ -28,7 +28,7 @@ def check_output(path: str | Path, suffix: str = "") -> None:
             raise StorageError(f"cannot write {text}: {above} is not a folder")
         if not os.access(above, os.W_OK | os.X_OK):
             raise StorageError(
-                f"cannot write {text}: nothing may be written in {above}; check its owner and mode, and that "
+                f"cannot write {text}: no permission to write in {above}; check its owner and mode, and that "
                 "the file system is not read-only, or choose another folder"
             )
 
@@ -40,7 +40,7 @@ def new_file(path: Path) -> Iterator[Path]:
     After an error `path` is as it was, and nothing is left beside it. Raises StorageError for what the disk
     refuses.
     """
-    with _disk_errors(DiskStorage(path.parent), "write", path.name):
+    with disk_errors(DiskStorage(path.parent), "write", path.name):
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         try:

@@ -75,13 +75,13 @@ class LineFile:
             self._problem = problem
             if not before:
                 self._alarm(
-                    f"{self.path} cannot be written: {problem}; its lines wait in memory until it can"
+                    f"{self.path} cannot be written: {problem}; its lines are kept in memory until it can be"
                 )
             return
         if self._problem:
             self._problem = ""
             lost = f", but for {self.lost} lines that memory had no room for" if self.lost else ""
-            self._alarm(f"{self.path} is written again, with the lines that waited{lost}")
+            self._alarm(f"{self.path} can be written again, and has the lines that were kept{lost}")
         elif had_file not in (None, self._descriptor):
             self._alarm(f"{self.path} was removed or replaced, and is written anew")
 

@@ -68,7 +68,7 @@ class RunState:
 
 
 def state_of(config: TrainConfig, found: Checkpoint | None, excluded: Ranges) -> RunState:
-    """Of a run that goes on from this checkpoint, or begins."""
+    """The state of a run that resumes from this checkpoint, or begins."""
     state = RunState.of(found.manifest, excluded) if found else RunState(excluded=excluded)
     return replace(state, ema_since=since_steps(config.ema, found))
 

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from dit_scale import dist
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Attempt, committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, name_of
 from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.cli import main
-from dit_scale.config import EncodeConfig, EngineConfig, TrainConfig, dump
+from dit_scale.config import EncodeConfig, TrainConfig, dump
 from dit_scale.data.shards import Quarantined, VaeIdentity
 from dit_scale.data.verify import verify
 from dit_scale.dist import World
@@ -124,15 +123,6 @@ NEWEST, OLDER, AVERAGE = (
     f"{EMA}/{name_of(40, 2)}",
 )
 DATA_SHA256 = "1" * 64
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    """A world of one."""
-    threads = torch.get_num_threads()
-    yield dist.start(EngineConfig(device="cpu"))
-    dist.stop()
-    torch.set_num_threads(threads)
 
 
 def owned(step: int) -> list[Partition]:

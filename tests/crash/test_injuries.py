@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from dit_scale import dist
 from dit_scale.checkpoint import attempts, rankfile
 from dit_scale.checkpoint.attempts import Attempt, committed
 from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, MANIFEST, name_of
 from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.config import EngineConfig, TrainConfig
+from dit_scale.config import TrainConfig
 from dit_scale.data import files, shards
 from dit_scale.data.shards import LatentDataset
 from dit_scale.data.verify import verify
@@ -81,15 +80,6 @@ def injured(folder: Path, keys: list[str], num: int) -> Iterator[tuple[str, Inju
 
 
 # Checkpoints
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    """A world of one."""
-    threads = torch.get_num_threads()
-    yield dist.start(EngineConfig(device="cpu"))
-    dist.stop()
-    torch.set_num_threads(threads)
 
 
 def values(step: int, kind: str, parameter: str) -> torch.Tensor:

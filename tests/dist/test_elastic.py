@@ -12,7 +12,6 @@ from dit_scale.config import TrainConfig
 from dit_scale.train.run import root_of
 from tests.dist import jobs
 from tests.dist.processes import run
-from tests.latents import write_latents
 
 pytestmark = pytest.mark.dist
 
@@ -21,13 +20,6 @@ STEPS_EACH = 4
 WORLDS = [(1, 2), (2, 2), (4, 2), (3, 2), (1, 2)]
 STAGES = [(2, 1), (2, 3), (2, 2)]
 """(world, ZeRO stage) of the parts of a run."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("latents")
-    write_latents(folder, num=40)
-    return folder
 
 
 def config_of(folder: Path, data: Path, precision: str, stage: int, steps: int) -> TrainConfig:

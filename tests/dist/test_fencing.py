@@ -21,19 +21,11 @@ from tests.dist import jobs
 from tests.dist.points import Hold
 from tests.dist.processes import TIMEOUT_S, run, start
 from tests.dist.runs import events, final_files, kill, wait_for
-from tests.latents import write_latents
 from tests.s3 import BUCKET, s3_server
 
 pytestmark = pytest.mark.dist
 
 WORLD = 2
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("latents")
-    write_latents(folder, num=40)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from tests.dist import jobs
 from tests.dist.points import RANK_POINTS, WRITER_POINTS
 from tests.dist.processes import run
 from tests.dist.runs import events, final_files, kill_at
-from tests.latents import write_latents
 
 pytestmark = pytest.mark.dist
 
@@ -57,13 +56,6 @@ AT_THE_START = [
     ("behind its files", 1, 0),
 ]
 THREE = [("inside the reduce", 20, 0), ("between optimizer and EMA", 5, 1), ("writer: inside the file", 3, 0)]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("latents")
-    write_latents(folder, num=40)
-    return folder
 
 
 def config_of(folder: Path, data: Path, stage: int, steps: int) -> TrainConfig:

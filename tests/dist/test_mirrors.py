@@ -24,7 +24,7 @@ STEPS = 8
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Of somebody who has never used wandb."""
+    """The environment of somebody who has never used wandb."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     return {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}

@@ -19,7 +19,6 @@ from tests.dist.processes import TIMEOUT_S, run, start
 from tests.dist.runs import events, final_files, kill, wait_for, wait_for_event
 from tests.faults.proxy import FaultProxy
 from tests.faults.small_disk import small_disk
-from tests.latents import write_latents
 from tests.needs import needs
 from tests.s3 import BUCKET, s3_server
 
@@ -27,13 +26,6 @@ pytestmark = pytest.mark.dist
 
 WORLD = 2
 STEPS = 16
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("latents")
-    write_latents(folder, num=40)
-    return folder
 
 
 def config_of(folder: Path, data: Path, **checkpoint: object) -> TrainConfig:

@@ -17,19 +17,11 @@ from tests.dist import jobs
 from tests.dist.points import Hold
 from tests.dist.processes import TIMEOUT_S, run, start
 from tests.dist.runs import events, final_files, wait_for
-from tests.latents import write_latents
 
 pytestmark = pytest.mark.dist
 
 STEPS = 12
 WORLD = 2
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("latents")
-    write_latents(folder, num=40)
-    return folder
 
 
 def config_of(folder: Path, data: Path, **engine: object) -> TrainConfig:

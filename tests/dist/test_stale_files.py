@@ -17,7 +17,6 @@ from tests.dist import jobs
 from tests.dist.points import Hold
 from tests.dist.processes import TIMEOUT_S, run, start
 from tests.dist.runs import events, kill, wait_for, wait_for_event
-from tests.latents import write_latents
 
 pytestmark = pytest.mark.dist
 
@@ -34,13 +33,6 @@ POINTS = [
     ("behind its files", 1),
 ]
 """Where the old attempt is stopped, and in which pass; all lie between its claim and its first step."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("latents")
-    write_latents(folder, num=40)
-    return folder
 
 
 def config_of(folder: Path, data: Path) -> TrainConfig:

@@ -11,18 +11,10 @@ import torch
 
 from tests.dist import jobs
 from tests.dist.processes import run
-from tests.latents import write_latents
 
 pytestmark = pytest.mark.dist
 
 RELATIVE = {"fp32": 1e-5, "bf16": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("latents")
-    write_latents(folder, num=40)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.dist
 
 
 def alarms_of(node: Node) -> list[str]:
-    """Of saves that failed."""
+    """Alarms about saves that failed."""
     return [line for line in node.log.read_text().splitlines() if "is not saved" in line]
 
 

@@ -39,7 +39,7 @@ def test_the_foreign_share_is_what_all_decays_leave(profile: EmaProfile, since_s
 
 @pytest.mark.parametrize("profile", [NARROW, WIDE, CONSTANT])
 def test_a_late_average_is_off_by_its_foreign_share(profile: EmaProfile) -> None:
-    """Of the distance between the weights that it began as and the average of all weights up to there."""
+    """The share of the distance between the weights that it began as and the average up to there."""
     masters = torch.zeros(SIZE, dtype=torch.float64)
     owned = tuple(Partition({MASTER: masters}, ()) for _ in range(2))
     whole, late = (Ema((profile,), (partition,)) for partition in owned)

@@ -63,7 +63,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", [*NAMES, "true", "null", "~", "a: b", "a #1", "'", '"', "d\u00e4ta \u96ea"])
 def test_text_is_text_whatever_it_looks_like(tmp_path: Path, name: str) -> None:
-    """Of a file as the program writes it, and of an override: quoted where YAML would not give it back."""
+    """In a file as the program writes it, and in an override: quoted where YAML would not give it back."""
     config = TrainConfig(ema=(EmaProfile(name=name, decay=0.5),))
     assert of_file(tmp_path, dump(config)).ema[0].name == name
     quoted = f"'{name.replace(chr(39), 2 * chr(39))}'"

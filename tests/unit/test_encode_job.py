@@ -439,4 +439,4 @@ def test_names_with_brackets_are_shown_as_they_are(
     vae = save_tiny_vae(tmp_path / "vae")
     paths = [f"source={tmp_path}/images", f"vae={vae}", f"output={tmp_path}/out", "vae_batch=2"]
     assert main(["encode", "--dry-run", "image_size=32", *paths]) == 0
-    assert "left out: 1 (stray[red].png)" in capsys.readouterr().err
+    assert "not images of a class: 1 (stray[red].png)" in capsys.readouterr().err

@@ -9,13 +9,12 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from dit_scale import dist
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Attempt
 from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
 from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.config import CheckpointConfig, EngineConfig, TrainConfig
+from dit_scale.config import CheckpointConfig, TrainConfig
 from dit_scale.dist import World
 from dit_scale.elastic.run import committed_step
 from dit_scale.errors import ConfigError
@@ -31,15 +30,6 @@ STEPS = (40, 30, 20)
 NEWEST, OLDER, OLDEST = (f"{CHECKPOINTS}/{name_of(step, 1)}" for step in STEPS)
 WEIGHT, SIZE = "final_layer.linear.weight", 6
 DATA_SHA256 = "1" * 64
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    """A world of one."""
-    threads = torch.get_num_threads()
-    yield dist.start(EngineConfig(device="cpu"))
-    dist.stop()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -392,7 +392,7 @@ def test_classes_and_their_numbers_of_images_are_said(tmp_path: Path) -> None:
     assert said(few_classes) == [
         "3 images of 3 classes: class_folders",
         "classes, with numbers of images: n01 (1), n02 (1), n03 (1)",
-        "no images of a class, left out: 1 (.git[b]/)",
+        "ignored, not images of a class: 1 (.git[b]/)",
     ]
 
 

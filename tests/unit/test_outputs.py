@@ -97,7 +97,7 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     arguments = ["checkpoint", "export", "run", f"{tmp_path}/locked/x.safetensors"]
     done = without_power(f"from dit_scale import cli; cli.main({arguments})")
-    assert f"nothing may be written in {tmp_path}/locked; check its owner and mode" in done.stderr
+    assert f"no permission to write in {tmp_path}/locked; check its owner and mode" in done.stderr
     assert "Traceback" not in done.stderr
 
 

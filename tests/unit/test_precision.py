@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,15 +24,6 @@ def has_instructions() -> bool:
     """What the kernel says of this processor."""
     flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    """A world of one."""
-    threads = torch.get_num_threads()
-    yield dist.start(TrainConfig().engine.model_copy(update={"device": "cpu"}))
-    dist.stop()
-    torch.set_num_threads(threads)
 
 
 def config_of(run: Path, precision: str) -> TrainConfig:

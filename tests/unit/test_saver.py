@@ -3,21 +3,19 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dit_scale import dist
 from dit_scale.checkpoint import saver as savers
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, Manifest, name_of
 from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Outcome, Saver
-from dit_scale.config import CheckpointConfig, EngineConfig
+from dit_scale.config import CheckpointConfig
 from dit_scale.dist import World
 from dit_scale.storage import open_storage
 
@@ -28,12 +26,6 @@ def path_of(step: int) -> str:
 
 PATH = path_of(3)
 FOLDERS = {PATH: (MASTER,)}
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    yield dist.start(EngineConfig(device="cpu"))
-    dist.stop()
 
 
 def partition() -> Partition:

@@ -177,7 +177,7 @@ def test_dataset_json_of_an_earlier_version_is_read_with_a_note(copy: Path) -> N
     assert verify(open_storage(copy), 1, say=notes.append)[1] == []
     assert LatentDataset.open(copy).notes == notes
     (note,) = notes
-    assert note.startswith(f"{copy}/dataset.json has no digest of itself")
+    assert note.startswith(f"{copy}/dataset.json has no digest, because")
 
 
 def test_what_is_no_finished_data_set(copy: Path) -> None:

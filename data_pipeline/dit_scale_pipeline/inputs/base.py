@@ -101,7 +101,7 @@ class Listing:
 
     @cached_property
     def sha256(self) -> str:
-        """Of every path and a zero byte, in order: `find * -mindepth 1 -type f -print0 | sort -z`.
+        """Digest of every path and a zero byte, in order: `find * -mindepth 1 -type f -print0 | sort -z`.
 
         What is left out is not among them. Where the paths do not tell the labels, each path is followed by
         its label and a zero byte too. The name of another image column than `image`, and two zero bytes,

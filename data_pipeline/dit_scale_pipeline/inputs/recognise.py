@@ -63,7 +63,7 @@ def _recognise(place: Place) -> str:
 
 
 def _kind_of_tar(place: Place, names: Sequence[str], sizes: dict[str, int]) -> str:
-    """Of some tars, by the first one that has members."""
+    """The kind of some tars, told by the first one that has members."""
     for name in names:
         every = (member.name for member in Tar(place.storage, name, 0, sizes[name]))
         members = list(islice((member for member in every if not hidden_part(member)), _LOOKED_AT))
