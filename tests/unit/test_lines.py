@@ -58,7 +58,7 @@ def test_lines_wait_while_the_disk_is_full(disk: Path, alarms: list[str]) -> Non
     file.append("last")
     assert file.is_whole
     assert read(path) == ["first", *numbered(20), "last", ""]
-    assert "written again, with the lines that waited" in alarms[1]
+    assert "written again, and has the lines that were kept" in alarms[1]
     assert (file.close(), len(alarms)) == ("", 2)
 
 
