@@ -53,7 +53,7 @@ def test_lines_wait_while_the_disk_is_full(disk: Path, alarms: list[str]) -> Non
     assert len(read(path)) < 10, "some of them fitted into the last page, one of them in part"
     assert not path.read_text().endswith("\n")
     (alarm,) = alarms
-    assert "events.jsonl cannot be written: No space left on device; its lines wait in memory" in alarm
+    assert "events.jsonl cannot be written: No space left on device; its lines are kept in memory" in alarm
     filler.unlink()
     file.append("last")
     assert file.is_whole
