@@ -53,7 +53,7 @@ from dit_scale.checkpoint.rankfile import Piece
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Snapshot
 from dit_scale.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, ModelConfig, TrainConfig
-from dit_scale.elastic.heartbeat import Heart
+from dit_scale.heartbeat import Heart
 from dit_scale.storage import Storage, open_storage
 from dit_scale.train import determinism
 from dit_scale.train.session import Session

@@ -27,8 +27,8 @@ from dit_scale.cli import (
 )
 from dit_scale.cli.arguments import Parser
 from dit_scale.cli.streams import LostOutputError, guarded, run_as_job
-from dit_scale.elastic.heartbeat import FOLDER_VARIABLE
 from dit_scale.errors import DitScaleError
+from dit_scale.heartbeat import FOLDER_VARIABLE
 
 USER_ERROR_EXIT_CODE = 2
 MISTAKES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)

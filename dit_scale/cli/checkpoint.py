@@ -111,7 +111,7 @@ def _verify(args: argparse.Namespace) -> int:
     from dit_scale.checkpoint.manifest import EMA
     from dit_scale.checkpoint.reader import Checkpoint
     from dit_scale.errors import CheckpointError
-    from dit_scale.sources import checkpoints_at
+    from dit_scale.inference.sources import checkpoints_at
     from dit_scale.train.run import root_of_folder
 
     damaged = False
@@ -156,7 +156,7 @@ def _say_if_edited(run: str) -> None:
 def _export(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from dit_scale.sources import export, open_source
+    from dit_scale.inference.sources import export, open_source
     from dit_scale.storage.outputs import check_output
 
     check_output(args.out)

@@ -45,7 +45,7 @@ checkpoint.ema_every_steps; 20 stored steps serve for sigma_rel from 0.03 to 0.2
 def _list(args: argparse.Namespace) -> int:
     import json
 
-    from dit_scale.sources import stored_averages
+    from dit_scale.inference.sources import stored_averages
     from dit_scale.train.run import root_of_folder
 
     stored, problems = stored_averages(root_of_folder(args.run))
@@ -84,9 +84,9 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     from dit_scale.errors import CheckpointError
-    from dit_scale.sources import export, reconstruct, stored_averages
+    from dit_scale.inference.posthoc import Profile
+    from dit_scale.inference.sources import export, reconstruct, stored_averages
     from dit_scale.storage.outputs import check_output
-    from dit_scale.train.posthoc import Profile
     from dit_scale.train.run import root_of_folder
 
     check_output(args.out)

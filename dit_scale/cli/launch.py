@@ -47,7 +47,7 @@ would end in the same way, 1 anything else.""",
 
 
 def _run(args: argparse.Namespace) -> int:
-    from dit_scale.elastic.exits import exit_code
+    from dit_scale.elastic.node.exits import exit_code
 
     try:
         return _launch(args)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from dit_scale.cli.arguments import CONFIG_HELP, above_zero, command, number, whole
 
 if TYPE_CHECKING:
-    from dit_scale.elastic.plan import Estimate, Machines, Work
-    from dit_scale.elastic.simulate import Result
+    from dit_scale.forecast.plan import Estimate, Machines, Work
+    from dit_scale.forecast.simulate import Result
 
 COSTS = {
     "save_stall_s": (0.5, "the loop stands still at the begin of a save"),
@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     from dataclasses import asdict, replace
 
     from dit_scale.config import TrainConfig, load
-    from dit_scale.elastic import plan
+    from dit_scale.forecast import plan
 
     config = load(TrainConfig, args.config, args.overrides)
     machines = _machines(args)
@@ -107,8 +107,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _machines(args: argparse.Namespace) -> "Machines":
-    from dit_scale.elastic.plan import Machines
     from dit_scale.errors import ConfigError
+    from dit_scale.forecast.plan import Machines
 
     nodes, rest = divmod(args.gpus, args.gpus_per_node)
     if rest:
@@ -164,9 +164,9 @@ def _measured(path: str, model: str, image_size: int) -> float:
 
 
 def _simulate(args: argparse.Namespace, machines: "Machines", work: "Work") -> "Result":
-    from dit_scale.elastic import simulate
     from dit_scale.elastic.supervisor import Policy
-    from dit_scale.elastic.timeline import Kind
+    from dit_scale.forecast import simulate
+    from dit_scale.forecast.timeline import Kind
 
     kinds = Kind
     shares = {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from dit_scale.cli.arguments import command, whole
 
 if TYPE_CHECKING:
-    from dit_scale.train.replay import Replay
+    from dit_scale.report.replay import Replay
 
 SHOWN = 20
 
@@ -46,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
     import sys
     from contextlib import redirect_stdout
 
-    from dit_scale.train.replay import replay
+    from dit_scale.report.replay import replay
 
     with redirect_stdout(sys.stderr):  # DeepSpeed has its say there, and not among the JSON
         found = replay(args.run, args.step, args.attempt)

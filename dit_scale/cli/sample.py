@@ -60,8 +60,8 @@ def _run(args: argparse.Namespace) -> int:
 
     from dit_scale.config import EngineConfig, ModelConfig
     from dit_scale.errors import ConfigError
-    from dit_scale.sample import Settings, balanced_labels, sample
-    from dit_scale.sources import open_source
+    from dit_scale.inference.sample import Settings, balanced_labels, sample
+    from dit_scale.inference.sources import open_source
     from dit_scale.storage.outputs import check_output
 
     here = Path(args.source)

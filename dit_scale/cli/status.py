@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dit_scale.cli.arguments import command
 
 if TYPE_CHECKING:
-    from dit_scale.telemetry.status import Status
+    from dit_scale.report.status import Status
 
 WATCH_S = 5.0
 MAX_ROWS = 20
@@ -40,7 +40,7 @@ def _status(args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from dit_scale.telemetry.status import status_of
+    from dit_scale.report.status import status_of
 
     while True:
         status = status_of(args.run, time.time())

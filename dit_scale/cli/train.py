@@ -50,8 +50,8 @@ def _run(args: argparse.Namespace) -> int:
 
         dry_run.report(config, args.world)
         return 0
-    from dit_scale.elastic.exits import Exit
-    from dit_scale.elastic.rank import is_second_hand, supervised
+    from dit_scale.elastic.node.exits import Exit
+    from dit_scale.elastic.node.rank import is_second_hand, supervised
 
     def train() -> int:
         gc.disable()  # until the loop begins: what is imported and built on the way there stays

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dit_scale.elastic.board import Ending
-from dit_scale.elastic.heartbeat import Section
+from dit_scale.heartbeat import Section
 
 IN_A_STEP = (Section.DATA, Section.COMPUTE, Section.AGREE)
 DOING = {

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dit_scale.elastic.board import Board, Reason, Round
-from dit_scale.elastic.group import Outcome
-from dit_scale.elastic.heartbeat import Section
-from dit_scale.elastic.watch import Standing, culprit
+from dit_scale.elastic.node.group import Outcome
+from dit_scale.elastic.node.watch import Standing, culprit
+from dit_scale.heartbeat import Section
 
 JUDGES = 16
 """Members that read the reports of all nodes, the first of a round: all come to the same judgement, the first

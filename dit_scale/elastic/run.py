@@ -20,17 +20,17 @@ from dit_scale.checkpoint.manifest import step_and_attempt
 from dit_scale.config import TrainConfig, dump
 from dit_scale.data.order import Order, positions_of
 from dit_scale.data.shards import read_info
-from dit_scale.elastic.address import check_address, free_port
 from dit_scale.elastic.board import Board, Member
-from dit_scale.elastic.exits import Exit
-from dit_scale.elastic.group import LaunchedGroup
-from dit_scale.elastic.preflight import Preflight, assigned_gpus, say_unless_shared
+from dit_scale.elastic.node.address import check_address, free_port
+from dit_scale.elastic.node.exits import Exit
+from dit_scale.elastic.node.group import LaunchedGroup
+from dit_scale.elastic.node.preflight import Preflight, assigned_gpus, say_unless_shared
+from dit_scale.elastic.node.watch import LEAVE_S, Deadlines
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
-from dit_scale.elastic.watch import LEAVE_S, Deadlines
 from dit_scale.errors import ConfigError, DitScaleError, StorageError
+from dit_scale.journal import Event, Journal
 from dit_scale.paths import without_paths
 from dit_scale.storage import Storage, open_storage
-from dit_scale.telemetry.sinks import Journal
 
 MODULE = "dit_scale.cli"
 
@@ -74,7 +74,7 @@ def launch(
 
     journal = Journal(folder / f"{node}.jsonl", lambda text: say(f"ALARM: {text}"))
 
-    def record(event: str, **details: object) -> None:
+    def record(event: Event, **details: object) -> None:
         journal.write(event, node=node, **details)
 
     say_unless_shared(root, policy.max_nodes, say)
@@ -96,7 +96,7 @@ def launch(
         try:
             return drive(Supervisor(me, Board(root), group, policy, world).run())
         except StorageError as error:
-            record("board_gone", problem=str(error))
+            record(Event.BOARD_GONE, problem=str(error))
             raise StorageError(
                 f"the supervisors cannot agree any more, and the ranks of {node} are ended: {error}; when it "
                 "is mended the same command goes on"

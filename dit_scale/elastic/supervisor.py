@@ -11,11 +11,12 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 
 from dit_scale.elastic.board import FRUITLESS, SAVING, Board, Ending, Joined, Member, Reason, Round
-from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.giving_up import failed_step, why
-from dit_scale.elastic.group import Group, Outcome
 from dit_scale.elastic.hearing import Hearing
 from dit_scale.elastic.lease import Leases, Outside
+from dit_scale.elastic.node.exits import Exit
+from dit_scale.elastic.node.group import Group, Outcome
+from dit_scale.journal import Event
 
 Wait = Generator[float, None, Exit]
 LOOKS_PER_S = 1024
@@ -146,12 +147,12 @@ class Supervisor:
     def _make_way(self) -> Exit:
         """Leave, for a later start of the job is there: this node is what was left running of this one."""
         self._world.say("a later start of this job has taken over, or another job of the same run")
-        self._world.record("made_way", start=self._me.start)
+        self._world.record(Event.MADE_WAY, start=self._me.start)
         return Exit.DO_NOT_RESTART
 
     def _stay_out(self, problems: list[str]) -> Exit:
         """Leave, for the ranks would fail here: the others go on without this node."""
-        self._world.record("preflight_failed", problems=problems)
+        self._world.record(Event.PREFLIGHT_FAILED, problems=problems)
         for problem in problems:
             self._world.say(f"this node takes no part: {problem}")
         return Exit.FAILED
@@ -164,7 +165,7 @@ class Supervisor:
         """Ask to take part in a round, with a port that is free now."""
         self._me = replace(self._me, port=self._world.free_port())
         self._board.join(number, self._me)
-        self._world.record("joined", round=number)
+        self._world.record(Event.JOINED, round=number)
 
     # Between two rounds
 
@@ -210,7 +211,7 @@ class Supervisor:
         samples = self._world.samples_of(step) if step is not None else []
         failures = fruitless_after(sealed, ending)
         self._world.record(
-            "gave_up",
+            Event.GAVE_UP,
             round=ending.round,
             failures=failures,
             committed_step=sealed.committed_step,
@@ -292,19 +293,19 @@ class Supervisor:
         room = self._policy.max_nodes - len(nodes)
         free = f"; room for {room} more, which must see the same {self._board.url}" if room > 0 else ""
         self._world.say(f"round {round_.number}: node {index + 1} of {len(nodes)} ({named}){free}")
-        self._world.record("round", round=round_.number, nodes=nodes)
+        self._world.record(Event.ROUND, round=round_.number, nodes=nodes)
         begin_s = self._world.clock()
         self._leases.watch(round_, index, begin_s)
         self._hearing = Hearing(self._board, round_, self._me.node, self._policy.lease_s / 2)
         try:
             if self._board.ending(round_.number) is None:
                 self._group.start(round_, index)
-                self._world.record("ranks_started", round=round_.number)
+                self._world.record(Event.RANKS_STARTED, round=round_.number)
             while (ending := self._board.ending(round_.number)) is None:
                 self._look(round_, index, begin_s)
                 yield self._rest()
             self._world.record(
-                "round_ended",
+                Event.ROUND_ENDED,
                 round=round_.number,
                 reason=ending.reason,
                 failed_node=ending.node,
@@ -317,7 +318,7 @@ class Supervisor:
                 yield from self._let_leave(ending)
         finally:
             self._group.stop()
-            self._world.record("ranks_gone", round=round_.number)
+            self._world.record(Event.RANKS_GONE, round=round_.number)
 
     def _look(self, round_: Round, index: int, begin_s: float) -> None:
         """End the round when there is a reason that this node sees."""

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from dit_scale.checkpoint import attempts
 from dit_scale.errors import StorageError
+from dit_scale.lines import Alarm, LineFile, parsed
 from dit_scale.storage import Storage, open_storage
-from dit_scale.telemetry.lines import Alarm, LineFile
 
 METRICS, CONFIG = "metrics.jsonl", "config.yaml"
 RECORDS = "records"
@@ -161,7 +161,5 @@ def _is_same(one: Path, other: Path) -> bool:
 
 def _step_of(line: str) -> int:
     """The step of a line; -1 for one that is torn."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return -1
+    row = parsed(line, "step")
+    return row["step"] if row is not None and isinstance(row["step"], int) else -1

@@ -2,11 +2,9 @@
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +13,7 @@ from pydantic import BaseModel
 
 from dit_scale.config import Mirrored, TrainConfig
 from dit_scale.errors import ConfigError
-from dit_scale.telemetry.lines import Alarm, LineFile
+from dit_scale.lines import Alarm
 
 FINISH_S = 60.0
 """Longest wait for wandb's uploads at the end of a run; what is left is on disk, for `wandb sync`."""
@@ -145,26 +143,3 @@ def wandb_id_of(place: str) -> str:
     """An id for what lies at this path or url, unlike that of anything else."""
     digest = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9_.]+", "-", place).strip("-")[-100:] + f"-{digest}"
-
-
-class Journal:
-    """What happened, one object per line: events.jsonl of a run, and that of each of its supervisors.
-
-    Two clocks stand in each line: that of the wall, which may jump, and that of the node since its start.
-    """
-
-    def __init__(self, path: Path, alarm: Alarm) -> None:
-        self._lines = LineFile(path, alarm)
-
-    def write(self, event: str, **details: Any) -> None:
-        clocks = {"time_s": time.time(), "monotonic_s": round(time.monotonic(), 6)}
-        self._lines.append(json.dumps({**clocks, "event": event, **details}))
-
-    def take_over(self, lines: Iterable[str]) -> None:
-        """Add lines of another copy of this journal."""
-        if text := "".join(f"{line}\n" for line in lines):
-            self._lines.append_lines(text.encode())
-
-    def close(self) -> str:
-        """Returns what could not be written, in words; empty when all was."""
-        return self._lines.close()

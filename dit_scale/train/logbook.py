@@ -9,11 +9,11 @@ from pathlib import Path
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig, dump
 from dit_scale.errors import StorageError
+from dit_scale.journal import Event, Journal
 from dit_scale.storage import DiskFullError, MissingKeyError, Storage, open_storage
 from dit_scale.telemetry import record
-from dit_scale.telemetry.goodput import ALARM
 from dit_scale.telemetry.record import Record
-from dit_scale.telemetry.sinks import Journal, open_mirrors
+from dit_scale.telemetry.sinks import open_mirrors
 from dit_scale.train.run import EVENTS, METRICS, Say
 
 
@@ -102,12 +102,12 @@ class Logbook:
         if carried.damaged:
             self._alarm(f"{folder / METRICS}: {carried.damaged} damaged lines are left out from now on")
 
-    def event(self, event: str, /, **details: object) -> None:
+    def event(self, event: Event, /, **details: object) -> None:
         """Write an event; the first one of an attempt says how it starts."""
         self._journal.write(event, attempt=self._attempt, step=self._step(), **details)
         early, self._early = self._early, None
         for text in early or ():
-            self.event(ALARM, text=text)
+            self.event(Event.ALARM, text=text)
 
     def row(self, values: dict[str, float | None]) -> None:
         """Write the numbers of a log point."""
@@ -133,6 +133,6 @@ class Logbook:
     def _alarm(self, text: str) -> None:
         self._say(f"ALARM: {text}")
         if self._early is None:
-            self.event(ALARM, text=text)
+            self.event(Event.ALARM, text=text)
         else:
             self._early.append(text)  # the journal of an attempt begins with its start

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dit_scale import dist
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Batch
-from dit_scale.elastic.heartbeat import Heart, Section
+from dit_scale.heartbeat import Heart, Section
 from dit_scale.signals import REQUEUE_EXIT_CODE, StopRequest
 from dit_scale.train import determinism
 from dit_scale.train.session import Session

@@ -24,8 +24,9 @@ from dit_scale.data.order import positions_of, ranges_of
 from dit_scale.data.quarantine import Quarantine
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
-from dit_scale.elastic.heartbeat import Heart, Section
 from dit_scale.errors import CheckpointError, StabilityError, StorageError
+from dit_scale.heartbeat import Heart, Section
+from dit_scale.journal import Event
 from dit_scale.telemetry.meters import COLUMNS, Meters, Row
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.telemetry.sinks import check_installed
@@ -110,7 +111,7 @@ class Session:
         self.meters.add(row)
         self.status.advance()
         if self.state.step == self._began_step + 1:
-            self._record("first_step", data_s=round(self.loader.waited_s, 3))
+            self._record(Event.FIRST_STEP, data_s=round(self.loader.waited_s, 3))
 
     def keeps_failing(self) -> bool:
         """Look at the steps since the last look, and name those that were skipped: waits for the device.
@@ -143,7 +144,7 @@ class Session:
                 "optimizer.lr or look at one of them with `dit-scale replay`"
             )
         self._report(self._wait_for_save())
-        self._record("rollback", failed_steps=[before + 1, self.state.step], excluded_positions=excluded)
+        self._record(Event.ROLLBACK, failed_steps=[before + 1, self.state.step], excluded_positions=excluded)
         self.say(f"{message}: going back to a checkpoint before it, and on without its samples")
         self._heart.beat(Section.WAIT_SAVE, self.state.step)  # the last rows of a mirror may take a while
         self._attempt_stack.close()
@@ -160,7 +161,7 @@ class Session:
             for sample_id, reason in sorted(found.items()):
                 if sample_id not in self.state.quarantined:
                     self.state.quarantined[sample_id] = reason
-                    self._record("quarantined", sample_id=sample_id, reason=reason)
+                    self._record(Event.QUARANTINED, sample_id=sample_id, reason=reason)
                     self.say(f"sample {sample_id} is replaced from now on: {reason}")
 
     def log(self) -> None:
@@ -175,7 +176,7 @@ class Session:
         if self._logbook:
             self._logbook.row(record)
         self.status.report(self.state.step, record)
-        self._record("log", data_s=round(self.loader.waited_s, 3))
+        self._record(Event.LOG, data_s=round(self.loader.waited_s, 3))
 
     def save_is_due(self) -> bool:
         """Whether this step, or one that passed while a save was in flight, asks for a save."""
@@ -189,8 +190,7 @@ class Session:
 
     def _begin_save(self) -> None:
         name = name_of(self.state.step, self.attempt.number)
-        profiles = self.config.ema
-        kinds = (*OPTIMIZER_KINDS, *(ema_kind(profile.name) for profile in profiles))
+        profiles, kinds = self.config.ema, (*OPTIMIZER_KINDS, *(ema_kind(p.name) for p in self.config.ema))
         folders = {f"{CHECKPOINTS}/{name}": kinds}
         stored = tuple(ema_kind(profile.name) for profile in profiles if profile.sigma_rel is not None)
         if stored and self._passed(self.config.checkpoint.ema_every_steps, since=self._committed_step):
@@ -199,7 +199,7 @@ class Session:
         begin_s = time.monotonic()
         self.saver.begin(self._manifest(), folders)
         self._saved_step = self.state.step
-        self._record("save", stall_s=round(time.monotonic() - begin_s, 4))
+        self._record(Event.SAVE, stall_s=round(time.monotonic() - begin_s, 4))
 
     def follow_save(self, any_at_work: bool, any_failed: bool) -> None:
         """See how the save in flight is doing, given the vote of all ranks."""
@@ -225,14 +225,14 @@ class Session:
             if outcome.problem:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-        self._record("waited", stall_s=round(time.monotonic() - begin_s, 4))
+        self._record(Event.WAITED, stall_s=round(time.monotonic() - begin_s, 4))
 
     def _wait_for_save(self) -> Outcome | None:
         return self.saver.wait(lambda: self._heart.beat(Section.WAIT_SAVE, self.state.step))
 
     def finish(self) -> None:
         """The run is done: say where everything is. Raises StorageError when its record is not whole."""
-        self._record("done")
+        self._record(Event.DONE)
         if self._logbook and (problem := self._logbook.close()):
             raise StorageError(f"all {self.state.step} steps are taken and saved, but {problem}")
         self.say(f"done: {self.state.step} steps in {self.config.run}")
@@ -313,7 +313,7 @@ class Session:
         start = f"resumed at step {self.state.step}" if resumed else "a new run"
         self.say(f"{config.run}: {start}, attempt {self.attempt.number}")
         self._record(
-            "start",
+            Event.START,
             resumed_from=self.attempt.resumed_from,
             restore_s=round(restore_s, 3),
             world=plan.world,
@@ -354,15 +354,15 @@ class Session:
             return
         name = name_of(outcome.manifest.step, outcome.manifest.attempt)
         if outcome.problem:
-            self._record("save_failed", name=name, problem=outcome.problem)
+            self._record(Event.SAVE_FAILED, name=name, problem=outcome.problem)
             self.say(f"ALARM: checkpoint {name} is not saved, training goes on: {outcome.problem}")
             return
         self._committed_step = outcome.manifest.step
         if self._committed_step not in outcome.manifest.skipped_steps:
             self._rollbacks = 0
-        self._record("checkpoint", name=name, dropped=outcome.dropped, seconds=round(outcome.seconds, 3))
+        self._record(Event.CHECKPOINT, name=name, dropped=outcome.dropped, seconds=round(outcome.seconds, 3))
         if outcome.retention_problem:
-            self._record("retention_failed", name=name, problem=outcome.retention_problem)
+            self._record(Event.RETENTION_FAILED, name=name, problem=outcome.retention_problem)
             self.say(f"ALARM: old checkpoints stay: {outcome.retention_problem}")
 
     def _note_skipped(self, step: int, row: Row) -> None:
@@ -372,7 +372,7 @@ class Session:
         quarantine = Quarantine(len(self._dataset), self.state.quarantined, self.config.data.damaged)
         sample_ids = quarantine.replace(self.loader.sample_ids(step - 1))
         self._record(
-            "skipped_step",
+            Event.SKIPPED_STEP,
             skipped_step=step,
             **dict(zip(COLUMNS[:-1], map(str, row), strict=False)),
             positions=ranges_of(positions),
@@ -395,6 +395,6 @@ class Session:
         indices = np.arange(first_step * batch, end_step * batch, dtype=np.int64)
         return positions_of(indices, self.state.excluded)
 
-    def _record(self, event: str, **details: object) -> None:
+    def _record(self, event: Event, **details: object) -> None:
         if self._logbook:
             self._logbook.event(event, **details)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dit_scale.elastic.exits import Exit
+from dit_scale.elastic.node.exits import Exit
 from dit_scale.signals import REQUEUE_EXIT_CODE
 from tests.chaos.public_run import Form, PublicRun, RunError, Started, wait_until
 

@@ -26,10 +26,11 @@ from typing import Any
 
 from dit_scale.config import TrainConfig
 from dit_scale.elastic.board import Reason
-from dit_scale.elastic.simulate import Failure, Result, Setup, simulate
 from dit_scale.elastic.supervisor import Policy
-from dit_scale.elastic.timeline import Costs, Kind, Use
-from dit_scale.telemetry.goodput import MICRO, Attempt, Heading, Ledger, attempts_of, ledger, read_journal
+from dit_scale.forecast.simulate import Failure, Result, Setup, simulate
+from dit_scale.forecast.timeline import Costs, Kind, Use
+from dit_scale.journal import read_journal
+from dit_scale.report.goodput import MICRO, Attempt, Heading, Ledger, attempts_of, ledger
 from tests.elastic.nodes import Cluster, Node, cluster, config_of
 
 NAMES = ("a", "b", "c")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from dit_scale.config import TrainConfig, dump
-from dit_scale.elastic.group import is_alive
+from dit_scale.elastic.node.group import is_alive
 from tests.faults.ports import free_port
 from tests.speed import scaled
 

@@ -13,7 +13,7 @@ from dit_scale.checkpoint.partition import MASTER
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig, load
 from dit_scale.elastic.board import Board, Reason, Round
-from dit_scale.elastic.heartbeat import read_beat
+from dit_scale.heartbeat import read_beat
 from dit_scale.storage import Storage, open_storage
 from tests.cluster.image import WAIT_S
 from tests.cluster.kustomize import KUBERNETES, render

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dit_scale.elastic.board import Reason
-from dit_scale.elastic.exits import Exit
+from dit_scale.elastic.node.exits import Exit
 from dit_scale.storage import open_storage
 from tests.cluster.image import build_image
 from tests.cluster.pods import Node, network, running

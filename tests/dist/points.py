@@ -19,9 +19,10 @@ from unittest.mock import patch
 
 import torch
 
+from dit_scale import lines
 from dit_scale.checkpoint import attempts, retention, saver, writer
 from dit_scale.storage import disk
-from dit_scale.telemetry import lines, record
+from dit_scale.telemetry import record
 from dit_scale.train import session
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dit_scale.config import TrainConfig, dump
-from dit_scale.train.replay import Replay, replay
+from dit_scale.report.replay import Replay, replay
 from tests.dist import jobs
 from tests.dist.processes import run
 from tests.dist.rollback_jobs import BATCH, NUM, WORLD, config_of, damage, sample_of, spoil

@@ -19,8 +19,9 @@ from functools import partial
 from typing import Any
 
 from dit_scale import cli
-from dit_scale.elastic import collective, run
-from dit_scale.elastic import rank as supervision
+from dit_scale.elastic import run
+from dit_scale.elastic.node import collective
+from dit_scale.elastic.node import rank as supervision
 from tests.speed import scaled
 
 VARIABLE = "FAULT"

@@ -13,7 +13,7 @@ from typing import Any
 
 from dit_scale.config import TrainConfig, dump
 from dit_scale.elastic.board import Board
-from dit_scale.elastic.group import SUPERVISOR_VARIABLE, is_alive
+from dit_scale.elastic.node.group import SUPERVISOR_VARIABLE, is_alive
 from dit_scale.elastic.run import committed_step
 from dit_scale.train.run import root_of
 from tests.chaos.record import last_step, whole

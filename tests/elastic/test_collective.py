@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dit_scale.elastic import collective
-from dit_scale.elastic.collective import collective_problems
+from dit_scale.elastic.node import collective
+from dit_scale.elastic.node.collective import collective_problems
 
 pytestmark = pytest.mark.dist
 

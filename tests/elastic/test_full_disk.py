@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_scale.elastic.preflight import SPARE_BYTES
+from dit_scale.elastic.node.preflight import SPARE_BYTES
 from tests.dist import jobs
 from tests.dist.runs import events
 from tests.elastic.nodes import Node, cluster, config_of

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.elastic.group import is_alive
+from dit_scale.elastic.node.group import is_alive
 from dit_scale.train.run import root_of
 from tests.chaos.record import last_step, rows
 from tests.elastic.nodes import Cluster, Node, cluster, config_of

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 
 from dit_scale.config import TrainConfig
-from dit_scale.elastic.heartbeat import Heart, Section
+from dit_scale.heartbeat import Heart, Section
 from dit_scale.train import loop
 from tests.dist.processes import run
 from tests.elastic.nodes import config_of

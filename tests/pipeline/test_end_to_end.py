@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from dit_scale import weights
+from dit_scale.inference.sources import build_model, open_source
 from dit_scale.models import dit
 from dit_scale.models.embeddings import sincos_pos_embed
-from dit_scale.sources import build_model, open_source
 from tests.faults.ports import free_port
 from tests.speed import scaled
 

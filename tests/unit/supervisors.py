@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dit_scale.elastic.board import Board, Member, Round
-from dit_scale.elastic.group import Outcome, Standing
+from dit_scale.elastic.node.group import Outcome, Standing
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings
 from dit_scale.storage import open_storage
 

@@ -15,7 +15,7 @@ from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, TrainConfig, dump
 from dit_scale.errors import ConfigError
-from dit_scale.sources import open_source, stored_averages
+from dit_scale.inference.sources import open_source, stored_averages
 from dit_scale.storage import Storage, open_storage
 from dit_scale.train.averages import foreign_share, restored_kinds, since_steps
 from dit_scale.train.ema import Ema, decay_at, ema_kind

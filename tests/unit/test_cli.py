@@ -19,7 +19,7 @@ from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.writer import put_manifest
 from dit_scale.data.shards import INFO_KEY
-from dit_scale.sources import open_source
+from dit_scale.inference.sources import open_source
 from dit_scale.storage import open_storage
 from tests.latents import write_latents
 from tests.tiny_run import STEP, write_run

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from dit_scale.elastic.board import Board, Ending, Member, Reason, Round
-from dit_scale.elastic.group import LaunchedGroup
+from dit_scale.elastic.node.group import LaunchedGroup
+from dit_scale.elastic.node.watch import Deadlines
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings
-from dit_scale.elastic.watch import Deadlines
 from dit_scale.storage import open_storage
 
 

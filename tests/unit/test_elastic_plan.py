@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dit_scale import cli
-from dit_scale.elastic.plan import (
+from dit_scale.forecast.plan import (
     Machines,
     Work,
     best_every_steps,
@@ -19,7 +19,7 @@ from dit_scale.elastic.plan import (
     sensitivities,
     young_s,
 )
-from dit_scale.elastic.timeline import Costs
+from dit_scale.forecast.timeline import Costs
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "dit_xl2_256.yaml")
 PLAN = ["plan", CONFIG, "--gpus", "64", "--images-per-s", "400", "--price", "2"]

@@ -6,7 +6,7 @@ import pytest
 
 from dit_scale.elastic.board import Ending, Reason
 from dit_scale.elastic.giving_up import failed_step, why
-from dit_scale.elastic.heartbeat import Section
+from dit_scale.heartbeat import Section
 
 
 def ending(**details: Any) -> Ending:

@@ -6,27 +6,18 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_scale.telemetry.goodput import (
-    MICRO,
-    Event,
-    Heading,
-    Ledger,
-    attempts_of,
-    ledger,
-    read_journal,
-    rounds_of,
-)
-from dit_scale.telemetry.sinks import Journal
+from dit_scale.journal import Entry, Journal, read_journal
+from dit_scale.report.goodput import MICRO, Heading, Ledger, attempts_of, ledger, rounds_of
 
 BOOT_S = 990.0
 """What the wall clock is ahead of the monotonic one here."""
 
 
-def event(at_s: float, kind: str, **details: Any) -> Event:
+def event(at_s: float, kind: str, **details: Any) -> Entry:
     return {"time_s": at_s, "monotonic_s": at_s - BOOT_S, "event": kind, **details}
 
 
-def of_attempt(number: int, *rows: tuple[float, str, int, dict[str, Any]]) -> list[Event]:
+def of_attempt(number: int, *rows: tuple[float, str, int, dict[str, Any]]) -> list[Entry]:
     return [event(at_s, name, attempt=number, step=step, **more) for at_s, name, step, more in rows]
 
 
@@ -221,7 +212,7 @@ NAMES = (
 
 
 @st.composite
-def of_rank_0(draw: st.DrawFn) -> Event:
+def of_rank_0(draw: st.DrawFn) -> Entry:
     step = draw(st.integers(0, 50))
     return {
         "time_s": draw(SECONDS),
@@ -237,7 +228,7 @@ def of_rank_0(draw: st.DrawFn) -> Event:
 
 
 @st.composite
-def of_supervisor(draw: st.DrawFn) -> Event:
+def of_supervisor(draw: st.DrawFn) -> Entry:
     name = draw(st.sampled_from(["joined", "round", "ranks_started", "round_ended", "ranks_gone"]))
     clocks = {"time_s": draw(SECONDS), "monotonic_s": draw(SECONDS), "event": name}
     nodes = draw(st.permutations(["a", "b"]))
@@ -253,7 +244,7 @@ def of_supervisor(draw: st.DrawFn) -> Event:
     alive=st.booleans(),
 )
 def test_whatever_the_journals_hold_the_ledger_sums_to_the_wall_clock(
-    journal: list[Event], supervisors: dict[str, list[Event]], until_s: float | None, alive: bool
+    journal: list[Entry], supervisors: dict[str, list[Entry]], until_s: float | None, alive: bool
 ) -> None:
     found = ledger(journal, supervisors, until_s, alive)
     assert list(found.spent_us) == list(Heading)

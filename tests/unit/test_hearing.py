@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from dit_scale.elastic.board import Board, Member, Reason, Round
-from dit_scale.elastic.group import Outcome
 from dit_scale.elastic.hearing import JUDGES, Hearing
-from dit_scale.elastic.heartbeat import Section
-from dit_scale.elastic.watch import Standing
+from dit_scale.elastic.node.group import Outcome
+from dit_scale.elastic.node.watch import Standing
+from dit_scale.heartbeat import Section
 from dit_scale.storage import open_storage
 
 NODES = [f"n{number:02d}" for number in range(JUDGES + 2)]

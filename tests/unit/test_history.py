@@ -14,8 +14,8 @@ from dit_scale.checkpoint.attempts import Attempt
 from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, name_of, step_and_attempt
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
+from dit_scale.report.history import Past, as_taken, past_of
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train.history import Past, as_taken, past_of
 from tests import checkpoints
 
 STEPS = 40

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dit_scale.elastic.board import Ending, Member, Reason, Round
-from dit_scale.elastic.exits import Exit
+from dit_scale.elastic.node.exits import Exit
 from dit_scale.elastic.supervisor import Policy
 from tests.unit.supervisors import TWO, Cluster, Node
 

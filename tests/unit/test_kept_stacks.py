@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dit_scale.elastic import group
 from dit_scale.elastic.board import Member, Round
-from dit_scale.elastic.heartbeat import Section
-from dit_scale.elastic.watch import Deadlines, Standing
+from dit_scale.elastic.node import group
+from dit_scale.elastic.node.watch import Deadlines, Standing
+from dit_scale.heartbeat import Section
 from tests.faults.small_disk import fill, small_disk
 
 WAITS = Standing(rank=0, pid=11, section=Section.COMPUTE, step=20, age_s=9.0, limit_s=8.0, quiet_s=8.0)

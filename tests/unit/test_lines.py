@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dit_scale.telemetry import lines
-from dit_scale.telemetry.lines import LineFile
+from dit_scale import lines
+from dit_scale.lines import LineFile
 from tests.faults.small_disk import fill, small_disk
 
 LONG = "x" * 1000

@@ -10,7 +10,7 @@ from dit_scale import vae
 from dit_scale.data.order import Order
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import WeightsError
-from dit_scale.pictures import GAP, decode, load_decoder, random_ids, side_by_side
+from dit_scale.inference.pictures import GAP, decode, load_decoder, random_ids, side_by_side
 from tests.latents import edit_info, write_latents
 from tests.tiny_vae import save_tiny_vae
 

@@ -18,11 +18,11 @@ from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.writer import put_manifest
 from dit_scale.config import EmaProfile, TrainConfig, dump
 from dit_scale.errors import CheckpointError
+from dit_scale.inference.posthoc import MAX_ERROR, Profile, fit, lengths, overlaps
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.models.zoo import shape_of
 from dit_scale.storage import Storage, open_storage
 from dit_scale.train.ema import Ema, ema_kind, power_gamma
-from dit_scale.train.posthoc import MAX_ERROR, Profile, fit, lengths, overlaps
 
 STORED_WIDTHS = (0.05, 0.10)
 STEPS, STORE_EVERY, SIZE = 2000, 80, 64

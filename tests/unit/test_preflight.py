@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dit_scale.config import TrainConfig
-from dit_scale.elastic.preflight import (
+from dit_scale.elastic.node.preflight import (
     gpu_problems,
     preflight,
     run_command,

@@ -5,8 +5,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from dit_scale.elastic.exits import Exit, exit_code
-from dit_scale.elastic.rank import is_second_hand, reach
+from dit_scale.elastic.node.exits import Exit, exit_code
+from dit_scale.elastic.node.rank import is_second_hand, reach
 from dit_scale.errors import (
     ConfigError,
     DataError,

@@ -10,9 +10,9 @@ import pytest
 from dit_scale import cli
 from dit_scale.checkpoint.attempts import Attempt
 from dit_scale.cli.replay import text, tree
+from dit_scale.report.history import Past, Recorded
+from dit_scale.report.replay import Replay, Sample
 from dit_scale.telemetry.meters import Row
-from dit_scale.train.history import Past, Recorded
-from dit_scale.train.replay import Replay, Sample
 
 GOOD: Row = (1.0, 0.75, 0.25, 2.0, 0.0)
 SAMPLES = (Sample(9, 4, 3, False, 612, nan, nan, inf), Sample(8, 5, 2, True, 20, 1.5, 1.25, 0.25))

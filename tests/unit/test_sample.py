@@ -15,10 +15,7 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EngineConfig, ModelConfig
 from dit_scale.diffusion.schedule import Schedule, linear, respace
 from dit_scale.errors import CheckpointError, ConfigError, DeviceError, WeightsError
-from dit_scale.models.dit import DiT
-from dit_scale.models.embeddings import sincos_pos_embed
-from dit_scale.rng import Purpose
-from dit_scale.sample import (
+from dit_scale.inference.sample import (
     Settings,
     balanced_labels,
     check_vae,
@@ -28,7 +25,10 @@ from dit_scale.sample import (
     write_grid,
     write_npz,
 )
-from dit_scale.sources import Source, build_model, export, open_source
+from dit_scale.inference.sources import Source, build_model, export, open_source
+from dit_scale.models.dit import DiT
+from dit_scale.models.embeddings import sincos_pos_embed
+from dit_scale.rng import Purpose
 from dit_scale.storage import open_storage
 from tests import checkpoints
 from tests.tiny_run import PROFILES, STEP, write_run

@@ -7,12 +7,12 @@ from itertools import islice
 import pytest
 
 from dit_scale.elastic.board import Reason
-from dit_scale.elastic.exits import Exit
 from dit_scale.elastic.hearing import JUDGES
-from dit_scale.elastic.plan import Machines, Work, best_every_steps, daly_s, estimate
-from dit_scale.elastic.simulate import DAY_S, Failure, Result, Setup, poisson, simulate
+from dit_scale.elastic.node.exits import Exit
 from dit_scale.elastic.supervisor import Policy
-from dit_scale.elastic.timeline import SECOND, Costs, Kind, Use
+from dit_scale.forecast.plan import Machines, Work, best_every_steps, daly_s, estimate
+from dit_scale.forecast.simulate import DAY_S, Failure, Result, Setup, poisson, simulate
+from dit_scale.forecast.timeline import SECOND, Costs, Kind, Use
 
 SHARES = {Kind.CRASH: 0.4, Kind.HANG: 0.2, Kind.LOSS: 0.4}
 ALL = dict.fromkeys(Kind, 1 / len(Kind))

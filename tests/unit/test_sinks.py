@@ -8,9 +8,8 @@ import pytest
 
 from dit_scale.config import TrainConfig
 from dit_scale.errors import ConfigError
-from dit_scale.telemetry.goodput import read_journal
+from dit_scale.journal import Journal, read_journal
 from dit_scale.telemetry.sinks import (
-    Journal,
     Mirror,
     TensorBoard,
     check_installed,

@@ -11,8 +11,8 @@ import pytest
 
 from dit_scale import cli
 from dit_scale.config import TrainConfig, dump
+from dit_scale.report.status import Status, status_of
 from dit_scale.storage import open_storage
-from dit_scale.telemetry.status import Status, status_of
 
 NOW_S = 2000.0
 CHECKPOINT = "0000000020-0001"

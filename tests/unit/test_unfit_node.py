@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dit_scale.elastic.board import Ending, Joined, Member, Reason
-from dit_scale.elastic.exits import Exit
-from dit_scale.elastic.group import Outcome
+from dit_scale.elastic.node.exits import Exit
+from dit_scale.elastic.node.group import Outcome
 from dit_scale.elastic.supervisor import Policy
 from tests.unit.supervisors import Cluster, Node
 

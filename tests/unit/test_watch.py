@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from dit_scale.elastic import heartbeat
+from dit_scale import heartbeat
 from dit_scale.elastic.board import Board, Ending, Member, Reason, Round
-from dit_scale.elastic.group import Outcome
 from dit_scale.elastic.hearing import Hearing
-from dit_scale.elastic.heartbeat import Beat, Heart, Section, beat_path, read_beat
-from dit_scale.elastic.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective, stack_path
+from dit_scale.elastic.node.group import Outcome
+from dit_scale.elastic.node.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective, stack_path
+from dit_scale.elastic.node.watch import Deadlines, Standing, culprit, standings
 from dit_scale.elastic.supervisor import fruitless_after
-from dit_scale.elastic.watch import Deadlines, Standing, culprit, standings
+from dit_scale.heartbeat import Beat, Heart, Section, beat_path, read_beat
 from dit_scale.storage import open_storage
 
 QUICK_S, SLOW_S = 0.02, 7.0

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dit_scale.elastic.exits import Verdict
-from dit_scale.elastic.heartbeat import Beat, Section, place
+from dit_scale.elastic.node.exits import Verdict
+from dit_scale.heartbeat import Beat, Section, place
 
 SHORTEST_S = 10.0
 """No step is given less time before it counts as stopped."""

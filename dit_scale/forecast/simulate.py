@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dit_scale.elastic.board import Ending, Member, Reason, Round
-from dit_scale.elastic.exits import Exit
+from dit_scale.elastic.node.exits import Exit
+from dit_scale.elastic.node.watch import Deadlines
 from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
-from dit_scale.elastic.timeline import SECOND, Costs, Halt, Job, Kind, Ledger, Use, ticks
-from dit_scale.elastic.virtual import Awaits, VirtualBoard, VirtualGroup, last_beat
-from dit_scale.elastic.watch import Deadlines
+from dit_scale.forecast.timeline import SECOND, Costs, Halt, Job, Kind, Ledger, Use, ticks
+from dit_scale.forecast.virtual import Awaits, VirtualBoard, VirtualGroup, last_beat
 
 DAY_S = 86400.0
 NEVER = 2**62

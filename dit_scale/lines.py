@@ -1,14 +1,16 @@
-"""A file of lines that only grows, and that its writer does not depend on.
+"""Files of lines that only grow: a writer that does not depend on the disk, and the reader of JSON lines.
 
 A disk that is full, or fails, costs an alarm: lines are kept in memory until they can be written. Nothing is
 ever cut off or replaced, for another process may append to the same file.
 """
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 KEPT_BYTES = 64 * 2**20
 """Of lines that cannot be written; those that come when there are so many are lost."""
@@ -140,6 +142,25 @@ class LineFile:
             size = os.fstat(self._descriptor).st_size - self._written_bytes
             return os.pread(self._descriptor, size, 0)
         return b""
+
+
+def parsed(line: str, *keys: str) -> dict[str, Any] | None:
+    """The JSON object in a line; None for a torn or damaged line, or for one without these keys."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {*keys} <= found.keys() else None
+
+
+def read_objects(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """The JSON objects in a file, in order; none when there is no file.
+
+    A kill can leave half a line at the end, and lines have no checksum: a line that does not parse, or lacks
+    one of these keys, counts as never written.
+    """
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return [found for line in lines if (found := parsed(line, *keys)) is not None]
 
 
 def _is_named(descriptor: int, path: Path) -> bool:

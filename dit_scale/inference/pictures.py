@@ -14,7 +14,7 @@ from dit_scale import vae
 from dit_scale.data.order import sample_ids
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import WeightsError
-from dit_scale.sample import check_vae
+from dit_scale.inference.sample import check_vae
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -19,14 +19,15 @@ from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, is_name
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, ModelConfig
 from dit_scale.errors import CheckpointError, WeightsError
+from dit_scale.inference import posthoc
+from dit_scale.inference.posthoc import Profile
 from dit_scale.models import dit
 from dit_scale.models.dit import DiT
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.models.zoo import shape_of
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train import averages, posthoc
+from dit_scale.train import averages
 from dit_scale.train.ema import ema_kind
-from dit_scale.train.posthoc import Profile
 from dit_scale.train.run import root_of_folder
 
 _DIGEST = "dit_scale_sha256"
@@ -203,7 +204,7 @@ def reconstruct(
     target: Profile,
     show: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> Source:
-    """The average of another width, from those stored up to its step (`dit_scale.train.posthoc`).
+    """The average of another width, from those stored up to its step (`dit_scale.inference.posthoc`).
 
     One parameter at a time: the result is the only model in memory. `show`
     passes on the parameters' names, to tell how far it is. Raises CheckpointError when the stored averages

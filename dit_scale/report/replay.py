@@ -20,10 +20,10 @@ from dit_scale.data.loader import Batch, Loader
 from dit_scale.data.order import positions_of
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
+from dit_scale.report.history import Past, as_taken, past_of
 from dit_scale.telemetry.meters import COLUMNS, Meters, Row
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.train import determinism
-from dit_scale.train.history import Past, as_taken, past_of
 from dit_scale.train.memory import plan_of
 from dit_scale.train.objective import SampleLosses, drop_labels
 from dit_scale.train.run import (

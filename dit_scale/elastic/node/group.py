@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dit_scale.elastic.board import Reason, Round
-from dit_scale.elastic.exits import Exit, Verdict, read_verdict
-from dit_scale.elastic.heartbeat import FOLDER_VARIABLE, Beat, Section, beat_path, place, read_beat
-from dit_scale.elastic.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective
-from dit_scale.elastic.watch import Deadlines, Standing, culprit, standings
+from dit_scale.elastic.node.exits import Exit, Verdict, read_verdict
+from dit_scale.elastic.node.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective
+from dit_scale.elastic.node.watch import Deadlines, Standing, culprit, standings
+from dit_scale.heartbeat import FOLDER_VARIABLE, Beat, Section, beat_path, place, read_beat
+from dit_scale.journal import Event
 from dit_scale.signals import ALWAYS, UNLESS_IGNORED
 
 MARK = "DIT_SCALE_GROUP"
@@ -96,7 +97,7 @@ class LaunchedGroup:
         self._ranks = range(0)
         self._round = 0
         self._looked_s = self._awake_s = 0.0
-        self._passed: list[str] = []
+        self._passed: list[Event] = []
         self._first_step = 0
         self._stalled: set[tuple[int, int]] = set()
         self._beats: dict[int, Beat] = {}
@@ -237,7 +238,7 @@ class LaunchedGroup:
         self._write_down(self._stacks_then or self._ask(found))
         for one in stalled:
             self._stalled.add((one.rank, one.step))
-            self._record("stalled", round=self._round, rank=one.rank, step=one.step, text=str(one))
+            self._record(Event.STALLED, round=self._round, rank=one.rank, step=one.step, text=str(one))
             self._say(f"{one}; it is given {one.limit_s:g} s. Stacks are in {self._stacks}")
 
     def _ask(self, found: Sequence[Standing]) -> dict[int, str]:
@@ -257,17 +258,17 @@ class LaunchedGroup:
 
     def _note_progress(self, beats: Mapping[int, Beat]) -> None:
         """Write into the journal how far the start is: what a restart costs is in the times between."""
-        if len(beats) < len(self._ranks) or "first_step" in self._passed:
+        if len(beats) < len(self._ranks) or Event.FIRST_STEP in self._passed:
             return
         least = min(beat.section if beat.step == 0 else Section.DATA for beat in beats.values())
         step = min(beat.step for beat in beats.values())
-        reached = ["first_beat"]
+        reached = [Event.FIRST_BEAT]
         if least >= Section.RESTORE:
-            reached.append("engine_ready")
+            reached.append(Event.ENGINE_READY)
         if least >= Section.DATA:
-            reached.append("restored")
-            if "restored" in self._passed and step > self._first_step:
-                reached.append("first_step")
+            reached.append(Event.RESTORED)
+            if Event.RESTORED in self._passed and step > self._first_step:
+                reached.append(Event.FIRST_STEP)
         for event in reached:
             if event not in self._passed:
                 self._passed.append(event)

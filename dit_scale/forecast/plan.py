@@ -10,9 +10,9 @@ docs/goodput.md has the model. All times are in seconds unless a name says other
 from dataclasses import dataclass, replace
 from math import ceil, exp, sqrt
 
+from dit_scale.elastic.node.watch import SHORTEST_S, TIMES_P99
 from dit_scale.elastic.supervisor import Policy
-from dit_scale.elastic.timeline import Costs
-from dit_scale.elastic.watch import SHORTEST_S, TIMES_P99
+from dit_scale.forecast.timeline import Costs
 
 DAY_S = 86400.0
 AGREE_LOOKS = 2.5

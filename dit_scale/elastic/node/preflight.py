@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dit_scale.config import TrainConfig
 from dit_scale.data.shards import read_info
-from dit_scale.elastic.collective import collective_problems
+from dit_scale.elastic.node.collective import collective_problems
 from dit_scale.errors import DitScaleError
 from dit_scale.models.zoo import num_parameters, shape_of
 from dit_scale.storage import Storage, open_storage

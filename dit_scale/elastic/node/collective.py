@@ -1,6 +1,6 @@
 """The devices of a node add numbers together before it takes part: a broken link shows here, not in a step.
 
-python -m dit_scale.elastic.collective DEVICE      in every rank of a world
+python -m dit_scale.elastic.node.collective DEVICE      in every rank of a world
 """
 
 import os
@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack
 
 from dit_scale.config import EngineConfig
-from dit_scale.elastic.address import free_port
+from dit_scale.elastic.node.address import free_port
 
 NUMBERS = 2**22
 """So many from each device: enough to be in flight on all links for a while."""
@@ -48,7 +48,7 @@ def collective_problems(device: str, slots: int) -> list[str]:
 def _start(rank: int, world: int, port: int, device: str, output: int) -> "subprocess.Popen[bytes]":
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
     env = os.environ | {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, "-m", "dit_scale.elastic.collective", device]
+    command = [sys.executable, "-m", "dit_scale.elastic.node.collective", device]
     return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
 

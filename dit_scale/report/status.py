@@ -1,6 +1,5 @@
 """What a run is doing, from what it has written: journals, record, ages of files. No torch."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,27 +8,20 @@ from dit_scale.checkpoint import attempts as chain
 from dit_scale.config import TrainConfig, load, moved
 from dit_scale.elastic.board import Board
 from dit_scale.errors import ConfigError, StorageError
+from dit_scale.journal import Entry, Event, read_journal
+from dit_scale.lines import read_objects
+from dit_scale.report.goodput import MICRO, Attempt, RoundSpan, attempts_of, ledger, rounds_of
+from dit_scale.report.interruptions import Interruption, has_left, interruptions, is_done
 from dit_scale.storage import Storage, open_storage
-from dit_scale.telemetry.goodput import (
-    MICRO,
-    Attempt,
-    Event,
-    RoundSpan,
-    attempts_of,
-    ledger,
-    read_journal,
-    rounds_of,
-)
-from dit_scale.telemetry.interruptions import Interruption, has_left, interruptions, is_done
 
 QUIET_S = 60.0
 """A run whose files are all older may be dead; one that logs more seldom is given three log intervals."""
 STARTING = {
-    "round": "the launcher starts",
-    "ranks_started": "launcher and imports",
-    "first_beat": "process group and engine",
-    "engine_ready": "looking for a checkpoint and reading it",
-    "restored": "the first step",
+    Event.ROUND: "the launcher starts",
+    Event.RANKS_STARTED: "launcher and imports",
+    Event.FIRST_BEAT: "process group and engine",
+    Event.ENGINE_READY: "looking for a checkpoint and reading it",
+    Event.RESTORED: "the first step",
 }
 """What the ranks do after these events of a supervisor."""
 
@@ -71,8 +63,8 @@ class _Seen:
     """What the files of a run hold."""
 
     config: TrainConfig | None
-    journal: list[Event]
-    supervisors: dict[str, list[Event]]
+    journal: list[Entry]
+    supervisors: dict[str, list[Entry]]
     attempts: list[Attempt]
     rounds: list[RoundSpan]
     last_row: dict[str, Any]
@@ -183,9 +175,9 @@ def _look(run: str, now_s: float) -> _Seen:
     )
 
 
-def _nodes(supervisors: dict[str, list[Event]]) -> list[str]:
+def _nodes(supervisors: dict[str, list[Entry]]) -> list[str]:
     """The members of the newest round."""
-    begun = [event for events in supervisors.values() for event in events if event["event"] == "round"]
+    begun = [event for events in supervisors.values() for event in events if event["event"] == Event.ROUND]
     return max(begun, key=lambda event: int(event["round"]))["nodes"] if begun else []
 
 
@@ -201,13 +193,8 @@ def _stored(root: Storage) -> tuple[str, list[str], str]:
 
 def _last_row(path: Path) -> dict[str, Any]:
     """The last whole line of the record; empty when there is none."""
-    for line in reversed(path.read_text(errors="replace").splitlines() if path.is_file() else ()):
-        try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue  # cut off by a kill, or only half written yet
-        return row
-    return {}
+    rows = read_objects(path)
+    return rows[-1] if rows else {}
 
 
 def _state(seen: _Seen) -> tuple[str, str]:
@@ -217,13 +204,13 @@ def _state(seen: _Seen) -> tuple[str, str]:
         return "finished", f"{seen.attempts[-1].last_step} steps are taken and saved"
     if seen.joined and not seen.open_round and not seen.is_quiet:
         return "waiting", f"for nodes; there are {', '.join(seen.joined)}"
-    gave_up = [e for events in seen.supervisors.values() for e in events if e["event"] == "gave_up"]
+    gave_up = [e for events in seen.supervisors.values() for e in events if e["event"] == Event.GAVE_UP]
     if ended and any(event.get("round") == seen.rounds[-1].number for event in gave_up):
         return "failed", f"its supervisors gave up: {ended.get('text', '')}"
     if ended.get("reason") == "mistake":
         return "failed", f"a person must mend something: {ended.get('text', '')}"
     last = seen.attempts[-1].last_event["event"] if seen.attempts else ""
-    if not seen.open_round and (last == "waited" or ended.get("reason") == "leaving"):
+    if not seen.open_round and (last == Event.WAITED or ended.get("reason") == "leaving"):
         return "stopped", "on request; the same command goes on"
     if seen.is_quiet:
         return "silent", f"no sign for {seen.silence_s / 60:.0f} min: it is dead, or cannot write here"
@@ -237,8 +224,8 @@ def _phase(seen: _Seen) -> str:
         starting = [STARTING[e["event"]] for e in of_round if e["event"] in STARTING]
         return f"starting: {starting[-1]}" if starting else "between two attempts"
     match seen.current.last_event["event"]:
-        case "start":
+        case Event.START:
             return "the first step"
-        case "save":
+        case Event.SAVE:
             return "training, with a save in flight"
     return "training"

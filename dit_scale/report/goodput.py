@@ -10,20 +10,15 @@ node with rank 0 counts, or another if that one did not see the end, so clocks o
 where that changes. A wall clock that jumps shifts the time between two processes, never within one.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
-Event = dict[str, Any]
-"""A line of a journal."""
-ENDS = ("done", "waited", "rollback")
+from dit_scale.journal import Entry, Event
+
+ENDS = (Event.DONE, Event.WAITED, Event.ROLLBACK)
 """What an attempt does last when it ends by itself."""
-ALARM = "alarm"
-"""A disk or a mirror that failed, which changes nothing in the run."""
 MICRO = 1_000_000
 """Times are whole microseconds here, so that sums are exact."""
 
@@ -60,7 +55,7 @@ class Attempt:
     """What one attempt wrote."""
 
     number: int
-    events: tuple[tuple[int, Event], ...]
+    events: tuple[tuple[int, Entry], ...]
     """(time in us, event), ascending."""
 
     @property
@@ -68,9 +63,9 @@ class Attempt:
         return self.events[0][0]
 
     @property
-    def last_event(self) -> Event:
+    def last_event(self) -> Entry:
         """What it did last; an alarm may follow when its files are closed."""
-        told = (event for _, event in reversed(self.events) if event["event"] != ALARM)
+        told = (event for _, event in reversed(self.events) if event["event"] != Event.ALARM)
         return next(told, self.events[-1][1])
 
     @property
@@ -98,7 +93,7 @@ class RoundSpan:
     """When its ranks were gone; None while they may be there."""
     sign_us: int
     """When the node last wrote of it."""
-    ended: Event
+    ended: Entry
     """The event that says why; empty while it runs."""
 
     @property
@@ -122,22 +117,9 @@ class Ledger:
         return self.spent_us[Heading.PRODUCTIVE] / wall_us if wall_us else 0.0
 
 
-def read_journal(path: Path) -> list[Event]:
-    """The events of a file in their order; none when there is no file, and half a line counts as none."""
-    events: list[Event] = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # a killed writer's last line
-        if isinstance(event, dict) and {"event", "time_s"} <= event.keys():
-            events.append(event)
-    return events
-
-
-def attempts_of(journal: Iterable[Event]) -> list[Attempt]:
+def attempts_of(journal: Iterable[Entry]) -> list[Attempt]:
     """The attempts in events.jsonl, ascending; none begins before the one before it."""
-    by_number: dict[int, list[Event]] = {}
+    by_number: dict[int, list[Entry]] = {}
     for event in journal:
         if {"attempt", "step"} <= event.keys():  # else no line that a run has written
             by_number.setdefault(int(event["attempt"]), []).append(event)
@@ -148,9 +130,9 @@ def attempts_of(journal: Iterable[Event]) -> list[Attempt]:
     return found
 
 
-def rounds_of(supervisors: Mapping[str, Sequence[Event]]) -> list[RoundSpan]:
+def rounds_of(supervisors: Mapping[str, Sequence[Entry]]) -> list[RoundSpan]:
     """The rounds in the journals of all nodes, ascending; each by the node that saw most of it."""
-    by_round: dict[int, dict[str, list[Event]]] = {}
+    by_round: dict[int, dict[str, list[Entry]]] = {}
     for node, events in supervisors.items():
         for event in events:
             if "round" in event:
@@ -166,8 +148,8 @@ def rounds_of(supervisors: Mapping[str, Sequence[Event]]) -> list[RoundSpan]:
 
 
 def ledger(
-    journal: Iterable[Event],
-    supervisors: Mapping[str, Sequence[Event]],
+    journal: Iterable[Entry],
+    supervisors: Mapping[str, Sequence[Entry]],
     until_s: float | None = None,
     alive: bool = False,
 ) -> Ledger:
@@ -176,7 +158,7 @@ def ledger(
     `alive`: the last attempt is at work until then, and none of its steps is lost yet.
     """
     attempts, rounds = attempts_of(journal), rounds_of(supervisors)
-    joined = [e for events in supervisors.values() for e in events if e["event"] == "joined"]
+    joined = [e for events in supervisors.values() for e in events if e["event"] == Event.JOINED]
     times_us = [at_us for attempt in attempts for at_us, _ in attempt.events]
     times_us += [us for r in rounds for us in (r.begin_us, r.seen_us, r.end_us) if us is not None]
     times_us += [_micro(event["time_s"]) for event in joined]
@@ -206,7 +188,7 @@ def _micro(seconds: float) -> int:
     return round(seconds * MICRO)
 
 
-def _times(events: Sequence[Event], earliest_us: int) -> list[int]:
+def _times(events: Sequence[Entry], earliest_us: int) -> list[int]:
     """When the events of one process were, in us: the first by the wall clock, the others after it."""
     at_us = max(earliest_us, _micro(events[0]["time_s"]))
     times = [at_us]
@@ -217,27 +199,27 @@ def _times(events: Sequence[Event], earliest_us: int) -> list[int]:
     return times
 
 
-def _from_its_begin(events: list[Event]) -> list[Event]:
+def _from_its_begin(events: list[Entry]) -> list[Entry]:
     """Without those of nodes that wait for the round."""
     names = [event["event"] for event in events]
-    return events[names.index("round") :] if "round" in names else []
+    return events[names.index(Event.ROUND) :] if Event.ROUND in names else []
 
 
-def _saw_the_end(events: Sequence[Event]) -> bool:
-    return any(event["event"] == "round_ended" for event in events)
+def _saw_the_end(events: Sequence[Entry]) -> bool:
+    return any(event["event"] == Event.ROUND_ENDED for event in events)
 
 
-def _round(number: int, events: list[Event], earliest_us: int) -> RoundSpan:
+def _round(number: int, events: list[Entry], earliest_us: int) -> RoundSpan:
     times = dict(zip([event["event"] for event in events], _times(events, earliest_us), strict=True))
-    ended = next((event for event in events if event["event"] == "round_ended"), Event())
-    seen_us = times.get("round_ended")
+    ended = next((event for event in events if event["event"] == Event.ROUND_ENDED), {})
+    seen_us = times.get(Event.ROUND_ENDED)
     silent_us = _micro(ended.get("details", {}).get("age_s", 0.0))
     return RoundSpan(
         number,
-        times["round"],
+        times[Event.ROUND],
         seen_us,
         silent_us,
-        times.get("ranks_gone", seen_us),
+        times.get(Event.RANKS_GONE, seen_us),
         max(times.values()),
         ended,
     )
@@ -249,7 +231,7 @@ def _last_sign(span: RoundSpan, attempts: Sequence[Attempt], after: RoundSpan) -
     return max(span.sign_us, *of_span, 0)
 
 
-def _waits_since(before: RoundSpan | None, span: RoundSpan, joined: Iterable[Event]) -> int:
+def _waits_since(before: RoundSpan | None, span: RoundSpan, joined: Iterable[Entry]) -> int:
     """Since when somebody waited for this round to begin."""
     ended_us = before.end_us or before.sign_us if before else 0
     if before is not None and before.ended and before.goes_on:
@@ -264,7 +246,7 @@ def _lasting(attempts: Sequence[Attempt], alive: bool) -> list[float]:
         int(event["name"].partition("-")[0])
         for attempt in attempts
         for _, event in attempt.events
-        if event["event"] == "checkpoint"
+        if event["event"] == Event.CHECKPOINT
     ]
     limit = float("inf") if alive else float(max(committed, default=0))
     limits: list[float] = []
@@ -277,7 +259,7 @@ def _lasting(attempts: Sequence[Attempt], alive: bool) -> list[float]:
 def _startup(attempts: Sequence[Attempt], rounds: Sequence[RoundSpan], end_us: int) -> tuple[int, int]:
     """From when to when the first start took: to its first step, or to its end without one."""
     events = attempts[0].events if attempts else ()
-    stepped = [at_us for at_us, event in events if event["event"] == "first_step"]
+    stepped = [at_us for at_us, event in events if event["event"] == Event.FIRST_STEP]
     if rounds and not (events and events[0][0] < rounds[0].begin_us):
         first, *later = rounds
         over_us = first.seen_us or (_last_sign(first, attempts, later[0]) if later else end_us)
@@ -303,7 +285,7 @@ def _paint_attempt(spans: "_Spans", attempt: Attempt, limit: float, until_us: in
     begin_us, start = attempt.events[0]
     spans.paint(Heading.RESTORE, begin_us - _micro(start.get("restore_s", 0.0)), begin_us)
     names = [event["event"] for _, event in attempt.events]
-    stepping = attempt.events[names.index("first_step") :] if "first_step" in names else ()
+    stepping = attempt.events[names.index(Event.FIRST_STEP) :] if Event.FIRST_STEP in names else ()
     spans.paint(Heading.RESTART, begin_us, stepping[0][0] if stepping else until_us)
     for at_us, event in attempt.events:
         spans.paint(Heading.CHECKPOINT, max(begin_us, at_us - _micro(event.get("stall_s", 0.0))), at_us)

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dit_scale.telemetry.goodput import ENDS, MICRO, Attempt, Event, RoundSpan, attempts_of, rounds_of
+from dit_scale.journal import Entry, Event
+from dit_scale.report.goodput import ENDS, MICRO, Attempt, RoundSpan, attempts_of, rounds_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Interruption:
     text: str
 
 
-def interruptions(journal: Sequence[Event], supervisors: Mapping[str, Sequence[Event]]) -> list[Interruption]:
+def interruptions(journal: Sequence[Entry], supervisors: Mapping[str, Sequence[Entry]]) -> list[Interruption]:
     """Every interruption that the journals tell of, in their order; what still runs is none."""
     attempts, rounds = attempts_of(journal), rounds_of(supervisors)
     by_round: dict[int, list[Attempt]] = {span.number: [] for span in rounds}
@@ -34,7 +35,7 @@ def interruptions(journal: Sequence[Event], supervisors: Mapping[str, Sequence[E
         begun = [span for span in rounds if span.begin_us <= attempt.begin_us]
         if begun and (begun[-1].seen_us is None or attempt.begin_us <= begun[-1].seen_us):
             by_round[begun[-1].number].append(attempt)
-        elif attempt is not attempts[-1] or attempt.last_event["event"] in ("waited", "rollback"):
+        elif attempt is not attempts[-1] or attempt.last_event["event"] in (Event.WAITED, Event.ROLLBACK):
             found.append(_of_attempt(attempt, attempts))
     for span in rounds:
         of_span = by_round[span.number]
@@ -50,8 +51,8 @@ def _of_attempt(attempt: Attempt, attempts: Sequence[Attempt]) -> Interruption:
     """Of one whose end no supervisor saw."""
     at_us, last = attempt.events[-1][0], attempt.last_event
     reason, text = {
-        "rollback": ("rollback", "steps failed; went back, and on without their samples"),
-        "waited": ("stopped", "on request, saved"),
+        Event.ROLLBACK: ("rollback", "steps failed; went back, and on without their samples"),
+        Event.WAITED: ("stopped", "on request, saved"),
     }.get(last["event"], ("gone", "its process ended without a word"))
     step = attempt.last_step
     return Interruption(at_us / MICRO, reason, "", None, step, _lost(attempt, attempts, step), text)
@@ -85,13 +86,13 @@ def _lost(attempt: Attempt, attempts: Sequence[Attempt], step: int) -> int:
 
 def committed_step(attempts: Sequence[Attempt]) -> int:
     """The newest step that the journal says is committed; 0 when it tells of none."""
-    names = [e["name"] for a in attempts for _, e in a.events if e["event"] == "checkpoint"]
+    names = [e["name"] for a in attempts for _, e in a.events if e["event"] == Event.CHECKPOINT]
     return max((int(name.partition("-")[0]) for name in names), default=0)
 
 
 def is_done(attempts: Sequence[Attempt]) -> bool:
     """Whether the last attempt came to the last step."""
-    return bool(attempts) and attempts[-1].last_event["event"] == "done"
+    return bool(attempts) and attempts[-1].last_event["event"] == Event.DONE
 
 
 def has_left(attempt: Attempt) -> bool:

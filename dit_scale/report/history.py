@@ -1,7 +1,5 @@
 """How a run came to a step: which attempt took it, from where it can be reached, what was written of it."""
 
-import json
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,8 @@ from dit_scale.checkpoint.attempts import Attempt
 from dit_scale.checkpoint.manifest import EMA, read_manifest, step_and_attempt
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
+from dit_scale.journal import Event
+from dit_scale.lines import read_objects
 from dit_scale.storage import Storage
 from dit_scale.telemetry.meters import COLUMNS, Row
 from dit_scale.train.run import root_of
@@ -54,8 +54,8 @@ def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
     not seen or whose record is damaged.
     """
     root, folder = root_of(config), Path(config.run)
-    journal = list(_lines(folder / "events.jsonl", "event", "attempt", "step"))
-    record = list(_lines(folder / "metrics.jsonl", "step", *COLUMNS))
+    journal = read_objects(folder / "events.jsonl", "event", "attempt", "step")
+    record = read_objects(folder / "metrics.jsonl", "step", *COLUMNS)
     committed = attempts.committed(root)
     reached = max(
         [line["step"] for line in (*journal, *record)] + [step_and_attempt(path)[0] for path in committed],
@@ -68,7 +68,7 @@ def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
     later = [number for number in attempts.numbers(root) if number > taker.number]
     begun_at = min((_begun_at(attempts.read(root, number)) for number in later), default=step)
     of_taker = [event for event in journal if event["attempt"] == taker.number]
-    damage = [event for event in of_taker if event["event"] == "quarantined"]
+    damage = [event for event in of_taker if event["event"] == Event.QUARANTINED]
     return Past(
         attempt=taker,
         at_most_step=min(step - 1, begun_at),
@@ -76,11 +76,11 @@ def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
         or (None if begun_at < step else _line(record, step) or _pending(root, committed, step)),
         # a sample is noted one step after the one that it was first needed for, at the latest
         quarantined=tuple(event["sample_id"] for event in damage if event["step"] <= step + 1),
-        world=next((event["world"] for event in of_taker if event["event"] == "start"), None),
+        world=next((event["world"] for event in of_taker if event["event"] == Event.START), None),
         rolled_back=tuple(
             event["attempt"]
             for event in journal
-            if event["event"] == "rollback" and event["attempt"] != taker.number
+            if event["event"] == Event.ROLLBACK and event["attempt"] != taker.number
             if event["failed_steps"][0] <= step <= event["failed_steps"][1]
         ),
     )
@@ -131,7 +131,7 @@ def _begun_at(attempt: Attempt) -> int:
 def _skipped(events: list[Line], step: int) -> Recorded | None:
     """A skipped step is in the journal with all its digits."""
     for event in events:
-        if event["event"] == "skipped_step" and event["skipped_step"] == step:
+        if event["event"] == Event.SKIPPED_STEP and event["skipped_step"] == step:
             return Recorded((*(float(event[name]) for name in COLUMNS[:-1]), 1.0), "events.jsonl")
     return None
 
@@ -153,15 +153,3 @@ def _pending(root: Storage, committed: list[str], step: int) -> Recorded | None:
             if 0 <= later_rows < len(manifest.pending_metrics):
                 return Recorded(tuple(manifest.pending_metrics[-1 - later_rows]), path)
     return None
-
-
-def _lines(path: Path, *keys: str) -> Iterator[Line]:
-    """The lines with these keys of a file that may not be there.
-
-    A kill can leave half a line at the end, and lines have no digest: one that is damaged counts as none.
-    """
-    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        with suppress(json.JSONDecodeError):
-            line = json.loads(text)
-            if isinstance(line, dict) and {*keys} <= line.keys():
-                yield line

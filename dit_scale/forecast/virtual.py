@@ -7,11 +7,11 @@ from enum import Enum, auto
 from typing import Any, Protocol
 
 from dit_scale.elastic.board import Board, Ending, Joined, Member, Reason, Round
-from dit_scale.elastic.group import Outcome
 from dit_scale.elastic.hearing import JUDGES
-from dit_scale.elastic.heartbeat import MEASURED_STEPS, Beat, Section
-from dit_scale.elastic.timeline import SECOND, Job, Kind
-from dit_scale.elastic.watch import Deadlines, Standing
+from dit_scale.elastic.node.group import Outcome
+from dit_scale.elastic.node.watch import Deadlines, Standing
+from dit_scale.forecast.timeline import SECOND, Job, Kind
+from dit_scale.heartbeat import MEASURED_STEPS, Beat, Section
 
 KEPT_ROUNDS = 4
 """Nobody asks for older ones, and those of thousands of nodes would fill the memory."""

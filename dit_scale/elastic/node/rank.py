@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dit_scale.elastic.exits import Exit, Verdict, exit_code, write_verdict
-from dit_scale.elastic.group import SUPERVISOR_VARIABLE
-from dit_scale.elastic.heartbeat import FOLDER_VARIABLE, Heart, beat_path, read_beat
-from dit_scale.elastic.stacks import STACK_SIGNAL, stack_path
+from dit_scale.elastic.node.exits import Exit, Verdict, exit_code, write_verdict
+from dit_scale.elastic.node.group import SUPERVISOR_VARIABLE
+from dit_scale.elastic.node.stacks import STACK_SIGNAL, stack_path
 from dit_scale.errors import DitScaleError
+from dit_scale.heartbeat import FOLDER_VARIABLE, Heart, beat_path, read_beat
 
 TRANSPORTS = (
     "gloo",

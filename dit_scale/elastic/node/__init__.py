@@ -1,0 +1,1 @@
+"""One node from the inside: its ranks, started, watched, diagnosed and ended."""

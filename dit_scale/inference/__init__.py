@@ -1,0 +1,1 @@
+"""Weights and pictures: everything that reads a finished model."""

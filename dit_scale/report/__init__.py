@@ -1,0 +1,1 @@
+"""What a run was and is: read from what it wrote."""
