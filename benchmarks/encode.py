@@ -46,7 +46,7 @@ from dit_scale_pipeline.inputs import Listing, open_input
 from dit_scale_pipeline.output import plan
 from dit_scale_pipeline.ray_cluster import Placement, cluster, start_encoders
 from dit_scale_pipeline.shards_writer import ShardRecord
-from tests.tiny_vae import save_full_vae, save_tiny_vae
+from tests.support.tiny_vae import save_full_vae, save_tiny_vae
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
 """Of ImageNet's usual JPEG, about 110 KB."""

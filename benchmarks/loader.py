@@ -41,12 +41,12 @@ import numpy as np
 import torch
 
 from dit_scale.config import DataConfig
+from dit_scale.data.batch_plan import batch_plan
 from dit_scale.data.loader import BLOCK_SAMPLES, Loader
 from dit_scale.data.order import Order
-from dit_scale.data.plan import batch_plan
 from dit_scale.data.shards import LatentDataset
 from dit_scale.storage import open_storage
-from tests.latents import write_latents
+from tests.support.latents import write_latents
 
 IMAGENET_SHARDS = (*[4096] * 312, 3215)
 """1,281,167 samples."""
@@ -173,7 +173,7 @@ def first_batch_s(url: str | Path, position: int, micro_batch: int) -> float:
 
 def cold(path: Path, folder: Path, micro_batch: int) -> Row:
     """The first micro-batch from S3 with nothing cached, beside the time until all shards are."""
-    from tests.s3 import BUCKET, s3_server
+    from tests.support.s3 import BUCKET, s3_server
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line per request
     with s3_server() as environment:

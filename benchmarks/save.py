@@ -57,7 +57,7 @@ from dit_scale.heartbeat import Heart
 from dit_scale.storage import Storage, open_storage
 from dit_scale.train import determinism
 from dit_scale.train.session import Session
-from tests.latents import write_latents
+from tests.support.latents import write_latents
 
 WARMUP_STEPS = 3
 STEPS_BETWEEN_SAVES = 3

@@ -40,8 +40,8 @@ from rich.table import Table
 
 from dit_scale import dist
 from dit_scale.config import EngineConfig, ModelConfig, TrainConfig
+from dit_scale.data.batch_plan import batch_plan
 from dit_scale.data.loader import Batch
-from dit_scale.data.plan import batch_plan
 from dit_scale.errors import DeviceError
 from dit_scale.models import attention
 from dit_scale.models.zoo import Shape, forward_macs, shape_of

@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dit_scale import configfile, recipes
 from dit_scale.errors import ConfigError
-from dit_scale.paths import Place, located
+from dit_scale.paths import PathKind, located
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Folder = Annotated[str, Place.FOLDER]
-NodeFolder = Annotated[str, Place.CACHE]
-FolderOrUrl = Annotated[str, Place.STORAGE]
-FolderOrHubName = Annotated[str, Place.VAE]
+Folder = Annotated[str, PathKind.FOLDER]
+NodeFolder = Annotated[str, PathKind.CACHE]
+FolderOrUrl = Annotated[str, PathKind.STORAGE]
+FolderOrHubName = Annotated[str, PathKind.VAE]
 
 
 class Section(BaseModel):

@@ -50,7 +50,7 @@ class World:
         dist.all_gather_object(values, value, group=self.host_group)
         return [value for value in values if value is not None]
 
-    def first_says(self, say: Callable[[], T]) -> T:
+    def broadcast(self, say: Callable[[], T]) -> T:
         """Call `say` on rank 0 alone; its value, or its error, reaches all ranks."""
         answer: list[tuple[T | None, Exception | None]] = [(None, None)]
         if self.is_first:

@@ -25,7 +25,7 @@ _RECORD = struct.Struct("<QIIQQd")
 """Sequence number (odd while it is written), process id, section, step, time of the beat in ns, p99 in s."""
 
 
-class Section(IntEnum):
+class Phase(IntEnum):
     """What a rank does at the moment; each has a deadline of its own."""
 
     START = 0
@@ -47,9 +47,9 @@ class Section(IntEnum):
     """Waits for a commit; a beat for each vote on whether it is there."""
 
 
-def place(section: Section, step: int) -> str:
+def place(section: Phase, step: int) -> str:
     """Where a rank stands, in words that follow on what it does there; `step` are those that it has taken."""
-    if section <= Section.RESTORED and step == 0:
+    if section <= Phase.RESTORED and step == 0:
         return f"in {section.name}, before its first step"
     return f"in {section.name} of step {step}"
 
@@ -59,7 +59,7 @@ class Beat:
     """What a rank said last."""
 
     pid: int
-    section: Section
+    section: Phase
     step: int
     at_s: float
     """Of time.monotonic."""
@@ -80,9 +80,9 @@ class Heart:
             with open(beat_path(Path(folder), rank), "w+b") as file:
                 file.truncate(_RECORD.size)
                 self._page = mmap.mmap(file.fileno(), _RECORD.size)
-        self.beat(Section.START, 0)
+        self.beat(Phase.START, 0)
 
-    def beat(self, section: Section, step: int) -> None:
+    def beat(self, section: Phase, step: int) -> None:
         """Say what comes now, and in which step."""
         if self._page is None:
             return
@@ -116,7 +116,7 @@ def read_beat(path: Path) -> Beat | None:
     sequence, pid, section, step, at_ns, p99_s = _RECORD.unpack(data)
     if sequence % 2 or not sequence:
         return None
-    return Beat(pid, Section(section), step, at_ns / 1e9, p99_s)
+    return Beat(pid, Phase(section), step, at_ns / 1e9, p99_s)
 
 
 def beat_path(folder: Path, rank: int) -> Path:

@@ -28,7 +28,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Group:
+class KeyGroup:
     """The keys of one section."""
 
     name: str
@@ -37,7 +37,7 @@ class Group:
     keys: tuple[Key, ...]
 
 
-def groups(root: type[BaseModel], wanted: Sequence[str] = ()) -> list[Group]:
+def groups(root: type[BaseModel], wanted: Sequence[str] = ()) -> list[KeyGroup]:
     """All sections with their keys, or these keys and sections alone. ConfigError for an unknown name."""
     found = list(_groups(root, ""))
     names = [name for group in found for name in (group.name, *(key.key for key in group.keys)) if name]
@@ -47,7 +47,7 @@ def groups(root: type[BaseModel], wanted: Sequence[str] = ()) -> list[Group]:
     if not wanted:
         return found
     kept = (
-        Group(group.name, group.doc, tuple(key for key in group.keys if _is_wanted(key.key, wanted)))
+        KeyGroup(group.name, group.doc, tuple(key for key in group.keys if _is_wanted(key.key, wanted)))
         for group in found
     )
     return [group for group in kept if group.keys]
@@ -57,7 +57,7 @@ def _is_wanted(key: str, wanted: Sequence[str]) -> bool:
     return any(key == name or key.startswith((f"{name}.", f"{name}[].")) for name in wanted)
 
 
-def _groups(section: type[BaseModel], name: str) -> Iterator[Group]:
+def _groups(section: type[BaseModel], name: str) -> Iterator[KeyGroup]:
     keys: list[Key] = []
     inner: list[tuple[Any, str]] = []
     for own, field in section.model_fields.items():
@@ -67,7 +67,7 @@ def _groups(section: type[BaseModel], name: str) -> Iterator[Group]:
             continue
         keys.append(_key(key, field))
         inner += [(item, f"{key}[]") for item in get_args(field.annotation) if is_section(item)]
-    yield Group(name, _one_line(section.__doc__), tuple(keys))
+    yield KeyGroup(name, _one_line(section.__doc__), tuple(keys))
     for part, key in inner:
         yield from _groups(part, key)
 

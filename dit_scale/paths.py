@@ -17,7 +17,7 @@ Config = TypeVar("Config", bound=BaseModel)
 Blame = Callable[[str], str]
 
 
-class Place(Enum):
+class PathKind(Enum):
     """What the text of a key leads to; stands in the key's annotation."""
 
     FOLDER = "a folder"
@@ -35,7 +35,7 @@ def located(config: Config, keep_relative: bool = False, blame: Blame = lambda k
     ConfigError for a path that cannot be one; `blame` says where a key was set.
     """
 
-    def change(key: str, text: str, place: Place) -> str:
+    def change(key: str, text: str, place: PathKind) -> str:
         try:
             return absolute(text, place, keep_relative)
         except ValueError as error:
@@ -50,7 +50,7 @@ def without_paths(config: Config) -> Config:
     return _mapped(config, lambda key, text, place: "")
 
 
-def absolute(text: str, place: Place, keep_relative: bool = False) -> str:
+def absolute(text: str, place: PathKind, keep_relative: bool = False) -> str:
     """The absolute path behind `~`, file:// or a relative path; urls of S3 and hub names as they are.
 
     Raises ValueError that says what was expected.
@@ -58,17 +58,17 @@ def absolute(text: str, place: Place, keep_relative: bool = False) -> str:
     if not text.strip():
         raise ValueError(f"is empty: expected {place.value}; check the shell variable that it comes from")
     scheme, separator, rest = text.partition("://")
-    if separator and scheme == "s3" and place is Place.STORAGE:
+    if separator and scheme == "s3" and place is PathKind.STORAGE:
         return text
     if separator and not (scheme == "file" and rest.startswith("/")):
         raise ValueError(f"is {text}: expected {place.value}")
     path = rest if separator else os.path.expanduser(text)
     if not separator and path.startswith("~"):
-        if place is Place.CACHE:
+        if place is PathKind.CACHE:
             return text
         raise ValueError(f"is {text}: no home directory is known for it; expected an absolute path")
     if (
-        place is Place.VAE
+        place is PathKind.VAE
         and not path.startswith(("/", "./", "../"))
         and not os.path.isdir(os.path.abspath(path))
     ):
@@ -76,7 +76,7 @@ def absolute(text: str, place: Place, keep_relative: bool = False) -> str:
     return path if keep_relative and not os.path.isabs(path) else os.path.abspath(path)
 
 
-def _mapped(config: Config, change: Callable[[str, str, Place], str], prefix: str = "") -> Config:
+def _mapped(config: Config, change: Callable[[str, str, PathKind], str], prefix: str = "") -> Config:
     """The same configuration with each path changed; `change` is given key, text and what it leads to."""
     update: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
@@ -84,6 +84,6 @@ def _mapped(config: Config, change: Callable[[str, str, Place], str], prefix: st
         if isinstance(value, BaseModel):
             update[name] = _mapped(value, change, f"{key}.")
         for place in field.metadata:
-            if isinstance(place, Place) and (value or field.default):  # checkpoint.url may be empty
+            if isinstance(place, PathKind) and (value or field.default):  # checkpoint.url may be empty
                 update[name] = change(key, value, place)
     return config.model_copy(update=update)

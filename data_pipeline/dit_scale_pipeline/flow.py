@@ -43,13 +43,13 @@ class ShardUnderWay:
     """What is known of a shard, by number of the batch."""
 
     name: str
-    batches: tuple["Batch", ...] = ()
+    batches: tuple["EncodeBatch", ...] = ()
     accounts: dict[int, DecodedBatch] = field(default_factory=dict)
     moments: dict[int, "ObjectRef"] = field(default_factory=dict)
 
 
 @dataclass
-class Batch:
+class EncodeBatch:
     """One VAE batch: it never holds images of two shards."""
 
     shard: ShardUnderWay
@@ -62,7 +62,7 @@ class Batch:
 class Decoding:
     """A batch in a decoding task; its pixels are there when the task is done."""
 
-    batch: Batch
+    batch: EncodeBatch
     pixels: "ObjectRef"
 
 
@@ -70,7 +70,7 @@ class Decoding:
 class Encoding:
     """A batch that was given to an encoder, by its number, at a time of the monotonic clock."""
 
-    batch: Batch
+    batch: EncodeBatch
     pixels: "ObjectRef"
     encoder: int
     since_s: float
@@ -126,8 +126,8 @@ class Flow:
         self._write: Any = ray.remote(**options)(write_shard).options(name="write")
         self._kind, self._columns = listing.kind, listing.columns
         self._fresh = _batches(listing, shards, config.vae_batch)
-        self._again: deque[Batch] = deque()
-        self._decoded: deque[tuple[Batch, ObjectRef]] = deque()
+        self._again: deque[EncodeBatch] = deque()
+        self._decoded: deque[tuple[EncodeBatch, ObjectRef]] = deque()
         self._under_way: dict[ObjectRef, Work] = {}
         self._num_unwritten = len(shards)
         self._ready: set[int] = set()
@@ -191,7 +191,7 @@ class Flow:
                 self._load_again(encoder, failures + 1, error)
                 return
             case Encoding(batch, encoder=encoder):
-                batches: Sequence[Batch] = [batch]
+                batches: Sequence[EncodeBatch] = [batch]
                 if encoder in self._ready:
                     self._ready.remove(encoder)
                     if isinstance(error, LostError):
@@ -208,7 +208,7 @@ class Flow:
             self._count_loss(batch, error)
         self._again.extend(batches)
 
-    def _count_loss(self, batch: Batch, error: Exception) -> None:
+    def _count_loss(self, batch: EncodeBatch, error: Exception) -> None:
         batch.losses += 1
         if batch.losses <= MAX_LOSSES:
             return
@@ -271,7 +271,7 @@ class Flow:
             )
             self._under_way[account] = Decoding(batch, pixels)
 
-    def _next_batch(self) -> Batch | None:
+    def _next_batch(self) -> EncodeBatch | None:
         return self._again.popleft() if self._again else next(self._fresh, None)
 
     def _start_encoding(self) -> None:
@@ -289,7 +289,9 @@ class Flow:
             if work.since_s < long_ago_s and not work.backup and min(queued.values()) == 0:
                 self._give(work.batch, work.pixels, queued, backup=True)
 
-    def _give(self, batch: Batch, pixels: "ObjectRef", queued: dict[int, int], backup: bool = False) -> None:
+    def _give(
+        self, batch: EncodeBatch, pixels: "ObjectRef", queued: dict[int, int], backup: bool = False
+    ) -> None:
         number = min(queued, key=lambda encoder: queued[encoder])
         queued[number] += 1
         # Ray would try it again in the same actor, which may find no room any more.
@@ -318,11 +320,11 @@ class Flow:
         return sum(isinstance(work, kind) for work in self._under_way.values())
 
 
-def _batches(listing: Listing, shards: dict[str, range], size: int) -> Iterator[Batch]:
+def _batches(listing: Listing, shards: dict[str, range], size: int) -> Iterator[EncodeBatch]:
     for name, rows in shards.items():
         shard = ShardUnderWay(name)
         shard.batches = tuple(
-            Batch(shard, number, listing.entries(rows[start : start + size]))
+            EncodeBatch(shard, number, listing.entries(rows[start : start + size]))
             for number, start in enumerate(range(0, len(rows), size))
         )
         yield from shard.batches

@@ -26,7 +26,7 @@ from dit_scale_pipeline.flow import Flow, Stall
 from dit_scale_pipeline.inputs import Listing, open_input
 from dit_scale_pipeline.inputs.saved import current_listing, difference, load_listing, save_listing
 from dit_scale_pipeline.metrics import Metrics
-from dit_scale_pipeline.progress import Watch, listing_bar, report_listing, summary
+from dit_scale_pipeline.progress import JobProgress, listing_bar, report_listing, summary
 from dit_scale_pipeline.ray_cluster import cluster, is_submitted, place, start_encoders, wait_for_nodes
 from dit_scale_pipeline.shards_writer import ShardRecord
 
@@ -68,7 +68,7 @@ def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
         num_missing = len(plan.shards) - len(records)
         if num_missing:
             console.print(f"{num_missing} of {len(plan.shards)} shards to encode; starting Ray and the VAE")
-            with Watch(len(plan.listing), config, records.values(), console, metrics) as watch:
+            with JobProgress(len(plan.listing), config, records.values(), console, metrics) as watch:
                 with cluster(config.ray_address):
                     begun = make_shards(plan, storage, records, watch, console)
     assert begun is not None, "shards without an identity are refused above"
@@ -91,7 +91,7 @@ def make_plan(config: EncodeConfig, saved: Listing | None, console: Console) -> 
 
 
 def make_shards(
-    plan: Plan, storage: Storage, records: dict[str, ShardRecord], watch: Watch, console: Console
+    plan: Plan, storage: Storage, records: dict[str, ShardRecord], watch: JobProgress, console: Console
 ) -> output.Identity:
     """Make the shards that have no record, and add theirs; returns the identity of all of them."""
     config = plan.config

@@ -24,7 +24,7 @@ from dit_scale.data.shards import (
     DatasetInfo,
     Quarantined,
     ShardInfo,
-    Source,
+    SourceInfo,
     VaeIdentity,
 )
 from dit_scale.data.statistics import combine_sums
@@ -215,7 +215,7 @@ def commit(
         vae=vae,
         crop=CROP,
         encoding={key: claimed[key] for key in ENCODING_KEYS},
-        source=Source(
+        source=SourceInfo(
             kind=listing.kind,
             uri=config.source,
             count=len(listing),

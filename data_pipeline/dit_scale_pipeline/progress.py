@@ -79,7 +79,7 @@ def summary(info: DatasetInfo) -> str:
     return "\n".join(lines)
 
 
-class Watch:
+class JobProgress:
     """Follows a job: a bar with images per second and the time left, rows of metrics, bad inputs."""
 
     def __init__(
@@ -111,7 +111,7 @@ class Watch:
         )
         self._task = self._bar.add_task("encoding", total=total, completed=self._num_before, rate=0.0)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "JobProgress":
         self._check()
         return self
 

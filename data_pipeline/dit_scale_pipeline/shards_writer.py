@@ -37,7 +37,7 @@ TAR_HEADER_BYTES = 512
 
 
 @dataclass(frozen=True)
-class Row:
+class IndexRow:
     """One sample on its way into a shard: place in the listing, path, class, moments (V, 2C, h, w)."""
 
     key: int
@@ -99,7 +99,7 @@ def put_once(storage: Storage, key: str, data: bytes) -> None:
 
 
 def build_shard(
-    name: str, rows: Iterable[Row], quarantined: Sequence[Quarantined], latent_channels: int
+    name: str, rows: Iterable[IndexRow], quarantined: Sequence[Quarantined], latent_channels: int
 ) -> Shard:
     """Tar, index and record of these rows, in their order; rows that are not finite join the quarantine."""
     stream = io.BytesIO()
@@ -144,7 +144,7 @@ def write_shard(
 ) -> ShardRecord:
     """Build and put one shard from what became of its batches: accounts and moments (B, V, 2C, h, w)."""
     rows = (
-        Row(entry.key, entry.path, entry.label, latent)
+        IndexRow(entry.key, entry.path, entry.label, latent)
         for account, batch in zip(accounts, moments, strict=True)
         for entry, latent in zip(account.good, batch, strict=True)
     )

@@ -31,7 +31,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Attempt:
+class AttemptRecord:
     """One start of the run."""
 
     number: int
@@ -41,7 +41,7 @@ class Attempt:
     """Ranges of positions that the run leaves out from here on, all of them so far."""
 
 
-def claim(root: Storage, attempt: Attempt) -> None:
+def claim(root: Storage, attempt: AttemptRecord) -> None:
     """Begin this attempt. Raises SupersededError when another process was faster, or has a later one."""
     key = _key(attempt.number)
     if not root.exists(key):
@@ -80,7 +80,7 @@ def problems(root: Storage) -> list[str]:
     return found
 
 
-def read(root: Storage, number: int) -> Attempt:
+def read(root: Storage, number: int) -> AttemptRecord:
     """The record of an attempt. Raises CheckpointError, naming it, when it is damaged or not there."""
     key = _key(number)
     where = f"{root.url}/{key}"
@@ -93,10 +93,10 @@ def read(root: Storage, number: int) -> Attempt:
     if tree["attempt"] != number:
         raise CheckpointError(f"{where} is the record of attempt {tree['attempt']}: it was copied or renamed")
     excluded = tuple((int(low), int(high)) for low, high in tree["excluded_positions"])
-    return Attempt(number, tree["resumed_from"], excluded)
+    return AttemptRecord(number, tree["resumed_from"], excluded)
 
 
-def newest(root: Storage) -> Attempt | None:
+def newest(root: Storage) -> AttemptRecord | None:
     """The newest attempt whose record is whole; None when there is none."""
     for number in reversed(numbers(root)):
         try:

@@ -37,7 +37,7 @@ _POLL_S = 0.005
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveResult:
     """How a save ended: equal on all ranks."""
 
     manifest: Manifest
@@ -141,7 +141,7 @@ class Saver:
             self._look()
         return self._awaiting, bool(self._reply.problem)
 
-    def advance(self, any_at_work: bool, any_failed: bool) -> Outcome | None:
+    def advance(self, any_at_work: bool, any_failed: bool) -> SaveResult | None:
         """Take the next step, given the vote of all ranks. Returns how the save ended, once it has.
 
         Raises SupersededError, on all ranks, when a later attempt of the run has begun.
@@ -165,7 +165,7 @@ class Saver:
             self._ask("commit", request)
         return None
 
-    def wait(self, voted: Callable[[], None] = lambda: None) -> Outcome | None:
+    def wait(self, voted: Callable[[], None] = lambda: None) -> SaveResult | None:
         """Stay until the save in flight has ended; None when there is none. `voted` hears that all live."""
         while self.in_flight:
             voted()
@@ -182,7 +182,7 @@ class Saver:
             self._forget_writer()
         os.close(self.snapshot.file)
 
-    def _end(self, replies: list[Reply]) -> Outcome:
+    def _end(self, replies: list[Reply]) -> SaveResult:
         assert self._manifest is not None
         bad = [(rank, reply) for rank, reply in enumerate(replies) if reply.problem]
         manifest, self._manifest = self._manifest, None
@@ -194,7 +194,7 @@ class Saver:
         first = replies[0]
         took_s = time.monotonic() - self._since_s
         is_final = any(reply.taken for reply in replies)
-        return Outcome(manifest, problem, first.dropped, first.retention_problem, is_final, took_s)
+        return SaveResult(manifest, problem, first.dropped, first.retention_problem, is_final, took_s)
 
     def _start(self) -> None:
         options = {

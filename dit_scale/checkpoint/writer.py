@@ -67,7 +67,7 @@ class Commit(_Message):
     """Folder => what every rank has put there."""
     manifest: Manifest
     record: tuple[str, ...] = ()
-    """Files of this machine that the checkpoint takes along: see dit_scale.train.run."""
+    """Files of this machine that the checkpoint takes along: see dit_scale.train.run_folder."""
     keep: int
     keep_every_steps: int
 

@@ -46,7 +46,7 @@ def _parser(commands: Any, name: str, help: str, description: str) -> Parser:
     return parser
 
 
-def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+def int_between(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     """Reads a whole number of this range."""
 
     def read(text: str) -> int:

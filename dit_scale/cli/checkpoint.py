@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command, group, weights_file, whole
+from dit_scale.cli.arguments import command, group, int_between, weights_file
 
 
 def add(commands: Any) -> None:
@@ -69,7 +69,7 @@ Says which would go; deletes them with --yes, after the newest was verified.""",
     )
     prune.add_argument("run", help="the run's folder")
     prune.add_argument(
-        "--keep", type=whole(1), default=None, help="newest that stay (default: as configured)"
+        "--keep", type=int_between(1), default=None, help="newest that stay (default: as configured)"
     )
     prune.add_argument("--yes", action="store_true", help="delete them")
 
@@ -80,7 +80,7 @@ def _list(args: argparse.Namespace) -> int:
     from dit_scale.checkpoint.attempts import committed
     from dit_scale.checkpoint.reader import Checkpoint
     from dit_scale.errors import CheckpointError
-    from dit_scale.train.run import root_of_folder
+    from dit_scale.train.run_folder import root_of_folder
 
     root = root_of_folder(args.run)
     rows: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ def _verify(args: argparse.Namespace) -> int:
     from dit_scale.checkpoint.reader import Checkpoint
     from dit_scale.errors import CheckpointError
     from dit_scale.inference.sources import checkpoints_at
-    from dit_scale.train.run import root_of_folder
+    from dit_scale.train.run_folder import root_of_folder
 
     damaged = False
     to_verify = checkpoints_at(args.source)
@@ -142,7 +142,7 @@ def _say_if_edited(run: str) -> None:
     from dit_scale.checkpoint.reader import Checkpoint
     from dit_scale.errors import CheckpointError
     from dit_scale.train.changes import differences
-    from dit_scale.train.run import config_of_folder, root_of_folder
+    from dit_scale.train.run_folder import config_of_folder, root_of_folder
 
     config, root = config_of_folder(run), root_of_folder(run)
     for path in committed(root):
@@ -171,7 +171,7 @@ def _keep(args: argparse.Namespace) -> int:
     from dit_scale.checkpoint.manifest import CHECKPOINTS
     from dit_scale.checkpoint.retention import TAG
     from dit_scale.errors import CheckpointError
-    from dit_scale.train.run import root_of_folder
+    from dit_scale.train.run_folder import root_of_folder
 
     root = root_of_folder(args.run)
     path = f"{CHECKPOINTS}/{args.checkpoint}"
@@ -188,7 +188,7 @@ def _prune(args: argparse.Namespace) -> int:
     from dit_scale.checkpoint import attempts, retention
     from dit_scale.checkpoint.reader import Checkpoint
     from dit_scale.errors import CheckpointError
-    from dit_scale.train.run import config_of_folder, root_of_folder
+    from dit_scale.train.run_folder import config_of_folder, root_of_folder
 
     config, root = config_of_folder(args.run).checkpoint, root_of_folder(args.run)
     paths, current = attempts.committed(root), attempts.numbers(root)

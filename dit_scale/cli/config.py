@@ -9,7 +9,8 @@ from dit_scale.cli.arguments import command
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dit_scale.keys import Group
+    from dit_scale.keys import KeyGroup
+
 
 ENCODE = "encode"
 """As the first word: the keys of the encoding job instead of those of a training run."""
@@ -49,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(found: "Sequence[Group]") -> "Table":
+def _table(found: "Sequence[KeyGroup]") -> "Table":
     import json
 
     from rich import box

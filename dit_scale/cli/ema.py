@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command, group, weights_file, whole
+from dit_scale.cli.arguments import command, group, int_between, weights_file
 
 
 def add(commands: Any) -> None:
@@ -38,7 +38,9 @@ checkpoint.ema_every_steps; 20 stored steps serve for sigma_rel from 0.03 to 0.2
     )
     rebuild.add_argument("run", help="the run's folder")
     rebuild.add_argument("--sigma-rel", type=_width, required=True, help="relative width, for example 0.08")
-    rebuild.add_argument("--step", type=whole(1), default=None, help="its step (default: the newest stored)")
+    rebuild.add_argument(
+        "--step", type=int_between(1), default=None, help="its step (default: the newest stored)"
+    )
     rebuild.add_argument("--out", type=weights_file, required=True, help="the .safetensors file to write")
 
 
@@ -46,7 +48,7 @@ def _list(args: argparse.Namespace) -> int:
     import json
 
     from dit_scale.inference.sources import stored_averages
-    from dit_scale.train.run import root_of_folder
+    from dit_scale.train.run_folder import root_of_folder
 
     stored, problems = stored_averages(root_of_folder(args.run))
     rows = [
@@ -87,7 +89,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from dit_scale.inference.posthoc import Profile
     from dit_scale.inference.sources import export, reconstruct, stored_averages
     from dit_scale.storage.outputs import check_output
-    from dit_scale.train.run import root_of_folder
+    from dit_scale.train.run_folder import root_of_folder
 
     check_output(args.out)
     stored, problems = stored_averages(root_of_folder(args.run))

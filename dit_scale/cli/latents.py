@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import command, group, place, whole
+from dit_scale.cli.arguments import command, group, int_between, place
 
 if TYPE_CHECKING:
     from dit_scale.data.shards import DatasetInfo
@@ -44,7 +44,7 @@ Ends with code 0 when it is sound, 1 when not (every problem is named), 2 when t
     verify.add_argument("url", help="folder or s3:// prefix")
     verify.add_argument(
         "--threads",
-        type=whole(1, 256),
+        type=int_between(1, 256),
         default=4,
         help="shards read, and held in memory, at once (default 4)",
     )
@@ -66,9 +66,9 @@ side by side; their ids and classes are printed in the same order, row by row.
     )
     show.add_argument("url", help="folder or s3:// prefix")
     chosen = show.add_mutually_exclusive_group()
-    chosen.add_argument("--images", type=whole(1, 100), default=16, help="random samples (default 16)")
+    chosen.add_argument("--images", type=int_between(1, 100), default=16, help="random samples (default 16)")
     chosen.add_argument("--ids", type=_ids, help="comma list of sample ids instead")
-    show.add_argument("--seed", type=whole(0), default=0, help="which random samples (default 0)")
+    show.add_argument("--seed", type=int_between(0), default=0, help="which random samples (default 0)")
     show.add_argument("--vae", default=None, help="folder or hub name (default: as dataset.json names it)")
     show.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     show.add_argument("--out", type=place, default="latents.png", help="PNG file (default latents.png)")
@@ -174,4 +174,4 @@ def _bytes(info: "DatasetInfo") -> int:
 
 
 def _ids(text: str) -> list[int]:
-    return [whole(0)(part.strip()) for part in text.split(",")]
+    return [int_between(0)(part.strip()) for part in text.split(",")]

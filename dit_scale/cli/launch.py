@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, above_zero, command, number, whole
+from dit_scale.cli.arguments import CONFIG_HELP, above_zero, command, int_between, number
 from dit_scale.errors import DitScaleError
 
 
@@ -27,12 +27,12 @@ would end in the same way, 1 anything else.""",
     parser.add_argument("config", help=f"{CONFIG_HELP}; the same on all nodes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="the same on all nodes")
     parser.add_argument("--nodes", default="1", help="how many, or least:most (default 1)")
-    parser.add_argument("--slots", type=whole(1), help="ranks of this node (default: its GPUs, or 1)")
+    parser.add_argument("--slots", type=int_between(1), help="ranks of this node (default: its GPUs, or 1)")
     parser.add_argument("--node", help="name of this node, unlike all others (default: its host name)")
     parser.add_argument("--address", help="where the others reach it (default: its host name)")
     parser.add_argument(
         "--start",
-        type=whole(0, 2**53),
+        type=int_between(0, 2**53),
         default=0,
         metavar="NUMBER",
         help="of this start of the job, the same on all nodes; one with a larger number takes over",
@@ -60,7 +60,7 @@ def _launch(args: argparse.Namespace) -> int:
     import socket
 
     from dit_scale.config import load_to_train
-    from dit_scale.elastic.run import launch, node_range, num_devices
+    from dit_scale.elastic.launch import launch, node_range, num_devices
     from dit_scale.elastic.supervisor import Policy
 
     config = load_to_train(args.config, args.overrides)

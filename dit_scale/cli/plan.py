@@ -3,11 +3,11 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, above_zero, command, number, whole
+from dit_scale.cli.arguments import CONFIG_HELP, above_zero, command, int_between, number
 
 if TYPE_CHECKING:
-    from dit_scale.forecast.plan import Estimate, Machines, Work
-    from dit_scale.forecast.simulate import Result
+    from dit_scale.forecast.estimate import Estimate, Machines, Work
+    from dit_scale.forecast.simulate import SimulationResult
 
 COSTS = {
     "save_stall_s": (0.5, "the loop stands still at the begin of a save"),
@@ -39,14 +39,14 @@ given are assumptions, not measurements: measure them on the machines in questio
     )
     parser.add_argument("config", help=f"{CONFIG_HELP}: steps, global batch, checkpoints")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--gpus", type=whole(1), required=True, help="that train, spares not counted")
+    parser.add_argument("--gpus", type=int_between(1), required=True, help="that train, spares not counted")
     speed = parser.add_mutually_exclusive_group(required=True)
     speed.add_argument("--images-per-s", type=above_zero, help="of one GPU, as measured")
     speed.add_argument(
         "--speed-from", metavar="FILE", help="rows of train_step.py --json; the fastest counts"
     )
-    parser.add_argument("--gpus-per-node", type=whole(1), default=8, help="(default 8)")
-    parser.add_argument("--spares", type=whole(0), default=0, help="nodes more, that wait (default 0)")
+    parser.add_argument("--gpus-per-node", type=int_between(1), default=8, help="(default 8)")
+    parser.add_argument("--spares", type=int_between(0), default=0, help="nodes more, that wait (default 0)")
     parser.add_argument("--failures", type=number, default=6.5, help="per 1,000 nodes and day (default 6.5)")
     parser.add_argument("--crash", type=_share, default=0.4, help="share of them that kill a rank (0.4)")
     parser.add_argument(
@@ -66,7 +66,9 @@ given are assumptions, not measurements: measure them on the machines in questio
         metavar="DAYS",
         help="also run the supervisors for so many virtual days",
     )
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the failures simulated (default 0)")
+    parser.add_argument(
+        "--seed", type=int_between(0), default=0, help="of the failures simulated (default 0)"
+    )
     parser.add_argument("--json", action="store_true", help="an object, for machines")
 
 
@@ -75,16 +77,16 @@ def _run(args: argparse.Namespace) -> int:
     from dataclasses import asdict, replace
 
     from dit_scale.config import TrainConfig, load
-    from dit_scale.forecast import plan
+    from dit_scale.forecast import estimate
 
     config = load(TrainConfig, args.config, args.overrides)
     machines = _machines(args)
     step_s = _step_s(args, config)
-    costs = plan.Costs(step_s, **{name: getattr(args, name) for name in COSTS})
-    best = plan.best_every_steps(machines, costs)
-    work = plan.Work(config.steps, best, costs, args.lease_s)
-    as_is = plan.estimate(machines, replace(work, every_steps=config.checkpoint.every_steps))
-    rows = plan.sensitivities(machines, work)
+    costs = estimate.Costs(step_s, **{name: getattr(args, name) for name in COSTS})
+    best = estimate.best_every_steps(machines, costs)
+    work = estimate.Work(config.steps, best, costs, args.lease_s)
+    as_is = estimate.estimate(machines, replace(work, every_steps=config.checkpoint.every_steps))
+    rows = estimate.sensitivities(machines, work)
     result = _simulate(args, machines, work) if args.simulate else None
     if args.json:
         tree = {
@@ -108,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _machines(args: argparse.Namespace) -> "Machines":
     from dit_scale.errors import ConfigError
-    from dit_scale.forecast.plan import Machines
+    from dit_scale.forecast.estimate import Machines
 
     nodes, rest = divmod(args.gpus, args.gpus_per_node)
     if rest:
@@ -163,18 +165,18 @@ def _measured(path: str, model: str, image_size: int) -> float:
     return max(speeds)
 
 
-def _simulate(args: argparse.Namespace, machines: "Machines", work: "Work") -> "Result":
+def _simulate(args: argparse.Namespace, machines: "Machines", work: "Work") -> "SimulationResult":
     from dit_scale.elastic.supervisor import Policy
     from dit_scale.forecast import simulate
-    from dit_scale.forecast.timeline import Kind
+    from dit_scale.forecast.timeline import FailureKind
 
-    kinds = Kind
+    kinds = FailureKind
     shares = {
         kinds.CRASH: machines.crash_share,
         kinds.HANG: machines.hang_share,
         kinds.LOSS: machines.loss_share,
     }
-    setup = simulate.Setup(
+    setup = simulate.SimulationSetup(
         nodes=machines.nodes,
         spares=machines.spares,
         steps=max(1, min(work.steps, round(args.simulate * simulate.DAY_S / work.costs.step_s))),
@@ -234,7 +236,7 @@ def _tree(row: "Estimate", machines: "Machines", price: float) -> dict[str, floa
     }
 
 
-def _simulated(result: "Result") -> dict[str, Any]:
+def _simulated(result: "SimulationResult") -> dict[str, Any]:
     return {
         "exit_code": result.code,
         "goodput": result.goodput,
@@ -246,7 +248,7 @@ def _simulated(result: "Result") -> dict[str, Any]:
     }
 
 
-def _told(result: "Result") -> str:
+def _told(result: "SimulationResult") -> str:
     spent = [
         f"  {use:<18}{seconds / result.wall_s:8.3%}  {seconds / 3600:10.2f} h"
         for use, seconds in result.ledger_s.items()

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import command, whole
+from dit_scale.cli.arguments import command, int_between
 
 if TYPE_CHECKING:
     from dit_scale.report.replay import Replay
@@ -29,11 +29,11 @@ failed and was rolled back belongs to an earlier attempt: events.jsonl names it 
     )
     parser.add_argument("run", help="the run's folder")
     parser.add_argument(
-        "--step", type=whole(1), required=True, help="which, counted from 1 as in metrics.jsonl"
+        "--step", type=int_between(1), required=True, help="which, counted from 1 as in metrics.jsonl"
     )
     parser.add_argument(
         "--attempt",
-        type=whole(1),
+        type=int_between(1),
         default=None,
         help="the run as it was in this attempt (default: as it is now)",
     )

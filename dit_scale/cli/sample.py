@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command, finite, place, whole
+from dit_scale.cli.arguments import command, finite, int_between, place
 
 
 def add(commands: Any) -> None:
@@ -21,11 +21,13 @@ Image i depends on the weights, --seed, i and its class alone.
     )
     parser.add_argument("source", help="run folder, checkpoint folder, .safetensors or .pt file")
     # not --num: the deepspeed launcher takes that for an abbreviation of its own --num_gpus
-    parser.add_argument("--images", type=whole(1), default=16, help="images (default 16)")
+    parser.add_argument("--images", type=int_between(1), default=16, help="images (default 16)")
     parser.add_argument(
         "--classes", type=_classes, help="comma list of class numbers, in turn (default: all)"
     )
-    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="key of all noise (default 0)")
+    parser.add_argument(
+        "--seed", type=int_between(0, 2**32 - 1), default=0, help="key of all noise (default 0)"
+    )
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="default ddpm")
     parser.add_argument("--steps", default="250", help='denoising steps, or "ddim50" (default 250)')
     parser.add_argument(
@@ -41,17 +43,19 @@ Image i depends on the weights, --seed, i and its class alone.
     parser.add_argument("--vae", default=None, help="folder or hub name (default: the run's data.vae)")
     parser.add_argument("--model", default=None, help="of a bare weights file, for example DiT-XL/2")
     parser.add_argument(
-        "--image-size", type=whole(1), default=256, help="of a bare weights file (default 256)"
+        "--image-size", type=int_between(1), default=256, help="of a bare weights file (default 256)"
     )
     parser.add_argument(
-        "--num-classes", type=whole(1), default=1000, help="of a bare weights file (default 1000)"
+        "--num-classes", type=int_between(1), default=1000, help="of a bare weights file (default 1000)"
     )
-    parser.add_argument("--batch", type=whole(1), default=32, help="images at once (default 32)")
+    parser.add_argument("--batch", type=int_between(1), default=32, help="images at once (default 32)")
     parser.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="fp32", help="of the transformer"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads of each process (default 1)")
+    parser.add_argument(
+        "--threads", type=int_between(1), default=1, help="CPU threads of each process (default 1)"
+    )
     parser.add_argument("--out", type=place, default=None, help="folder (default: RUN/samples or samples)")
 
 
@@ -91,4 +95,4 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _classes(text: str) -> list[int]:
-    return [whole(0)(part.strip()) for part in text.split(",")]
+    return [int_between(0)(part.strip()) for part in text.split(",")]

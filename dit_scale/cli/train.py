@@ -5,7 +5,7 @@ import gc
 import sys
 from typing import Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, command, whole
+from dit_scale.cli.arguments import CONFIG_HELP, command, int_between
 
 
 def add(commands: Any) -> None:
@@ -37,7 +37,7 @@ leaves with code 75; a second Ctrl-C or Ctrl-\\ ends it at once.""",
         help="print the resolved configuration, parameters, FLOPs and memory per device, and stop",
     )
     parser.add_argument(
-        "--world", type=whole(1), default=1, help="processes to plan for in --dry-run (default 1)"
+        "--world", type=int_between(1), default=1, help="processes to plan for in --dry-run (default 1)"
     )
 
 

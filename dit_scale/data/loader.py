@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dit_scale import rng
 from dit_scale.config import DataConfig
+from dit_scale.data.batch_plan import BatchPlan
 from dit_scale.data.download import Downloader
 from dit_scale.data.order import Order, Ranges, positions_of
-from dit_scale.data.plan import BatchPlan
 from dit_scale.data.quarantine import Quarantine
 from dit_scale.data.shards import LATENT_DTYPE, LatentDataset
 from dit_scale.errors import ConfigError, DataError

@@ -68,7 +68,7 @@ class VaeIdentity(_Part):
     input_range: tuple[float, float] = (-1.0, 1.0)
 
 
-class Source(_Part):
+class SourceInfo(_Part):
     """Where the images came from; `listing_sha256` covers their sorted relative paths."""
 
     kind: str
@@ -122,7 +122,7 @@ class DatasetInfo(_Part):
     crop: str
     encoding: dict[str, Any]
     """What else the bytes depend on: VAE batch, precision, device, threads, versions."""
-    source: Source
+    source: SourceInfo
     class_names: tuple[str, ...]
     samples: int
     channel_mean: tuple[float, ...]

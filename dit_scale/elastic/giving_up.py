@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 
 from dit_scale.elastic.board import Ending
-from dit_scale.heartbeat import Section
+from dit_scale.heartbeat import Phase
 
-IN_A_STEP = (Section.DATA, Section.COMPUTE, Section.AGREE)
+IN_A_STEP = (Phase.DATA, Phase.COMPUTE, Phase.AGREE)
 DOING = {
-    Section.START: "while it started",
-    Section.RESTORE: "while it looked for a checkpoint or read one",
-    Section.RESTORED: "while it waited for the others to read a checkpoint",
-    Section.LOG: "as it logged step {step}",
-    Section.SAVE: "while it saved step {step}",
-    Section.WAIT_SAVE: "while it saved step {step}",
+    Phase.START: "while it started",
+    Phase.RESTORE: "while it looked for a checkpoint or read one",
+    Phase.RESTORED: "while it waited for the others to read a checkpoint",
+    Phase.LOG: "as it logged step {step}",
+    Phase.SAVE: "while it saved step {step}",
+    Phase.WAIT_SAVE: "while it saved step {step}",
     **dict.fromkeys(IN_A_STEP, "after step {step}"),
 }
 """What a rank was doing, by the section of its last beat."""
@@ -42,6 +42,6 @@ def why(failures: int, committed_step: int, ending: Ending, sample_ids: Sequence
     )
 
 
-def _section(ending: Ending) -> Section | None:
+def _section(ending: Ending) -> Phase | None:
     name = str(ending.details.get("section"))
-    return Section[name] if name in Section.__members__ else None
+    return Phase[name] if name in Phase.__members__ else None

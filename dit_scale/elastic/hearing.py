@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dit_scale.elastic.board import Board, Reason, Round
-from dit_scale.elastic.node.group import Outcome
-from dit_scale.elastic.node.watch import Standing, culprit
-from dit_scale.heartbeat import Section
+from dit_scale.elastic.node.deadlines import Standing, culprit
+from dit_scale.elastic.node.group import GroupOutcome
+from dit_scale.heartbeat import Phase
 
 JUDGES = 16
 """Members that read the reports of all nodes, the first of a round: all come to the same judgement, the first
@@ -45,7 +45,7 @@ class Hearing:
         self._began_s: float | None = None
         self._leases: dict[str, int] | None = None
 
-    def say(self, outcome: Outcome | None, quiet: tuple[Standing, ...]) -> None:
+    def say(self, outcome: GroupOutcome | None, quiet: tuple[Standing, ...]) -> None:
         """Tell the others what has changed about the ranks of this node since the last time."""
         failed = outcome is not None and outcome.reason == Reason.FAILED
         said = (failed, [(one.rank, one.section, one.step, one.stopped, one.waits) for one in quiet])
@@ -60,7 +60,7 @@ class Hearing:
             self._board.take_back(self._round.number, self._node)
         self._said = said
 
-    def judge(self, now_s: float) -> Outcome | None:
+    def judge(self, now_s: float) -> GroupOutcome | None:
         """What the reports of all nodes come to; None as long as there is somebody to wait for."""
         if self._began_s is None:
             self._began_s = now_s + (0.0 if self._is_judge else 2 * self._patience_s)
@@ -89,23 +89,23 @@ class Hearing:
             self._leases = {node: self._board.lease(node) for node in silent}
         return now_s - self._began_s > self._patience_s
 
-    def _lost(self, silent: list[str]) -> Outcome | None:
+    def _lost(self, silent: list[str]) -> GroupOutcome | None:
         """A node that says nothing and does not renew its lease either."""
         for node in silent:
             if (self._leases or {}).get(node) == self._board.lease(node):
-                return Outcome(
+                return GroupOutcome(
                     Reason.LOST, "the other nodes' ranks stand still, its supervisor gives no sign", node=node
                 )
         return None
 
 
-def _broken(heard: Mapping[str, Report]) -> Outcome:
+def _broken(heard: Mapping[str, Report]) -> GroupOutcome:
     texts = [f"{node}: {report.tree['text']}" for node, report in heard.items() if report.tree["failed"]]
     more = f"; and {len(texts) - MAX_TEXTS} more nodes" if len(texts) > MAX_TEXTS else ""
-    return Outcome(Reason.FAILED, "no rank says why: " + "; ".join(texts[:MAX_TEXTS]) + more)
+    return GroupOutcome(Reason.FAILED, "no rank says why: " + "; ".join(texts[:MAX_TEXTS]) + more)
 
 
-def _stalled(heard: Mapping[str, Report], now_s: float) -> Outcome | None:
+def _stalled(heard: Mapping[str, Report], now_s: float) -> GroupOutcome | None:
     found = [
         (_standing(tree, now_s - report.heard_s), node)
         for node, report in heard.items()
@@ -124,9 +124,9 @@ def _stalled(heard: Mapping[str, Report], now_s: float) -> Outcome | None:
         "age_s": round(worst.age_s, 1),
         "ranks": [f"{node}: {one}" for one, node in sorted(found, key=lambda pair: pair[0].rank)],
     }
-    return Outcome(Reason.HUNG, str(worst), details, node=node)
+    return GroupOutcome(Reason.HUNG, str(worst), details, node=node)
 
 
 def _standing(tree: dict[str, Any], since_s: float) -> Standing:
-    one = Standing(**{**tree, "section": Section(tree["section"])})
+    one = Standing(**{**tree, "section": Phase(tree["section"])})
     return replace(one, age_s=one.age_s + since_s)

@@ -15,7 +15,7 @@ from dit_scale.elastic.giving_up import failed_step, why
 from dit_scale.elastic.hearing import Hearing
 from dit_scale.elastic.lease import Leases, Outside
 from dit_scale.elastic.node.exits import Exit
-from dit_scale.elastic.node.group import Group, Outcome
+from dit_scale.elastic.node.group import Group, GroupOutcome
 from dit_scale.journal import Event
 
 Wait = Generator[float, None, Exit]
@@ -58,7 +58,7 @@ class Policy:
 
 
 @dataclass
-class Surroundings:
+class Dependencies:
     """What a supervisor sees of the world."""
 
     clock: Callable[[], float]
@@ -81,7 +81,7 @@ class Surroundings:
 class Supervisor:
     """Runs rounds until the run is done, or this node is wanted back, or another try makes no sense."""
 
-    def __init__(self, me: Member, board: Board, group: Group, policy: Policy, world: Surroundings) -> None:
+    def __init__(self, me: Member, board: Board, group: Group, policy: Policy, world: Dependencies) -> None:
         self._me, self._board, self._group = me, board, group
         self._policy, self._world = policy, world
         self._leases = Leases(board, me.node, policy.lease_s)
@@ -332,7 +332,7 @@ class Supervisor:
         elif index == 0 and self._may_grow(round_, begin_s):
             self._end(number, Reason.GROWING, "further nodes are waiting")
 
-    def _find_cause(self) -> Outcome | None:
+    def _find_cause(self) -> GroupOutcome | None:
         """Why the ranks broke off or stand still; None while they get on, or other nodes are to be heard."""
         outcome = self._group.poll()
         if outcome is not None and outcome.first_hand:
@@ -363,7 +363,7 @@ class Supervisor:
             and self._world.committed_step() > round_.committed_step
         )
 
-    def _end_by(self, number: int, outcome: Outcome) -> None:
+    def _end_by(self, number: int, outcome: GroupOutcome) -> None:
         ending = self._ending(number, outcome.reason, outcome.text, outcome.node or self._me.node)
         self._board.end(replace(ending, details=outcome.details))
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dit_scale.elastic.board import Ending, Member, Reason, Round
+from dit_scale.elastic.node.deadlines import Deadlines
 from dit_scale.elastic.node.exits import Exit
-from dit_scale.elastic.node.watch import Deadlines
-from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings, Wait
-from dit_scale.forecast.timeline import SECOND, Costs, Halt, Job, Kind, Ledger, Use, ticks
+from dit_scale.elastic.supervisor import Dependencies, Policy, Supervisor, Wait
+from dit_scale.forecast.timeline import SECOND, Costs, FailureKind, Halt, Job, Ledger, Use, ticks
 from dit_scale.forecast.virtual import Awaits, VirtualBoard, VirtualGroup, last_beat
 
 DAY_S = 86400.0
@@ -27,11 +27,11 @@ NEVER = 2**62
 class Failure:
     at_s: float
     node: int
-    kind: Kind
+    kind: FailureKind
 
 
 @dataclass(frozen=True)
-class Setup:
+class SimulationSetup:
     """A run, its nodes and what things take."""
 
     nodes: int
@@ -61,7 +61,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Result:
+class SimulationResult:
     """How a run went."""
 
     code: Exit | None
@@ -72,7 +72,7 @@ class Result:
     ledger: Ledger
     """The same in ticks, in which the sum is exact."""
     committed_step: int
-    failures: Counter[Kind]
+    failures: Counter[FailureKind]
     endings: Counter[Reason]
     """Rounds by the reason of their end."""
 
@@ -82,7 +82,9 @@ class Result:
         return self.ledger[Use.PRODUCTIVE] / sum(self.ledger.values())
 
 
-def poisson(nodes: int, per_1000_node_days: float, shares: dict[Kind, float], seed: int) -> Iterator[Failure]:
+def poisson(
+    nodes: int, per_1000_node_days: float, shares: dict[FailureKind, float], seed: int
+) -> Iterator[Failure]:
     """Failures of a run's nodes, spares included, without memory; `shares` of the kinds sum to 1."""
     draws = np.random.Generator(np.random.Philox(seed))
     kinds, weights = list(shares), list(shares.values())
@@ -94,7 +96,7 @@ def poisson(nodes: int, per_1000_node_days: float, shares: dict[Kind, float], se
         yield Failure(at_s, int(draws.integers(nodes)), kind)
 
 
-def simulate(setup: Setup, failures: Iterable[Failure] = ()) -> Result:
+def simulate(setup: SimulationSetup, failures: Iterable[Failure] = ()) -> SimulationResult:
     """Run it to its end."""
     return Simulation(setup, iter(failures)).run()
 
@@ -118,7 +120,7 @@ class Node:
 class Simulation:
     """Nodes, their board, the job of the newest round, and what will happen."""
 
-    def __init__(self, setup: Setup, failures: Iterator[Failure]) -> None:
+    def __init__(self, setup: SimulationSetup, failures: Iterator[Failure]) -> None:
         self._setup, self._failures = setup, failures
         self._policy = Policy(**{**vars(setup.policy), "max_nodes": setup.nodes})
         self._poll = ticks(self._policy.look_s)
@@ -136,12 +138,12 @@ class Simulation:
         self._readers: defaultdict[tuple[str, object], dict[str, Node]] = defaultdict(dict)
         self._ledger: Ledger = dict.fromkeys(Use, 0)
         self._counted_to = 0
-        self._counts: Counter[Kind] = Counter()
+        self._counts: Counter[FailureKind] = Counter()
         self._reasons: Counter[Reason] = Counter()
         self._code: Exit | None = None
         self._running = len(self.nodes)
 
-    def run(self) -> Result:
+    def run(self) -> SimulationResult:
         for i, node in enumerate(self.nodes.values()):
             self._boot(node, i * self._poll // len(self.nodes))
         self._next_failure()
@@ -155,7 +157,7 @@ class Simulation:
         for node in self.nodes.values():
             if node.life is not None:
                 node.life.close()
-        return Result(
+        return SimulationResult(
             self._code,
             self.now / SECOND,
             {use: spent / SECOND for use, spent in self._ledger.items()},
@@ -214,7 +216,7 @@ class Simulation:
         self.job = Job(costs, setup.costs.step_s, setup.every_steps, setup.steps, round_, self.now)
         for member in round_.members:
             if self.nodes[member.node].life is None:
-                self._halt(member.node, Kind.LOSS)
+                self._halt(member.node, FailureKind.LOSS)
 
     def end(self, ending: Ending) -> None:
         self._reasons[ending.reason] += 1
@@ -235,7 +237,7 @@ class Simulation:
         setup = self._setup
         node.boots += 1
         me = Member(node.name, str(node.boots), node.name, 1, 1, "")
-        world = Surroundings(self.seconds, self.committed_step, lambda: False, lambda text: None)
+        world = Dependencies(self.seconds, self.committed_step, lambda: False, lambda text: None)
         group = VirtualGroup(self, node.name, setup.deadlines)
         node.life = Supervisor(me, self.board, group, self._policy, world).run()
         node.poll, node.resumed_at = self._poll, at
@@ -288,11 +290,11 @@ class Simulation:
         if node.life is not None:
             self._counts[failure.kind] += 1
             self._halt(node.name, failure.kind)
-            if failure.kind in (Kind.LOSS, Kind.DEATH):
+            if failure.kind in (FailureKind.LOSS, FailureKind.DEATH):
                 self._lose(node)
         self._next_failure()
 
-    def _halt(self, node: str, kind: Kind) -> None:
+    def _halt(self, node: str, kind: FailureKind) -> None:
         """The ranks of the round that runs stop, when this node is one of its members."""
         job = self.job
         if job is None or job.halt is not None or job.round.index_of(node) is None:

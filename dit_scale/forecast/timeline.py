@@ -33,7 +33,7 @@ class Use(StrEnum):
     """State read from a checkpoint."""
 
 
-class Kind(StrEnum):
+class FailureKind(StrEnum):
     """What happens to a node."""
 
     CRASH = "crash"
@@ -79,7 +79,7 @@ class Halt:
 
     at: int
     node: str
-    kind: Kind
+    kind: FailureKind
 
 
 @dataclass
@@ -142,7 +142,12 @@ class Job:
         Before there are process groups nobody notices.
         """
         halt = self.halt
-        if halt is None or halt.kind != Kind.DEATH or self.trains_at is None or halt.at < self._restore_at:
+        if (
+            halt is None
+            or halt.kind != FailureKind.DEATH
+            or self.trains_at is None
+            or halt.at < self._restore_at
+        ):
             return None
         return halt.at + ticks(self.costs.break_s)
 

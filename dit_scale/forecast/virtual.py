@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 from dit_scale.elastic.board import Board, Ending, Joined, Member, Reason, Round
 from dit_scale.elastic.hearing import JUDGES
-from dit_scale.elastic.node.group import Outcome
-from dit_scale.elastic.node.watch import Deadlines, Standing
-from dit_scale.forecast.timeline import SECOND, Job, Kind
-from dit_scale.heartbeat import MEASURED_STEPS, Beat, Section
+from dit_scale.elastic.node.deadlines import Deadlines, Standing
+from dit_scale.elastic.node.group import GroupOutcome
+from dit_scale.forecast.timeline import SECOND, FailureKind, Job
+from dit_scale.heartbeat import MEASURED_STEPS, Beat, Phase
 
 KEPT_ROUNDS = 4
 """Nobody asks for older ones, and those of thousands of nodes would fill the memory."""
@@ -31,7 +31,7 @@ class Awaits(Enum):
     LEASE = auto()
 
 
-class World(Protocol):
+class VirtualCluster(Protocol):
     """What both need of the simulation."""
 
     now: int
@@ -70,7 +70,7 @@ class World(Protocol):
 class VirtualBoard(Board):
     """The objects in memory; supervisors that read them are told of changes."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: VirtualCluster) -> None:
         self.url = "the simulation"
         self._world = world
         self._newest = 0
@@ -163,7 +163,7 @@ class VirtualBoard(Board):
 class VirtualGroup:
     """The ranks of one node."""
 
-    def __init__(self, world: World, node: str, deadlines: Deadlines) -> None:
+    def __init__(self, world: VirtualCluster, node: str, deadlines: Deadlines) -> None:
         self._world, self._node, self._deadlines = world, node, deadlines
         self._job: Job | None = None
         self._hearing = Awaits.HEARING
@@ -178,27 +178,27 @@ class VirtualGroup:
         job.start(self._node, self._world.now)
         self._expect_end(job)
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> GroupOutcome | None:
         job, now = self._job, self._world.now
         self._world.reads("group", self._node)
         if job is None:
-            return Outcome(Reason.LEAVING, "ended before their first step")
+            return GroupOutcome(Reason.LEAVING, "ended before their first step")
         if job.ended_at is not None:
             self._world.awaits(Awaits.LEAVING)
         halt = job.halt
         if halt is not None:
-            if halt.kind == Kind.CRASH and halt.node == self._node:
-                return Outcome(Reason.FAILED, "a rank was killed")
+            if halt.kind == FailureKind.CRASH and halt.node == self._node:
+                return GroupOutcome(Reason.FAILED, "a rank was killed")
             if self._is_broken(job):
                 self._world.awaits(self._hearing)
-                return Outcome(Reason.FAILED, "its peer is gone", first_hand=False)
+                return GroupOutcome(Reason.FAILED, "its peer is gone", first_hand=False)
             found = self._standing(job)
             if not found.is_overdue:
                 return None
             self._world.awaits(self._hearing)
-            return Outcome(Reason.HUNG, str(found), first_hand=False)
+            return GroupOutcome(Reason.HUNG, str(found), first_hand=False)
         if job.over_at is not None and now >= job.over_at:
-            return Outcome(Reason.DONE if job.is_done() else Reason.LEAVING, "left")
+            return GroupOutcome(Reason.DONE if job.is_done() else Reason.LEAVING, "left")
         return None
 
     def quiet(self) -> tuple[Standing, ...]:
@@ -232,7 +232,7 @@ class VirtualGroup:
         assert job.halt is not None
         beat = last_beat(job)
         age_s = (self._world.now - job.halt.at) / SECOND
-        stopped = job.halt.kind == Kind.STOP and job.halt.node == self._node
+        stopped = job.halt.kind == FailureKind.STOP and job.halt.node == self._node
         quiet_s = self._deadlines.quiet(beat)
         limit_s = quiet_s if stopped else self._deadlines.of(beat)
         return Standing(0, beat.pid, beat.section, beat.step, age_s, limit_s, quiet_s, stopped)
@@ -247,10 +247,10 @@ def last_beat(job: Job) -> Beat:
     assert job.halt is not None
     at = job.halt.at
     if job.is_restoring(at):
-        section = Section.RESTORE
+        section = Phase.RESTORE
     elif job.trains_at is None or at < job.trains_at:
-        section = Section.START
+        section = Phase.START
     else:
-        section = Section.COMPUTE
+        section = Phase.COMPUTE
     steps = job.steps(at)
     return Beat(1, section, steps, 0.0, job.step / SECOND if steps >= MEASURED_STEPS else 0.0)

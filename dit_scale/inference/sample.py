@@ -26,7 +26,7 @@ from dit_scale.data.order import rank_slice
 from dit_scale.diffusion import sampler
 from dit_scale.diffusion.schedule import Schedule, linear, respace
 from dit_scale.errors import ConfigError, WeightsError
-from dit_scale.inference.sources import Source, build_model
+from dit_scale.inference.sources import WeightsSource, build_model
 from dit_scale.models.dit import DiT
 from dit_scale.rng import Purpose
 from dit_scale.storage.outputs import new_file
@@ -97,7 +97,7 @@ def generate(
 
 
 def sample(
-    source: Source,
+    source: WeightsSource,
     vae_name: str,
     labels: Sequence[int],
     settings: Settings,

@@ -28,14 +28,14 @@ from dit_scale.models.zoo import shape_of
 from dit_scale.storage import Storage, open_storage
 from dit_scale.train import averages
 from dit_scale.train.ema import ema_kind
-from dit_scale.train.run import root_of_folder
+from dit_scale.train.run_folder import root_of_folder
 
 _DIGEST = "dit_scale_sha256"
 """Key of an export's metadata that has the digest of all else in the file."""
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightsSource:
     """Weights to sample from, and where they came from."""
 
     model: ModelConfig
@@ -74,7 +74,7 @@ class StoredAverage:
         return averages.told_share(self.since_step, self.foreign_share)
 
 
-def open_source(path: str, ema: str | None = None, model: ModelConfig | None = None) -> Source:
+def open_source(path: str, ema: str | None = None, model: ModelConfig | None = None) -> WeightsSource:
     """Weights of a run's folder, a checkpoint's folder, a safetensors file or a published .pt.
 
     `ema` names the profile (the first of the configuration if None). `model` says what a bare weights
@@ -105,7 +105,7 @@ def checkpoints_at(path: str) -> list[tuple[str, Callable[[], Checkpoint]]]:
     )
 
 
-def _from_checkpoint(checkpoint: Checkpoint, ema: str | None) -> Source:
+def _from_checkpoint(checkpoint: Checkpoint, ema: str | None) -> WeightsSource:
     profile = ema or checkpoint.config.ema[0].name
     if ema_kind(profile) not in checkpoint.kinds():
         held = sorted(kind.removeprefix("ema.") for kind in checkpoint.kinds() if kind.startswith("ema."))
@@ -128,11 +128,11 @@ def _of_run(
     trained: Mapping[str, Tensor],
     description: str,
     details: Mapping[str, str] | None = None,
-) -> Source:
+) -> WeightsSource:
     """The weights of a run's checkpoint, with the configuration in that checkpoint."""
     config = checkpoint.config
     shape = shape_of(config.model)
-    return Source(
+    return WeightsSource(
         model=config.model,
         # Checkpoints hold what is trained; the position embedding is a formula.
         state={"pos_embed": sincos_pos_embed(shape.width, shape.grid), **trained},
@@ -144,13 +144,13 @@ def _of_run(
     )
 
 
-def _from_file(path: Path, model: ModelConfig | None) -> Source:
+def _from_file(path: Path, model: ModelConfig | None) -> WeightsSource:
     said, state = weights.read_metadata(path), weights.read(path)
     carried = said.pop(_DIGEST, "")  # other programs write none
     if carried and carried != weights.digest(state, said):
         raise WeightsError(f"{path} is damaged (its SHA-256 does not fit); fetch or export it again")
     config = ModelConfig.model_validate_json(said["model"]) if "model" in said else ModelConfig()
-    return Source(
+    return WeightsSource(
         model=model or config,
         state=state,
         description=str(path),
@@ -203,7 +203,7 @@ def reconstruct(
     stored: Sequence[StoredAverage],
     target: Profile,
     show: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> Source:
+) -> WeightsSource:
     """The average of another width, from those stored up to its step (`dit_scale.inference.posthoc`).
 
     One parameter at a time: the result is the only model in memory. `show`
@@ -234,14 +234,14 @@ def reconstruct(
     )
 
 
-def build_model(source: Source, device: torch.device, dtype: torch.dtype) -> DiT:
+def build_model(source: WeightsSource, device: torch.device, dtype: torch.dtype) -> DiT:
     """The model with the source's weights, ready for inference."""
     model = dit.build(source.model, seed=0, initialise=False)
     weights.load_into(model, source.state)
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
-def export(source: Source, path: Path) -> None:
+def export(source: WeightsSource, path: Path) -> None:
     """Write the weights as one fp32 safetensors file that says all that `open_source` needs to know of it."""
     metadata = {
         "model": source.model.model_dump_json(),

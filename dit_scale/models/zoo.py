@@ -23,7 +23,7 @@ MLP_RATIO = 4
 """Hidden width of a block's MLP over the model's width."""
 
 
-class Row(NamedTuple):
+class ModelSize(NamedTuple):
     """Depth, width and heads of one size; the patch is free."""
 
     depth: int
@@ -31,13 +31,13 @@ class Row(NamedTuple):
     heads: int
 
 
-ROWS = {
-    "Nano": Row(2, 64, 2),  # ours, for tests
-    "Ti": Row(6, 128, 4),  # ours, for laptops; the others are Table 1 of the paper
-    "S": Row(12, 384, 6),
-    "B": Row(12, 768, 12),
-    "L": Row(24, 1024, 16),
-    "XL": Row(28, 1152, 16),
+SIZES = {
+    "Nano": ModelSize(2, 64, 2),  # ours, for tests
+    "Ti": ModelSize(6, 128, 4),  # ours, for laptops; the others are Table 1 of the paper
+    "S": ModelSize(12, 384, 6),
+    "B": ModelSize(12, 768, 12),
+    "L": ModelSize(24, 1024, 16),
+    "XL": ModelSize(28, 1152, 16),
 }
 
 PAPER_NAMES = tuple(f"DiT-{row}/{patch}" for row in ("S", "B", "L", "XL") for patch in (8, 4, 2))
@@ -130,8 +130,8 @@ def shape_of(config: ModelConfig) -> Shape:
     Raises ConfigError for a name that is not in the table or an image that patches do not fill.
     """
     match = re.fullmatch(r"DiT-([A-Za-z]+)/([1-9][0-9]*)", config.name)
-    if match is None or match[1] not in ROWS:
-        rows = ", ".join(f"DiT-{row}" for row in ROWS)
+    if match is None or match[1] not in SIZES:
+        rows = ", ".join(f"DiT-{row}" for row in SIZES)
         raise ConfigError(
             f"unknown model {config.name!r}; expected a row and a patch size, "
             f"for example DiT-XL/2; rows are {rows}"
@@ -140,7 +140,7 @@ def shape_of(config: ModelConfig) -> Shape:
     _check_image_size(config.image_size, patch, config.name)
     return Shape(
         name=config.name,
-        **ROWS[match[1]]._asdict(),
+        **SIZES[match[1]]._asdict(),
         patch=patch,
         image_size=config.image_size,
         conditioning=config.conditioning,

@@ -51,7 +51,7 @@ class Heading(IntEnum):
 
 
 @dataclass(frozen=True)
-class Attempt:
+class AttemptSpan:
     """What one attempt wrote."""
 
     number: int
@@ -117,16 +117,16 @@ class Ledger:
         return self.spent_us[Heading.PRODUCTIVE] / wall_us if wall_us else 0.0
 
 
-def attempts_of(journal: Iterable[Entry]) -> list[Attempt]:
+def attempts_of(journal: Iterable[Entry]) -> list[AttemptSpan]:
     """The attempts in events.jsonl, ascending; none begins before the one before it."""
     by_number: dict[int, list[Entry]] = {}
     for event in journal:
         if {"attempt", "step"} <= event.keys():  # else no line that a run has written
             by_number.setdefault(int(event["attempt"]), []).append(event)
-    found: list[Attempt] = []
+    found: list[AttemptSpan] = []
     for number, events in sorted(by_number.items()):
         earliest_us = found[-1].begin_us if found else 0
-        found.append(Attempt(number, tuple(zip(_times(events, earliest_us), events, strict=True))))
+        found.append(AttemptSpan(number, tuple(zip(_times(events, earliest_us), events, strict=True))))
     return found
 
 
@@ -225,7 +225,7 @@ def _round(number: int, events: list[Entry], earliest_us: int) -> RoundSpan:
     )
 
 
-def _last_sign(span: RoundSpan, attempts: Sequence[Attempt], after: RoundSpan) -> int:
+def _last_sign(span: RoundSpan, attempts: Sequence[AttemptSpan], after: RoundSpan) -> int:
     """The last that was heard of a round whose end nobody saw."""
     of_span = [a.events[-1][0] for a in attempts if span.begin_us <= a.begin_us < after.begin_us]
     return max(span.sign_us, *of_span, 0)
@@ -240,7 +240,7 @@ def _waits_since(before: RoundSpan | None, span: RoundSpan, joined: Iterable[Ent
     return max(ended_us, min(asked_us, default=span.begin_us))
 
 
-def _lasting(attempts: Sequence[Attempt], alive: bool) -> list[float]:
+def _lasting(attempts: Sequence[AttemptSpan], alive: bool) -> list[float]:
     """Of each attempt the last step that no later one takes again; of the last one, what is committed."""
     committed = [
         int(event["name"].partition("-")[0])
@@ -256,7 +256,7 @@ def _lasting(attempts: Sequence[Attempt], alive: bool) -> list[float]:
     return limits[::-1]
 
 
-def _startup(attempts: Sequence[Attempt], rounds: Sequence[RoundSpan], end_us: int) -> tuple[int, int]:
+def _startup(attempts: Sequence[AttemptSpan], rounds: Sequence[RoundSpan], end_us: int) -> tuple[int, int]:
     """From when to when the first start took: to its first step, or to its end without one."""
     events = attempts[0].events if attempts else ()
     stepped = [at_us for at_us, event in events if event["event"] == Event.FIRST_STEP]
@@ -267,7 +267,7 @@ def _startup(attempts: Sequence[Attempt], rounds: Sequence[RoundSpan], end_us: i
     return (events[0][0], (stepped or [events[-1][0]])[0]) if events else (end_us, end_us)
 
 
-def _work_until(attempt: Attempt, attempts: Sequence[Attempt], rounds: Sequence[RoundSpan]) -> int:
+def _work_until(attempt: AttemptSpan, attempts: Sequence[AttemptSpan], rounds: Sequence[RoundSpan]) -> int:
     """When an attempt was last at work: at its last event, or when its round was seen to have failed."""
     last_us = attempt.events[-1][0]
     if attempt.last_event["event"] in ENDS:
@@ -281,7 +281,7 @@ def _work_until(attempt: Attempt, attempts: Sequence[Attempt], rounds: Sequence[
     return last_us
 
 
-def _paint_attempt(spans: "_Spans", attempt: Attempt, limit: float, until_us: int) -> None:
+def _paint_attempt(spans: "_Spans", attempt: AttemptSpan, limit: float, until_us: int) -> None:
     begin_us, start = attempt.events[0]
     spans.paint(Heading.RESTORE, begin_us - _micro(start.get("restore_s", 0.0)), begin_us)
     names = [event["event"] for _, event in attempt.events]

@@ -8,15 +8,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from dit_scale.checkpoint import attempts
-from dit_scale.checkpoint.attempts import Attempt
+from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.checkpoint.manifest import EMA, read_manifest, step_and_attempt
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.journal import Event
 from dit_scale.lines import read_objects
 from dit_scale.storage import Storage
-from dit_scale.telemetry.meters import COLUMNS, Row
-from dit_scale.train.run import root_of
+from dit_scale.telemetry.meters import COLUMNS, StepRow
+from dit_scale.train.run_folder import root_of
 
 Line = dict[str, Any]
 """Of the journal or the record."""
@@ -26,7 +26,7 @@ Line = dict[str, Any]
 class Recorded:
     """What the run wrote down of one step alone."""
 
-    row: Row
+    row: StepRow
     where: str
 
 
@@ -34,7 +34,7 @@ class Recorded:
 class Past:
     """How a run came to a step."""
 
-    attempt: Attempt
+    attempt: AttemptRecord
     """The one that took the step."""
     at_most_step: int
     """Checkpoints up to here, those that count today, are on the way to the step."""
@@ -86,7 +86,7 @@ def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
     )
 
 
-def as_taken(config: TrainConfig, attempt: Attempt) -> TrainConfig:
+def as_taken(config: TrainConfig, attempt: AttemptRecord) -> TrainConfig:
     """The configuration with what an attempt computed by, as its checkpoints say, if one is left.
 
     Where things are, and the device, stay as they are now.
@@ -109,7 +109,7 @@ def as_taken(config: TrainConfig, attempt: Attempt) -> TrainConfig:
     return config
 
 
-def _taker(root: Storage, step: int, attempt: int | None) -> Attempt:
+def _taker(root: Storage, step: int, attempt: int | None) -> AttemptRecord:
     """The attempt that took a step, on the chain that ends with `attempt` (None: the newest)."""
     numbers = attempts.numbers(root)
     if not numbers:
@@ -123,7 +123,7 @@ def _taker(root: Storage, step: int, attempt: int | None) -> Attempt:
     return found
 
 
-def _begun_at(attempt: Attempt) -> int:
+def _begun_at(attempt: AttemptRecord) -> int:
     """Steps that it found taken."""
     return step_and_attempt(attempt.resumed_from)[0] if attempt.resumed_from else 0
 

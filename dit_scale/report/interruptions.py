@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dit_scale.journal import Entry, Event
-from dit_scale.report.goodput import ENDS, MICRO, Attempt, RoundSpan, attempts_of, rounds_of
+from dit_scale.report.goodput import ENDS, MICRO, AttemptSpan, RoundSpan, attempts_of, rounds_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Interruption:
 def interruptions(journal: Sequence[Entry], supervisors: Mapping[str, Sequence[Entry]]) -> list[Interruption]:
     """Every interruption that the journals tell of, in their order; what still runs is none."""
     attempts, rounds = attempts_of(journal), rounds_of(supervisors)
-    by_round: dict[int, list[Attempt]] = {span.number: [] for span in rounds}
+    by_round: dict[int, list[AttemptSpan]] = {span.number: [] for span in rounds}
     found: list[Interruption] = []
     for attempt in attempts:
         begun = [span for span in rounds if span.begin_us <= attempt.begin_us]
@@ -47,7 +47,7 @@ def interruptions(journal: Sequence[Entry], supervisors: Mapping[str, Sequence[E
     return sorted(found, key=lambda one: one.at_s)
 
 
-def _of_attempt(attempt: Attempt, attempts: Sequence[Attempt]) -> Interruption:
+def _of_attempt(attempt: AttemptSpan, attempts: Sequence[AttemptSpan]) -> Interruption:
     """Of one whose end no supervisor saw."""
     at_us, last = attempt.events[-1][0], attempt.last_event
     reason, text = {
@@ -58,7 +58,7 @@ def _of_attempt(attempt: Attempt, attempts: Sequence[Attempt]) -> Interruption:
     return Interruption(at_us / MICRO, reason, "", None, step, _lost(attempt, attempts, step), text)
 
 
-def _of_round(span: RoundSpan, attempt: Attempt | None, attempts: Sequence[Attempt]) -> Interruption:
+def _of_round(span: RoundSpan, attempt: AttemptSpan | None, attempts: Sequence[AttemptSpan]) -> Interruption:
     ended: dict[str, Any] = span.ended
     details = ended.get("details", {})
     steps = [attempt.last_step] if attempt else []
@@ -70,7 +70,7 @@ def _of_round(span: RoundSpan, attempt: Attempt | None, attempts: Sequence[Attem
     return Interruption(at_s, ended["reason"], node, rank, step, lost, ended.get("text", ""))
 
 
-def _unseen(span: RoundSpan, attempt: Attempt | None, attempts: Sequence[Attempt]) -> Interruption:
+def _unseen(span: RoundSpan, attempt: AttemptSpan | None, attempts: Sequence[AttemptSpan]) -> Interruption:
     """Of a round whose supervisors all went before its end."""
     text = "its supervisors ended without a word"
     if attempt is None:
@@ -78,23 +78,23 @@ def _unseen(span: RoundSpan, attempt: Attempt | None, attempts: Sequence[Attempt
     return replace(_of_attempt(attempt, attempts), text=text)
 
 
-def _lost(attempt: Attempt, attempts: Sequence[Attempt], step: int) -> int:
+def _lost(attempt: AttemptSpan, attempts: Sequence[AttemptSpan], step: int) -> int:
     """Steps that the attempts after this one took again, or will have to."""
     later = [other.first_step for other in attempts if other.number > attempt.number]
     return max(0, step - (later[0] if later else committed_step(attempts)))
 
 
-def committed_step(attempts: Sequence[Attempt]) -> int:
+def committed_step(attempts: Sequence[AttemptSpan]) -> int:
     """The newest step that the journal says is committed; 0 when it tells of none."""
     names = [e["name"] for a in attempts for _, e in a.events if e["event"] == Event.CHECKPOINT]
     return max((int(name.partition("-")[0]) for name in names), default=0)
 
 
-def is_done(attempts: Sequence[Attempt]) -> bool:
+def is_done(attempts: Sequence[AttemptSpan]) -> bool:
     """Whether the last attempt came to the last step."""
     return bool(attempts) and attempts[-1].last_event["event"] == Event.DONE
 
 
-def has_left(attempt: Attempt) -> bool:
+def has_left(attempt: AttemptSpan) -> bool:
     """Whether an attempt ended by itself."""
     return attempt.last_event["event"] in ENDS

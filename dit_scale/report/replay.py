@@ -21,12 +21,12 @@ from dit_scale.data.order import positions_of
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
 from dit_scale.report.history import Past, as_taken, past_of
-from dit_scale.telemetry.meters import COLUMNS, Meters, Row
+from dit_scale.telemetry.meters import COLUMNS, Meters, StepRow
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.train import determinism
 from dit_scale.train.memory import plan_of
 from dit_scale.train.objective import SampleLosses, drop_labels
-from dit_scale.train.run import (
+from dit_scale.train.run_folder import (
     RunState,
     check_dataset,
     config_of_folder,
@@ -37,7 +37,7 @@ from dit_scale.train.step import TrainingStep
 
 
 @dataclass(frozen=True)
-class Sample:
+class ReplayedSample:
     """What one sample contributed to the step."""
 
     position: int
@@ -65,9 +65,9 @@ class Replay:
     checkpoint: str | None
     """Where the replay began; None for the start of the run."""
     world: int
-    row: Row
+    row: StepRow
     """The numbers of the step, by `COLUMNS`."""
-    samples: tuple[Sample, ...]
+    samples: tuple[ReplayedSample, ...]
     """Of the whole step: those that are not finite, then the others by falling loss."""
 
     def differences(self) -> dict[str, float] | None:
@@ -93,8 +93,8 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
     world = dist.start(asked.engine)
     with ExitStack() as stack:
         stack.callback(dist.stop)
-        past = world.first_says(lambda: past_of(asked, step, attempt))
-        config = world.first_says(lambda: as_taken(asked, past.attempt))
+        past = world.broadcast(lambda: past_of(asked, step, attempt))
+        config = world.broadcast(lambda: as_taken(asked, past.attempt))
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
         check_dataset(config, dataset)
         plan = plan_of(config, world.size)
@@ -170,7 +170,7 @@ def _take(
     loader: Loader,
     excluded: tuple[tuple[int, int], ...],
     step: int,
-) -> tuple[Row, list[Sample]]:
+) -> tuple[StepRow, list[ReplayedSample]]:
     """Take a step (counted from 0): its row, and the samples of this rank."""
     seen: list[tuple[Batch, SampleLosses]] = []
     row = tuple(training.take(loader, step, lambda *shown: seen.append(shown)).tolist())
@@ -186,7 +186,7 @@ def _take(
         for position, *numbers, weight in zip(*(column.tolist() for column in columns), strict=True):
             if weight > 0:
                 label, dropped, t, loss, mse, vb = numbers
-                samples.append(Sample(position, ids[position], label, dropped, t, loss, mse, vb))
+                samples.append(ReplayedSample(position, ids[position], label, dropped, t, loss, mse, vb))
     return row, samples
 
 

@@ -10,7 +10,7 @@ from dit_scale.elastic.board import Board
 from dit_scale.errors import ConfigError, StorageError
 from dit_scale.journal import Entry, Event, read_journal
 from dit_scale.lines import read_objects
-from dit_scale.report.goodput import MICRO, Attempt, RoundSpan, attempts_of, ledger, rounds_of
+from dit_scale.report.goodput import MICRO, AttemptSpan, RoundSpan, attempts_of, ledger, rounds_of
 from dit_scale.report.interruptions import Interruption, has_left, interruptions, is_done
 from dit_scale.storage import Storage, open_storage
 
@@ -65,7 +65,7 @@ class _Seen:
     config: TrainConfig | None
     journal: list[Entry]
     supervisors: dict[str, list[Entry]]
-    attempts: list[Attempt]
+    attempts: list[AttemptSpan]
     rounds: list[RoundSpan]
     last_row: dict[str, Any]
     """Of metrics.jsonl."""
@@ -92,7 +92,7 @@ class _Seen:
         return self.rounds[-1] if self.rounds and not self.rounds[-1].ended else None
 
     @property
-    def current(self) -> Attempt | None:
+    def current(self) -> AttemptSpan | None:
         """The attempt that is at work, if its processes live."""
         if not self.attempts or has_left(self.attempts[-1]):
             return None

@@ -82,7 +82,7 @@ def check_key(key: str) -> str:
     return key
 
 
-def whole(got: int, expected: int, where: str) -> None:
+def check_complete(got: int, expected: int, where: str) -> None:
     """Raises StorageError unless that many bytes came as were expected."""
     if got != expected:
         raise StorageError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dit_scale.errors import StorageError
-from dit_scale.storage.base import DiskFullError, MissingKeyError, Storage, check_key, whole
+from dit_scale.storage.base import DiskFullError, MissingKeyError, Storage, check_complete, check_key
 
 _WINDOW_BYTES = 256 * 2**20
 """The end of a growing file whose pages leave memory as soon as the device has them: each look walks them."""
@@ -29,7 +29,7 @@ class DiskStorage(Storage):
         with disk_errors(self, "read", key), open(self._path(key), "rb") as file:
             file.seek(start)
             data = file.read(length)
-        whole(len(data), length, f"{self.url}/{key} at {start}")
+        check_complete(len(data), length, f"{self.url}/{key} at {start}")
         return data
 
     def write(self, key: str, data: bytes) -> None:
@@ -38,7 +38,7 @@ class DiskStorage(Storage):
     def write_stream(self, key: str, chunks: Iterable[memoryview], size: int) -> None:
         path = self._path(key)
         with disk_errors(self, "write", key), self._temporary(path, chunks) as tmp:
-            whole(tmp.stat().st_size, size, f"{self.url}/{key}")
+            check_complete(tmp.stat().st_size, size, f"{self.url}/{key}")
             os.replace(tmp, path)
             self._sync_folders(path.parent)
 

@@ -28,8 +28,8 @@ from typing import Any, TypeVar
 
 import dit_scale.storage.transfer as transfer
 from dit_scale.errors import StorageError
-from dit_scale.storage.base import MissingKeyError, Storage, UnavailableError, check_key, whole
-from dit_scale.storage.transfer import BrokenError, Watch
+from dit_scale.storage.base import MissingKeyError, Storage, UnavailableError, check_complete, check_key
+from dit_scale.storage.transfer import BrokenError, TransferProgress
 
 ATTEMPTS = 20
 """Times that one request is made. Where 3 of 10 fail, one request in 3e10 fails as often as this."""
@@ -78,7 +78,7 @@ class S3Storage(Storage):
         where = self._where(key)
         doubted = set()
 
-        def get(s3: Any, watch: Watch) -> bytes:
+        def get(s3: Any, watch: TransferProgress) -> bytes:
             answer = s3.get_object(**where)
             data = _receive(answer, watch)
             if not self._etags_are_md5 or not _has_md5(answer):
@@ -98,7 +98,7 @@ class S3Storage(Storage):
             return b""
         wanted = {**self._where(key), "Range": f"bytes={start}-{start + length - 1}"}
         data = self._call("read", key, lambda s3, watch: _receive(s3.get_object(**wanted), watch))
-        whole(len(data), length, f"{self.url}/{key} at {start}")
+        check_complete(len(data), length, f"{self.url}/{key} at {start}")
         return data
 
     def write(self, key: str, data: bytes) -> None:
@@ -130,7 +130,7 @@ class S3Storage(Storage):
 
         where, writer = self._where(key), secrets.token_hex(16)
 
-        def put(s3: Any, watch: Watch) -> bool:
+        def put(s3: Any, watch: TransferProgress) -> bool:
             try:
                 s3.put_object(**where, Body=_body(data, watch), IfNoneMatch="*", Metadata={_WRITER: writer})
             except ClientError as error:
@@ -188,7 +188,7 @@ class S3Storage(Storage):
         """Put an object in parts; nobody sees it before all of them are there."""
         where, writer = self._where(key), secrets.token_hex(16)
 
-        def begin(s3: Any, _: Watch) -> dict[str, Any]:
+        def begin(s3: Any, _: TransferProgress) -> dict[str, Any]:
             return _with("UploadId", s3.create_multipart_upload(**where, Metadata={_WRITER: writer}))
 
         begun = self._call("write", key, begin)
@@ -216,7 +216,7 @@ class S3Storage(Storage):
     ) -> None:
         from botocore.exceptions import ClientError
 
-        def complete(s3: Any, _: Watch) -> bool:
+        def complete(s3: Any, _: TransferProgress) -> bool:
             try:
                 _with("ETag", s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": sent}))
             except ClientError as error:
@@ -239,7 +239,11 @@ class S3Storage(Storage):
         return head["Metadata"].get(_WRITER) == writer
 
     def _call(
-        self, verb: str, key: str, action: Callable[[Any, Watch], T], deadline_s: float | None = None
+        self,
+        verb: str,
+        key: str,
+        action: Callable[[Any, TransferProgress], T],
+        deadline_s: float | None = None,
     ) -> T:
         """What `action` gives when no passing fault meets it any more; `deadline_s` is DEADLINE_S if None."""
         last_start_s = (DEADLINE_S if deadline_s is None else deadline_s) - transfer.STALL_S
@@ -299,7 +303,7 @@ class S3Storage(Storage):
         return kind(f"{where}: {code}: {advice}")
 
 
-def _body(data: bytes | bytearray, watch: Watch) -> bytes | transfer.WatchedBody:
+def _body(data: bytes | bytearray, watch: TransferProgress) -> bytes | transfer.WatchedBody:
     """What boto3 sends: few bytes as they are, for even at the slowest rate they are gone in STALL_S."""
     few = transfer.STALL_S * transfer.SLOWEST_BYTES_PER_S
     return bytes(data) if len(data) <= few else transfer.WatchedBody(data, watch)
@@ -333,7 +337,7 @@ def _etag(data: bytes) -> str:
     return f"{md5(digests).hexdigest()}-{len(starts)}"
 
 
-def _receive(answer: dict[str, Any], watch: Watch) -> bytes:
+def _receive(answer: dict[str, Any], watch: TransferProgress) -> bytes:
     with closing(answer["Body"]) as body:
         return transfer.receive(body.read, watch)
 

@@ -27,7 +27,7 @@ class BrokenError(Exception):
     """A transfer that did not go as it should; another attempt may do better."""
 
 
-class Watch:
+class TransferProgress:
     """What one attempt has moved; ends it, when it moves more after it was given up, with BrokenError."""
 
     def __init__(self) -> None:
@@ -41,9 +41,9 @@ class Watch:
         self.bytes += num_bytes
 
 
-def attempt(action: Callable[[Watch], T]) -> T:
+def attempt(action: Callable[[TransferProgress], T]) -> T:
     """What `action` returns or raises. Raises BrokenError when it stalls; its thread may then live on."""
-    watch = Watch()
+    watch = TransferProgress()
     outcome: Future[T] = Future()
 
     def run() -> None:
@@ -68,7 +68,7 @@ def attempt(action: Callable[[Watch], T]) -> T:
 class WatchedBody(io.RawIOBase):
     """A file over bytes in memory, which it does not copy, and whose reading is watched."""
 
-    def __init__(self, data: bytes | bytearray, watch: Watch) -> None:
+    def __init__(self, data: bytes | bytearray, watch: TransferProgress) -> None:
         self._data = memoryview(data)
         self._watch = watch
         self._at = 0
@@ -95,7 +95,7 @@ class WatchedBody(io.RawIOBase):
         return len(piece)
 
 
-def receive(read: Callable[[int], bytes], watch: Watch) -> bytes:
+def receive(read: Callable[[int], bytes], watch: TransferProgress) -> bytes:
     """The whole body behind `read`, which gives at most as many bytes as it is asked for."""
     received = io.BytesIO()
     while piece := read(_RECEIVE_BYTES):

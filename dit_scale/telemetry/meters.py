@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Row = tuple[float, ...]
+StepRow = tuple[float, ...]
 COLUMNS = ("loss", "mse", "vb", "grad_norm", "skipped")
 """Of a row: global means of the losses, the global gradient norm, 1.0 when the update was skipped."""
 
@@ -15,9 +15,9 @@ COLUMNS = ("loss", "mse", "vb", "grad_norm", "skipped")
 class Meters:
     """Rows of the steps since the last log point."""
 
-    def __init__(self, global_batch: int, pending: Sequence[Row] = ()) -> None:
+    def __init__(self, global_batch: int, pending: Sequence[StepRow] = ()) -> None:
         self._global_batch = global_batch
-        self._host: list[Row] = [tuple(row) for row in pending]
+        self._host: list[StepRow] = [tuple(row) for row in pending]
         self._device: list[Tensor] = []
         self._clock = StepClock()
 
@@ -26,7 +26,7 @@ class Meters:
         self._device.append(row)
         self._clock.steps += 1
 
-    def collect(self) -> tuple[Row, ...]:
+    def collect(self) -> tuple[StepRow, ...]:
         """All rows so far, on the host, in the order of the steps; waits for the device."""
         if self._device:
             self._host += [tuple(row) for row in torch.stack(self._device).tolist()]

@@ -4,26 +4,28 @@ import time
 from collections.abc import Callable
 
 from dit_scale.checkpoint import attempts
-from dit_scale.checkpoint.attempts import Attempt, Ranges
+from dit_scale.checkpoint.attempts import AttemptRecord, Ranges
 from dit_scale.errors import StorageError
 from dit_scale.storage import DiskFullError, Storage
-from dit_scale.train.run import Say, merged
+from dit_scale.train.run_folder import Say, merged
 
 PAUSE_S = 5.0
 """Between two tries while there is no room."""
 
 
 def next_attempt(
-    root: Storage, resumed_from: str | None, excluded: Ranges, behind: Attempt | None
-) -> Attempt:
+    root: Storage, resumed_from: str | None, excluded: Ranges, behind: AttemptRecord | None
+) -> AttemptRecord:
     """The next attempt of a run, or the one behind `behind`, which leaves these positions out, too."""
     before = attempts.newest(root)
     last = behind.number if behind else max(attempts.numbers(root), default=0)
     left_out = merged((*excluded, *(before.excluded_positions if before else ())))
-    return Attempt(last + 1, resumed_from, left_out)
+    return AttemptRecord(last + 1, resumed_from, left_out)
 
 
-def claim(root: Storage, attempt: Attempt, deadline_s: float, beat: Callable[[], None], say: Say) -> None:
+def claim(
+    root: Storage, attempt: AttemptRecord, deadline_s: float, beat: Callable[[], None], say: Say
+) -> None:
     """Begin this attempt, as soon as there is room for its record.
 
     Raises SupersededError when another process was faster, also while this one waited; StorageError when

@@ -1,7 +1,7 @@
 """`train --dry-run`: the resolved configuration, parameters, FLOPs and memory; nothing is started."""
 
 from dit_scale.config import TrainConfig, dump
-from dit_scale.data.plan import BatchPlan
+from dit_scale.data.batch_plan import BatchPlan
 from dit_scale.models.zoo import forward_macs, num_parameters, shape_of
 from dit_scale.train.memory import GIB, Memory, estimate, plan_of
 

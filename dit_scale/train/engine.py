@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, Extent, Partition
 from dit_scale.config import EngineConfig, OptimizerConfig
-from dit_scale.data.plan import BatchPlan
+from dit_scale.data.batch_plan import BatchPlan
 from dit_scale.dist import World
 from dit_scale.train.optim import build_optimizer, gate
 

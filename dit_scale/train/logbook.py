@@ -14,7 +14,7 @@ from dit_scale.storage import DiskFullError, MissingKeyError, Storage, open_stor
 from dit_scale.telemetry import record
 from dit_scale.telemetry.record import Record
 from dit_scale.telemetry.sinks import open_mirrors
-from dit_scale.train.run import EVENTS, METRICS, Say
+from dit_scale.train.run_folder import EVENTS, METRICS, Say
 
 
 @dataclass(frozen=True)

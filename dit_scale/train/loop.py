@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dit_scale import dist
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Batch
-from dit_scale.heartbeat import Heart, Section
+from dit_scale.heartbeat import Heart, Phase
 from dit_scale.signals import REQUEUE_EXIT_CODE, StopRequest
 from dit_scale.train import determinism
 from dit_scale.train.session import Session
@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> int:
             vote = world.begin_any(stop.wanted, *run.saver.flags(), run.has_found_damage())
             row = run.step.update(sums, run.state.step)
             run.state.step += 1
-            heart.beat(Section.AGREE, run.state.step)
+            heart.beat(Phase.AGREE, run.state.step)
             run.count(row)
 
             stopping, at_work, failed, damage = vote.result()
@@ -51,22 +51,22 @@ def train(config: TrainConfig) -> int:
             last = run.state.step == config.steps
             log_point = last or run.state.step % config.log.every_steps == 0
             save_point = last or stopping or run.save_is_due()
-            heart.beat(Section.LOG, run.state.step)
+            heart.beat(Phase.LOG, run.state.step)
             if (log_point or save_point) and run.keeps_failing():
                 run.roll_back()
                 continue
             if log_point:
                 run.log()
             if last or stopping:
-                heart.beat(Section.WAIT_SAVE, run.state.step)
+                heart.beat(Phase.WAIT_SAVE, run.state.step)
                 run.save_and_wait()
             elif save_point:
-                heart.beat(Section.SAVE, run.state.step)
+                heart.beat(Phase.SAVE, run.state.step)
                 run.save()
             if stopping and not last:
                 run.say(f"stopped on request at step {run.state.step}; the same command goes on from there")
                 return REQUEUE_EXIT_CODE
-        heart.beat(Section.LOG, run.state.step)
+        heart.beat(Phase.LOG, run.state.step)
         run.finish()
     return 0
 
@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> int:
 def _beating(heart: Heart, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
     """The same batches; the heart tells the wait for one from the work on it."""
     while True:
-        heart.beat(Section.DATA, step)
+        heart.beat(Phase.DATA, step)
         batch = next(batches)
-        heart.beat(Section.COMPUTE, step)
+        heart.beat(Phase.COMPUTE, step)
         yield batch

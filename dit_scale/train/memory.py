@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dit_scale.config import TrainConfig
-from dit_scale.data.plan import BatchPlan, batch_plan
+from dit_scale.data.batch_plan import BatchPlan, batch_plan
 from dit_scale.errors import ConfigError
 from dit_scale.models.zoo import Shape, num_parameters, shape_of
 

@@ -38,7 +38,7 @@ class SampleLosses(NamedTuple):
         return torch.stack((self.total_B, self.mse_B, self.vb_B)) @ weight_B
 
 
-Watch = Callable[[Batch, SampleLosses], None]
+MicroBatchObserver = Callable[[Batch, SampleLosses], None]
 """Sees a micro-batch and the losses of its samples."""
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from dit_scale import __version__
 from dit_scale.checkpoint import reader
-from dit_scale.checkpoint.attempts import Attempt, Ranges, check_current
+from dit_scale.checkpoint.attempts import AttemptRecord, Ranges, check_current
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, Manifest, name_of
 from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.checkpoint.saver import Outcome, Saver
+from dit_scale.checkpoint.saver import Saver, SaveResult
 from dit_scale.config import TrainConfig
 from dit_scale.data.loader import Loader
 from dit_scale.data.order import positions_of, ranges_of
@@ -25,9 +25,9 @@ from dit_scale.data.quarantine import Quarantine
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, StabilityError, StorageError
-from dit_scale.heartbeat import Heart, Section
+from dit_scale.heartbeat import Heart, Phase
 from dit_scale.journal import Event
-from dit_scale.telemetry.meters import COLUMNS, Meters, Row
+from dit_scale.telemetry.meters import COLUMNS, Meters, StepRow
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.telemetry.sinks import check_installed
 from dit_scale.train.averages import restored_kinds
@@ -35,7 +35,7 @@ from dit_scale.train.claim import claim, next_attempt
 from dit_scale.train.ema import ema_kind
 from dit_scale.train.logbook import Carried, Logbook, carried_over, check_writable
 from dit_scale.train.memory import plan_of
-from dit_scale.train.run import (
+from dit_scale.train.run_folder import (
     RunState,
     check_dataset,
     choose_precision,
@@ -48,8 +48,7 @@ from dit_scale.train.run import (
 )
 from dit_scale.train.step import TrainingStep
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-"""Between two tries of the last save."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between two tries of the last save
 
 
 class Session:
@@ -79,14 +78,14 @@ class Session:
         self._began_step = self._observed_step = self._saved_step = self._committed_step = 0
 
     def begin(
-        self, at_most_step: int | None = None, excluded: Ranges = (), behind: Attempt | None = None
+        self, at_most_step: int | None = None, excluded: Ranges = (), behind: AttemptRecord | None = None
     ) -> None:
         """Start an attempt from the newest checkpoint (up to a step), or from nothing.
 
         Raises SupersededError when another one has begun behind the attempt `behind`.
         """
         config, notes, begin_s = self.config, list[str](), time.monotonic()
-        self._heart.beat(Section.RESTORE, self.state.step)
+        self._heart.beat(Phase.RESTORE, self.state.step)
         # A configuration that this run refuses must not count as an attempt or replace its config.yaml.
         found = find_checkpoint(
             config,
@@ -98,8 +97,8 @@ class Session:
         )
         self.status = StatusLine(config.steps, found.manifest.step if found else 0, self.world.is_first)
         self._attempt_stack.callback(self.status.close)
-        self._heart.beat(Section.RESTORED, self.state.step)
-        self.attempt = self.world.first_says(lambda: self._claim(found, excluded, behind))
+        self._heart.beat(Phase.RESTORED, self.state.step)
+        self.attempt = self.world.broadcast(lambda: self._claim(found, excluded, behind))
         self._go_on_from(found)
         self._open(notes, found is not None, restore_s=time.monotonic() - begin_s)
 
@@ -146,7 +145,7 @@ class Session:
         self._report(self._wait_for_save())
         self._record(Event.ROLLBACK, failed_steps=[before + 1, self.state.step], excluded_positions=excluded)
         self.say(f"{message}: going back to a checkpoint before it, and on without its samples")
-        self._heart.beat(Section.WAIT_SAVE, self.state.step)  # the last rows of a mirror may take a while
+        self._heart.beat(Phase.WAIT_SAVE, self.state.step)  # the last rows of a mirror may take a while
         self._attempt_stack.close()
         self._rollbacks += 1
         self.begin(before, excluded, behind=self.attempt)
@@ -219,7 +218,7 @@ class Session:
             outcome = self._wait_for_save()
             self._report(outcome)
             assert outcome is not None
-            is_late = self.world.first_says(lambda: time.monotonic() > give_up_s)
+            is_late = self.world.broadcast(lambda: time.monotonic() > give_up_s)
             if outcome.problem and (outcome.is_final or is_late):
                 raise CheckpointError(f"{self._root.url}: the last save failed: {outcome.problem}")
             if outcome.problem:
@@ -227,8 +226,8 @@ class Session:
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         self._record(Event.WAITED, stall_s=round(time.monotonic() - begin_s, 4))
 
-    def _wait_for_save(self) -> Outcome | None:
-        return self.saver.wait(lambda: self._heart.beat(Section.WAIT_SAVE, self.state.step))
+    def _wait_for_save(self) -> SaveResult | None:
+        return self.saver.wait(lambda: self._heart.beat(Phase.WAIT_SAVE, self.state.step))
 
     def finish(self) -> None:
         """The run is done: say where everything is. Raises StorageError when its record is not whole."""
@@ -237,7 +236,9 @@ class Session:
             raise StorageError(f"all {self.state.step} steps are taken and saved, but {problem}")
         self.say(f"done: {self.state.step} steps in {self.config.run}")
 
-    def _claim(self, found: Checkpoint | None, excluded: Ranges, behind: Attempt | None) -> Attempt:
+    def _claim(
+        self, found: Checkpoint | None, excluded: Ranges, behind: AttemptRecord | None
+    ) -> AttemptRecord:
         """Begin the next attempt, and read what it goes on from (rank 0 alone)."""
         check_writable(self.config)
         attempt = next_attempt(self._root, found.name if found else None, excluded, behind)
@@ -245,7 +246,7 @@ class Session:
             self._root,
             attempt,
             self.config.checkpoint.deadline_s,
-            lambda: self._heart.beat(Section.RESTORE, self.state.step),
+            lambda: self._heart.beat(Phase.RESTORE, self.state.step),
             self.say,
         )
         self._carried = carried_over(self.config, found, attempt.number)
@@ -259,14 +260,14 @@ class Session:
         owned = self.step.engine.owned
 
         def read(kind: str, parameter: str, start: int, length: int) -> Tensor:
-            self._heart.beat(Section.RESTORE, self.state.step)
+            self._heart.beat(Phase.RESTORE, self.state.step)
             return found.read(kind, parameter, start, length)
 
         try:
             reader.fill(owned, (*OPTIMIZER_KINDS, *old), read)
             reader.fill(owned, new, lambda _, *extent: read(MASTER, *extent))
         finally:
-            self._heart.beat(Section.RESTORED, self.state.step)
+            self._heart.beat(Phase.RESTORED, self.state.step)
         notes += said
 
     def _go_on_from(self, found: Checkpoint | None) -> None:
@@ -348,7 +349,7 @@ class Session:
         """Whether a multiple of so many steps lies between that step and this one."""
         return every_steps > 0 and self.state.step // every_steps > since // every_steps
 
-    def _report(self, outcome: Outcome | None) -> None:
+    def _report(self, outcome: SaveResult | None) -> None:
         """Say and write down how a save ended."""
         if outcome is None:
             return
@@ -365,7 +366,7 @@ class Session:
             self._record(Event.RETENTION_FAILED, name=name, problem=outcome.retention_problem)
             self.say(f"ALARM: old checkpoints stay: {outcome.retention_problem}")
 
-    def _note_skipped(self, step: int, row: Row) -> None:
+    def _note_skipped(self, step: int, row: StepRow) -> None:
         self.state.skipped = (*self.state.skipped, step)
         positions = self._positions(step - 1, step)
         # the loader of this rank does not know of damage that the others found

@@ -83,7 +83,7 @@ WITHOUT_TORCH = (
     "dit_scale.storage",
     "dit_scale.data.download",
     "dit_scale.data.order",
-    "dit_scale.data.plan",
+    "dit_scale.data.batch_plan",
     "dit_scale.data.quarantine",
     "dit_scale.data.shards",
     "dit_scale.data.statistics",

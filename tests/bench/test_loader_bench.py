@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.speed import scaled
+from tests.support.speed import scaled
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loader.py"
 

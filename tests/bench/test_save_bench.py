@@ -13,7 +13,7 @@ from benchmarks.save import share_of
 from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.config import ModelConfig
 from dit_scale.models.zoo import num_parameters, shape_of
-from tests.speed import scaled
+from tests.support.speed import scaled
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "save.py"
 COPIES = 4

@@ -12,7 +12,7 @@ import torch
 
 from dit_scale.config import ModelConfig
 from dit_scale.models.zoo import forward_macs, shape_of
-from tests.speed import scaled
+from tests.support.speed import scaled
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 

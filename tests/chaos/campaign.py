@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dit_scale.config import TrainConfig
-from tests.chaos import record, stacks
+from tests.chaos import stacks
 from tests.chaos.hunt import Hunt, RunError, draw, undisturbed
 from tests.chaos.report import Campaign, StageResult, as_text, as_tree
-from tests.dist import jobs
-from tests.latents import write_latents
+from tests.support.latents import write_latents
+from tests.support.ranks import jobs, record
 
 STAGES = (1, 2, 3)
 STEPS_PER_KILL = 6

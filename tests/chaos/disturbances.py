@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dit_scale.elastic.node.exits import Exit
 from dit_scale.signals import REQUEUE_EXIT_CODE
-from tests.chaos.public_run import Form, PublicRun, RunError, Started, wait_until
+from tests.support.ranks.public_run import Form, PublicRun, RunError, Started, wait_until
 
 MAX_KILLS = 3
 MAX_DELAY_S = 1.0

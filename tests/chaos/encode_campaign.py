@@ -20,8 +20,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.chaos.encode_hunt import MANY, Grounds, Hunt, HuntError, grounds, hunt_at_random
-from tests.faults.ceph import ceph_s3
+from tests.support.encode_hunt import MANY, Grounds, Hunt, HuntError, grounds, hunt_at_random
+from tests.support.faults.ceph import ceph_s3
 
 KILLS_PER_JOB = 12
 

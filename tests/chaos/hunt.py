@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from dit_scale.config import TrainConfig
 from dit_scale.signals import REQUEUE_EXIT_CODE
-from tests.chaos import record
 from tests.chaos.stacks import (
     AT_WORK,
     IN_SAVE,
@@ -27,9 +26,9 @@ from tests.chaos.stacks import (
     read_stacks,
     section_of,
 )
-from tests.dist import jobs
-from tests.dist.processes import start
-from tests.dist.runs import kill
+from tests.support.ranks import jobs, record
+from tests.support.ranks.processes import start
+from tests.support.ranks.runs import kill
 
 WORLD = 2
 POLL_S = 0.002

@@ -16,9 +16,9 @@ import pytest
 from dit_scale.elastic.board import Reason
 from dit_scale.elastic.node.exits import Exit
 from dit_scale.storage import open_storage
-from tests.cluster.image import build_image
-from tests.cluster.pods import IndexedJob, Node, network, running
-from tests.cluster.pods_training import (
+from tests.support.cluster.image import build_image
+from tests.support.cluster.pods import IndexedJob, Node, network, running
+from tests.support.cluster.pods_training import (
     Progress,
     Sizes,
     manifests,
@@ -27,10 +27,10 @@ from tests.cluster.pods_training import (
     undisturbed,
     weights,
 )
-from tests.faults.ceph import ceph_s3
-from tests.faults.slow_upload import slow_upload
-from tests.latents import write_latents
-from tests.s3 import BUCKET
+from tests.support.faults.ceph import ceph_s3
+from tests.support.faults.slow_upload import slow_upload
+from tests.support.latents import write_latents
+from tests.support.s3 import BUCKET
 
 pytestmark = pytest.mark.cluster
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.chaos.disturbances import DISTURBANCES, OF_DATA, Happened
-from tests.chaos.public_run import PublicRun, RunError, Shape, record_lines
-from tests.dist import jobs
-from tests.dist.runs import final_files
-from tests.faults.small_disk import small_disk
-from tests.latents import write_latents
+from tests.support.faults.small_disk import small_disk
+from tests.support.latents import write_latents
+from tests.support.ranks import jobs
+from tests.support.ranks.public_run import PublicRun, RunError, Shape, record_lines
+from tests.support.ranks.runs import final_files
 
 SHAPES = tuple(Shape(world, stage) for world in (1, 2, 3) for stage in (1, 2, 3))
 STEPS, EVERY_STEPS = 60, 4

@@ -27,11 +27,11 @@ from typing import Any
 from dit_scale.config import TrainConfig
 from dit_scale.elastic.board import Reason
 from dit_scale.elastic.supervisor import Policy
-from dit_scale.forecast.simulate import Failure, Result, Setup, simulate
-from dit_scale.forecast.timeline import Costs, Kind, Use
+from dit_scale.forecast.simulate import Failure, SimulationResult, SimulationSetup, simulate
+from dit_scale.forecast.timeline import Costs, FailureKind, Use
 from dit_scale.journal import read_journal
-from dit_scale.report.goodput import MICRO, Attempt, Heading, Ledger, attempts_of, ledger
-from tests.elastic.nodes import Cluster, Node, cluster, config_of
+from dit_scale.report.goodput import MICRO, AttemptSpan, Heading, Ledger, attempts_of, ledger
+from tests.support.nodes.nodes import Cluster, Node, cluster, config_of
 
 NAMES = ("a", "b", "c")
 POLICY = Policy(2, 3, lease_s=3.0, grow_s=5.0)
@@ -46,11 +46,11 @@ LIMIT = 0.1
 FAILURES = (Reason.FAILED, Reason.HUNG, Reason.LOST)
 
 MEASURING = (
-    Failure(30.0, 0, Kind.CRASH),
-    Failure(60.0, 1, Kind.STOP),
-    Failure(100.0, 2, Kind.DEATH),
-    Failure(130.0, 1, Kind.CRASH),
-    Failure(190.0, 0, Kind.CRASH),
+    Failure(30.0, 0, FailureKind.CRASH),
+    Failure(60.0, 1, FailureKind.STOP),
+    Failure(100.0, 2, FailureKind.DEATH),
+    Failure(130.0, 1, FailureKind.CRASH),
+    Failure(190.0, 0, FailureKind.CRASH),
 )
 MEASURING_BACK_S, MEASURING_S = 50.0, 220.0
 """The third node is away for so long, and then all are asked to leave."""
@@ -117,7 +117,7 @@ def live(config: TrainConfig, failures: Sequence[Failure], back_s: float, stop_s
             elif lives[NAMES[what.node]].process.poll() is None:
                 lived.loads.append(os.getloadavg()[0])
                 _fail(lives[NAMES[what.node]], what.kind, lived)
-                if what.kind == Kind.DEATH:
+                if what.kind == FailureKind.DEATH:
                     agenda.append((at_s + back_s, NAMES[what.node]))
         if stop_s is not None:
             time.sleep(max(0.0, begin_s + stop_s - time.monotonic()))
@@ -141,11 +141,11 @@ def _start_again(nodes: Cluster, name: str, lived: Lived) -> Node:
     return node
 
 
-def _fail(node: Node, kind: Kind, lived: Lived) -> None:
+def _fail(node: Node, kind: FailureKind, lived: Lived) -> None:
     """Have it happen; a rank that is not there at the moment cannot fail."""
-    if kind != Kind.DEATH:
+    if kind != FailureKind.DEATH:
         for pid in node.ranks().values():
-            os.kill(pid, signal.SIGKILL if kind == Kind.CRASH else signal.SIGSTOP)
+            os.kill(pid, signal.SIGKILL if kind == FailureKind.CRASH else signal.SIGSTOP)
         return
     said_before = set(_reports(lived.config))
     at_s = time.time()
@@ -191,7 +191,7 @@ def _last(events: Sequence[dict[str, Any]], name: str) -> float:
     return max((event["monotonic_s"] for event in events if event["event"] == name), default=0.0)
 
 
-def _means(taken: Sequence[tuple[float, Attempt]], end_s: float) -> Costs:
+def _means(taken: Sequence[tuple[float, AttemptSpan]], end_s: float) -> Costs:
     """Of attempts and the times at which the last launcher of each was started."""
     launch_s, restore_s, first_s, work = [], [], [], []
     stalls_s, lags_s = [], []
@@ -233,21 +233,25 @@ def plan_of(seconds: float, seed: int) -> list[Failure]:
     draws = random.Random(seed)
     found: list[Failure] = []
     at_s = draws.uniform(*GAP_S)
-    kinds: list[Kind] = []
+    kinds: list[FailureKind] = []
     while at_s < seconds:
-        kinds = kinds or draws.sample([Kind.CRASH, Kind.CRASH, Kind.STOP, Kind.DEATH], 4)
+        kinds = kinds or draws.sample(
+            [FailureKind.CRASH, FailureKind.CRASH, FailureKind.STOP, FailureKind.DEATH], 4
+        )
         found.append(Failure(at_s, draws.randrange(len(NAMES)), kinds.pop()))
         at_s += draws.uniform(*GAP_S)
     return found
 
 
-def setup_of(run: Lived, steps: int = 1) -> Setup:
+def setup_of(run: Lived, steps: int = 1) -> SimulationSetup:
     """The simulation's, with what a run took."""
     costs = {nodes: replace(costs_of(run, nodes), break_s=_mean(run.breaks_s)) for nodes in (2, 3)}
-    return Setup(3, steps, EVERY_STEPS, 0, costs[3], costs, POLICY, repair_s=BACK_S + _mean(run.boots_s))
+    return SimulationSetup(
+        3, steps, EVERY_STEPS, 0, costs[3], costs, POLICY, repair_s=BACK_S + _mean(run.boots_s)
+    )
 
 
-def steps_for(seconds: float, setup: Setup, failures: Sequence[Failure]) -> int:
+def steps_for(seconds: float, setup: SimulationSetup, failures: Sequence[Failure]) -> int:
     """How many steps make a run of about so long."""
     steps = round(seconds / setup.costs.step_s / 2)
     for _ in range(4):
@@ -264,7 +268,7 @@ def config_for(folder: Path, steps: int) -> TrainConfig:
     )
 
 
-def table(real: Ledger, foretold: Result) -> str:
+def table(real: Ledger, foretold: SimulationResult) -> str:
     """Both ledgers, in seconds."""
     lines = [f"{'':18}{'real':>9}{'foretold':>10}"]
     for name, headings, uses in ROWS:
@@ -281,7 +285,7 @@ def table(real: Ledger, foretold: Result) -> str:
     return "\n".join(lines)
 
 
-def _told(setup: Setup) -> str:
+def _told(setup: SimulationSetup) -> str:
     lines = [
         f"  {nodes} nodes: " + ", ".join(f"{name} {value:.3g}" for name, value in asdict(costs).items())
         for nodes, costs in setup.measured.items()
@@ -295,7 +299,7 @@ def outcome(real: Ledger) -> tuple[float, float]:
     return wall_us / MICRO, (real.spent_us[Heading.PRODUCTIVE] + real.spent_us[Heading.DATA]) / wall_us
 
 
-def _kept(foretold: Result) -> float:
+def _kept(foretold: SimulationResult) -> float:
     return (foretold.ledger_s[Use.PRODUCTIVE] + foretold.ledger_s[Use.DEGRADED]) / foretold.wall_s
 
 

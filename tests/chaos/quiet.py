@@ -4,7 +4,7 @@
     python -m tests.chaos.quiet --steps 10000 --out runs/quiet
 
 Slow are steps, log points and snapshots (1 to 6 s, a step may last 10 s), reads of data (9 to 15 s) and every
-commit (12 s), the last one, which is waited for, too: `tests.elastic.faulty` has the shares. Leaves with 1
+commit (12 s), the last one too: `tests.support.nodes.faulty` has the shares. Exits with 1
 when a round is ended for it, or when hardly anything was slow. OUT/report.json has every wait.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_scale.config import TrainConfig
-from tests.elastic.faulty import SLOW
-from tests.elastic.nodes import Node, cluster, config_of
+from tests.support.nodes.faulty import SLOW
+from tests.support.nodes.nodes import Node, cluster, config_of
 
 SAVES = 5
 LOGS = 100

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from dit_scale.config import TrainConfig
-from tests.chaos.record import differences_at_the_end, last_step
-from tests.dist import jobs
-from tests.dist.processes import run
-from tests.elastic.nodes import Cluster, Node, cluster, config_of
+from tests.support.nodes.nodes import Cluster, Node, cluster, config_of
+from tests.support.ranks import jobs
+from tests.support.ranks.processes import run
+from tests.support.ranks.record import differences_at_the_end, last_step
 
 STEPS_PER_CYCLE = 8
 STRAIGHT_S = 3600.0

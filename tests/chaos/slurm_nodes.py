@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import Slurm, processes, slurm_cluster
-from tests.cluster.slurm_training import (
+from tests.support.cluster.slurm import Slurm, processes, slurm_cluster
+from tests.support.cluster.slurm_training import (
     Job,
     assert_an_attempt_stayed_as_it_was,
     assert_goes_on_without,
@@ -24,7 +24,7 @@ from tests.cluster.slurm_training import (
     config_of,
     submit,
 )
-from tests.dist.runs import events
+from tests.support.ranks.runs import events
 
 pytestmark = pytest.mark.cluster
 

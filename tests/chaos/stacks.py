@@ -31,7 +31,7 @@ RANK_SECTIONS = (
     ("vote", "dit_scale/dist.py:begin_any"),
     ("vote", "dit_scale/dist.py:result"),
     ("vote", "dit_scale/checkpoint/saver.py:flags"),
-    ("restore", "dit_scale/train/run.py:find_checkpoint"),
+    ("restore", "dit_scale/train/run_folder.py:find_checkpoint"),
     ("restore", "dit_scale/train/session.py:_go_on_from"),
     ("start", "dit_scale/train/session.py:__init__"),
     ("start", "dit_scale/train/session.py:begin"),
@@ -41,7 +41,7 @@ RANK_SECTIONS = (
     ("leaving", "dit_scale/checkpoint/saver.py:close"),
     ("leaving", "dit_scale/dist.py:stop"),
     ("between these", "dit_scale/train/loop.py:train"),
-    ("start", "tests/dist/processes.py:_rank"),
+    ("start", "tests/support/ranks/processes.py:_rank"),
     ("start", "multiprocessing/forkserver.py:"),
 )
 """Section, and the frames that a rank has on its stack there; the first one that fits counts.

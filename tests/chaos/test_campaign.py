@@ -10,12 +10,12 @@ import pytest
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import EMA
 from dit_scale.config import TrainConfig
-from dit_scale.train.run import root_of
-from tests.chaos import record, stacks
+from dit_scale.train.run_folder import root_of
+from tests.chaos import stacks
 from tests.chaos.campaign import config_of, new_stage, run_stage
 from tests.chaos.report import Campaign, StageResult, as_text, histogram
-from tests.dist import jobs
-from tests.needs import needs
+from tests.support.needs import needs
+from tests.support.ranks import jobs, record
 
 ROOT = Path(__file__).parents[2]
 KILLS, SEED = 6, 37

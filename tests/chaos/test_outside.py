@@ -7,8 +7,8 @@ import pytest
 
 from tests.chaos.disturbances import DISTURBANCES, Happened
 from tests.chaos.outside import Campaign, Shape, differences, new_run
-from tests.chaos.public_run import record_lines
-from tests.dist.runs import final_files
+from tests.support.ranks.public_run import record_lines
+from tests.support.ranks.runs import final_files
 
 
 @pytest.mark.dist

@@ -14,7 +14,7 @@ from rich.console import Console
 from dit_scale.cli import main
 from dit_scale.config import EncodeConfig
 from dit_scale_pipeline import job as encoding
-from tests.cluster.kustomize import KUBERNETES, ROOT, render
+from tests.support.cluster.kustomize import KUBERNETES, ROOT, render
 
 pytestmark = pytest.mark.cluster
 

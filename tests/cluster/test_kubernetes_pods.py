@@ -8,9 +8,9 @@ import pytest
 from dit_scale.elastic.board import Reason
 from dit_scale.elastic.node.exits import Exit
 from dit_scale.storage import open_storage
-from tests.cluster.image import build_image
-from tests.cluster.pods import Node, network, running
-from tests.cluster.pods_training import (
+from tests.support.cluster.image import build_image
+from tests.support.cluster.pods import Node, network, running
+from tests.support.cluster.pods_training import (
     Progress,
     Sizes,
     manifests,
@@ -19,7 +19,7 @@ from tests.cluster.pods_training import (
     undisturbed,
     weights,
 )
-from tests.latents import write_latents
+from tests.support.latents import write_latents
 
 pytestmark = pytest.mark.cluster
 

@@ -13,11 +13,11 @@ from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2Jo
 
 from dit_scale.cli import _parse
 from dit_scale.config import TrainConfig, load
+from dit_scale.elastic.launch import node_range
 from dit_scale.elastic.node.exits import Exit
-from dit_scale.elastic.run import node_range
 from dit_scale.elastic.supervisor import Policy
-from tests.cluster.kustomize import KUBERNETES, OVERLAYS, ROOT, render
-from tests.cluster.pods import expand, variables, verdict
+from tests.support.cluster.kustomize import KUBERNETES, OVERLAYS, ROOT, render
+from tests.support.cluster.pods import expand, variables, verdict
 
 pytestmark = pytest.mark.cluster
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.network import Network, network
+from tests.support.cluster.network import Network, network
 
 pytestmark = pytest.mark.cluster
 

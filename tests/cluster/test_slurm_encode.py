@@ -18,8 +18,8 @@ from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.encoder import Encoder
 from dit_scale_pipeline.job import make_plan
 from dit_scale_pipeline.shards_writer import write_shard
-from tests.cluster.slurm import START_S, WAIT_S, Slurm, slurm_cluster
-from tests.tiny_vae import save_tiny_vae
+from tests.support.cluster.slurm import START_S, WAIT_S, Slurm, slurm_cluster
+from tests.support.tiny_vae import save_tiny_vae
 
 pytestmark = pytest.mark.cluster
 

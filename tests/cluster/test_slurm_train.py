@@ -13,9 +13,9 @@ import pytest
 
 from dit_scale.config import TrainConfig, dump
 from dit_scale.elastic.board import Board
-from dit_scale.train.run import root_of
-from tests.cluster.slurm import WAIT_S, Slurm, processes, slurm_cluster
-from tests.cluster.slurm_training import (
+from dit_scale.train.run_folder import root_of
+from tests.support.cluster.slurm import WAIT_S, Slurm, processes, slurm_cluster
+from tests.support.cluster.slurm_training import (
     ENVIRONMENT,
     ROOT,
     Job,
@@ -24,7 +24,7 @@ from tests.cluster.slurm_training import (
     config_of,
     submit,
 )
-from tests.dist.runs import events
+from tests.support.ranks.runs import events
 
 pytestmark = pytest.mark.cluster
 

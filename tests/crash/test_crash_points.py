@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 
 from dit_scale.checkpoint import attempts, rankfile, writer
-from dit_scale.checkpoint.attempts import Attempt, committed
+from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, Manifest, name_of, step_and_attempt
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.errors import CheckpointError
 from dit_scale.storage import Storage, open_storage
-from tests.faults.power_loss import Disk, Tree
-from tests.faults.recorder import Call, Killed, Recorder
+from tests.support.faults.power_loss import Disk, Tree
+from tests.support.faults.recorder import Call, Killed, Recorder
 
 SHAPES = {"weight": (6, 8), "bias": (9,)}
 KINDS = ("master", "exp_avg", "ema.wide")
@@ -129,13 +129,13 @@ def record(folder: Path) -> History:
         history.done.append((len(recorder.calls), what, number))
 
     with recorder.recording():
-        attempts.claim(root, Attempt(1))
+        attempts.claim(root, AttemptRecord(1))
         did("attempt", 1)
         save(root, 10, attempt=1, keep=2, averages=True)
         did("save", 10)
         save(root, 20, attempt=1, keep=2)
         did("save", 20)
-        attempts.claim(root, Attempt(2, f"{CHECKPOINTS}/{name_of(20, 1)}"))
+        attempts.claim(root, AttemptRecord(2, f"{CHECKPOINTS}/{name_of(20, 1)}"))
         did("attempt", 2)
         save(root, 30, attempt=2, keep=2)
         did("save", 30)
@@ -322,7 +322,7 @@ def test_a_save_that_was_killed_and_tried_again(place: Path) -> None:
     """Killed at every call; then the folders that nobody has synced lie there already."""
 
     def first(root: Storage) -> None:
-        attempts.claim(root, Attempt(1))
+        attempts.claim(root, AttemptRecord(1))
         save(root, 10, attempt=1, keep=1, averages=True)
 
     def same_attempt(root: Storage) -> None:
@@ -330,7 +330,7 @@ def test_a_save_that_was_killed_and_tried_again(place: Path) -> None:
 
     def next_attempt(root: Storage) -> None:
         number = len(attempts.numbers(root)) + 1
-        attempts.claim(root, Attempt(number, next(iter(committed(root)), None)))
+        attempts.claim(root, AttemptRecord(number, next(iter(committed(root)), None)))
         save(root, 20, attempt=number, keep=1)
         assert not root.leftovers(f"{CHECKPOINTS}/")
 

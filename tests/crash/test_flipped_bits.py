@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dit_scale.checkpoint import attempts
-from dit_scale.checkpoint.attempts import Attempt, committed
+from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, name_of
 from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
@@ -22,13 +22,13 @@ from dit_scale.data.verify import verify
 from dit_scale.dist import World
 from dit_scale.errors import DataError
 from dit_scale.storage import open_storage
-from dit_scale.train.run import find_checkpoint
+from dit_scale.train.run_folder import find_checkpoint
 from dit_scale_pipeline import output
 from dit_scale_pipeline.inputs import Listing
 from dit_scale_pipeline.inputs.base import Archive
 from dit_scale_pipeline.inputs.saved import load_listing, save_listing
-from dit_scale_pipeline.shards_writer import Row, build_shard
-from tests import checkpoints
+from dit_scale_pipeline.shards_writer import IndexRow, build_shard
+from tests.support import checkpoints
 
 VAE = VaeIdentity(name="x", weights_sha256="1", scale=1.00287, downsample=8, latent_channels=4)
 
@@ -69,7 +69,7 @@ def data(tmp_path: Path) -> Path:
     save_listing(storage, LISTING)
     output.claim(storage, claimed, LISTING)
     moments = np.random.default_rng(0).uniform(0.1, 1, (4, 2, 8, 4, 4)).astype(np.float16)
-    rows = [Row(key, LISTING.paths[key], key // 2, moments[key]) for key in (0, 1, 3)]
+    rows = [IndexRow(key, LISTING.paths[key], key // 2, moments[key]) for key in (0, 1, 3)]
     torn = Quarantined(key=2, path="b/0.png", reason="torn")
     shards = [build_shard("00000", rows[:2], [], 4), build_shard("00001", rows[2:], [torn], 4)]
     for shard in shards:
@@ -144,7 +144,7 @@ def run(tmp_path: Path) -> TrainConfig:
         "model_shapes": SHAPES,
     }
     for number, path, before in ((1, OLDER, None), (2, NEWEST, OLDER)):
-        attempts.claim(root, Attempt(number, before))
+        attempts.claim(root, AttemptRecord(number, before))
         checkpoints.write(root, path, [owned(30 + 10 * (number - 1))], **fields)
     checkpoints.write(root, AVERAGE, [owned(40)], **fields)
     root.write("config.yaml", dump(config).encode())

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dit_scale.checkpoint import attempts, rankfile
-from dit_scale.checkpoint.attempts import Attempt, committed
+from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, MANIFEST, name_of
 from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
@@ -24,9 +24,9 @@ from dit_scale.data.verify import verify
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, DataError
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train.run import find_checkpoint
-from tests import checkpoints
-from tests.latents import write_latents
+from dit_scale.train.run_folder import find_checkpoint
+from tests.support import checkpoints
+from tests.support.latents import write_latents
 
 INJURIES = 500
 """Of checkpoints, and as many of data."""
@@ -104,7 +104,7 @@ def ranks(step: int) -> list[list[Partition]]:
 def write_checkpoints(root: Storage, config: TrainConfig) -> None:
     """Two attempts with a checkpoint each."""
     for number, path, before in ((1, OLDER, None), (2, NEWEST, OLDER)):
-        attempts.claim(root, Attempt(number, before))
+        attempts.claim(root, AttemptRecord(number, before))
         fields = {"config": config.model_dump(mode="json"), "data_sha256": DATA_SHA256}
         checkpoints.write(root, path, ranks(30 if number == 1 else 40), model_shapes=SHAPES, **fields)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.latents import write_latents
+from tests.support.latents import write_latents
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.config import EngineConfig, TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import open_storage
-from dit_scale.train.run import find_checkpoint
-from tests import checkpoints
-from tests.dist.processes import run
+from dit_scale.train.run_folder import find_checkpoint
+from tests.support import checkpoints
+from tests.support.ranks.processes import run
 
 pytestmark = pytest.mark.dist
 

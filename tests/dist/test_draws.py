@@ -17,10 +17,10 @@ from dit_scale.train import loop
 from dit_scale.train.engine import Engine
 from dit_scale.train.objective import SampleLosses
 from dit_scale.train.step import TrainingStep
-from tests import philox
-from tests.dist import jobs
-from tests.dist.processes import run
-from tests.latents import write_latents
+from tests.support import philox
+from tests.support.latents import write_latents
+from tests.support.ranks import jobs
+from tests.support.ranks.processes import run
 
 pytestmark = pytest.mark.dist
 

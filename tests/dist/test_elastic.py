@@ -9,9 +9,9 @@ from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.partition import MASTER
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
-from dit_scale.train.run import root_of
-from tests.dist import jobs
-from tests.dist.processes import run
+from dit_scale.train.run_folder import root_of
+from tests.support.ranks import jobs
+from tests.support.ranks.processes import run
 
 pytestmark = pytest.mark.dist
 

@@ -11,9 +11,9 @@ import pytest
 
 from dit_scale.config import GuardConfig
 from dit_scale.telemetry.meters import COLUMNS
-from tests.dist import guard_jobs, jobs
-from tests.dist.processes import run
-from tests.latents import write_latents
+from tests.support.latents import write_latents
+from tests.support.ranks import guard_jobs, jobs
+from tests.support.ranks.processes import run
 
 pytestmark = pytest.mark.dist
 

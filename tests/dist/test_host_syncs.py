@@ -29,8 +29,8 @@ from dit_scale.train.ema import Ema
 from dit_scale.train.guard import Guard
 from dit_scale.train.objective import losses
 from dit_scale.train.session import Session
-from tests.dist.processes import run
-from tests.latents import write_latents
+from tests.support.latents import write_latents
+from tests.support.ranks.processes import run
 
 META = torch.device("meta")
 PROFILES = (EmaProfile(name="constant", decay=0.9), EmaProfile(name="power", sigma_rel=0.1))

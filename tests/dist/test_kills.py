@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from dit_scale.config import TrainConfig
-from tests.dist import jobs
-from tests.dist.points import RANK_POINTS, WRITER_POINTS
-from tests.dist.processes import run
-from tests.dist.runs import events, final_files, kill_at
+from tests.support.ranks import jobs
+from tests.support.ranks.points import RANK_POINTS, WRITER_POINTS
+from tests.support.ranks.processes import run
+from tests.support.ranks.runs import events, final_files, kill_at
 
 pytestmark = pytest.mark.dist
 

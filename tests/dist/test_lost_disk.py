@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from dit_scale.config import TrainConfig, load
-from tests.dist import jobs
-from tests.dist.held_run import held_run
-from tests.dist.processes import run
-from tests.dist.runs import events, final_files
-from tests.faults.small_disk import fill, small_disk
+from tests.support.faults.small_disk import fill, small_disk
+from tests.support.ranks import jobs
+from tests.support.ranks.held_run import held_run
+from tests.support.ranks.processes import run
+from tests.support.ranks.runs import events, final_files
 
 pytestmark = pytest.mark.dist
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.public_run import PublicRun, Shape, wait_until
-from tests.dist import jobs
-from tests.latents import write_latents
+from tests.support.latents import write_latents
+from tests.support.ranks import jobs
+from tests.support.ranks.public_run import PublicRun, Shape, wait_until
 
 pytestmark = pytest.mark.dist
 

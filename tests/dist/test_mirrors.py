@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from dit_scale.config import TrainConfig, dump
-from tests.dist import jobs
-from tests.dist.held_run import held_run
-from tests.dist.processes import TIMEOUT_S
-from tests.dist.runs import events
-from tests.latents import write_latents
+from tests.support.latents import write_latents
+from tests.support.ranks import jobs
+from tests.support.ranks.held_run import held_run
+from tests.support.ranks.processes import TIMEOUT_S
+from tests.support.ranks.runs import events
 
 pytestmark = pytest.mark.dist
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from dit_scale.config import TrainConfig, dump
-from tests.dist import jobs
-from tests.dist.points import Hold
-from tests.dist.processes import TIMEOUT_S, run, start
-from tests.dist.runs import events, final_files, kill, wait_for, wait_for_event
-from tests.faults.proxy import FaultProxy
-from tests.faults.small_disk import small_disk
-from tests.needs import needs
-from tests.s3 import BUCKET, s3_server
+from tests.support.faults.proxy import FaultProxy
+from tests.support.faults.small_disk import small_disk
+from tests.support.needs import needs
+from tests.support.ranks import jobs
+from tests.support.ranks.points import Hold
+from tests.support.ranks.processes import TIMEOUT_S, run, start
+from tests.support.ranks.runs import events, final_files, kill, wait_for, wait_for_event
+from tests.support.s3 import BUCKET, s3_server
 
 pytestmark = pytest.mark.dist
 
@@ -117,7 +117,7 @@ def wall_clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library that shifts the wall clock of the process that loads it."""
     needs(shutil.which("gcc") is not None, "gcc")
     library = tmp_path_factory.mktemp("clock") / "wall_clock.so"
-    source = Path(__file__).parents[1] / "faults" / "wall_clock.c"
+    source = Path(__file__).parents[1] / "support" / "faults" / "wall_clock.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
     return library
 
@@ -136,7 +136,13 @@ def test_the_clock_jumps_by_a_day(data: Path, tmp_path: Path, wall_clock: Path) 
     holds = [Hold(tmp_path / str(nth), "behind the step", nth) for nth in (7, 15)]
     for hold in holds:
         hold.folder.mkdir()
-    command = [sys.executable, "-m", "tests.dist.held_train", str(tmp_path / "run.yaml"), holds[0].point]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.ranks.held_train",
+        str(tmp_path / "run.yaml"),
+        holds[0].point,
+    ]
     command += [str(tmp_path), *(str(hold.nth) for hold in holds)]
     log = tmp_path / "log"
     with log.open("w") as output:

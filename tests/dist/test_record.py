@@ -8,11 +8,11 @@ import pytest
 
 from dit_scale.config import TrainConfig
 from dit_scale.storage import open_storage
-from dit_scale.train.run import METRICS, root_of
-from tests.dist import jobs
-from tests.dist.processes import run
-from tests.dist.runs import events
-from tests.latents import write_latents
+from dit_scale.train.run_folder import METRICS, root_of
+from tests.support.latents import write_latents
+from tests.support.ranks import jobs
+from tests.support.ranks.processes import run
+from tests.support.ranks.runs import events
 
 pytestmark = pytest.mark.dist
 

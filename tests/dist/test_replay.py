@@ -11,11 +11,11 @@ import pytest
 
 from dit_scale.config import TrainConfig, dump
 from dit_scale.report.replay import Replay, replay
-from tests.dist import jobs
-from tests.dist.processes import run
-from tests.dist.rollback_jobs import BATCH, NUM, WORLD, config_of, damage, sample_of, spoil
-from tests.dist.runs import events
-from tests.latents import write_latents
+from tests.support.latents import write_latents
+from tests.support.ranks import jobs
+from tests.support.ranks.processes import run
+from tests.support.ranks.rollback_jobs import BATCH, NUM, WORLD, config_of, damage, sample_of, spoil
+from tests.support.ranks.runs import events
 
 pytestmark = pytest.mark.dist
 

@@ -12,11 +12,11 @@ from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, TrainConfig
 from dit_scale.errors import ConfigError
-from dit_scale.train.run import root_of
-from tests.dist import jobs
-from tests.dist.points import Hold
-from tests.dist.processes import TIMEOUT_S, run, start
-from tests.dist.runs import events, final_files, wait_for
+from dit_scale.train.run_folder import root_of
+from tests.support.ranks import jobs
+from tests.support.ranks.points import Hold
+from tests.support.ranks.processes import TIMEOUT_S, run, start
+from tests.support.ranks.runs import events, final_files, wait_for
 
 pytestmark = pytest.mark.dist
 

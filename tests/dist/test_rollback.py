@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from dit_scale.checkpoint import attempts
-from dit_scale.checkpoint.attempts import Attempt
+from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.checkpoint.manifest import Manifest
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
 from dit_scale.data.order import positions_of
 from dit_scale.errors import DataError, StabilityError
-from dit_scale.train.run import root_of
-from tests.dist import jobs
-from tests.dist.points import Hold
-from tests.dist.processes import TIMEOUT_S, run, start
-from tests.dist.rollback_jobs import (
+from dit_scale.train.run_folder import root_of
+from tests.support.latents import write_latents
+from tests.support.ranks import jobs
+from tests.support.ranks.points import Hold
+from tests.support.ranks.processes import TIMEOUT_S, run, start
+from tests.support.ranks.rollback_jobs import (
     BATCH,
     NUM,
     STEPS,
@@ -35,8 +36,7 @@ from tests.dist.rollback_jobs import (
     spoil,
     train_and_tell,
 )
-from tests.dist.runs import events, final_files, kill, kill_at, wait_for
-from tests.latents import write_latents
+from tests.support.ranks.runs import events, final_files, kill, kill_at, wait_for
 
 pytestmark = pytest.mark.dist
 
@@ -180,7 +180,7 @@ def test_a_rollback_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> N
     # What the first steps did to moments, averages and AdamW's count is gone: a fresh run that leaves the
     # same samples out ends with the same bits.
     fresh = config.model_copy(update={"run": str(tmp_path / "fresh")})
-    attempts.claim(root_of(fresh), Attempt(1, None, ((7, 21),)))
+    attempts.claim(root_of(fresh), AttemptRecord(1, None, ((7, 21),)))
     assert run(WORLD, jobs.train, fresh) == [0, 0]
     assert_same_end(config, fresh)
 

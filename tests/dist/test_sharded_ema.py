@@ -14,11 +14,11 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, TrainConfig
 from dit_scale.train import loop, session
 from dit_scale.train.ema import Ema, ema_kind
-from dit_scale.train.run import root_of
+from dit_scale.train.run_folder import root_of
 from dit_scale.train.step import TrainingStep
-from tests.dist import jobs
-from tests.dist.processes import run
-from tests.latents import write_latents
+from tests.support.latents import write_latents
+from tests.support.ranks import jobs
+from tests.support.ranks.processes import run
 
 pytestmark = pytest.mark.dist
 

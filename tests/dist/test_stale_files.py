@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from dit_scale.config import TrainConfig, load
-from tests.dist import jobs
-from tests.dist.points import Hold
-from tests.dist.processes import TIMEOUT_S, run, start
-from tests.dist.runs import events, kill, wait_for, wait_for_event
+from tests.support.ranks import jobs
+from tests.support.ranks.points import Hold
+from tests.support.ranks.processes import TIMEOUT_S, run, start
+from tests.support.ranks.runs import events, kill, wait_for, wait_for_event
 
 pytestmark = pytest.mark.dist
 

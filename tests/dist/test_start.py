@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dit_scale.config import dump
-from tests.dist import jobs
-from tests.latents import write_latents
+from tests.support.latents import write_latents
+from tests.support.ranks import jobs
 
 pytestmark = pytest.mark.dist
 

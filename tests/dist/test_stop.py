@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.speed import scaled
+from tests.support.speed import scaled
 
 pytestmark = pytest.mark.dist
 

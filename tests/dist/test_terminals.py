@@ -15,11 +15,11 @@ import pytest
 from dit_scale import signals
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.config import TrainConfig, dump
-from dit_scale.train.run import root_of
-from tests.dist import jobs
-from tests.dist.terminal import Terminal
-from tests.latents import write_latents
-from tests.speed import scaled
+from dit_scale.train.run_folder import root_of
+from tests.support.latents import write_latents
+from tests.support.ranks import jobs
+from tests.support.ranks.terminal import Terminal
+from tests.support.speed import scaled
 
 pytestmark = pytest.mark.dist
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist import jobs
-from tests.dist.processes import run
+from tests.support.ranks import jobs
+from tests.support.ranks.processes import run
 
 pytestmark = pytest.mark.dist
 

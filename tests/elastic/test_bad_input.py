@@ -9,13 +9,13 @@ import pytest
 
 from dit_scale import cli
 from dit_scale.elastic.board import Board
-from dit_scale.train.run import root_of
-from tests.chaos.record import last_step
-from tests.elastic.nodes import cluster, config_of
-from tests.faults.ceph import ACCESS_KEY, SECRET_KEY, ceph_s3
-from tests.faults.proxy import FaultProxy
-from tests.needs import needs
-from tests.s3 import BUCKET
+from dit_scale.train.run_folder import root_of
+from tests.support.faults.ceph import ACCESS_KEY, SECRET_KEY, ceph_s3
+from tests.support.faults.proxy import FaultProxy
+from tests.support.needs import needs
+from tests.support.nodes.nodes import cluster, config_of
+from tests.support.ranks.record import last_step
+from tests.support.s3 import BUCKET
 
 pytestmark = pytest.mark.dist
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from dit_scale.config import TrainConfig
-from tests.chaos.record import differences_at_the_end, last_step
-from tests.dist import jobs
-from tests.dist.processes import run
-from tests.elastic.nodes import TIMEOUT_S, Node, cluster, config_of
+from tests.support.nodes.nodes import TIMEOUT_S, Node, cluster, config_of
+from tests.support.ranks import jobs
+from tests.support.ranks.processes import run
+from tests.support.ranks.record import differences_at_the_end, last_step
 
 pytestmark = pytest.mark.dist
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from dit_scale.elastic.node.preflight import SPARE_BYTES
-from tests.dist import jobs
-from tests.dist.runs import events
-from tests.elastic.nodes import Node, cluster, config_of
-from tests.faults.small_disk import fill, small_disk
+from tests.support.faults.small_disk import fill, small_disk
+from tests.support.nodes.nodes import Node, cluster, config_of
+from tests.support.ranks import jobs
+from tests.support.ranks.runs import events
 
 pytestmark = pytest.mark.dist
 

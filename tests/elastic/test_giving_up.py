@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from dit_scale.elastic.board import Board
-from dit_scale.train.run import root_of
-from tests.elastic.nodes import cluster, config_of
-from tests.latents import write_latents
+from dit_scale.train.run_folder import root_of
+from tests.support.latents import write_latents
+from tests.support.nodes.nodes import cluster, config_of
 
 pytestmark = pytest.mark.dist
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dit_scale.config import TrainConfig
-from tests.elastic.nodes import Cluster, Node, cluster, config_of
-from tests.speed import scaled
+from tests.support.nodes.nodes import Cluster, Node, cluster, config_of
+from tests.support.speed import scaled
 
 pytestmark = pytest.mark.dist
 

@@ -7,10 +7,10 @@ import pytest
 
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.elastic.node.group import is_alive
-from dit_scale.train.run import root_of
-from tests.chaos.record import last_step, rows
-from tests.elastic.nodes import Cluster, Node, cluster, config_of
-from tests.speed import scaled
+from dit_scale.train.run_folder import root_of
+from tests.support.nodes.nodes import Cluster, Node, cluster, config_of
+from tests.support.ranks.record import last_step, rows
+from tests.support.speed import scaled
 
 pytestmark = pytest.mark.dist
 

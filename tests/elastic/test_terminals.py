@@ -9,10 +9,10 @@ import pytest
 
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.config import TrainConfig, dump
-from dit_scale.train.run import root_of
-from tests.chaos.record import last_step
-from tests.dist.terminal import Terminal
-from tests.elastic.nodes import TIMEOUT_S, Cluster, cluster, config_of
+from dit_scale.train.run_folder import root_of
+from tests.support.nodes.nodes import TIMEOUT_S, Cluster, cluster, config_of
+from tests.support.ranks.record import last_step
+from tests.support.ranks.terminal import Terminal
 
 pytestmark = pytest.mark.dist
 

@@ -12,7 +12,7 @@ import torch
 
 from dit_scale import rng
 from dit_scale.checkpoint import attempts, rankfile
-from dit_scale.checkpoint.attempts import Attempt
+from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.checkpoint.manifest import Manifest, name_of
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.writer import put_manifest
@@ -21,7 +21,7 @@ from dit_scale.data.shards import encode_sample
 from dit_scale.rng import Purpose
 from dit_scale.sealed import sealed
 from dit_scale.storage import open_storage
-from dit_scale_pipeline.shards_writer import Row, build_shard
+from dit_scale_pipeline.shards_writer import IndexRow, build_shard
 
 FORMATS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
 
@@ -155,7 +155,10 @@ INDEX = """\
 
 def test_index_bytes_of_a_shard_of_two() -> None:
     moments = np.arange(16, dtype=np.float16).reshape(2, 8, 1, 1)
-    rows = [Row(key=3, path="a", label=7, moments=moments), Row(key=5, path="b", label=0, moments=-moments)]
+    rows = [
+        IndexRow(key=3, path="a", label=7, moments=moments),
+        IndexRow(key=5, path="b", label=0, moments=-moments),
+    ]
     shard = build_shard("00000", rows, [], latent_channels=4)
     assert shard.index.hex(" ", 4) == " ".join(INDEX.split())
     assert shard.record.sha256 == "34007739fcfbd6a6e089fe541939f69a6e09abb48530d3c9239bc250af638166"
@@ -211,7 +214,7 @@ def test_a_checkpoint_of_version_2_stays_readable(
     root.write(f"{CHECKPOINT}/MANIFEST.json", text.encode())
     root.write("attempts/0001.json", sealed({"attempt": 1, "resumed_from": None, "excluded_positions": []}))
     root.write("attempts/0002.json", ATTEMPT.replace("\n", "").encode())
-    assert attempts.newest(root) == Attempt(2, CHECKPOINT, ((256, 512),))
+    assert attempts.newest(root) == AttemptRecord(2, CHECKPOINT, ((256, 512),))
     assert attempts.committed(root) == [CHECKPOINT]
     checkpoint = Checkpoint(root, CHECKPOINT)
     manifest = checkpoint.manifest

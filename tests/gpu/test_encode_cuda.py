@@ -14,8 +14,8 @@ from PIL import Image
 from dit_scale.config import EncodeConfig
 from dit_scale.vae_files import find
 from dit_scale_pipeline.encoder import Encoder
-from tests.encoding import clean_environment, job_command, objects, write_images
-from tests.tiny_vae import save_full_vae, save_tiny_vae
+from tests.support.encoding import clean_environment, job_command, objects, write_images
+from tests.support.tiny_vae import save_full_vae, save_tiny_vae
 
 DEVICE = "cuda"
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -32,10 +32,10 @@ from dit_scale.train import loop
 from dit_scale.train.ema import Ema, ema_kind
 from dit_scale.train.engine import Engine
 from dit_scale.train.guard import Guard
-from dit_scale.train.run import root_of
+from dit_scale.train.run_folder import root_of
 from dit_scale.train.session import Session
-from tests.dist import guard_jobs, jobs, processes
-from tests.latents import write_latents
+from tests.support.latents import write_latents
+from tests.support.ranks import guard_jobs, jobs, processes
 
 DEVICE = "cuda"
 LARGE, SMALL = "DiT-XL/2", "DiT-S/2"

@@ -21,15 +21,15 @@ from dit_scale.data.shards import LatentDataset, read_info
 from dit_scale.storage import open_storage
 from dit_scale_pipeline.inputs.saved import load_listing
 from dit_scale_pipeline.verify import main as verify_main
-from tests.bare import bare_python
-from tests.encoding import ROOT, SCRIPT, clean_environment, job_command, objects, write_images
-from tests.faults.ports import free_port
-from tests.faults.proxy import FaultProxy
-from tests.faults.ray_nodes import marked_processes
-from tests.latents import edit_info
-from tests.s3 import BUCKET, s3_server
-from tests.speed import scaled
-from tests.tiny_vae import save_tiny_vae
+from tests.support.bare import bare_python
+from tests.support.encoding import ROOT, SCRIPT, clean_environment, job_command, objects, write_images
+from tests.support.faults.ports import free_port
+from tests.support.faults.proxy import FaultProxy
+from tests.support.faults.ray_nodes import marked_processes
+from tests.support.latents import edit_info
+from tests.support.s3 import BUCKET, s3_server
+from tests.support.speed import scaled
+from tests.support.tiny_vae import save_tiny_vae
 
 pytestmark = pytest.mark.pipeline
 

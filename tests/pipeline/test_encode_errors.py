@@ -12,12 +12,12 @@ import boto3
 import pytest
 
 from dit_scale.storage import open_storage
-from tests.encoding import clean_environment, job_command, objects, write_images
-from tests.faults.ceph import CephServer, ceph_s3
-from tests.faults.small_disk import small_disk
-from tests.s3 import BUCKET
-from tests.speed import scaled
-from tests.tiny_vae import save_tiny_vae
+from tests.support.encoding import clean_environment, job_command, objects, write_images
+from tests.support.faults.ceph import CephServer, ceph_s3
+from tests.support.faults.small_disk import small_disk
+from tests.support.s3 import BUCKET
+from tests.support.speed import scaled
+from tests.support.tiny_vae import save_tiny_vae
 
 pytestmark = pytest.mark.pipeline
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dit_scale.storage import open_storage
-from tests.chaos.encode_hunt import (
+from tests.support.encode_hunt import (
     FEW,
     MANY,
     NUM_SHARDS,
@@ -21,8 +21,8 @@ from tests.chaos.encode_hunt import (
     grounds,
     hunt_at_random,
 )
-from tests.faults.ceph import ceph_s3
-from tests.faults.ray_nodes import HEAD, SECOND
+from tests.support.faults.ceph import ceph_s3
+from tests.support.faults.ray_nodes import HEAD, SECOND
 
 pytestmark = pytest.mark.pipeline
 

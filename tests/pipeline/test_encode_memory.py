@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.encoding import clean_environment, job_command
-from tests.speed import scaled
-from tests.tiny_vae import save_tiny_vae
+from tests.support.encoding import clean_environment, job_command
+from tests.support.speed import scaled
+from tests.support.tiny_vae import save_tiny_vae
 
 pytestmark = pytest.mark.pipeline
 

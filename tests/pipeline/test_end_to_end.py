@@ -15,8 +15,8 @@ from dit_scale import weights
 from dit_scale.inference.sources import build_model, open_source
 from dit_scale.models import dit
 from dit_scale.models.embeddings import sincos_pos_embed
-from tests.faults.ports import free_port
-from tests.speed import scaled
+from tests.support.faults.ports import free_port
+from tests.support.speed import scaled
 
 pytestmark = pytest.mark.pipeline
 

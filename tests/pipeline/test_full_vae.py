@@ -13,9 +13,9 @@ from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import LatentDataset
 from dit_scale.vae_files import find
 from dit_scale_pipeline.encoder import Encoder
-from tests.encoding import clean_environment, job_command
-from tests.speed import scaled
-from tests.tiny_vae import save_full_vae, save_tiny_vae
+from tests.support.encoding import clean_environment, job_command
+from tests.support.speed import scaled
+from tests.support.tiny_vae import save_full_vae, save_tiny_vae
 
 pytestmark = pytest.mark.pipeline
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from tests.encoding import ROOT, clean_environment
-from tests.speed import scaled
+from tests.support.encoding import ROOT, clean_environment
+from tests.support.speed import scaled
 
 pytestmark = pytest.mark.pipeline
 

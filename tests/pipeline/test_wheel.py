@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.bare import bare_python
-from tests.encoding import ROOT, clean_environment, write_images
-from tests.tiny_vae import save_tiny_vae
+from tests.support.bare import bare_python
+from tests.support.encoding import ROOT, clean_environment, write_images
+from tests.support.tiny_vae import save_tiny_vae
 
 pytestmark = pytest.mark.pipeline
 

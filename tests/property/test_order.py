@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_scale.data.batch_plan import batch_plan
 from dit_scale.data.order import Order, permute, positions_of, rank_slice, sample_ids
-from dit_scale.data.plan import batch_plan
 
 SEED = st.integers(0, 2**32 - 1)
 

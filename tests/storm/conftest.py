@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.ceph import CephServer, ceph_s3
+from tests.support.faults.ceph import CephServer, ceph_s3
 
 
 @pytest.fixture(scope="session")

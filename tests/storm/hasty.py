@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from dit_scale.storage import s3, transfer
-from tests.speed import scaled
+from tests.support.speed import scaled
 
 KNOBS = (
     # Not less: on a busy machine an answer may take that long.

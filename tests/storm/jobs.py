@@ -8,8 +8,8 @@ from unittest.mock import patch
 from dit_scale.checkpoint import saver
 from dit_scale.config import TrainConfig
 from dit_scale.train import loop
-from tests.dist.points import Hold, held
 from tests.storm import hasty
+from tests.support.ranks.points import Hold, held
 
 
 def train(config: TrainConfig, hold: Hold | None = None) -> int:

@@ -16,21 +16,21 @@ from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import DataConfig, TrainConfig
 from dit_scale.data import download
+from dit_scale.data.batch_plan import batch_plan
 from dit_scale.data.loader import Loader
-from dit_scale.data.plan import batch_plan
 from dit_scale.data.shards import LatentDataset
 from dit_scale.storage import transfer
-from dit_scale.train.run import root_of
-from tests.dist.jobs import in_environment, losses, saving, small_config
-from tests.dist.points import Hold
-from tests.dist.processes import TIMEOUT_S, run, start
-from tests.dist.runs import events, final_files, kill, wait_for
-from tests.faults.ceph import CephServer
-from tests.faults.proxy import KINDS, FaultProxy
-from tests.latents import write_latents
-from tests.s3 import BUCKET
-from tests.speed import scaled
+from dit_scale.train.run_folder import root_of
 from tests.storm import hasty, jobs
+from tests.support.faults.ceph import CephServer
+from tests.support.faults.proxy import KINDS, FaultProxy
+from tests.support.latents import write_latents
+from tests.support.ranks.jobs import in_environment, losses, saving, small_config
+from tests.support.ranks.points import Hold
+from tests.support.ranks.processes import TIMEOUT_S, run, start
+from tests.support.ranks.runs import events, final_files, kill, wait_for
+from tests.support.s3 import BUCKET
+from tests.support.speed import scaled
 
 pytestmark = pytest.mark.dist
 

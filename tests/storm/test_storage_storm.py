@@ -14,10 +14,10 @@ import pytest
 from dit_scale.errors import StorageError
 from dit_scale.storage import S3Storage, transfer
 from dit_scale.storage import s3 as s3_module
-from tests.faults.ceph import CephServer
-from tests.faults.proxy import KINDS, FaultProxy
-from tests.s3 import BUCKET
-from tests.speed import scaled
+from tests.support.faults.ceph import CephServer
+from tests.support.faults.proxy import KINDS, FaultProxy
+from tests.support.s3 import BUCKET
+from tests.support.speed import scaled
 
 # Together more than 0.3: half of the kinds suit only requests, or only answers, that have a body.
 RATES = {kind: 0.02 if kind in ("stall_request", "stall_reply", "trickle") else 0.055 for kind in KINDS}

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_scale.checkpoint import attempts
-from dit_scale.checkpoint.attempts import Attempt, committed
+from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, MANIFEST, name_of, read_manifest
 from dit_scale.errors import CheckpointError, SupersededError
 from dit_scale.storage import Storage, open_storage
-from tests import checkpoints
+from tests.support import checkpoints
 
 
 def path_of(step: int, attempt: int, folder: str = CHECKPOINTS) -> str:
@@ -28,7 +28,7 @@ def put(root: Storage, *paths: str) -> None:
 
 
 def claim(root: Storage, number: int, resumed_from: str | None = None) -> None:
-    attempts.claim(root, Attempt(number, resumed_from))
+    attempts.claim(root, AttemptRecord(number, resumed_from))
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def root(tmp_path: Path) -> Storage:
 def test_a_record_comes_back_as_it_was_claimed(root: Storage) -> None:
     assert attempts.numbers(root) == []
     assert attempts.newest(root) is None
-    one = Attempt(1)
-    two = Attempt(2, path_of(30, 1), ((0, 4), (8, 20)))
+    one = AttemptRecord(1)
+    two = AttemptRecord(2, path_of(30, 1), ((0, 4), (8, 20)))
     for attempt in (one, two):
         attempts.claim(root, attempt)
     assert attempts.numbers(root) == [1, 2]
@@ -56,7 +56,7 @@ def test_numbers_have_no_largest(root: Storage) -> None:
         claim(root, number)
     root.write(f"{ATTEMPTS}/notes.json", b"a user's")
     assert attempts.numbers(root) == [9999, 10000]
-    assert attempts.newest(root) == Attempt(10000)
+    assert attempts.newest(root) == AttemptRecord(10000)
 
 
 CLAIMERS, ROUNDS = 3, 20
@@ -90,7 +90,7 @@ def test_of_many_claimers_one_wins(tmp_path: Path) -> None:
         assert lost == [lost_to] * (CLAIMERS - 1)
     for process in started:
         process.join()
-    assert attempts.newest(open_storage(tmp_path)) == Attempt(ROUNDS)
+    assert attempts.newest(open_storage(tmp_path)) == AttemptRecord(ROUNDS)
 
 
 def test_an_attempt_is_current_until_the_next_one(root: Storage) -> None:
@@ -174,13 +174,13 @@ def test_a_start_from_nothing_has_no_past(root: Storage) -> None:
 
 def test_a_damaged_record_is_named_and_passed_over(root: Storage, tmp_path: Path) -> None:
     claim(root, 1)
-    attempts.claim(root, Attempt(2, path_of(10, 1), ((0, 8),)))
+    attempts.claim(root, AttemptRecord(2, path_of(10, 1), ((0, 8),)))
     claim(root, 3, path_of(20, 2))
     record = tmp_path / ATTEMPTS / "0003.json"
     record.write_bytes(record.read_bytes().replace(b"20-0002", b"20-0001"))
     with pytest.raises(CheckpointError, match=f"{ATTEMPTS}/0003.json is damaged"):
         attempts.read(root, 3)
-    assert attempts.newest(root) == Attempt(2, path_of(10, 1), ((0, 8),))
+    assert attempts.newest(root) == AttemptRecord(2, path_of(10, 1), ((0, 8),))
     assert attempts.numbers(root) == [1, 2, 3], "its number stays taken"
 
 
@@ -211,7 +211,7 @@ def test_the_newest_record_is_gone(root: Storage) -> None:
     root.delete(f"{ATTEMPTS}/0002.json")
     assert attempts.numbers(root) == [1, 2], "its folder says that the number is taken"
     assert attempts.unrecorded(root) == [2]
-    assert attempts.newest(root) == Attempt(1)
+    assert attempts.newest(root) == AttemptRecord(1)
     assert committed(root) == [path_of(15, 2), path_of(10, 1)], "20 was left behind"
     (problem,) = attempts.problems(root)
     assert problem.startswith(f"{root.url}/attempts/0002.json is missing; checkpoints of attempt 2 count as")

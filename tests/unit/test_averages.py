@@ -19,7 +19,7 @@ from dit_scale.inference.sources import open_source, stored_averages
 from dit_scale.storage import Storage, open_storage
 from dit_scale.train.averages import foreign_share, restored_kinds, since_steps
 from dit_scale.train.ema import Ema, decay_at, ema_kind
-from tests import checkpoints
+from tests.support import checkpoints
 
 SIZE = 6
 NARROW, WIDE = EmaProfile(name="narrow", sigma_rel=0.05), EmaProfile(name="wide", sigma_rel=0.1)

@@ -18,8 +18,8 @@ from dit_scale.data import cache
 from dit_scale.data.cache import NoRoomError, ShardCache, ShardFile
 from dit_scale.errors import DataError
 from dit_scale.storage import Storage, open_storage
-from tests.s3 import BUCKET, s3_server
-from tests.speed import scaled
+from tests.support.s3 import BUCKET, s3_server
+from tests.support.speed import scaled
 
 SIZE = 100_000
 URL = f"s3://{BUCKET}/set"

@@ -21,14 +21,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dit_scale.checkpoint import attempts, rankfile, writer
-from dit_scale.checkpoint.attempts import Attempt, committed
+from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, FileRecord, Manifest, name_of
 from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint, fill
 from dit_scale.checkpoint.saver import Snapshot
 from dit_scale.errors import CheckpointError, SupersededError
 from dit_scale.storage import DiskStorage, Storage, open_storage
-from tests import checkpoints
+from tests.support import checkpoints
 
 WEIGHT, BIAS, LAST = "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias", "final_layer.linear.weight"
 SHAPES = {WEIGHT: (9, 7), BIAS: (9,), LAST: (2, 3, 5)}
@@ -447,7 +447,7 @@ def test_a_configuration_of_another_version_is_refused(root: Storage) -> None:
         (Partition({}, ()), "extents"),
         (rankfile.Piece(MASTER, "w", 0, 4), "start"),
         (rankfile.StoredPiece(MASTER, "w", 0, 4, 8, ()), "offset"),
-        (Attempt(1), "resumed_from"),
+        (AttemptRecord(1), "resumed_from"),
         (FileRecord(key="k", bytes=8, header_bytes=8, header_sha256=""), "bytes"),
         (writer.Reply(), "problem"),
         (writer.Source(kind=MASTER, parameter="w", start=0, length=4, memory_offset=0), "start"),
@@ -546,7 +546,7 @@ def test_a_disk_that_writes_something_else_is_found(
 
 def test_an_old_attempt_commits_nothing(root: Storage) -> None:
     for number in (2, 3):
-        attempts.claim(root, Attempt(number))
+        attempts.claim(root, AttemptRecord(number))
     files = written(root, layout([])[0], 0, {PATH: KINDS})
     with pytest.raises(
         SupersededError, match="attempt 3 of this run has begun; attempt 2 may change nothing"

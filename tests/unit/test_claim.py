@@ -8,7 +8,7 @@ from dit_scale.checkpoint import attempts
 from dit_scale.errors import StorageError, SupersededError
 from dit_scale.storage import open_storage
 from dit_scale.train import claim
-from tests.faults.small_disk import fill, small_disk
+from tests.support.faults.small_disk import fill, small_disk
 
 
 @pytest.fixture(autouse=True)

@@ -21,9 +21,9 @@ from dit_scale.checkpoint.writer import put_manifest
 from dit_scale.data.shards import INFO_KEY
 from dit_scale.inference.sources import open_source
 from dit_scale.storage import open_storage
-from tests.latents import write_latents
-from tests.tiny_run import STEP, write_run
-from tests.tiny_vae import save_tiny_vae
+from tests.support.latents import write_latents
+from tests.support.tiny_run import STEP, write_run
+from tests.support.tiny_vae import save_tiny_vae
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMANDS = cli._parser()[1]

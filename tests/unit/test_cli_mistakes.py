@@ -7,10 +7,10 @@ import pytest
 
 from dit_scale import cli
 from dit_scale.data.shards import INFO_KEY
-from tests.bare_user import without_power
-from tests.latents import write_latents
-from tests.tiny_run import write_run
-from tests.tiny_vae import save_tiny_vae
+from tests.support.bare_user import without_power
+from tests.support.latents import write_latents
+from tests.support.tiny_run import write_run
+from tests.support.tiny_vae import save_tiny_vae
 
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("status", "{}"),

@@ -27,8 +27,8 @@ from dit_scale_pipeline.inputs.saved import save_listing
 from dit_scale_pipeline.job import make_plan
 from dit_scale_pipeline.shards_writer import write_shard
 from dit_scale_pipeline.verify import main
-from tests.latents import edit_info
-from tests.tiny_vae import save_tiny_vae
+from tests.support.latents import edit_info
+from tests.support.tiny_vae import save_tiny_vae
 
 VAE = str(Path(__file__).parents[2] / "demo" / "vae")
 SIDE = 64

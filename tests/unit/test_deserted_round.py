@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from dit_scale.elastic.board import Board, Ending, Member, Reason, Round
+from dit_scale.elastic.node.deadlines import Deadlines
 from dit_scale.elastic.node.group import LaunchedGroup
-from dit_scale.elastic.node.watch import Deadlines
-from dit_scale.elastic.supervisor import Policy, Supervisor, Surroundings
+from dit_scale.elastic.supervisor import Dependencies, Policy, Supervisor
 from dit_scale.storage import open_storage
 
 
@@ -19,7 +19,7 @@ def ending_after(folder: Path, looks: int, living: str = "") -> Ending | None:
     board.seal(Round(1, (member("a"), member("b")), -1))
     board.renew_lease("a", 7)
     policy = Policy(1, 2)
-    world = Surroundings(lambda: now_s, lambda: -1, lambda: False, print)
+    world = Dependencies(lambda: now_s, lambda: -1, lambda: False, print)
     life = Supervisor(member("c"), board, LaunchedGroup([], folder, Deadlines()), policy, world).run()
     for count in range(looks):
         if living:

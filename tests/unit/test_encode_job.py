@@ -22,11 +22,11 @@ from dit_scale_pipeline.decoder import DecodedBatch
 from dit_scale_pipeline.encoder import Encoder
 from dit_scale_pipeline.inputs import Entry, Listing
 from dit_scale_pipeline.metrics import Metrics
-from dit_scale_pipeline.progress import Watch
+from dit_scale_pipeline.progress import JobProgress
 from dit_scale_pipeline.ray_cluster import Placement, place
-from dit_scale_pipeline.shards_writer import Row, Shard, build_shard, write_shard
-from tests.faults.small_disk import fill, small_disk
-from tests.tiny_vae import save_tiny_vae
+from dit_scale_pipeline.shards_writer import IndexRow, Shard, build_shard, write_shard
+from tests.support.faults.small_disk import fill, small_disk
+from tests.support.tiny_vae import save_tiny_vae
 
 VAE = VaeIdentity(name="x", weights_sha256="1", scale=0.2, downsample=8, latent_channels=4)
 
@@ -226,13 +226,13 @@ def test_a_bad_input_whose_name_is_not_text(storage: Storage) -> None:
     assert output.finished_shards(storage) == {"00000": record}
     metrics = Metrics(storage, config(), print)
     with pytest.raises(DataError, match=r"a/caf\\xe9.png \(torn\)"):
-        with Watch(10, config(max_quarantined=0.0), [], Console(quiet=True), metrics) as watch:
+        with JobProgress(10, config(max_quarantined=0.0), [], Console(quiet=True), metrics) as watch:
             watch.batch(account)
 
 
 @pytest.fixture
 def shard() -> Shard:
-    return build_shard("00000", [Row(0, "a/0.png", 0, np.zeros((2, 8, 4, 4), np.float16))], [], 4)
+    return build_shard("00000", [IndexRow(0, "a/0.png", 0, np.zeros((2, 8, 4, 4), np.float16))], [], 4)
 
 
 def test_a_shard_without_its_mark_is_not_finished(storage: Storage, shard: Shard) -> None:
@@ -299,7 +299,7 @@ def test_who_comes_second_finds_its_own_bytes(storage: Storage, shard: Shard) ->
 
 def test_a_class_that_lost_all_its_images_is_an_error(storage: Storage) -> None:
     images = Listing("class_folders", ("a", "b"), ["a/0.png", "b/1.png"], np.array([0, 1], np.int32))
-    row = Row(0, "a/0.png", 0, np.zeros((2, 8, 32, 32), np.float16))
+    row = IndexRow(0, "a/0.png", 0, np.zeros((2, 8, 32, 32), np.float16))
     record = build_shard("00000", [row], [Quarantined(key=1, path="b/1.png", reason="torn")], 4).record
     claimed = output.identity(config(), images, VAE) | dict.fromkeys(output.ENCODING_KEYS, "")
     with pytest.raises(DataError, match=r"no image could be decoded: b. .*allow_empty_classes=true"):
@@ -318,7 +318,7 @@ def test_the_quarantine_is_counted_once_over_all_starts(storage: Storage) -> Non
     record = build_shard("00000", [], [bad], 4).record
     console = Console(quiet=True)
     metrics = Metrics(storage, config(), console.print)
-    with Watch(10, config(max_quarantined=0.1), [record], console, metrics) as watch:
+    with JobProgress(10, config(max_quarantined=0.1), [record], console, metrics) as watch:
         watch.shard(record)
         with pytest.raises(
             DataError, match=r"2 of 10 inputs .* allows 1: a/1.png \(torn\), a/2.png \(torn\)"
@@ -327,7 +327,7 @@ def test_the_quarantine_is_counted_once_over_all_starts(storage: Storage) -> Non
                 build_shard("00001", [], [Quarantined(key=2, path="a/2.png", reason="torn")], 4).record
             )
     with pytest.raises(DataError, match="allows 0"):
-        with Watch(10, config(max_quarantined=0.0), [record], console, metrics):
+        with JobProgress(10, config(max_quarantined=0.0), [record], console, metrics):
             pass
 
 

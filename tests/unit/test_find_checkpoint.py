@@ -10,21 +10,21 @@ import torch
 from pydantic import BaseModel
 
 from dit_scale.checkpoint import attempts
-from dit_scale.checkpoint.attempts import Attempt
+from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
 from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import CheckpointConfig, TrainConfig
 from dit_scale.dist import World
-from dit_scale.elastic.run import committed_step
+from dit_scale.elastic.launch import committed_step
 from dit_scale.errors import ConfigError
 from dit_scale.paths import located
 from dit_scale.storage import Storage, UnavailableError, open_storage, s3
 from dit_scale.train.changes import say_changes
-from dit_scale.train.run import find_checkpoint, root_of
-from tests import checkpoints
-from tests.faults.proxy import FaultProxy
-from tests.s3 import BUCKET, s3_server
+from dit_scale.train.run_folder import find_checkpoint, root_of
+from tests.support import checkpoints
+from tests.support.faults.proxy import FaultProxy
+from tests.support.s3 import BUCKET, s3_server
 
 STEPS = (40, 30, 20)
 NEWEST, OLDER, OLDEST = (f"{CHECKPOINTS}/{name_of(step, 1)}" for step in STEPS)
@@ -157,9 +157,9 @@ def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world
 def test_a_run_whose_newest_record_is_gone_says_so_and_goes_on(tmp_path: Path, world: World) -> None:
     config, newest = TrainConfig(run=str(tmp_path)), f"{CHECKPOINTS}/{name_of(35, 2)}"
     root = root_of(config)
-    attempts.claim(root, Attempt(1))
+    attempts.claim(root, AttemptRecord(1))
     write(root, config, NEWEST, OLDER)
-    attempts.claim(root, Attempt(2, OLDER))
+    attempts.claim(root, AttemptRecord(2, OLDER))
     write(root, config, newest)
     root.delete("attempts/0002.json")
     notes: list[str] = []

@@ -6,16 +6,16 @@ import pytest
 
 from dit_scale.elastic.board import Ending, Reason
 from dit_scale.elastic.giving_up import failed_step, why
-from dit_scale.heartbeat import Section
+from dit_scale.heartbeat import Phase
 
 
 def ending(**details: Any) -> Ending:
     return Ending(3, Reason.FAILED, "n1", "it broke", -1, details)
 
 
-@pytest.mark.parametrize("section", Section, ids=lambda section: section.name)
-def test_samples_belong_to_steps_alone(section: Section) -> None:
-    expected = 7 if section in (Section.DATA, Section.COMPUTE, Section.AGREE) else None
+@pytest.mark.parametrize("section", Phase, ids=lambda section: section.name)
+def test_samples_belong_to_steps_alone(section: Phase) -> None:
+    expected = 7 if section in (Phase.DATA, Phase.COMPUTE, Phase.AGREE) else None
     assert failed_step(ending(rank=0, step=7, section=section.name)) == expected
 
 

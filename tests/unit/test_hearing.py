@@ -6,14 +6,14 @@ import pytest
 
 from dit_scale.elastic.board import Board, Member, Reason, Round
 from dit_scale.elastic.hearing import JUDGES, Hearing
-from dit_scale.elastic.node.group import Outcome
-from dit_scale.elastic.node.watch import Standing
-from dit_scale.heartbeat import Section
+from dit_scale.elastic.node.deadlines import Standing
+from dit_scale.elastic.node.group import GroupOutcome
+from dit_scale.heartbeat import Phase
 from dit_scale.storage import open_storage
 
 NODES = [f"n{number:02d}" for number in range(JUDGES + 2)]
 ROUND = Round(1, tuple(Member(node, node, "", 0, 1, "") for node in NODES), committed_step=5)
-BROKEN = Outcome(Reason.FAILED, "Connection closed by peer", first_hand=False)
+BROKEN = GroupOutcome(Reason.FAILED, "Connection closed by peer", first_hand=False)
 PATIENCE_S = 5.0
 
 
@@ -37,7 +37,7 @@ def test_the_first_members_judge_at_once_and_others_when_nothing_came_of_it(boar
 
 
 def test_a_silent_node_that_others_stand_still_for_is_lost(board: Board) -> None:
-    still = Standing(0, 10, Section.COMPUTE, 7, age_s=9.0, limit_s=8.0)
+    still = Standing(0, 10, Phase.COMPUTE, 7, age_s=9.0, limit_s=8.0)
     for node in NODES[:-1]:
         hearing(board, node).say(None, (still,))
         board.renew_lease(node, 1)

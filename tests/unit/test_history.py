@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_scale.checkpoint import attempts
-from dit_scale.checkpoint.attempts import Attempt
+from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, name_of, step_and_attempt
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.report.history import Past, as_taken, past_of
 from dit_scale.storage import Storage, open_storage
-from tests import checkpoints
+from tests.support import checkpoints
 
 STEPS = 40
 EXCLUDED = ((96, 160),)
@@ -49,10 +49,10 @@ def config(tmp_path: Path) -> TrainConfig:
     root = open_storage(tmp_path)
     for step, attempt in ((5, 1), (10, 1), (12, 2), (20, 2), (24, 3), (30, 4)):
         checkpoints.write(root, path_of(step, attempt), [])
-    attempts.claim(root, Attempt(1))
-    attempts.claim(root, Attempt(2, path_of(10, 1)))
-    attempts.claim(root, Attempt(3, path_of(20, 2)))
-    attempts.claim(root, Attempt(4, path_of(12, 2), EXCLUDED))
+    attempts.claim(root, AttemptRecord(1))
+    attempts.claim(root, AttemptRecord(2, path_of(10, 1)))
+    attempts.claim(root, AttemptRecord(3, path_of(20, 2)))
+    attempts.claim(root, AttemptRecord(4, path_of(12, 2), EXCLUDED))
     return config_of(tmp_path)
 
 
@@ -111,7 +111,7 @@ def begin_all(root: Storage, starts: Starts) -> tuple[dict[int, list[int]], dict
     for number, (choice, commits) in enumerate(starts, 1):
         options = [*attempts.committed(root), None]
         chosen = options[choice % len(options)]
-        attempts.claim(root, Attempt(number, chosen))
+        attempts.claim(root, AttemptRecord(number, chosen))
         taken_by = list(by_checkpoint[chosen]) if chosen else []
         for steps in commits:
             taken_by += [number] * steps
@@ -212,9 +212,9 @@ def test_an_attempt_has_the_configuration_that_it_had(config: TrainConfig) -> No
         "run": "elsewhere",
     }
     saved = TrainConfig.model_validate(then).model_dump(mode="json")
-    attempts.claim(root, Attempt(5, path_of(30, 4)))
+    attempts.claim(root, AttemptRecord(5, path_of(30, 4)))
     checkpoints.write(root, path_of(33, 5), [], config=saved)
-    attempts.claim(root, Attempt(6, path_of(33, 5)))
+    attempts.claim(root, AttemptRecord(6, path_of(33, 5)))
     taken = as_taken(config, attempts.read(root, 5))
     assert (taken.steps, taken.optimizer.lr, taken.guard.spike_factor) == (70, 0.5, 7.0)
     assert (taken.engine.micro_batch, taken.engine.precision) == (3, "bf16")

@@ -19,8 +19,8 @@ from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.inputs import Entry, Listing, Progress, open_input
 from dit_scale_pipeline.inputs.archives import ArchiveInput
 from dit_scale_pipeline.inputs.saved import current_listing, load_listing, save_listing
-from tests.archives import ARCHIVES, KINDS, Images, tar_of, upload, watch_reads, write_parquet
-from tests.s3 import BUCKET, s3_server
+from tests.support.archives import ARCHIVES, KINDS, Images, tar_of, upload, watch_reads, write_parquet
+from tests.support.s3 import BUCKET, s3_server
 
 SIZE = 16
 

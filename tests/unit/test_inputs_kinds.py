@@ -14,7 +14,7 @@ from dit_scale.errors import DataError
 from dit_scale_pipeline.inputs import InputError, Listing, open_input, tars
 from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part
 from dit_scale_pipeline.inputs.webdataset import split_name
-from tests.archives import (
+from tests.support.archives import (
     ARCHIVES,
     KINDS,
     Images,
@@ -27,7 +27,7 @@ from tests.archives import (
     watch_reads,
     web_dataset,
 )
-from tests.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET, s3_server
 
 IMAGES: Images = {
     "n01440764": {f"n01440764_{number}.JPEG": b"one" * number for number in (1, 10, 2)},

@@ -20,8 +20,8 @@ from dit_scale_pipeline.inputs import Listing, open_input
 from dit_scale_pipeline.inputs.layout import are_shards, remarks
 from dit_scale_pipeline.inputs.names import as_text, few, is_hidden, shown
 from dit_scale_pipeline.progress import report_listing
-from tests.archives import Images, class_folders, class_tars, tar_of
-from tests.s3 import BUCKET, s3_server
+from tests.support.archives import Images, class_folders, class_tars, tar_of
+from tests.support.s3 import BUCKET, s3_server
 
 NOBODY = 65534
 CLASSES: Images = {name: {"0.jpg": b"."} for name in ("n01", "n02", "n03")}

@@ -8,8 +8,8 @@ import pytest
 from dit_scale.errors import DataError
 from dit_scale.storage import open_storage
 from dit_scale_pipeline.inputs import open_input
-from tests.archives import ARCHIVES, KINDS, Images, tar_of, upload, watch_reads, web_dataset
-from tests.s3 import BUCKET, s3_server
+from tests.support.archives import ARCHIVES, KINDS, Images, tar_of, upload, watch_reads, web_dataset
+from tests.support.s3 import BUCKET, s3_server
 
 IMAGES: Images = {
     "n01": {f"n01_{number}.JPEG": b"1" * 5000 for number in range(30)},

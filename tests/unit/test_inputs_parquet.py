@@ -14,7 +14,7 @@ from dit_scale.storage import DiskStorage, open_storage
 from dit_scale_pipeline.inputs import Entry, InputError, Listing, open_input
 from dit_scale_pipeline.inputs.parquet import Parquet
 from dit_scale_pipeline.inputs.saved import current_listing, difference, load_listing, save_listing
-from tests.archives import parquet, watch_reads, write_parquet
+from tests.support.archives import parquet, watch_reads, write_parquet
 
 
 def test_threads_may_share_parquet_files(tmp_path: Path) -> None:

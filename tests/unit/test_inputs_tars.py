@@ -16,10 +16,10 @@ from dit_scale.errors import DataError, StorageError
 from dit_scale.storage import DiskStorage, S3Storage, Storage, open_storage
 from dit_scale_pipeline.inputs import tars
 from dit_scale_pipeline.inputs.base import Entry
-from dit_scale_pipeline.inputs.tars import Member, Tar, read_member
-from tests.archives import tar_of, watch_reads
-from tests.needs import needs
-from tests.s3 import BUCKET, s3_server
+from dit_scale_pipeline.inputs.tars import Tar, TarMember, read_member
+from tests.support.archives import tar_of, watch_reads
+from tests.support.needs import needs
+from tests.support.s3 import BUCKET, s3_server
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
@@ -40,11 +40,11 @@ class Memory(DiskStorage):
         return len(self._data)
 
 
-def walk(data: bytes) -> list[Member]:
+def walk(data: bytes) -> list[TarMember]:
     return list(Tar(Memory(data), "a.tar", 0, len(data)))
 
 
-def entry_of(member: Member, archive: str = "a.tar") -> Entry:
+def entry_of(member: TarMember, archive: str = "a.tar") -> Entry:
     return Entry(0, f"x/{member.name}", 0, archive, member.start, member.span)
 
 
@@ -72,7 +72,7 @@ def archives(draw: st.DrawFn) -> bytes:
 @given(archives())
 def test_the_walk_finds_what_the_standard_library_finds(data: bytes) -> None:
     with tarfile.open(fileobj=io.BytesIO(data), encoding="utf-8") as tar:
-        expected = [Member(i.name, i.offset, i.offset_data, i.size) for i in tar.getmembers()]
+        expected = [TarMember(i.name, i.offset, i.offset_data, i.size) for i in tar.getmembers()]
         contents = [tar.extractfile(i).read() for i in tar.getmembers()]  # type: ignore[union-attr]
     assert walk(data) == expected
     storage = Memory(data)

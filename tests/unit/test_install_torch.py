@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.ports import free_port
+from tests.support.faults.ports import free_port
 
 SCRIPT = Path(__file__).parents[2] / "demo" / "install_torch.sh"
 

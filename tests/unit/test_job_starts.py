@@ -7,7 +7,7 @@ import pytest
 from dit_scale.elastic.board import Ending, Member, Reason, Round
 from dit_scale.elastic.node.exits import Exit
 from dit_scale.elastic.supervisor import Policy
-from tests.unit.supervisors import TWO, Cluster, Node
+from tests.support.nodes.supervisors import TWO, Cluster, Node
 
 START = 7
 """A start, and a later one; they need not follow upon each other."""

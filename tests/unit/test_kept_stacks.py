@@ -8,12 +8,12 @@ import pytest
 
 from dit_scale.elastic.board import Member, Round
 from dit_scale.elastic.node import group
-from dit_scale.elastic.node.watch import Deadlines, Standing
-from dit_scale.heartbeat import Section
-from tests.faults.small_disk import fill, small_disk
+from dit_scale.elastic.node.deadlines import Deadlines, Standing
+from dit_scale.heartbeat import Phase
+from tests.support.faults.small_disk import fill, small_disk
 
-WAITS = Standing(rank=0, pid=11, section=Section.COMPUTE, step=20, age_s=9.0, limit_s=8.0, quiet_s=8.0)
-READS = Standing(rank=1, pid=12, section=Section.DATA, step=20, age_s=9.0, limit_s=310.0, quiet_s=8.0)
+WAITS = Standing(rank=0, pid=11, section=Phase.COMPUTE, step=20, age_s=9.0, limit_s=8.0, quiet_s=8.0)
+READS = Standing(rank=1, pid=12, section=Phase.DATA, step=20, age_s=9.0, limit_s=310.0, quiet_s=8.0)
 
 
 def test_ranks_are_asked_once_for_each_place_and_the_last_answer_stays(
@@ -30,7 +30,7 @@ def test_ranks_are_asked_once_for_each_place_and_the_last_answer_stays(
     ranks._waiting([WAITS, READS])
     ranks._waiting([WAITS, READS])
     assert asked == [[0, 1]]
-    ranks._waiting([WAITS, replace(READS, section=Section.COMPUTE)])
+    ranks._waiting([WAITS, replace(READS, section=Phase.COMPUTE)])
     assert asked == [[0, 1]] * 2
 
     ranks._waiting([])  # another node has ended its ranks, and these broke off

@@ -12,8 +12,8 @@ from PIL import Image
 from dit_scale import cli, vae
 from dit_scale.data.shards import INFO_KEY, LatentDataset
 from dit_scale.inference.pictures import decode, random_ids
-from tests.latents import edit_info, write_latents
-from tests.tiny_vae import save_tiny_vae
+from tests.support.latents import edit_info, write_latents
+from tests.support.tiny_vae import save_tiny_vae
 
 REASONS = {f"a/{number}.txt": f"no picture {number}" for number in range(7)}
 

@@ -8,7 +8,7 @@ import pytest
 from dit_scale.elastic.board import Board, Ending, Member, Reason, Round
 from dit_scale.elastic.lease import Leases
 from dit_scale.storage import open_storage
-from tests.faults.small_disk import fill, small_disk
+from tests.support.faults.small_disk import fill, small_disk
 
 LEASE_S = 10.0
 ROUND = Round(1, tuple(Member(node, node, "", 0, 1, "") for node in "abc"), committed_step=-1)

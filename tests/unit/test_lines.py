@@ -9,7 +9,7 @@ import pytest
 
 from dit_scale import lines
 from dit_scale.lines import LineFile
-from tests.faults.small_disk import fill, small_disk
+from tests.support.faults.small_disk import fill, small_disk
 
 LONG = "x" * 1000
 """A line; four and a bit fill a page."""

@@ -14,13 +14,13 @@ import torch
 
 from dit_scale.config import DataConfig
 from dit_scale.data import files
+from dit_scale.data.batch_plan import BatchPlan, batch_plan
 from dit_scale.data.loader import BLOCK_SAMPLES, Batch, Loader, draw_latents, read_batch
 from dit_scale.data.order import Order, Ranges, positions_of, sample_ids
-from dit_scale.data.plan import BatchPlan, batch_plan
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import ConfigError, DataError
-from tests import philox
-from tests.latents import write_latents
+from tests.support import philox
+from tests.support.latents import write_latents
 
 NUM, SEED = 40, 7
 

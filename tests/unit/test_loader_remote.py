@@ -13,16 +13,16 @@ import torch
 
 from dit_scale.config import DataConfig
 from dit_scale.data import download, files
+from dit_scale.data.batch_plan import batch_plan
 from dit_scale.data.cache import ShardFile
 from dit_scale.data.loader import Batch, Loader, read_batch
 from dit_scale.data.order import Order
-from dit_scale.data.plan import batch_plan
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import DataError
 from dit_scale.storage import open_storage
-from tests.latents import write_latents
-from tests.s3 import BUCKET, s3_server
-from tests.speed import scaled
+from tests.support.latents import write_latents
+from tests.support.s3 import BUCKET, s3_server
+from tests.support.speed import scaled
 
 NUM, SEED, SIZES = 40, 7, [8] * 5
 PLAN = batch_plan(global_batch=4, micro_batch=4, world=1)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dit_scale.config import TrainConfig
-from dit_scale.data.plan import batch_plan
+from dit_scale.data.batch_plan import batch_plan
 from dit_scale.errors import ConfigError
 from dit_scale.models.zoo import num_parameters, shape_of
 from dit_scale.train import dry_run

@@ -13,7 +13,7 @@ from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.rng import Purpose
 from dit_scale.train.objective import SampleLosses, drop_labels, losses
-from tests import philox
+from tests.support import philox
 
 SEED, SCALE, NUM_CLASSES, LABEL_DROPOUT = 7, 0.5, 10, 0.1
 NUM = 5

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dit_scale.data import order
+from dit_scale.data.batch_plan import batch_plan
 from dit_scale.data.order import Order, mix64, permute, round_keys, sample_ids
-from dit_scale.data.plan import batch_plan
 
 IMAGENET = 1_281_167
 

@@ -14,7 +14,7 @@ from dit_scale.cli.arguments import weights_file
 from dit_scale.errors import StorageError
 from dit_scale.inference.sample import write_grid, write_npz
 from dit_scale.storage.outputs import check_output, new_file
-from tests.bare_user import without_power
+from tests.support.bare_user import without_power
 
 LIMIT_BYTES = 4096
 

@@ -12,13 +12,13 @@ from dit_scale import cli
 from dit_scale.checkpoint.manifest import CHECKPOINTS, name_of
 from dit_scale.config import EncodeConfig, TrainConfig, dump, load, load_to_train, moved
 from dit_scale.data.cache import NoRoomError, ShardCache, ShardFile
-from dit_scale.elastic.run import digest
+from dit_scale.elastic.launch import digest
 from dit_scale.errors import ConfigError
-from dit_scale.paths import Place, absolute
+from dit_scale.paths import PathKind, absolute
 from dit_scale.storage import open_storage
-from dit_scale.train.run import config_of_folder, root_of_folder
-from tests.tiny_run import ATTEMPT, STEP, write_run
-from tests.tiny_vae import save_tiny_vae
+from dit_scale.train.run_folder import config_of_folder, root_of_folder
+from tests.support.tiny_run import ATTEMPT, STEP, write_run
+from tests.support.tiny_vae import save_tiny_vae
 
 PATHS = {
     TrainConfig: ("run", "data.url", "data.vae", "data.cache_dir", "checkpoint.url"),
@@ -61,8 +61,8 @@ def test_every_name_is_a_name(root: Any, key: str, name: str, here: Path) -> Non
 
 @given(st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1).filter(str.strip))
 def test_an_absolute_path_stays(name: str) -> None:
-    path = absolute(f"/x/{name}", Place.FOLDER) if "://" not in name else "/"
-    assert absolute(path, Place.FOLDER) == path == os.path.abspath(path)
+    path = absolute(f"/x/{name}", PathKind.FOLDER) if "://" not in name else "/"
+    assert absolute(path, PathKind.FOLDER) == path == os.path.abspath(path)
 
 
 @pytest.mark.parametrize(("root", "key"), [pair for pair in KEYS if pair[1] != "checkpoint.url"])

@@ -11,8 +11,8 @@ from dit_scale.data.order import Order
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import WeightsError
 from dit_scale.inference.pictures import GAP, decode, load_decoder, random_ids, side_by_side
-from tests.latents import edit_info, write_latents
-from tests.tiny_vae import save_tiny_vae
+from tests.support.latents import edit_info, write_latents
+from tests.support.tiny_vae import save_tiny_vae
 
 CPU = torch.device("cpu")
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dit_scale.config import TrainConfig
+from dit_scale.elastic.launch import check_device, num_gpus
 from dit_scale.elastic.node.preflight import (
     gpu_problems,
     preflight,
@@ -17,10 +18,9 @@ from dit_scale.elastic.node.preflight import (
     say_unless_shared,
     xid_problems,
 )
-from dit_scale.elastic.run import check_device, num_gpus
 from dit_scale.errors import ConfigError
 from dit_scale.storage import open_storage
-from tests.latents import write_latents
+from tests.support.latents import write_latents
 
 GIB = 2**30
 Usage = namedtuple("Usage", "total used free")

@@ -8,24 +8,27 @@ from typing import Any
 import pytest
 
 from dit_scale import cli
-from dit_scale.checkpoint.attempts import Attempt
+from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.cli.replay import text, tree
 from dit_scale.report.history import Past, Recorded
-from dit_scale.report.replay import Replay, Sample
-from dit_scale.telemetry.meters import Row
+from dit_scale.report.replay import Replay, ReplayedSample
+from dit_scale.telemetry.meters import StepRow
 
-GOOD: Row = (1.0, 0.75, 0.25, 2.0, 0.0)
-SAMPLES = (Sample(9, 4, 3, False, 612, nan, nan, inf), Sample(8, 5, 2, True, 20, 1.5, 1.25, 0.25))
+GOOD: StepRow = (1.0, 0.75, 0.25, 2.0, 0.0)
+SAMPLES = (
+    ReplayedSample(9, 4, 3, False, 612, nan, nan, inf),
+    ReplayedSample(8, 5, 2, True, 20, 1.5, 1.25, 0.25),
+)
 
 
-def replay_of(row: Row = GOOD, recorded: Row | None = GOOD, **past: Any) -> Replay:
+def replay_of(row: StepRow = GOOD, recorded: StepRow | None = GOOD, **past: Any) -> Replay:
     where = None if recorded is None else Recorded(recorded, "metrics.jsonl")
     known: dict[str, Any] = {"quarantined": (), "world": 2, "rolled_back": (), **past}
-    return Replay("runs/a", 7, Past(Attempt(3), 6, where, **known), "checkpoints/x", 2, row, SAMPLES)
+    return Replay("runs/a", 7, Past(AttemptRecord(3), 6, where, **known), "checkpoints/x", 2, row, SAMPLES)
 
 
 def test_for_machines() -> None:
-    bad: Row = (nan, nan, inf, inf, 1.0)
+    bad: StepRow = (nan, nan, inf, inf, 1.0)
     printed = json.dumps(tree(replay_of(bad, bad), count=20), allow_nan=False)
     parsed = json.loads(printed)
     assert (parsed["loss"], parsed["vb"], parsed["skipped"]) == ("nan", "inf", 1.0)
@@ -75,7 +78,7 @@ def test_the_first_of_many() -> None:
     ],
 )
 def test_compared_with_the_record(
-    row: Row, recorded: Row | None, said: str, differences: dict[str, Any] | None
+    row: StepRow, recorded: StepRow | None, said: str, differences: dict[str, Any] | None
 ) -> None:
     found = replay_of(row, recorded)
     assert said in text(found, count=1)

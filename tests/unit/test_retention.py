@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from dit_scale.checkpoint import attempts, retention, writer
-from dit_scale.checkpoint.attempts import Attempt, committed
+from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, name_of
 from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.errors import CheckpointError, StorageError, SupersededError
 from dit_scale.storage import DiskStorage, Storage, open_storage
-from tests import checkpoints
+from tests.support import checkpoints
 
 RANKS = [[Partition({MASTER: torch.arange(4).float()}, (Extent("w", start, 4, 0),))] for start in (0, 4)]
 
@@ -30,7 +30,7 @@ def put(root: Storage, *paths: str) -> None:
 
 
 def start(root: Storage, number: int, resumed_from: str | None = None) -> None:
-    attempts.claim(root, Attempt(number, resumed_from))
+    attempts.claim(root, AttemptRecord(number, resumed_from))
 
 
 def folders(root: Storage) -> list[str]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dit_scale import rng
 from dit_scale.rng import Purpose
-from tests import philox
+from tests.support import philox
 
 WORD = st.integers(0, 2**32 - 1)
 POSITION = st.integers(0, 2**62)

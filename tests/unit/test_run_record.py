@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dit_scale.checkpoint.attempts import Attempt, claim
+from dit_scale.checkpoint.attempts import AttemptRecord, claim
 from dit_scale.config import TrainConfig
 from dit_scale.storage import open_storage
 from dit_scale.telemetry import record
 from dit_scale.telemetry.record import Record, own_path, recorded, rows_before, rows_up_to
 from dit_scale.train.logbook import Logbook, carried_over
-from tests.faults.small_disk import fill, small_disk
+from tests.support.faults.small_disk import fill, small_disk
 
 
 class Run:
@@ -28,7 +28,7 @@ class Run:
     def claim(self) -> int:
         """Begin another attempt; its number."""
         self.claimed += 1
-        claim(self.root, Attempt(self.claimed))
+        claim(self.root, AttemptRecord(self.claimed))
         return self.claimed
 
     def open(self, attempt: int, resume_step: int = 0) -> Record:

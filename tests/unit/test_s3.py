@@ -12,9 +12,9 @@ from moto.s3.models import s3_backends
 from dit_scale.errors import StorageError
 from dit_scale.storage import MissingKeyError, S3Storage, transfer
 from dit_scale.storage import s3 as s3_module
-from dit_scale.storage.transfer import BrokenError, Watch, WatchedBody
-from tests.faults.proxy import KINDS, FaultProxy
-from tests.s3 import BUCKET, s3_server
+from dit_scale.storage.transfer import BrokenError, TransferProgress, WatchedBody
+from tests.support.faults.proxy import KINDS, FaultProxy
+from tests.support.s3 import BUCKET, s3_server
 
 PART = s3_module.MIN_PART_BYTES
 DATA = np.random.default_rng(0).bytes(2 * PART + 1000)
@@ -372,7 +372,7 @@ def test_limits_of_s3(s3: S3Storage, direct: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_body_is_a_file_over_the_bytes() -> None:
-    watch = Watch()
+    watch = TransferProgress()
     body = WatchedBody(bytearray(b"0123456789"), watch)
     assert (body.readable(), body.seekable(), body.seek(0, 2), body.seek(-3, 1)) == (True, True, 10, 7)
     assert body.read() == b"789"
@@ -390,7 +390,7 @@ def test_an_attempt_that_stalls_is_given_up_and_ends(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(transfer, "SLOWEST_BYTES_PER_S", 1000)
     crawl, ended = threading.Event(), threading.Event()
 
-    def crawling(watch: Watch) -> None:
+    def crawling(watch: TransferProgress) -> None:
         try:
             watch.moved(10_000)
             while not crawl.wait(0.01):
@@ -416,7 +416,7 @@ def test_an_attempt_that_moves_may_take_long(monkeypatch: pytest.MonkeyPatch) ->
         assert moves.acquire(timeout=60)
         return wait(outcomes, 0)
 
-    def slow(watch: Watch) -> str:
+    def slow(watch: TransferProgress) -> str:
         for _ in range(10):
             assert looks.acquire(timeout=60)
             watch.moved(enough)

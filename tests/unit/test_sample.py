@@ -25,14 +25,14 @@ from dit_scale.inference.sample import (
     write_grid,
     write_npz,
 )
-from dit_scale.inference.sources import Source, build_model, export, open_source
+from dit_scale.inference.sources import WeightsSource, build_model, export, open_source
 from dit_scale.models.dit import DiT
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.rng import Purpose
 from dit_scale.storage import open_storage
-from tests import checkpoints
-from tests.tiny_run import PROFILES, STEP, write_run
-from tests.tiny_vae import save_tiny_vae
+from tests.support import checkpoints
+from tests.support.tiny_run import PROFILES, STEP, write_run
+from tests.support.tiny_vae import save_tiny_vae
 
 SETTINGS = Settings(seed=3, steps="6", guidance=2.0, batch=4)
 LABELS = [0, 1, 2, 3, 4, 0, 1]
@@ -52,17 +52,17 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_vae: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(run: Path) -> Source:
+def source(run: Path) -> WeightsSource:
     return open_source(str(run))
 
 
 @pytest.fixture(scope="module")
-def model(source: Source) -> DiT:
+def model(source: WeightsSource) -> DiT:
     return build_model(source, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
-def schedule(source: Source) -> Schedule:
+def schedule(source: WeightsSource) -> Schedule:
     return respace(linear(source.timesteps), SETTINGS.steps)
 
 
@@ -150,7 +150,7 @@ def test_batches_and_processes_do_not_show(model: DiT, schedule: Schedule, decod
 # Files
 
 
-def test_sample_writes_a_grid_and_an_npz(source: Source, tiny_vae: str, tmp_path: Path) -> None:
+def test_sample_writes_a_grid_and_an_npz(source: WeightsSource, tiny_vae: str, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     sample(source, tiny_vae, LABELS, SETTINGS, tmp_path / "out", CPU)
     torch.set_num_threads(threads)
@@ -196,7 +196,7 @@ def test_classes_come_in_turn() -> None:
 # Refusals
 
 
-def test_another_vae_is_refused(source: Source, tmp_path: Path) -> None:
+def test_another_vae_is_refused(source: WeightsSource, tmp_path: Path) -> None:
     other = save_tiny_vae(tmp_path / "other", seed=1)
     with pytest.raises(WeightsError, match=r"this VAE \(other, sha256 .*\) did not make the latents"):
         sample(source, other, LABELS, SETTINGS, tmp_path / "out", CPU)
@@ -207,13 +207,15 @@ def test_another_vae_is_refused(source: Source, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", [-1, 5, 1000])
 def test_a_class_that_is_not_there_is_refused(
-    source: Source, tiny_vae: str, tmp_path: Path, label: int
+    source: WeightsSource, tiny_vae: str, tmp_path: Path, label: int
 ) -> None:
     with pytest.raises(ConfigError, match=f"class {label}: expected 0 to 4"):
         sample(source, tiny_vae, [0, label], SETTINGS, tmp_path, CPU)
 
 
-def test_more_steps_than_the_diffusion_has_are_refused(source: Source, tiny_vae: str, tmp_path: Path) -> None:
+def test_more_steps_than_the_diffusion_has_are_refused(
+    source: WeightsSource, tiny_vae: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="has 100 of the 100 timesteps"):
         sample(source, tiny_vae, [0], Settings(steps="250"), tmp_path, CPU)
     assert not torch.distributed.is_initialized()
@@ -228,7 +230,7 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
 # Sources
 
 
-def assert_same_weights(one: Source, other: Source) -> None:
+def assert_same_weights(one: WeightsSource, other: WeightsSource) -> None:
     assert one.model == other.model
     assert (one.timesteps, one.vae, one.vae_sha256) == (other.timesteps, other.vae, other.vae_sha256)
     assert set(one.state) == set(other.state)
@@ -248,7 +250,7 @@ def test_a_run_gives_its_first_profile_by_published_names(tmp_path: Path, tiny_v
     assert source.description == f"EMA first of {tmp_path}/checkpoints/{name_of(STEP, 1)}"
 
 
-def test_any_profile_can_be_chosen(run: Path, source: Source) -> None:
+def test_any_profile_can_be_chosen(run: Path, source: WeightsSource) -> None:
     second = open_source(str(run), ema=PROFILES[1])
     assert not torch.equal(second.state["x_embedder.proj.weight"], source.state["x_embedder.proj.weight"])
     with pytest.raises(CheckpointError, match="has no EMA profile 'third'; it has first, second"):
@@ -264,12 +266,12 @@ def test_the_position_embedding_is_the_formula_to_the_bit(run: Path, model: DiT,
         assert torch.equal(state["pos_embed"], formula)
 
 
-def test_a_checkpoints_folder_is_a_source(run: Path, source: Source) -> None:
+def test_a_checkpoints_folder_is_a_source(run: Path, source: WeightsSource) -> None:
     folder = run / CHECKPOINTS / name_of(STEP, 1)
     assert_same_weights(open_source(str(folder)), source)
 
 
-def test_export_and_open_is_the_same_source(source: Source, tmp_path: Path) -> None:
+def test_export_and_open_is_the_same_source(source: WeightsSource, tmp_path: Path) -> None:
     path = tmp_path / "new" / "weights.safetensors"
     export(source, path)
     assert_same_weights(open_source(str(path)), source)
@@ -278,7 +280,7 @@ def test_export_and_open_is_the_same_source(source: Source, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("part", ["what it says", "weights"])
-def test_an_export_that_was_damaged_is_refused(source: Source, tmp_path: Path, part: str) -> None:
+def test_an_export_that_was_damaged_is_refused(source: WeightsSource, tmp_path: Path, part: str) -> None:
     path = tmp_path / "weights.safetensors"
     export(source, path)
     data = bytearray(path.read_bytes())
@@ -288,7 +290,7 @@ def test_an_export_that_was_damaged_is_refused(source: Source, tmp_path: Path, p
         open_source(str(path))
 
 
-def test_a_bare_weights_file_takes_the_model_it_is_told(source: Source, tmp_path: Path) -> None:
+def test_a_bare_weights_file_takes_the_model_it_is_told(source: WeightsSource, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save(source.state, path)
     opened = open_source(str(path), model=source.model)

@@ -14,7 +14,7 @@ from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, Manifest, name_of
 from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.checkpoint.saver import Outcome, Saver
+from dit_scale.checkpoint.saver import Saver, SaveResult
 from dit_scale.config import CheckpointConfig
 from dit_scale.dist import World
 from dit_scale.storage import open_storage
@@ -45,7 +45,7 @@ def manifest(step: int = 3) -> Manifest:
     )
 
 
-def saved(saver: Saver, step: int = 3) -> Outcome:
+def saved(saver: Saver, step: int = 3) -> SaveResult:
     saver.begin(manifest(step), {path_of(step): (MASTER,)})
     outcome = saver.wait()
     assert outcome is not None

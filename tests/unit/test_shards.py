@@ -32,9 +32,9 @@ from dit_scale.data.shards import (
 from dit_scale.data.statistics import combine_sums
 from dit_scale.errors import DataError
 from dit_scale.storage import Storage, open_storage
-from dit_scale_pipeline.shards_writer import Row, ShardRecord, build_shard
-from tests.latents import edit_info, write_latents
-from tests.s3 import BUCKET, s3_server
+from dit_scale_pipeline.shards_writer import IndexRow, ShardRecord, build_shard
+from tests.support.latents import edit_info, write_latents
+from tests.support.s3 import BUCKET, s3_server
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_what_is_no_finished_data_set_says_so(copy: Path, tmp_path: Path) -> Non
 
 
 def test_a_shard_is_a_pure_function_of_its_rows(finished: Path) -> None:
-    rows = [Row(key, f"{key}.png", key % 3, np.full((2, 8, 2, 2), key, np.float16)) for key in (3, 5, 8)]
+    rows = [IndexRow(key, f"{key}.png", key % 3, np.full((2, 8, 2, 2), key, np.float16)) for key in (3, 5, 8)]
     first, second = (build_shard("00000", rows, [], 4) for _ in range(2))
     assert (first.tar, first.index, first.record) == (second.tar, second.index, second.record)
     assert ShardRecord.model_validate_json(first.record.model_dump_json()) == first.record
@@ -213,8 +213,8 @@ def test_a_shard_is_a_pure_function_of_its_rows(finished: Path) -> None:
 def test_rows_that_are_not_finite_join_the_quarantine() -> None:
     moments = np.zeros((2, 8, 2, 2), np.float16)
     moments[1, 3, 0, 0] = np.inf
-    good = Row(0, "a.png", 0, np.zeros((2, 8, 2, 2), np.float16))
-    record = build_shard("00000", [good, Row(1, "b.png", 0, moments)], [], 4).record
+    good = IndexRow(0, "a.png", 0, np.zeros((2, 8, 2, 2), np.float16))
+    record = build_shard("00000", [good, IndexRow(1, "b.png", 0, moments)], [], 4).record
     assert record.samples == 1
     assert [(item.key, item.path) for item in record.quarantined] == [(1, "b.png")]
 
@@ -225,7 +225,7 @@ def test_channel_statistics_are_those_of_posterior_samples() -> None:
     std = draws.uniform(0.1, 1.0, (30, 2, 4, 4, 4))
     moments = np.concatenate([mean, std], axis=2).astype(np.float16)
     parts = [moments[:16], moments[16:]]
-    records = [build_shard("0", [Row(0, "", 0, m) for m in part], [], 4).record for part in parts]
+    records = [build_shard("0", [IndexRow(0, "", 0, m) for m in part], [], 4).record for part in parts]
     found_mean, found_std = combine_sums([record.sums for record in records], 30, (2, 8, 4, 4))
     samples = mean + std * draws.normal(size=(400, *std.shape))
     assert np.allclose(found_mean, samples.mean(axis=(0, 1, 2, 4, 5)), atol=0.01)

@@ -10,12 +10,12 @@ from dit_scale.elastic.board import Reason
 from dit_scale.elastic.hearing import JUDGES
 from dit_scale.elastic.node.exits import Exit
 from dit_scale.elastic.supervisor import Policy
-from dit_scale.forecast.plan import Machines, Work, best_every_steps, daly_s, estimate
-from dit_scale.forecast.simulate import DAY_S, Failure, Result, Setup, poisson, simulate
-from dit_scale.forecast.timeline import SECOND, Costs, Kind, Use
+from dit_scale.forecast.estimate import Machines, Work, best_every_steps, daly_s, estimate
+from dit_scale.forecast.simulate import DAY_S, Failure, SimulationResult, SimulationSetup, poisson, simulate
+from dit_scale.forecast.timeline import SECOND, Costs, FailureKind, Use
 
-SHARES = {Kind.CRASH: 0.4, Kind.HANG: 0.2, Kind.LOSS: 0.4}
-ALL = dict.fromkeys(Kind, 1 / len(Kind))
+SHARES = {FailureKind.CRASH: 0.4, FailureKind.HANG: 0.2, FailureKind.LOSS: 0.4}
+ALL = dict.fromkeys(FailureKind, 1 / len(FailureKind))
 COSTS = Costs(
     step_s=1.0,
     save_stall_s=2.0,
@@ -30,10 +30,10 @@ START_S = 16 + 8 + 4
 POLLS_S = 1.0
 """Supervisors see things at their polls: a few of them, of 0.25 s, lie in every change."""
 NODES = 4
-SMALL = Setup(nodes=NODES, steps=1000, every_steps=100, costs=COSTS, policy=Policy(min_nodes=2))
+SMALL = SimulationSetup(nodes=NODES, steps=1000, every_steps=100, costs=COSTS, policy=Policy(min_nodes=2))
 
 
-def assert_exact(result: Result) -> None:
+def assert_exact(result: SimulationResult) -> None:
     assert sum(result.ledger.values()) == result.wall_s * SECOND
     assert min(result.ledger.values()) >= 0
 
@@ -63,10 +63,10 @@ def test_goodput_of_a_long_run_is_one_minus_the_share_of_stalls() -> None:
 def test_a_killed_rank_costs_what_was_not_committed_and_a_restart() -> None:
     # 250.5 s into the training: saves begin after 100 and 202 s, steps 200 and on are not committed.
     start_s = 0.25 + START_S
-    result = simulate(SMALL, [Failure(start_s + 250.5, 2, Kind.CRASH)])
+    result = simulate(SMALL, [Failure(start_s + 250.5, 2, FailureKind.CRASH)])
     assert result.code == Exit.DONE
     assert result.endings == Counter({Reason.FAILED: 1, Reason.DONE: 1})
-    assert result.failures == Counter({Kind.CRASH: 1})
+    assert result.failures == Counter({FailureKind.CRASH: 1})
     assert result.ledger_s[Use.REPLAYED] == pytest.approx(250.5 - 204, abs=POLLS_S)
     assert result.ledger_s[Use.DETECT] <= 0.25
     assert result.ledger_s[Use.RESTORE] == 4.0
@@ -78,25 +78,25 @@ def test_a_killed_rank_costs_what_was_not_committed_and_a_restart() -> None:
 
 def test_what_was_not_committed_yet_is_lost_also_when_its_save_has_begun() -> None:
     start_s = 0.25 + START_S
-    committed = simulate(SMALL, [Failure(start_s + 208, 2, Kind.CRASH)])
-    in_flight = simulate(SMALL, [Failure(start_s + 206, 2, Kind.CRASH)])
+    committed = simulate(SMALL, [Failure(start_s + 208, 2, FailureKind.CRASH)])
+    in_flight = simulate(SMALL, [Failure(start_s + 206, 2, FailureKind.CRASH)])
     assert committed.ledger_s[Use.REPLAYED] == pytest.approx(208 - 204, abs=POLLS_S)
     assert in_flight.ledger_s[Use.REPLAYED] == pytest.approx(100 + 206 - 204, abs=POLLS_S)
 
 
 def test_a_hang_is_found_by_its_deadline() -> None:
-    result = simulate(SMALL, [Failure(START_S + 250, 1, Kind.HANG)])
+    result = simulate(SMALL, [Failure(START_S + 250, 1, FailureKind.HANG)])
     assert result.endings == Counter({Reason.HUNG: 1, Reason.DONE: 1})
     assert 7.5 < result.ledger_s[Use.DETECT] < 10
     # Steps of 10 s get three times their time, without what it takes to look and to hear the others.
     slow = replace(SMALL, costs=replace(COSTS, step_s=10.0))
-    result = simulate(slow, [Failure(START_S + 2500, 1, Kind.HANG)])
+    result = simulate(slow, [Failure(START_S + 2500, 1, FailureKind.HANG)])
     assert 27.5 < result.ledger_s[Use.DETECT] < 30
 
 
 def test_a_stopped_rank_is_found_also_before_its_steps_were_measured() -> None:
     for since_s in (5.0, 250.0):
-        result = simulate(SMALL, [Failure(START_S + since_s, 1, Kind.STOP)])
+        result = simulate(SMALL, [Failure(START_S + since_s, 1, FailureKind.STOP)])
         assert result.endings == Counter({Reason.HUNG: 1, Reason.DONE: 1})
         assert 7.5 < result.ledger_s[Use.DETECT] < 10
 
@@ -104,11 +104,11 @@ def test_a_stopped_rank_is_found_also_before_its_steps_were_measured() -> None:
 def test_a_killed_supervisor_is_found_when_the_other_ranks_have_broken_off_and_all_were_heard() -> None:
     patience_s = SMALL.policy.lease_s / 2
     setup = replace(SMALL, spares=1, costs=replace(COSTS, break_s=3.0))
-    result = simulate(setup, [Failure(START_S + 250, 1, Kind.DEATH)])
+    result = simulate(setup, [Failure(START_S + 250, 1, FailureKind.DEATH)])
     assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
     assert result.ledger_s[Use.DETECT] == pytest.approx(3.0 + patience_s, abs=POLLS_S)
     # In imports there is nothing yet that could break off: the lease tells.
-    result = simulate(setup, [Failure(START_S / 2, 1, Kind.DEATH)])
+    result = simulate(setup, [Failure(START_S / 2, 1, FailureKind.DEATH)])
     assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
     assert result.ledger_s[Use.DETECT] == pytest.approx(SMALL.policy.lease_s, abs=POLLS_S)
 
@@ -116,7 +116,7 @@ def test_a_killed_supervisor_is_found_when_the_other_ranks_have_broken_off_and_a
 @pytest.mark.parametrize("polls", [True, False])
 def test_a_round_that_all_nodes_are_gone_from_is_ended_by_the_spare(polls: bool) -> None:
     setup = replace(SMALL, nodes=2, spares=1, policy=Policy(), polls=polls)
-    failures = [Failure(START_S + 250, node, Kind.LOSS) for node in (0, 1)]
+    failures = [Failure(START_S + 250, node, FailureKind.LOSS) for node in (0, 1)]
     result = simulate(setup, failures)
     assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
     # The one that was watched stood still, and then all of them.
@@ -124,7 +124,7 @@ def test_a_round_that_all_nodes_are_gone_from_is_ended_by_the_spare(polls: bool)
 
 
 def test_a_world_with_costs_of_its_own_takes_these() -> None:
-    failures = [Failure(START_S + 250, 1, Kind.LOSS)]
+    failures = [Failure(START_S + 250, 1, FailureKind.LOSS)]
     alike = simulate(replace(SMALL, measured={3: COSTS}), failures)
     quicker = simulate(replace(SMALL, measured={3: replace(COSTS, step_s=0.5)}), failures)
     assert alike.ledger[Use.DEGRADED] == quicker.ledger[Use.DEGRADED] == 0
@@ -135,7 +135,7 @@ def test_a_world_with_costs_of_its_own_takes_these() -> None:
 
 
 def test_a_lost_node_is_found_by_its_lease() -> None:
-    result = simulate(replace(SMALL, spares=1), [Failure(START_S + 250, 1, Kind.LOSS)])
+    result = simulate(replace(SMALL, spares=1), [Failure(START_S + 250, 1, FailureKind.LOSS)])
     assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
     assert 15 < result.ledger_s[Use.DETECT] < 16
     # The spare stands in at once.
@@ -144,11 +144,11 @@ def test_a_lost_node_is_found_by_its_lease() -> None:
 
 
 def test_without_a_spare_the_run_goes_on_more_slowly_and_grows_again() -> None:
-    away = simulate(replace(SMALL, repair_s=DAY_S), [Failure(START_S + 250, 1, Kind.LOSS)])
+    away = simulate(replace(SMALL, repair_s=DAY_S), [Failure(START_S + 250, 1, FailureKind.LOSS)])
     assert away.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
     # 800 steps on three nodes of four take a third longer.
     assert away.ledger_s[Use.DEGRADED] == pytest.approx(800 / 3, rel=1e-6)
-    back = simulate(replace(SMALL, repair_s=300.0), [Failure(START_S + 250, 1, Kind.LOSS)])
+    back = simulate(replace(SMALL, repair_s=300.0), [Failure(START_S + 250, 1, FailureKind.LOSS)])
     assert back.endings == Counter({Reason.LOST: 1, Reason.GROWING: 1, Reason.DONE: 1})
     assert 50 < back.ledger_s[Use.DEGRADED] < 200
     for result in (away, back):
@@ -159,7 +159,7 @@ def test_without_a_spare_the_run_goes_on_more_slowly_and_grows_again() -> None:
 def test_failures_of_nodes_that_do_not_train_cost_nothing() -> None:
     setup = replace(SMALL, spares=1)
     calm = simulate(setup)
-    stormy = simulate(setup, [Failure(300, 4, Kind.CRASH), Failure(400, 4, Kind.LOSS)])
+    stormy = simulate(setup, [Failure(300, 4, FailureKind.CRASH), Failure(400, 4, FailureKind.LOSS)])
     assert stormy.failures.total() == 2
     assert stormy.endings == calm.endings
     assert stormy.ledger | {Use.WAIT: 0} == calm.ledger | {Use.WAIT: 0}
@@ -167,7 +167,7 @@ def test_failures_of_nodes_that_do_not_train_cost_nothing() -> None:
 
 def test_a_run_that_does_not_get_on_is_given_up() -> None:
     # A rank dies in every round before the first commit.
-    failures = [Failure(60.0 * i, 0, Kind.CRASH) for i in range(1, 100)]
+    failures = [Failure(60.0 * i, 0, FailureKind.CRASH) for i in range(1, 100)]
     result = simulate(SMALL, failures)
     assert result.code == Exit.DO_NOT_RESTART
     assert result.committed_step == -1
@@ -175,7 +175,7 @@ def test_a_run_that_does_not_get_on_is_given_up() -> None:
     assert_exact(result)
 
 
-def stormy(seed: int, polls: bool, nodes: int = 5) -> Result:
+def stormy(seed: int, polls: bool, nodes: int = 5) -> SimulationResult:
     setup = replace(SMALL, nodes=nodes, spares=1, steps=1000, repair_s=400.0, polls=polls)
     return simulate(setup, poisson(nodes + 1, 240_000 / (nodes + 1), ALL, seed))
 
@@ -198,7 +198,7 @@ def test_failures_come_at_the_rate_that_was_asked_for() -> None:
     failures = list(islice(poisson(1000, 6.5, SHARES, seed=1), 10_000))
     assert failures[-1].at_s / DAY_S == pytest.approx(10_000 / 6.5, rel=0.04)
     kinds = Counter(failure.kind for failure in failures)
-    assert kinds[Kind.CRASH] / 10_000 == pytest.approx(0.4, abs=0.02)
+    assert kinds[FailureKind.CRASH] / 10_000 == pytest.approx(0.4, abs=0.02)
     assert {failure.node for failure in failures} == set(range(1000))
 
 
@@ -214,7 +214,7 @@ MACHINES = Machines(
 
 
 def mean_goodput(every_steps: int, costs: Costs, seeds: int) -> float:
-    setup = Setup(
+    setup = SimulationSetup(
         nodes=8,
         spares=2,
         steps=400_000,
@@ -246,9 +246,9 @@ def test_the_model_and_the_simulation_agree(stall_s: float) -> None:
 
 def test_a_newcomer_waits_for_members_whose_save_takes_longer_than_it_takes_to_settle() -> None:
     """It would else begin a round of its own while the others still save, and they would grow again."""
-    setup = Setup(
+    setup = SimulationSetup(
         nodes=NODES, steps=1000, every_steps=100, costs=replace(COSTS, commit_lag_s=20.0), repair_s=300.0
     )
-    result = simulate(setup, [Failure(300.0, 3, Kind.LOSS)])
+    result = simulate(setup, [Failure(300.0, 3, FailureKind.LOSS)])
     assert result.endings == Counter({Reason.LOST: 1, Reason.GROWING: 1, Reason.DONE: 1})
     assert_exact(result)

@@ -17,7 +17,7 @@ from dit_scale.telemetry.sinks import (
     wandb_id,
     wandb_id_of,
 )
-from tests.faults.small_disk import small_disk
+from tests.support.faults.small_disk import small_disk
 
 
 @pytest.fixture

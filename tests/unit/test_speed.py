@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests import speed
+from tests.support import speed
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,8 @@ def test_limits_grow_with_the_time_that_work_takes(monkeypatch: pytest.MonkeyPat
 
 def test_processes_of_a_test_have_the_same_limits() -> None:
     ours = speed.slowness()
-    told = subprocess.check_output([sys.executable, "-c", "from tests import speed; print(speed.slowness())"])
+    told = subprocess.check_output(
+        [sys.executable, "-c", "from tests.support import speed; print(speed.slowness())"]
+    )
     print(f"work takes {ours:.2f} times as long as on the reference")
     assert float(told) == ours >= 1.0

@@ -15,7 +15,7 @@ import pytest
 from dit_scale.errors import StorageError
 from dit_scale.storage import DiskStorage, MissingKeyError, S3Storage, Storage, open_storage
 from dit_scale.storage import s3 as s3_module
-from tests.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET, s3_server
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.latents import write_latents
+from tests.support.latents import write_latents
 
 
 def run(*arguments: str, **how: object) -> "subprocess.CompletedProcess[bytes]":

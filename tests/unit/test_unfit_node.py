@@ -4,9 +4,9 @@ from pathlib import Path
 
 from dit_scale.elastic.board import Ending, Joined, Member, Reason
 from dit_scale.elastic.node.exits import Exit
-from dit_scale.elastic.node.group import Outcome
+from dit_scale.elastic.node.group import GroupOutcome
 from dit_scale.elastic.supervisor import Policy
-from tests.unit.supervisors import Cluster, Node
+from tests.support.nodes.supervisors import Cluster, Node
 
 POLICY = Policy(min_nodes=2, max_nodes=3)
 
@@ -25,7 +25,7 @@ def test_a_node_that_has_become_unfit_is_left_out_of_the_next_round(tmp_path: Pa
     a, b, c = _take_part(cluster, problems)
     assert [node for node, _ in cluster.members(1)] == ["a", "b", "c"]
     problems.append("GPU 3 has fallen off the bus")
-    c.ranks.outcome = Outcome(Reason.FAILED, "rank 2 was killed")
+    c.ranks.outcome = GroupOutcome(Reason.FAILED, "rank 2 was killed")
     cluster.run(a, b, c, seconds=2 * POLICY.settle_s)
     assert c.code == Exit.FAILED
     assert [node for node, _ in cluster.members(2)] == ["a", "b"]
@@ -76,5 +76,5 @@ def _leave(cluster: Cluster, *nodes: Node) -> None:
     """Have all ranks leave as asked, some time after a round has ended."""
     cluster.run(*nodes)
     for node in nodes:
-        node.ranks.outcome = Outcome(Reason.LEAVING, "saved at step 7 and stopped")
+        node.ranks.outcome = GroupOutcome(Reason.LEAVING, "saved at step 7 and stopped")
     cluster.run(*nodes)

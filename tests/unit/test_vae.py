@@ -9,7 +9,7 @@ import torch
 
 from dit_scale import vae, vae_files
 from dit_scale.errors import WeightsError
-from tests.tiny_vae import save_tiny_vae
+from tests.support.tiny_vae import save_tiny_vae
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from dit_scale.data.shards import INFO_KEY, LatentDataset, read_info
 from dit_scale.data.verify import sound, verify
 from dit_scale.errors import DataError
 from dit_scale.storage import DiskStorage, UnavailableError, open_storage
-from tests.latents import edit_info, write_latents
+from tests.support.latents import edit_info, write_latents
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from dit_scale.errors import DataError
 from dit_scale_pipeline.inputs.base import Archive, Input, Listing, Progress, in_order, silent
 from dit_scale_pipeline.inputs.layout import check_names
 from dit_scale_pipeline.inputs.names import hidden_part
-from dit_scale_pipeline.inputs.places import KINDS, Place
-from dit_scale_pipeline.inputs.tars import Member
+from dit_scale_pipeline.inputs.places import KINDS, InputPlace
+from dit_scale_pipeline.inputs.tars import TarMember
 
 LISTED_AT_ONCE = 8
 """Archives; each holds one window in memory while it is listed."""
@@ -64,7 +64,7 @@ class ArchiveInput(Input):
     suffix: str
     labels_in_paths = False
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: InputPlace) -> None:
         self.url, self.remote = place.url, place.remote
         self.place, self.storage = place, place.storage
 
@@ -143,7 +143,7 @@ def checked_label(label: int, where: str) -> int:
     return label
 
 
-def visible(members: Iterable[Member], where: str, left_out: list[str]) -> Iterator[Member]:
+def visible(members: Iterable[TarMember], where: str, left_out: list[str]) -> Iterator[TarMember]:
     """The members that are not hidden; `left_out` gets the hidden part of the others, below `where`."""
     for member in members:
         if hidden := hidden_part(member.name):

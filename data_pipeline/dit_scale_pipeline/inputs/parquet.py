@@ -22,7 +22,7 @@ from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part, checke
 from dit_scale_pipeline.inputs.base import COLUMNS, Entry, InputError
 from dit_scale_pipeline.inputs.contents import HEAD_BYTES, what_it_is
 from dit_scale_pipeline.inputs.names import few, shown
-from dit_scale_pipeline.inputs.places import Place
+from dit_scale_pipeline.inputs.places import InputPlace
 from dit_scale_pipeline.inputs.ranged import RangedFile
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Parquet(ArchiveInput):
     kind = "parquet"
     suffix = ".parquet"
 
-    def __init__(self, place: Place, columns: tuple[str, str] = COLUMNS) -> None:
+    def __init__(self, place: InputPlace, columns: tuple[str, str] = COLUMNS) -> None:
         super().__init__(place)
         self.columns = columns
         self._lock = threading.Lock()

@@ -18,7 +18,7 @@ _GLOB = re.compile(r"[*?]")
 
 
 @dataclass(frozen=True)
-class Place:
+class InputPlace:
     """A folder or prefix; with a pattern, only the files at its top that match."""
 
     url: str
@@ -67,19 +67,19 @@ class Top:
     """Files and folders (with a slash) that are hidden, or a system's."""
 
 
-def locate(source: str) -> Place:
+def locate(source: str) -> InputPlace:
     """What a source names: a folder, one archive, or a pattern of archives; looks at nothing remote."""
     storage = open_storage(source)
     local = storage.folder if isinstance(storage, DiskStorage) else None
     with listing_errors(source):
         is_folder, is_file = local is not None and local.is_dir(), local is not None and local.is_file()
     if is_folder:
-        return Place(source, storage)
+        return InputPlace(source, storage)
     parent, slash, last = source.rstrip("/").rpartition("/")
     is_pattern = _GLOB.search(last) or (last.endswith(ARCHIVE_SUFFIXES) and not source.endswith("/"))
     if is_pattern or is_file:
-        return Place(source, open_storage(parent or ("/" if slash else ".")), last)
-    return Place(source, storage)
+        return InputPlace(source, open_storage(parent or ("/" if slash else ".")), last)
+    return InputPlace(source, storage)
 
 
 def pattern_of(path: str) -> str:
@@ -121,7 +121,7 @@ def listing_errors(where: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _scan(storage: DiskStorage, place: Place) -> tuple[dict[str, int], set[str]]:
+def _scan(storage: DiskStorage, place: InputPlace) -> tuple[dict[str, int], set[str]]:
     with listing_errors(storage.folder):
         if not storage.folder.is_dir():
             raise DataError(f"no folder at {storage.folder}; expected images: {KINDS}")

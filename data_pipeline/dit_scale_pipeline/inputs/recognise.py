@@ -13,7 +13,7 @@ from dit_scale_pipeline.inputs.imagenet_tar import ClassTars, NestedTar
 from dit_scale_pipeline.inputs.layout import are_shards
 from dit_scale_pipeline.inputs.names import few, hidden_part
 from dit_scale_pipeline.inputs.parquet import Parquet
-from dit_scale_pipeline.inputs.places import ARCHIVE_SUFFIXES, KINDS, Place, locate, pattern_of
+from dit_scale_pipeline.inputs.places import ARCHIVE_SUFFIXES, KINDS, InputPlace, locate, pattern_of
 from dit_scale_pipeline.inputs.tars import Tar
 from dit_scale_pipeline.inputs.webdataset import LABEL_SUFFIXES, NO_LABELS, WebDataset, split_name
 
@@ -37,7 +37,7 @@ def open_input(source: str, kind: str = "", columns: tuple[str, str] = COLUMNS) 
     return Parquet(place, columns) if kind == Parquet.kind else _TAR_KINDS[kind](place)
 
 
-def _recognise(place: Place) -> str:
+def _recognise(place: InputPlace) -> str:
     top = place.top()
     parquet, tars = ([name for name in top.files if name.endswith(suffix)] for suffix in ARCHIVE_SUFFIXES)
     archives = parquet + tars
@@ -62,7 +62,7 @@ def _recognise(place: Place) -> str:
     return kind
 
 
-def _kind_of_tar(place: Place, names: Sequence[str], sizes: dict[str, int]) -> str:
+def _kind_of_tar(place: InputPlace, names: Sequence[str], sizes: dict[str, int]) -> str:
     """The kind of some tars, told by the first one that has members."""
     for name in names:
         every = (member.name for member in Tar(place.storage, name, 0, sizes[name]))
@@ -82,7 +82,7 @@ def _kind_of_tar(place: Place, names: Sequence[str], sizes: dict[str, int]) -> s
     return ClassTars.kind
 
 
-def _refuse_unlabelled(place: Place, names: Sequence[str], name: str, members: Sequence[str]) -> None:
+def _refuse_unlabelled(place: InputPlace, names: Sequence[str], name: str, members: Sequence[str]) -> None:
     """DataError when a tar without labels is not the tar of a class."""
     keys = [key for key, _ in map(split_name, members) if key]
     holds = f"{name} holds {few(members)}"
@@ -103,7 +103,7 @@ def _stems(names: Sequence[str]) -> set[str]:
     return {name.rpartition(".")[0] for name in names}
 
 
-def _refuse_several_sets(place: Place, archives: Sequence[str]) -> None:
+def _refuse_several_sets(place: InputPlace, archives: Sequence[str]) -> None:
     sets = defaultdict(list)
     for name in archives:
         sets[pattern_of(name)].append(name)

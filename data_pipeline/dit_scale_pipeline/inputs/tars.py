@@ -22,7 +22,7 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class TarMember:
     """A regular file in a tar."""
 
     name: str
@@ -50,7 +50,7 @@ class Tar:
         default = DISK_WINDOW_BYTES if isinstance(storage, DiskStorage) else REMOTE_WINDOW_BYTES
         self._file = buffered(storage, key, start, end, window_bytes or default)
 
-    def __iter__(self) -> Iterator[Member]:
+    def __iter__(self) -> Iterator[TarMember]:
         """Its regular members, to the end mark. DataError when it is damaged, or holds links or devices."""
         headers, at = _Headers(self._file), 0
         while self._more(at):
@@ -69,7 +69,7 @@ class Tar:
                 yield self._member(info, name, at)
             at = _end(info)
 
-    def data(self, member: Member) -> bytes:
+    def data(self, member: TarMember) -> bytes:
         """The bytes of the member that came last."""
         self._file.seek(member.data_start - self._start)
         return self._file.read(member.size)
@@ -91,7 +91,7 @@ class Tar:
                 )
         return False
 
-    def _member(self, info: tarfile.TarInfo, name: str, at: int) -> Member:
+    def _member(self, info: tarfile.TarInfo, name: str, at: int) -> TarMember:
         if not _is_plain(info):
             raise DataError(
                 f"{self._where}: {info.name!r} at byte {self._start + at} is a link, a device or a sparse "
@@ -105,7 +105,7 @@ class Tar:
                 f"{info.offset_data + info.size - self._length} bytes too early",
             )
         start = self._start + info.offset
-        return Member(name, start, self._start + info.offset_data, info.size)
+        return TarMember(name, start, self._start + info.offset_data, info.size)
 
     def _no_header(self, at: int, error: ValueError) -> DataError:
         """What to say where the header of a member should be."""

@@ -13,7 +13,7 @@ from dit_scale.errors import DataError
 from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part, checked_label, visible
 from dit_scale_pipeline.inputs.base import Entry, InputError
 from dit_scale_pipeline.inputs.names import few, shown
-from dit_scale_pipeline.inputs.tars import Member, Tar, read_member
+from dit_scale_pipeline.inputs.tars import Tar, TarMember, read_member
 
 IMAGE_SUFFIXES = ("bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 LABEL_SUFFIXES = ("cls", "json")
@@ -35,11 +35,11 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass
-class Sample:
+class WebDatasetSample:
     """Members with one key."""
 
     key: str
-    members: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, TarMember] = field(default_factory=dict)
     """By lower-case suffix."""
     told: dict[str, bytes] = field(default_factory=dict)
     """The bytes of those that tell the label."""
@@ -71,9 +71,9 @@ class WebDataset(ArchiveInput):
             raise InputError(f"the sample has no image ({', '.join(IMAGE_SUFFIXES)})")
         return read_member(self.storage, entry)
 
-    def _samples(self, tar: Tar, archive: str, ignored: list[str]) -> Iterator[Sample]:
+    def _samples(self, tar: Tar, archive: str, ignored: list[str]) -> Iterator[WebDatasetSample]:
         """Every sample in order; what is of none goes to `ignored`."""
-        sample = Sample("")
+        sample = WebDatasetSample("")
         for member in visible(tar, archive, ignored):
             key, suffix = split_name(member.name)
             if not key:
@@ -82,7 +82,7 @@ class WebDataset(ArchiveInput):
             if key != sample.key:
                 if sample.key:
                     yield sample
-                sample = Sample(key)
+                sample = WebDatasetSample(key)
             if suffix in sample.members:
                 raise DataError(
                     f"{self.url}: sample {shown(key)} in {archive} has two members .{suffix}; expected one "
@@ -104,7 +104,7 @@ def split_name(name: str) -> tuple[str, str]:
     return found[1], found[2].lower()
 
 
-def _image(sample: Sample, where: str) -> Member | None:
+def _image(sample: WebDatasetSample, where: str) -> TarMember | None:
     """The image of a sample: `key.jpg`, else the only member like `key.image.jpg`."""
     plain = [sample.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample.members]
     images = plain or [
@@ -119,7 +119,7 @@ def _image(sample: Sample, where: str) -> Member | None:
     return images[0] if images else None
 
 
-def _label(sample: Sample, where: str) -> tuple[int, str | None]:
+def _label(sample: WebDatasetSample, where: str) -> tuple[int, str | None]:
     """The label of a sample, and the name of its class where that is told."""
     told = sample.told
     facts = _facts(told["json"], where) if "json" in told else {}

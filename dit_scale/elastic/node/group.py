@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dit_scale.elastic.board import Reason, Round
+from dit_scale.elastic.node.deadlines import Deadlines, Standing, culprit, standings
 from dit_scale.elastic.node.exits import Exit, Verdict, read_verdict
 from dit_scale.elastic.node.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective
-from dit_scale.elastic.node.watch import Deadlines, Standing, culprit, standings
-from dit_scale.heartbeat import FOLDER_VARIABLE, Beat, Section, beat_path, place, read_beat
+from dit_scale.heartbeat import FOLDER_VARIABLE, Beat, Phase, beat_path, place, read_beat
 from dit_scale.journal import Event
 from dit_scale.signals import ALWAYS, UNLESS_IGNORED
 
@@ -38,7 +38,7 @@ END_S = 20.0
 
 
 @dataclass(frozen=True)
-class Outcome:
+class GroupOutcome:
     """How the ranks of this node ended, or that they do not get on."""
 
     reason: Reason
@@ -56,7 +56,7 @@ class Group(Protocol):
     def start(self, round_: Round, index: int) -> None:
         """Start them as those of member `index`."""
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> GroupOutcome | None:
         """How they ended; None while they get on."""
 
     def quiet(self) -> tuple[Standing, ...]:
@@ -102,7 +102,7 @@ class LaunchedGroup:
         self._stalled: set[tuple[int, int]] = set()
         self._beats: dict[int, Beat] = {}
         self._stacks_then: dict[int, str] = {}
-        self._asked_at: list[tuple[int, Section, int]] = []
+        self._asked_at: list[tuple[int, Phase, int]] = []
         self.beats = folder
 
     def start(self, round_: Round, index: int) -> None:
@@ -130,9 +130,9 @@ class LaunchedGroup:
             preexec_fn=_shield,
         )
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> GroupOutcome | None:
         if self._launcher is None:
-            return Outcome(Reason.LEAVING, "ended before their first step")
+            return GroupOutcome(Reason.LEAVING, "ended before their first step")
         launcher_gone = self._launcher.poll() is not None
         # A rank writes its verdict before it ends: who is found dead and has none was killed.
         dead = [rank for rank, beat in self.ranks().items() if not is_alive(beat.pid)]
@@ -142,14 +142,16 @@ class LaunchedGroup:
             return outcome
         if launcher_gone:
             code = self._launcher.returncode
-            return Outcome(Reason.FAILED, f"the launcher ended with code {code}, but not all of its ranks")
+            return GroupOutcome(
+                Reason.FAILED, f"the launcher ended with code {code}, but not all of its ranks"
+            )
         found = self._standings()
         self._note_stalled(found)
         if not any(one.is_overdue for one in found):
             return None
         worst = culprit(found)
         details = {"rank": worst.rank, "step": worst.step, "section": worst.section.name}
-        return Outcome(Reason.HUNG, str(worst), details, first_hand=False)
+        return GroupOutcome(Reason.HUNG, str(worst), details, first_hand=False)
 
     def quiet(self) -> tuple[Standing, ...]:
         found = self._standings()
@@ -164,7 +166,7 @@ class LaunchedGroup:
 
     def ask_to_stop(self) -> None:
         beats = self.ranks()
-        if len(beats) < len(self._ranks) or any(beat.section == Section.START for beat in beats.values()):
+        if len(beats) < len(self._ranks) or any(beat.section == Phase.START for beat in beats.values()):
             self.stop()  # no rank of any node has taken a step: there is nothing to save
             return
         for rank, beat in beats.items():
@@ -203,7 +205,7 @@ class LaunchedGroup:
         said = self.ranks()
         beats = {rank: said.get(rank) for rank in self._ranks}
         found = standings(beats, self._verdicts(), self._deadlines, now_s, self._awake_s)
-        waiting = self._waiting([one for one in found if one.section >= Section.DATA])
+        waiting = self._waiting([one for one in found if one.section >= Phase.DATA])
         return [replace(one, waits=one.rank in waiting) for one in found]
 
     def _waiting(self, training: Sequence[Standing]) -> set[int]:
@@ -229,7 +231,7 @@ class LaunchedGroup:
         stalled = [
             one
             for one in found
-            if one.section == Section.DATA
+            if one.section == Phase.DATA
             and one.age_s > one.quiet_s
             and (one.rank, one.step) not in self._stalled
         ]
@@ -260,12 +262,12 @@ class LaunchedGroup:
         """Write into the journal how far the start is: what a restart costs is in the times between."""
         if len(beats) < len(self._ranks) or Event.FIRST_STEP in self._passed:
             return
-        least = min(beat.section if beat.step == 0 else Section.DATA for beat in beats.values())
+        least = min(beat.section if beat.step == 0 else Phase.DATA for beat in beats.values())
         step = min(beat.step for beat in beats.values())
         reached = [Event.FIRST_BEAT]
-        if least >= Section.RESTORE:
+        if least >= Phase.RESTORE:
             reached.append(Event.ENGINE_READY)
-        if least >= Section.DATA:
+        if least >= Phase.DATA:
             reached.append(Event.RESTORED)
             if Event.RESTORED in self._passed and step > self._first_step:
                 reached.append(Event.FIRST_STEP)
@@ -286,7 +288,7 @@ class LaunchedGroup:
         }
 
 
-def _judge(verdicts: Mapping[int, Verdict | None], killed: Mapping[int, Beat]) -> Outcome | None:
+def _judge(verdicts: Mapping[int, Verdict | None], killed: Mapping[int, Beat]) -> GroupOutcome | None:
     """What verdicts and deaths tell: the end of all ranks, or why one broke off."""
     said = [verdict for verdict in verdicts.values() if verdict is not None]
     if wrong := [verdict for verdict in said if verdict.code == Exit.DO_NOT_RESTART]:
@@ -298,22 +300,22 @@ def _judge(verdicts: Mapping[int, Verdict | None], killed: Mapping[int, Beat]) -
         ]
         rank, beat = next(iter(killed.items()))
         details = {"rank": rank, "step": beat.step, "section": beat.section.name}
-        return Outcome(Reason.FAILED, "; ".join(texts), details)
+        return GroupOutcome(Reason.FAILED, "; ".join(texts), details)
     broken = [verdict for verdict in said if verdict.code not in (Exit.DONE, Exit.REQUEUE)]
     if broken:
         return _failed(Reason.FAILED, [one for one in broken if not one.second_hand] or broken[:1])
     if len(said) < len(verdicts):
         return None
     if all(verdict.code == Exit.DONE for verdict in said):
-        return Outcome(Reason.DONE, f"{said[0].step} steps are taken and saved")
-    return Outcome(Reason.LEAVING, f"saved at step {said[0].step} and stopped")
+        return GroupOutcome(Reason.DONE, f"{said[0].step} steps are taken and saved")
+    return GroupOutcome(Reason.LEAVING, f"saved at step {said[0].step} and stopped")
 
 
-def _failed(reason: Reason, verdicts: Sequence[Verdict]) -> Outcome:
+def _failed(reason: Reason, verdicts: Sequence[Verdict]) -> GroupOutcome:
     texts = [f"rank {verdict.rank}: {verdict.error}: {verdict.message}" for verdict in verdicts]
     first = verdicts[0]
     details = {"rank": first.rank, "step": first.step, "section": first.section}
-    return Outcome(reason, "; ".join(texts), details, first_hand=not first.second_hand)
+    return GroupOutcome(reason, "; ".join(texts), details, first_hand=not first.second_hand)
 
 
 def _shield() -> None:

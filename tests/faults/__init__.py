@@ -1,1 +1,0 @@
-"""Real servers and the faults between them and the code under test."""

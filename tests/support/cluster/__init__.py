@@ -1,0 +1,1 @@
+"""Real SLURM, pods and network hosts on one machine."""

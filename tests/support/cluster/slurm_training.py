@@ -1,0 +1,182 @@
+"""A small training run as a job of the shipped script: what tests submit, follow and compare."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, step_and_attempt
+from dit_scale.config import TrainConfig, dump
+from dit_scale.train.run_folder import root_of
+from tests.support.cluster.slurm import WAIT_S, Slurm, processes
+from tests.support.latents import write_latents
+from tests.support.ranks import jobs
+from tests.support.ranks.record import last_step, whole
+from tests.support.ranks.runs import events, final_files
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = "cluster/slurm_xl2_512.sh"
+STEPS = 100_000
+"""Further than a job gets before its end is set."""
+SMALL = ("--nodes=2", "--cpus-per-task=1", "--gpus-per-node=1", "--mem=1G", "--time=30")
+"""A request that leaves room for another job on the same nodes; a rank per GPU."""
+ENVIRONMENT = {
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "MIN_NODES": "2",  # the bits are the same at the same world size
+    "WATCH_S": "1",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, and the job that trains it."""
+
+    slurm: Slurm
+    config: TrainConfig
+    number: int
+
+    @property
+    def log(self) -> str:
+        return Path(f"{self.config.run}-{self.number}.log").read_text()
+
+    def wait(self, state: str = "") -> tuple[str, int]:
+        return self.slurm.wait(self.number, state)
+
+    def restarts(self) -> int:
+        return int(self.slurm.job(self.number)["Restarts"])
+
+    def newest(self) -> tuple[int, int]:
+        """Step and attempt of the newest checkpoint; zeros while there is none."""
+        paths = committed(root_of(self.config))
+        return step_and_attempt(paths[0]) if paths else (0, 0)
+
+    def wait_for_step(self) -> None:
+        """Until the first one is in the record."""
+        self._until(lambda: self.last_step() > 0)
+
+    def ends_at(self, steps: int) -> "Job":
+        """The same job, whose next start reads that this step is the last one."""
+        config = self.config.model_copy(update={"steps": steps})
+        Path(config.run).with_suffix(".yaml").write_text(dump(config))
+        return replace(self, config=config)
+
+    def last_step(self) -> int:
+        """In the record."""
+        return last_step(Path(self.config.run) / "metrics.jsonl")
+
+    def wait_for_checkpoint(self, attempt: int = 1, step: int = 1) -> None:
+        """Until this attempt, or a later one, has committed this step, or a later one."""
+        self._until(lambda: self.newest()[1] >= attempt and self.newest()[0] >= step)
+
+    def _until(self, is_so: Callable[[], bool]) -> None:
+        until = time.monotonic() + WAIT_S
+        while not is_so():
+            state = self.slurm.job(self.number)["JobState"]
+            assert state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING") or is_so(), self.log
+            assert time.monotonic() < until, self.log
+            time.sleep(0.05)
+
+    def outcome(self) -> tuple[list[jobs.LossRow], list[bytes]]:
+        """Loss and gradient norm of every step, and every rank's file of the last checkpoint."""
+        return jobs.losses(self.config), final_files(self.config)
+
+
+def config_of(top: Path, name: str, steps: int = STEPS) -> TrainConfig:
+    """A run of two ranks in a folder `name`, of random latents that all runs below `top` share."""
+    data = top / "latents"
+    if not data.exists():
+        write_latents(data, num=40)
+    return jobs.saving(jobs.small_config(top / name, data, "DiT-Ti/2"), steps, every_steps=10)
+
+
+def submit(
+    slurm: Slurm,
+    config: TrainConfig,
+    *arguments: str,
+    script: str = SCRIPT,
+    options: tuple[str, ...] = (),
+    programs: Path | None = None,
+) -> Job:
+    """The shipped script, unchanged, with a configuration of its own; `programs` come first in its PATH."""
+    path = ENVIRONMENT["PATH"] if programs is None else f"{programs}:{ENVIRONMENT['PATH']}"
+    run = Path(config.run)
+    run.parent.mkdir(exist_ok=True)
+    file = run.with_suffix(".yaml")
+    file.write_text(dump(config))
+    number = slurm.submit(
+        script,
+        *("--config", str(file), *arguments),
+        options=[*SMALL, *options, f"--output={run}-%j.log"],
+        cwd=ROOT,
+        environment=ENVIRONMENT | {"PATH": path},
+    )
+    return Job(slurm, config, number)
+
+
+def assert_goes_on_without(job: Job, victim: str, attempt: int = 1) -> None:
+    """A job whose link to a node was just cut goes on elsewhere, and what is left running there makes way.
+
+    It still reaches the storage, and sees there that it is not needed any more. `attempt` is the one that
+    was cut.
+    """
+    job.wait_for_checkpoint(attempt=attempt + 1)
+    assert_made_way(job, victim)
+    assert job.slurm.network is not None
+    job.slurm.network.mend(victim)
+    assert_moved_on(job, victim, attempt)
+    assert_an_attempt_stayed_as_it_was(job, attempt)
+
+
+def assert_an_attempt_stayed_as_it_was(job: Job, attempt: int = 1) -> None:
+    """Nothing was committed by it after the next one had gone on from it."""
+    resumed = events(job.config, "start")[attempt]["step"]
+    root = root_of(job.config)
+    names = [key.split("/")[1] for key, _ in root.list(f"{CHECKPOINTS}/") if key.endswith(MANIFEST)]
+    old = [step for step, number in map(step_and_attempt, names) if number == attempt]
+    assert all(step <= resumed for step in old), names
+
+
+def assert_made_way(job: Job, node: str) -> None:
+    """The supervisor there, which SLURM cannot reach, has left by itself with its ranks."""
+    until = time.monotonic() + WAIT_S
+    while (said := supervisor_events(job, node))[-1] != "made_way":
+        assert time.monotonic() < until, said
+        time.sleep(0.2)
+    while any(is_of_training(pid) for pid in processes(job.number, node)):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def is_of_training(pid: int) -> bool:
+    """A supervisor, a launcher, a rank or its writer, and nothing of SLURM or of the script."""
+    try:
+        return b"dit-scale" in (said := Path(f"/proc/{pid}/cmdline").read_bytes()) or b"dit_scale" in said
+    except FileNotFoundError:
+        return False
+
+
+def supervisor_events(job: Job, node: str) -> list[str]:
+    """Names of the events in its journal."""
+    data = Path(job.config.run, "supervisors", f"{node}.jsonl").read_bytes()
+    return [json.loads(line)["event"] for line in whole(data.splitlines(keepends=True))]
+
+
+def assert_moved_on(job: Job, victim: str, restarts: int = 1) -> None:
+    """It was queued again, so often in all, and ended on the other nodes."""
+    assert job.wait() == ("COMPLETED", 0), job.log
+    assert job.restarts() == restarts
+    nodes = job.slurm.job(job.number)["NodeList"]
+    assert nodes == {"node1": "node[2-3]", "node2": "node[1,3]"}[victim]
+
+
+def assert_nothing_trains(job: Job, *nodes: str) -> None:
+    """No process of the job is left there, also where SLURM could not end it."""
+    until = time.monotonic() + WAIT_S
+    while left := [pid for node in nodes for pid in processes(job.number, node)]:
+        assert time.monotonic() < until, left
+        time.sleep(0.2)

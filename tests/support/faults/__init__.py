@@ -1,0 +1,1 @@
+"""Things that break on purpose: disks, servers, clocks."""

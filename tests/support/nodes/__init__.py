@@ -1,0 +1,1 @@
+"""Real and virtual supervisors of nodes."""

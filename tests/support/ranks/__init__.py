@@ -1,0 +1,1 @@
+"""Real ranks: started, held at named points, killed, and read afterwards."""

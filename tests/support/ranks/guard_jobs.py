@@ -1,0 +1,163 @@
+"""Jobs of the tests of the guard: a step that fails in each way there is, and what it leaves behind."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+
+from dit_scale import dist
+from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
+from dit_scale.checkpoint.reader import fill
+from dit_scale.config import TrainConfig
+from dit_scale.data.batch_plan import batch_plan
+from dit_scale.data.loader import Batch, Loader
+from dit_scale.data.shards import LatentDataset
+from dit_scale.models import dit
+from dit_scale.train import engine as engines
+from dit_scale.train.step import TrainingStep
+from tests.support.ranks import jobs
+
+BAD_SAMPLE = 4
+"""Of the 7 samples of a step: on the last of 2 ranks, on the middle one of 3."""
+
+Bits = dict[tuple[str, str, int], torch.Tensor]
+"""(kind, parameter, start) => a copy of what this rank owns; padding has no defined value."""
+
+Harm = Callable[[Batch, torch.Tensor], Batch]
+"""(batch, mask of the bad sample (B,)) => what the step gets instead."""
+
+
+def no_harm(batch: Batch, bad_B: torch.Tensor) -> Batch:
+    return batch
+
+
+def nan_in_the_latent(batch: Batch, bad_B: torch.Tensor) -> Batch:
+    return replace(batch, moments_B2CHW=batch.moments_B2CHW.masked_fill(bad_B.view(-1, 1, 1, 1), torch.nan))
+
+
+def heavy_sample(batch: Batch, bad_B: torch.Tensor) -> Batch:
+    """Loss and gradient are finite, and far above their means."""
+    return replace(batch, weight_B=batch.weight_B.masked_fill(bad_B, 1000.0))
+
+
+@contextmanager
+def infinite_gradient(step: TrainingStep) -> Iterator[None]:
+    """One parameter's gradient on this rank; the loss is what it would be."""
+    bias = step.engine.module.final_layer.linear.bias
+    handle = bias.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    yield
+    handle.remove()
+
+
+class Outcome(NamedTuple):
+    """What one rank saw."""
+
+    rows: list[list[float]]
+    """Of a good step, of a NaN, an infinite gradient and a spike, and of a good step again."""
+    guard: dict[str, float]
+    weights: bytes
+    """Of the whole model, as the forward pass reads them."""
+    groups: int
+    """Calls of the optimizer in a step."""
+
+
+def pass_over_failures(config: TrainConfig, sub_group_elements: int = 10**9) -> Outcome:
+    """Take a step, three that fail, and a good one, which must be what it is without them.
+
+    At ZeRO-3 the optimizer is called once for every `sub_group_elements`.
+    """
+    original = engines.deepspeed_config
+
+    def with_sub_groups(*args: Any) -> dict[str, Any]:
+        tree = original(*args)
+        tree["zero_optimization"]["sub_group_size"] = sub_group_elements
+        return tree
+
+    with (
+        patch.object(dit, "initialise_weights", jobs.randomise),
+        patch.object(engines, "deepspeed_config", with_sub_groups),
+    ):
+        world = dist.start(config.engine)
+        try:
+            return _pass_over_failures(config, world)
+        finally:
+            dist.stop()
+
+
+def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
+    import deepspeed
+
+    plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
+    dataset = LatentDataset.open(config.data.url)
+    step = TrainingStep(config, world, plan, dataset.info.vae.scale)
+    step.start()
+
+    def take(number: int, harm: Harm = no_harm) -> list[float]:
+        loader = Loader(dataset, config.data, plan, world.rank, config.seed, number)
+        bad = number * config.global_batch + BAD_SAMPLE
+        batches = (harm(batch, (batch.position_B == bad) & (batch.weight_B > 0)) for batch in loader)
+        row: list[float] = step.take(batches, number).tolist()
+        loader.close()
+        return row
+
+    def take_failing(harm: Harm = no_harm) -> list[float]:
+        before, updates_before = owned_bits(step), updates(step)
+        row = take(1, harm)
+        behind = owned_bits(step)
+        assert same_optimizer_state(behind, before)
+        assert updates(step) == updates_before
+        for kind, *extent in before:
+            if kind == MASTER:
+                masters, averages = before[MASTER, *extent], before["ema.constant", *extent]
+                torch._foreach_lerp_((averages,), (masters,), 1.0 - 0.9)
+                assert torch.equal(behind["ema.constant", *extent], averages)
+        return row
+
+    first = take(0)
+    start, guard = owned_bits(step), step.guard.state()
+    alone = take(1)
+    end = owned_bits(step)
+
+    kinds = step.engine.owned[0].buffers
+    fill(step.engine.owned, kinds, lambda kind, parameter, first, _: start[kind, parameter, first])
+    step.resume(guard)
+    failed = [take_failing(nan_in_the_latent)]
+    with infinite_gradient(step) if world.rank == world.size - 1 else nullcontext():
+        failed.append(take_failing())
+    failed.append(take_failing(heavy_sample))
+    behind = take(1)
+    assert behind == alone
+    assert same_optimizer_state(owned_bits(step), end)
+    assert updates(step) == {2.0}
+    parameters = list(step.engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        weights = torch.cat([parameter.detach().float().flatten() for parameter in parameters])
+    return Outcome(
+        [first, *failed, behind],
+        step.guard.state(),
+        weights.cpu().numpy().tobytes(),
+        groups=len(step.engine.owned),
+    )
+
+
+def owned_bits(step: TrainingStep) -> Bits:
+    return {
+        (kind, extent.parameter, extent.start): buffer.detach()[extent.offset :][: extent.length].clone()
+        for partition in step.engine.owned
+        for kind, buffer in partition.buffers.items()
+        for extent in partition.extents
+    }
+
+
+def same_optimizer_state(got: Bits, expected: Bits) -> bool:
+    assert set(got) == set(expected)
+    return all(torch.equal(got[key], expected[key]) for key in got if key[0] in OPTIMIZER_KINDS)
+
+
+def updates(step: TrainingStep) -> set[float]:
+    """AdamW's count, of all partitions."""
+    state = step.engine._optimizer.state
+    return {state[partition.buffers[MASTER]]["step"].item() for partition in step.engine.owned}

@@ -1,0 +1,200 @@
+"""What the ranks of the tests run: real training, and one plain torch process as the reference."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from dit_scale.checkpoint import saver
+from dit_scale.config import TrainConfig
+from dit_scale.data.loader import read_batch
+from dit_scale.data.shards import LatentDataset
+from dit_scale.diffusion import schedule as schedules
+from dit_scale.models import dit
+from dit_scale.train import engine, loop, session
+from dit_scale.train.objective import losses as losses_of
+from tests.support.ranks.points import Hold, held
+
+LossRow = dict[str, float]
+
+
+def small_config(run: Path, data: Path, model: str = "DiT-Nano/2", **engine_knobs: object) -> TrainConfig:
+    """A tiny model, 7 samples per step: uneven on 2 and 3 ranks, accumulated in micro-batches of 2.
+
+    In fp32, unless a test is about bf16: it takes ten times as long where a CPU has no instructions for it.
+    """
+    return TrainConfig.model_validate(
+        {
+            "run": str(run),
+            "steps": 20,
+            "global_batch": 7,
+            "model": {"name": model, "image_size": 32, "num_classes": 10},
+            "data": {"url": str(data)},
+            "engine": {"precision": "fp32", "micro_batch": 2, "device": "cpu", **engine_knobs},
+            "ema": [{"name": "constant", "decay": 0.9}, {"name": "power", "sigma_rel": 0.1}],
+            "checkpoint": {"every_steps": 20},
+            "log": {"every_steps": 1},
+        }
+    )
+
+
+def saving(config: TrainConfig, steps: int, **knobs: object) -> TrainConfig:
+    """The same run for so many steps, with these knobs of its checkpoints."""
+    checkpoint = config.checkpoint.model_copy(update=knobs)
+    return config.model_copy(update={"steps": steps, "checkpoint": checkpoint})
+
+
+def randomise(model: dit.DiT, generator: torch.Generator) -> None:
+    """Initial weights with nothing at zero: zero layers would hide errors in what stands before them."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def train(config: TrainConfig, random_start: bool = False) -> int:
+    """One rank of a training run."""
+    if not random_start:
+        return loop.train(config)
+    with patch.object(dit, "initialise_weights", randomise):
+        return loop.train(config)
+
+
+@contextmanager
+def paced() -> Iterator[None]:
+    """Training waits for a save two steps behind its begin: saves fall on the same steps on any machine."""
+    follow = session.Session.follow_save
+
+    def follow_save(run: session.Session, *vote: bool) -> None:
+        follow(run, *vote)
+        if run.saver.in_flight and run.state.step - run._saved_step >= 2:
+            run._report(run.saver.wait())
+
+    with patch.object(session.Session, "follow_save", follow_save):
+        yield
+
+
+def train_held(config: TrainConfig, hold: Hold, victim: int) -> int:
+    """One rank of a paced training run, in which rank `victim`, or its writer, is held at a point."""
+    with paced():
+        return train_held_unpaced(config, hold, victim)
+
+
+def train_held_unpaced(config: TrainConfig, hold: Hold, victim: int) -> int:
+    """The same at full speed: how many steps go by during a save depends on the machine."""
+    if int(os.environ["RANK"]) != victim:
+        return loop.train(config)
+    with held(hold):
+        return loop.train(config)
+
+
+def train_with_impatient_writer(config: TrainConfig, hold: Hold, victim: int) -> int:
+    """The same with writers that do not wait long for a server."""
+    with patch.object(saver, "WRITER", (sys.executable, "-m", "tests.support.ranks.impatient_writer")):
+        return train_held(config, hold, victim)
+
+
+def in_environment(environment: dict[str, str], job: Callable[..., Any], *args: Any) -> Any:
+    """Any job with these variables set: the server that ranks are forked from has its own."""
+    os.environ.update(environment)
+    return job(*args)
+
+
+def train_and_tell(config: TrainConfig) -> tuple[dict[str, object], ...]:
+    """One rank of a training run; the hyper-parameters of its optimizer groups right after the load."""
+    told: list[tuple[dict[str, object], ...]] = []
+    begin = session.Session.begin
+
+    def begin_and_tell(run: session.Session) -> None:
+        begin(run)
+        told.append(run.step.engine.hyper_parameters())
+
+    with patch.object(session.Session, "begin", begin_and_tell):
+        assert loop.train(config) == 0
+    return told[0]
+
+
+def losses(config: TrainConfig) -> list[LossRow]:
+    """The record of a run."""
+    lines = losses_so_far(config)
+    keys = ("step", "loss", "mse", "vb", "grad_norm")
+    return [{key: json.loads(line)[key] for key in keys} for line in lines]
+
+
+def losses_so_far(config: TrainConfig) -> list[str]:
+    """The lines of the record that are whole."""
+    return (Path(config.run) / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+
+def plain_model(config: TrainConfig) -> dit.DiT:
+    with patch.object(dit, "initialise_weights", randomise):
+        return dit.build(config.model, config.seed)
+
+
+def plain_sums(config: TrainConfig, model: dit.DiT, dataset: LatentDataset, step: int) -> torch.Tensor:
+    """(loss, mse, bound) of a whole global batch in one forward pass, mean over its samples."""
+    count = config.global_batch
+    positions = torch.arange(step * count, (step + 1) * count).numpy()
+    batch = read_batch(dataset, positions, count, config.seed, config.data.horizontal_flip)
+    schedule = schedules.linear(config.diffusion.timesteps)
+    by_sample = losses_of(
+        model, schedule, batch, config.seed, dataset.info.vae.scale, 10, config.diffusion.label_dropout
+    )
+    return by_sample.sums(batch.weight_B) / count
+
+
+def plain_training(config: TrainConfig) -> tuple[list[LossRow], dict[str, torch.Tensor]]:
+    """The reference: one process, plain torch in fp32, no DeepSpeed, no accumulation."""
+    torch.set_num_threads(1)
+    model = plain_model(config)
+    dataset = LatentDataset.open(config.data.url)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, weight_decay=0.0)
+    rows = []
+    for step in range(config.steps):
+        sums = plain_sums(config, model, dataset, step)
+        optimizer.zero_grad()
+        sums[0].backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        optimizer.step()
+        loss, mse, vb = sums.tolist()
+        rows.append({"step": step + 1, "loss": loss, "mse": mse, "vb": vb, "grad_norm": norm.item()})
+    return rows, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndarray]:
+    """This rank's part of the full gradient by (parameter, start), as SGD's momentum keeps it at first."""
+
+    def sgd(model: torch.nn.Module, *_: object) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+
+    found: dict[tuple[str, int], np.ndarray] = {}
+
+    def keep(run: session.Session) -> None:
+        for partition in run.step.engine.owned:
+            master = partition.buffers[engine.MASTER]
+            momentum = run.step.engine._optimizer.state[master]["momentum_buffer"]
+            for extent in partition.extents:
+                piece = momentum[extent.offset : extent.offset + extent.length]
+                found[extent.parameter, extent.start] = piece.numpy().copy()
+
+    with (
+        patch.object(dit, "initialise_weights", randomise),
+        patch.object(engine, "build_optimizer", sgd),
+        patch.object(session.Session, "log", keep),
+        patch.object(session.Session, "save_and_wait", lambda run: None),  # SGD has other hyper-parameters
+    ):
+        loop.train(config)
+    return found
+
+
+def plain_gradient(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The gradient of the first global batch in one plain torch process, flattened."""
+    model = plain_model(config)
+    plain_sums(config, model, LatentDataset.open(config.data.url), 0)[0].backward()
+    return {name: p.grad.flatten() for name, p in model.named_parameters() if p.grad is not None}
