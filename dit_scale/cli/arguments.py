@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
     summary = ""
 
 
-def command(
+def add_command(
     commands: Any,
     name: str,
     run: Callable[[argparse.Namespace], int],
@@ -32,7 +32,7 @@ def command(
     return parser
 
 
-def group(commands: Any, name: str, help: str, example: str) -> Any:
+def add_group(commands: Any, name: str, help: str, example: str) -> Any:
     """The parsers of a new command's actions."""
     parser = _parser(commands, name, help, f"{help}\n\n  {example}")
     return parser.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -57,7 +57,7 @@ def int_between(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     return read
 
 
-def finite(text: str) -> float:
+def finite_float(text: str) -> float:
     """Reads a number that is neither infinite nor nan."""
     try:
         value = float(text)
@@ -68,23 +68,23 @@ def finite(text: str) -> float:
     return value
 
 
-def number(text: str) -> float:
+def non_negative_float(text: str) -> float:
     """Reads a number, 0 or more."""
-    value = finite(text)
+    value = finite_float(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"expected a number, 0 or more, got {text!r}")
     return value
 
 
-def above_zero(text: str) -> float:
+def positive_float(text: str) -> float:
     """Reads a number above 0."""
-    value = number(text)
+    value = non_negative_float(text)
     if value == 0:
         raise argparse.ArgumentTypeError("expected more than 0")
     return value
 
 
-def place(text: str) -> str:
+def output_path(text: str) -> str:
     """Reads a path to write to; a shell leaves the ~ of --out=~/x as it is."""
     return os.path.expanduser(text)
 
@@ -93,4 +93,4 @@ def weights_file(text: str) -> str:
     """Reads the name of a weights file to write."""
     if not text.endswith(".safetensors"):
         raise argparse.ArgumentTypeError(f"expected a name that ends in .safetensors, got {text!r}")
-    return place(text)
+    return output_path(text)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import command
+from dit_scale.cli.arguments import add_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,7 +18,7 @@ ENCODE = "encode"
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(
+    parser = add_command(
         commands,
         "config",
         _run,

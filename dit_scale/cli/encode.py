@@ -3,12 +3,12 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, command
+from dit_scale.cli.arguments import CONFIG_HELP, add_command
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(
+    parser = add_command(
         commands,
         "encode",
         _run,

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import command, group, int_between, place
+from dit_scale.cli.arguments import add_command, add_group, int_between, output_path
 
 if TYPE_CHECKING:
     from dit_scale.data.shards import DatasetInfo
@@ -15,13 +15,13 @@ FEW = 5
 
 def add(commands: Any) -> None:
     """Declare the commands."""
-    actions = group(
+    actions = add_group(
         commands,
         "latents",
         "describe, verify or show a latent data set",
         example="dit-scale latents verify s3://bucket/imagenet256",
     )
-    info = command(
+    info = add_command(
         actions,
         "info",
         _info,
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     info.add_argument("url", help="folder or s3:// prefix")
     info.add_argument("--quarantined", action="store_true", help="name all inputs without a sample, and why")
     info.add_argument("--json", action="store_true", help="an object, for machines; names all of them")
-    verify = command(
+    verify = add_command(
         actions,
         "verify",
         _verify,
@@ -53,7 +53,7 @@ Ends with code 0 when it is sound, 1 when not (every problem is named), 2 when t
 
 
 def _add_show(actions: Any) -> None:
-    show = command(
+    show = add_command(
         actions,
         "show",
         _show,
@@ -71,7 +71,7 @@ side by side; their ids and classes are printed in the same order, row by row.
     show.add_argument("--seed", type=int_between(0), default=0, help="which random samples (default 0)")
     show.add_argument("--vae", default=None, help="folder or hub name (default: as dataset.json names it)")
     show.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    show.add_argument("--out", type=place, default="latents.png", help="PNG file (default latents.png)")
+    show.add_argument("--out", type=output_path, default="latents.png", help="PNG file (default latents.png)")
 
 
 def _info(args: argparse.Namespace) -> int:

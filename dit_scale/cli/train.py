@@ -5,12 +5,12 @@ import gc
 import sys
 from typing import Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, command, int_between
+from dit_scale.cli.arguments import CONFIG_HELP, add_command, int_between
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(
+    parser = add_command(
         commands,
         "train",
         _run,
