@@ -1,4 +1,4 @@
-"""`dit-scale models`: the table of all models."""
+"""`dit-scale models`: print the table of all models."""
 
 import argparse
 from typing import Any
@@ -12,11 +12,11 @@ def add(commands: Any) -> None:
         commands,
         "models",
         _run,
-        "table of all models: parameters and forward GMACs",
+        "print parameters and forward GMACs of every model",
         example="dit-scale models DiT-XL/2 DiT-B/4",
     )
-    parser.add_argument("names", nargs="*", help="rows to show, for example DiT-XL/2 (default: all)")
-    parser.add_argument("--json", action="store_true", help="a list of objects, for machines")
+    parser.add_argument("names", nargs="*", help="models to print, for example DiT-XL/2 (default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _run(args: argparse.Namespace) -> int:
