@@ -17,7 +17,7 @@ from dit_scale.vae import Vae
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.images import Pixels
 from dit_scale_pipeline.inputs import COLUMNS, Listing, open_input
-from dit_scale_pipeline.inputs.saved import current_listing, difference, load_listing
+from dit_scale_pipeline.inputs.saved import current_listing, describe_changes, load_listing
 from dit_scale_pipeline.progress import listing_bar
 
 
@@ -52,7 +52,7 @@ def find_source(dataset: LatentDataset, source: str | None, console: Console) ->
             f"\n{error}"
         ) from None
     if (listing.sha256, listing.class_names) != (info.source.listing_sha256, info.class_names):
-        changes = difference(saved, listing) if saved else ""
+        changes = describe_changes(saved, listing) if saved else ""
         raise DataError(
             f"the source has changed, nothing was compared: {uri} lists {len(listing)} images of "
             f"{len(listing.class_names)} classes, sha256 {listing.sha256[:12]}; the data set was made of "

@@ -13,7 +13,7 @@ import numpy as np
 from dit_scale_pipeline.images import Pixels, center_crop, decode, to_array
 from dit_scale_pipeline.inputs import COLUMNS, Entry, Input, InputError, open_input
 
-READS_AHEAD = 8
+READ_THREADS = 8
 """Images that are fetched at once from a remote source, where each one waits for the network."""
 
 
@@ -62,5 +62,5 @@ def _read(source: Input, entries: Sequence[Entry]) -> Iterator[bytes | InputErro
     if not source.remote:
         yield from map(read, entries)
         return
-    with ThreadPoolExecutor(READS_AHEAD) as pool:
+    with ThreadPoolExecutor(READ_THREADS) as pool:
         yield from pool.map(read, entries)

@@ -24,7 +24,7 @@ from dit_scale_pipeline import output
 from dit_scale_pipeline.encoder import Encoder
 from dit_scale_pipeline.flow import Flow, Stall
 from dit_scale_pipeline.inputs import Listing, open_input
-from dit_scale_pipeline.inputs.saved import current_listing, difference, load_listing, save_listing
+from dit_scale_pipeline.inputs.saved import current_listing, describe_changes, load_listing, save_listing
 from dit_scale_pipeline.metrics import Metrics
 from dit_scale_pipeline.progress import JobProgress, listing_bar, report_listing, summary
 from dit_scale_pipeline.ray_cluster import (
@@ -68,7 +68,7 @@ def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
         console.print("--dry-run prints this and encodes nothing")
     # An output that cannot be written to fails with the first row of its metrics, before Ray is started.
     with closing(Metrics(storage, config, console.print)) as metrics:
-        if saved is None or difference(saved, plan.listing):
+        if saved is None or describe_changes(saved, plan.listing):
             save_listing(storage, plan.listing)
         records = output.finished_shards(storage)
         num_missing = len(plan.shards) - len(records)
@@ -126,7 +126,7 @@ def make_shards(
                 records[event.name] = event
                 progress.shard_done(event)
             case Stall():
-                progress.stalled(event.waits_for)
+                progress.stalled(event.reason)
             case _:
                 progress.batch_done(event)
     return claimed

@@ -36,10 +36,10 @@ from dit_scale_pipeline.images import CROP
 from dit_scale_pipeline.inputs import Listing
 from dit_scale_pipeline.inputs.names import few
 from dit_scale_pipeline.inputs.places import overlap
-from dit_scale_pipeline.inputs.saved import difference
+from dit_scale_pipeline.inputs.saved import describe_changes
 from dit_scale_pipeline.shards_writer import ShardRecord, shard_name, write_once
 
-READS_AT_ONCE = 16
+READ_THREADS = 16
 """Records of finished shards that are read at once: on S3 each waits for the network."""
 
 Identity = dict[str, str | int | float]
@@ -121,7 +121,7 @@ def check_identity(
         return
     lines = [f"  {key}: {found.get(key)!r} there, {wanted[key]!r} here" for key in differing]
     if {"source_listing_sha256", "class names"} & set(differing):
-        changes = difference(saved, listing) if saved else "its first listing was not saved"
+        changes = describe_changes(saved, listing) if saved else "its first listing was not saved"
         lines.append(
             f"The source holds other images than when this output was begun: {changes}. Make it what it was, "
             "or encode what is there now into another output"
@@ -145,7 +145,7 @@ def claim(storage: Storage, wanted: Identity, listing: Listing) -> Identity:
 def finished_shards(storage: Storage) -> dict[str, ShardRecord]:
     """The shards whose record is there. DataError when a record, or a file that it promises, is damaged."""
     sizes = dict(storage.list("shards/"))
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(READ_THREADS) as pool:
         marks = pool.map(lambda key: _read_record(storage, key), [k for k in sizes if k.endswith(".json")])
         records = {record.name: record for record in marks}
     for record in records.values():

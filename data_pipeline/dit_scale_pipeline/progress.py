@@ -18,8 +18,8 @@ from dit_scale.data.shards import DatasetInfo, Quarantined
 from dit_scale.errors import DataError
 from dit_scale_pipeline.decoder import DecodedBatch
 from dit_scale_pipeline.inputs import Listing
-from dit_scale_pipeline.inputs.layout import remarks
-from dit_scale_pipeline.inputs.names import as_text, few, shown
+from dit_scale_pipeline.inputs.layout import layout_notes
+from dit_scale_pipeline.inputs.names import few, printable, to_utf8
 from dit_scale_pipeline.metrics import Metrics
 from dit_scale_pipeline.shards_writer import ShardRecord, shard_name
 
@@ -28,7 +28,7 @@ FIRST_AND_LAST = 3
 
 
 @contextmanager
-def listing_bar(console: Console) -> Iterator[inputs.Progress]:
+def listing_bar(console: Console) -> Iterator[inputs.ListingProgress]:
     """A bar over the archives of an input while they are listed; none where images are files."""
     columns = (TextColumn("listing"), BarColumn(), MofNCompleteColumn(), TextColumn("archives, left"))
     hidden = not console.is_terminal
@@ -44,14 +44,14 @@ def report_listing(listing: Listing, console: Console) -> None:
     console.print(_classes(listing))
     if listing.ignored:
         console.print(f"ignored, not images of a class: {len(listing.ignored)} ({few(listing.ignored)})")
-    for remark in remarks(listing):
+    for remark in layout_notes(listing):
         console.print(f"note: {remark}")
 
 
 def _classes(listing: Listing) -> str:
     """The first and last classes by label, and the extremes, with their numbers of images."""
     counts = np.bincount(listing.labels, minlength=len(listing.class_names))
-    told = [f"{shown(name)} ({count})" for name, count in zip(listing.class_names, counts, strict=True)]
+    told = [f"{printable(name)} ({count})" for name, count in zip(listing.class_names, counts, strict=True)]
     if len(told) <= 2 * FIRST_AND_LAST:
         return f"classes, with numbers of images: {', '.join(told)}"
     first, last = told[:FIRST_AND_LAST], told[-FIRST_AND_LAST:]
@@ -129,7 +129,7 @@ class JobProgress:
         """A VAE batch is through."""
         self._num_seen += len(account)
         for entry, reason in account.rejected:
-            self._bad[entry.key] = Quarantined(key=entry.key, path=as_text(entry.path), reason=reason)
+            self._bad[entry.key] = Quarantined(key=entry.key, path=to_utf8(entry.path), reason=reason)
         self._bar.update(self._task, advance=len(account), rate=self._rate())
         self._check()
         if time.monotonic() - self._logged_s >= self._log_every_s:

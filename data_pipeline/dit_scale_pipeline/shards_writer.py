@@ -31,7 +31,7 @@ from dit_scale.errors import DataError
 from dit_scale.sealed import sealed
 from dit_scale.storage import Storage, open_storage
 from dit_scale_pipeline.decoder import DecodedBatch
-from dit_scale_pipeline.inputs.names import as_text
+from dit_scale_pipeline.inputs.names import to_utf8
 
 TAR_HEADER_BYTES = 512
 
@@ -111,7 +111,7 @@ def build_shard(
             if not np.isfinite(row.moments).all():
                 refused.append(
                     Quarantined(
-                        key=row.key, path=as_text(row.path), reason="its latents are not finite in fp16"
+                        key=row.key, path=to_utf8(row.path), reason="its latents are not finite in fp16"
                     )
                 )
                 continue
@@ -149,7 +149,7 @@ def write_shard(
         for entry, latent in zip(account.decoded, batch, strict=True)
     )
     quarantined = [
-        Quarantined(key=entry.key, path=as_text(entry.path), reason=reason)
+        Quarantined(key=entry.key, path=to_utf8(entry.path), reason=reason)
         for account in accounts
         for entry, reason in account.rejected
     ]

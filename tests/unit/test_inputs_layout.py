@@ -17,8 +17,8 @@ from rich.console import Console
 
 from dit_scale.errors import DataError, StorageError
 from dit_scale_pipeline.inputs import Listing, open_input
-from dit_scale_pipeline.inputs.layout import are_shards, remarks
-from dit_scale_pipeline.inputs.names import as_text, few, is_hidden, shown
+from dit_scale_pipeline.inputs.layout import are_shards, layout_notes
+from dit_scale_pipeline.inputs.names import few, is_hidden, printable, to_utf8
 from dit_scale_pipeline.progress import report_listing
 from tests.support.archives import Images, class_folders, class_tars, tar_of
 from tests.support.s3 import BUCKET, s3_server
@@ -96,10 +96,10 @@ def test_folders_that_may_be_classes_are_classes(paths: tuple[str, ...], tmp_pat
 
 def test_classes_that_hold_only_folders_are_pointed_out(tmp_path: Path) -> None:
     listing = open_input(put(tmp_path / "a", "imagenet/n01/0.jpg", "imagenet/n02/0.jpg")).list()
-    (said,) = remarks(listing)
+    (said,) = layout_notes(listing)
     assert "no image lies directly in a class, each class holds folders (imagenet: n01, n02)" in said
     assert "source=.../imagenet" in said
-    assert remarks(open_input(put(tmp_path / "b", "n01/images/0.jpg", "n02/images/0.jpg")).list()) == []
+    assert layout_notes(open_input(put(tmp_path / "b", "n01/images/0.jpg", "n02/images/0.jpg")).list()) == []
 
 
 @pytest.mark.parametrize("inner", ["train/{}", "{}", "./a/b/{}"])
@@ -226,8 +226,8 @@ def test_names_that_are_not_text(tmp_path: Path) -> None:
 
 
 def test_names_are_shown_on_one_line() -> None:
-    assert shown("a\nb\x1b[0m \u00e9 caf\udce9 \ud800") == "a\\nb\\x1b[0m \u00e9 caf\\xe9 \\ud800"
-    assert (as_text("a\nb"), as_text("\udce9")) == ("a\nb", "\\xe9")
+    assert printable("a\nb\x1b[0m \u00e9 caf\udce9 \ud800") == "a\\nb\\x1b[0m \u00e9 caf\\xe9 \\ud800"
+    assert (to_utf8("a\nb"), to_utf8("\udce9")) == ("a\nb", "\\xe9")
     assert few(f"{number}\n" for number in range(7)) == "0\\n, 1\\n, 2\\n, 3\\n, 4\\n and 2 more"
 
 
@@ -399,10 +399,10 @@ def test_classes_and_their_numbers_of_images_are_said(tmp_path: Path) -> None:
 def test_numbers_as_names_are_said(tmp_path: Path) -> None:
     names = [str(number) for number in range(12)]
     listing = open_input(class_folders(tmp_path / "x", {name: {"0.jpg": b"."} for name in names})).list()
-    (note,) = remarks(listing)
+    (note,) = layout_notes(listing)
     assert "label 2 is class 10, not 2" in note
     padded = {f"{number:02d}": {"0.jpg": b"."} for number in range(12)}
-    assert remarks(open_input(class_folders(tmp_path / "y", padded)).list()) == []
+    assert layout_notes(open_input(class_folders(tmp_path / "y", padded)).list()) == []
 
 
 def test_labels_that_count_from_one_are_said(tmp_path: Path) -> None:
@@ -410,7 +410,7 @@ def test_labels_that_count_from_one_are_said(tmp_path: Path) -> None:
     (tmp_path / "train-0.tar").write_bytes(tar_of(members))
     listing = open_input(str(tmp_path)).list()
     assert listing.empty_classes == ("0",)
-    (note,) = remarks(listing)
+    (note,) = layout_notes(listing)
     assert "labels count from 1 to 2: class 0 has no image" in note
     sparse = Listing("webdataset", ("0", "1", "2"), ["a"], np.array([2], np.int32), labels_in_paths=False)
-    assert remarks(sparse) == []
+    assert layout_notes(sparse) == []

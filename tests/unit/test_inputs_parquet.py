@@ -13,7 +13,7 @@ from dit_scale.errors import DataError
 from dit_scale.storage import DiskStorage, open_storage
 from dit_scale_pipeline.inputs import Entry, InputError, Listing, open_input
 from dit_scale_pipeline.inputs.parquet import Parquet
-from dit_scale_pipeline.inputs.saved import current_listing, difference, load_listing, save_listing
+from dit_scale_pipeline.inputs.saved import current_listing, describe_changes, load_listing, save_listing
 from tests.support.archives import parquet, watch_reads, write_parquet
 
 
@@ -129,7 +129,7 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
     assert (saved.columns, saved.sha256) == (fine.columns, fine.sha256)
     assert current_listing(images, saved) is saved
     other = current_listing(open_input(str(tmp_path), columns=("image", "fine_label")), saved)
-    assert difference(saved, other) == "columns image and fine_label, where it had img and fine_label"
+    assert describe_changes(saved, other) == "columns image and fine_label, where it had img and fine_label"
 
 
 def test_paths_alone_are_no_images(tmp_path: Path) -> None:
