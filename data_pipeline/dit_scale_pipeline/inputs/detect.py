@@ -79,8 +79,8 @@ def _kind_of_tar(place: InputPlace, names: Sequence[str], sizes: dict[str, int])
         if members and members[0].endswith(".tar"):
             if len(names) > 1:
                 raise DataError(
-                    f"{place.url}: {name} contains tars, and there are {len(names) - 1} other tars; pass the "
-                    f"one to encode ({place.url.rstrip('/')}/{name})"
+                    f"{place.url}: {name} contains tars and lies next to other archives; pass the one to "
+                    f"encode ({place.url.rstrip('/')}/{name})"
                 )
             return NestedTar.kind
         if members:
