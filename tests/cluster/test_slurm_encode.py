@@ -217,7 +217,7 @@ def test_a_job_that_is_told_of_its_time_limit_queues_itself_again_and_keeps_its_
     assert 0 < len(kept) < 3 * NUM_SHARDS
     assert slurm.wait(job) == ("COMPLETED", 0), log(job, output)
     assert slurm.job(job)["Restarts"] == "1"
-    assert "it queues itself again" in log(job, output)
+    assert "requeueing" in log(job, output)
     now = shards(output)
     assert {name: now[name] for name in kept} == kept
     assert_same_files(output, reference)
