@@ -1,7 +1,7 @@
 """Files that an earlier version wrote are read by this one.
 
-earlier_files.tar.xz holds a latent data set and a run on it, both written at commit 72a2160. The run's model is
-smaller than DiT-Nano to keep its files small. History of the run:
+earlier_files.tar.xz holds a latent data set and a run on it, both written at commit 72a2160. The model of the
+run is smaller than DiT-Nano to keep its files small. History of the run:
 
     attempt 1   steps 1-2, under the deepspeed launcher; `steps` was 2
     attempt 2   round 1: rank 1 was killed in step 125, nothing of it was saved
