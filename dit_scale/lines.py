@@ -15,7 +15,11 @@ from typing import Any
 KEPT_BYTES = 64 * 2**20
 """Of lines that cannot be written; those that come when there are so many are lost."""
 
-Alarm = Callable[[str], None]
+Say = Callable[[str], None]
+"""Shows one line of text to the user."""
+
+Alarm = Say
+"""Reports one failure that does not stop the run."""
 
 
 class LineFile:

@@ -22,7 +22,7 @@ from dit_scale.data.verify import verify
 from dit_scale.dist import World
 from dit_scale.errors import DataError
 from dit_scale.storage import open_storage
-from dit_scale.train.run_folder import find_checkpoint
+from dit_scale.train.restore import find_checkpoint
 from dit_scale_pipeline import output
 from dit_scale_pipeline.inputs import Listing
 from dit_scale_pipeline.inputs.base import Archive
