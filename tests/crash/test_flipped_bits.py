@@ -73,7 +73,7 @@ def data(tmp_path: Path) -> Path:
     torn = Quarantined(key=2, path="b/0.png", reason="torn")
     shards = [build_shard("00000", rows[:2], [], 4), build_shard("00001", rows[2:], [torn], 4)]
     for shard in shards:
-        shard.put(storage)
+        shard.write(storage)
     output.commit(storage, config, LISTING, VAE, claimed, [shard.record for shard in shards])
     return tmp_path
 
