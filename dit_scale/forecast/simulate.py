@@ -16,11 +16,23 @@ from dit_scale.elastic.board import Ending, Member, Reason, Round
 from dit_scale.elastic.node.deadlines import Deadlines
 from dit_scale.elastic.node.exits import Exit
 from dit_scale.elastic.supervisor import Dependencies, Policy, Supervisor, Wait
-from dit_scale.forecast.timeline import SECOND, Costs, FailureKind, Halt, Job, Ledger, Use, ticks
+from dit_scale.forecast.timeline import SECOND, Costs, FailureKind, Halt, Job, ticks
 from dit_scale.forecast.virtual import Awaits, VirtualBoard, VirtualGroup, last_beat
+from dit_scale.ledger import Heading, Ledger
 
 DAY_S = 86400.0
 NEVER = 2**62
+SIMULATED = (
+    Heading.WAITING,
+    Heading.RESTART,
+    Heading.REPLAYED,
+    Heading.PRODUCTIVE,
+    Heading.DEGRADED,
+    Heading.CHECKPOINT,
+    Heading.RESTORE,
+    Heading.DETECT,
+)
+"""The headings that a simulation can tell apart."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +78,21 @@ class SimulationResult:
 
     code: Exit | None
     """None: it was not over at its limit."""
-    wall_s: float
-    ledger_s: dict[Use, float]
-    """Seconds by use; the sum is the wall clock."""
     ledger: Ledger
-    """The same in ticks, in which the sum is exact."""
+    """Where its time went, in ticks."""
     committed_step: int
     failures: Counter[FailureKind]
     endings: Counter[Reason]
     """Rounds by the reason of their end."""
 
     @property
+    def wall_s(self) -> float:
+        return self.ledger.wall_s
+
+    @property
     def goodput(self) -> float:
-        """Share of the wall clock that the kept steps would take a full world."""
-        return self.ledger[Use.PRODUCTIVE] / sum(self.ledger.values())
+        """Share of the wall-clock time that the productive steps would take with all nodes."""
+        return self.ledger.goodput
 
 
 def poisson(
@@ -136,8 +149,7 @@ class Simulation:
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._order = 0
         self._readers: defaultdict[tuple[str, object], dict[str, Node]] = defaultdict(dict)
-        self._ledger: Ledger = dict.fromkeys(Use, 0)
-        self._counted_to = 0
+        self._ledger = dict.fromkeys(SIMULATED, 0)
         self._counts: Counter[FailureKind] = Counter()
         self._reasons: Counter[Reason] = Counter()
         self._code: Exit | None = None
@@ -159,9 +171,7 @@ class Simulation:
                 node.life.close()
         return SimulationResult(
             self._code,
-            self.now / SECOND,
-            {use: spent / SECOND for use, spent in self._ledger.items()},
-            self._ledger,
+            Ledger(0, self.now, self._ledger, units_per_s=SECOND),
             self.committed_step(),
             self._counts,
             self._reasons,
@@ -228,7 +238,7 @@ class Simulation:
     def _account(self) -> None:
         """Book the time since the last time."""
         if self.job is None:
-            self._ledger[Use.WAIT] += self.now
+            self._ledger[Heading.WAITING] += self.now
         else:
             for use, spent in self.job.account(self.now).items():
                 self._ledger[use] += spent

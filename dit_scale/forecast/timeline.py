@@ -7,30 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dit_scale.elastic.board import Round
+from dit_scale.ledger import Heading
 
 SECOND = 2**30
 """Ticks."""
-
-
-class Use(StrEnum):
-    """What a second of the wall clock was for."""
-
-    PRODUCTIVE = "productive"
-    """Steps that were kept, at the speed of a full world."""
-    DEGRADED = "degraded"
-    """What those steps took longer because nodes were missing."""
-    REPLAYED = "replayed"
-    """Steps that were lost, since they had not been committed."""
-    STALL = "checkpoint stall"
-    """The loop stands still for a save, or leaves with one."""
-    DETECT = "detect"
-    """From a failure to the end of the round."""
-    WAIT = "waiting for nodes"
-    """From there until the members of the next round are fixed."""
-    RESTART = "restart"
-    """Old ranks ended, launcher, imports, process groups, the first step."""
-    RESTORE = "restore"
-    """State read from a checkpoint."""
 
 
 class FailureKind(StrEnum):
@@ -47,10 +27,6 @@ class FailureKind(StrEnum):
     again after the repair time."""
     LOSS = "loss"
     """The node is gone, with its supervisor, without a sign to anybody, and comes back repaired."""
-
-
-Ledger = dict[Use, int]
-"""Ticks by use; the sum is the wall clock."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +172,7 @@ class Job:
         at = self._first * self.step + done * self._cycle + self._lag if done < self._saves else self._whole()
         return self.trains_at + at
 
-    def account(self, next_at: int) -> Ledger:
+    def account(self, next_at: int) -> dict[Heading, int]:
         """Where the time from its sealing to that of the next round went."""
         ended_at = next_at if self.ended_at is None else self.ended_at
         left_at = ended_at if self.over_at is None else self.over_at
@@ -210,14 +186,14 @@ class Job:
         kept = self._kept(stop)
         noticed = max(stop, ended_at) if self.halt is not None else stop
         return {
-            Use.RESTART: trains_at - self.sealed_at - restoring,
-            Use.RESTORE: restoring,
-            Use.PRODUCTIVE: kept * self.unit,
-            Use.DEGRADED: kept * (self.step - self.unit),
-            Use.REPLAYED: compute - kept * self.step,
-            Use.STALL: stall,
-            Use.DETECT: noticed - stop,
-            Use.WAIT: next_at - noticed,
+            Heading.RESTART: trains_at - self.sealed_at - restoring,
+            Heading.RESTORE: restoring,
+            Heading.PRODUCTIVE: kept * self.unit,
+            Heading.DEGRADED: kept * (self.step - self.unit),
+            Heading.REPLAYED: compute - kept * self.step,
+            Heading.CHECKPOINT: stall,
+            Heading.DETECT: noticed - stop,
+            Heading.WAITING: next_at - noticed,
         }
 
     def _progress(self, now: int) -> tuple[int, int]:

@@ -27,6 +27,7 @@ LAYERS = (
     "signals",
     "lines",
     "journal",
+    "ledger",
     "heartbeat",
     "sealed",
     "recipes",
