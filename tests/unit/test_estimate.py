@@ -17,7 +17,6 @@ from dit_scale.forecast.estimate import (
     daly_s,
     estimate,
     sensitivities,
-    young_s,
 )
 from dit_scale.forecast.timeline import Costs
 
@@ -31,8 +30,9 @@ def test_intervals_of_dalys_paper(mtbf_min: float, best_min: float) -> None:
     assert daly_s(5.0, mtbf_min) == pytest.approx(best_min, rel=0.01)
 
 
-def test_interval_of_young() -> None:
-    assert young_s(5.0, 24 * 60) == 120.0
+def test_dalys_interval_at_its_ends() -> None:
+    """Young's for saves that are short against the time between failures; that time itself for long ones."""
+    assert daly_s(1e-6, 1e6) == pytest.approx(math.sqrt(2.0), rel=1e-5)
     assert daly_s(30.0, 15.0) == 15.0
 
 
