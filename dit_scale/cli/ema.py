@@ -56,7 +56,7 @@ def _list(args: argparse.Namespace) -> int:
             "step": average.profile.step,
             "sigma_rel": average.profile.sigma_rel,
             "profile": average.name,
-            "checkpoint": average.checkpoint.name,
+            "checkpoint": average.checkpoint.path,
             "since_step": average.since_step,
             "flaw": average.flaw,
         }

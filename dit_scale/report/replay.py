@@ -125,7 +125,7 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
     if not world.is_first:
         return None
     samples.sort(key=lambda sample: (sample.finite, -sample.loss if sample.finite else 0.0, sample.position))
-    return Replay(run, step, past, found.name if found else None, world.size, row, tuple(samples))
+    return Replay(run, step, past, found.path if found else None, world.size, row, tuple(samples))
 
 
 def _fill(

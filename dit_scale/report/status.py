@@ -190,9 +190,10 @@ def _members(supervisors: dict[str, list[Entry]]) -> list[str]:
 def _stored(root: Storage) -> tuple[str, list[str], str]:
     """The newest checkpoint, the nodes that wait for a round, and why neither is known."""
     try:
-        paths, board = chain.committed(root), Board(root)
-        newest = next((path for path in paths if chain.is_readable(root, path)), "".join(paths[:1]))
-        return newest, board.joined(board.newest() + 1).nodes, ""
+        ids, board = chain.committed(root), Board(root)
+        readable = (checkpoint_id for checkpoint_id in ids if chain.is_readable(root, checkpoint_id))
+        newest = next(readable, ids[0] if ids else None)
+        return newest.path() if newest else "", board.joined(board.newest() + 1).nodes, ""
     except StorageError as error:
         return "", [], f"the storage of its checkpoints is unavailable: {error}"
 

@@ -65,7 +65,7 @@ def _along(found: Checkpoint | None, name: str) -> list[str] | None:
     if found is None:
         return None
     try:
-        return found.storage.read(f"{found.name}/{name}").decode(errors="replace").splitlines()
+        return found.storage.read(f"{found.path}/{name}").decode(errors="replace").splitlines()
     except MissingKeyError:  # saved when checkpoint.url was not set, or while the file was gone
         return None
 

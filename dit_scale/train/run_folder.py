@@ -22,7 +22,7 @@ from pathlib import Path
 from dit_scale import dist
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Ranges
-from dit_scale.checkpoint.manifest import Manifest, read_manifest, step_and_attempt
+from dit_scale.checkpoint.manifest import Manifest, read_manifest
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig, load, moved
 from dit_scale.data.shards import INFO_KEY, LatentDataset
@@ -114,9 +114,9 @@ def choose_precision(config: TrainConfig, world: World) -> tuple[TrainConfig, st
 
     def choose() -> tuple[str, str]:
         root = root_of(config)
-        for path in attempts.committed(root):
+        for checkpoint_id in attempts.committed(root):
             with suppress(CheckpointError):  # named when it is filled in
-                return read_manifest(root, path).config["engine"]["precision"], "as the run began"
+                return read_manifest(root, checkpoint_id).config["engine"]["precision"], "as the run began"
         has = "multiplies bf16 in hardware" if fast_bf16 else "has no bf16 instructions"
         return dist.choose_precision("auto", world.device), f"this {world.device.type.upper()} {has}"
 
@@ -180,15 +180,16 @@ def find_checkpoint(
             "must lead to the same one, or to an exact copy"
         )
     root = root_of(config)
-    paths, lost = world.broadcast(lambda: (attempts.committed(root), attempts.unrecorded(root)))
+    ids, lost = world.broadcast(lambda: (attempts.committed(root), attempts.unrecorded(root)))
     for number in lost:
         say(f"attempts/{number:04d}.json is missing; attempt {number} counts as far as it can be read")
     if at_most_step is not None:
-        paths = [path for path in paths if step_and_attempt(path)[0] <= at_most_step]
-    for path in paths:
+        ids = [checkpoint_id for checkpoint_id in ids if checkpoint_id.step <= at_most_step]
+    for checkpoint_id in ids:
+        path = checkpoint_id.path()
         problem, digest, unavailable = "", "", False
         try:
-            checkpoint = Checkpoint(root, path)
+            checkpoint = Checkpoint(root, checkpoint_id)
             digest = hashlib.sha256(checkpoint.manifest.model_dump_json().encode()).hexdigest()
             check_same_run(config, data_sha256, checkpoint)
             fill(checkpoint)
@@ -209,8 +210,6 @@ def find_checkpoint(
             say_changes(config, checkpoint, say)
             return checkpoint
         say(f"passing over checkpoint {path}: {problems[0]}")
-    if paths:
-        raise CheckpointError(
-            f"{root.url}: none of its {len(paths)} checkpoints can be read; start a new run"
-        )
+    if ids:
+        raise CheckpointError(f"{root.url}: none of its {len(ids)} checkpoints can be read; start a new run")
     return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_scale import __version__
 from dit_scale.checkpoint import reader
 from dit_scale.checkpoint.attempts import AttemptRecord, Ranges, check_current
-from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, Manifest, name_of
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, Manifest
 from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Saver, SaveResult
@@ -188,13 +188,12 @@ class Session:
             self._begin_save()
 
     def _begin_save(self) -> None:
-        name = name_of(self.state.step, self.attempt.number)
         profiles, kinds = self.config.ema, (*OPTIMIZER_KINDS, *(ema_kind(p.name) for p in self.config.ema))
-        folders = {f"{CHECKPOINTS}/{name}": kinds}
+        folders = {CHECKPOINTS: kinds}
         stored = tuple(ema_kind(profile.name) for profile in profiles if profile.sigma_rel is not None)
         if stored and self._passed(self.config.checkpoint.ema_every_steps, since=self._committed_step):
             # before the checkpoint: a run that goes on from it has this average behind it
-            folders = {f"{EMA}/{name}": stored, **folders}
+            folders = {EMA: stored, **folders}
         begin_s = time.monotonic()
         self.saver.begin(self._manifest(), folders)
         self._saved_step = self.state.step
@@ -241,7 +240,7 @@ class Session:
     ) -> AttemptRecord:
         """Begin the next attempt, and read what it goes on from (rank 0 alone)."""
         check_writable(self.config)
-        attempt = next_attempt(self._root, found.name if found else None, excluded, behind)
+        attempt = next_attempt(self._root, found.id if found else None, excluded, behind)
         claim(
             self._root,
             attempt,
@@ -315,7 +314,7 @@ class Session:
         self.say(f"{config.run}: {start}, attempt {self.attempt.number}")
         self._record(
             Event.START,
-            resumed_from=self.attempt.resumed_from,
+            resumed_from=self.attempt.resumed_from and self.attempt.resumed_from.path(),
             restore_s=round(restore_s, 3),
             world=plan.world,
             attention=self.step.attention_backend,
@@ -353,7 +352,7 @@ class Session:
         """Say and write down how a save ended."""
         if outcome is None:
             return
-        name = name_of(outcome.manifest.step, outcome.manifest.attempt)
+        name = outcome.manifest.id.name
         if outcome.problem:
             self._record(Event.SAVE_FAILED, name=name, problem=outcome.problem)
             self.say(f"ALARM: checkpoint {name} is not saved, training goes on: {outcome.problem}")
