@@ -246,14 +246,14 @@ def _simulated(result: "SimulationResult") -> dict[str, Any]:
         "committed_step": result.committed_step,
         "failures": dict(result.failures),
         "rounds_by_end": dict(result.endings),
-        "ledger_s": result.ledger_s,
+        "ledger_s": result.ledger.by_name(),
     }
 
 
 def _told(result: "SimulationResult") -> str:
     spent = [
         f"  {use:<18}{seconds / result.wall_s:8.3%}  {seconds / 3600:10.2f} h"
-        for use, seconds in result.ledger_s.items()
+        for use, seconds in result.ledger.by_name().items()
     ]
     ends = ", ".join(f"{count} {reason}" for reason, count in result.endings.most_common())
     code = "not over" if result.code is None else f"exit code {int(result.code)}"

@@ -98,7 +98,9 @@ class Logbook:
         folder = Path(config.run)
         self._journal = Journal(folder / EVENTS, self._alarm)
         self._journal.take_over(carried.events)
-        self._record = Record(folder, root, attempt, dump(config), carried.rows, self._alarm)
+        self._record = Record(
+            folder, root, attempt, config=dump(config), rows=carried.rows, alarm=self._alarm
+        )
         self._mirrors = open_mirrors(config, step(), self._alarm)
         if carried.damaged:
             self._alarm(f"{folder / METRICS}: {carried.damaged} damaged lines are left out from now on")

@@ -28,6 +28,7 @@ LAYERS = (
     "signals",
     "lines",
     "journal",
+    "ledger",
     "heartbeat",
     "sealed",
     "recipes",
