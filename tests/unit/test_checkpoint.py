@@ -399,7 +399,7 @@ def test_bits_that_flip_on_their_way_are_no_damage(finished: Path, small_blocks:
 def test_a_missing_file_is_named(root: Storage) -> None:
     write(root, layout([40]))
     root.delete(f"{PATH}/rank-00001.safetensors")
-    with pytest.raises(CheckpointError, match=f"{PATH}/rank-00001.safetensors: there is nothing"):
+    with pytest.raises(CheckpointError, match=f"{PATH}/rank-00001.safetensors: not found"):
         Checkpoint(root, ID)
 
 
