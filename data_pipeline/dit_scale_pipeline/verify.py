@@ -74,8 +74,8 @@ def _number(text: str) -> int:
 
 def _compare(options: argparse.Namespace, console: Console) -> None:
     from dit_scale.dist import choose_device
-    from dit_scale.inference.pictures import load_decoder, random_ids
-    from dit_scale.inference.sample import write_grid
+    from dit_scale.inference.image_files import write_grid
+    from dit_scale.inference.preview import load_decoder, random_ids
     from dit_scale_pipeline.compare import compare, find_source
     from dit_scale_pipeline.inputs.names import shown
 

@@ -42,9 +42,9 @@ leaves with code 75; a second Ctrl-C or Ctrl-\\ ends it at once.""",
 
 
 def _run(args: argparse.Namespace) -> int:
-    from dit_scale.config import load_to_train
+    from dit_scale.config import load_for_training
 
-    config = load_to_train(args.config, args.overrides)
+    config = load_for_training(args.config, args.overrides)
     if args.dry_run:
         from dit_scale.train import dry_run
 

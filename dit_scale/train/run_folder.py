@@ -24,7 +24,7 @@ from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import Ranges
 from dit_scale.checkpoint.manifest import Manifest, read_manifest, step_and_attempt
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.config import TrainConfig, load, moved
+from dit_scale.config import TrainConfig, load, relocated
 from dit_scale.data.shards import INFO_KEY, LatentDataset
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, ConfigError
@@ -93,7 +93,7 @@ def config_of_folder(run: str | Path) -> TrainConfig:
     """The configuration in a run's folder, which may have moved. Raises ConfigError for any other folder."""
     if not (Path(run) / "config.yaml").is_file():
         raise ConfigError(f"{run}: expected a run's folder, with its config.yaml")
-    return moved(load(TrainConfig, Path(run) / "config.yaml"), str(run))
+    return relocated(load(TrainConfig, Path(run) / "config.yaml"), str(run))
 
 
 def root_of_folder(run: str | Path) -> Storage:
