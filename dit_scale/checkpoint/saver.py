@@ -169,7 +169,7 @@ class Saver:
         """Stay until the save in flight has ended; None when there is none. `voted` hears that all live."""
         while self.in_flight:
             voted()
-            outcome = self.advance(*self._world.begin_any(*self.flags()).result())
+            outcome = self.advance(*self._world.start_vote(*self.flags()).result())
             if outcome is not None:
                 return outcome
             time.sleep(_POLL_S)
