@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_scale import vae_files
 from dit_scale.checkpoint.manifest import CheckpointId
-from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, ParameterSlice, Partition
 from dit_scale.config import TrainConfig, dump
 from dit_scale.models import dit
 from dit_scale.storage import open_storage
@@ -61,5 +61,5 @@ def _share(averages: dict[str, dict[str, Tensor]], rank: int) -> list[Partition]
         buffers = {kind: torch.zeros(end - start) for kind in OPTIMIZER_KINDS}
         for profile, weights in averages.items():
             buffers[ema_kind(profile)] = weights[parameter].flatten()[start:end].clone()
-        partitions.append(Partition(buffers, (Extent(parameter, start, end - start, 0),)))
+        partitions.append(Partition(buffers, (ParameterSlice(parameter, start, end - start, 0),)))
     return partitions
