@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dit_scale.elastic.board import Ending, Member, Reason, Round
+from dit_scale.elastic.local_node import Dependencies
 from dit_scale.elastic.node.deadlines import Deadlines
 from dit_scale.elastic.node.exits import Exit
-from dit_scale.elastic.supervisor import Dependencies, Policy, Supervisor, Wait
+from dit_scale.elastic.policy import Policy
+from dit_scale.elastic.supervisor import Supervisor, Wait
 from dit_scale.forecast.timeline import SECOND, Costs, FailureKind, Halt, Job, Ledger, Use, ticks
 from dit_scale.forecast.virtual import Awaits, VirtualBoard, VirtualGroup, last_beat
 
@@ -237,9 +239,14 @@ class Simulation:
         setup = self._setup
         node.boots += 1
         me = Member(node.name, str(node.boots), node.name, 1, 1, "")
-        world = Dependencies(self.seconds, self.committed_step, lambda: False, lambda text: None)
-        group = VirtualGroup(self, node.name, setup.deadlines)
-        node.life = Supervisor(me, self.board, group, self._policy, world).run()
+        dependencies = Dependencies(
+            clock=self.seconds,
+            committed_step=self.committed_step,
+            is_wanted_back=lambda: False,
+            start_group=lambda round_, index: VirtualGroup(self, node.name, index, setup.deadlines),
+            say=lambda text: None,
+        )
+        node.life = Supervisor(me, self.board, self._policy, dependencies).run()
         node.poll, node.resumed_at = self._poll, at
         node.timers, node.told, node.wakes_at = [], True, NEVER
         self._wake(node, at)

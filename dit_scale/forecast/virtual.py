@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from dit_scale.elastic.board import Board, Ending, Joined, Member, Reason, Round
 from dit_scale.elastic.hearing import JUDGES
 from dit_scale.elastic.node.deadlines import Deadlines, Standing
-from dit_scale.elastic.node.group import GroupOutcome
+from dit_scale.elastic.node.outcomes import GroupOutcome
 from dit_scale.forecast.timeline import SECOND, FailureKind, Job
 from dit_scale.heartbeat import MEASURED_STEPS, Beat, Phase
 
@@ -161,16 +161,13 @@ class VirtualBoard(Board):
 
 
 class VirtualGroup:
-    """The ranks of one node."""
+    """The ranks of one node in one round; they start when it is made."""
 
-    def __init__(self, world: VirtualCluster, node: str, deadlines: Deadlines) -> None:
-        self._world, self._node, self._deadlines = world, node, deadlines
-        self._job: Job | None = None
-        self._hearing = Awaits.HEARING
-
-    def start(self, round_: Round, index: int) -> None:
-        self._job = job = self._world.job
+    def __init__(self, world: VirtualCluster, node: str, index: int, deadlines: Deadlines) -> None:
+        job = world.job
         assert job is not None
+        self._world, self._node, self._deadlines = world, node, deadlines
+        self._job: Job | None = job
         self._hearing = Awaits.HEARING if index < JUDGES else Awaits.LATE_HEARING
         self._world.acts()
         if index == 0:
@@ -235,7 +232,16 @@ class VirtualGroup:
         stopped = job.halt.kind == FailureKind.STOP and job.halt.node == self._node
         quiet_s = self._deadlines.quiet(beat)
         limit_s = quiet_s if stopped else self._deadlines.of(beat)
-        return Standing(0, beat.pid, beat.section, beat.step, age_s, limit_s, quiet_s, stopped)
+        return Standing(
+            rank=0,
+            pid=beat.pid,
+            phase=beat.phase,
+            step=beat.step,
+            age_s=age_s,
+            limit_s=limit_s,
+            quiet_s=quiet_s,
+            stopped=stopped,
+        )
 
     def _expect_end(self, job: Job) -> None:
         if job.over_at is not None:
@@ -247,10 +253,10 @@ def last_beat(job: Job) -> Beat:
     assert job.halt is not None
     at = job.halt.at
     if job.is_restoring(at):
-        section = Phase.RESTORE
+        phase = Phase.RESTORE
     elif job.trains_at is None or at < job.trains_at:
-        section = Phase.START
+        phase = Phase.START
     else:
-        section = Phase.COMPUTE
+        phase = Phase.COMPUTE
     steps = job.steps(at)
-    return Beat(1, section, steps, 0.0, job.step / SECOND if steps >= MEASURED_STEPS else 0.0)
+    return Beat(1, phase, steps, 0.0, job.step / SECOND if steps >= MEASURED_STEPS else 0.0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.elastic.node.group import is_alive
+from dit_scale.elastic.node.processes import is_alive
 from dit_scale.train.run_folder import root_of
 from tests.support.nodes.nodes import Cluster, Node, cluster, config_of
 from tests.support.ranks.record import last_step, rows

@@ -13,8 +13,9 @@ from typing import Any
 
 from dit_scale.config import TrainConfig, dump
 from dit_scale.elastic.board import Board
-from dit_scale.elastic.launch import committed_step
-from dit_scale.elastic.node.group import SUPERVISOR_VARIABLE, is_alive
+from dit_scale.elastic.node.processes import is_alive
+from dit_scale.elastic.node.rank import SUPERVISOR_VARIABLE
+from dit_scale.elastic.run_progress import committed_step
 from dit_scale.train.run_folder import root_of
 from tests.support.latents import write_latents
 from tests.support.ranks import jobs
