@@ -4,13 +4,13 @@ import argparse
 import sys
 from typing import Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, above_zero, command, int_between, number
+from dit_scale.cli.arguments import CONFIG_HELP, add_command, int_between, non_negative_float, positive_float
 from dit_scale.errors import ConfigError, DitScaleError
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(
+    parser = add_command(
         commands,
         "launch",
         _run,
@@ -39,19 +39,19 @@ option) a restart would fail the same way, 1 any other failure.""",
     )
     parser.add_argument(
         "--lease-s",
-        type=above_zero,
+        type=positive_float,
         default=15.0,
         help="seconds without a lease renewal after which a node is lost (default: 15)",
     )
     parser.add_argument(
         "--gather-s",
-        type=above_zero,
+        type=positive_float,
         default=3600.0,
         help="longest wait for LEAST nodes, in seconds (default: 3600)",
     )
     parser.add_argument(
         "--grow-s",
-        type=number,
+        type=non_negative_float,
         default=60.0,
         help="shortest duration of a round that waiting nodes interrupt, in seconds (default: 60)",
     )

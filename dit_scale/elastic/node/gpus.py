@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dit_scale.errors import ConfigError
+from dit_scale.lines import Say
 
 Query = Callable[[Sequence[str]], str | None]
 """Runs a command and returns its output; None if there is no such command or it failed."""
-Say = Callable[[str], None]
 
 COMMAND_S = 60.0
 """Longest wait for a command. A GPU that has fallen off the bus can block nvidia-smi."""

@@ -15,8 +15,9 @@ from pathlib import Path
 from dit_scale.config import TrainConfig
 from dit_scale.data.shards import read_info
 from dit_scale.elastic.node.collective import collective_problems
-from dit_scale.elastic.node.gpus import Query, Say, gpu_problems, run_command
+from dit_scale.elastic.node.gpus import Query, gpu_problems, run_command
 from dit_scale.errors import DitScaleError
+from dit_scale.lines import Say
 from dit_scale.models.zoo import num_parameters, shape_of
 from dit_scale.storage import Storage, open_storage
 
