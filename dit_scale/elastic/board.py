@@ -28,7 +28,7 @@ READERS = 16
 """Objects read in parallel. One by one, those of thousands of nodes would take a minute on S3."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Member:
     """A node that asks to take part in a round."""
 

@@ -10,6 +10,7 @@ from dit_scale.elastic.node.exits import Exit
 from dit_scale.elastic.node.group import Group
 from dit_scale.elastic.policy import Policy
 from dit_scale.journal import Event
+from dit_scale.lines import Say
 
 
 @dataclass(kw_only=True)
@@ -24,7 +25,7 @@ class Dependencies:
     """Whether the scheduler has asked for this node."""
     start_group: Callable[[Round, int], Group]
     """Starts the ranks of a member of a round, by its index."""
-    say: Callable[[str], None]
+    say: Say
     """Prints a line on the log."""
     record: Callable[..., None] = field(default=lambda event, **details: None)
     """Writes an event to the journal of this supervisor."""
@@ -90,7 +91,16 @@ class LocalNode:
     ) -> None:
         """Record why a round ended, unless a reason is recorded already; `node` is this one by default."""
         committed_step = self.dependencies.committed_step()
-        self.board.end(Ending(number, reason, node or self.name, text, committed_step, details or {}))
+        self.board.end(
+            Ending(
+                round=number,
+                reason=reason,
+                node=node or self.name,
+                text=text,
+                committed_step=committed_step,
+                details=details or {},
+            )
+        )
 
     def next_look(self) -> float:
         """Renew the lease if it is due, and return the time of the next look at the board."""

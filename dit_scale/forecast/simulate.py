@@ -210,7 +210,14 @@ class Simulation:
             spent[heading] += time
 
     def _boot(self, node: Node, at: int) -> None:
-        member = Member(node.name, str(node.boots + 1), node.name, 1, 1, "")
+        member = Member(
+            node=node.name,
+            boot=str(node.boots + 1),
+            address=node.name,
+            port=1,
+            slots=1,
+            config_sha256="",
+        )
         dependencies = Dependencies(
             clock=self.queue.seconds,
             committed_step=self.committed_step,

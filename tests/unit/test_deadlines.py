@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dit_scale import heartbeat
-from dit_scale.elastic.board import Board, Ending, Member, Reason, Round
+from dit_scale.elastic.board import Board, Ending, Reason, Round
 from dit_scale.elastic.giving_up import fruitless_after
 from dit_scale.elastic.hearing import Hearing
 from dit_scale.elastic.node.deadlines import Deadlines, Standing, culprit, standings
@@ -19,6 +19,7 @@ from dit_scale.elastic.node.outcomes import GroupOutcome
 from dit_scale.elastic.node.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective, stack_path
 from dit_scale.heartbeat import Beat, Heart, Phase, beat_path, read_beat
 from dit_scale.storage import open_storage
+from tests.support.nodes.members import member_of
 
 QUICK_S, SLOW_S = 0.02, 7.0
 PHASES = (Phase.DATA, Phase.COMPUTE, Phase.AGREE, Phase.LOG)
@@ -203,7 +204,7 @@ def board(tmp_path: Path) -> Board:
     return Board(open_storage(tmp_path))
 
 
-ROUND = Round(1, tuple(Member(node, node, "", 0, 1, "") for node in "abc"), committed_step=5)
+ROUND = Round(1, tuple(member_of(node) for node in "abc"), committed_step=5)
 BROKEN = GroupOutcome(Reason.FAILED, "rank 0: RuntimeError: Connection closed by peer", first_hand=False)
 
 

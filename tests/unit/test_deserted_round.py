@@ -4,21 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from dit_scale.elastic.board import Board, Ending, Member, Reason, Round
+from dit_scale.elastic.board import Board, Ending, Reason, Round
 from dit_scale.elastic.local_node import Dependencies
 from dit_scale.elastic.policy import Policy
 from dit_scale.elastic.supervisor import Supervisor
 from dit_scale.storage import open_storage
-
-
-def member(node: str) -> Member:
-    return Member(node, f"boot of {node}", "127.0.0.1", 1, 1, "digest")
+from tests.support.nodes.members import member_of
 
 
 def ending_after(folder: Path, looks: int, running: str = "") -> Ending | None:
     """Ending of round 1 of nodes a and b after node c has looked so often; one of them may be running."""
     now_s, board = 0.0, Board(open_storage(folder))
-    board.seal(Round(1, (member("a"), member("b")), -1))
+    board.seal(Round(1, (member_of("a"), member_of("b")), -1))
     board.renew_lease("a", 7)
     policy = Policy(1, 2)
     dependencies = Dependencies(
@@ -28,7 +25,7 @@ def ending_after(folder: Path, looks: int, running: str = "") -> Ending | None:
         start_group=lambda round_, index: pytest.fail("node c is not a member"),
         say=print,
     )
-    supervision = Supervisor(member("c"), board, policy, dependencies).run()
+    supervision = Supervisor(member_of("c"), board, policy, dependencies).run()
     for count in range(looks):
         if running:
             board.renew_lease(running, count)

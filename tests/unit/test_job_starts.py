@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dit_scale.elastic.board import Ending, Member, Reason, Round
+from dit_scale.elastic.board import Ending, Reason, Round
 from dit_scale.elastic.node.exits import Exit
 from dit_scale.elastic.policy import Policy
+from tests.support.nodes.members import member_of
 from tests.support.nodes.supervisors import TWO, Cluster, Node
 
 START = 7
@@ -21,7 +22,7 @@ def cluster(tmp_path: Path) -> Cluster:
 
 def leave_by(cluster: Cluster, node: str, start: int = START) -> None:
     """End round 1 of nodes a and b because the scheduler wanted one of them back."""
-    members = tuple(Member(name, "before", "", 1, 1, "digest", start) for name in "ab")
+    members = tuple(member_of(name, boot="before", start=start) for name in "ab")
     cluster.board.seal(Round(1, members, -1))
     cluster.board.end(Ending(1, Reason.LEAVING, node, "the scheduler wants the node back"))
 
@@ -66,7 +67,7 @@ def test_a_waiting_node_exits_as_soon_as_a_node_of_a_later_start_joins(
 def test_a_round_that_the_earlier_start_sealed_first_is_ended(cluster: Cluster) -> None:
     b, c = Node(cluster, "b", LATER), Node(cluster, "c", LATER)
     cluster.run(b)
-    member = Member("b", "before", "", 1, 1, "digest", START)
+    member = member_of("b", boot="before", start=START)
     cluster.board.seal(Round(1, (member,), -1))
     cluster.run(b)
     assert b.round == 0
@@ -89,7 +90,7 @@ def test_a_late_node_of_an_earlier_start_exits_immediately(cluster: Cluster) -> 
 
 def test_a_supervisor_started_by_hand_continues_the_newest_start(cluster: Cluster) -> None:
     leave_by(cluster, "a", LATER)
-    member = Member("a", "before", "", 1, 1, "digest", LATER + 1)
+    member = member_of("a", boot="before", start=LATER + 1)
     cluster.board.join(2, member)  # a later start that got no further
     a, b = Node(cluster, "a", 0), Node(cluster, "b", 0)
     cluster.run(a, b)

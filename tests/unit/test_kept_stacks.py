@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_scale.elastic.board import Member, Round
+from dit_scale.elastic.board import Round
 from dit_scale.elastic.node import diagnosis, launcher
 from dit_scale.elastic.node.deadlines import Deadlines, Standing
 from dit_scale.elastic.node.diagnosis import Diagnosis
@@ -15,10 +15,11 @@ from dit_scale.elastic.node.rank_files import RankFiles
 from dit_scale.elastic.node.stacks import StackArchive
 from dit_scale.heartbeat import Phase
 from tests.support.faults.small_disk import fill, small_disk
+from tests.support.nodes.members import member_of
 
 WAITS = Standing(rank=0, pid=11, phase=Phase.COMPUTE, step=20, age_s=9.0, limit_s=8.0, quiet_s=8.0)
 READS = Standing(rank=1, pid=12, phase=Phase.DATA, step=20, age_s=9.0, limit_s=310.0, quiet_s=8.0)
-TWO_RANKS = (Member("a", "boot", "", 1, 2, "digest"),)
+TWO_RANKS = (member_of("a", slots=2),)
 
 
 def diagnosis_of(folder: Path) -> Diagnosis:

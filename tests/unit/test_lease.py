@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from dit_scale.elastic.board import Board, Ending, Member, Reason, Round
+from dit_scale.elastic.board import Board, Ending, Reason, Round
 from dit_scale.elastic.lease import Lease, NeighbourWatch
 from dit_scale.storage import open_storage
 from tests.support.faults.small_disk import fill, small_disk
+from tests.support.nodes.members import member_of
 
 LEASE_S = 10.0
-ROUND = Round(1, tuple(Member(node, node, "", 0, 1, "") for node in "abc"), committed_step=-1)
+ROUND = Round(1, tuple(member_of(node) for node in "abc"), committed_step=-1)
 
 
 @pytest.fixture

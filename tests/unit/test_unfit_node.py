@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from dit_scale.elastic.board import Ending, Joined, Member, Reason
+from dit_scale.elastic.board import Ending, Joined, Reason
 from dit_scale.elastic.node.exits import Exit
 from dit_scale.elastic.node.outcomes import GroupOutcome
 from dit_scale.elastic.policy import Policy
+from tests.support.nodes.members import member_of
 from tests.support.nodes.supervisors import Cluster, Node
 
 POLICY = Policy(min_nodes=2, max_nodes=3)
@@ -57,7 +58,7 @@ def test_no_node_waits_for_two_that_are_wanted_back_together(tmp_path: Path) -> 
 
 def test_a_node_that_rejoins_is_expected_again(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
-    member = Member("a", "boot", "", 1, 1, "digest")
+    member = member_of("a")
     cluster.board.withdraw(2, member)
     assert cluster.board.joined(2) == Joined(0, [], frozenset({"a"}))
     cluster.board.join(2, member)

@@ -15,6 +15,7 @@ from dit_scale.elastic.node.rank_files import RankFiles
 from dit_scale.elastic.node.stacks import STACK_SIGNAL, StackArchive, ask_for_stacks, is_in_collective
 from dit_scale.heartbeat import Phase
 from dit_scale.journal import Event
+from dit_scale.lines import Say
 
 BLIND_S = 5.0
 """After a longer pause between two looks the supervisor was stopped itself, and its ranks perhaps with it."""
@@ -32,7 +33,7 @@ class Diagnosis:
         deadlines: Deadlines,
         archive: StackArchive,
         record: Callable[..., None],
-        say: Callable[[str], None],
+        say: Say,
     ) -> None:
         self._round_number, self._files, self._processes = round_number, files, processes
         self._deadlines, self._archive, self._record, self._say = deadlines, archive, record, say

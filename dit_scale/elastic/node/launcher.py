@@ -24,6 +24,7 @@ from dit_scale.elastic.node.rank import SUPERVISOR_VARIABLE
 from dit_scale.elastic.node.rank_files import RankFiles
 from dit_scale.elastic.node.stacks import StackArchive
 from dit_scale.heartbeat import FOLDER_VARIABLE
+from dit_scale.lines import Say
 from dit_scale.signals import ALWAYS, UNLESS_IGNORED
 
 
@@ -38,7 +39,7 @@ class Launcher:
         deadlines: Deadlines,
         stacks: Path,
         record: Callable[..., None],
-        say: Callable[[str], None],
+        say: Say,
     ) -> None:
         """`command` is what each rank runs, as arguments of the launcher: --module NAME ARGUMENTS.
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from dit_scale.lines import Say
+
 STACK_SIGNAL = signal.SIGUSR2
 """Makes a rank append the stacks of its threads to its stack file."""
 STACKS_S = 2.0
@@ -18,7 +20,7 @@ _COLLECTIVE = re.compile(r'^  File ".*(/torch/distributed/|/dit_scale/dist\.py)'
 class StackArchive:
     """The folder in which the stacks of one round are kept."""
 
-    def __init__(self, folder: Path, round_number: int, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, round_number: int, say: Say) -> None:
         self.folder = folder
         self._round_number, self._say = round_number, say
 

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from dit_scale.elastic.board import Board, Member
+from dit_scale.elastic.board import Board
 from dit_scale.elastic.local_node import Dependencies
 from dit_scale.elastic.node.deadlines import Standing
 from dit_scale.elastic.node.outcomes import GroupOutcome
 from dit_scale.elastic.policy import Policy
 from dit_scale.elastic.supervisor import Supervisor
 from dit_scale.storage import open_storage
+from tests.support.nodes.members import member_of
 
 TWO = Policy(min_nodes=2, max_nodes=2)
 
@@ -62,7 +63,7 @@ class Node:
             say=lambda text: None,
             problems=problems,
         )
-        member = Member(name, f"{name} of start {start}", "", 1, 1, "digest", start)
+        member = member_of(name, boot=f"{name} of start {start}", start=start)
         self._supervision = Supervisor(member, cluster.board, policy, dependencies).run()
 
     def look(self) -> None:
