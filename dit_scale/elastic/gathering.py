@@ -67,10 +67,9 @@ class Gathering:
         return unchanged_s > late_s + (policy.save_s if saving else policy.settle_s)
 
     def _expected(self) -> set[str]:
-        """The nodes that need not wait for further ones once all of them have joined; empty when unknown.
+        """Return the nodes with which the round can be sealed immediately; empty if they are unknown.
 
-        They are unknown when the job was restarted since: it may have other nodes, and those that left may be
-        back.
+        They are unknown after a restart of the job: it may have other nodes, and those that left may be back.
         """
         before, ending = self._before, self._ending
         if before is None or ending is None or before.start < self._node.start:

@@ -15,9 +15,9 @@ from dit_scale.elastic.node.outcomes import GroupOutcome
 from dit_scale.heartbeat import Phase
 
 JUDGES = 16
-"""The first members of a round, that many of them, read the reports of all nodes. All come to the same
-judgement, and the first one recorded counts. Thousands of nodes reading thousands of reports would overload
-a storage."""
+"""Number of judges: the first members of a round, which read the reports of all nodes. They come to the same
+judgement, and the first one recorded counts. If thousands of nodes read thousands of reports, they would
+overload a storage."""
 MAX_TEXTS = 3
 """Nodes that a message quotes when all report the same."""
 
@@ -34,9 +34,9 @@ class Hearing:
     """One node's part in it, during one round."""
 
     def __init__(self, board: Board, round_: Round, node: str, patience_s: float) -> None:
-        """After `patience_s` nobody waits any longer for nodes that have not reported.
+        """`patience_s` is the longest wait for nodes that have not reported.
 
-        A node that is not a judge leaves the judgement to them for twice as long, and then becomes one.
+        A node that is not a judge waits twice as long for a judgement, and then becomes a judge.
         """
         index = round_.index_of(node)
         self._is_judge = index is not None and index < JUDGES
@@ -108,23 +108,23 @@ def _broken(heard: Mapping[str, Report]) -> GroupOutcome:
 
 
 def _stalled(heard: Mapping[str, Report], now_s: float) -> GroupOutcome | None:
-    found = [
+    standings = [
         (_standing(tree, now_s - report.heard_s), node)
         for node, report in heard.items()
         for tree in report.tree["ranks"]
     ]
-    if not found:
+    if not standings:
         return None
-    worst = culprit(one for one, _ in found)
+    worst = culprit(one for one, _ in standings)
     if not worst.is_overdue:
         return None
-    node = next(node for one, node in found if one == worst)
+    node = next(node for one, node in standings if one == worst)
     details = {
         "rank": worst.rank,
         "step": worst.step,
         "section": worst.phase.name,
         "age_s": round(worst.age_s, 1),
-        "ranks": [f"{node}: {one}" for one, node in sorted(found, key=lambda pair: pair[0].rank)],
+        "ranks": [f"{node}: {one}" for one, node in sorted(standings, key=lambda pair: pair[0].rank)],
     }
     return GroupOutcome(Reason.HUNG, str(worst), details, node=node)
 

@@ -52,12 +52,12 @@ class Supervisor:
         is_ending_new, has_taken_part = ending is None, False
         while True:
             if is_ending_new:
-                found = yield from self._wait_for_end(number)
-                if isinstance(found, Exit):
-                    return found
-                if found is not None and (code := self._conclude(found)) is not None:
+                ended = yield from self._wait_for_end(number)
+                if isinstance(ended, Exit):
+                    return ended
+                if ended is not None and (code := self._conclude(ended)) is not None:
                     return code
-                ending = found
+                ending = ended
             is_ending_new = True
             if self._dependencies.is_wanted_back():
                 return self._node.give_back(number + 1)
@@ -110,7 +110,7 @@ class Supervisor:
                 assert sealed is not None
                 watch = DesertionWatch(self._board, sealed, self._policy.lease_s)
             if watch.is_deserted(self._dependencies.clock()):
-                # As long as one member runs, it finds the lost ones itself. Here none is left to do so.
+                # A running member would detect the lost ones itself. Here none is left to do so.
                 text = "all of its supervisors have stopped renewing their leases"
                 self._node.end_round(number, Reason.LOST, text, node=watch.watched)
                 continue

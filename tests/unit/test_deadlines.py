@@ -14,7 +14,7 @@ from dit_scale import heartbeat
 from dit_scale.elastic.board import Board, Ending, Reason, Round
 from dit_scale.elastic.giving_up import fruitless_after
 from dit_scale.elastic.hearing import Hearing
-from dit_scale.elastic.node.deadlines import Deadlines, Standing, culprit, standings
+from dit_scale.elastic.node.deadlines import Deadlines, Standing, culprit, standings_of
 from dit_scale.elastic.node.outcomes import GroupOutcome
 from dit_scale.elastic.node.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective, stack_path
 from dit_scale.heartbeat import Beat, Heart, Phase, beat_path, read_beat
@@ -27,7 +27,7 @@ PHASES = (Phase.DATA, Phase.COMPUTE, Phase.AGREE, Phase.LOG)
 
 def standing_of(beat: Beat | None, now_s: float, since_s: float = 0.0) -> Standing:
     """Where rank 0 stands, whose process is not stopped."""
-    (one,) = standings(
+    (one,) = standings_of(
         {0: beat}, {0: None}, Deadlines(), now_s=now_s, since_s=since_s, is_stopped=lambda pid: False
     )
     return one
@@ -115,7 +115,7 @@ def test_a_rank_that_never_sends_a_heartbeat_is_overdue() -> None:
 def test_a_stopped_process_gets_no_longer_than_a_step() -> None:
     beat = Beat(4711, Phase.RESTORE, 0, at_s=0.0)
     stopped, running = (
-        standings({0: beat}, {0: None}, Deadlines(), now_s=9.0, since_s=0.0, is_stopped=is_stopped)[0]
+        standings_of({0: beat}, {0: None}, Deadlines(), now_s=9.0, since_s=0.0, is_stopped=is_stopped)[0]
         for is_stopped in ({4711}.__contains__, set[int]().__contains__)
     )
     assert stopped.is_overdue

@@ -52,16 +52,16 @@ def _nothing_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_healthy_node_without_gpus(tmp_path: Path) -> None:
-    said: list[str] = []
-    assert preflight(config_of(tmp_path), 1, said.append) == []
-    assert said == ["skipping the GPU checks: engine.device is cpu"]
+    logged: list[str] = []
+    assert preflight(config_of(tmp_path), 1, logged.append) == []
+    assert logged == ["skipping the GPU checks: engine.device is cpu"]
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
 
 
 def test_a_healthy_node_with_gpus() -> None:
-    said: list[str] = []
-    assert gpu_problems("auto", 2, said.append, node(gpus())) == []
-    assert said == []
+    logged: list[str] = []
+    assert gpu_problems("auto", 2, logged.append, node(gpus())) == []
+    assert logged == []
 
 
 @pytest.mark.parametrize(("visible", "num"), [("3", 1), ("GPU-1a,MIG-2b", 2), ("-1", 0), ("NoDevFiles", 0)])
@@ -162,9 +162,9 @@ def test_xid_errors_of_devices_count_and_those_of_programs_do_not() -> None:
 
 
 def test_kernel_messages_that_cannot_be_read_are_no_problem() -> None:
-    said: list[str] = []
-    assert gpu_problems("auto", 2, said.append, node(gpus(), kernel=None)) == []
-    assert said == ["skipping the Xid check: this user cannot read the kernel messages"]
+    logged: list[str] = []
+    assert gpu_problems("auto", 2, logged.append, node(gpus(), kernel=None)) == []
+    assert logged == ["skipping the Xid check: this user cannot read the kernel messages"]
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,15 +203,17 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "most_nodes", "said"),
+    ("kind", "most_nodes", "is_logged"),
     [("xfs\n", 2, True), ("xfs\n", 1, False), ("nfs\n", 2, False), (None, 2, False)],
 )
 def test_a_folder_that_only_this_node_sees_is_logged(
-    tmp_path: Path, kind: str | None, most_nodes: int, said: bool
+    tmp_path: Path, kind: str | None, most_nodes: int, is_logged: bool
 ) -> None:
-    heard: list[str] = []
-    say_unless_shared(open_storage(tmp_path / "run"), most_nodes, heard.append, lambda command: kind)
-    assert [f"{tmp_path / 'run'} is on a disk of this node (xfs)" in text for text in heard] == [True] * said
+    logged: list[str] = []
+    say_unless_shared(open_storage(tmp_path / "run"), most_nodes, logged.append, lambda command: kind)
+    assert [f"{tmp_path / 'run'} is on a disk of this node (xfs)" in text for text in logged] == [
+        True
+    ] * is_logged
 
 
 def test_a_bucket_is_seen_by_all_nodes() -> None:
@@ -219,17 +221,17 @@ def test_a_bucket_is_seen_by_all_nodes() -> None:
 
 
 def test_a_clock_that_differs_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, said = config_of(tmp_path), list[str]()
+    config, logged = config_of(tmp_path), list[str]()
     write_bytes = Path.write_bytes
 
-    def behind(path: Path, data: bytes) -> int:
+    def with_old_time(path: Path, data: bytes) -> int:
         written = write_bytes(path, data)
         os.utime(path, (1e9, 1e9))
         return written
 
-    monkeypatch.setattr(Path, "write_bytes", behind)
-    assert preflight(config, 1, said.append) == []
-    assert f"s from that of {config.run}" in said[-1]
+    monkeypatch.setattr(Path, "write_bytes", with_old_time)
+    assert preflight(config, 1, logged.append) == []
+    assert f"s from that of {config.run}" in logged[-1]
 
 
 def test_a_command_that_fails_has_no_output() -> None:

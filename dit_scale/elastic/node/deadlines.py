@@ -91,7 +91,7 @@ class Standing:
         )
 
 
-def standings(
+def standings_of(
     heartbeats: Mapping[int, Beat | None],
     verdicts: Mapping[int, Verdict | None],
     deadlines: Deadlines,
@@ -105,14 +105,14 @@ def standings(
     No age exceeds the time since `since_s`: when the ranks were started, or the end of a later time in which
     the supervisor could not look.
     """
-    found = []
+    standings = []
     for rank, beat in heartbeats.items():
         if verdicts[rank] is not None:
             continue
         beat = beat or Beat(0, Phase.START, 0, since_s)
         stopped = beat.pid != 0 and is_stopped(beat.pid)
         quiet_s = deadlines.quiet(beat)
-        found.append(
+        standings.append(
             Standing(
                 rank=rank,
                 pid=beat.pid,
@@ -124,14 +124,14 @@ def standings(
                 stopped=stopped,
             )
         )
-    return found
+    return standings
 
 
-def culprit(found: Iterable[Standing]) -> Standing:
-    """Return the rank that the others wait for, when none makes progress.
+def culprit(standings: Iterable[Standing]) -> Standing:
+    """Return the rank that the others wait for, if all of them make no progress.
 
     A stopped process comes first, then the rank that has come least far: the others came as far as they could
     without it. Among ranks in the same phase of the same step, the culprit is not inside a collective. If all
     are, it is the rank with the oldest heartbeat.
     """
-    return min(found, key=lambda one: (not one.stopped, one.step, one.phase, one.waits, -one.age_s))
+    return min(standings, key=lambda one: (not one.stopped, one.step, one.phase, one.waits, -one.age_s))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from dit_scale.elastic.node.deadlines import Deadlines, Standing, standings
+from dit_scale.elastic.node.deadlines import Deadlines, Standing, standings_of
 from dit_scale.elastic.node.processes import ProcessTable
 from dit_scale.elastic.node.rank_files import RankFiles
 from dit_scale.elastic.node.stacks import STACK_SIGNAL, StackArchive, ask_for_stacks, is_in_collective
@@ -51,7 +51,7 @@ class Diagnosis:
             self._sighted_s = now_s
         self._looked_s = now_s
         heartbeats = self._files.heartbeats()
-        found = standings(
+        ranks = standings_of(
             {rank: heartbeats.get(rank) for rank in self._files.ranks},
             self._files.verdicts(),
             self._deadlines,
@@ -59,8 +59,8 @@ class Diagnosis:
             since_s=self._sighted_s,
             is_stopped=self._processes.is_stopped,
         )
-        waiting = self.waiting([one for one in found if one.phase >= Phase.DATA])
-        return [replace(one, waits=one.rank in waiting) for one in found]
+        waiting = self.waiting([one for one in ranks if one.phase >= Phase.DATA])
+        return [replace(one, waits=one.rank in waiting) for one in ranks]
 
     def waiting(self, training: Sequence[Standing]) -> set[int]:
         """Return the ranks inside a collective, judging by stacks that are requested once a rank is overdue.
@@ -77,21 +77,21 @@ class Diagnosis:
             self._places = places
         return {rank for rank, text in self._stacks.items() if is_in_collective(text)}
 
-    def report_stalls(self, found: Sequence[Standing]) -> None:
+    def report_stalls(self, standings: Sequence[Standing]) -> None:
         """Report every rank that waits for data for longer than a step takes, once per wait.
 
         The data may still arrive. The rank gives up by its own deadline.
         """
         stalled = [
             one
-            for one in found
+            for one in standings
             if one.phase == Phase.DATA
             and one.age_s > one.quiet_s
             and (one.rank, one.step) not in self._reported_stalls
         ]
         if not stalled:
             return
-        self._archive.write(self._stacks or self._ask(found))
+        self._archive.write(self._stacks or self._ask(standings))
         for one in stalled:
             self._reported_stalls.add((one.rank, one.step))
             self._record(Event.STALLED, round=self._round_number, rank=one.rank, step=one.step, text=str(one))
@@ -112,9 +112,9 @@ class Diagnosis:
         now = ask_for_stacks(self._files.folder, pids, wake_and_ask)
         self._archive.write(now | self._stacks)
 
-    def _ask(self, found: Iterable[Standing]) -> dict[int, str]:
+    def _ask(self, standings: Iterable[Standing]) -> dict[int, str]:
         """Return the stacks of those that are not stopped."""
-        pids = {one.rank: one.pid for one in found if one.pid and not one.stopped}
+        pids = {one.rank: one.pid for one in standings if one.pid and not one.stopped}
         return ask_for_stacks(
             self._files.folder, pids, lambda rank: self._processes.signal(pids[rank], STACK_SIGNAL)
         )

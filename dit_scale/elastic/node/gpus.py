@@ -180,12 +180,12 @@ def xid_problems(messages: str | None, uptime_s: float, say: Say) -> list[str]:
     if messages is None:
         say("skipping the Xid check: this user cannot read the kernel messages")
         return []
-    found = {}
+    errors = {}
     for at_s, where, number in _XID.findall(messages):
         if int(number) in XIDS and uptime_s - float(at_s) < XID_AGE_S:
-            found[where, int(number)] = uptime_s - float(at_s)
+            errors[where, int(number)] = uptime_s - float(at_s)
     return [
         f"Xid {number} ({XIDS[number]}) on the GPU at {where}, {age_s / 60:.0f} min ago; reset the device or "
         "reboot the node"
-        for (where, number), age_s in found.items()
+        for (where, number), age_s in errors.items()
     ]

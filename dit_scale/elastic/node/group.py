@@ -79,17 +79,17 @@ class LaunchedGroup:
             return GroupOutcome(
                 Reason.FAILED, f"the launcher exited with code {exit_code} before all of its ranks had"
             )
-        found = self._diagnosis.standings()
-        self._diagnosis.report_stalls(found)
-        if not any(one.is_overdue for one in found):
+        standings = self._diagnosis.standings()
+        self._diagnosis.report_stalls(standings)
+        if not any(one.is_overdue for one in standings):
             return None
-        worst = culprit(found)
+        worst = culprit(standings)
         details = {"rank": worst.rank, "step": worst.step, "section": worst.phase.name}
         return GroupOutcome(Reason.HUNG, str(worst), details, first_hand=False)
 
     def quiet(self) -> tuple[Standing, ...]:
-        found = self._diagnosis.standings()
-        return tuple(found) if any(one.age_s > one.quiet_s for one in found) else ()
+        standings = self._diagnosis.standings()
+        return tuple(standings) if any(one.age_s > one.quiet_s for one in standings) else ()
 
     def ask_to_stop(self) -> None:
         heartbeats = self._files.heartbeats()
