@@ -27,7 +27,7 @@ _RECORD = struct.Struct("<QIIQQd")
 
 
 class Phase(IntEnum):
-    """What a rank is doing. Each phase has a deadline of its own."""
+    """What a rank is doing. Each phase has its own deadline."""
 
     START = 0
     """Imports, process group, model and engine."""
@@ -122,5 +122,5 @@ def read_beat(path: Path) -> Beat | None:
 
 
 def beat_path(folder: Path, rank: int) -> Path:
-    """The heartbeat file of a rank."""
+    """Return the heartbeat file of a rank."""
     return folder / f"beat-{rank:05d}"

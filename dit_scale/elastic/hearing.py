@@ -31,7 +31,7 @@ class Report:
 
 
 class Hearing:
-    """One node's part in it, during one round."""
+    """One node's part in the hearing of one round."""
 
     def __init__(self, board: Board, round_: Round, node: str, patience_s: float) -> None:
         """`patience_s` is the longest wait for nodes that have not reported.

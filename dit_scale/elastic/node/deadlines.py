@@ -37,11 +37,11 @@ class Deadlines:
     shortest_s: float = SHORTEST_S
 
     def quiet(self, beat: Beat) -> float:
-        """Age of this heartbeat from which on all ranks are examined."""
+        """Return the age of this heartbeat at which all ranks are examined."""
         return max(self.shortest_s, TIMES_P99 * beat.p99_s) - NOTICE_S
 
     def of(self, beat: Beat) -> float:
-        """Age of this heartbeat from which on its rank is overdue."""
+        """Return the age of this heartbeat beyond which its rank is overdue."""
         match beat.phase:
             case Phase.START:
                 return self.start_s
@@ -69,9 +69,9 @@ class Standing:
     age_s: float
     """Time since its last heartbeat."""
     limit_s: float
-    """Age from which on it is overdue."""
+    """Age beyond which it is overdue."""
     quiet_s: float = 0.0
-    """Age from which on all ranks are examined."""
+    """Age at which all ranks are examined."""
     stopped: bool = False
     """Whether its process was stopped by a signal."""
     waits: bool = False
@@ -100,7 +100,7 @@ def standings_of(
     since_s: float,
     is_stopped: Callable[[int], bool],
 ) -> list[Standing]:
-    """Where the ranks without a verdict stand, including those that have not sent a heartbeat yet.
+    """Return where the ranks without a verdict stand, including those that have not sent a heartbeat yet.
 
     No age exceeds the time since `since_s`: when the ranks were started, or the end of a later time in which
     the supervisor could not look.

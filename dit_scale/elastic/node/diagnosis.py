@@ -45,7 +45,7 @@ class Diagnosis:
         """Rank and step."""
 
     def standings(self) -> list[Standing]:
-        """Where the ranks stand that have not ended."""
+        """Return where the ranks without a verdict stand."""
         now_s = time.monotonic()
         if now_s - self._looked_s > BLIND_S:
             self._sighted_s = now_s

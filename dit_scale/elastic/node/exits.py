@@ -23,7 +23,7 @@ class Exit(IntEnum):
     REQUEUE = 75
     """Stopped on request with everything committed: the job can be queued again."""
     DO_NOT_RESTART = 93
-    """A restart would fail the same way: manual intervention needed, the message says which."""
+    """A restart would fail the same way: manual intervention needed, as the message explains."""
 
 
 PERMANENT = (ConfigError, WeightsError, StabilityError)
@@ -31,7 +31,7 @@ PERMANENT = (ConfigError, WeightsError, StabilityError)
 
 
 def exit_code(error: BaseException) -> Exit:
-    """Whether a restart can help after this error, as an exit code."""
+    """Return the exit code for an error, which tells whether a restart can help."""
     return Exit.DO_NOT_RESTART if isinstance(error, PERMANENT) else Exit.FAILED
 
 

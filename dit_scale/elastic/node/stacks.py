@@ -35,7 +35,7 @@ class StackArchive:
 
 
 def stack_path(folder: Path, rank: int) -> Path:
-    """The file to which a rank writes its stacks."""
+    """Return the file to which a rank writes its stacks."""
     return folder / f"stack-{rank:05d}"
 
 
