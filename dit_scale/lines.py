@@ -15,7 +15,11 @@ from typing import Any
 MAX_BUFFERED_BYTES = 64 * 2**20
 """Size of the buffer for lines that cannot be written; further lines are dropped."""
 
-Alarm = Callable[[str], None]
+Say = Callable[[str], None]
+"""Shows one line of text to the user."""
+
+Alarm = Say
+"""Reports one failure that does not stop the run."""
 
 
 class LineFile:

@@ -3,18 +3,18 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command, group, int_between, weights_file
+from dit_scale.cli.arguments import add_command, add_group, int_between, weights_file
 
 
 def add(commands: Any) -> None:
     """Declare the commands."""
-    actions = group(
+    actions = add_group(
         commands,
         "checkpoint",
         "list, verify, export, keep or prune a run's checkpoints",
         example="dit-scale checkpoint list runs/dit_xl2_256",
     )
-    listing = command(
+    listing = add_command(
         actions,
         "list",
         _list,
@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     )
     listing.add_argument("run", help="the run's folder")
     listing.add_argument("--json", action="store_true", help="a list of objects, for machines")
-    verify = command(
+    verify = add_command(
         actions,
         "verify",
         _verify,
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     verify.add_argument(
         "source", help="run folder (all its checkpoints, stored averages and attempts) or checkpoint folder"
     )
-    export = command(
+    export = add_command(
         actions,
         "export",
         _export,
@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
 
 
 def _add_retention(actions: Any) -> None:
-    keep = command(
+    keep = add_command(
         actions,
         "keep",
         _keep,
@@ -58,7 +58,7 @@ def _add_retention(actions: Any) -> None:
     keep.add_argument(
         "checkpoint", metavar="NAME", help="as `checkpoint list` names it, for example 0000400000-0003"
     )
-    prune = command(
+    prune = add_command(
         actions,
         "prune",
         _prune,

@@ -140,7 +140,7 @@ def _skipped(events: list[Line], step: int) -> RecordedStep | None:
 
 
 def _logged(record: list[Line], step: int) -> RecordedStep | None:
-    """Find a line of metrics.jsonl that covers this step alone; lines have means over the steps between them."""
+    """Find a line of metrics.jsonl that covers this step alone; others have means over several steps."""
     for before, line in zip([{"step": 0}, *record], record, strict=False):
         if before["step"] == step - 1 and line["step"] == step and not line["skipped"]:
             return RecordedStep((*(line[name] for name in COLUMNS[:-1]), 0.0), "metrics.jsonl")

@@ -1,7 +1,7 @@
 """Take one step of a run again, and report what each of its samples contributed.
 
-Training starts from the newest checkpoint before the step, or from step 0, and takes all steps as the run did.
-Nothing is written to the run's folder.
+Training starts from the newest checkpoint before the step, or from step 0, and takes all steps as the run
+did. Nothing is written to the run's folder.
 """
 
 import math
@@ -24,16 +24,13 @@ from dit_scale.report.history import StepHistory, as_taken, history_of
 from dit_scale.telemetry.meters import COLUMNS, Meters, StepRow
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.train import determinism
+from dit_scale.train.dataset_check import check_dataset, data_digest
 from dit_scale.train.memory import plan_of
 from dit_scale.train.objective import SampleLosses, drop_labels
-from dit_scale.train.run_folder import (
-    RunState,
-    check_dataset,
-    config_of_folder,
-    data_digest,
-    find_checkpoint,
-)
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.restore import find_checkpoint
+from dit_scale.train.run_folder import config_of_folder
+from dit_scale.train.run_state import RunState
+from dit_scale.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -103,9 +100,9 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
         check_dataset(config, dataset)
         plan = plan_of(config, world.size)
         # Steps do not depend on weight averages.
-        training = TrainingStep(config.model_copy(update={"ema": ()}), world, plan, dataset.info.vae.scale)
+        training = Trainer(config.model_copy(update={"ema": ()}), world, plan, dataset.info.vae.scale)
         notes: list[str] = []
-        found = _restore(
+        checkpoint = _restore(
             config,
             dataset=dataset,
             world=world,
@@ -114,7 +111,7 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
             say=notes.append,
         )
         excluded = history.attempt.excluded_positions
-        state = RunState.of(found.manifest, excluded) if found else RunState(excluded=excluded)
+        state = RunState.of(checkpoint.manifest, excluded) if checkpoint else RunState(excluded=excluded)
         status = StatusLine(step, state.step, shown=world.is_first)
         stack.callback(status.close)
         for note in notes:
@@ -140,7 +137,7 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
         run=run,
         step=step,
         history=history,
-        checkpoint=found.path if found else None,
+        checkpoint=checkpoint.path if checkpoint else None,
         world=world.size,
         row=row,
         samples=tuple(samples),
@@ -152,27 +149,28 @@ def _restore(
     *,
     dataset: LatentDataset,
     world: World,
-    training: TrainingStep,
+    training: Trainer,
     history: StepHistory,
     say: Callable[[str], None],
 ) -> Checkpoint | None:
     """Restore the newest checkpoint before the step and return it; None if training starts from step 0."""
 
-    def fill(found: Checkpoint) -> None:
-        reader.fill(training.engine.owned, OPTIMIZER_KINDS, found.read)
+    def fill(candidate: Checkpoint) -> None:
+        reader.fill(training.engine.owned, OPTIMIZER_KINDS, candidate.read)
 
-    found = find_checkpoint(config, data_digest(dataset), world, fill, say, history.at_most_step)
-    if found is None:
+    data_sha256 = data_digest(dataset)
+    checkpoint = find_checkpoint(config, data_sha256, world, fill, say, at_most_step=history.at_most_step)
+    if checkpoint is None:
         training.start()
         say("starting from step 0: the run has no checkpoint before this step")
         return None
-    training.resume(found.manifest.guard)
-    say(f"starting from {found}")
-    return found
+    training.resume(checkpoint.manifest.guard)
+    say(f"starting from {checkpoint}")
+    return checkpoint
 
 
 def _advance(
-    config: TrainConfig, training: TrainingStep, loader: Loader, status: StatusLine, steps: range
+    config: TrainConfig, training: Trainer, loader: Loader, status: StatusLine, steps: range
 ) -> None:
     """Take these steps (counted from 0) and show their progress."""
     status.say(f"steps to replay first: {len(steps)}")
@@ -186,7 +184,7 @@ def _advance(
 
 def _take(
     config: TrainConfig,
-    training: TrainingStep,
+    training: Trainer,
     loader: Loader,
     excluded: tuple[tuple[int, int], ...],
     step: int,

@@ -7,8 +7,9 @@ from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord, Ranges
 from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.errors import StorageError
+from dit_scale.lines import Say
 from dit_scale.storage import DiskFullError, Storage
-from dit_scale.train.run_folder import Say, merged
+from dit_scale.train.run_state import merged
 
 PAUSE_S = 5.0
 """Between two tries while there is no room."""

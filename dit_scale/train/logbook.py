@@ -10,11 +10,12 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig, dump
 from dit_scale.errors import StorageError
 from dit_scale.journal import Event, Journal
+from dit_scale.lines import Say
 from dit_scale.storage import DiskFullError, MissingKeyError, Storage, open_storage
 from dit_scale.telemetry import record
 from dit_scale.telemetry.record import Record
 from dit_scale.telemetry.sinks import open_mirrors
-from dit_scale.train.run_folder import EVENTS, METRICS, Say
+from dit_scale.train.run_folder import EVENTS, METRICS
 
 
 @dataclass(frozen=True)

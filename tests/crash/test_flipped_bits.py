@@ -22,7 +22,7 @@ from dit_scale.data.verify import verify
 from dit_scale.dist import World
 from dit_scale.errors import DataError
 from dit_scale.storage import open_storage
-from dit_scale.train.run_folder import find_checkpoint
+from dit_scale.train.restore import find_checkpoint
 from dit_scale_pipeline import output
 from dit_scale_pipeline.inputs import Listing
 from dit_scale_pipeline.inputs.base import Archive
@@ -73,7 +73,7 @@ def data(tmp_path: Path) -> Path:
     torn = Quarantined(key=2, path="b/0.png", reason="torn")
     shards = [build_shard("00000", rows[:2], [], 4), build_shard("00001", rows[2:], [torn], 4)]
     for shard in shards:
-        shard.put(storage)
+        shard.write(storage)
     output.commit(storage, config, LISTING, VAE, claimed, [shard.record for shard in shards])
     return tmp_path
 

@@ -24,7 +24,7 @@ from dit_scale.data.verify import verify
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, DataError
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train.run_folder import find_checkpoint
+from dit_scale.train.restore import find_checkpoint
 from tests.support import checkpoints
 from tests.support.latents import write_latents
 

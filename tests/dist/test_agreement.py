@@ -12,7 +12,7 @@ from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.config import EngineConfig, TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import open_storage
-from dit_scale.train.run_folder import find_checkpoint
+from dit_scale.train.restore import find_checkpoint
 from tests.support import checkpoints
 from tests.support.ranks.processes import run
 

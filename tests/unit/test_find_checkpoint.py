@@ -21,7 +21,8 @@ from dit_scale.errors import ConfigError
 from dit_scale.paths import located
 from dit_scale.storage import Storage, UnavailableError, open_storage, s3
 from dit_scale.train.changes import say_changes
-from dit_scale.train.run_folder import find_checkpoint, root_of
+from dit_scale.train.restore import find_checkpoint
+from dit_scale.train.run_folder import root_of
 from tests.support import checkpoints
 from tests.support.faults.proxy import FaultProxy
 from tests.support.s3 import BUCKET, s3_server

@@ -196,7 +196,7 @@ def summary(past: StepHistory) -> tuple[tuple[int, ...], int | None, tuple[int, 
 
 
 def test_a_replay_uses_the_settings_of_the_attempt(config: TrainConfig) -> None:
-    """Rates, guard and precision come from its checkpoints; paths, device and logging stay as they are now."""
+    """Rates, guard and precision come from its checkpoints; paths, device and logging are current."""
     root = open_storage(config.run)
     then = {
         "steps": 70,

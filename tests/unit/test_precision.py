@@ -13,7 +13,7 @@ from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.config import TrainConfig
 from dit_scale.dist import World
 from dit_scale.storage import open_storage
-from dit_scale.train.run_folder import choose_precision
+from dit_scale.train.precision import choose_precision
 from tests.support import checkpoints
 
 CPU = torch.device("cpu")
