@@ -6,6 +6,7 @@ Imports inside functions and under TYPE_CHECKING count like all others, unless a
 import ast
 import os
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -17,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PIPELINE = "data_pipeline/dit_scale_pipeline"
 PACKAGES = ("dit_scale", PIPELINE)
-SCRIPTS = ("data_pipeline/encode_latents.py", "data_pipeline/verify.py")
+SCRIPTS = ("data_pipeline/encode_latents.py",)
 PROGRAMS = ("benchmarks", "cluster", "demo")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -27,6 +28,7 @@ LAYERS = (
     "signals",
     "lines",
     "journal",
+    "ledger",
     "heartbeat",
     "sealed",
     "recipes",
@@ -96,7 +98,6 @@ WITHOUT_TORCH = (
     "dit_scale_pipeline.images",
     "dit_scale_pipeline.inputs",
     "dit_scale_pipeline.shards_writer",
-    "dit_scale_pipeline.verify",
 )
 """Modules that must load quickly, or where there is no torch: neither they nor what they import has it."""
 
@@ -207,7 +208,7 @@ def test_the_library_does_not_know_its_programs() -> None:
     assert [o for path in sources(*PACKAGES) for o in offences(path, programs)] == []
 
 
-def test_only_the_encode_command_knows_the_pipeline() -> None:
+def test_only_the_commands_of_latent_data_sets_know_the_pipeline() -> None:
     found = [
         (name, entry.name, entry.lazy)
         for name, path in MODULES.items()
@@ -215,7 +216,11 @@ def test_only_the_encode_command_knows_the_pipeline() -> None:
         for entry in imports_of(path)
         if within(entry.name, ("dit_scale_pipeline",))
     ]
-    assert found == [("dit_scale.cli.encode", "dit_scale_pipeline.job", True)]
+    assert set(found) == {
+        ("dit_scale.cli.encode", "dit_scale_pipeline.job", True),
+        ("dit_scale.cli.latents", "dit_scale_pipeline.compare", True),
+        ("dit_scale.cli.latents", "dit_scale_pipeline.inputs.names", True),
+    }
 
 
 def test_the_folder_of_the_pipeline_holds_short_scripts_beside_it() -> None:
@@ -255,6 +260,21 @@ def test_heavy_libraries_load_when_they_are_needed(library: str) -> None:
         for entry in imports_of(path)
         if within(entry.name, (library,)) and not entry.lazy
     ]
+    assert found == []
+
+
+def test_every_runtime_dependency_is_imported() -> None:
+    """What only tests and benchmarks use belongs to the extra `dev`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", text)[0] for text in project["dependencies"]}  # type: ignore[index]
+    imported = {entry.name.partition(".")[0] for path in MODULES.values() for entry in imports_of(path)}
+    modules = {"pillow": "PIL", "pyyaml": "yaml"}
+    assert {name for name in names if modules.get(name, name.replace("-", "_")) not in imported} == set()
+
+
+def test_no_module_changes_the_import_path() -> None:
+    scripts = [ROOT / name for name in SCRIPTS]
+    found = [path for path in (*MODULES.values(), *scripts) if "sys.path" in path.read_text()]
     assert found == []
 
 

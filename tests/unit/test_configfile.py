@@ -139,9 +139,7 @@ def test_a_mistake_is_blamed_on_where_it_stands(tmp_path: Path) -> None:
 def test_a_section_that_both_have_part_in(tmp_path: Path) -> None:
     text = "optimizer: {final_lr_fraction: 0.5, decay: cosine}"
     said = refused(tmp_path, text, "optimizer.decay=none")
-    assert said.startswith(
-        "config.yaml and command line: optimizer: final_lr_fraction=0.5 has no effect"
-    )
+    assert said.startswith("config.yaml and command line: optimizer: final_lr_fraction=0.5 has no effect")
 
 
 def test_an_unknown_key_of_an_item(tmp_path: Path) -> None:
