@@ -180,7 +180,7 @@ def step(run: Session, rounds: int) -> Row:
 def turn(run: Session) -> None:
     """One turn of the training loop, as `dit_scale.train.loop` has it between two saves and log points."""
     sums = run.trainer.accumulate(run.loader)
-    vote = run.world.begin_any(*run.saver.flags())
+    vote = run.world.start_vote(*run.saver.flags())
     row = run.trainer.update(sums, run.state.step)
     run.state.step += 1
     run.meters.add(row)

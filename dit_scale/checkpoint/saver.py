@@ -161,7 +161,7 @@ class Saver:
         """Wait for the save in flight; None if there is none. Calls `voted` before every vote."""
         while self.in_flight:
             voted()
-            result = self.advance(*self._world.begin_any(*self.flags()).result())
+            result = self.advance(*self._world.start_vote(*self.flags()).result())
             if result is not None:
                 return result
             time.sleep(_POLL_S)

@@ -46,7 +46,7 @@ def write_run(run: Path, vae: str, step: int = STEP) -> dict[str, dict[str, Tens
         CheckpointId(step, ATTEMPT),
         [_share(averages, rank) for rank in (0, 1)],
         config=config.model_dump(mode="json"),
-        vae_sha256=vae_files.find(vae).identity.weights_sha256,
+        vae_sha256=vae_files.find_vae(vae).identity.weights_sha256,
         model_shapes={name: tuple(tensor.shape) for name, tensor in averages["first"].items()},
     )
     open_storage(run).write("config.yaml", dump(config).encode())

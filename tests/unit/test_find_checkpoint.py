@@ -16,9 +16,9 @@ from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import CheckpointConfig, TrainConfig
 from dit_scale.dist import World
-from dit_scale.elastic.launch import committed_step
+from dit_scale.elastic.run_progress import committed_step
 from dit_scale.errors import ConfigError
-from dit_scale.paths import located
+from dit_scale.paths import with_absolute_paths
 from dit_scale.storage import Storage, UnavailableError, open_storage, s3
 from dit_scale.train.changes import say_changes
 from dit_scale.train.restore import find_checkpoint
@@ -80,7 +80,7 @@ def test_all_that_changed_is_said(tmp_path: Path, changes: dict[str, Any], said:
     checkpoints.write(open_storage(tmp_path), NEWEST, [owned], config=config)
     notes: list[str] = []
     checkpoint = Checkpoint(open_storage(tmp_path), NEWEST)
-    say_changes(located(TrainConfig.model_validate(saved | changes)), checkpoint, notes.append)
+    say_changes(with_absolute_paths(TrainConfig.model_validate(saved | changes)), checkpoint, notes.append)
     assert notes == said
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dit_scale import cli, vae
 from dit_scale.data.shards import INFO_KEY, LatentDataset
-from dit_scale.inference.pictures import decode, random_ids
+from dit_scale.inference.preview import decode, random_ids
 from tests.support.latents import edit_info, write_latents
 from tests.support.tiny_vae import save_tiny_vae
 
