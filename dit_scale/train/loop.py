@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 from dit_scale import dist
 from dit_scale.config import TrainConfig
-from dit_scale.data.loader import Batch
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.heartbeat import Heart, Phase
 from dit_scale.signals import REQUEUE_EXIT_CODE, StopRequest
 from dit_scale.train import determinism
@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def _beating(heart: Heart, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+def _beating(heart: Heart, batches: Iterator[MicroBatch], step: int) -> Iterator[MicroBatch]:
     """The same batches; the heart tells the wait for one from the work on it."""
     while True:
         heart.beat(Phase.DATA, step)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_scale import rng
-from dit_scale.data.loader import Batch, draw_latents
+from dit_scale.data.micro_batch import MicroBatch, draw_latents
 from dit_scale.diffusion.gaussian import q_sample
 from dit_scale.diffusion.loss import hybrid_loss
 from dit_scale.diffusion.schedule import Schedule
@@ -38,7 +38,7 @@ class SampleLosses(NamedTuple):
         return torch.stack((self.total_B, self.mse_B, self.vb_B)) @ weight_B
 
 
-MicroBatchObserver = Callable[[Batch, SampleLosses], None]
+MicroBatchObserver = Callable[[MicroBatch, SampleLosses], None]
 """Sees a micro-batch and the losses of its samples."""
 
 
@@ -50,7 +50,7 @@ def drop_labels(y_B: Tensor, position_B: Tensor, null_class: int, share: float, 
 def losses(
     predict: Predict,
     schedule: Schedule,
-    batch: Batch,
+    batch: MicroBatch,
     seed: int,
     latent_scale: float,
     null_class: int,

@@ -284,11 +284,11 @@ class Session:
             self._dataset,
             config.data,
             self.plan,
-            self.world.rank,
-            config.seed,
-            state.step,
-            state.excluded,
-            tuple(state.quarantined),
+            rank=self.world.rank,
+            seed=config.seed,
+            first_step=state.step,
+            excluded=state.excluded,
+            quarantined=tuple(state.quarantined),
         )
         stack.callback(self.loader.close)
         self._announce(notes, resumed, restore_s)

@@ -9,7 +9,7 @@ from dit_scale.checkpoint import reader
 from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER
 from dit_scale.config import TrainConfig
 from dit_scale.data.batch_plan import BatchPlan
-from dit_scale.data.loader import Batch
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.dist import World
 from dit_scale.models import dit
@@ -59,11 +59,13 @@ class Trainer:
         self.guard.restore(guard)
         self.engine.set_optimizer_step(int(guard["updates"]))
 
-    def take(self, batches: Iterator[Batch], step: int, watch: MicroBatchObserver | None = None) -> Tensor:
+    def take(
+        self, batches: Iterator[MicroBatch], step: int, watch: MicroBatchObserver | None = None
+    ) -> Tensor:
         """Take step `step` (counted from 0): `accumulate`, then `update`."""
         return self.update(self.accumulate(batches, watch), step)
 
-    def accumulate(self, batches: Iterator[Batch], watch: MicroBatchObserver | None = None) -> Tensor:
+    def accumulate(self, batches: Iterator[MicroBatch], watch: MicroBatchObserver | None = None) -> Tensor:
         """Run the next micro-batches of this rank forward and backward; `watch` sees them.
 
         Returns the sums of the losses over the samples of this rank, fp32 (3,) on the device.

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.config import EmaProfile, GuardConfig, ModelConfig, TrainConfig
-from dit_scale.data.loader import Batch
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.telemetry.meters import COLUMNS, Meters
@@ -176,8 +176,8 @@ def test_host_reads_of_a_training_run(tmp_path: Path, stage: int, precision: str
     assert watch.operators[EMA_PASS] == LOG_EVERY * len(PROFILES)
 
 
-def meta_batch(num: int, side: int) -> Batch:
-    return Batch(
+def meta_batch(num: int, side: int) -> MicroBatch:
+    return MicroBatch(
         torch.empty(num, 8, side, side, dtype=torch.float16, device=META),
         torch.empty(num, dtype=torch.int64, device=META),
         torch.empty(num, dtype=torch.int64, device=META),

@@ -8,7 +8,7 @@ import torch
 
 from dit_scale import rng
 from dit_scale.config import ModelConfig
-from dit_scale.data.loader import Batch
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.rng import Purpose
@@ -30,29 +30,29 @@ def model() -> dit.DiT:
 
 
 @pytest.fixture(scope="module")
-def batch() -> Batch:
+def batch() -> MicroBatch:
     generator = torch.Generator().manual_seed(1)
     moments = torch.rand((NUM, 8, 4, 4), generator=generator).half()
     weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
-    return Batch(moments, torch.arange(NUM) % NUM_CLASSES, torch.arange(100, 100 + NUM), weights)
+    return MicroBatch(moments, torch.arange(NUM) % NUM_CLASSES, torch.arange(100, 100 + NUM), weights)
 
 
-def settings(batch: Batch) -> tuple[schedules.Schedule, Batch, int, float, int, float]:
+def settings(batch: MicroBatch) -> tuple[schedules.Schedule, MicroBatch, int, float, int, float]:
     return schedules.linear(1000), batch, SEED, SCALE, NUM_CLASSES, LABEL_DROPOUT
 
 
 @torch.no_grad()
-def test_the_losses_of_a_sample_do_not_depend_on_its_neighbours(model: dit.DiT, batch: Batch) -> None:
+def test_the_losses_of_a_sample_do_not_depend_on_its_neighbours(model: dit.DiT, batch: MicroBatch) -> None:
     together = losses(model, *settings(batch))
     for i in range(NUM):
-        one = Batch(*(getattr(batch, name)[i : i + 1] for name in vars(batch)))
+        one = MicroBatch(*(getattr(batch, name)[i : i + 1] for name in vars(batch)))
         alone = losses(model, *settings(one))
         for name, value in zip(SampleLosses._fields, alone, strict=True):
             torch.testing.assert_close(value[0], getattr(together, name)[i], rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
-def test_sums_are_weighted(model: dit.DiT, batch: Batch) -> None:
+def test_sums_are_weighted(model: dit.DiT, batch: MicroBatch) -> None:
     by_sample = losses(model, *settings(batch))
     expected = torch.stack([by_sample.total_B[:4].sum(), by_sample.mse_B[:4].sum(), by_sample.vb_B[:4].sum()])
     torch.testing.assert_close(by_sample.sums(batch.weight_B), expected)
@@ -75,7 +75,7 @@ def signal(t: int) -> float:
     return math.prod(1 - (1e-4 + (2e-2 - 1e-4) * step / 999) for step in range(t + 1))
 
 
-def test_every_draw_is_that_of_its_purpose_and_position(batch: Batch) -> None:
+def test_every_draw_is_that_of_its_purpose_and_position(batch: MicroBatch) -> None:
     seen = Seen()
     found = losses(seen, *settings(batch))
     for i, position in enumerate(batch.position_B.tolist()):
@@ -98,7 +98,7 @@ def test_every_draw_is_that_of_its_purpose_and_position(batch: Batch) -> None:
 def test_so_many_labels_are_dropped(share: float) -> None:
     num = 20_000
     labels = torch.arange(num) % NUM_CLASSES
-    batch = Batch(torch.ones(num, 8, 1, 1).half(), labels, torch.arange(num), torch.ones(num))
+    batch = MicroBatch(torch.ones(num, 8, 1, 1).half(), labels, torch.arange(num), torch.ones(num))
     seen = Seen()
     losses(seen, schedules.linear(1000), batch, SEED, SCALE, NUM_CLASSES, share)
     is_dropped = seen.y_B == NUM_CLASSES

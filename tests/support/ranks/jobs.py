@@ -14,12 +14,12 @@ import torch
 
 from dit_scale.checkpoint import saver
 from dit_scale.config import TrainConfig
-from dit_scale.data.loader import read_batch
 from dit_scale.data.shards import LatentDataset
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.train import engine, loop, session
 from dit_scale.train.objective import losses as losses_of
+from tests.support.micro_batches import read_micro_batch
 from tests.support.ranks.points import Hold, held
 
 LossRow = dict[str, float]
@@ -141,7 +141,7 @@ def plain_sums(config: TrainConfig, model: dit.DiT, dataset: LatentDataset, step
     """(loss, mse, bound) of a whole global batch in one forward pass, mean over its samples."""
     count = config.global_batch
     positions = torch.arange(step * count, (step + 1) * count).numpy()
-    batch = read_batch(dataset, positions, count, config.seed, config.data.horizontal_flip)
+    batch = read_micro_batch(dataset, positions, count, config.seed, config.data.horizontal_flip)
     schedule = schedules.linear(config.diffusion.timesteps)
     by_sample = losses_of(
         model, schedule, batch, config.seed, dataset.info.vae.scale, 10, config.diffusion.label_dropout
