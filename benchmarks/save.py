@@ -48,9 +48,10 @@ import torch
 
 from dit_scale import dist
 from dit_scale.checkpoint import attempts, rankfile, reader
-from dit_scale.checkpoint.partition import ParameterSlice, Partition
+from dit_scale.checkpoint.partition import Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Snapshot
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, ModelConfig, TrainConfig
 from dit_scale.heartbeat import Heart
 from dit_scale.storage import Storage, open_storage

@@ -24,7 +24,8 @@ from typing import Literal
 import torch
 
 from dit_scale.checkpoint.manifest import Manifest
-from dit_scale.checkpoint.partition import ParameterSlice, Partition
+from dit_scale.checkpoint.partition import Partition
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.checkpoint.writer import SLICES, Commit, Reply, Write
 from dit_scale.config import CheckpointConfig
 from dit_scale.dist import World

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, Partition
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EngineConfig, OptimizerConfig
 from dit_scale.data.batch_plan import BatchPlan
 from dit_scale.dist import World

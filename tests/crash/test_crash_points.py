@@ -22,8 +22,8 @@ import pytest
 from dit_scale.checkpoint import attempts, rankfile, writer
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, CheckpointId, Manifest
-from dit_scale.checkpoint.partition import ParameterSlice
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.errors import CheckpointError
 from dit_scale.storage import Storage, open_storage
 from tests.support.faults.power_loss import Disk, Tree

@@ -13,8 +13,9 @@ import torch
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import EMA, CheckpointId
-from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.cli import main
 from dit_scale.config import EncodeConfig, TrainConfig, dump
 from dit_scale.data.shards import Quarantined, VaeIdentity

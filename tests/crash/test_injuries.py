@@ -15,8 +15,9 @@ import torch
 from dit_scale.checkpoint import attempts, rankfile
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import ATTEMPTS, MANIFEST, CheckpointId
-from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice, StoredSlice
 from dit_scale.config import TrainConfig
 from dit_scale.data import files, shards
 from dit_scale.data.shards import LatentDataset
@@ -134,9 +135,7 @@ def problems(root: Storage) -> list[str]:
     return found
 
 
-def expected(
-    root: Storage, key: str, injury: Injury, whole: tuple[rankfile.StoredSlice, ...]
-) -> tuple[str, ...]:
+def expected(root: Storage, key: str, injury: Injury, whole: tuple[StoredSlice, ...]) -> tuple[str, ...]:
     """How messages for this injury may begin: of several tensors that are hit any may be found first."""
     where = f"{root.url}/{key}"
     if not whole:

@@ -8,7 +8,8 @@ import torch
 
 from dit_scale import dist
 from dit_scale.checkpoint.manifest import CheckpointId
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EngineConfig, TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import open_storage

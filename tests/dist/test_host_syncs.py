@@ -18,7 +18,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EmaProfile, GuardConfig, ModelConfig, TrainConfig
 from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.diffusion import schedule as schedules

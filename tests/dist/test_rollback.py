@@ -233,4 +233,4 @@ def test_a_damaged_sample_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=DataError.__name__) as failure:
         run(1, jobs.train, stopping)
     assert f"sample {bad}: expected CRC-32C" in str(failure.value)
-    assert "set data.damaged=quarantine to go on without the sample" in str(failure.value)
+    assert "set data.damaged=quarantine to replace the sample" in str(failure.value)

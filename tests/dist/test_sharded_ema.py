@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EmaProfile, TrainConfig
 from dit_scale.train import loop, session
 from dit_scale.train.ema import Ema, ema_kind

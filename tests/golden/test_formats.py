@@ -14,8 +14,8 @@ from dit_scale import rng
 from dit_scale.checkpoint import attempts, rankfile
 from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.checkpoint.manifest import CheckpointId, Manifest
-from dit_scale.checkpoint.partition import ParameterSlice
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.data.order import Order, permute, positions_of, round_keys, sample_ids
 from dit_scale.data.shards import encode_sample

@@ -8,8 +8,9 @@ import numpy as np
 
 from dit_scale.checkpoint import rankfile
 from dit_scale.checkpoint.manifest import CHECKPOINTS, CheckpointId, Manifest
-from dit_scale.checkpoint.partition import ParameterSlice, Partition
+from dit_scale.checkpoint.partition import Partition
 from dit_scale.checkpoint.rankfile import Bytes
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.config import TrainConfig
 from dit_scale.storage import Storage

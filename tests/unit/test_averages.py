@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dit_scale import cli
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, CheckpointId
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EmaProfile, TrainConfig, dump
 from dit_scale.errors import ConfigError
 from dit_scale.inference.sources import open_source, stored_averages

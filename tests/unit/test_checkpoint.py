@@ -23,9 +23,10 @@ from torch import Tensor
 from dit_scale.checkpoint import attempts, rankfile, writer
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId, FileRecord, Manifest
-from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint, fill
 from dit_scale.checkpoint.saver import Snapshot
+from dit_scale.checkpoint.slices import ParameterSlice, StoredSlice
 from dit_scale.errors import CheckpointError, SupersededError
 from dit_scale.storage import DiskStorage, Storage, open_storage
 from tests.support import checkpoints
@@ -272,7 +273,7 @@ def rank_file(folder: Path, rank: int) -> tuple[Path, bytes, int]:
     return path, data, 8 + int.from_bytes(data[:8], "little")
 
 
-def slices_of(folder: Path, rank: int) -> tuple[rankfile.StoredSlice, ...]:
+def slices_of(folder: Path, rank: int) -> tuple[StoredSlice, ...]:
     root = open_storage(folder)
     return rankfile.open_file(root, PATH, Checkpoint(root, ID).manifest.files[rank])
 
@@ -454,7 +455,7 @@ def test_a_configuration_of_another_version_is_refused(root: Storage) -> None:
     [
         (ParameterSlice("w", 0, 4, 0), "offset"),
         (Partition({}, ()), "slices"),
-        (rankfile.StoredSlice(MASTER, "w", 0, 4, 8, ()), "byte_offset"),
+        (StoredSlice(MASTER, "w", 0, 4, 8, ()), "byte_offset"),
         (AttemptRecord(1), "resumed_from"),
         (FileRecord(key="k", bytes=8, header_bytes=8, header_sha256=""), "bytes"),
         (writer.Reply(), "problem"),

@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.checkpoint.manifest import MANIFEST, CheckpointId
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import CheckpointConfig, TrainConfig
 from dit_scale.dist import World
 from dit_scale.elastic.run_progress import committed_step

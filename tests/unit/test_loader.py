@@ -353,7 +353,7 @@ def test_much_known_damage_is_an_error_at_once(
     dataset: LatentDataset, damaged: Literal["stop", "quarantine"]
 ) -> None:
     config = DataConfig(damaged=damaged)
-    with pytest.raises(DataError, match=r"11 of 40 samples are damaged, at most 10 may be"):
+    with pytest.raises(DataError, match=r"11 of 40 samples are damaged, and at most 10 may be"):
         Loader(dataset, config, batch_plan(4, 4, 1), rank=0, seed=SEED, first_step=0, quarantined=range(11))
 
 

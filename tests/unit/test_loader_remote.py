@@ -218,7 +218,7 @@ def test_a_cache_without_room_says_so_once_and_costs_no_sample(
         notes += loader.notes()
     assert len(notes) == 1
     assert "no room for shard 00002" in notes[0]
-    assert "read sample by sample" in notes[0]
+    assert "read from the storage one by one" in notes[0]
     assert requests.whole() == [0, 1]  # what is there is not evicted for what is not
 
 

@@ -12,9 +12,10 @@ import torch
 from dit_scale.checkpoint import saver as savers
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, CheckpointId, Manifest
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Saver, SaveResult
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import CheckpointConfig
 from dit_scale.dist import World
 from dit_scale.storage import open_storage

@@ -48,7 +48,7 @@ def test_what_is_sealed_comes_back_or_is_refused(
 def test_what_was_never_sealed_is_read_where_it_may_be(tree: dict[str, object]) -> None:
     for data in (json.dumps(tree).encode(), json.dumps(tree, indent=1).encode() + b"\n"):
         assert unseal_any(data, "here", DataError) == (tree, False)
-        with pytest.raises(CheckpointError, match=r"here is damaged \(its SHA-256 does not fit\)"):
+        with pytest.raises(CheckpointError, match=r"here is damaged \(its SHA-256 is wrong\)"):
             unseal(data, "here", CheckpointError)
 
 

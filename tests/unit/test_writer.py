@@ -12,7 +12,8 @@ import pytest
 
 from dit_scale.checkpoint import writer
 from dit_scale.checkpoint.manifest import CHECKPOINTS, CheckpointId
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice
+from dit_scale.checkpoint.partition import MASTER
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.errors import CheckpointError, StorageError, SupersededError
 from dit_scale.storage import DiskStorage
 
