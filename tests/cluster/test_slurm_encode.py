@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.encoder import Encoder
 from dit_scale_pipeline.job import make_plan
 from dit_scale_pipeline.shards_writer import write_shard
-from tests.support.cluster.slurm import START_S, WAIT_S, Slurm, slurm_cluster
+from tests.support.cluster.slurm import START_S, WAIT_S, Slurm
 from tests.support.tiny_vae import save_tiny_vae
 
 pytestmark = pytest.mark.cluster
@@ -63,12 +62,6 @@ def client_server(output: Path) -> str:
         assert time.monotonic() < until
         time.sleep(0.1)
     return found[0]
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    with slurm_cluster(nodes=2) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,12 +35,6 @@ EVERY_OTHER = """\
 case "$*" in *"show job"*) if mkdir {mark} 2>/dev/null; then exit 1; else rmdir {mark}; fi ;; esac
 exec {scontrol} "$@"
 """
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    with slurm_cluster(nodes=2) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ The old one is held at a point, stopped with SIGSTOP, and woken with SIGCONT whe
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,11 @@ from tests.support.ranks import jobs
 from tests.support.ranks.points import Hold
 from tests.support.ranks.processes import TIMEOUT_S, run, start
 from tests.support.ranks.runs import events, final_files, kill, wait_for
-from tests.support.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET
 
 pytestmark = pytest.mark.dist
 
 WORLD = 2
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
 
 
 @pytest.fixture

@@ -3,26 +3,23 @@
 The public command, on a file system of its own.
 """
 
-import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dit_scale.config import TrainConfig, load
-from tests.support.faults.small_disk import fill, small_disk
+from tests.support.faults.small_disk import fill
 from tests.support.ranks import jobs
 from tests.support.ranks.held_run import held_run
 from tests.support.ranks.processes import run
-from tests.support.ranks.runs import events, final_files
+from tests.support.ranks.runs import events, final_files, steps_of
 
 pytestmark = pytest.mark.dist
 
 STEPS = 60
 """Their lines take several pages of a disk."""
-DISK_BYTES = 100 * 2**20
 
 
 def config_of(folder: Path, data: Path, **checkpoint: object) -> TrainConfig:
@@ -36,19 +33,8 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
     return config
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    with small_disk(tmp_path / "disk", DISK_BYTES) as folder:
-        yield folder
-
-
 def alarms(config: TrainConfig) -> list[str]:
     return [event["text"] for event in events(config, "alarm")]
-
-
-def steps_of(config: TrainConfig) -> list[int]:
-    lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
 
 
 def test_the_disk_is_full_for_a_while(data: Path, straight: TrainConfig, tmp_path: Path, disk: Path) -> None:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 
 from dit_scale.config import TrainConfig, dump
 from tests.support.faults.proxy import FaultProxy
-from tests.support.faults.small_disk import small_disk
 from tests.support.needs import needs
 from tests.support.ranks import jobs
 from tests.support.ranks.points import Hold
@@ -37,12 +35,6 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
     config = config_of(tmp_path_factory.mktemp("straight"), data)
     assert run(WORLD, jobs.train, config) == [0, 0]
     return config
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    with small_disk(tmp_path / "disk", 200 * 2**20) as folder:
-        yield folder
 
 
 def finish(answers: Any) -> list[Any]:

@@ -3,7 +3,6 @@
 It is held at a point, stopped with SIGSTOP, and woken with SIGCONT when the later one has committed.
 """
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from dit_scale.config import TrainConfig, load
 from tests.support.ranks import jobs
 from tests.support.ranks.points import Hold
 from tests.support.ranks.processes import TIMEOUT_S, run, start
-from tests.support.ranks.runs import events, kill, wait_for, wait_for_event
+from tests.support.ranks.runs import events, kill, steps_of, wait_for, wait_for_event
 
 pytestmark = pytest.mark.dist
 
@@ -37,11 +36,6 @@ POINTS = [
 
 def config_of(folder: Path, data: Path) -> TrainConfig:
     return jobs.saving(jobs.small_config(folder, data), steps=STEPS, every_steps=3)
-
-
-def steps_of(config: TrainConfig) -> list[int]:
-    lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
 
 
 class Stopped:

@@ -1,25 +1,15 @@
 """Among many nodes few judge: the first members of a round, and the others when these do not."""
 
-from pathlib import Path
-
-import pytest
-
 from dit_scale.elastic.board import Board, Member, Reason, Round
 from dit_scale.elastic.hearing import JUDGES, Hearing
 from dit_scale.elastic.node.deadlines import Standing
 from dit_scale.elastic.node.group import GroupOutcome
 from dit_scale.heartbeat import Phase
-from dit_scale.storage import open_storage
 
 NODES = [f"n{number:02d}" for number in range(JUDGES + 2)]
 ROUND = Round(1, tuple(Member(node, node, "", 0, 1, "") for node in NODES), committed_step=5)
 BROKEN = GroupOutcome(Reason.FAILED, "Connection closed by peer", first_hand=False)
 PATIENCE_S = 5.0
-
-
-@pytest.fixture
-def board(tmp_path: Path) -> Board:
-    return Board(open_storage(tmp_path))
 
 
 def hearing(board: Board, node: str) -> Hearing:

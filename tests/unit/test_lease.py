@@ -3,8 +3,6 @@
 import itertools
 from pathlib import Path
 
-import pytest
-
 from dit_scale.elastic.board import Board, Ending, Member, Reason, Round
 from dit_scale.elastic.lease import Leases
 from dit_scale.storage import open_storage
@@ -12,11 +10,6 @@ from tests.support.faults.small_disk import fill, small_disk
 
 LEASE_S = 10.0
 ROUND = Round(1, tuple(Member(node, node, "", 0, 1, "") for node in "abc"), committed_step=-1)
-
-
-@pytest.fixture
-def board(tmp_path: Path) -> Board:
-    return Board(open_storage(tmp_path))
 
 
 def test_a_lease_is_renewed_five_times_in_its_length(board: Board) -> None:

@@ -31,6 +31,12 @@ def events(config: TrainConfig, name: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
+def steps_of(config: TrainConfig) -> list[int]:
+    """The step of every line in the record."""
+    lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
 def wait_for(hold: Hold, answers: Any) -> int:
     """The id of the process that stands at the point; `answers` are those of ranks that ended before."""
     deadline = time.monotonic() + TIMEOUT_S
