@@ -1,4 +1,4 @@
-"""What reaches the model in a real run: every draw is a function of seed and position, whatever the rank."""
+"""The model's inputs in a real run: every draw is a function of seed and position, whatever the rank."""
 
 import math
 from collections.abc import Iterator
@@ -28,11 +28,11 @@ WORLD, STEPS, SEED, NUM, NUM_CLASSES = 2, 3, 5, 40, 10
 LABEL_DROPOUT, SCALE, TIMESTEPS = 0.4, 0.5, 1000
 
 Given = tuple[int, int, int, np.ndarray]
-"""Position, timestep, label and noised latent of a sample, as the model was given them."""
+"""Position, timestep, label and noised latent of a sample, as the model received them."""
 
 
 def train_and_tell(config: TrainConfig) -> list[Given]:
-    """One rank of a training run; what its model was given, but for fillers."""
+    """Train as one rank; return what the model received, without fillers."""
     given: list[Given] = []
     last: tuple[torch.Tensor, ...] = ()
     accumulate, call = TrainingStep.accumulate, Engine.__call__

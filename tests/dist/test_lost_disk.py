@@ -1,6 +1,6 @@
-"""The disk of the run's folder is full, or the folder is gone: an alarm, and the run goes on.
+"""When the disk of the run folder is full or the folder is missing, the run raises an alarm and continues.
 
-The public command, on a file system of its own.
+The tests run the public command on a separate file system.
 """
 
 import shutil
@@ -19,7 +19,7 @@ from tests.support.ranks.runs import events, final_files, steps_of
 pytestmark = pytest.mark.dist
 
 STEPS = 60
-"""Their lines take several pages of a disk."""
+"""Enough steps for the lines to fill several disk pages."""
 
 
 def config_of(folder: Path, data: Path, **checkpoint: object) -> TrainConfig:
@@ -38,7 +38,7 @@ def alarms(config: TrainConfig) -> list[str]:
 
 
 def test_the_disk_is_full_for_a_while(data: Path, straight: TrainConfig, tmp_path: Path, disk: Path) -> None:
-    """Record, journal and checkpoints lie on it."""
+    """Record, journal and checkpoints are on the full disk."""
     config = config_of(disk / "run", data)
     with held_run(config, tmp_path / "held", [2, 58]) as process:
         process.wait()
@@ -85,7 +85,7 @@ def test_there_is_never_room_to_begin(data: Path, tmp_path: Path, disk: Path) ->
 
 
 def test_a_record_that_was_never_written_is_no_success(data: Path, tmp_path: Path, disk: Path) -> None:
-    """The checkpoints lie elsewhere."""
+    """The checkpoints are elsewhere."""
     config = config_of(disk / "run", data, url=str(tmp_path / "bucket"))
     with held_run(config, tmp_path / "held", [2]) as process:
         process.wait()
@@ -101,7 +101,7 @@ def test_a_record_that_was_never_written_is_no_success(data: Path, tmp_path: Pat
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_done(
     data: Path, tmp_path: Path, disk: Path
 ) -> None:
-    """Unlike a full disk, which may pass."""
+    """A read-only folder is permanent, unlike a full disk."""
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     config = config_of(disk / "run", data, url=str(tmp_path / "bucket"))
     with held_run(config, tmp_path / "held") as process:

@@ -1,4 +1,4 @@
-"""A rank that loses another one, without a supervisor: one message, no traceback of foreign code."""
+"""A rank that loses a peer without a supervisor prints one message and no foreign traceback."""
 
 import os
 import signal

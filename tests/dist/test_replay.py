@@ -1,4 +1,4 @@
-"""A step taken once more is the run's step, to the bit on as many processes, and nothing is written."""
+"""A replayed step equals the run's step, bit for bit on the same number of processes, and writes nothing."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture(scope="module")
 def rolled_back(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """Steps 5 to 8 fail, which is seen at 8; the run goes back to step 3 and on without their samples."""
+    """Steps 5 to 8 fail. The run notices at step 8, rolls back to step 3 and excludes their samples."""
     folder = tmp_path_factory.mktemp("rolled_back")
     write_latents(folder / "latents", num=NUM)
     spoil(folder / "latents", [sample_of(step, place=6) for step in (5, 6, 7, 8)])
@@ -39,7 +39,7 @@ def content(folder: Path) -> dict[Path, tuple[int, bytes]]:
 
 
 def replayed(config: TrainConfig, step: int, attempt: int | None = None) -> Replay:
-    """On as many processes as the run had; the run is not touched."""
+    """Replay on the world size of the run; the run is not changed."""
     before = content(Path(config.run))
     found, nothing = run(WORLD, replay, config.run, step, attempt)
     assert nothing is None
@@ -91,7 +91,7 @@ def test_a_step_that_was_rolled_back(rolled_back: TrainConfig) -> None:
 
 
 def command(run: Path, attempt: int) -> tuple[dict[str, Any], str]:
-    """What `dit-scale replay --step 6` in one process says for machines, and beside it."""
+    """Run `dit-scale replay --step 6` in one process; return its JSON and its stderr."""
     arguments = ["replay", str(run), "--step=6", f"--attempt={attempt}", "--json"]
     line = [sys.executable, "-m", "dit_scale.cli", *arguments]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
@@ -135,7 +135,7 @@ def test_a_sample_that_was_damaged_then(tmp_path: Path) -> None:
     config = jobs.saving(config_of(tmp_path / "run", data, damaged="quarantine"), steps=4, every_steps=4)
     damage(data, bad)
     assert run(WORLD, jobs.train, config) == [0, 0]
-    damage(data, bad)  # the same bit again: it is whole
+    damage(data, bad)  # the same bit again, so the file is intact
     found = replayed(config, step=2)
     assert found.past.recorded is not None
     assert found.past.recorded.where == "metrics.jsonl"

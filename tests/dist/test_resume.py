@@ -1,4 +1,4 @@
-"""A run that stops goes on from its newest checkpoint, to the same bits at the same world size."""
+"""A stopped run resumes from its newest checkpoint and produces the same bits at the same world size."""
 
 import os
 import signal
@@ -28,8 +28,8 @@ def config_of(folder: Path, data: Path, **engine: object) -> TrainConfig:
     return jobs.saving(jobs.small_config(folder, data, **engine), steps=STEPS, every_steps=4)
 
 
-# In bf16 the weights are cast from the masters that a checkpoint holds: by DeepSpeed's BF16_Optimizer at
-# stage 1, shard by shard at stage 3.
+# In bf16 the weights are cast from the masters in the checkpoint: by DeepSpeed's BF16_Optimizer at stage 1,
+# shard by shard at stage 3.
 ENGINES: list[dict[str, object]] = [
     {"zero_stage": 1, "precision": "bf16"},
     {"zero_stage": 2, "precision": "fp32"},
@@ -48,7 +48,7 @@ def straight(
 
 
 def like(straight: TrainConfig, folder: Path) -> TrainConfig:
-    """The same run in another folder."""
+    """Return the same configuration with another run folder."""
     return straight.model_copy(update={"run": str(folder)})
 
 

@@ -1,7 +1,7 @@
-"""Steps that fail are passed over, rolled back when they keep failing, and damaged samples replaced.
+"""Failed steps are skipped, repeated failures cause a rollback, and damaged samples are replaced.
 
-All of it in whole runs, with data sets in which some samples are NaN or damaged on the disk. Whatever happens
-to a run, it ends with the bits that it has when nobody kills it.
+The tests train complete runs on data sets with NaN samples or samples damaged on disk. However a run is
+interrupted, it produces the bits of an uninterrupted run.
 """
 
 import json
@@ -88,7 +88,7 @@ def test_bad_samples_here_and_there(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set with which four steps in a row fail, from the fifth on."""
+    """A data set that makes four steps in a row fail, starting with the fifth."""
     data = tmp_path_factory.mktemp("failing")
     write_latents(data, num=NUM)
     spoil(data, {sample_of(step, place) for step, place in ((5, 2), (6, 6), (7, 0), (8, 3))})
@@ -96,13 +96,13 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def failing_config(folder: Path, data: Path) -> TrainConfig:
-    """Two failures in a row are too many, but that is seen at step 8; a save is due at step 6."""
+    """Two failures in a row are too many, but the run notices at step 8. A save is due at step 6."""
     return config_of(folder, data, log_every_steps=4, rollback_after=2)
 
 
 @pytest.fixture(scope="module")
 def rolled_back(failing: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Fed]:
-    """A run that nobody disturbed, and what it was fed."""
+    """An undisturbed run, and the samples that it read."""
     config = failing_config(tmp_path_factory.mktemp("straight"), failing)
     return config, of_all(run(WORLD, train_and_tell, config))
 
@@ -129,7 +129,7 @@ def test_killed_right_behind_a_rollback(
     failing: Path, rolled_back: tuple[TrainConfig, Fed], tmp_path: Path
 ) -> None:
     config = failing_config(tmp_path / "run", failing)
-    kill_at(WORLD, config, tmp_path / "hold", "behind the attempt", 2, 0)
+    kill_at(WORLD, config, tmp_path / "hold", "after the claim", 2, 0)
     assert run(WORLD, jobs.train, config) == [0, 0]
     assert resumed_from(config) == [None, *["checkpoints/0000000003-0001"] * 2]
     assert len(events(config, "rollback")) == 1
@@ -140,7 +140,7 @@ def test_an_old_attempt_that_wakes_up_cannot_roll_back(
     failing: Path, rolled_back: tuple[TrainConfig, Fed], tmp_path: Path
 ) -> None:
     config = failing_config(tmp_path / "run", failing)
-    hold = Hold(tmp_path, "before the attempt", 2)
+    hold = Hold(tmp_path, "before the claim", 2)
     old, answers = start(WORLD, jobs.train_held, config, hold, 0)
     try:
         wait_for(hold, answers)
@@ -177,8 +177,8 @@ def test_a_rollback_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> N
     assert manifest_at_the_end(config).excluded_positions == ((7, 21),)
     assert [row["step"] for row in jobs.losses(config)] == list(range(1, STEPS + 1))
 
-    # What the first steps did to moments, averages and AdamW's count is gone: a fresh run that leaves the
-    # same samples out ends with the same bits.
+    # The rollback left nothing of the first steps in moments, averages and AdamW's step count: a fresh
+    # run that excludes the same samples produces the same bits.
     fresh = config.model_copy(update={"run": str(tmp_path / "fresh")})
     attempts.claim(root_of(fresh), AttemptRecord(1, None, ((7, 21),)))
     assert run(WORLD, jobs.train, fresh) == [0, 0]

@@ -1,4 +1,4 @@
-"""Averages kept in shards, each rank those of what it owns, are bitwise those of one replica."""
+"""Sharded EMA, where each rank averages what it owns, equals one replica bit for bit."""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -30,7 +30,7 @@ Weights = list[tuple[str, int, np.ndarray]]
 
 
 def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
-    """One rank of a training run; its masters at the start and behind every step."""
+    """Train as one rank; return its masters at the start and after every step."""
     kept: list[Weights] = []
 
     def keep(step: TrainingStep) -> None:

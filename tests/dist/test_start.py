@@ -1,4 +1,4 @@
-"""What happens before the first step: imports, which are most of a restart, and where the ranks meet."""
+"""What happens before the first step: imports, which dominate a restart, and the rendezvous of the ranks."""
 
 import os
 import socket

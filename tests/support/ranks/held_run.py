@@ -20,7 +20,7 @@ class HeldRun:
         """Held behind each of these steps, counted from its start."""
         folder.mkdir()
         self.log = folder / "log"
-        self._holds = [Hold(folder / str(step), "behind the step", step) for step in steps]
+        self._holds = [Hold(folder / str(step), "after the step", step) for step in steps]
         for hold in self._holds:
             hold.folder.mkdir()
         (folder / "run.yaml").write_text(dump(config))
@@ -29,7 +29,7 @@ class HeldRun:
             "-m",
             "tests.support.ranks.held_train",
             str(folder / "run.yaml"),
-            "behind the step",
+            "after the step",
         ]
         command += [str(folder), *map(str, steps)]
         with self.log.open("w") as output:

@@ -181,21 +181,21 @@ RANK_POINTS: dict[str, Patch] = {
     "inside backward": _inside_backward,
     "inside the reduce": _inside_reduce,
     "between optimizer and EMA": lambda hold: before(_ema(), "update")(hold),
-    "behind the step": lambda hold: after(_step(), "update")(hold),
-    "inside a line of the log": _inside_log_line,
+    "after the step": lambda hold: after(_step(), "update")(hold),
+    "inside a line of the record": _inside_log_line,
     "inside the snapshot": _inside_snapshot,
-    "behind the snapshot": after(saver.Snapshot, "take"),
+    "after the snapshot": after(saver.Snapshot, "take"),
     "before the commit": lambda hold: _asked(hold, "commit"),
     "restoring": before(session.Checkpoint, "read"),
-    "before the attempt": before(attempts, "claim"),
-    "behind the attempt": after(attempts, "claim"),
+    "before the claim": before(attempts, "claim"),
+    "after the claim": after(attempts, "claim"),
     "before its files": before(session, "carried_over"),
-    "behind the chain's answer": after(session, "check_current"),
-    "beginning its record": before(lines.LineFile, "append_lines"),
+    "after the fencing check": after(session, "check_current"),
+    "starting its record": before(lines.LineFile, "append_lines"),
     "before its own config": before(disk.DiskStorage, "write"),
     "before its names": before(record, "publish"),
     "setting a name": lambda hold: before(record.os, "replace")(hold),
-    "behind its files": after(record.Record, "publish"),
+    "after its files": after(record.Record, "publish"),
 }
 """Points in a rank."""
 
@@ -205,12 +205,12 @@ WRITER_POINTS: dict[str, Patch] = {
     "writer: before its name": before(disk.os, "replace"),
     "writer: before reading again": before(writer.rankfile, "verify"),
     "writer: before the manifest": before(writer, "put_manifest"),
-    "writer: behind the chain's answer": after(writer.attempts, "check_current"),
+    "writer: after the fencing check": after(writer.attempts, "check_current"),
     "writer: manifest without its name": before(disk.os, "link"),
-    "writer: behind the manifest": after(writer, "put_manifest"),
+    "writer: after the manifest": after(writer, "put_manifest"),
     "writer: in retention": before(retention, "delete"),
     "writer: inside retention": after(disk.DiskStorage, "delete"),
-    "writer: retention, the chain has answered": lambda hold: after(retention.attempts, "check_current")(
+    "writer: in retention, after the fencing check": lambda hold: after(retention.attempts, "check_current")(
         hold
     ),
 }
