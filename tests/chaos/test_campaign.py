@@ -1,4 +1,4 @@
-"""The campaign in short: some kills at one ZeRO stage, and that it would see a difference."""
+"""The campaign in short: some kills at one ZeRO stage, and a check that it would notice a difference."""
 
 import ast
 import random
@@ -19,7 +19,7 @@ from tests.support.ranks import jobs, record
 
 ROOT = Path(__file__).parents[2]
 KILLS, SEED = 6, 37
-"""With this seed every way to choose a moment comes up."""
+"""With this seed every way to choose a moment occurs."""
 
 
 @pytest.mark.dist
@@ -81,7 +81,7 @@ def test_sections_name_functions_that_there_are() -> None:
     for path, function in named:
         tree = ast.parse((ROOT / path).read_text())
         assert function in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, path
-    assert len(named) == len(frames) - 3  # the others are of torch, of Python, and any frame
+    assert len(named) == len(frames) - 3  # the others name frames of torch, of Python, and any frame
 
 
 def test_a_row_that_differs_is_seen(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The campaign from outside in short: one run of each kind, and that it would see a difference."""
+"""The campaign from outside in short: one run of each kind, and a check that it would notice a difference."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""cluster/kubernetes/encode, rendered: what KubeRay, Kubernetes and the encoding job itself make of it."""
+"""cluster/kubernetes/encode, rendered, as KubeRay, Kubernetes and the encoding job read it."""
 
 import os
 import re
@@ -24,7 +24,7 @@ UNITS = {"Gi": 2**30, "Mi": 2**20}
 
 
 def rayjob(folder: Path) -> dict[str, Any]:
-    """The RayJob of a folder; `settings`, which are no part of it, are those that its submitter gets."""
+    """Return the RayJob of a folder. `settings` go to its submitter, not into the RayJob."""
     settings, job = sorted(render(folder), key=lambda made: str(made["kind"]))
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert settings["kind"] == "ConfigMap"
@@ -49,7 +49,7 @@ def overlay(tmp_path: Path) -> dict[str, Any]:
 
 
 def templates(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The pod templates by the name of their container."""
+    """Return the pod templates by the name of their container."""
     cluster = job["spec"]["rayClusterSpec"]
     found = [
         job["spec"]["submitterPodTemplate"],
@@ -60,14 +60,14 @@ def templates(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def specs(job: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each pod's specification and its only container."""
+    """Return the specification of each pod and its only container."""
     for template in templates(job).values():
         (container,) = template["spec"]["containers"]
         yield template["spec"], container
 
 
 def parsed(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> EncodeConfig:
-    """What the encoding job would do, by its own command line, once the operator's shell has read it."""
+    """Return what the encoding job's own command line makes of the arguments, after the operator's shell."""
     entrypoint = job["spec"]["entrypoint"]
     command = ["bash", "-uc", f'printf "%s\\n" {entrypoint} ;']
     shell = subprocess.run(command, env=job["settings"], capture_output=True, text=True, check=True)
@@ -121,7 +121,7 @@ def test_ray_is_the_pinned_one_and_asks_for_a_token(job: dict[str, Any]) -> None
 
 
 def test_pods_are_restricted(job: dict[str, Any]) -> None:
-    """As the Pod Security Standard `restricted` asks, and with a root file system that is only read."""
+    """Pods meet the Pod Security Standard `restricted` and run with a read-only root file system."""
     for spec, container in specs(job):
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] > 0

@@ -1,4 +1,4 @@
-"""The rendered Job in real pods: a run that loses a pod and has one evicted ends as if it had not."""
+"""The rendered Job in real pods: a run with one lost and one evicted pod matches an undisturbed run."""
 
 import signal
 from pathlib import Path

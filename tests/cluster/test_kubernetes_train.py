@@ -1,4 +1,4 @@
-"""The training jobs of cluster/kubernetes, rendered: what Kubernetes and `dit-scale launch` make of them."""
+"""The training jobs of cluster/kubernetes, rendered, as Kubernetes and `dit-scale launch` read them."""
 
 import os
 import re
@@ -37,14 +37,14 @@ def rendered() -> dict[str, list[Object]]:
 
 
 def written(folder: Path, text: str) -> list[Object]:
-    """A kustomization of somebody's own, rendered."""
+    """Render a user's own kustomization."""
     up = os.path.relpath(KUBERNETES, folder)
     (folder / "kustomization.yaml").write_text(text.replace("../cluster/kubernetes", up))
     return render(folder)
 
 
 def example(path: Path) -> str:
-    """What the header of a kustomization shows, without the commands."""
+    """Return the example in the header of a kustomization, without the commands."""
     header = path.read_text().partition("apiVersion")[0]
     return "\n".join(re.findall(r"^#   ( *(?!kubectl).*)$", header, re.MULTILINE))
 
@@ -61,7 +61,7 @@ def one(objects: list[Object], kind: str) -> Object:
 
 
 def job_spec(objects: list[Object]) -> Object:
-    """Of the Job, or of the only one in a JobSet."""
+    """Return the pod of the Job, or of the only Job in a JobSet."""
     kinds = [made["kind"] for made in objects]
     if "Job" in kinds:
         return dict(one(objects, "Job")["spec"])
@@ -80,7 +80,7 @@ def container(objects: list[Object]) -> Object:
 
 
 def launch(objects: list[Object], index: int = 0) -> tuple[Any, TrainConfig | None]:
-    """What the command line makes of a pod's arguments; the configuration when the image has it."""
+    """Return what the command line makes of a pod's arguments, or the configuration if the image has it."""
     labels = {"batch.kubernetes.io/job-name": "job"}
     known = variables(container(objects), labels, objects) | {"JOB_COMPLETION_INDEX": str(index)}
     assert container(objects)["command"] == ["tini", "--", "dit-scale"]
@@ -109,7 +109,7 @@ def test_objects_are_valid(rendered: dict[str, list[Object]], name: str, minor: 
 
 def test_the_jobset_is_valid(rendered: dict[str, list[Object]]) -> None:
     made = deepcopy(one(rendered["xl2_512_jobset"], "JobSet"))
-    # the models know no quantities as texts; test_objects_are_valid judges the pod
+    # the models accept no quantities as text; test_objects_are_valid checks the pod
     made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"] = {
         "containers": [{"name": "a"}]
     }
@@ -203,7 +203,7 @@ def test_the_job_outlives_a_week(rendered: dict[str, list[Object]], name: str) -
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pods_are_restricted(rendered: dict[str, list[Object]], name: str) -> None:
-    """As the Pod Security Standard `restricted` asks, and with a root file system that is only read."""
+    """Pods meet the Pod Security Standard `restricted` and run with a read-only root file system."""
     pod = pod_spec(rendered[name])
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] > 0
@@ -228,7 +228,7 @@ def test_secrets_are_references(rendered: dict[str, list[Object]], name: str) ->
 
 
 def apart(spec: Object) -> Object:
-    """The labels of pods that share no node with a pod of this Job."""
+    """Return the labels of pods that must not share a node with a pod of this Job."""
     rules = spec["template"]["spec"]["affinity"]["podAntiAffinity"]
     (rule,) = rules["requiredDuringSchedulingIgnoredDuringExecution"]
     assert rule["topologyKey"] == "kubernetes.io/hostname"
@@ -318,7 +318,7 @@ def test_checkpoints_on_s3(tmp_path: Path) -> None:
 
 
 def test_a_jobset_of_somebody(tmp_path: Path) -> None:
-    """The names of its ConfigMaps follow a prefix, too."""
+    """The names of its ConfigMaps get the prefix too."""
     made = written(tmp_path, "resources: [../cluster/kubernetes/overlays/xl2_512_jobset]\nnamePrefix: bob-\n")
     assert one(made, "JobSet")["metadata"]["name"] == "bob-dit-scale-xl2-512"
     _, config = launch(made)
@@ -358,7 +358,7 @@ def test_who_the_pods_are(tmp_path: Path, name: str) -> None:
 
 
 def test_the_volume_is_not_part_of_a_job() -> None:
-    """Who deletes a job with all it consists of keeps its runs."""
+    """Deleting a job with everything it owns must keep the runs."""
     claim = yaml.safe_load((KUBERNETES / "volume.yaml").read_text())
     kubernetes_validate.validate(claim, "1.37", strict=True)
     assert claim["metadata"]["name"] == "dit-scale-runs"

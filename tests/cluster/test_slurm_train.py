@@ -1,4 +1,4 @@
-"""cluster/slurm_*.sh of training as they are shipped, on a real SLURM of two nodes."""
+"""The training scripts cluster/slurm_*.sh, unchanged, on a real SLURM of two nodes."""
 
 import os
 import re
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.cluster
 
 ANY_SIZE = "cluster/slurm_train.sh"
 MEASURED_STEPS = 20
-"""After so many a rank that waits is known to wait too long."""
+"""After this many steps the deadline of a waiting rank is known."""
 EVERY_OTHER = """\
 #!/bin/sh
 case "$*" in *"show job"*) if mkdir {mark} 2>/dev/null; then exit 1; else rmdir {mark}; fi ;; esac
@@ -44,7 +44,7 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("script", ["cluster/slurm_xl2_256.sh", "cluster/slurm_xl2_512.sh"])
 def test_the_real_request_fits_a_real_cluster(slurm: Slurm, script: str) -> None:
-    """Nodes of 64 CPUs and 8 GPUs: as shipped it fits; what such a cluster cannot give is refused."""
+    """On nodes of 64 CPUs and 8 GPUs the shipped request fits, and an impossible request is refused."""
     assert slurm.run("sbatch", "--test-only", "--nodes=1-2", script, cwd=ROOT).returncode == 0
     for too_much in ("--nodes=3", "--gpus-per-node=9", "--cpus-per-task=65"):
         ran = slurm.run("sbatch", "--test-only", "--nodes=2", too_much, script, cwd=ROOT)
@@ -52,7 +52,7 @@ def test_the_real_request_fits_a_real_cluster(slurm: Slurm, script: str) -> None
 
 
 def documented_lines() -> list[str]:
-    """Submissions in the header of the script for any size, with a configuration for CONFIG."""
+    """Return the submissions in the header of the generic script, with a configuration for CONFIG."""
     header = (ROOT / ANY_SIZE).read_text().partition("#SBATCH")[0]
     lines = re.findall(r"^#   on .*?  (sbatch .*)$", header, re.MULTILINE)
     return [line.replace("CONFIG ...", "configs/dit_xl2_256.yaml") for line in lines]
@@ -70,7 +70,7 @@ def test_documented_submissions_fit_a_real_cluster(slurm: Slurm) -> None:
 
 
 def submit_any_size(slurm: Slurm, config: TrainConfig, *arguments: str) -> Job:
-    """The script for any size as it is shipped, on the nodes that it asks for by itself."""
+    """The generic script, unchanged, on the nodes that it requests by default."""
     run = Path(config.run)
     file = run.with_suffix(".yaml")
     file.write_text(dump(config))
@@ -102,7 +102,7 @@ def test_a_job_without_gpus_is_told_so(slurm: Slurm, top: Path) -> None:
 
 @pytest.fixture(scope="module")
 def disturbed(top: Path) -> Job:
-    """A job that is told of its time limit, and then loses the link to its first node."""
+    """A job that receives the warning of its time limit and then loses the link to its first node."""
     with slurm_cluster(nodes=3, cables=True) as slurm:
         job = submit(slurm, config_of(top, "disturbed"), script="cluster/slurm_xl2_256.sh")
         job.wait_for_step()
@@ -118,7 +118,7 @@ def disturbed(top: Path) -> Job:
 
 
 def saves_and_queues_itself_again(job: Job) -> int:
-    """Tell a job that its time limit is near; the step that it has saved."""
+    """Send the time-limit warning to a job; return the step that it saved."""
     assert job.slurm.run("scancel", "--signal=USR1", "--batch", str(job.number)).returncode == 0
     assert job.wait("PENDING")[0] == "PENDING", job.log
     step, attempt = job.newest()
@@ -141,7 +141,7 @@ def test_near_its_time_limit_and_without_the_link_to_its_first_node_a_job_goes_o
 def test_a_job_on_two_nodes_trains_to_the_end_and_one_that_was_disturbed_to_the_same(
     slurm: Slurm, top: Path, disturbed: Job, tmp_path: Path
 ) -> None:
-    """Also where the controller answers every other question alone."""
+    """The job resumes even when the controller fails every other query."""
     programs = tmp_path / "programs"
     programs.mkdir()
     scontrol = programs / "scontrol"
@@ -168,7 +168,7 @@ def test_what_a_person_must_mend_is_not_started_again(slurm: Slurm, top: Path) -
 
 
 def kill_supervisors(job: Job) -> None:
-    """SIGKILL for `dit-scale launch` on both nodes, as soon as it is there."""
+    """SIGKILL `dit-scale launch` on both nodes as soon as it runs."""
     until = time.monotonic() + WAIT_S
     for node in ("node1", "node2"):
         while not (found := [pid for pid in processes(job.number, node) if is_supervisor(pid)]):
