@@ -1,4 +1,4 @@
-"""Checkpoints put in one go by the shipped pieces: no run, no writer process."""
+"""Checkpoints written by the product's own functions, without a run and without a writer process."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,13 +14,13 @@ from dit_scale.config import TrainConfig
 from dit_scale.storage import Storage
 
 Ranks = Sequence[Iterable[Partition]]
-"""What each rank owns."""
+"""Return what each rank owns."""
 
 
 def write(root: Storage, path: str, ranks: Ranks, **fields: Any) -> Manifest:
-    """Put the rank files and the manifest of the checkpoint at `path`, below the root.
+    """Write the rank files and the manifest of the checkpoint at `path`, below the root.
 
-    `fields` are of the manifest; the shapes are those of flat parameters if they are not among them.
+    `fields` go into the manifest. Without them, parameters have the shapes of flat parameters.
     """
     files = tuple(write_rank(root, path, rank, owned) for rank, owned in enumerate(ranks))
     step, attempt = step_and_attempt(path)
@@ -42,12 +42,12 @@ def write(root: Storage, path: str, ranks: Ranks, **fields: Any) -> Manifest:
 
 
 def write_rank(root: Storage, path: str, rank: int, owned: Iterable[Partition]) -> rankfile.FileRecord:
-    """Put the file of one rank, with all kinds that its partitions hold."""
+    """Write the file of one rank, with all kinds that its partitions hold."""
     return rankfile.write(root, f"{path}/{rankfile.name_of_rank(rank)}", pieces(owned))
 
 
 def pieces(owned: Iterable[Partition]) -> list[tuple[Piece, Bytes]]:
-    """The tensors of a rank's file."""
+    """Return the tensors of a rank's file."""
     return [
         (
             Piece(kind, extent.parameter, extent.start, extent.length),
