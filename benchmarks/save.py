@@ -128,7 +128,7 @@ def saving(config: TrainConfig, folder: Path, rounds: int) -> list[Row]:
             turn(run)
         shared = {"device": _device_name(world.device), "state_bytes": run.saver.snapshot.bytes}
         rows = [
-            stall(run.saver.snapshot, run.step.engine.owned, rounds),
+            stall(run.saver.snapshot, run.trainer.engine.owned, rounds),
             step(run, rounds),
             write(run.saver.snapshot, open_storage(folder / "write"), folder / "dd", rounds),
         ]
@@ -180,9 +180,9 @@ def step(run: Session, rounds: int) -> Row:
 
 def turn(run: Session) -> None:
     """One turn of the training loop, as `dit_scale.train.loop` has it between two saves and log points."""
-    sums = run.step.accumulate(run.loader)
+    sums = run.trainer.accumulate(run.loader)
     vote = run.world.begin_any(*run.saver.flags())
-    row = run.step.update(sums, run.state.step)
+    row = run.trainer.update(sums, run.state.step)
     run.state.step += 1
     run.meters.add(row)
     run.follow_save(*vote.result())
@@ -241,7 +241,7 @@ def resuming(config: TrainConfig) -> tuple[float, ...]:
         marks.append(time.perf_counter())
         next(run.loader)
         marks.append(time.perf_counter())
-        owned = run.step.engine.owned
+        owned = run.trainer.engine.owned
         _drop_cached(root)
         cold, cached = (_seconds(partial(fill, root, owned)) for _ in range(2))
         other_world = 0.0

@@ -36,7 +36,7 @@ from dit_scale.train import determinism, objective
 from dit_scale.train.ema import Ema
 from dit_scale.train.engine import Engine
 from dit_scale.train.memory import plan_of
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.trainer import Trainer
 
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "draws": ((rng, "normals"), (rng, "integers"), (rng, "uniforms")),
@@ -101,7 +101,7 @@ def measure(
         engine = config.engine.model_copy(update={"precision": precision})
         config = config.model_copy(update={"engine": engine})
         plan, shape = plan_of(config, world.size), shape_of(config.model)
-        step = TrainingStep(config, world, plan, LATENT_SCALE)
+        step = Trainer(config, world, plan, LATENT_SCALE)
         step.start()
         batches = cycle([random_batch(shape, plan.micro_batch, i) for i in range(plan.micro_steps)])
         for number in range(WARMUP_STEPS):

@@ -48,7 +48,7 @@ from dit_scale.models.zoo import Shape, forward_macs, shape_of
 from dit_scale.telemetry.meters import Meters
 from dit_scale.train import determinism
 from dit_scale.train.dry_run import FLOPS_PER_MAC, TRAINING_FORWARDS
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.trainer import Trainer
 
 LATENT_SCALE = 0.18215
 MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
@@ -111,7 +111,7 @@ def _figures(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
     device = world.device
     try:
         plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
-        step = TrainingStep(config, world, plan, LATENT_SCALE)
+        step = Trainer(config, world, plan, LATENT_SCALE)
         step.start()
         meters = Meters(config.global_batch)
         shape = shape_of(config.model)

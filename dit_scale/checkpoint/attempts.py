@@ -19,9 +19,8 @@ from dit_scale.checkpoint.manifest import (
     CHECKPOINTS,
     EMA,
     MANIFEST,
-    is_name,
+    CheckpointId,
     read_manifest,
-    step_and_attempt,
 )
 from dit_scale.errors import CheckpointError, SupersededError
 from dit_scale.sealed import sealed, unseal
@@ -35,8 +34,8 @@ class AttemptRecord:
     """One start of the run."""
 
     number: int
-    resumed_from: str | None = None
-    """Path of the checkpoint below the root; None for a start from nothing."""
+    resumed_from: CheckpointId | None = None
+    """None for a start from nothing."""
     excluded_positions: Ranges = field(default=())
     """Ranges of positions that the run leaves out from here on, all of them so far."""
 
@@ -48,7 +47,7 @@ def claim(root: Storage, attempt: AttemptRecord) -> None:
         _refuse_old(root, attempt.number)  # numbers may have gaps
     tree = {
         "attempt": attempt.number,
-        "resumed_from": attempt.resumed_from,
+        "resumed_from": attempt.resumed_from and attempt.resumed_from.path(),
         "excluded_positions": attempt.excluded_positions,
         "nonce": secrets.token_hex(16),  # two starts never put the same bytes, so one of them loses
     }
@@ -93,7 +92,18 @@ def read(root: Storage, number: int) -> AttemptRecord:
     if tree["attempt"] != number:
         raise CheckpointError(f"{where} is the record of attempt {tree['attempt']}: it was copied or renamed")
     excluded = tuple((int(low), int(high)) for low, high in tree["excluded_positions"])
-    return AttemptRecord(number, tree["resumed_from"], excluded)
+    return AttemptRecord(number, _parsed(tree["resumed_from"], where), excluded)
+
+
+def _parsed(resumed_from: str | None, where: str) -> CheckpointId | None:
+    if resumed_from is None:
+        return None
+    checkpoint_id = CheckpointId.parse(resumed_from.removeprefix(f"{CHECKPOINTS}/"))
+    if checkpoint_id is None:
+        raise CheckpointError(
+            f"{where}: expected resumed_from to be the path of a checkpoint, got {resumed_from}"
+        )
+    return checkpoint_id
 
 
 def newest(root: Storage) -> AttemptRecord | None:
@@ -119,30 +129,29 @@ def _refuse_old(root: Storage, attempt: int) -> None:
         )
 
 
-def committed(root: Storage, folder: str = CHECKPOINTS) -> list[str]:
-    """Paths of the checkpoints on the chain that have a manifest, newest first."""
+def committed(root: Storage, folder: str = CHECKPOINTS) -> list[CheckpointId]:
+    """The checkpoints on the chain that have a manifest, newest first."""
     names = (
         key.removeprefix(f"{folder}/").removesuffix(f"/{MANIFEST}")
         for key, _ in root.list(f"{folder}/")
         if key.endswith(f"/{MANIFEST}")
     )
     limits = _limits(root)
-    found = [name for name in names if is_name(name) and _counts(name, limits)]
-    return [f"{folder}/{name}" for name in sorted(found, key=step_and_attempt, reverse=True)]
+    ids = filter(None, map(CheckpointId.parse, names))
+    return sorted((checkpoint_id for checkpoint_id in ids if _counts(checkpoint_id, limits)), reverse=True)
 
 
-def is_readable(root: Storage, path: str) -> bool:
+def is_readable(root: Storage, checkpoint_id: CheckpointId) -> bool:
     """Whether a checkpoint has a manifest that is whole and its own."""
     try:
-        read_manifest(root, path)
+        read_manifest(root, checkpoint_id)
     except CheckpointError:
         return False
     return True
 
 
-def _counts(name: str, limits: dict[int, float] | None) -> bool:
-    step, attempt = step_and_attempt(name)
-    return limits is None or step <= limits.get(attempt, -1)
+def _counts(checkpoint_id: CheckpointId, limits: dict[int, float] | None) -> bool:
+    return limits is None or checkpoint_id.step <= limits.get(checkpoint_id.attempt, -1)
 
 
 def _limits(root: Storage) -> dict[int, float] | None:
@@ -165,19 +174,18 @@ def _limits(root: Storage) -> dict[int, float] | None:
                 limits.setdefault(left[-1], min(limits[number], _first_step(root, number)))
             continue
         if before is not None:
-            step, attempt = step_and_attempt(before)
-            limits[attempt] = step
-            left = sorted({*left, attempt})  # nothing of it may be left
+            limits[before.attempt] = before.step
+            left = sorted({*left, before.attempt})  # nothing of it may be left
     return limits
 
 
 def _first_step(root: Storage, number: int) -> float:
     """Step of the first checkpoint of an attempt that is there; infinite when there is none."""
     steps = []
-    for name in _names(root, CHECKPOINTS):
-        if step_and_attempt(name)[1] == number:
+    for checkpoint_id in _ids(root, CHECKPOINTS):
+        if checkpoint_id.attempt == number:
             with suppress(CheckpointError):  # damaged, or another attempt's under a wrong name
-                steps.append(read_manifest(root, f"{CHECKPOINTS}/{name}").step)
+                steps.append(read_manifest(root, checkpoint_id).step)
     return min(steps, default=float("inf"))
 
 
@@ -186,14 +194,14 @@ def _recorded(root: Storage) -> set[int]:
     return {int(key) for key in keys if key.isdecimal()}
 
 
-def _with_folders(root: Storage, top: str) -> set[int]:
-    return {step_and_attempt(name)[1] for name in _names(root, top)}
+def _with_folders(root: Storage, folder: str) -> set[int]:
+    return {checkpoint_id.attempt for checkpoint_id in _ids(root, folder)}
 
 
-def _names(root: Storage, top: str) -> set[str]:
-    """Names of checkpoints under a folder, committed or not."""
-    names = {key.split("/")[1] for key, _ in root.list(f"{top}/")}
-    return {name for name in names if is_name(name)}
+def _ids(root: Storage, folder: str) -> set[CheckpointId]:
+    """The checkpoints below a folder, committed or not."""
+    names = {key.split("/")[1] for key, _ in root.list(f"{folder}/")}
+    return set(filter(None, map(CheckpointId.parse, names)))
 
 
 def _key(number: int) -> str:

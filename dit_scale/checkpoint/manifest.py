@@ -9,6 +9,7 @@ docs/formats.md describes the files.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +25,33 @@ CHECKPOINTS, EMA, ATTEMPTS = "checkpoints", "ema", "attempts"
 """Folders below the root of a run's state."""
 
 _NAME = re.compile(r"(\d{10})-(\d{4,})")
+
+
+@dataclass(frozen=True, order=True)
+class CheckpointId:
+    """Which checkpoint of a run: ids sort by step, then by attempt, and so do their names."""
+
+    step: int
+    attempt: int
+    """Number of the attempt that wrote it."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint's folder."""
+        return f"{self.step:010d}-{self.attempt:04d}"
+
+    def path(self, folder: str = CHECKPOINTS) -> str:
+        """Path of the checkpoint's folder; pass "" if the storage itself is the folder of checkpoints."""
+        return f"{folder}/{self.name}" if folder else self.name
+
+    @classmethod
+    def parse(cls, name: str) -> "CheckpointId | None":
+        """Return the id with this name, or None if it is not the name of a checkpoint."""
+        match = _NAME.fullmatch(name)
+        return cls(int(match[1]), int(match[2])) if match else None
 
 
 class _Record(BaseModel):
@@ -78,32 +106,20 @@ class Manifest(_Record):
     """World size and ZeRO stage of the writer; of interest to people only."""
     files: tuple[FileRecord, ...] = ()
 
-
-def name_of(step: int, attempt: int) -> str:
-    """The folder of a checkpoint; names sort by step, then attempt."""
-    return f"{step:010d}-{attempt:04d}"
-
-
-def is_name(name: str) -> bool:
-    """Whether this is the name of a checkpoint's folder."""
-    return _NAME.fullmatch(name) is not None
+    @property
+    def id(self) -> CheckpointId:
+        return CheckpointId(self.step, self.attempt)
 
 
-def step_and_attempt(name: str) -> tuple[int, int]:
-    """What a checkpoint's name, or a path that ends in one, says."""
-    match = _NAME.fullmatch(name.rpartition("/")[2])
-    assert match, f"{name!r} is no checkpoint's name"
-    return int(match[1]), int(match[2])
-
-
-def read_manifest(storage: Storage, name: str) -> Manifest:
-    """The manifest of the checkpoint at a path that ends in its name.
+def read_manifest(storage: Storage, checkpoint_id: CheckpointId, folder: str = CHECKPOINTS) -> Manifest:
+    """Read the manifest of the checkpoint with this id below a folder.
 
     Raises CheckpointError when it is missing, damaged, of another kind, or under another checkpoint's name.
     """
-    where = f"{storage.url}/{name}/{MANIFEST}"
+    path = checkpoint_id.path(folder)
+    where = f"{storage.url}/{path}/{MANIFEST}"
     try:
-        tree = unseal(storage.read(f"{name}/{MANIFEST}"), where, CheckpointError)
+        tree = unseal(storage.read(f"{path}/{MANIFEST}"), where, CheckpointError)
         if (tree.get("format"), tree.get("version")) != (FORMAT, FORMAT_VERSION):
             raise CheckpointError(
                 f"{where}: {tree.get('format')} version {tree.get('version')}, "
@@ -114,9 +130,9 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
         raise
     except (ValidationError, StorageError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from None
-    if (manifest.step, manifest.attempt) != step_and_attempt(name):
+    if manifest.id != checkpoint_id:
         raise CheckpointError(
-            f"{storage.url}/{name} holds step {manifest.step} of attempt {manifest.attempt}: it was copied "
-            f"or renamed; its name is {name_of(manifest.step, manifest.attempt)}"
+            f"{storage.url}/{path} holds step {manifest.step} of attempt {manifest.attempt}: it was copied "
+            f"or renamed; its name is {manifest.id}"
         )
     return manifest

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dit_scale.checkpoint import rankfile
-from dit_scale.checkpoint.manifest import FileRecord, read_manifest
+from dit_scale.checkpoint.manifest import CHECKPOINTS, CheckpointId, FileRecord, read_manifest
 from dit_scale.checkpoint.partition import Partition
 from dit_scale.checkpoint.rankfile import StoredPiece
 from dit_scale.config import TrainConfig
@@ -31,16 +31,20 @@ class Checkpoint:
     Raises CheckpointError, naming object and tensor, for whatever does not fit.
     """
 
-    def __init__(self, storage: Storage, name: str) -> None:
-        self.storage, self.name = storage, name
-        self.manifest = read_manifest(storage, name)
+    def __init__(self, storage: Storage, checkpoint_id: CheckpointId, folder: str = CHECKPOINTS) -> None:
+        self.storage, self.path = storage, checkpoint_id.path(folder)
+        self.manifest = read_manifest(storage, checkpoint_id, folder)
         self._pieces: dict[tuple[str, str], list[tuple[FileRecord, StoredPiece]]] = {}
         for file in self.manifest.files:
-            for piece in rankfile.open_file(storage, name, file):
+            for piece in rankfile.open_file(storage, self.path, file):
                 self._pieces.setdefault((piece.kind, piece.parameter), []).append((file, piece))
 
     def __str__(self) -> str:
-        return f"{self.storage.url}/{self.name}"
+        return f"{self.storage.url}/{self.path}"
+
+    @property
+    def id(self) -> CheckpointId:
+        return self.manifest.id
 
     @property
     def bytes(self) -> int:
@@ -66,7 +70,7 @@ class Checkpoint:
         for file, piece in self._pieces.get((kind, parameter), ()):
             low, high = max(start, piece.start), min(start + length, piece.start + piece.length)
             if low < high:
-                key = f"{self.name}/{file.key}"
+                key = f"{self.path}/{file.key}"
                 out[low - start : high - start] = rankfile.read(
                     self.storage, key, piece, low - piece.start, high - low
                 )
@@ -86,7 +90,7 @@ class Checkpoint:
     def verify(self) -> None:
         """Read every byte, and see that each parameter is there whole, in every kind."""
         for file in self.manifest.files:
-            rankfile.verify(self.storage, self.name, file)
+            rankfile.verify(self.storage, self.path, file)
         for kind in self.kinds():
             for parameter, shape in self.manifest.model_shapes.items():
                 pieces = [piece for _, piece in self._pieces.get((kind, parameter), ())]

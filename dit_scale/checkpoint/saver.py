@@ -128,12 +128,12 @@ class Saver:
         return self._phase != "idle"
 
     def begin(self, manifest: Manifest, folders: dict[str, tuple[str, ...]]) -> None:
-        """Take a snapshot and have it written into these folders, with the kinds that belong in each."""
+        """Take a snapshot and have it written below these folders, with the kinds that belong in each."""
         assert not self.in_flight
         self._manifest, self._folders, self._since_s = manifest, folders, time.monotonic()
         self.snapshot.take()
         self._phase = "writing"
-        self._ask("write", Write(folders=folders))
+        self._ask("write", Write(checkpoint=manifest.id, folders=folders))
 
     def flags(self) -> tuple[bool, bool]:
         """(this rank's writer is at work, its work has failed): what the rank says in the vote."""

@@ -27,6 +27,7 @@ from dit_scale.checkpoint import attempts, rankfile, retention
 from dit_scale.checkpoint.manifest import (
     CHECKPOINTS,
     MANIFEST,
+    CheckpointId,
     FileRecord,
     Manifest,
     read_manifest,
@@ -55,9 +56,11 @@ class Source(_Message):
 
 
 class Write(_Message):
-    """Put a file of this rank into each folder, with the kinds that belong there."""
+    """Put a file of this rank into a checkpoint below each folder, with the kinds that belong there."""
 
+    checkpoint: CheckpointId
     folders: dict[str, tuple[str, ...]]
+    """Folder, CHECKPOINTS or EMA => kinds."""
 
 
 class Commit(_Message):
@@ -99,28 +102,30 @@ def write(root: Storage, rank: int, memory: Bytes, sources: list[Source], reques
             for s in sources
             if s.kind in kinds
         ]
-        key = f"{folder}/{rankfile.name_of_rank(rank)}"
-        _check_free(root, folder, rankfile.record_of(key, pieces))
+        path = request.checkpoint.path(folder)
+        key = f"{path}/{rankfile.name_of_rank(rank)}"
+        _check_free(root, request.checkpoint, folder, rankfile.record_of(key, pieces))
         files[folder] = rankfile.write(root, key, pieces)
-        rankfile.verify(root, folder, files[folder])
+        rankfile.verify(root, path, files[folder])
     return Reply(files=files)
 
 
-def _check_free(root: Storage, folder: str, file: FileRecord) -> None:
+def _check_free(root: Storage, checkpoint_id: CheckpointId, folder: str, file: FileRecord) -> None:
     """Raises TakenError when the checkpoint is committed with another file; with this very one it is ours."""
-    if not root.exists(f"{folder}/{MANIFEST}"):
+    path = checkpoint_id.path(folder)
+    if not root.exists(f"{path}/{MANIFEST}"):
         return
     try:
-        is_ours = file in read_manifest(root, folder).files
+        is_ours = file in read_manifest(root, checkpoint_id, folder).files
     except CheckpointError:
         is_ours = False
     if not is_ours:
-        raise _taken(root, folder)
+        raise _taken(root, path)
 
 
-def _taken(root: Storage, folder: str) -> TakenError:
+def _taken(root: Storage, path: str) -> TakenError:
     return TakenError(
-        f"{root.url}/{folder} has a manifest already: another process writes to this run, or it was copied "
+        f"{root.url}/{path} has a manifest already: another process writes to this run, or it was copied "
         "there; nothing in it was changed. A new start takes another number"
     )
 
@@ -130,12 +135,12 @@ def commit(root: Storage, request: Commit) -> Reply:
 
     Raises SupersededError when a later attempt has begun, CheckpointError or StorageError otherwise.
     """
-    newest = next(folder for folder in request.files if folder.startswith(CHECKPOINTS))
+    newest = request.manifest.id
     for path in map(Path, request.record):
         with suppress(OSError):  # the rank that writes it raises the alarm; a save does not depend on it
-            root.write(f"{newest}/{path.name}", path.read_bytes())
+            root.write(f"{newest.path()}/{path.name}", path.read_bytes())
     for folder, files in request.files.items():
-        put_manifest(root, folder, request.manifest.model_copy(update={"files": files}))
+        put_manifest(root, request.manifest.model_copy(update={"files": files}), folder)
     try:
         dropped = retention.prune(
             root, request.manifest.attempt, newest, request.keep, request.keep_every_steps
@@ -147,12 +152,13 @@ def commit(root: Storage, request: Commit) -> Reply:
     return Reply(dropped=tuple(dropped))
 
 
-def put_manifest(root: Storage, folder: str, manifest: Manifest) -> None:
+def put_manifest(root: Storage, manifest: Manifest, folder: str = CHECKPOINTS) -> None:
     """Put the manifest, once: from here on the checkpoint exists. That this very one is there is fine."""
-    key, data = f"{folder}/{MANIFEST}", sealed(json.loads(manifest.model_dump_json()))
+    path = manifest.id.path(folder)
+    key, data = f"{path}/{MANIFEST}", sealed(json.loads(manifest.model_dump_json()))
     attempts.check_current(root, manifest.attempt)
     if not root.write_new(key, data) and root.read(key) != data:
-        raise _taken(root, folder)
+        raise _taken(root, path)
     attempts.check_current(root, manifest.attempt)  # one that was stopped in between does not count
 
 

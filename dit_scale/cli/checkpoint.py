@@ -3,18 +3,18 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command, group, int_between, weights_file
+from dit_scale.cli.arguments import add_command, add_group, int_between, weights_file
 
 
 def add(commands: Any) -> None:
     """Declare the commands."""
-    actions = group(
+    actions = add_group(
         commands,
         "checkpoint",
         "list, verify, export, keep or prune a run's checkpoints",
         example="dit-scale checkpoint list runs/dit_xl2_256",
     )
-    listing = command(
+    listing = add_command(
         actions,
         "list",
         _list,
@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     )
     listing.add_argument("run", help="the run's folder")
     listing.add_argument("--json", action="store_true", help="a list of objects, for machines")
-    verify = command(
+    verify = add_command(
         actions,
         "verify",
         _verify,
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     verify.add_argument(
         "source", help="run folder (all its checkpoints, stored averages and attempts) or checkpoint folder"
     )
-    export = command(
+    export = add_command(
         actions,
         "export",
         _export,
@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
 
 
 def _add_retention(actions: Any) -> None:
-    keep = command(
+    keep = add_command(
         actions,
         "keep",
         _keep,
@@ -58,7 +58,7 @@ def _add_retention(actions: Any) -> None:
     keep.add_argument(
         "checkpoint", metavar="NAME", help="as `checkpoint list` names it, for example 0000400000-0003"
     )
-    prune = command(
+    prune = add_command(
         actions,
         "prune",
         _prune,
@@ -84,10 +84,10 @@ def _list(args: argparse.Namespace) -> int:
 
     root = root_of_folder(args.run)
     rows: list[dict[str, Any]] = []
-    for path in committed(root):
-        name = path.rpartition("/")[2]
+    for checkpoint_id in committed(root):
+        name = checkpoint_id.name
         try:
-            found = Checkpoint(root, path)
+            found = Checkpoint(root, checkpoint_id)
             rows.append({"name": name, "step": found.manifest.step, "bytes": found.bytes})
         except CheckpointError as error:
             rows.append({"name": name, "problem": str(error)})
@@ -118,7 +118,8 @@ def _verify(args: argparse.Namespace) -> int:
     to_verify = checkpoints_at(args.source)
     if (Path(args.source) / "config.yaml").is_file():
         root = root_of_folder(args.source)
-        to_verify += [(path, partial(Checkpoint, root, path)) for path in attempts.committed(root, EMA)]
+        averages = attempts.committed(root, EMA)
+        to_verify += [(average.path(EMA), partial(Checkpoint, root, average, EMA)) for average in averages]
         for problem in attempts.problems(root):
             damaged = True
             print(problem)
@@ -145,11 +146,11 @@ def _say_if_edited(run: str) -> None:
     from dit_scale.train.run_folder import config_of_folder, root_of_folder
 
     config, root = config_of_folder(run), root_of_folder(run)
-    for path in committed(root):
+    for checkpoint_id in committed(root):
         with suppress(CheckpointError):
-            saved = Checkpoint(root, path).config
+            saved = Checkpoint(root, checkpoint_id).config
             for line in differences(saved.model_copy(update={"run": config.run}), config):
-                print(f"note: config.yaml is not as in {path}: {line}")
+                print(f"note: config.yaml is not as in {checkpoint_id.path()}: {line}")
             return
 
 
@@ -168,19 +169,19 @@ def _export(args: argparse.Namespace) -> int:
 
 def _keep(args: argparse.Namespace) -> int:
     from dit_scale.checkpoint.attempts import committed
-    from dit_scale.checkpoint.manifest import CHECKPOINTS
+    from dit_scale.checkpoint.manifest import CheckpointId
     from dit_scale.checkpoint.retention import TAG
     from dit_scale.errors import CheckpointError
     from dit_scale.train.run_folder import root_of_folder
 
     root = root_of_folder(args.run)
-    path = f"{CHECKPOINTS}/{args.checkpoint}"
-    if path not in committed(root):
+    checkpoint_id = CheckpointId.parse(args.checkpoint)
+    if checkpoint_id is None or checkpoint_id not in committed(root):
         raise CheckpointError(
             f"{args.run} has no checkpoint {args.checkpoint}; `dit-scale checkpoint list` shows them"
         )
-    root.write(f"{path}/{TAG}", b"")
-    print(f"{path} stays for good")
+    root.write(f"{checkpoint_id.path()}/{TAG}", b"")
+    print(f"{checkpoint_id.path()} stays for good")
     return 0
 
 
@@ -191,14 +192,14 @@ def _prune(args: argparse.Namespace) -> int:
     from dit_scale.train.run_folder import config_of_folder, root_of_folder
 
     config, root = config_of_folder(args.run).checkpoint, root_of_folder(args.run)
-    paths, current = attempts.committed(root), attempts.numbers(root)
-    if not paths:
+    ids, current = attempts.committed(root), attempts.numbers(root)
+    if not ids:
         raise CheckpointError(f"{args.run} has no committed checkpoint")
     _say_if_edited(args.run)
     keep = args.keep or config.keep
-    rule = (paths[0], keep, config.keep_every_steps)
+    rule = (ids[0], keep, config.keep_every_steps)
     if args.yes:
-        Checkpoint(root, paths[0]).verify()
+        Checkpoint(root, ids[0]).verify()
         gone = retention.prune(root, current[-1] if current else 0, *rule)
     else:
         gone = retention.superfluous(root, *rule)

@@ -3,18 +3,18 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command, group, int_between, weights_file
+from dit_scale.cli.arguments import add_command, add_group, int_between, weights_file
 
 
 def add(commands: Any) -> None:
     """Declare the commands."""
-    actions = group(
+    actions = add_group(
         commands,
         "ema",
         "list a run's stored averages, or make one of another width",
         example="dit-scale ema reconstruct runs/dit_xl2_256 --sigma-rel 0.08 --out sigma08.safetensors",
     )
-    listing = command(
+    listing = add_command(
         actions,
         "list",
         _list,
@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     )
     listing.add_argument("run", help="the run's folder")
     listing.add_argument("--json", action="store_true", help="a list of objects, for machines")
-    rebuild = command(
+    rebuild = add_command(
         actions,
         "reconstruct",
         _reconstruct,
@@ -56,7 +56,7 @@ def _list(args: argparse.Namespace) -> int:
             "step": average.profile.step,
             "sigma_rel": average.profile.sigma_rel,
             "profile": average.name,
-            "checkpoint": average.checkpoint.name,
+            "checkpoint": average.checkpoint.path,
             "since_step": average.since_step,
             "flaw": average.flaw,
         }

@@ -4,13 +4,13 @@ import argparse
 import sys
 from typing import Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, above_zero, command, int_between, number
+from dit_scale.cli.arguments import CONFIG_HELP, add_command, int_between, non_negative_float, positive_float
 from dit_scale.errors import DitScaleError
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(
+    parser = add_command(
         commands,
         "launch",
         _run,
@@ -37,12 +37,17 @@ would end in the same way, 1 anything else.""",
         metavar="NUMBER",
         help="of this start of the job, the same on all nodes; one with a larger number takes over",
     )
-    parser.add_argument("--lease-s", type=above_zero, default=15.0, help="silence that means a node is lost")
     parser.add_argument(
-        "--gather-s", type=above_zero, default=3600.0, help="longest wait for the least number of nodes"
+        "--lease-s", type=positive_float, default=15.0, help="silence that means a node is lost"
     )
     parser.add_argument(
-        "--grow-s", type=number, default=60.0, help="a round lasts so long before it lets nodes in"
+        "--gather-s", type=positive_float, default=3600.0, help="longest wait for the least number of nodes"
+    )
+    parser.add_argument(
+        "--grow-s",
+        type=non_negative_float,
+        default=60.0,
+        help="a round lasts so long before it lets nodes in",
     )
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import command, int_between
+from dit_scale.cli.arguments import add_command, int_between
 
 if TYPE_CHECKING:
     from dit_scale.report.replay import Replay
@@ -13,7 +13,7 @@ SHOWN = 20
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(
+    parser = add_command(
         commands,
         "replay",
         _run,

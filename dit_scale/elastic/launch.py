@@ -16,7 +16,6 @@ import numpy as np
 
 from dit_scale import signals
 from dit_scale.checkpoint import attempts
-from dit_scale.checkpoint.manifest import step_and_attempt
 from dit_scale.config import TrainConfig, dump
 from dit_scale.data.order import Order, positions_of
 from dit_scale.data.shards import read_info
@@ -121,8 +120,8 @@ def drive(life: Wait) -> Exit:
 
 def committed_step(root: Storage) -> int:
     """The step of the newest checkpoint whose manifest can be read; -1 when there is none."""
-    readable = (path for path in attempts.committed(root) if attempts.is_readable(root, path))
-    return next((step_and_attempt(path)[0] for path in readable), -1)
+    committed = attempts.committed(root)
+    return next((newest.step for newest in committed if attempts.is_readable(root, newest)), -1)
 
 
 def samples_of(config: TrainConfig, root: Storage, step: int) -> list[int]:

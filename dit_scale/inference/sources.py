@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dit_scale import weights
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, is_name
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, ModelConfig
 from dit_scale.errors import CheckpointError, WeightsError
@@ -92,14 +92,15 @@ def checkpoints_at(path: str) -> list[tuple[str, Callable[[], Checkpoint]]]:
     A checkpoint's folder may be an s3:// url. Raises CheckpointError where there is none.
     """
     above, _, name = path.rstrip("/").rpartition("/")
-    if is_name(name) and open_storage(above or ".").exists(f"{name}/{MANIFEST}"):
-        return [(path, lambda: Checkpoint(open_storage(above or "."), name))]
+    checkpoint_id = CheckpointId.parse(name)
+    if checkpoint_id and open_storage(above or ".").exists(f"{name}/{MANIFEST}"):
+        return [(path, lambda: Checkpoint(open_storage(above or "."), checkpoint_id, folder=""))]
     if (Path(path) / "config.yaml").is_file():
         root = root_of_folder(path)
-        names = committed(root)
-        if not names:
+        ids = committed(root)
+        if not ids:
             raise CheckpointError(f"{path} has no committed checkpoint yet")
-        return [(name, partial(Checkpoint, root, name)) for name in names]
+        return [(checkpoint_id.path(), partial(Checkpoint, root, checkpoint_id)) for checkpoint_id in ids]
     raise WeightsError(
         f"{path}: expected a run's folder, a checkpoint's folder, or a .safetensors or .pt file of weights"
     )
@@ -167,9 +168,10 @@ def stored_averages(root: Storage) -> tuple[list[StoredAverage], list[str]]:
     """
     held: list[tuple[Checkpoint, tuple[EmaProfile, ...]]] = []
     problems = []
-    for path in (*committed(root, CHECKPOINTS), *committed(root, EMA)):
+    candidates = [(one, folder) for folder in (CHECKPOINTS, EMA) for one in committed(root, folder)]
+    for checkpoint_id, folder in candidates:
         try:
-            checkpoint = Checkpoint(root, path)
+            checkpoint = Checkpoint(root, checkpoint_id, folder)
             held.append((checkpoint, checkpoint.config.ema))
         except CheckpointError as error:
             problems.append(str(error))

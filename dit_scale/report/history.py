@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord
-from dit_scale.checkpoint.manifest import EMA, read_manifest, step_and_attempt
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, CheckpointId, read_manifest
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.journal import Event
@@ -58,7 +58,7 @@ def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
     record = read_objects(folder / "metrics.jsonl", "step", *COLUMNS)
     committed = attempts.committed(root)
     reached = max(
-        [line["step"] for line in (*journal, *record)] + [step_and_attempt(path)[0] for path in committed],
+        [line["step"] for line in (*journal, *record)] + [checkpoint.step for checkpoint in committed],
         default=0,
     )
     # behind what is written down some more steps may be taken, but steps may also have been lowered since
@@ -92,10 +92,11 @@ def as_taken(config: TrainConfig, attempt: AttemptRecord) -> TrainConfig:
     Where things are, and the device, stay as they are now.
     """
     root = root_of(config)
-    for path in (*attempts.committed(root), *attempts.committed(root, EMA)):
-        if step_and_attempt(path)[1] == attempt.number:
+    candidates = [(one, folder) for folder in (CHECKPOINTS, EMA) for one in attempts.committed(root, folder)]
+    for checkpoint_id, folder in candidates:
+        if checkpoint_id.attempt == attempt.number:
             with suppress(CheckpointError, ValidationError):
-                taken = TrainConfig.model_validate(read_manifest(root, path).config)
+                taken = TrainConfig.model_validate(read_manifest(root, checkpoint_id, folder).config)
                 here = config.engine.model_dump(include={"device", "determinism", "cpu_threads"})
                 return config.model_copy(
                     update={
@@ -119,13 +120,13 @@ def _taker(root: Storage, step: int, attempt: int | None) -> AttemptRecord:
     found = attempts.read(root, attempt or numbers[-1])
     while _begun_at(found) >= step:
         assert found.resumed_from is not None
-        found = attempts.read(root, step_and_attempt(found.resumed_from)[1])
+        found = attempts.read(root, found.resumed_from.attempt)
     return found
 
 
 def _begun_at(attempt: AttemptRecord) -> int:
     """Steps that it found taken."""
-    return step_and_attempt(attempt.resumed_from)[0] if attempt.resumed_from else 0
+    return attempt.resumed_from.step if attempt.resumed_from else 0
 
 
 def _skipped(events: list[Line], step: int) -> Recorded | None:
@@ -144,12 +145,12 @@ def _line(record: list[Line], step: int) -> Recorded | None:
     return None
 
 
-def _pending(root: Storage, committed: list[str], step: int) -> Recorded | None:
+def _pending(root: Storage, committed: list[CheckpointId], step: int) -> Recorded | None:
     """A checkpoint has the rows of the steps since the last log point."""
-    for path in committed:
+    for checkpoint_id in committed:
         with suppress(CheckpointError):
-            manifest = read_manifest(root, path)
+            manifest = read_manifest(root, checkpoint_id)
             later_rows = manifest.step - step
             if 0 <= later_rows < len(manifest.pending_metrics):
-                return Recorded(tuple(manifest.pending_metrics[-1 - later_rows]), path)
+                return Recorded(tuple(manifest.pending_metrics[-1 - later_rows]), checkpoint_id.path())
     return None

@@ -24,16 +24,13 @@ from dit_scale.report.history import Past, as_taken, past_of
 from dit_scale.telemetry.meters import COLUMNS, Meters, StepRow
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.train import determinism
+from dit_scale.train.dataset_check import check_dataset, data_digest
 from dit_scale.train.memory import plan_of
 from dit_scale.train.objective import SampleLosses, drop_labels
-from dit_scale.train.run_folder import (
-    RunState,
-    check_dataset,
-    config_of_folder,
-    data_digest,
-    find_checkpoint,
-)
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.restore import find_checkpoint
+from dit_scale.train.run_folder import config_of_folder
+from dit_scale.train.run_state import RunState
+from dit_scale.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
         check_dataset(config, dataset)
         plan = plan_of(config, world.size)
         # without averages: the steps do not depend on them
-        training = TrainingStep(config.model_copy(update={"ema": ()}), world, plan, dataset.info.vae.scale)
+        training = Trainer(config.model_copy(update={"ema": ()}), world, plan, dataset.info.vae.scale)
         notes: list[str] = []
         found = _fill(config, dataset, world, training, past, notes.append)
         excluded = past.attempt.excluded_positions
@@ -125,14 +122,14 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
     if not world.is_first:
         return None
     samples.sort(key=lambda sample: (sample.finite, -sample.loss if sample.finite else 0.0, sample.position))
-    return Replay(run, step, past, found.name if found else None, world.size, row, tuple(samples))
+    return Replay(run, step, past, found.path if found else None, world.size, row, tuple(samples))
 
 
 def _fill(
     config: TrainConfig,
     dataset: LatentDataset,
     world: World,
-    training: TrainingStep,
+    training: Trainer,
     past: Past,
     say: Callable[[str], None],
 ) -> Checkpoint | None:
@@ -152,7 +149,7 @@ def _fill(
 
 
 def _advance(
-    config: TrainConfig, training: TrainingStep, loader: Loader, status: StatusLine, steps: range
+    config: TrainConfig, training: Trainer, loader: Loader, status: StatusLine, steps: range
 ) -> None:
     """Take these steps (counted from 0)."""
     status.say(f"steps to take again before it: {len(steps)}")
@@ -166,7 +163,7 @@ def _advance(
 
 def _take(
     config: TrainConfig,
-    training: TrainingStep,
+    training: Trainer,
     loader: Loader,
     excluded: tuple[tuple[int, int], ...],
     step: int,

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, TrainConfig
 from dit_scale.errors import ConfigError
-from dit_scale.train.changes import Say
+from dit_scale.lines import Say
 from dit_scale.train.ema import ema_kind, power_gamma
 
 NEGLIGIBLE = 1e-3

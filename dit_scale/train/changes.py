@@ -4,17 +4,15 @@ Some keys may not change within a run (docs/determinism.md); of the others each 
 """
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
 from dit_scale.errors import ConfigError
+from dit_scale.lines import Say
 from dit_scale.paths import located
 from dit_scale.train.optim import learning_rate
-
-Say = Callable[[str], None]
 
 BOUND_KEYS = ("seed", "global_batch", "data.horizontal_flip", "data.window_shards")
 BOUND_SECTIONS = ("model.", "diffusion.")

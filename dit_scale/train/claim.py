@@ -5,16 +5,18 @@ from collections.abc import Callable
 
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord, Ranges
+from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.errors import StorageError
+from dit_scale.lines import Say
 from dit_scale.storage import DiskFullError, Storage
-from dit_scale.train.run_folder import Say, merged
+from dit_scale.train.run_state import merged
 
 PAUSE_S = 5.0
 """Between two tries while there is no room."""
 
 
 def next_attempt(
-    root: Storage, resumed_from: str | None, excluded: Ranges, behind: AttemptRecord | None
+    root: Storage, resumed_from: CheckpointId | None, excluded: Ranges, behind: AttemptRecord | None
 ) -> AttemptRecord:
     """The next attempt of a run, or the one behind `behind`, which leaves these positions out, too."""
     before = attempts.newest(root)

@@ -36,10 +36,10 @@ def train(config: TrainConfig) -> int:
         if run.state.step >= config.steps:
             run.say(f"the run is done: its newest checkpoint is step {run.state.step}, steps={config.steps}")
         while run.state.step < config.steps:
-            sums = run.step.accumulate(_beating(heart, run.loader, run.state.step))
+            sums = run.trainer.accumulate(_beating(heart, run.loader, run.state.step))
             # Late in the step, so that a request to stop counts for this one; its answer comes meanwhile.
             vote = world.begin_any(stop.wanted, *run.saver.flags(), run.has_found_damage())
-            row = run.step.update(sums, run.state.step)
+            row = run.trainer.update(sums, run.state.step)
             run.state.step += 1
             heart.beat(Phase.AGREE, run.state.step)
             run.count(row)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_scale import __version__
 from dit_scale.checkpoint import reader
 from dit_scale.checkpoint.attempts import AttemptRecord, Ranges, check_current
-from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, Manifest, name_of
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, Manifest
 from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Saver, SaveResult
@@ -32,21 +32,15 @@ from dit_scale.telemetry.progress import StatusLine
 from dit_scale.telemetry.sinks import check_installed
 from dit_scale.train.averages import restored_kinds
 from dit_scale.train.claim import claim, next_attempt
+from dit_scale.train.dataset_check import check_dataset, data_digest
 from dit_scale.train.ema import ema_kind
 from dit_scale.train.logbook import Carried, Logbook, carried_over, check_writable
 from dit_scale.train.memory import plan_of
-from dit_scale.train.run_folder import (
-    RunState,
-    check_dataset,
-    choose_precision,
-    data_digest,
-    find_checkpoint,
-    merged,
-    record_of,
-    root_of,
-    state_of,
-)
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.precision import choose_precision
+from dit_scale.train.restore import find_checkpoint
+from dit_scale.train.run_folder import record_of, root_of
+from dit_scale.train.run_state import RunState, merged, state_of
+from dit_scale.train.trainer import Trainer
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # between two tries of the last save
 
@@ -66,9 +60,9 @@ class Session:
         self._data_sha256, self._vae_sha256 = data_digest(dataset), dataset.info.vae.weights_sha256
         self._root = root_of(config)
         self.state = RunState()
-        self.step = TrainingStep(config, world, self.plan, dataset.info.vae.scale)
+        self.trainer = Trainer(config, world, self.plan, dataset.info.vae.scale)
         self.saver = Saver(
-            world, self._root.url, self.step.engine.owned, config.checkpoint, record_of(config)
+            world, self._root.url, self.trainer.engine.owned, config.checkpoint, record_of(config)
         )
         stack.callback(self.saver.close)
         self._attempt_stack = stack.enter_context(ExitStack())
@@ -168,7 +162,7 @@ class Session:
         record = {
             "samples": self.state.step * self.config.global_batch,
             **self.meters.take(),
-            "lr": self.step.engine.hyper_parameters()[0]["lr"],
+            "lr": self.trainer.engine.hyper_parameters()[0]["lr"],
         }
         for note in self.loader.notes():
             self.say(note)
@@ -188,13 +182,12 @@ class Session:
             self._begin_save()
 
     def _begin_save(self) -> None:
-        name = name_of(self.state.step, self.attempt.number)
         profiles, kinds = self.config.ema, (*OPTIMIZER_KINDS, *(ema_kind(p.name) for p in self.config.ema))
-        folders = {f"{CHECKPOINTS}/{name}": kinds}
+        folders = {CHECKPOINTS: kinds}
         stored = tuple(ema_kind(profile.name) for profile in profiles if profile.sigma_rel is not None)
         if stored and self._passed(self.config.checkpoint.ema_every_steps, since=self._committed_step):
             # before the checkpoint: a run that goes on from it has this average behind it
-            folders = {f"{EMA}/{name}": stored, **folders}
+            folders = {EMA: stored, **folders}
         begin_s = time.monotonic()
         self.saver.begin(self._manifest(), folders)
         self._saved_step = self.state.step
@@ -241,7 +234,7 @@ class Session:
     ) -> AttemptRecord:
         """Begin the next attempt, and read what it goes on from (rank 0 alone)."""
         check_writable(self.config)
-        attempt = next_attempt(self._root, found.name if found else None, excluded, behind)
+        attempt = next_attempt(self._root, found.id if found else None, excluded, behind)
         claim(
             self._root,
             attempt,
@@ -257,7 +250,7 @@ class Session:
         """Read what this rank owns. No collectives: a rank that cannot read must not keep others waiting."""
         said = list[str]()
         old, new = restored_kinds(self.config, found, said.append)
-        owned = self.step.engine.owned
+        owned = self.trainer.engine.owned
 
         def read(kind: str, parameter: str, start: int, length: int) -> Tensor:
             self._heart.beat(Phase.RESTORE, self.state.step)
@@ -273,9 +266,9 @@ class Session:
     def _go_on_from(self, found: Checkpoint | None) -> None:
         self.state = state_of(self.config, found, self.attempt.excluded_positions)
         if found is None:
-            self.step.start()
+            self.trainer.start()
         else:
-            self.step.resume(found.manifest.guard)
+            self.trainer.resume(found.manifest.guard)
         self._began_step = self._observed_step = self._saved_step = self._committed_step = self.state.step
 
     def _open(self, notes: list[str], resumed: bool, restore_s: float) -> None:
@@ -307,7 +300,7 @@ class Session:
             self.say(note)
         self.say(
             f"{config.model.name} at {config.model.image_size} px, {config.engine.precision}, "
-            f"ZeRO-{config.engine.zero_stage}, attention {self.step.attention_backend}, on {plan.world} x "
+            f"ZeRO-{config.engine.zero_stage}, attention {self.trainer.attention_backend}, on {plan.world} x "
             f"{self.world.device.type}: {plan.global_batch} samples per step in {plan.micro_steps} "
             f"micro-steps of {plan.micro_batch} per process"
         )
@@ -315,10 +308,10 @@ class Session:
         self.say(f"{config.run}: {start}, attempt {self.attempt.number}")
         self._record(
             Event.START,
-            resumed_from=self.attempt.resumed_from,
+            resumed_from=self.attempt.resumed_from and self.attempt.resumed_from.path(),
             restore_s=round(restore_s, 3),
             world=plan.world,
-            attention=self.step.attention_backend,
+            attention=self.trainer.attention_backend,
             ema=[ema_kind(profile.name) for profile in config.ema],
             excluded_positions=self.state.excluded,
             notes=notes,
@@ -333,10 +326,10 @@ class Session:
             config=config.model_dump(mode="json"),
             data_sha256=self._data_sha256,
             vae_sha256=self._vae_sha256,
-            model_shapes=self.step.shapes,
-            optimizer_groups=self.step.engine.hyper_parameters(),
+            model_shapes=self.trainer.shapes,
+            optimizer_groups=self.trainer.engine.hyper_parameters(),
             pending_metrics=self.meters.collect(),
-            guard=self.step.guard.state(),
+            guard=self.trainer.guard.state(),
             skipped_steps=state.skipped,
             excluded_positions=state.excluded,
             quarantined=dict(state.quarantined),
@@ -353,7 +346,7 @@ class Session:
         """Say and write down how a save ended."""
         if outcome is None:
             return
-        name = name_of(outcome.manifest.step, outcome.manifest.attempt)
+        name = outcome.manifest.id.name
         if outcome.problem:
             self._record(Event.SAVE_FAILED, name=name, problem=outcome.problem)
             self.say(f"ALARM: checkpoint {name} is not saved, training goes on: {outcome.problem}")

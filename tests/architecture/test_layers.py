@@ -4,6 +4,7 @@ An import inside a function or under TYPE_CHECKING counts like any other, unless
 """
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,14 @@ from tests.architecture.source import (
     within,
 )
 
-SCRIPTS = ("data_pipeline/encode_latents.py", "data_pipeline/verify.py")
+SCRIPTS = ("data_pipeline/encode_latents.py",)
 
 LAYERS = (
     "errors",
     "signals",
     "lines",
     "journal",
+    "ledger",
     "heartbeat",
     "sealed",
     "recipes",
@@ -97,7 +99,6 @@ WITHOUT_TORCH = (
     "dit_scale_pipeline.images",
     "dit_scale_pipeline.inputs",
     "dit_scale_pipeline.shards_writer",
-    "dit_scale_pipeline.verify",
 )
 """Modules that start quickly or run without torch: neither they nor what they import may import torch."""
 
@@ -149,7 +150,7 @@ def test_the_library_does_not_know_its_programs() -> None:
     assert [o for path in sources(*PACKAGES) for o in offences(path, programs)] == []
 
 
-def test_only_the_encode_command_knows_the_pipeline() -> None:
+def test_only_the_commands_of_latent_data_sets_know_the_pipeline() -> None:
     found = [
         (name, entry.name, entry.lazy)
         for name, path in MODULES.items()
@@ -157,7 +158,11 @@ def test_only_the_encode_command_knows_the_pipeline() -> None:
         for entry in imports_of(path)
         if within(entry.name, ("dit_scale_pipeline",))
     ]
-    assert found == [("dit_scale.cli.encode", "dit_scale_pipeline.job", True)]
+    assert set(found) == {
+        ("dit_scale.cli.encode", "dit_scale_pipeline.job", True),
+        ("dit_scale.cli.latents", "dit_scale_pipeline.compare", True),
+        ("dit_scale.cli.latents", "dit_scale_pipeline.inputs.names", True),
+    }
 
 
 def test_the_folder_of_the_pipeline_holds_short_scripts_beside_it() -> None:
@@ -197,6 +202,21 @@ def test_heavy_libraries_load_when_they_are_needed(library: str) -> None:
         for entry in imports_of(path)
         if within(entry.name, (library,)) and not entry.lazy
     ]
+    assert found == []
+
+
+def test_every_runtime_dependency_is_imported() -> None:
+    """Packages that only tests and benchmarks use belong to the extra `dev`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", text)[0] for text in project["dependencies"]}  # type: ignore[index]
+    imported = {entry.name.partition(".")[0] for path in MODULES.values() for entry in imports_of(path)}
+    modules = {"pillow": "PIL", "pyyaml": "yaml"}
+    assert {name for name in names if modules.get(name, name.replace("-", "_")) not in imported} == set()
+
+
+def test_no_module_changes_the_import_path() -> None:
+    scripts = [ROOT / name for name in SCRIPTS]
+    found = [path for path in (*MODULES.values(), *scripts) if "sys.path" in path.read_text()]
     assert found == []
 
 

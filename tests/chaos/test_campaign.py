@@ -44,7 +44,7 @@ def check_that_a_bit_is_seen(folder: Path, result: StageResult) -> None:
     """Change the last bit of a rank's files in the killed run."""
     straight, killed = (config_of(folder, name, result) for name in ("straight", "killed"))
     root = root_of(killed)
-    for path in (committed(root)[0], *committed(root, EMA)):
+    for path in (committed(root)[0].path(), *(average.path(EMA) for average in committed(root, EMA))):
         data = root.read(f"{path}/rank-00001.safetensors")
         root.write(f"{path}/rank-00001.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
     assert record.differences_at_the_end(killed, straight) == ["the last file of rank 1 differs"]

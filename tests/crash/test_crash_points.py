@@ -21,7 +21,7 @@ import pytest
 
 from dit_scale.checkpoint import attempts, rankfile, writer
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
-from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, Manifest, name_of, step_and_attempt
+from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, CheckpointId, Manifest
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.errors import CheckpointError
 from dit_scale.storage import Storage, open_storage
@@ -78,10 +78,9 @@ def snapshot(step: int, rank: int) -> tuple[np.ndarray, list[writer.Source]]:
 
 def save(root: Storage, step: int, attempt: int, keep: int, averages: bool = False) -> None:
     """All of one save, as the writers of two ranks do it."""
-    name = name_of(step, attempt)
-    folders: dict[str, tuple[str, ...]] = {f"{EMA}/{name}": ("ema.wide",)} if averages else {}
-    folders[f"{CHECKPOINTS}/{name}"] = KINDS
-    request = writer.Write(folders=folders)
+    folders: dict[str, tuple[str, ...]] = {EMA: ("ema.wide",)} if averages else {}
+    folders[CHECKPOINTS] = KINDS
+    request = writer.Write(checkpoint=CheckpointId(step, attempt), folders=folders)
     ranks = [writer.write(root, rank, *snapshot(step, rank), request).files for rank in (0, 1)]
     manifest = Manifest(
         step=step,
@@ -135,7 +134,7 @@ def record(folder: Path) -> History:
         did("save", 10)
         save(root, 20, attempt=1, keep=2)
         did("save", 20)
-        attempts.claim(root, AttemptRecord(2, f"{CHECKPOINTS}/{name_of(20, 1)}"))
+        attempts.claim(root, AttemptRecord(2, CheckpointId(20, 1)))
         did("attempt", 2)
         save(root, 30, attempt=2, keep=2)
         did("save", 30)
@@ -161,10 +160,10 @@ class Found:
     attempt: int
 
 
-def problem_of(root: Storage, path: str) -> str:
+def problem_of(root: Storage, checkpoint_id: CheckpointId, folder: str) -> str:
     """Why a checkpoint cannot be read; empty when every value of it is as it was saved."""
     try:
-        checkpoint = Checkpoint(root, path)
+        checkpoint = Checkpoint(root, checkpoint_id, folder)
         checkpoint.verify()
         for kind in checkpoint.kinds():
             for parameter, tensor in checkpoint.read_whole(kind).items():
@@ -219,14 +218,15 @@ class Shelf:
         damaged: list[str] = []
         steps: dict[str, list[int]] = {CHECKPOINTS: [], EMA: []}
         for folder, whole in steps.items():
-            for path in committed(root, folder):
+            for checkpoint_id in committed(root, folder):
+                path = checkpoint_id.path(folder)
                 digest = _digest({name: content for name, content in tree.items() if name.startswith(path)})
                 if digest not in self._problems:
-                    self._problems[digest] = problem_of(root, path)
+                    self._problems[digest] = problem_of(root, checkpoint_id, folder)
                 if problem := self._problems[digest]:
                     damaged.append(problem)
                 else:
-                    whole.append(step_and_attempt(path)[0])
+                    whole.append(checkpoint_id.step)
         latest = attempts.newest(root)
         step = next(iter(steps[CHECKPOINTS]), None)
         return Found(step, tuple(damaged), tuple(steps[EMA]), latest.number if latest else 0)

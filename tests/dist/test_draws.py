@@ -16,7 +16,7 @@ from dit_scale.data.shards import LatentDataset
 from dit_scale.train import loop
 from dit_scale.train.engine import Engine
 from dit_scale.train.objective import SampleLosses
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.trainer import Trainer
 from tests.support import philox
 from tests.support.latents import write_latents
 from tests.support.ranks import jobs
@@ -35,14 +35,14 @@ def train_and_tell(config: TrainConfig) -> list[Given]:
     """Train as one rank; return what the model received, without fillers."""
     given: list[Given] = []
     last: tuple[torch.Tensor, ...] = ()
-    accumulate, call = TrainingStep.accumulate, Engine.__call__
+    accumulate, call = Trainer.accumulate, Engine.__call__
 
     def call_and_keep(self: Engine, *inputs: torch.Tensor) -> torch.Tensor:
         nonlocal last
         last = inputs
         return call(self, *inputs)
 
-    def accumulate_and_tell(self: TrainingStep, batches: Iterator[Batch]) -> torch.Tensor:
+    def accumulate_and_tell(self: Trainer, batches: Iterator[Batch]) -> torch.Tensor:
         def tell(batch: Batch, _: SampleLosses) -> None:
             x_BCHW, t_B, y_B = last
             for i in batch.weight_B.nonzero().flatten():
@@ -52,7 +52,7 @@ def train_and_tell(config: TrainConfig) -> list[Given]:
 
     with (
         patch.object(Engine, "__call__", call_and_keep),
-        patch.object(TrainingStep, "accumulate", accumulate_and_tell),
+        patch.object(Trainer, "accumulate", accumulate_and_tell),
     ):
         assert loop.train(config) == 0
     return given

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
+from dit_scale.checkpoint.manifest import MANIFEST, CheckpointId
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
 from dit_scale.train.run_folder import root_of
@@ -97,8 +97,8 @@ def test_an_old_attempt_that_wakes_up_changes_nothing(
     assert all("SupersededError" in error and "attempt 2 of this run has begun" in error for error in errors)
     assert committed(root) == before
     assert keys <= {key for key, _ in root.list()}, "the old attempt deleted something of the new one's"
-    for path in before:
-        Checkpoint(root, path).verify()
+    for checkpoint_id in before:
+        Checkpoint(root, checkpoint_id).verify()
     assert final_files(config) == final_files(straight)
     assert jobs.losses(config) == jobs.losses(straight)
     assert run(WORLD, jobs.in_environment, environment, jobs.train, config) == [0, 0]
@@ -112,7 +112,7 @@ def test_the_last_save_is_not_tried_again_under_a_name_that_is_taken(data: Path,
     ranks, answers = start(1, jobs.train_held, config, hold, 0)
     try:
         wait_for(hold, answers)
-        older, last = (root_of(config).local_path(f"{CHECKPOINTS}/{name_of(step, 1)}") for step in (9, 12))
+        older, last = (root_of(config).local_path(CheckpointId(step, 1).path()) for step in (9, 12))
         assert older is not None
         assert last is not None
         shutil.copy(older / MANIFEST, last / MANIFEST)
@@ -125,5 +125,5 @@ def test_the_last_save_is_not_tried_again_under_a_name_that_is_taken(data: Path,
     assert (older / MANIFEST).read_bytes() == (last / MANIFEST).read_bytes()
     assert run(1, jobs.train, config) == [0]
     (note,) = events(config, "start")[-1]["notes"]
-    assert note.startswith(f"passing over checkpoint {CHECKPOINTS}/{name_of(12, 1)}: {last} holds step 9 of ")
-    assert committed(root_of(config))[0] == f"{CHECKPOINTS}/{name_of(12, 2)}"
+    assert note.startswith(f"passing over checkpoint {CheckpointId(12, 1).path()}: {last} holds step 9 of ")
+    assert committed(root_of(config))[0] == CheckpointId(12, 2)

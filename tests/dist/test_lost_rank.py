@@ -26,5 +26,5 @@ def test_a_rank_that_loses_another_says_so(tmp_path: Path, stage: int) -> None:
     finally:
         run.end_all()
     text = started.text()
-    assert text.count("dit-scale train: another rank is gone") == 1
+    assert text.count("dit-scale train: another rank has exited") == 1
     assert "Traceback" not in text

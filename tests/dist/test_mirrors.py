@@ -52,9 +52,9 @@ def test_the_process_of_wandb_is_killed(tmp_path: Path, environment: dict[str, s
             os.kill(pid, signal.SIGKILL)
         process.go()
         assert process.end() == 0, process.log.read_text()
-    assert process.log.read_text().count("ALARM: wandb broke and gets no more rows") == 1
+    assert process.log.read_text().count("ALARM: wandb failed and gets no more rows") == 1
     (alarm,) = events(config, "alarm")
-    assert alarm["text"].startswith("wandb broke and gets no more rows, metrics.jsonl has them all: ")
+    assert alarm["text"].startswith("wandb failed and gets no more rows; metrics.jsonl has all of them: ")
     assert len(jobs.losses(config)) == STEPS
 
 
@@ -84,6 +84,6 @@ def test_wandb_without_a_key_asks_nobody(tmp_path: Path, environment: dict[str, 
         process.wait()
         os.close(ours)
     (alarm,) = events(config, "alarm")
-    assert alarm["text"].startswith("wandb did not start and gets no more rows")
+    assert alarm["text"].startswith("wandb failed to start and gets no more rows")
     assert "No API key configured" in alarm["text"]
     assert len(jobs.losses(config)) == STEPS

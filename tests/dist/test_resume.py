@@ -72,7 +72,7 @@ def test_sigterm_saves_at_the_end_of_the_step_and_asks_to_be_requeued(
     assert [answers.get(timeout=TIMEOUT_S)[1:] for _ in range(WORLD)] == [(None, 75)] * WORLD
     for process in ranks:
         process.join()
-    assert int(committed(root_of(config))[0].split("/")[1].split("-")[0]) == 5
+    assert committed(root_of(config))[0].step == 5
     assert run(WORLD, jobs.train, config) == [0, 0]
     assert final_files(config) == final_files(straight)
     assert jobs.losses(config) == jobs.losses(straight)
@@ -82,7 +82,7 @@ def test_damaged_checkpoint_is_passed_over(data: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path, data)
     assert run(WORLD, jobs.train, config) == [0, 0]
     whole = final_files(config)
-    newest = Path(config.run) / committed(root_of(config))[0]
+    newest = Path(config.run) / committed(root_of(config))[0].path()
     victim = newest / "rank-00001.safetensors"
     damaged = bytearray(victim.read_bytes())
     damaged[-1] ^= 1

@@ -12,7 +12,7 @@ import pytest
 
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord
-from dit_scale.checkpoint.manifest import Manifest
+from dit_scale.checkpoint.manifest import CheckpointId, Manifest
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
 from dit_scale.data.order import positions_of
@@ -46,7 +46,7 @@ def manifest_at_the_end(config: TrainConfig) -> Manifest:
     return Checkpoint(root, attempts.committed(root)[0]).manifest
 
 
-def resumed_from(config: TrainConfig) -> list[str | None]:
+def resumed_from(config: TrainConfig) -> list[CheckpointId | None]:
     root = root_of(config)
     return [attempts.read(root, number).resumed_from for number in attempts.numbers(root)]
 
@@ -121,7 +121,7 @@ def test_steps_that_keep_failing_are_rolled_back(rolled_back: tuple[TrainConfig,
     assert saved == ["0000000003-0001"]
     end = manifest_at_the_end(config)
     assert (end.attempt, end.skipped_steps, end.excluded_positions) == (2, (), excluded)
-    assert resumed_from(config) == [None, "checkpoints/0000000003-0001"]
+    assert resumed_from(config) == [None, CheckpointId(3, 1)]
     assert [row["step"] for row in jobs.losses(config)] == [4, 8, 12]
 
 
@@ -131,7 +131,7 @@ def test_killed_right_behind_a_rollback(
     config = failing_config(tmp_path / "run", failing)
     kill_at(WORLD, config, tmp_path / "hold", "after the claim", 2, 0)
     assert run(WORLD, jobs.train, config) == [0, 0]
-    assert resumed_from(config) == [None, *["checkpoints/0000000003-0001"] * 2]
+    assert resumed_from(config) == [None, *[CheckpointId(3, 1)] * 2]
     assert len(events(config, "rollback")) == 1
     assert_same_end(config, rolled_back[0])
 
@@ -150,7 +150,7 @@ def test_an_old_attempt_that_wakes_up_cannot_roll_back(
     finally:
         kill(old)
     assert all("SupersededError" in error and "just started attempt 2" in error for error in errors)
-    assert resumed_from(config) == [None, *["checkpoints/0000000003-0001"] * 2]
+    assert resumed_from(config) == [None, *[CheckpointId(3, 1)] * 2]
     assert_same_end(config, rolled_back[0])
 
 
@@ -162,7 +162,7 @@ def test_a_checkpoint_of_the_very_step_before_the_failure_is_taken(tmp_path: Pat
     assert run(1, jobs.train, config) == [0]
     (rollback,) = events(config, "rollback")
     assert rollback["failed_steps"] == [4, 5]
-    assert resumed_from(config) == [None, "checkpoints/0000000003-0001"]
+    assert resumed_from(config) == [None, CheckpointId(3, 1)]
 
 
 def test_a_rollback_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> None:

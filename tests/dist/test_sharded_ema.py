@@ -15,7 +15,7 @@ from dit_scale.config import EmaProfile, TrainConfig
 from dit_scale.train import loop, session
 from dit_scale.train.ema import Ema, ema_kind
 from dit_scale.train.run_folder import root_of
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.trainer import Trainer
 from tests.support.latents import write_latents
 from tests.support.ranks import jobs
 from tests.support.ranks.processes import run
@@ -33,7 +33,7 @@ def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
     """Train as one rank; return its masters at the start and after every step."""
     kept: list[Weights] = []
 
-    def keep(step: TrainingStep) -> None:
+    def keep(step: Trainer) -> None:
         kept.append(
             [
                 (e.parameter, e.start, part.buffers[MASTER].detach().numpy()[e.offset :][: e.length].copy())
@@ -42,19 +42,19 @@ def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
             ]
         )
 
-    update, begin = TrainingStep.update, session.Session.begin
+    update, begin = Trainer.update, session.Session.begin
 
     def begin_and_keep(run: session.Session) -> None:
         begin(run)
-        keep(run.step)
+        keep(run.trainer)
 
-    def update_and_keep(step: TrainingStep, sums: Tensor, number: int) -> Tensor:
+    def update_and_keep(step: Trainer, sums: Tensor, number: int) -> Tensor:
         row = update(step, sums, number)
         keep(step)
         return row
 
     with (
-        patch.object(TrainingStep, "update", update_and_keep),
+        patch.object(Trainer, "update", update_and_keep),
         patch.object(session.Session, "begin", begin_and_keep),
     ):
         assert loop.train(config) == 0

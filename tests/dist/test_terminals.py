@@ -14,6 +14,7 @@ import pytest
 
 from dit_scale import signals
 from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.config import TrainConfig, dump
 from dit_scale.train.run_folder import root_of
 from tests.support.latents import write_latents
@@ -58,7 +59,7 @@ def saved_where_it_stopped(config: TrainConfig) -> None:
     last = events(config)[-1]
     assert last["event"] == "waited"
     (newest,) = committed(root_of(config))
-    assert newest == f"checkpoints/{last['step']:010}-0001"
+    assert newest == CheckpointId(last["step"], 1)
 
 
 @pytest.mark.parametrize("number", signals.ALL, ids=lambda one: one.name)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dit_scale.checkpoint.attempts import committed
+from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.config import TrainConfig, dump
 from dit_scale.train.run_folder import root_of
 from tests.support.nodes.nodes import TIMEOUT_S, Cluster, cluster, config_of
@@ -53,4 +54,4 @@ def test_a_signal_to_all_processes_of_a_node_leads_to_a_save(tmp_path: Path, num
 
 def _all_is_saved(config: TrainConfig) -> None:
     (newest,) = committed(root_of(config))
-    assert newest == f"checkpoints/{last_step(Path(config.run) / 'metrics.jsonl'):010}-0001"
+    assert newest == CheckpointId(last_step(Path(config.run) / "metrics.jsonl"), 1)

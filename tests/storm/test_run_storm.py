@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import DataConfig, TrainConfig
 from dit_scale.data import download
@@ -190,21 +190,21 @@ def test_a_run_that_is_killed_and_resumed_in_a_storm(
         wait_for(hold, answers)
     finally:
         kill(ranks)
-    first, killed = "0000000016-0001", "0000000032-0001"
-    assert manifests(config) == {f"{CHECKPOINTS}/{first}", f"{EMA}/{killed}"}
-    assert committed(root_of(config)) == [f"{CHECKPOINTS}/{first}"]
+    first, killed = CheckpointId(16, 1), CheckpointId(32, 1)
+    assert manifests(config) == {first.path(), killed.path(EMA)}
+    assert committed(root_of(config)) == [first]
 
     assert run(WORLD, in_environment, environment, jobs.train, config) == [0] * WORLD
-    assert [event["resumed_from"] for event in events(config, "start")] == [None, f"{CHECKPOINTS}/{first}"]
+    assert [event["resumed_from"] for event in events(config, "start")] == [None, first.path()]
     assert final_files(config) == final_files(straight)
     assert losses(config) == losses(straight)
     assert_a_storm(proxy, KINDS)
     proxy.calm()
-    last = "0000000032-0002"
-    assert committed(root_of(config)) == [f"{CHECKPOINTS}/{last}", f"{CHECKPOINTS}/{first}"]
-    assert manifests(config) == {*committed(root_of(config)), f"{EMA}/{last}"}
-    for path in manifests(config):
-        Checkpoint(root_of(config), path).verify()
+    last = CheckpointId(32, 2)
+    assert committed(root_of(config)) == [last, first]
+    assert manifests(config) == {last.path(), first.path(), last.path(EMA)}
+    for checkpoint_id, folder in ((last, CHECKPOINTS), (first, CHECKPOINTS), (last, EMA)):
+        Checkpoint(root_of(config), checkpoint_id, folder).verify()
 
 
 def test_a_run_whose_server_hangs_for_a_while(

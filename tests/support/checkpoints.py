@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dit_scale.checkpoint import rankfile
-from dit_scale.checkpoint.manifest import Manifest, step_and_attempt
+from dit_scale.checkpoint.manifest import CHECKPOINTS, CheckpointId, Manifest
 from dit_scale.checkpoint.partition import Partition
 from dit_scale.checkpoint.rankfile import Bytes, Piece
 from dit_scale.checkpoint.writer import put_manifest
@@ -14,20 +14,21 @@ from dit_scale.config import TrainConfig
 from dit_scale.storage import Storage
 
 Ranks = Sequence[Iterable[Partition]]
-"""Return what each rank owns."""
+"""What each rank owns."""
 
 
-def write(root: Storage, path: str, ranks: Ranks, **fields: Any) -> Manifest:
-    """Write the rank files and the manifest of the checkpoint at `path`, below the root.
+def write(
+    root: Storage, checkpoint_id: CheckpointId, ranks: Ranks, folder: str = CHECKPOINTS, **fields: Any
+) -> Manifest:
+    """Write the rank files and the manifest of a checkpoint below a folder of the root.
 
     `fields` go into the manifest. Without them, parameters have the shapes of flat parameters.
     """
-    files = tuple(write_rank(root, path, rank, owned) for rank, owned in enumerate(ranks))
-    step, attempt = step_and_attempt(path)
+    files = tuple(write_rank(root, checkpoint_id, rank, owned, folder) for rank, owned in enumerate(ranks))
     defaults = {
-        "step": step,
-        "samples": 256 * step,
-        "attempt": attempt,
+        "step": checkpoint_id.step,
+        "samples": 256 * checkpoint_id.step,
+        "attempt": checkpoint_id.attempt,
         "config": TrainConfig().model_dump(mode="json"),
         "data_sha256": "1" * 64,
         "vae_sha256": "2" * 64,
@@ -37,13 +38,19 @@ def write(root: Storage, path: str, ranks: Ranks, **fields: Any) -> Manifest:
         "files": files,
     }
     manifest = Manifest.model_validate({**defaults, **fields})
-    put_manifest(root, path, manifest)
+    put_manifest(root, manifest, folder)
     return manifest
 
 
-def write_rank(root: Storage, path: str, rank: int, owned: Iterable[Partition]) -> rankfile.FileRecord:
+def write_rank(
+    root: Storage,
+    checkpoint_id: CheckpointId,
+    rank: int,
+    owned: Iterable[Partition],
+    folder: str = CHECKPOINTS,
+) -> rankfile.FileRecord:
     """Write the file of one rank, with all kinds that its partitions hold."""
-    return rankfile.write(root, f"{path}/{rankfile.name_of_rank(rank)}", pieces(owned))
+    return rankfile.write(root, f"{checkpoint_id.path(folder)}/{rankfile.name_of_rank(rank)}", pieces(owned))
 
 
 def pieces(owned: Iterable[Partition]) -> list[tuple[Piece, Bytes]]:

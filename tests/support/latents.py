@@ -39,7 +39,7 @@ def write_latents(
     for start in range(0, num, shard_samples):
         rows = [_row(key, side, num_classes, views) for key in range(start, min(start + shard_samples, num))]
         shard = build_shard(shard_name(start // shard_samples), rows, [], latent_channels=4)
-        shard.put(storage)
+        shard.write(storage)
         shards.append(ShardInfo.model_validate(shard.record.model_dump()))
         sums.append(shard.record.sums)
     mean, std = combine_sums(sums, num, shape) if num else ((0.0,) * 4, (1.0,) * 4)

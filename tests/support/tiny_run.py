@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_scale import vae_files
-from dit_scale.checkpoint.manifest import CHECKPOINTS, name_of
+from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
 from dit_scale.config import TrainConfig, dump
 from dit_scale.models import dit
@@ -43,7 +43,7 @@ def write_run(run: Path, vae: str, step: int = STEP) -> dict[str, dict[str, Tens
     averages = {name: random_weights(config, seed) for seed, name in enumerate(PROFILES)}
     checkpoints.write(
         open_storage(run),
-        f"{CHECKPOINTS}/{name_of(step, ATTEMPT)}",
+        CheckpointId(step, ATTEMPT),
         [_share(averages, rank) for rank in (0, 1)],
         config=config.model_dump(mode="json"),
         vae_sha256=vae_files.find(vae).identity.weights_sha256,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord
-from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, name_of, step_and_attempt
+from dit_scale.checkpoint.manifest import ATTEMPTS, CheckpointId
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.report.history import Past, as_taken, past_of
@@ -25,10 +25,6 @@ EXCLUDED = ((96, 160),)
 def config_of(run: Path, log_every_steps: int = 10) -> TrainConfig:
     tree = {"run": str(run), "steps": STEPS, "log": {"every_steps": log_every_steps}}
     return TrainConfig.model_validate(tree)
-
-
-def path_of(step: int, attempt: int) -> str:
-    return f"{CHECKPOINTS}/{name_of(step, attempt)}"
 
 
 def write_lines(path: Path, *lines: dict[str, Any]) -> None:
@@ -48,11 +44,11 @@ def config(tmp_path: Path) -> TrainConfig:
     """Attempt 2 goes on from step 10, 3 from step 20; 3 fails and is rolled back to step 12, in 4."""
     root = open_storage(tmp_path)
     for step, attempt in ((5, 1), (10, 1), (12, 2), (20, 2), (24, 3), (30, 4)):
-        checkpoints.write(root, path_of(step, attempt), [])
+        checkpoints.write(root, CheckpointId(step, attempt), [])
     attempts.claim(root, AttemptRecord(1))
-    attempts.claim(root, AttemptRecord(2, path_of(10, 1)))
-    attempts.claim(root, AttemptRecord(3, path_of(20, 2)))
-    attempts.claim(root, AttemptRecord(4, path_of(12, 2), EXCLUDED))
+    attempts.claim(root, AttemptRecord(2, CheckpointId(10, 1)))
+    attempts.claim(root, AttemptRecord(3, CheckpointId(20, 2)))
+    attempts.claim(root, AttemptRecord(4, CheckpointId(12, 2), EXCLUDED))
     return config_of(tmp_path)
 
 
@@ -98,16 +94,15 @@ def test_every_way_of_going_on(starts: Starts) -> None:
                 past = past_of(config_of(Path(folder), log_every_steps=STEPS), step, attempt)
                 assert past.attempt.number == taken_by[step - 1]
                 assert past.at_most_step < step
-                for path in attempts.committed(root):
-                    reached = step_and_attempt(path)[0]
-                    if reached <= past.at_most_step:
-                        assert by_checkpoint[path] == taken_by[:reached]
+                for checkpoint_id in attempts.committed(root):
+                    if checkpoint_id.step <= past.at_most_step:
+                        assert by_checkpoint[checkpoint_id] == taken_by[: checkpoint_id.step]
 
 
-def begin_all(root: Storage, starts: Starts) -> tuple[dict[int, list[int]], dict[str, list[int]]]:
+def begin_all(root: Storage, starts: Starts) -> tuple[dict[int, list[int]], dict[CheckpointId, list[int]]]:
     """Which attempt took each step, by attempt and by checkpoint."""
     by_attempt: dict[int, list[int]] = {}
-    by_checkpoint: dict[str, list[int]] = {}
+    by_checkpoint: dict[CheckpointId, list[int]] = {}
     for number, (choice, commits) in enumerate(starts, 1):
         options = [*attempts.committed(root), None]
         chosen = options[choice % len(options)]
@@ -115,9 +110,9 @@ def begin_all(root: Storage, starts: Starts) -> tuple[dict[int, list[int]], dict
         taken_by = list(by_checkpoint[chosen]) if chosen else []
         for steps in commits:
             taken_by += [number] * steps
-            path = path_of(len(taken_by), number)
-            checkpoints.write(root, path, [])
-            by_checkpoint[path] = list(taken_by)
+            checkpoint_id = CheckpointId(len(taken_by), number)
+            checkpoints.write(root, checkpoint_id, [])
+            by_checkpoint[checkpoint_id] = list(taken_by)
         by_attempt[number] = taken_by
     return by_attempt, by_checkpoint
 
@@ -155,11 +150,11 @@ def test_a_damaged_line_counts_as_none(config: TrainConfig, name: str) -> None:
 
 def test_rows_that_a_later_checkpoint_has(config: TrainConfig) -> None:
     rows = tuple((float(step), 2.0, 3.0, 4.0, 0.0) for step in (31, 32, 33))
-    checkpoints.write(open_storage(config.run), path_of(33, 4), [], pending_metrics=rows)
+    checkpoints.write(open_storage(config.run), CheckpointId(33, 4), [], pending_metrics=rows)
     assert [recorded(config, step) for step in (30, 31, 32, 33, 34)] == [None, *rows, None]
     found = past_of(config, 32, None).recorded
     assert found is not None
-    assert found.where == path_of(33, 4)
+    assert found.where == CheckpointId(33, 4).path()
 
 
 def test_skipped_steps_are_in_the_journal_by_attempt(config: TrainConfig) -> None:
@@ -212,9 +207,9 @@ def test_an_attempt_has_the_configuration_that_it_had(config: TrainConfig) -> No
         "run": "elsewhere",
     }
     saved = TrainConfig.model_validate(then).model_dump(mode="json")
-    attempts.claim(root, AttemptRecord(5, path_of(30, 4)))
-    checkpoints.write(root, path_of(33, 5), [], config=saved)
-    attempts.claim(root, AttemptRecord(6, path_of(33, 5)))
+    attempts.claim(root, AttemptRecord(5, CheckpointId(30, 4)))
+    checkpoints.write(root, CheckpointId(33, 5), [], config=saved)
+    attempts.claim(root, AttemptRecord(6, CheckpointId(33, 5)))
     taken = as_taken(config, attempts.read(root, 5))
     assert (taken.steps, taken.optimizer.lr, taken.guard.spike_factor) == (70, 0.5, 7.0)
     assert (taken.engine.micro_batch, taken.engine.precision) == (3, "bf16")

@@ -69,7 +69,7 @@ def test_contents_count_not_the_name_and_exif_is_ignored(tmp_path: Path) -> None
     (tmp_path / "a/y.png").write_bytes(encoded(image, "PNG", exif=turned))
     listing = open_input(str(tmp_path)).list()
     pixels, account = read_batch(str(tmp_path), listing.kind, listing.entries(), 24)
-    assert [entry.path for entry in account.good] == ["a/x.JPEG", "a/y.png"]
+    assert [entry.path for entry in account.decoded] == ["a/x.JPEG", "a/y.png"]
     assert np.array_equal(pixels[0], pixels[1])
     assert np.array_equal(pixels[0], np.array(image)[:, 8:32])
 
@@ -102,12 +102,12 @@ def test_a_batch_accounts_for_every_entry(tmp_path: Path) -> None:
     listing = open_input(str(tmp_path)).list()
     pixels, account = read_batch(str(tmp_path), listing.kind, listing.entries(), 8)
     assert pixels.shape == (1, 8, 8, 3)
-    assert account.good == (Entry(1, "c/b.png", 0),)
-    assert [(entry.path, reason) for entry, reason in account.bad] == [
+    assert account.decoded == (Entry(1, "c/b.png", 0),)
+    assert [(entry.path, reason) for entry, reason in account.rejected] == [
         ("c/a.jpg", "not a picture in a known format"),
         ("c/c.png", "not a picture in a known format"),
         ("c/d.png", "a link to nothing"),
     ]
     pixels, account = read_batch(str(tmp_path), listing.kind, listing.entries(range(1)), 8)
     assert pixels.shape == (0, 8, 8, 3)
-    assert not account.good
+    assert not account.decoded

@@ -114,8 +114,10 @@ def test_every_kind_of_input_gives_the_same_crops(
         assert listing.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
         crops, account = read_batch(source, kind, listing.entries(), SIZE)
         assert np.array_equal(crops, expected), kind
-        assert [(entry.key, reason) for entry, reason in account.bad] == [(8, _reason(account.bad))], kind
-        assert account.bad[0][0].path == listing.paths[8]
+        assert [(entry.key, reason) for entry, reason in account.rejected] == [
+            (8, _reason(account.rejected))
+        ], kind
+        assert account.rejected[0][0].path == listing.paths[8]
 
 
 def _reason(bad: tuple[tuple[Entry, str], ...]) -> str:

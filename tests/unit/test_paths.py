@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_scale import cli
-from dit_scale.checkpoint.manifest import CHECKPOINTS, name_of
+from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.config import EncodeConfig, TrainConfig, dump, load, load_to_train, moved
 from dit_scale.data.cache import NoRoomError, ShardCache, ShardFile
 from dit_scale.elastic.launch import digest
@@ -135,8 +135,8 @@ def test_a_run_is_found_from_any_folder_and_where_it_moved(
     assert config_of_folder("a/y").run == f"{here}/a/y"
     monkeypatch.chdir(here / "runs")
     assert cli.main(["checkpoint", "list", "../a/y"]) == 0
-    assert capsys.readouterr().out.startswith(name_of(STEP, ATTEMPT))
-    assert root_of_folder("../a/y").exists(f"{CHECKPOINTS}/{name_of(STEP, ATTEMPT)}/MANIFEST.json")
+    assert capsys.readouterr().out.startswith(CheckpointId(STEP, ATTEMPT).name)
+    assert root_of_folder("../a/y").exists(f"{CheckpointId(STEP, ATTEMPT).path()}/MANIFEST.json")
 
 
 def test_a_run_that_moved_does_not_begin_anew_in_the_old_place(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dit_scale import cli, weights
 from dit_scale.checkpoint import rankfile
-from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, Manifest, name_of
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId, Manifest
 from dit_scale.checkpoint.partition import MASTER, Extent, Partition
 from dit_scale.checkpoint.writer import put_manifest
 from dit_scale.config import EmaProfile, TrainConfig, dump
@@ -201,7 +201,7 @@ RANKS = ((0, 25), (25, SIZE))
 
 def store(root: Storage, config: TrainConfig, folder: str, step: int, kinds: dict[str, torch.Tensor]) -> None:
     """A checkpoint with these kinds of flat fp32 state, by two ranks."""
-    path, files = f"{folder}/{name_of(step, 1)}", []
+    path, files = CheckpointId(step, 1).path(folder), []
     for rank, (low, high) in enumerate(RANKS):
         pieces = []
         for kind, flat in kinds.items():
@@ -222,7 +222,7 @@ def store(root: Storage, config: TrainConfig, folder: str, step: int, kinds: dic
         optimizer_groups=(),
         files=tuple(files),
     )
-    put_manifest(root, path, manifest)
+    put_manifest(root, manifest, folder)
 
 
 @pytest.fixture
@@ -287,7 +287,9 @@ def test_a_reconstructed_file_says_what_it_is(run: Path) -> None:
     stored = [
         (name, step) for step in range(STORE_EVERY, STEPS + 1, STORE_EVERY) for name in ("narrow", "wide")
     ]
-    places = [f"{run}/{EMA if step < STEPS else CHECKPOINTS}/{name_of(step, 1)}" for _, step in stored]
+    places = [
+        f"{run}/{CheckpointId(step, 1).path(EMA if step < STEPS else CHECKPOINTS)}" for _, step in stored
+    ]
     assert [(part["profile"], part["checkpoint"]) for part in parts] == [
         (name, place) for (name, _), place in zip(stored, places, strict=True)
     ]
@@ -303,13 +305,13 @@ def test_what_a_run_has_stored_is_listed(run: Path, capsys: pytest.CaptureFixtur
             "step": 80,
             "sigma_rel": sigma_rel,
             "profile": profile,
-            "checkpoint": f"{EMA}/{name_of(80, 1)}",
+            "checkpoint": CheckpointId(80, 1).path(EMA),
             "since_step": 0,
             "flaw": "",
         }
         for profile, sigma_rel in (("narrow", 0.05), ("wide", 0.1))
     ]
-    assert rows[-1]["checkpoint"] == f"{CHECKPOINTS}/{name_of(STEPS, 1)}"
+    assert rows[-1]["checkpoint"] == CheckpointId(STEPS, 1).path()
     assert cli.main(["ema", "list", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(rows)
@@ -317,12 +319,14 @@ def test_what_a_run_has_stored_is_listed(run: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_manifest_that_is_damaged_is_passed_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / EMA / name_of(800, 1) / MANIFEST).write_bytes(b"{}")
+    (run / CheckpointId(800, 1).path(EMA) / MANIFEST).write_bytes(b"{}")
     out = run / "between.safetensors"
     assert cli.main(["ema", "reconstruct", str(run), "--sigma-rel", "0.07", "--out", str(out)]) == 0
     printed = capsys.readouterr()
     assert f"rebuilt from {2 * STEPS // STORE_EVERY - 2} stored averages" in printed.out
-    assert printed.err.startswith(f"passing over {run}/{EMA}/{name_of(800, 1)}/{MANIFEST} is damaged")
+    assert printed.err.startswith(
+        f"passing over {run}/{CheckpointId(800, 1).path(EMA)}/{MANIFEST} is damaged"
+    )
     begin, averages = tracked((*STORED_WIDTHS, *TARGET_WIDTHS))
     wanted = averages[Profile(0.07, STEPS)]
     assert (flat(out) - wanted).norm() < 1e-3 * (wanted - begin).norm()
@@ -331,7 +335,7 @@ def test_a_manifest_that_is_damaged_is_passed_over(run: Path, capsys: pytest.Cap
 
 
 def test_a_tensor_that_is_damaged_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = run / EMA / name_of(800, 1) / rankfile.name_of_rank(1)
+    file = run / CheckpointId(800, 1).path(EMA) / rankfile.name_of_rank(1)
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)

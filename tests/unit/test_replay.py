@@ -100,7 +100,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["x"], "required: --step"), (["x", "--step", "0"], "--step: expected a whole number from 1")],
+    [(["x"], "required: --step"), (["x", "--step", "0"], "--step: expected an integer from 1")],
 )
 def test_arguments_of_the_wrong_kind(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]

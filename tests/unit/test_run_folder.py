@@ -11,7 +11,8 @@ from dit_scale.checkpoint.manifest import Manifest
 from dit_scale.config import TrainConfig
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import ConfigError
-from dit_scale.train.run_folder import RunState, check_dataset, merged
+from dit_scale.train.dataset_check import check_dataset
+from dit_scale.train.run_state import RunState, merged
 from tests.support.latents import write_latents
 
 RANGES = st.lists(

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dit_scale import dist, rng, vae
-from dit_scale.checkpoint.manifest import CHECKPOINTS, name_of
+from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EngineConfig, ModelConfig
 from dit_scale.diffusion.schedule import Schedule, linear, respace
@@ -242,7 +242,7 @@ def test_a_run_gives_its_first_profile_by_published_names(tmp_path: Path, tiny_v
         assert torch.equal(source.state[name], tensor)
     assert source.timesteps == 100
     assert source.vae == tiny_vae
-    assert source.description == f"EMA first of {tmp_path}/checkpoints/{name_of(STEP, 1)}"
+    assert source.description == f"EMA first of {tmp_path}/{CheckpointId(STEP, 1).path()}"
 
 
 def test_any_profile_can_be_chosen(run: Path, source: WeightsSource) -> None:
@@ -262,7 +262,7 @@ def test_the_position_embedding_is_the_formula_to_the_bit(run: Path, model: DiT,
 
 
 def test_a_checkpoints_folder_is_a_source(run: Path, source: WeightsSource) -> None:
-    folder = run / CHECKPOINTS / name_of(STEP, 1)
+    folder = run / CheckpointId(STEP, 1).path()
     assert_same_weights(open_source(str(folder)), source)
 
 
@@ -300,7 +300,7 @@ def test_a_bare_weights_file_takes_the_model_it_is_told(source: WeightsSource, t
 def test_the_newest_checkpoint_is_taken(tiny_vae: str, tmp_path: Path) -> None:
     for step in (STEP, STEP + 1, STEP - 1):
         write_run(tmp_path, tiny_vae, step)
-    assert open_source(str(tmp_path)).description.endswith(name_of(STEP + 1, 1))
+    assert open_source(str(tmp_path)).description.endswith(CheckpointId(STEP + 1, 1).name)
 
 
 @pytest.mark.parametrize("made", [[], ["config.yaml"]])
@@ -315,7 +315,7 @@ def test_a_place_without_weights(tmp_path: Path, made: list[str]) -> None:
 def test_a_checkpoint_of_another_version_is_named(tiny_vae: str, tmp_path: Path) -> None:
     write_run(tmp_path, tiny_vae)
     root = open_storage(tmp_path)
-    config = Checkpoint(root, f"{CHECKPOINTS}/{name_of(STEP, 1)}").manifest.config
-    checkpoints.write(root, f"{CHECKPOINTS}/{name_of(STEP + 1, 1)}", [], config={**config, "new_knob": 1})
+    config = Checkpoint(root, CheckpointId(STEP, 1)).manifest.config
+    checkpoints.write(root, CheckpointId(STEP + 1, 1), [], config={**config, "new_knob": 1})
     with pytest.raises(CheckpointError, match=r"is of another version of this program: .*\n.*new_knob"):
         open_source(str(tmp_path))

@@ -21,12 +21,12 @@ from dit_scale.config import TrainConfig
 from dit_scale.data.shards import read_info
 from dit_scale.elastic.node.collective import collective_problems
 from dit_scale.errors import DitScaleError
+from dit_scale.lines import Say
 from dit_scale.models.zoo import num_parameters, shape_of
 from dit_scale.storage import Storage, open_storage
 
 Query = Callable[[Sequence[str]], str | None]
 """Runs a command; its output, None when there is no such command or it failed."""
-Say = Callable[[str], None]
 
 COMMAND_S = 60.0
 """Longest wait for a command: a GPU that has fallen off the bus can hold nvidia-smi up."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import step_and_attempt
 from dit_scale.checkpoint.partition import MASTER
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig, load
@@ -85,8 +84,8 @@ class Progress:
 
     def step(self) -> int:
         """Return the step of the newest checkpoint; -1 when there is none."""
-        names = committed(self._root)
-        return step_and_attempt(names[0])[0] if names else -1
+        ids = committed(self._root)
+        return ids[0].step if ids else -1
 
     def reasons(self) -> list[Reason]:
         endings = (self.board.ending(number) for number in range(1, self.board.newest() + 1))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, step_and_attempt
+from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, CheckpointId
 from dit_scale.config import TrainConfig, dump
 from dit_scale.train.run_folder import root_of
 from tests.support.cluster.slurm import WAIT_S, Slurm, processes
@@ -52,8 +52,8 @@ class Job:
 
     def newest(self) -> tuple[int, int]:
         """Return step and attempt of the newest checkpoint; zeros while there is none."""
-        paths = committed(root_of(self.config))
-        return step_and_attempt(paths[0]) if paths else (0, 0)
+        ids = committed(root_of(self.config))
+        return (ids[0].step, ids[0].attempt) if ids else (0, 0)
 
     def wait_for_step(self) -> None:
         """Wait until the first step is in the record."""
@@ -137,7 +137,7 @@ def assert_an_attempt_stayed_as_it_was(job: Job, attempt: int = 1) -> None:
     resumed = events(job.config, "start")[attempt]["step"]
     root = root_of(job.config)
     names = [key.split("/")[1] for key, _ in root.list(f"{CHECKPOINTS}/") if key.endswith(MANIFEST)]
-    old = [step for step, number in map(step_and_attempt, names) if number == attempt]
+    old = [one.step for one in filter(None, map(CheckpointId.parse, names)) if one.attempt == attempt]
     assert all(step <= resumed for step in old), names
 
 

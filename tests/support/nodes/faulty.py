@@ -105,15 +105,15 @@ def _find(owner: str) -> Any:
 
 
 FAULTS = {
-    "lock": ("dit_scale.train.step", "losses", lock),
-    "deaf": ("dit_scale.train.step", "losses", deaf),
+    "lock": ("dit_scale.train.trainer", "losses", lock),
+    "deaf": ("dit_scale.train.trainer", "losses", deaf),
     "stuck_read": ("dit_scale.data.shards:LatentDataset", "read_views", stuck_read),
     "frozen_read": ("dit_scale.data.shards:LatentDataset", "read_views", frozen_read),
 }
 """Kind => where it befalls a rank, and what."""
 
 SLOW = {
-    "step": ("dit_scale.train.step:TrainingStep", "accumulate", 1 / 1000, (1.0, 6.0)),
+    "step": ("dit_scale.train.trainer:Trainer", "accumulate", 1 / 1000, (1.0, 6.0)),
     "read": ("dit_scale.data.shards:LatentDataset", "read_views", 1 / 3000, (9.0, 15.0)),
     "log": ("dit_scale.train.session:Session", "log", 1 / 50, (1.0, 6.0)),
     "snapshot": ("dit_scale.checkpoint.saver:Snapshot", "take", 1 / 3, (1.0, 6.0)),

@@ -17,7 +17,7 @@ from dit_scale.data.loader import Batch, Loader
 from dit_scale.data.shards import LatentDataset
 from dit_scale.models import dit
 from dit_scale.train import engine as engines
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.trainer import Trainer
 from tests.support.ranks import jobs
 
 BAD_SAMPLE = 4
@@ -44,7 +44,7 @@ def heavy_sample(batch: Batch, bad_B: torch.Tensor) -> Batch:
 
 
 @contextmanager
-def infinite_gradient(step: TrainingStep) -> Iterator[None]:
+def infinite_gradient(step: Trainer) -> Iterator[None]:
     """Damage one parameter's gradient on this rank; the loss stays the same."""
     bias = step.engine.module.final_layer.linear.bias
     handle = bias.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
@@ -92,7 +92,7 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
 
     plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
     dataset = LatentDataset.open(config.data.url)
-    step = TrainingStep(config, world, plan, dataset.info.vae.scale)
+    step = Trainer(config, world, plan, dataset.info.vae.scale)
     step.start()
 
     def take(number: int, harm: Harm = no_harm) -> list[float]:
@@ -143,7 +143,7 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
     )
 
 
-def owned_bits(step: TrainingStep) -> Bits:
+def owned_bits(step: Trainer) -> Bits:
     return {
         (kind, extent.parameter, extent.start): buffer.detach()[extent.offset :][: extent.length].clone()
         for partition in step.engine.owned
@@ -157,7 +157,7 @@ def same_optimizer_state(got: Bits, expected: Bits) -> bool:
     return all(torch.equal(got[key], expected[key]) for key in got if key[0] in OPTIMIZER_KINDS)
 
 
-def updates(step: TrainingStep) -> set[float]:
+def updates(step: Trainer) -> set[float]:
     """Return AdamW's step count of all partitions."""
     state = step.engine._optimizer.state
     return {state[partition.buffers[MASTER]]["step"].item() for partition in step.engine.owned}

@@ -114,7 +114,7 @@ def train_and_tell(config: TrainConfig) -> tuple[dict[str, object], ...]:
 
     def begin_and_tell(run: session.Session) -> None:
         begin(run)
-        told.append(run.step.engine.hyper_parameters())
+        told.append(run.trainer.engine.hyper_parameters())
 
     with patch.object(session.Session, "begin", begin_and_tell):
         assert loop.train(config) == 0
@@ -177,9 +177,9 @@ def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndar
     found: dict[tuple[str, int], np.ndarray] = {}
 
     def keep(run: session.Session) -> None:
-        for partition in run.step.engine.owned:
+        for partition in run.trainer.engine.owned:
             master = partition.buffers[engine.MASTER]
-            momentum = run.step.engine._optimizer.state[master]["momentum_buffer"]
+            momentum = run.trainer.engine._optimizer.state[master]["momentum_buffer"]
             for extent in partition.extents:
                 piece = momentum[extent.offset : extent.offset + extent.length]
                 found[extent.parameter, extent.start] = piece.numpy().copy()

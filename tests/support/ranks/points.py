@@ -177,11 +177,11 @@ def _inside_snapshot(hold: Hold) -> Iterator[None]:
 
 
 RANK_POINTS: dict[str, Patch] = {
-    "before forward": lambda hold: before(_step(), "accumulate")(hold),
+    "before forward": lambda hold: before(_trainer(), "accumulate")(hold),
     "inside backward": _inside_backward,
     "inside the reduce": _inside_reduce,
     "between optimizer and EMA": lambda hold: before(_ema(), "update")(hold),
-    "after the step": lambda hold: after(_step(), "update")(hold),
+    "after the step": lambda hold: after(_trainer(), "update")(hold),
     "inside a line of the record": _inside_log_line,
     "inside the snapshot": _inside_snapshot,
     "after the snapshot": after(saver.Snapshot, "take"),
@@ -217,10 +217,10 @@ WRITER_POINTS: dict[str, Patch] = {
 """Points in the writer of a rank."""
 
 
-def _step() -> Any:
-    from dit_scale.train.step import TrainingStep
+def _trainer() -> Any:
+    from dit_scale.train.trainer import Trainer
 
-    return TrainingStep
+    return Trainer
 
 
 def _ema() -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import EMA, step_and_attempt
+from dit_scale.checkpoint.manifest import EMA
 from dit_scale.config import TrainConfig
 from dit_scale.train.run_folder import root_of
 from tests.support.ranks.runs import final_files
@@ -105,7 +105,7 @@ def compare_averages(got: TrainConfig, wanted: TrainConfig) -> tuple[int, list[s
 
 def _averages(config: TrainConfig) -> dict[int, str]:
     """Return step => path."""
-    return {step_and_attempt(path)[0]: path for path in committed(root_of(config), EMA)}
+    return {average.step: average.path(EMA) for average in committed(root_of(config), EMA)}
 
 
 def _files(config: TrainConfig, path: str) -> list[bytes]:

@@ -15,7 +15,7 @@ from dit_scale.data.order import Order
 from dit_scale.data.shards import LATENT_DTYPE, LatentDataset, encode_sample, write_index
 from dit_scale.train import loop
 from dit_scale.train.objective import SampleLosses
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.trainer import Trainer
 from tests.support.latents import edit_info
 from tests.support.ranks import jobs
 
@@ -86,9 +86,9 @@ def train_and_tell(config: TrainConfig) -> Fed:
     """Train as one rank; a step that was taken twice is reported the second time."""
     fed: Fed = {}
     samples: list[tuple[int, int]] = []
-    accumulate, update = TrainingStep.accumulate, TrainingStep.update
+    accumulate, update = Trainer.accumulate, Trainer.update
 
-    def accumulate_and_tell(self: TrainingStep, batches: Iterator[Batch]) -> torch.Tensor:
+    def accumulate_and_tell(self: Trainer, batches: Iterator[Batch]) -> torch.Tensor:
         samples.clear()
 
         def tell(batch: Batch, _: SampleLosses) -> None:
@@ -97,13 +97,13 @@ def train_and_tell(config: TrainConfig) -> Fed:
 
         return accumulate(self, batches, tell)
 
-    def update_and_tell(self: TrainingStep, sums: torch.Tensor, step: int) -> torch.Tensor:
+    def update_and_tell(self: Trainer, sums: torch.Tensor, step: int) -> torch.Tensor:
         fed[step + 1] = samples.copy()
         return update(self, sums, step)
 
     with (
-        patch.object(TrainingStep, "accumulate", accumulate_and_tell),
-        patch.object(TrainingStep, "update", update_and_tell),
+        patch.object(Trainer, "accumulate", accumulate_and_tell),
+        patch.object(Trainer, "update", update_and_tell),
     ):
         assert loop.train(config) == 0
     return fed

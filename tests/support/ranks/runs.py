@@ -20,8 +20,8 @@ def final_files(config: TrainConfig) -> list[bytes]:
     """Return every rank's file of the newest checkpoint: masters, moments, averages."""
     root = root_of(config)
     newest = committed(root)[0]
-    assert int(newest.split("/")[1].split("-")[0]) == config.steps
-    return [root.read(key) for key, _ in root.list(f"{newest}/rank-")]
+    assert newest.step == config.steps
+    return [root.read(key) for key, _ in root.list(f"{newest.path()}/rank-")]
 
 
 def events(config: TrainConfig, name: str) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from dit_scale.train.objective import MicroBatchObserver, losses
 from dit_scale.train.optim import learning_rate
 
 
-class TrainingStep:
+class Trainer:
     """A model under its engine, with its averages and its guard; `take` moves all of them by one step.
 
     Before that it needs `start`; or a checkpoint filled into `engine.owned`, and `resume`.

@@ -1,0 +1,35 @@
+"""The precision of a run: `engine.precision: auto` resolved once, identically on all ranks."""
+
+from contextlib import suppress
+
+from dit_scale import dist
+from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint.manifest import read_manifest
+from dit_scale.config import TrainConfig
+from dit_scale.dist import World
+from dit_scale.errors import CheckpointError
+from dit_scale.train.run_folder import root_of
+
+
+def choose_precision(config: TrainConfig, world: World) -> tuple[TrainConfig, str]:
+    """The configuration with `engine.precision: auto` decided, the same on all ranks, and why, in one line.
+
+    A run keeps the precision of its newest checkpoint; a new one takes what suits the device of rank 0.
+    """
+    asked = config.engine.precision
+    fast_bf16 = dist.multiplies_bf16(world.device)
+    if asked != "auto":
+        is_slow = asked == "bf16" and not fast_bf16
+        return config, f"precision bf16: {dist.SLOW_BF16}" if is_slow else ""
+
+    def choose() -> tuple[str, str]:
+        root = root_of(config)
+        for checkpoint_id in attempts.committed(root):
+            with suppress(CheckpointError):  # named when it is filled in
+                return read_manifest(root, checkpoint_id).config["engine"]["precision"], "as the run began"
+        has = "multiplies bf16 in hardware" if fast_bf16 else "has no bf16 instructions"
+        return dist.choose_precision("auto", world.device), f"this {world.device.type.upper()} {has}"
+
+    chosen, why = world.broadcast(choose)
+    engine = config.engine.model_copy(update={"precision": chosen})
+    return config.model_copy(update={"engine": engine}), f"precision auto: {chosen}, {why}"
