@@ -129,12 +129,12 @@ def test_nothing_is_imported_from_a_higher_layer(part: str) -> None:
 
 
 @pytest.mark.parametrize(("part", "group"), [(part, group) for group in STRANGERS for part in group])
-def test_neighbours_do_not_know_each_other(part: str, group: tuple[str, ...]) -> None:
+def test_neighbours_do_not_import_each_other(part: str, group: tuple[str, ...]) -> None:
     others = tuple(f"dit_scale.{other}" for other in group if other != part)
     assert [o for path in sources(f"dit_scale/{part}") for o in offences(path, others)] == []
 
 
-def test_nobody_imports_the_loop_or_the_command_line() -> None:
+def test_no_module_imports_the_loop_or_the_command_line() -> None:
     found = [
         (name, entry.name, entry.lazy)
         for name, path in MODULES.items()
@@ -145,12 +145,12 @@ def test_nobody_imports_the_loop_or_the_command_line() -> None:
     assert found == [("dit_scale.cli.train", "dit_scale.train.loop", True)]
 
 
-def test_the_library_does_not_know_its_programs() -> None:
+def test_the_library_does_not_import_its_programs() -> None:
     programs = (*PROGRAMS, "tests")
     assert [o for path in sources(*PACKAGES) for o in offences(path, programs)] == []
 
 
-def test_only_the_commands_of_latent_data_sets_know_the_pipeline() -> None:
+def test_only_two_commands_import_the_pipeline() -> None:
     found = [
         (name, entry.name, entry.lazy)
         for name, path in MODULES.items()
@@ -165,7 +165,7 @@ def test_only_the_commands_of_latent_data_sets_know_the_pipeline() -> None:
     }
 
 
-def test_the_folder_of_the_pipeline_holds_short_scripts_beside_it() -> None:
+def test_the_pipelines_folder_holds_short_scripts() -> None:
     beside = {str(path.relative_to(ROOT)): path for path in (ROOT / "data_pipeline").glob("*.py")}
     assert set(beside) == set(SCRIPTS)
     assert {name for name, path in beside.items() if len(path.read_text().splitlines()) > 30} == set()

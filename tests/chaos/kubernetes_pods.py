@@ -83,7 +83,7 @@ def tell(took_s: float, commit: dict[str, Any]) -> None:
     print(f"{commit['seconds']:.1f} s")
 
 
-def test_a_launcher_a_pod_and_a_node_are_lost(tmp_path: Path, image: str, runs: Path) -> None:
+def test_loss_of_a_launcher_a_pod_and_a_node(tmp_path: Path, image: str, runs: Path) -> None:
     sizes = Sizes(steps=300, every_steps=20)
     objects = manifests(tmp_path / "manifests", image, sizes)
     claims = {"dit-scale-runs": runs}
@@ -117,7 +117,7 @@ def test_a_launcher_a_pod_and_a_node_are_lost(tmp_path: Path, image: str, runs: 
     assert same_bits(weights(open_storage(runs / "tiny")), expected)
 
 
-def test_an_evicted_pod_leaves_after_a_step_and_the_commit(tmp_path: Path, image: str, runs: Path) -> None:
+def test_an_evicted_pod_exits_after_a_step_and_the_commit(tmp_path: Path, image: str, runs: Path) -> None:
     sizes = Sizes(steps=8, every_steps=1000, global_batch=128)
     objects = manifests(tmp_path / "manifests", image, sizes)
     claims = {"dit-scale-runs": runs}
@@ -132,7 +132,7 @@ def test_an_evicted_pod_leaves_after_a_step_and_the_commit(tmp_path: Path, image
     assert same_bits(weights(open_storage(runs / "tiny")), expected)
 
 
-def test_an_evicted_pod_may_commit_for_a_minute(
+def test_an_evicted_pod_can_commit_for_a_minute(
     tmp_path: Path, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Everything is on S3 and no folder is shared; the bits equal those of a run in a folder."""

@@ -17,10 +17,10 @@ import pytest
 from tests.support.cluster.slurm import Slurm, processes, slurm_cluster
 from tests.support.cluster.slurm_training import (
     Job,
-    assert_an_attempt_stayed_as_it_was,
-    assert_goes_on_without,
+    assert_attempt_unchanged,
     assert_moved_on,
     assert_nothing_trains,
+    assert_resumes_without,
     config_of,
     submit,
 )
@@ -52,7 +52,7 @@ def straight(top: Path) -> Job:
     return job
 
 
-def test_a_preempted_job_comes_back(slurm: Slurm, top: Path, tmp_path: Path, straight: Job) -> None:
+def test_a_preempted_job_is_requeued(slurm: Slurm, top: Path, tmp_path: Path, straight: Job) -> None:
     job = submit(slurm, config_of(top, "preempted", STEPS))
     job.wait_for_checkpoint()
     script = tmp_path / "urgent.sh"
@@ -81,9 +81,7 @@ def test_a_node_without_its_daemon_is_replaced(slurm: Slurm, top: Path, straight
     assert_nothing_trains(job, victim)
 
 
-def test_a_node_that_hangs_is_replaced_and_does_no_harm_when_it_wakes_up(
-    slurm: Slurm, top: Path, straight: Job
-) -> None:
+def test_a_hung_node_is_replaced_and_harmless_when_it_resumes(slurm: Slurm, top: Path, straight: Job) -> None:
     """The node has the batch script, so only the others can requeue the job."""
     job = submit(slurm, config_of(top, "hung", STEPS), "--lease-s", "10")
     job.wait_for_checkpoint()
@@ -100,15 +98,15 @@ def test_a_node_that_hangs_is_replaced_and_does_no_harm_when_it_wakes_up(
     assert_moved_on(job, "node1")
     assert_nothing_trains(job, "node1")
     assert job.outcome() == straight.outcome()
-    assert_an_attempt_stayed_as_it_was(job)
+    assert_attempt_unchanged(job)
 
 
 @pytest.mark.parametrize("victim", ["node1", "node2"])
-def test_a_node_whose_link_is_cut_is_replaced_and_makes_way(top: Path, straight: Job, victim: str) -> None:
+def test_a_node_with_a_cut_link_is_replaced_and_exits(top: Path, straight: Job, victim: str) -> None:
     with slurm_cluster(nodes=3, cables=True) as slurm:
         job = submit(slurm, config_of(top, f"cut-{victim}", STEPS))
         job.wait_for_checkpoint(step=20)
         assert slurm.network is not None
         slurm.network.cut(victim)
-        assert_goes_on_without(job, victim)
+        assert_resumes_without(job, victim)
     assert job.outcome() == straight.outcome()

@@ -106,7 +106,7 @@ def test_the_job_understands_its_entrypoint(job: dict[str, Any], monkeypatch: py
     assert config.ray_address == "auto"
 
 
-def test_a_lost_cluster_is_replaced_and_a_finished_one_goes(job: dict[str, Any]) -> None:
+def test_a_lost_cluster_is_replaced_and_a_finished_one_deleted(job: dict[str, Any]) -> None:
     spec = job["spec"]
     assert spec["submissionMode"] == "K8sJobMode"
     assert spec["backoffLimit"] > 0
@@ -136,7 +136,7 @@ def test_pods_are_restricted(job: dict[str, Any]) -> None:
             assert kind not in spec
 
 
-def test_what_is_written_lies_on_volumes(job: dict[str, Any]) -> None:
+def test_all_writes_go_to_volumes(job: dict[str, Any]) -> None:
     for spec, container in specs(job):
         mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         volumes = {volume["name"]: volume for volume in spec["volumes"]}
@@ -164,7 +164,7 @@ def test_resources(job: dict[str, Any]) -> None:
         gpus = "1" if container["name"] == "ray-worker" else None
         assert requests.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu") == gpus
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
-    assert head["rayStartParams"]["num-cpus"] == "0", "the head has no GPU: no work is placed there"
+    assert head["rayStartParams"]["num-cpus"] == "0", "the head has no GPU, so Ray must place no work there"
 
 
 def test_secrets_are_references(job: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ def test_the_bucket_is_one_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (config.source, config.output) == ("/data/mine/imagenet/train", "/data/mine/imagenet256")
 
 
-def test_who_the_pods_are(tmp_path: Path) -> None:
+def test_pod_identity(tmp_path: Path) -> None:
     folder = os.path.relpath(KUBERNETES, tmp_path)
     text = f"resources: [{folder}/encode]\ncomponents: [{folder}/components/identity]\n"
     (tmp_path / "kustomization.yaml").write_text(text)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.cluster
 SIZES = Sizes(steps=100, every_steps=10)
 
 
-def test_a_killed_pod_and_an_evicted_one_come_back(tmp_path: Path) -> None:
+def test_killed_and_evicted_pods_are_replaced(tmp_path: Path) -> None:
     objects = manifests(tmp_path / "manifests", build_image(), SIZES)
     runs = tmp_path / "runs"
     write_latents(runs / "latents", 64, 32, 10)

@@ -144,11 +144,11 @@ def test_the_command_line_understands_the_arguments(rendered: dict[str, list[Obj
     assert least < most == spec["completions"] == spec["parallelism"]
     assert spec["completionMode"] == "Indexed"
     for nodes in (least, most):
-        assert config.global_batch % (8 * nodes) == 0, "every GPU has the same work"
+        assert config.global_batch % (8 * nodes) == 0, "every GPU must have the same work"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_written_lies_on_volumes(rendered: dict[str, list[Object]], name: str) -> None:
+def test_all_writes_go_to_volumes(rendered: dict[str, list[Object]], name: str) -> None:
     _, config = launch(rendered[name])
     assert config is not None
     mounts = {mount["mountPath"]: mount["name"] for mount in container(rendered[name])["volumeMounts"]}
@@ -180,7 +180,7 @@ def test_what_is_written_lies_on_volumes(rendered: dict[str, list[Object]], name
         (137, False, "Count"),
     ],
 )
-def test_the_ends_of_a_pod(
+def test_how_the_job_judges_pod_failures(
     rendered: dict[str, list[Object]], code: int, disrupted: bool, action: str
 ) -> None:
     for name in NAMES:
@@ -191,10 +191,10 @@ def test_the_ends_of_a_pod(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_job_outlives_a_week(rendered: dict[str, list[Object]], name: str) -> None:
+def test_the_job_tolerates_a_week_of_failures(rendered: dict[str, list[Object]], name: str) -> None:
     spec, pod = job_spec(rendered[name]), pod_spec(rendered[name])
     assert spec["podReplacementPolicy"] == "Failed"
-    assert pod["restartPolicy"] == "Never", "podFailurePolicy wants it"
+    assert pod["restartPolicy"] == "Never", "podFailurePolicy requires it"
     assert spec["backoffLimit"] > 7 * 24 * 60 * spec["completions"], "each pod may fail every minute"
     assert spec["backoffLimitPerIndex"] == spec["backoffLimit"], "no index waits for the failures of others"
     assert "activeDeadlineSeconds" not in spec
@@ -236,16 +236,16 @@ def apart(spec: Object) -> Object:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_finished_job_goes_after_days(rendered: dict[str, list[Object]], name: str) -> None:
+def test_a_finished_job_is_deleted_after_days(rendered: dict[str, list[Object]], name: str) -> None:
     owner = next(made for made in rendered[name] if made["kind"] in ("Job", "JobSet"))
     assert owner["spec"]["ttlSecondsAfterFinished"] >= 24 * 3600
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_pod_has_a_whole_node(rendered: dict[str, list[Object]], name: str) -> None:
+def test_one_pod_takes_a_complete_node(rendered: dict[str, list[Object]], name: str) -> None:
     spec = job_spec(rendered[name])
     owner = next(made for made in rendered[name] if made["kind"] in ("Job", "JobSet"))
-    assert set(apart(spec).values()) == {owner["metadata"]["name"]}, "of its own run alone"
+    assert set(apart(spec).values()) == {owner["metadata"]["name"]}, "only pods of its own run"
     (spread,) = spec["template"]["spec"]["topologySpreadConstraints"]
     assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == (
         "kubernetes.io/hostname",
@@ -317,7 +317,7 @@ def test_checkpoints_on_s3(tmp_path: Path) -> None:
     kubernetes_validate.validate(one(made, "Job"), "1.37", strict=True)
 
 
-def test_a_jobset_of_somebody(tmp_path: Path) -> None:
+def test_a_users_own_jobset(tmp_path: Path) -> None:
     """The names of its ConfigMaps get the prefix too."""
     made = written(tmp_path, "resources: [../cluster/kubernetes/overlays/xl2_512_jobset]\nnamePrefix: bob-\n")
     assert one(made, "JobSet")["metadata"]["name"] == "bob-dit-scale-xl2-512"
@@ -335,11 +335,11 @@ def test_kueue_admits_it(tmp_path: Path, name: str) -> None:
     owner = next(found for found in made if found["kind"] in ("Job", "JobSet"))
     assert owner["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
     assert owner["spec"]["suspend"] is True
-    assert container(made)["resources"]["requests"], "by which Kueue counts"
+    assert container(made)["resources"]["requests"], "Kueue counts the requests"
     if owner["kind"] == "Job":
         kubernetes_validate.validate(owner, "1.28", strict=True)
     else:
-        assert "suspend" not in job_spec(made), "the JobSet's is what counts"
+        assert "suspend" not in job_spec(made), "the JobSet has its own field"
         owner["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"] = {
             "containers": [{"name": "a"}]
         }
@@ -347,7 +347,7 @@ def test_kueue_admits_it(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_who_the_pods_are(tmp_path: Path, name: str) -> None:
+def test_pod_identity(tmp_path: Path, name: str) -> None:
     text = example(KUBERNETES / "components/identity/kustomization.yaml")
     made = written(tmp_path, f"resources: [../cluster/kubernetes/overlays/{name}]\nnamePrefix: bob-\n{text}")
     pod = pod_spec(made)

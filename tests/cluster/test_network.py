@@ -29,7 +29,7 @@ def call(net: Network, within_s: float) -> tuple[str, bool]:
     return ran.stdout.strip(), not ran.returncode
 
 
-def test_a_host_is_reached_but_when_its_cable_is_cut(net: Network) -> None:
+def test_a_host_is_unreachable_while_its_cable_is_cut(net: Network) -> None:
     command = net.hosts["b"].enter(sys.executable, "-c", LISTEN)
     with subprocess.Popen(command, stdout=subprocess.PIPE) as listener:
         try:

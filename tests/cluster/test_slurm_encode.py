@@ -166,7 +166,7 @@ def test_the_real_request_fits_a_real_cluster(slurm: Slurm) -> None:
 
 
 @pytest.mark.long
-def test_two_jobs_on_the_same_nodes_one_is_cancelled_the_other_writes_the_same_bytes(
+def test_a_cancelled_job_does_not_affect_another_on_the_same_nodes(
     slurm: Slurm, folder: Path, reference: Path, tmp_path: Path
 ) -> None:
     output, other_output = tmp_path / "set", tmp_path / "other"
@@ -197,7 +197,7 @@ def test_two_jobs_on_the_same_nodes_one_is_cancelled_the_other_writes_the_same_b
         assert env["RAY_AUTH_TOKEN"] not in log(other, other_output)
 
 
-def test_a_job_that_is_told_of_its_time_limit_queues_itself_again_and_keeps_its_shards(
+def test_near_its_time_limit_a_job_requeues_itself_and_keeps_its_shards(
     slurm: Slurm, folder: Path, reference: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "set"
@@ -217,7 +217,7 @@ def test_a_job_that_is_told_of_its_time_limit_queues_itself_again_and_keeps_its_
     assert_nothing_is_left(job, output)
 
 
-def test_a_mistake_is_the_exit_code_of_the_job(slurm: Slurm, folder: Path, tmp_path: Path) -> None:
+def test_a_configuration_error_fails_the_job(slurm: Slurm, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "set"
     options = ["--nodes=1", *SMALL[1:], f"--output={output}-%j.log"]
     words = [*arguments(folder, output), "shard_sample=2"]

@@ -18,8 +18,8 @@ from tests.support.cluster.slurm_training import (
     ENVIRONMENT,
     ROOT,
     Job,
-    assert_goes_on_without,
     assert_nothing_trains,
+    assert_resumes_without,
     config_of,
     submit,
 )
@@ -66,7 +66,7 @@ def test_documented_submissions_fit_a_real_cluster(slurm: Slurm) -> None:
         ran = slurm.run(command, "--test-only", *options, cwd=ROOT)
         assert (ran.returncode == 0) == fits, ran.stderr
     ran = slurm.run(command, "--test-only", *(word.replace("=4", "=2") for word in options), cwd=ROOT)
-    assert ran.returncode == 0, "two of such nodes are there"
+    assert ran.returncode == 0, "the cluster has two such nodes"
 
 
 def submit_any_size(slurm: Slurm, config: TrainConfig, *arguments: str) -> Job:
@@ -93,7 +93,7 @@ def test_by_default_one_node_trains_on_its_cpus(slurm: Slurm, top: Path) -> None
     assert job.newest() == (2, 1)
 
 
-def test_a_job_without_gpus_is_told_so(slurm: Slurm, top: Path) -> None:
+def test_a_job_without_gpus_logs_the_reason(slurm: Slurm, top: Path) -> None:
     job = submit_any_size(slurm, config_of(top, "without", steps=2), "engine.device=auto")
     assert job.wait() == ("FAILED", 93), job.log
     assert "engine.device=auto, and this SLURM job in partition low has no GPU: ask for some" in job.log
@@ -106,18 +106,18 @@ def disturbed(top: Path) -> Job:
     with slurm_cluster(nodes=3, cables=True) as slurm:
         job = submit(slurm, config_of(top, "disturbed"), script="cluster/slurm_xl2_256.sh")
         job.wait_for_step()
-        step = saves_and_queues_itself_again(job)
+        step = saves_and_requeues(job)
         job.wait_for_checkpoint(attempt=2, step=step + MEASURED_STEPS)
         assert events(job.config, "start")[1]["step"] == step
         assert slurm.network is not None
         slurm.network.cut("node1")
         slurm.declare_down("node1")
         job = job.ends_at(job.last_step() + 10)
-        assert_goes_on_without(job, "node1", attempt=2)
+        assert_resumes_without(job, "node1", attempt=2)
     return job
 
 
-def saves_and_queues_itself_again(job: Job) -> int:
+def saves_and_requeues(job: Job) -> int:
     """Send the time-limit warning to a job; return the step that it saved."""
     assert job.slurm.run("scancel", "--signal=USR1", "--batch", str(job.number)).returncode == 0
     assert job.wait("PENDING")[0] == "PENDING", job.log
@@ -130,7 +130,7 @@ def saves_and_queues_itself_again(job: Job) -> int:
     return step
 
 
-def test_near_its_time_limit_and_without_the_link_to_its_first_node_a_job_goes_on(disturbed: Job) -> None:
+def test_a_job_survives_its_time_limit_and_a_cut_link(disturbed: Job) -> None:
     assert disturbed.newest() == (disturbed.config.steps, 3)
     first, second = (Board(root_of(disturbed.config)).sealed(number) for number in (1, 2))
     assert first is not None
@@ -138,7 +138,7 @@ def test_near_its_time_limit_and_without_the_link_to_its_first_node_a_job_goes_o
     assert 0 < first.start < second.start
 
 
-def test_a_job_on_two_nodes_trains_to_the_end_and_one_that_was_disturbed_to_the_same(
+def test_disturbed_and_undisturbed_jobs_give_the_same_bits(
     slurm: Slurm, top: Path, disturbed: Job, tmp_path: Path
 ) -> None:
     """The job resumes even when the controller fails every other query."""
@@ -156,7 +156,7 @@ def test_a_job_on_two_nodes_trains_to_the_end_and_one_that_was_disturbed_to_the_
     assert disturbed.outcome() == job.outcome()
 
 
-def test_what_a_person_must_mend_is_not_started_again(slurm: Slurm, top: Path) -> None:
+def test_configuration_errors_are_not_restarted(slurm: Slurm, top: Path) -> None:
     one_node = ("--nodes=1", "--export=ALL,MIN_NODES=1")
     hopeless = submit(slurm, config_of(top, "hopeless"), "model.num_classes=4", options=one_node)
     mistaken = submit(slurm, config_of(top, "mistaken"), "optimizer.lrr=1")
@@ -186,7 +186,7 @@ def is_supervisor(pid: int) -> bool:
         return False
 
 
-def test_an_error_is_tried_again_so_many_times_and_no_more(slurm: Slurm, top: Path) -> None:
+def test_an_error_is_retried_up_to_the_limit(slurm: Slurm, top: Path) -> None:
     job = submit(slurm, config_of(top, "failing"), options=("--export=ALL,MAX_RESTARTS=1",))
     kill_supervisors(job)
     assert job.wait("PENDING")[0] == "PENDING", job.log

@@ -53,7 +53,7 @@ def write(folder: Path, checkpoint_id: CheckpointId, **fields: object) -> None:
     checkpoints.write(open_storage(folder), checkpoint_id, [owned], **fields)
 
 
-def test_what_one_rank_cannot_read_all_pass_over(folders: tuple[Path, ...]) -> None:
+def test_all_ranks_skip_what_one_cannot_read(folders: tuple[Path, ...]) -> None:
     assert run(WORLD, found_in, folders) == [(NEWEST, [])] * WORLD
     os.truncate(folders[1] / NEWEST.path() / "rank-00000.safetensors", 100)
     for found, notes in run(WORLD, found_in, folders):

@@ -53,7 +53,7 @@ def test_world_size_and_stage_may_change(
     for number, (world, stage) in enumerate(parts, 1):
         moved = config_of(tmp_path / "moved", data, precision, stage, STEPS_EACH * number)
         groups = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-        assert run(world, jobs.train_and_tell, moved) == [(groups,)] * world
+        assert run(world, jobs.train_and_report, moved) == [(groups,)] * world
     curve = [
         abs(got["loss"] / wanted["loss"] - 1)
         for got, wanted in zip(jobs.losses(moved), jobs.losses(straight), strict=True)

@@ -73,7 +73,7 @@ def on_disk_and_on_s3(point: str, nth: int, *marks: pytest.MarkDecorator) -> lis
     ],
     indirect=["place"],
 )
-def test_an_old_attempt_that_wakes_up_changes_nothing(
+def test_a_stale_process_changes_nothing(
     data: Path, straight: TrainConfig, tmp_path: Path, place: tuple[str, dict[str, str]], point: str, nth: int
 ) -> None:
     url, environment = place
@@ -105,7 +105,7 @@ def test_an_old_attempt_that_wakes_up_changes_nothing(
     assert final_files(config) == final_files(straight)
 
 
-def test_the_last_save_is_not_tried_again_under_a_name_that_is_taken(data: Path, tmp_path: Path) -> None:
+def test_the_last_save_is_not_retried_under_a_used_name(data: Path, tmp_path: Path) -> None:
     """An older manifest appears in the folder just before the commit; the next start uses another folder."""
     config = config_of(tmp_path / "run", data, "")
     hold = Hold(tmp_path, "writer: before the manifest", nth=4)

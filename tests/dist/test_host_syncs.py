@@ -202,14 +202,14 @@ def test_the_objective_reads_nothing_back(dtype: torch.dtype) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_meters_read_nothing_back_until_they_are_asked() -> None:
+def test_meters_read_nothing_until_a_log_point() -> None:
     meters = Meters(global_batch=4)
     for _ in range(3):
         meters.add(torch.empty(len(COLUMNS), device=META))
 
 
 @pytest.mark.parametrize("spike_factor", [0.0, 3.0])
-def test_the_guard_reads_nothing_back_and_sends_no_number(spike_factor: float) -> None:
+def test_the_guard_neither_reads_nor_uploads_numbers(spike_factor: float) -> None:
     guard = Guard(GuardConfig(spike_factor=spike_factor), META)
     watch = Watch()
     watch.on = True

@@ -84,6 +84,6 @@ def test_killed_and_resumed_gives_the_same_bits(
     print([event["resumed_from"] for event in events(config, "start")])
 
 
-def test_every_point_has_its_kill() -> None:
+def test_every_point_is_tested() -> None:
     killed = {point for point, _, _ in (*IN_THE_STEP, *IN_THE_WRITER, *AT_THE_START)}
     assert killed >= {*RANK_POINTS, *WRITER_POINTS} - {"writer: in retention, after the fencing check"}

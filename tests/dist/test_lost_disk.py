@@ -61,9 +61,7 @@ def test_the_disk_is_full_for_a_while(data: Path, straight: TrainConfig, tmp_pat
     assert [event["step"] for event in events(config, "log")] == list(range(1, STEPS + 1))
 
 
-def test_the_disk_is_full_when_the_run_begins(
-    data: Path, straight: TrainConfig, tmp_path: Path, disk: Path
-) -> None:
+def test_the_disk_is_full_at_the_start(data: Path, straight: TrainConfig, tmp_path: Path, disk: Path) -> None:
     config = config_of(disk / "run", data)
     filler = fill(disk)
     with held_run(config, tmp_path / "held") as process:
@@ -74,7 +72,7 @@ def test_the_disk_is_full_when_the_run_begins(
     assert jobs.losses(config) == jobs.losses(straight)
 
 
-def test_there_is_never_room_to_begin(data: Path, tmp_path: Path, disk: Path) -> None:
+def test_the_disk_stays_full_at_the_start(data: Path, tmp_path: Path, disk: Path) -> None:
     fill(disk)
     with held_run(config_of(disk / "run", data, deadline_s=1.0), tmp_path / "held") as process:
         assert process.end() == 2
@@ -84,7 +82,7 @@ def test_there_is_never_room_to_begin(data: Path, tmp_path: Path, disk: Path) ->
     assert "waited for room for 1 s" in log
 
 
-def test_a_record_that_was_never_written_is_no_success(data: Path, tmp_path: Path, disk: Path) -> None:
+def test_a_run_without_a_record_fails(data: Path, tmp_path: Path, disk: Path) -> None:
     """The checkpoints are elsewhere."""
     config = config_of(disk / "run", data, url=str(tmp_path / "bucket"))
     with held_run(config, tmp_path / "held", [2]) as process:
@@ -98,9 +96,7 @@ def test_a_record_that_was_never_written_is_no_success(data: Path, tmp_path: Pat
     assert "done:" not in log
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_done(
-    data: Path, tmp_path: Path, disk: Path
-) -> None:
+def test_a_read_only_folder_is_refused_before_any_work(data: Path, tmp_path: Path, disk: Path) -> None:
     """A read-only folder is permanent, unlike a full disk."""
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     config = config_of(disk / "run", data, url=str(tmp_path / "bucket"))

@@ -58,7 +58,7 @@ def test_the_process_of_wandb_is_killed(tmp_path: Path, environment: dict[str, s
     assert len(jobs.losses(config)) == STEPS
 
 
-def test_wandb_without_a_key_asks_nobody(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_wandb_without_a_key_does_not_prompt(tmp_path: Path, environment: dict[str, str]) -> None:
     """The alarm is logged on a terminal as well."""
     config = config_of(tmp_path, "online")
     (tmp_path / "run.yaml").write_text(dump(config))

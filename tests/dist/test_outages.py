@@ -55,7 +55,7 @@ def test_disk_full(data: Path, straight: TrainConfig, tmp_path: Path, disk: Path
         assert finish(answers) == [(None, 0)] * WORLD
     finally:
         kill(ranks)
-    assert failures, "training went on to step 12 although the save of step 4 had failed"
+    assert failures, "training must continue to step 12 although the save of step 4 failed"
     assert "No space left on device; free some space" in failures[0]["problem"]
     assert events(config, "checkpoint")
     assert final_files(config) == final_files(straight)

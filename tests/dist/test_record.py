@@ -53,7 +53,7 @@ def test_the_record_moves_with_the_checkpoint(tmp_path: Path) -> None:
     assert steps_of(open_storage(tmp_path / "bucket").read(newest).decode()) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_in_one_folder_puts_no_copy_beside_its_checkpoints(tmp_path: Path) -> None:
+def test_a_run_in_one_folder_copies_no_record_to_its_checkpoints(tmp_path: Path) -> None:
     write_latents(tmp_path / "data")
     config = jobs.small_config(tmp_path / "a", tmp_path / "data", precision="fp32")
     train(config, tmp_path / "a", 1)

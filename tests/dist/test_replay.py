@@ -65,7 +65,7 @@ def test_a_step_from_the_start_of_the_run(rolled_back: TrainConfig) -> None:
     assert all(sample.label == sample.sample_id % 10 for sample in found.samples)
 
 
-def test_a_step_behind_a_rollback(rolled_back: TrainConfig) -> None:
+def test_a_step_after_a_rollback(rolled_back: TrainConfig) -> None:
     found = replayed(rolled_back, step=6)
     assert found.checkpoint == "checkpoints/0000000003-0001"
     assert found.past.attempt.number == 2
@@ -101,7 +101,7 @@ def command(run: Path, attempt: int) -> tuple[dict[str, Any], str]:
     return tree, done.stderr
 
 
-def test_the_command_on_another_number_of_processes(rolled_back: TrainConfig) -> None:
+def test_the_command_at_another_world_size(rolled_back: TrainConfig) -> None:
     tree, beside = command(Path(rolled_back.run), attempt=2)
     assert all(difference < 1e-4 for difference in tree["differences"].values())
     assert "checkpoints/0000000003-0001\nsteps to take again before it: 2\n" in beside
@@ -118,7 +118,7 @@ def test_the_command_on_a_run_that_moved_and_changed(rolled_back: TrainConfig, t
     assert "optimizer.lr" not in beside, "the attempt took its steps at the rate that its checkpoints have"
 
 
-def test_a_step_that_was_taken_at_another_rate(rolled_back: TrainConfig, tmp_path: Path) -> None:
+def test_a_step_taken_at_another_learning_rate(rolled_back: TrainConfig, tmp_path: Path) -> None:
     run_of_old = rolled_back.model_copy(update={"run": str(tmp_path / "run")})
     shutil.copytree(rolled_back.run, run_of_old.run)
     faster = run_of_old.optimizer.model_copy(update={"lr": 0.5})
@@ -129,7 +129,7 @@ def test_a_step_that_was_taken_at_another_rate(rolled_back: TrainConfig, tmp_pat
     assert found.differences() == {}
 
 
-def test_a_sample_that_was_damaged_then(tmp_path: Path) -> None:
+def test_a_sample_that_was_replaced_during_the_run(tmp_path: Path) -> None:
     data, bad = tmp_path / "latents", sample_of(2, place=1)
     write_latents(data, num=NUM)
     config = jobs.saving(config_of(tmp_path / "run", data, damaged="quarantine"), steps=4, every_steps=4)

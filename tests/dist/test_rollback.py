@@ -34,7 +34,7 @@ from tests.support.ranks.rollback_jobs import (
     of_all,
     sample_of,
     spoil,
-    train_and_tell,
+    train_and_report,
 )
 from tests.support.ranks.runs import events, final_files, kill, kill_at, wait_for
 
@@ -58,7 +58,7 @@ def assert_same_end(config: TrainConfig, straight: TrainConfig) -> None:
     assert len({end.model_dump_json(exclude={"attempt", "config"}) for end in ends}) == 1
 
 
-def test_bad_samples_here_and_there(tmp_path: Path) -> None:
+def test_scattered_bad_samples(tmp_path: Path) -> None:
     data = tmp_path / "latents"
     write_latents(data, num=NUM)
     spoil(data, {sample_of(3, place=6), sample_of(8, place=0)})
@@ -104,7 +104,7 @@ def failing_config(folder: Path, data: Path) -> TrainConfig:
 def rolled_back(failing: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Fed]:
     """An undisturbed run, and the samples that it read."""
     config = failing_config(tmp_path_factory.mktemp("straight"), failing)
-    return config, of_all(run(WORLD, train_and_tell, config))
+    return config, of_all(run(WORLD, train_and_report, config))
 
 
 def test_steps_that_keep_failing_are_rolled_back(rolled_back: tuple[TrainConfig, Fed]) -> None:
@@ -125,7 +125,7 @@ def test_steps_that_keep_failing_are_rolled_back(rolled_back: tuple[TrainConfig,
     assert [row["step"] for row in jobs.losses(config)] == [4, 8, 12]
 
 
-def test_killed_right_behind_a_rollback(
+def test_killed_right_after_a_rollback(
     failing: Path, rolled_back: tuple[TrainConfig, Fed], tmp_path: Path
 ) -> None:
     config = failing_config(tmp_path / "run", failing)
@@ -136,7 +136,7 @@ def test_killed_right_behind_a_rollback(
     assert_same_end(config, rolled_back[0])
 
 
-def test_an_old_attempt_that_wakes_up_cannot_roll_back(
+def test_a_stale_process_cannot_roll_back(
     failing: Path, rolled_back: tuple[TrainConfig, Fed], tmp_path: Path
 ) -> None:
     config = failing_config(tmp_path / "run", failing)
@@ -154,7 +154,7 @@ def test_an_old_attempt_that_wakes_up_cannot_roll_back(
     assert_same_end(config, rolled_back[0])
 
 
-def test_a_checkpoint_of_the_very_step_before_the_failure_is_taken(tmp_path: Path) -> None:
+def test_rollback_uses_a_checkpoint_of_the_step_before_the_failure(tmp_path: Path) -> None:
     data = tmp_path / "latents"
     write_latents(data, num=NUM)
     spoil(data, {sample_of(step, place=step) for step in (4, 5)})
@@ -165,12 +165,12 @@ def test_a_checkpoint_of_the_very_step_before_the_failure_is_taken(tmp_path: Pat
     assert resumed_from(config) == [None, CheckpointId(3, 1)]
 
 
-def test_a_rollback_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+def test_a_rollback_before_the_first_checkpoint_restarts_from_step_0(tmp_path: Path) -> None:
     data = tmp_path / "latents"
     write_latents(data, num=NUM)
     spoil(data, {sample_of(step, place=step) for step in (2, 3)})
     config = config_of(tmp_path / "run", data, rollback_after=2)
-    fed = of_all(run(WORLD, train_and_tell, config))
+    fed = of_all(run(WORLD, train_and_report, config))
     first, second = range(7), range(21, 28)
     assert [[position for position, _ in fed[step]] for step in (1, 2)] == [list(first), list(second)]
     assert resumed_from(config) == [None, None]
@@ -185,7 +185,7 @@ def test_a_rollback_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> N
     assert_same_end(config, fresh)
 
 
-def test_a_run_that_nothing_helps_gives_up(tmp_path: Path) -> None:
+def test_a_run_gives_up_if_rollbacks_do_not_help(tmp_path: Path) -> None:
     data = tmp_path / "latents"
     write_latents(data, num=NUM)
     spoil(data, range(NUM))
@@ -204,7 +204,7 @@ def test_a_damaged_sample_is_replaced(tmp_path: Path) -> None:
     write_latents(data, num=NUM)
     spoil(data, {sample_of(4, place=0)})
     whole = config_of(tmp_path / "whole", data, log_every_steps=6)
-    wanted = of_all(run(WORLD, train_and_tell, whole))
+    wanted = of_all(run(WORLD, train_and_report, whole))
     wanted[4][6] = (27, (bad + 1) % 10)
 
     damage(data, bad)
@@ -213,7 +213,7 @@ def test_a_damaged_sample_is_replaced(tmp_path: Path) -> None:
         for name in ("two", "one", "killed")
     )
     for config, world in ((two, 2), (one, 1)):
-        assert of_all(run(world, train_and_tell, config)) == wanted
+        assert of_all(run(world, train_and_report, config)) == wanted
         (event,) = events(config, "quarantined")
         assert event["sample_id"] == bad
         assert manifest_at_the_end(config).quarantined == {bad: event["reason"]}

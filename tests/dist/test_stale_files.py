@@ -94,7 +94,7 @@ def stopped(request: pytest.FixtureRequest, begun: TrainConfig, tmp_path: Path) 
     process.kill()
 
 
-def test_woken_when_the_later_attempt_is_done(begun: TrainConfig, stopped: Stopped) -> None:
+def test_resumed_after_the_later_attempt_finished(begun: TrainConfig, stopped: Stopped) -> None:
     assert run(1, jobs.train, begun) == [0]
     before = jobs.losses(begun)
     assert "SupersededError" in stopped.wake()
@@ -104,9 +104,7 @@ def test_woken_when_the_later_attempt_is_done(begun: TrainConfig, stopped: Stopp
     assert events(begun, "done")
 
 
-def test_woken_while_the_later_attempt_is_at_work(
-    begun: TrainConfig, stopped: Stopped, tmp_path: Path
-) -> None:
+def test_resumed_while_the_later_attempt_trains(begun: TrainConfig, stopped: Stopped, tmp_path: Path) -> None:
     with held_live(begun, tmp_path) as go:
         wait_for_event(begun, "checkpoint", 2)
         assert "SupersededError" in stopped.wake()
@@ -116,7 +114,7 @@ def test_woken_while_the_later_attempt_is_at_work(
     assert [(done["attempt"], done["step"]) for done in events(begun, "done")] == [(1, 3), (3, STEPS)]
 
 
-def test_names_that_an_old_attempt_set_before_it_was_killed(begun: TrainConfig, tmp_path: Path) -> None:
+def test_links_that_a_stale_process_set_before_it_was_killed(begun: TrainConfig, tmp_path: Path) -> None:
     """The next line of the later attempt restores the names."""
     folder = Path(begun.run)
     with held_live(begun, tmp_path) as go:

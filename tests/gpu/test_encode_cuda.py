@@ -53,7 +53,7 @@ def on_cpu(vae: str) -> npt.NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_make_the_same_bits_and_those_of_the_cpu_within_a_tolerance(
+def test_processes_agree_on_bits_and_with_the_cpu_within_tolerance(
     name: str, vae: str, on_cpu: npt.NDArray[np.float32]
 ) -> None:
     found = []

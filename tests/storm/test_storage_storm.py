@@ -117,7 +117,7 @@ def test_a_lost_answer_to_the_last_request_of_an_upload(kind: str, s3: S3Storage
     assert s3.read("key") == data
 
 
-def test_an_upload_that_somebody_aborted_is_an_error(
+def test_an_upload_aborted_from_outside_is_an_error(
     s3: S3Storage, direct: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same holds when an older object of the same size has the key."""
@@ -136,7 +136,7 @@ def test_an_upload_that_somebody_aborted_is_an_error(
 
 
 @pytest.mark.parametrize("mode", ["down", "blackhole"])
-def test_a_server_that_is_away(
+def test_a_server_outage(
     mode: str, s3: S3Storage, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_module, "ATTEMPTS", 10_000)  # the deadline stops the retries

@@ -77,7 +77,7 @@ class Pod:
 
     def signal(self, number: signal.Signals) -> None:
         """Signal its first process: SIGTERM like the kubelet, SIGKILL like the kernel out of memory."""
-        assert self._process is not None, f"{self.name} has ended"
+        assert self._process is not None, f"{self.name} has exited"
         signal.pidfd_send_signal(self._process, number)
 
     def log(self) -> str:
@@ -191,7 +191,7 @@ class IndexedJob:
         if action == "Succeeded":
             self.succeeded.add(pod.index)
         elif action == "FailJob" or len(self.ended) > MOST_ENDS:
-            raise PodError(f"{pod.name} ended, {action}: {self.ended}\n{pod.log()[-3000:]}")
+            raise PodError(f"{pod.name} exited, {action}: {self.ended}\n{pod.log()[-3000:]}")
         else:
             self.start(pod.index)
 
@@ -201,7 +201,7 @@ class IndexedJob:
         while not there():
             if time.monotonic() > end_s:
                 logs = "\n".join(f"{pod.name}: {pod.log()[-3000:]}" for pod in self.pods.values())
-                raise PodError(f"not within {WAIT_S:.0f} s: {what}; {self.ended}\n{logs}")
+                raise PodError(f"{what}: not within {WAIT_S:.0f} s; {self.ended}\n{logs}")
             self.control()
             time.sleep(0.05)
 

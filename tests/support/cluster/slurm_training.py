@@ -118,21 +118,21 @@ def submit(
     return Job(slurm, config, number)
 
 
-def assert_goes_on_without(job: Job, victim: str, attempt: int = 1) -> None:
+def assert_resumes_without(job: Job, victim: str, attempt: int = 1) -> None:
     """Check a job that just lost the link to a node: it resumes elsewhere, and the processes there exit.
 
     Those processes still reach the storage, which shows them that they are superseded. `attempt` is the one
     that was cut off.
     """
     job.wait_for_checkpoint(attempt=attempt + 1)
-    assert_made_way(job, victim)
+    assert_superseded_ranks_exited(job, victim)
     assert job.slurm.network is not None
     job.slurm.network.mend(victim)
     assert_moved_on(job, victim, attempt)
-    assert_an_attempt_stayed_as_it_was(job, attempt)
+    assert_attempt_unchanged(job, attempt)
 
 
-def assert_an_attempt_stayed_as_it_was(job: Job, attempt: int = 1) -> None:
+def assert_attempt_unchanged(job: Job, attempt: int = 1) -> None:
     """Check that an attempt committed nothing after the next one resumed from it."""
     resumed = events(job.config, "start")[attempt]["step"]
     root = root_of(job.config)
@@ -141,7 +141,7 @@ def assert_an_attempt_stayed_as_it_was(job: Job, attempt: int = 1) -> None:
     assert all(step <= resumed for step in old), names
 
 
-def assert_made_way(job: Job, node: str) -> None:
+def assert_superseded_ranks_exited(job: Job, node: str) -> None:
     """Check that the supervisor on a node that SLURM cannot reach has exited with its ranks."""
     until = time.monotonic() + WAIT_S
     while (said := supervisor_events(job, node))[-1] != "made_way":

@@ -160,7 +160,7 @@ class _Cluster:
                 command, capture_output=True, text=True, timeout=START_S, env=self._environment()
             )
         except subprocess.TimeoutExpired:
-            raise StartError(f"{' '.join(command)}: no end after {START_S:.0f} s") from None
+            raise StartError(f"{' '.join(command)}: not finished after {START_S:.0f} s") from None
         if ran.returncode:
             raise StartError(f"{' '.join(command)}: {ran.stderr}")
 
@@ -185,7 +185,7 @@ def _wait_for_answer(url: str, gateway: "subprocess.Popen[bytes]") -> None:
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         if gateway.poll() is not None:
-            raise StartError(f"radosgw left with code {gateway.returncode}")
+            raise StartError(f"radosgw exited with code {gateway.returncode}")
         try:
             urllib.request.urlopen(url, timeout=5).close()
             return

@@ -137,7 +137,7 @@ class Recorder:
             answer = _REAL[name](path, *rest, **more)
             if below is not None:
                 target = self._below(rest[0]) if kind in ("link", "rename") else ""
-                assert target is not None, "nothing leaves the folder"
+                assert target is not None, "a rename must stay in the folder"
                 self.calls.append(Call(kind, below, target))
             return answer
 

@@ -107,7 +107,7 @@ def in_environment(environment: dict[str, str], job: Callable[..., Any], *args: 
     return job(*args)
 
 
-def train_and_tell(config: TrainConfig) -> tuple[dict[str, object], ...]:
+def train_and_report(config: TrainConfig) -> tuple[dict[str, object], ...]:
     """Train as one rank; return the hyper-parameters of its optimizer groups right after the load."""
     told: list[tuple[dict[str, object], ...]] = []
     begin = session.Session.begin

@@ -85,7 +85,7 @@ class Started:
         end_s = time.monotonic() + within_s
         while not self.is_over():
             if time.monotonic() > end_s:
-                raise RunError(f"did not end within {within_s:g} s:\n{self.text()[-3000:]}")
+                raise RunError(f"did not exit within {within_s:g} s:\n{self.text()[-3000:]}")
             time.sleep(POLL_S)
         return [process.wait() for process in self.processes]
 
@@ -161,7 +161,7 @@ def wait_until(is_so: Callable[[], bool], started: Started) -> bool:
         if started.is_over():
             return False
         if time.monotonic() > end_s:
-            raise RunError(f"nothing happened within {LIMIT_S:g} s:\n{started.text()[-3000:]}")
+            raise RunError(f"no progress within {LIMIT_S:g} s:\n{started.text()[-3000:]}")
         time.sleep(POLL_S)
     return True
 

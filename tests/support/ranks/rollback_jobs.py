@@ -82,7 +82,7 @@ def damage(folder: Path, sample_id: int) -> None:
     path.write_bytes(tar)
 
 
-def train_and_tell(config: TrainConfig) -> Fed:
+def train_and_report(config: TrainConfig) -> Fed:
     """Train as one rank; a step that was taken twice is reported the second time."""
     fed: Fed = {}
     samples: list[tuple[int, int]] = []

@@ -44,7 +44,7 @@ def wait_for(hold: Hold, answers: Any) -> int:
         if hold.reached.exists():
             return int(hold.reached.read_text())
         with suppress(queue.Empty):
-            raise AssertionError(f"a rank ended before {hold.point!r}: {answers.get(timeout=0.01)}")
+            raise AssertionError(f"a rank exited before {hold.point!r}: {answers.get(timeout=0.01)}")
     raise AssertionError(f"{hold.point!r} was not reached within {TIMEOUT_S} s")
 
 
@@ -52,7 +52,7 @@ def wait_for_event(config: TrainConfig, name: str, count: int = 1) -> None:
     """Wait until the journal has this many events of a kind."""
     deadline = time.monotonic() + TIMEOUT_S
     while len(events(config, name)) < count:
-        assert time.monotonic() < deadline, f"no {name} in the journal"
+        assert time.monotonic() < deadline, f"no {name} entry in the journal"
         time.sleep(0.02)
 
 
