@@ -1,4 +1,4 @@
-"""Averages kept in shards, each rank those of what it owns, are bitwise those of one replica."""
+"""Sharded EMA, where each rank averages what it owns, equals one replica bit for bit."""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -31,7 +31,7 @@ Weights = list[tuple[str, int, np.ndarray]]
 
 
 def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
-    """One rank of a training run; its masters at the start and behind every step."""
+    """Train as one rank; return its masters at the start and after every step."""
     kept: list[Weights] = []
 
     def keep(step: Trainer) -> None:
@@ -63,7 +63,7 @@ def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "fp32"), (3, "fp32")])
-def test_sharded_is_replicated(tmp_path: Path, stage: int, precision: str) -> None:
+def test_sharded_averages_equal_replicated_ones(tmp_path: Path, stage: int, precision: str) -> None:
     write_latents(tmp_path / "data", num=40)
     config = jobs.small_config(tmp_path / "run", tmp_path / "data", zero_stage=stage, precision=precision)
     config = jobs.saving(config, steps=6, every_steps=6).model_copy(update={"ema": PROFILES})

@@ -27,11 +27,6 @@ def claim(root: Storage, number: int, resumed_from: CheckpointId | None = None) 
     attempts.claim(root, AttemptRecord(number, resumed_from))
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Storage:
-    return open_storage(tmp_path)
-
-
 # Records
 
 

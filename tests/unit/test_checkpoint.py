@@ -101,11 +101,6 @@ def assert_whole(checkpoint: Checkpoint) -> None:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Storage:
-    return open_storage(tmp_path)
-
-
-@pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rankfile, "BLOCK_BYTES", 64)
 

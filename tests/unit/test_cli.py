@@ -23,7 +23,6 @@ from dit_scale.inference.sources import open_source
 from dit_scale.storage import open_storage
 from tests.support.latents import write_latents
 from tests.support.tiny_run import STEP, write_run
-from tests.support.tiny_vae import save_tiny_vae
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMANDS = cli._parser()[1]
@@ -38,11 +37,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latents")
     write_latents(folder, num=8, shard_samples=4, num_classes=5)
     return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from dit_scale.elastic.node.deadlines import Deadlines, Standing, culprit, stand
 from dit_scale.elastic.node.outcomes import GroupOutcome
 from dit_scale.elastic.node.stacks import STACK_SIGNAL, ask_for_stacks, is_in_collective, stack_path
 from dit_scale.heartbeat import Beat, Heart, Phase, beat_path, read_beat
-from dit_scale.storage import open_storage
 from tests.support.nodes.members import member_of
 
 QUICK_S, SLOW_S = 0.02, 7.0
@@ -197,11 +196,6 @@ Thread 0x00007f (most recent call first):
     assert is_in_collective(gather)
     assert is_in_collective(gather.replace("/torch/distributed/distributed_c10d.py", "/dit_scale/dist.py"))
     assert not is_in_collective("\n".join(gather.splitlines()[3:]))
-
-
-@pytest.fixture
-def board(tmp_path: Path) -> Board:
-    return Board(open_storage(tmp_path))
 
 
 ROUND = Round(1, tuple(member_of(node) for node in "abc"), committed_step=5)

@@ -1,26 +1,16 @@
 """Among many nodes only the first members of a round judge, and the others if these do not."""
 
-from pathlib import Path
-
-import pytest
-
 from dit_scale.elastic.board import Board, Reason, Round
 from dit_scale.elastic.hearing import JUDGES, Hearing
 from dit_scale.elastic.node.deadlines import Standing
 from dit_scale.elastic.node.outcomes import GroupOutcome
 from dit_scale.heartbeat import Phase
-from dit_scale.storage import open_storage
 from tests.support.nodes.members import member_of
 
 NODES = [f"n{number:02d}" for number in range(JUDGES + 2)]
 ROUND = Round(1, tuple(member_of(node) for node in NODES), committed_step=5)
 BROKEN = GroupOutcome(Reason.FAILED, "Connection closed by peer", first_hand=False)
 PATIENCE_S = 5.0
-
-
-@pytest.fixture
-def board(tmp_path: Path) -> Board:
-    return Board(open_storage(tmp_path))
 
 
 def hearing(board: Board, node: str) -> Hearing:

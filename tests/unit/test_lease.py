@@ -3,8 +3,6 @@
 import itertools
 from pathlib import Path
 
-import pytest
-
 from dit_scale.elastic.board import Board, Ending, Reason, Round
 from dit_scale.elastic.lease import Lease, NeighbourWatch
 from dit_scale.storage import open_storage
@@ -13,11 +11,6 @@ from tests.support.nodes.members import member_of
 
 LEASE_S = 10.0
 ROUND = Round(1, tuple(member_of(node) for node in "abc"), committed_step=-1)
-
-
-@pytest.fixture
-def board(tmp_path: Path) -> Board:
-    return Board(open_storage(tmp_path))
 
 
 def watch_by(board: Board, index: int, now_s: float = 100.0, round_: Round = ROUND) -> NeighbourWatch:

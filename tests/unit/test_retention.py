@@ -46,11 +46,6 @@ def folders(root: Storage) -> list[str]:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Storage:
-    return open_storage(tmp_path)
-
-
-@pytest.fixture
 def deleted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Keys, as they are deleted."""
     keys: list[str] = []

@@ -22,17 +22,11 @@ from dit_scale.storage import MissingKeyError, S3Storage, UnavailableError, tran
 from dit_scale.storage import s3 as s3_module
 from dit_scale.storage.transfer import BrokenError, TransferProgress, WatchedBody
 from tests.support.faults.proxy import KINDS, FaultProxy
-from tests.support.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET
 
 PART = s3_module.MIN_PART_BYTES
 DATA = np.random.default_rng(0).bytes(2 * PART + 1000)
 FEW = DATA[:50_000]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
 
 
 @pytest.fixture

@@ -15,18 +15,12 @@ import pytest
 from dit_scale.errors import StorageError
 from dit_scale.storage import DiskStorage, MissingKeyError, S3Storage, Storage, open_storage
 from dit_scale.storage import s3 as s3_module
-from tests.support.s3 import BUCKET, s3_server
-
-
-@pytest.fixture(scope="module")
-def s3_environment() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
+from tests.support.s3 import BUCKET
 
 
 @pytest.fixture
-def s3(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: Any) -> S3Storage:
-    for name, value in s3_environment.items():
+def s3(server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: Any) -> S3Storage:
+    for name, value in server.items():
         monkeypatch.setenv(name, value)
     opened = open_storage(f"s3://{BUCKET}/{request.node.name}")
     assert isinstance(opened, S3Storage)

@@ -1,4 +1,4 @@
-"""Jobs of the tests of the guard: a step that fails in each way there is, and what it leaves behind."""
+"""Jobs for the tests of the guard: a step that fails in every possible way, and what it leaves behind."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +22,7 @@ from dit_scale.train.trainer import Trainer
 from tests.support.ranks import jobs
 
 BAD_SAMPLE = 4
-"""Of the 7 samples of a step: on the last of 2 ranks, on the middle one of 3."""
+"""One of the 7 samples of a step: on the last of 2 ranks, on the middle one of 3."""
 
 Bits = dict[tuple[str, str, int], torch.Tensor]
 """(kind, parameter, start) => a copy of what this rank owns; padding has no defined value."""
@@ -40,13 +40,13 @@ def nan_in_the_latent(batch: MicroBatch, bad_B: torch.Tensor) -> MicroBatch:
 
 
 def heavy_sample(batch: MicroBatch, bad_B: torch.Tensor) -> MicroBatch:
-    """Loss and gradient are finite, and far above their means."""
+    """Make a step whose loss and gradient are finite and far above their means."""
     return replace(batch, weight_B=batch.weight_B.masked_fill(bad_B, 1000.0))
 
 
 @contextmanager
 def infinite_gradient(step: Trainer) -> Iterator[None]:
-    """One parameter's gradient on this rank; the loss is what it would be."""
+    """Damage one parameter's gradient on this rank; the loss stays the same."""
     bias = step.engine.module.final_layer.linear.bias
     handle = bias.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     yield
@@ -54,13 +54,13 @@ def infinite_gradient(step: Trainer) -> Iterator[None]:
 
 
 class Outcome(NamedTuple):
-    """What one rank saw."""
+    """What one rank observed."""
 
     rows: list[list[float]]
-    """Of a good step, of a NaN, an infinite gradient and a spike, and of a good step again."""
+    """A good step, a NaN, an infinite gradient, a spike, and a good step again."""
     guard: dict[str, float]
     weights: bytes
-    """Of the whole model, as the forward pass reads them."""
+    """The weights of the complete model, as the forward pass reads them."""
     groups: int
     """Calls of the optimizer in a step."""
 
@@ -159,6 +159,6 @@ def same_optimizer_state(got: Bits, expected: Bits) -> bool:
 
 
 def updates(step: Trainer) -> set[float]:
-    """AdamW's count, of all partitions."""
+    """Return AdamW's step count of all partitions."""
     state = step.engine._optimizer.state
     return {state[partition.buffers[MASTER]]["step"].item() for partition in step.engine.owned}
