@@ -70,7 +70,9 @@ DOORS = {
     "huggingface_hub": ("dit_scale.vae_files",),
     "psutil": ("dit_scale.elastic.node.processes", "dit_scale_pipeline.ray_start"),
     "pyarrow": ("dit_scale_pipeline.inputs.parquet",),
-    "ray": ("dit_scale_pipeline.flow", "dit_scale_pipeline.ray_cluster", "dit_scale_pipeline.ray_start"),
+    "ray": tuple(
+        f"dit_scale_pipeline.{name}" for name in ("encoder_pool", "flow", "ray_cluster", "ray_start", "tasks")
+    ),
     "wandb": ("dit_scale.telemetry.sinks",),
     "tensorboard": ("dit_scale.telemetry.sinks",),
     "torch.utils.tensorboard": ("dit_scale.telemetry.sinks",),
