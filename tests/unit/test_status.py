@@ -257,6 +257,38 @@ def test_the_screen_and_json_say_the_same(tmp_path: Path, capsys: pytest.Capture
     assert f"goodput {tree['goodput']:.1%}" in text
 
 
+def test_a_run_whose_steps_were_lowered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path, TRAINING, ROUND)
+    write(
+        tmp_path / "config.yaml", (tmp_path / "config.yaml").read_text().replace("steps: 100\n", "steps: 4\n")
+    )
+    found = status_of(run, NOW_S)
+    assert (found.step, found.steps, found.eta_s) == (30, 4, 0.0)
+    assert cli.main(["status", run]) == 0
+    assert "step        30, beyond the 4 steps of the current configuration\n" in capsys.readouterr().out
+
+
+def test_a_step_counts_as_lost_only_if_the_next_attempt_takes_it_again(tmp_path: Path) -> None:
+    """The attempt after the next one resumes from further back, which is not the first one's loss."""
+    later = [
+        event(1070.0, "start", attempt=2, step=20, restore_s=0.0),
+        event(1075.0, "first_step", attempt=2, step=21, data_s=0.0),
+        event(1080.0, "start", attempt=3, step=10, restore_s=0.0),
+    ]
+    rows = state_of(tmp_path, [*TRAINING, *later], []).interruptions
+    assert [(row.reason, row.step, row.lost_steps) for row in rows] == [("gone", 30, 10), ("gone", 21, 11)]
+
+
+def test_the_reason_of_a_failure_is_shown_literally(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Brackets and colons in a reason are shown as they are."""
+    reason = "[gloo/pair.cc:1] [/red] :cat:"
+    ended = event(1050.0, "round_ended", round=1, reason="failed", failed_node="n", text=reason, details={})
+    assert cli.main(["status", write_run(tmp_path, TRAINING, [*ROUND, ended])]) == 0
+    assert reason in capsys.readouterr().out
+
+
 def test_no_torch_is_loaded(tmp_path: Path) -> None:
     run = write_run(tmp_path, TRAINING, ROUND)
     command = f"from dit_scale import cli; cli.main(['status', {run!r}])"
