@@ -21,7 +21,7 @@ class Heading(StrEnum):
     STARTUP = "startup"
     """The same for the first start of a run, until its first step or its failure. Measured runs only."""
     REPLAYED = "replayed"
-    """Steps that did not last: a later attempt took them again, or will have to."""
+    """Lost steps: a later attempt took them again, or will have to."""
     PRODUCTIVE = "productive"
     """Steps that count. In a simulation, at the speed of all nodes."""
     DEGRADED = "degraded"

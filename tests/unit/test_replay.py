@@ -101,20 +101,20 @@ def test_a_journal_without_the_world_size(capsys: pytest.CaptureFixture[str]) ->
         assert f"--attempt {attempt}\n" in printed
 
 
-def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["replay", str(tmp_path), "--step", "1"]) == cli.USER_ERROR_EXIT_CODE
-    said = f"dit-scale replay: {tmp_path}: expected a run's folder, with its config.yaml\n"
-    assert capsys.readouterr().err == said
+    message = f"dit-scale replay: {tmp_path}: expected a run's folder, with its config.yaml\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [(["x"], "required: --step"), (["x", "--step", "0"], "--step: expected an integer from 1")],
 )
 def test_arguments_of_the_wrong_kind(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         cli.main(["replay", *arguments])
-    assert left.value.code == cli.USER_ERROR_EXIT_CODE
-    assert said in capsys.readouterr().err
+    assert exited.value.code == cli.USER_ERROR_EXIT_CODE
+    assert message in capsys.readouterr().err
