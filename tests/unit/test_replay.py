@@ -16,8 +16,8 @@ from dit_scale.telemetry.meters import StepRow
 
 GOOD: StepRow = (1.0, 0.75, 0.25, 2.0, 0.0)
 SAMPLES = (
-    ReplayedSample(9, 4, 3, False, 612, nan, nan, inf),
-    ReplayedSample(8, 5, 2, True, 20, 1.5, 1.25, 0.25),
+    ReplayedSample(9, 4, label=3, dropped=False, t=612, loss=nan, mse=nan, vb=inf),
+    ReplayedSample(8, 5, label=2, dropped=True, t=20, loss=1.5, mse=1.25, vb=0.25),
 )
 
 
@@ -25,7 +25,13 @@ def replay_of(row: StepRow = GOOD, recorded: StepRow | None = GOOD, **history: A
     where = None if recorded is None else RecordedStep(recorded, "metrics.jsonl")
     known: dict[str, Any] = {"quarantined": (), "world": 2, "rolled_back": (), **history}
     return Replay(
-        "runs/a", 7, StepHistory(AttemptRecord(3), 6, where, **known), "checkpoints/x", 2, row, SAMPLES
+        run="runs/a",
+        step=7,
+        history=StepHistory(AttemptRecord(3), 6, where, **known),
+        checkpoint="checkpoints/x",
+        world=2,
+        row=row,
+        samples=SAMPLES,
     )
 
 
