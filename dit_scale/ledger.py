@@ -62,9 +62,9 @@ class Ledger:
         return self.spent[Heading.PRODUCTIVE] / self.wall if self.wall else 0.0
 
     def seconds(self, *headings: Heading) -> float:
-        """Seconds spent on these headings together; a heading that is absent counts as 0."""
+        """Return the seconds spent on these headings together; an absent heading counts as 0."""
         return sum(self.spent.get(heading, 0) for heading in headings) / self.units_per_s
 
     def by_name(self) -> dict[str, float]:
-        """Seconds by name of the heading, for JSON."""
+        """Return the seconds by name of the heading, for JSON."""
         return {heading.value: self.seconds(heading) for heading in self.spent}

@@ -184,13 +184,13 @@ def _read(run: str, now_s: float) -> _Contents:
 
 
 def _members(supervisors: dict[str, list[Entry]]) -> list[str]:
-    """The members of the newest round."""
+    """Return the members of the newest round."""
     starts = [entry for entries in supervisors.values() for entry in entries if entry["event"] == Event.ROUND]
     return max(starts, key=lambda entry: int(entry["round"]))["nodes"] if starts else []
 
 
 def _stored(root: Storage) -> tuple[str, list[str], str]:
-    """The newest checkpoint, the nodes that wait for a round, and why neither is known."""
+    """Return the newest checkpoint, the nodes that wait for a round, and why neither is known."""
     try:
         ids, board = chain.committed(root), Board(root)
         readable = (checkpoint_id for checkpoint_id in ids if chain.is_readable(root, checkpoint_id))
@@ -201,13 +201,13 @@ def _stored(root: Storage) -> tuple[str, list[str], str]:
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    """The last complete line of the record; empty if there is none."""
+    """Return the last complete line of the record; empty if there is none."""
     rows = read_objects(path)
     return rows[-1] if rows else {}
 
 
 def _state(contents: _Contents) -> tuple[str, str]:
-    """The state in one word, and its details."""
+    """Return the state in one word, and its details."""
     ending = contents.rounds[-1].ending if contents.rounds else {}
     if is_done(contents.attempts):
         return "finished", f"all {contents.attempts[-1].last_step} steps are taken and saved"
@@ -228,7 +228,7 @@ def _state(contents: _Contents) -> tuple[str, str]:
 
 
 def _activity(contents: _Contents) -> str:
-    """What the ranks of a running run are doing."""
+    """Return what the ranks of a running run are doing."""
     if contents.current is None:
         number = contents.open_round.number if contents.open_round else 0
         of_round = [

@@ -12,10 +12,10 @@ from dit_scale.forecast.estimate import (
     Machines,
     Work,
     best_every_steps,
-    beyond,
     daly_goodput,
     daly_s,
     estimate,
+    poisson_excess,
     sensitivities,
 )
 from dit_scale.forecast.timeline import Costs
@@ -65,7 +65,7 @@ def test_a_run_that_makes_no_progress() -> None:
 def test_nodes_beyond_the_spares(mean: float, spares: int) -> None:
     weights = [math.exp(-mean) * mean**k / math.factorial(k) for k in range(60)]
     over = sum(weight * max(0, k - spares) for k, weight in enumerate(weights))
-    assert beyond(mean, spares) == pytest.approx((over, sum(weights[spares:])))
+    assert poisson_excess(mean, spares) == pytest.approx((over, sum(weights[spares:])))
 
 
 def test_intervals_are_no_shorter_than_a_save() -> None:
