@@ -103,7 +103,7 @@ def _waiting_since(before: RoundSpan | None, span: RoundSpan, joins: Iterable[En
 
 
 def _kept_steps(attempts: Sequence[AttemptSpan], alive: bool) -> list[float]:
-    """Return for each attempt the last step that is not lost: what later attempts keep, or what is committed."""
+    """Return the last step of each attempt that is not lost: kept by later attempts, or committed."""
     limit = float("inf") if alive else float(committed_step(attempts))
     limits: list[float] = []
     for attempt in reversed(attempts):
