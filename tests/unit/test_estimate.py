@@ -122,7 +122,8 @@ def test_plan_takes_the_fastest_row_of_the_benchmark(
         {"model": "DiT-XL/2", "image_size": 512, "images_per_s": 9000.0},
     ]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torn = '{"model": "DiT-XL/2", "image_size": 256, "images_per'
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
     assert cli.main(["plan", CONFIG, "--gpus", "64", "--speed-from", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["work"]["costs"]["step_s"] == 0.01
 
@@ -137,7 +138,7 @@ def test_plan_takes_the_fastest_row_of_the_benchmark(
             "expected a sum of at most 1",
         ),
         (["--gpus", "8", "--speed-from", "/nowhere"], "expected the output of `train_step.py --json`"),
-        (["--gpus", "8", "--speed-from", CONFIG], "expected the output of `train_step.py --json`"),
+        (["--gpus", "8", "--speed-from", CONFIG], "with images_per_s of DiT-XL/2 at 256 pixels, found none"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
