@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command, add_group, int_between, output_path
-from dit_scale.cli.tables import print_table
+from dit_scale.cli.tables import UNLIMITED_WIDTH, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 MAX_QUARANTINED_SHOWN = 5
 """Quarantined inputs that `info` names without --quarantined."""
-UNLIMITED_WIDTH = 10_000
-"""Columns for output whose lines scripts may search: no line is folded."""
 
 
 def add(commands: Any) -> None:

@@ -33,8 +33,6 @@ OPEN = {
     "Session": "split by lifetime in progress",
     "Supervisor": "split by lifetime in progress",
     "LaunchedGroup": "split by lifetime in progress",
-    "Simulation": "split in progress",
-    "Job": "split in progress",
     "Loader": "split in progress",
     "Flow": "split in progress",
     "JobProgress": "split in progress",
