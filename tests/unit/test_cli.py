@@ -336,7 +336,7 @@ def test_samples_that_cannot_be_drawn(
 
 def test_sources_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "sample", str(tmp_path))
-    assert f"{tmp_path}: expected a run's folder, a checkpoint's folder, or a" in said
+    assert f"{tmp_path}: expected a run folder, a checkpoint folder, or a" in said
 
 
 def test_a_bare_weights_file_needs_a_vae(
@@ -462,7 +462,7 @@ def test_a_run_without_power_function_averages(
     assert json.loads(capsys.readouterr().out) == []
     out = tmp_path / "weights.safetensors"
     said = refused(capsys, "ema", "reconstruct", str(run), "--sigma-rel", "0.1", "--out", str(out))
-    assert "holds no power-function average; it takes an ema profile with sigma_rel" in said
+    assert "has no power-function average; set checkpoint.ema_every_steps and an ema profile" in said
 
 
 def test_averages_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
