@@ -240,7 +240,7 @@ def test_a_device_that_is_not_there(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = refused(capsys, *small(tmp_path, data), "engine.device=cuda")
-    assert "device=cuda was asked for and no CUDA device is visible; use device=auto or cpu" in said
+    assert "device=cuda, but no CUDA device is visible; use device=auto or device=cpu" in said
 
 
 @pytest.mark.usefixtures("same_process")
@@ -286,7 +286,7 @@ def test_a_launcher_that_says_half(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     said = refused(capsys, *small(tmp_path, data))
-    assert "RANK is set but WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: use the deepspeed launcher" in said
+    assert "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; use the deepspeed launcher" in said
 
 
 def test_other_errors_are_bugs_and_show_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

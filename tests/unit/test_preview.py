@@ -1,4 +1,4 @@
-"""Pictures of latents: which samples, by which VAE, and what of each is decoded."""
+"""Previews of latents: which samples, which VAE, and what is decoded."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_vae: str) -> LatentDa
 
 
 def named(folder: Path, tiny_vae: str, **changes: object) -> None:
-    """Let dataset.json name this VAE."""
+    """Make dataset.json name this VAE."""
     edit_info(folder, vae=vae.load(tiny_vae).identity().model_dump(mode="json") | changes)
 
 

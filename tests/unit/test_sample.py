@@ -1,4 +1,4 @@
-"""Pictures: what each depends on, the files, and the places that weights come from."""
+"""Sampling: what each image depends on, the files, and the sources of weights."""
 
 from pathlib import Path
 
@@ -304,7 +304,7 @@ def test_a_bare_weights_file_takes_the_model_it_is_told(source: WeightsSource, t
     opened = open_source(str(path), model=source.model)
     assert (opened.timesteps, opened.vae, opened.vae_sha256) == (1000, None, None)
     build_model(opened, torch.device("cpu"), torch.bfloat16)
-    with pytest.raises(WeightsError, match="weights do not fit the model"):
+    with pytest.raises(WeightsError, match="weights do not match the model"):
         build_model(
             open_source(str(path), model=ModelConfig(name="DiT-S/8")), torch.device("cpu"), torch.float32
         )
