@@ -1,4 +1,4 @@
-"""The samplers against diffusers' schedulers and an analytical solution; guidance against hand-computed values."""
+"""The samplers against diffusers and an analytical solution; guidance against hand-computed values."""
 
 import math
 

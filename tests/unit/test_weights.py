@@ -43,7 +43,7 @@ def published_shapes(tokens):
 
 
 def write_hollow_pt(path, shapes):
-    """Write a .pt file with the full shapes in a few kilobytes: each tensor is one number with zero strides."""
+    """Write a .pt file with the full shapes in a few kilobytes: each tensor has zero strides."""
     torch.save({name: torch.full((1,), 0.5).expand(shape) for name, shape in shapes.items()}, path)
 
 
