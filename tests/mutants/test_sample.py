@@ -1,4 +1,4 @@
-"""Which mutants are tried, and how what is no mutant is told from them."""
+"""The choice of mutants, and the exclusion of changes without effect."""
 
 from pathlib import Path
 
