@@ -1,7 +1,7 @@
 """Trials: run pytest in its own process, on a copy of the tree with one mutant.
 
-The process is forked from one that has imported torch and similar packages, but no module of the project, so a
-trial costs only its tests. Trials write only to the copies.
+The process is forked from one that has imported torch and similar packages, but no module of the project,
+so a trial costs only its tests. Trials write only to the copies.
 """
 
 import gc
@@ -45,7 +45,7 @@ class Verdict:
     """Result of a trial."""
 
     exit_code: int | None
-    """Exit code of pytest: 1 for a failed test, 2 for a failed import, negative after a crash. None: timed out."""
+    """Exit code of pytest: 1: failed test; 2: failed import; negative: crash. None: timed out."""
     seconds: float
     output: str
 
