@@ -1,4 +1,4 @@
-"""Which arithmetic `precision: auto` takes, and that a run keeps it."""
+"""Which precision `auto` selects, and that a run keeps it."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ SAY = "import torch; from dit_scale import dist; print(dist.choose_precision('au
 
 
 def has_instructions() -> bool:
-    """What the kernel says of this processor."""
+    """Return the CPU flags that the kernel reports."""
     flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))
 
