@@ -37,7 +37,7 @@ from rich.console import Console
 from benchmarks.train_step import cpu_name, matmul_flops_per_s, versions
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import VaeIdentity
-from dit_scale.vae_files import find as find_vae
+from dit_scale.vae_files import find_vae
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.encoder import VIEWS, Encoder
 from dit_scale_pipeline.flow import Flow

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dit_scale import configfile, recipes
 from dit_scale.errors import ConfigError
-from dit_scale.paths import PathKind, located
+from dit_scale.paths import PathKind, with_absolute_paths
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Folder = Annotated[str, PathKind.FOLDER]
@@ -319,10 +319,12 @@ def load(
         config = root.model_validate(configfile.typed(root, tree))
     except ValidationError as error:
         raise ConfigError(configfile.explain(root, error, path, given)) from None
-    return located(config, keep_relative, lambda key: configfile.blamed(key.split("."), path, given))
+    return with_absolute_paths(
+        config, keep_relative, lambda key: configfile.blamed(key.split("."), path, given)
+    )
 
 
-def load_to_train(path: str | Path, overrides: Sequence[str]) -> TrainConfig:
+def load_for_training(path: str | Path, overrides: Sequence[str]) -> TrainConfig:
     """The configuration for a start of its run.
 
     Raises ConfigError like `load`, and for the config.yaml of a run that has moved: unless the command line
@@ -340,14 +342,16 @@ def load_to_train(path: str | Path, overrides: Sequence[str]) -> TrainConfig:
             "run=FOLDER begins a new one"
         )
     is_as_saved = config.checkpoint.url == saved.checkpoint.url
-    return moved(config, config.run, saved.run) if is_as_saved and _is_folder(config.run, folder) else config
+    return (
+        relocated(config, config.run, saved.run) if is_as_saved and _is_folder(config.run, folder) else config
+    )
 
 
 def _is_folder(path: str, folder: Path) -> bool:
     return os.path.isdir(path) and folder.samefile(path)
 
 
-def moved(config: TrainConfig, folder: str, old: str | None = None) -> TrainConfig:
+def relocated(config: TrainConfig, folder: str, old: str | None = None) -> TrainConfig:
     """The configuration of a run that was found in this folder, wherever it was when it was saved.
 
     Checkpoints below the run's folder, `old` (None: as configured), have moved with it.

@@ -28,7 +28,7 @@ class PathKind(Enum):
     """Not every run needs it, so it stays as it is where `~` leads nowhere."""
 
 
-def located(config: Config, keep_relative: bool = False, blame: Blame = lambda key: "") -> Config:
+def with_absolute_paths(config: Config, keep_relative: bool = False, blame: Blame = lambda key: "") -> Config:
     """The same configuration with absolute paths.
 
     With `keep_relative`, for a caller that does not stand where the user does, relative paths stay. Raises

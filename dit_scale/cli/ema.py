@@ -86,7 +86,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     from dit_scale.errors import CheckpointError
-    from dit_scale.inference.posthoc import Profile
+    from dit_scale.inference.posthoc import PowerProfile
     from dit_scale.inference.sources import export, reconstruct, stored_averages
     from dit_scale.storage.outputs import check_output
     from dit_scale.train.run_folder import root_of_folder
@@ -108,7 +108,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
         raise CheckpointError(
             f"none of the power-function averages of {args.run} can be used yet: train on, and store more"
         )
-    target = Profile(args.sigma_rel, args.step or stored[-1].profile.step)
+    target = PowerProfile(args.sigma_rel, args.step or stored[-1].profile.step)
     console = Console(stderr=True)
     show = partial(track, description="parameters", console=console, disable=not console.is_terminal)
     source = reconstruct(stored, target, show)

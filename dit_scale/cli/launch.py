@@ -64,11 +64,11 @@ def _run(args: argparse.Namespace) -> int:
 def _launch(args: argparse.Namespace) -> int:
     import socket
 
-    from dit_scale.config import load_to_train
+    from dit_scale.config import load_for_training
     from dit_scale.elastic.launch import launch, node_range, num_devices
     from dit_scale.elastic.supervisor import Policy
 
-    config = load_to_train(args.config, args.overrides)
+    config = load_for_training(args.config, args.overrides)
     least, most = node_range(args.nodes)
     policy = Policy(least, most, lease_s=args.lease_s, gather_s=args.gather_s, grow_s=args.grow_s)
     host = socket.gethostname()

@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from dit_scale.config import EngineConfig, ModelConfig
     from dit_scale.errors import ConfigError
-    from dit_scale.inference.sample import Settings, balanced_labels, sample
+    from dit_scale.inference.sample import SamplingSettings, balanced_labels, sample
     from dit_scale.inference.sources import open_source
     from dit_scale.storage.outputs import check_output
 
@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     if vae is None:
         raise ConfigError("a weights file does not name its VAE: pass --vae FOLDER_OR_HUB_NAME")
     labels = balanced_labels(args.classes or range(source.model.num_classes), args.images)
-    settings = Settings(
+    settings = SamplingSettings(
         args.seed,
         args.steps,
         args.sampler,

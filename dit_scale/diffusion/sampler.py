@@ -50,30 +50,18 @@ def ddpm(predict: Predict, schedule: Schedule, x_T_BCHW: Tensor, noise: Noise) -
 
 
 @torch.no_grad()
-def ddim(
-    predict: Predict, schedule: Schedule, x_T_BCHW: Tensor, noise: Noise | None = None, eta: float = 0.0
-) -> Iterator[Tensor]:
-    """Implicit sampling; yields x after each step. The learned variance is not used.
-
-    eta 0 is deterministic and asks for no noise; eta 1 has the variance of the posterior (needs `noise`).
-    """
-    if not 0 <= eta <= 1:
-        raise ConfigError(f"DDIM eta {eta}: expected 0 (deterministic) to 1 (as noisy as DDPM)")
+def ddim(predict: Predict, schedule: Schedule, x_T_BCHW: Tensor) -> Iterator[Tensor]:
+    """Deterministic DDIM sampling (eta = 0); yields x after each step and ignores the learned variance."""
     tables = float64_tables(schedule.betas_float64)
-    # Song et al. 2021, eq. 16.
-    sigmas_T = eta * np.sqrt(tables["posterior_variance"])
     signals_T = np.sqrt(tables["alphas_cumprod_prev"])
-    directions_T = np.sqrt(1 - tables["alphas_cumprod_prev"] - sigmas_T**2)
+    directions_T = np.sqrt(1 - tables["alphas_cumprod_prev"])
     x_BCHW = x_T_BCHW
-    for step, index in enumerate(reversed(range(len(schedule)))):
+    for index in reversed(range(len(schedule))):
         t_B = _filled(x_BCHW, index)
         eps_BCHW, _ = split_output(predict(x_BCHW, schedule.timesteps[t_B]))
         x_start_BCHW = predict_x_start(schedule, x_BCHW, t_B, eps_BCHW)
-        # Song et al. 2021, eq. 12.
+        # Song et al. 2021, eq. 12 with sigma_t = 0.
         x_BCHW = float(signals_T[index]) * x_start_BCHW + float(directions_T[index]) * eps_BCHW
-        if eta > 0 and index > 0:
-            assert noise is not None, "eta > 0 needs a noise source"
-            x_BCHW = x_BCHW + float(sigmas_T[index]) * noise(step)
         yield x_BCHW
 
 

@@ -20,7 +20,7 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, ModelConfig
 from dit_scale.errors import CheckpointError, WeightsError
 from dit_scale.inference import posthoc
-from dit_scale.inference.posthoc import Profile
+from dit_scale.inference.posthoc import PowerProfile
 from dit_scale.models import dit
 from dit_scale.models.dit import DiT
 from dit_scale.models.embeddings import sincos_pos_embed
@@ -58,7 +58,7 @@ class StoredAverage:
     """Of all state, or of averages alone."""
     name: str
     """Of its profile in the run's configuration."""
-    profile: Profile
+    profile: PowerProfile
     since_step: int = 0
     """Step since which it is tracked; the latest that it can be where the checkpoint does not say it."""
 
@@ -175,7 +175,7 @@ def stored_averages(root: Storage) -> tuple[list[StoredAverage], list[str]]:
             held.append((checkpoint, checkpoint.config.ema))
         except CheckpointError as error:
             problems.append(str(error))
-    found: dict[Profile, StoredAverage] = {}
+    found: dict[PowerProfile, StoredAverage] = {}
     for one in _with_history(sorted(held, key=lambda pair: pair[0].manifest.step)):
         if one.profile not in found or one.foreign_share <= found[one.profile].foreign_share:
             found[one.profile] = one
@@ -197,13 +197,13 @@ def _with_history(held: Iterable[tuple[Checkpoint, tuple[EmaProfile, ...]]]) -> 
         }
         for entry, since_step in since.items():
             if step and entry.sigma_rel is not None and ema_kind(entry.name) in checkpoint.kinds():
-                yield StoredAverage(checkpoint, entry.name, Profile(entry.sigma_rel, step), since_step)
+                yield StoredAverage(checkpoint, entry.name, PowerProfile(entry.sigma_rel, step), since_step)
         before = since
 
 
 def reconstruct(
     stored: Sequence[StoredAverage],
-    target: Profile,
+    target: PowerProfile,
     show: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> WeightsSource:
     """The average of another width, from those stored up to its step (`dit_scale.inference.posthoc`).

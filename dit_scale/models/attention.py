@@ -7,7 +7,6 @@ a CUDA device and bf16 weights. The choice is logged, and the model carries it a
 """
 
 import importlib
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,8 +40,6 @@ _FLASH_PACKAGES = {
 BACKENDS = ("sdpa", *_SDPA_KERNELS, *_FLASH_PACKAGES)
 """Names that `choose` knows; `sdpa` lets torch pick a kernel, `sdpa_*` pin one of torch's."""
 
-_log = logging.getLogger(__name__)
-
 
 def choose(name: str) -> AttentionFunction:
     """The attention function called `name`, announced in the log.
@@ -51,9 +48,7 @@ def choose(name: str) -> AttentionFunction:
     """
     if name not in BACKENDS:
         raise ConfigError(f"unknown attention backend {name!r}; expected one of {', '.join(BACKENDS)}")
-    attend = _resolve(name)
-    _log.info("attention backend: %s", name)
-    return attend
+    return _resolve(name)
 
 
 def _resolve(name: str) -> AttentionFunction:

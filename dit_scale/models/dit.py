@@ -11,7 +11,6 @@ published weights, which load unchanged.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +60,10 @@ class DiT(nn.Module):
         x_BTD = x_BTD[:, : self.shape.tokens]
         return unpatchify(self.final_layer(x_BTD, c).float(), self.shape)
 
-    def compile_blocks(self, **options: Any) -> None:
-        """torch.compile every block in place: names stay, and the first block's code serves all."""
+    def compile_blocks(self) -> None:
+        """torch.compile every block in place; parameter names stay, and all blocks share one compilation."""
         for block in self.blocks:
-            block.compile(**options)
+            block.compile()
 
     def _positions(self, device: torch.device) -> Tensor:
         if device.type == "meta":

@@ -53,14 +53,14 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y_B)
 
 
-def timestep_sinusoid(t_B: Tensor, channels: int = TIMESTEP_CHANNELS, period: float = 10000.0) -> Tensor:
+def timestep_sinusoid(t_B: Tensor) -> Tensor:
     """Sinusoidal features of timesteps => f_BF fp32, cosines first (Vaswani et al. 2017, Section 3.5).
 
-    Frequency i of n is period**(-i / n). Always fp32: in bf16 neighbouring timesteps near 1000 are equal.
+    Frequency i of n is 10000**(-i / n). Always fp32: in bf16 neighbouring timesteps near 1000 are equal.
     """
-    num = channels // 2
+    num = TIMESTEP_CHANNELS // 2
     exponents = torch.arange(num, dtype=torch.float32, device=t_B.device) / num
-    frequencies = torch.exp(-math.log(period) * exponents)
+    frequencies = torch.exp(-math.log(10000.0) * exponents)
     angles = t_B.float()[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 

@@ -95,10 +95,10 @@ def count_forward_macs(model: DiT) -> int:
     return counter.get_total_flops() // 2
 
 
-def run(json_output: bool, names: list[str] | None) -> None:
+def print_table(as_json: bool, names: list[str] | None) -> None:
     """Print the rows as a table, or as one JSON list."""
     progress = track(rows(names), "counting", total=None, transient=True, console=Console(stderr=True))
-    if json_output:
+    if as_json:
         print(json.dumps(list(progress), indent=2))
         return
     table = Table(

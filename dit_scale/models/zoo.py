@@ -99,16 +99,6 @@ class Shape:
         return 2 if self.conditioning == "in_context" else 0
 
     @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.width // self.heads
-
-    @property
-    def out_channels(self) -> int:
-        """Predicted channels: noise and variance for each latent channel."""
-        return 2 * self.in_channels
-
-    @property
     def patch_channels(self) -> int:
         """Numbers of the latent in one patch."""
         return self.in_channels * self.patch**2

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_scale.checkpoint import attempts as chain
-from dit_scale.config import TrainConfig, load, moved
+from dit_scale.config import TrainConfig, load, relocated
 from dit_scale.elastic.board import Board
 from dit_scale.errors import ConfigError, StorageError
 from dit_scale.journal import Entry, Event, read_journal
@@ -154,7 +154,7 @@ def _look(run: str, now_s: float) -> _Seen:
             "when it first starts (into run=FOLDER of its configuration)"
         )
     has_config = (folder / "config.yaml").is_file()
-    config = moved(load(TrainConfig, folder / "config.yaml"), run) if has_config else None
+    config = relocated(load(TrainConfig, folder / "config.yaml"), run) if has_config else None
     root = open_storage((config.checkpoint.url if config else "") or run)
     leases = root.local_path("elastic/leases")
     files += leases.glob("*.json") if leases else ()

@@ -38,7 +38,7 @@ def train(config: TrainConfig) -> int:
         while run.state.step < config.steps:
             sums = run.trainer.accumulate(_beating(heart, run.loader, run.state.step))
             # Late in the step, so that a request to stop counts for this one; its answer comes meanwhile.
-            vote = world.begin_any(stop.wanted, *run.saver.flags(), run.has_found_damage())
+            vote = world.start_vote(stop.wanted, *run.saver.flags(), run.has_found_damage())
             row = run.trainer.update(sums, run.state.step)
             run.state.step += 1
             heart.beat(Phase.AGREE, run.state.step)

@@ -28,7 +28,7 @@ RANK_SECTIONS = (
     ("sum of the losses", "dit_scale/dist.py:sum"),
     ("optimizer", "dit_scale/train/engine.py:step"),
     ("EMA", "dit_scale/train/ema.py:update"),
-    ("vote", "dit_scale/dist.py:begin_any"),
+    ("vote", "dit_scale/dist.py:start_vote"),
     ("vote", "dit_scale/dist.py:result"),
     ("vote", "dit_scale/checkpoint/saver.py:flags"),
     ("restore", "dit_scale/train/run_folder.py:find_checkpoint"),

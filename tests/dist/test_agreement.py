@@ -8,7 +8,7 @@ import torch
 
 from dit_scale import dist
 from dit_scale.checkpoint.manifest import CheckpointId
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.config import EngineConfig, TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import open_storage
@@ -49,7 +49,7 @@ def folders(tmp_path: Path) -> tuple[Path, ...]:
 
 
 def write(folder: Path, checkpoint_id: CheckpointId, **fields: object) -> None:
-    owned = [Partition({MASTER: torch.zeros(SIZE)}, (Extent("w", 0, SIZE, 0),))]
+    owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice("w", 0, SIZE, 0),))]
     checkpoints.write(open_storage(folder), checkpoint_id, [owned], **fields)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.config import EmaProfile, GuardConfig, ModelConfig, TrainConfig
 from dit_scale.data.loader import Batch
 from dit_scale.diffusion import schedule as schedules
@@ -225,7 +225,7 @@ def test_the_guard_neither_reads_nor_uploads_numbers(spike_factor: float) -> Non
 @pytest.mark.parametrize("num_partitions", [1, 3])
 def test_an_update_of_the_averages_is_one_fused_pass_per_profile(num_partitions: int) -> None:
     partitions = tuple(
-        Partition({MASTER: torch.empty(size, device=META)}, (Extent("w", 0, size, 0),))
+        Partition({MASTER: torch.empty(size, device=META)}, (ParameterSlice("w", 0, size, 0),))
         for size in range(5, 5 + num_partitions)
     )
     ema = Ema(PROFILES, partitions)

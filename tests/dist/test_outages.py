@@ -100,7 +100,7 @@ def test_a_writer_that_is_killed_is_replaced(data: Path, straight: TrainConfig, 
     finally:
         kill(ranks)
     (failure,) = events(config, "save_failed")
-    assert "rank 1: its writer process ended with -9" in failure["problem"]
+    assert "rank 1: its writer process exited with -9" in failure["problem"]
     assert final_files(config) == final_files(straight)
 
 

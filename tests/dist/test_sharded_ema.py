@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, TrainConfig
 from dit_scale.train import loop, session
@@ -38,7 +38,7 @@ def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
             [
                 (e.parameter, e.start, part.buffers[MASTER].detach().numpy()[e.offset :][: e.length].copy())
                 for part in step.engine.owned
-                for e in part.extents
+                for e in part.slices
             ]
         )
 
@@ -73,7 +73,7 @@ def test_sharded_averages_equal_replicated_ones(tmp_path: Path, stage: int, prec
     offsets = dict(zip(sizes, torch.tensor([0, *sizes.values()]).cumsum(0).tolist(), strict=False))
     replica = Partition(
         {MASTER: torch.full((sum(sizes.values()),), torch.nan)},
-        tuple(Extent(name, 0, size, offsets[name]) for name, size in sizes.items()),
+        tuple(ParameterSlice(name, 0, size, offsets[name]) for name, size in sizes.items()),
     )
     ema = Ema(PROFILES, (replica,))
     for step, parts in enumerate(zip(*ranks, strict=True)):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dit_scale.config import EncodeConfig
-from dit_scale.vae_files import find
+from dit_scale.vae_files import find_vae
 from dit_scale_pipeline.encoder import Encoder
 from tests.support.encoding import clean_environment, job_command, objects, write_images
 from tests.support.tiny_vae import save_full_vae, save_tiny_vae
@@ -40,7 +40,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
 def moments(vae: str, device: str, setting: dict[str, Any]) -> npt.NDArray[np.float16]:
     """Return two crops of 256 pixels, encoded in this process."""
     config = EncodeConfig(vae=vae, image_size=256, vae_batch=2, threads_per_encoder=2, **setting)
-    encoder = Encoder(config, find(vae).identity, device)
+    encoder = Encoder(config, find_vae(vae).identity, device)
     draws = np.random.default_rng(0)
     small = draws.integers(0, 256, (2, 9, 9, 3), dtype=np.uint8)
     crops = [np.asarray(Image.fromarray(image).resize((256, 256))) for image in small]

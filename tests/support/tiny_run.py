@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_scale import vae_files
 from dit_scale.checkpoint.manifest import CheckpointId
-from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, ParameterSlice, Partition
 from dit_scale.config import TrainConfig, dump
 from dit_scale.models import dit
 from dit_scale.storage import open_storage
@@ -46,7 +46,7 @@ def write_run(run: Path, vae: str, step: int = STEP) -> dict[str, dict[str, Tens
         CheckpointId(step, ATTEMPT),
         [_share(averages, rank) for rank in (0, 1)],
         config=config.model_dump(mode="json"),
-        vae_sha256=vae_files.find(vae).identity.weights_sha256,
+        vae_sha256=vae_files.find_vae(vae).identity.weights_sha256,
         model_shapes={name: tuple(tensor.shape) for name, tensor in averages["first"].items()},
     )
     open_storage(run).write("config.yaml", dump(config).encode())
@@ -61,5 +61,5 @@ def _share(averages: dict[str, dict[str, Tensor]], rank: int) -> list[Partition]
         buffers = {kind: torch.zeros(end - start) for kind in OPTIMIZER_KINDS}
         for profile, weights in averages.items():
             buffers[ema_kind(profile)] = weights[parameter].flatten()[start:end].clone()
-        partitions.append(Partition(buffers, (Extent(parameter, start, end - start, 0),)))
+        partitions.append(Partition(buffers, (ParameterSlice(parameter, start, end - start, 0),)))
     return partitions

@@ -17,7 +17,7 @@ from dit_scale import cli, recipes
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, CheckpointId
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.checkpoint.writer import put_manifest
+from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.data.shards import INFO_KEY
 from dit_scale.inference.sources import open_source
 from dit_scale.storage import open_storage
@@ -346,7 +346,7 @@ def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = Checkpoint(root, NEWEST_ID)
     next_name, damaged_name = CheckpointId(STEP + 1, 1).name, CheckpointId(STEP + 2, 1).name
     shutil.copytree(folder / NEWEST, folder / next_name, ignore=shutil.ignore_patterns(MANIFEST))
-    put_manifest(root, whole.manifest.model_copy(update={"step": STEP + 1}))
+    write_manifest(root, whole.manifest.model_copy(update={"step": STEP + 1}))
     root.write(f"{CHECKPOINTS}/{damaged_name}/{MANIFEST}", b"{}")
     assert cli.main(["checkpoint", "list", str(run), "--json"]) == 0
     damaged, *rows = json.loads(capsys.readouterr().out)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from dit_scale.config import EmaProfile, EncodeConfig, Section, TrainConfig, dump, load
 from dit_scale.errors import ConfigError
-from dit_scale.paths import located
+from dit_scale.paths import with_absolute_paths
 from dit_scale.train import dry_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -31,7 +31,7 @@ def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
     config = load(TrainConfig, path, ["optimizer.lr=2e-4", "model.name=DiT-S/8"])
     assert (config.steps, config.optimizer.lr, config.optimizer.eps) == (7, 2e-4, 0.25)
     assert (config.model.name, config.global_batch) == ("DiT-S/8", TrainConfig().global_batch)
-    assert load(TrainConfig, None) == located(TrainConfig())
+    assert load(TrainConfig, None) == with_absolute_paths(TrainConfig())
 
 
 @pytest.mark.parametrize(

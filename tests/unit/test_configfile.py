@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dit_scale.config import EmaProfile, EncodeConfig, TrainConfig, dump, load
 from dit_scale.errors import ConfigError
-from dit_scale.paths import located
+from dit_scale.paths import with_absolute_paths
 
 
 def of_file(folder: Path, text: str | bytes, *overrides: str) -> TrainConfig:
@@ -84,7 +84,7 @@ def test_a_choice_may_be_called_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["model:", "model: ~", "ema:", "log: {}", "", "# nothing", "---"])
 def test_an_empty_section_is_an_absent_one(tmp_path: Path, text: str) -> None:
-    assert of_file(tmp_path, text) == located(TrainConfig())
+    assert of_file(tmp_path, text) == with_absolute_paths(TrainConfig())
     assert of_file(tmp_path, text, "model.name=DiT-S/8", "ema.0.decay=0.5").model.name == "DiT-S/8"
 
 
@@ -204,7 +204,7 @@ ENCODE = st.fixed_dictionaries({"wandb_project": TEXT, "ray_address": TEXT, "max
 def test_a_dumped_run_is_the_same_run(
     tmp_path_factory: pytest.TempPathFactory, tree: dict[str, object]
 ) -> None:
-    config = located(TrainConfig.model_validate(tree))
+    config = with_absolute_paths(TrainConfig.model_validate(tree))
     path = tmp_path_factory.getbasetemp() / "train.yaml"
     path.write_text(dump(config))
     assert load(TrainConfig, path) == config
@@ -214,7 +214,7 @@ def test_a_dumped_run_is_the_same_run(
 def test_a_dumped_job_is_the_same_job(
     tmp_path_factory: pytest.TempPathFactory, tree: dict[str, object]
 ) -> None:
-    config = located(EncodeConfig.model_validate(tree))
+    config = with_absolute_paths(EncodeConfig.model_validate(tree))
     path = tmp_path_factory.getbasetemp() / "encode.yaml"
     path.write_text(dump(config))
     assert load(EncodeConfig, path) == config

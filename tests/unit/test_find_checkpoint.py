@@ -12,13 +12,13 @@ from pydantic import BaseModel
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.checkpoint.manifest import MANIFEST, CheckpointId
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import CheckpointConfig, TrainConfig
 from dit_scale.dist import World
 from dit_scale.elastic.launch import committed_step
 from dit_scale.errors import ConfigError
-from dit_scale.paths import located
+from dit_scale.paths import with_absolute_paths
 from dit_scale.storage import Storage, UnavailableError, open_storage, s3
 from dit_scale.train.changes import say_changes
 from dit_scale.train.restore import find_checkpoint
@@ -75,19 +75,19 @@ RATE = "the learning rate of step 41 is {}; as saved it would be 5.96e-05"
 )
 def test_all_that_changed_is_said(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
     saved = {"steps": 100, "optimizer": {"decay": "linear"}}
-    owned = [Partition({MASTER: torch.zeros(SIZE)}, (Extent(WEIGHT, 0, SIZE, 0),))]
+    owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice(WEIGHT, 0, SIZE, 0),))]
     config = TrainConfig.model_validate(saved).model_dump(mode="json")
     checkpoints.write(open_storage(tmp_path), NEWEST, [owned], config=config)
     notes: list[str] = []
     checkpoint = Checkpoint(open_storage(tmp_path), NEWEST)
-    say_changes(located(TrainConfig.model_validate(saved | changes)), checkpoint, notes.append)
+    say_changes(with_absolute_paths(TrainConfig.model_validate(saved | changes)), checkpoint, notes.append)
     assert notes == said
 
 
 def write(root: Storage, config: TrainConfig, *ids: CheckpointId, **fields: Any) -> None:
     """Checkpoints of one small tensor, of a run with this configuration."""
     for checkpoint_id in ids:
-        owned = [Partition({MASTER: torch.zeros(SIZE)}, (Extent(WEIGHT, 0, SIZE, 0),))]
+        owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice(WEIGHT, 0, SIZE, 0),))]
         known = {"config": config.model_dump(mode="json"), "data_sha256": DATA_SHA256}
         checkpoints.write(root, checkpoint_id, [owned], **known, **fields)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dit_scale import cli
 from dit_scale.checkpoint.manifest import CheckpointId
-from dit_scale.config import EncodeConfig, TrainConfig, dump, load, load_to_train, moved
+from dit_scale.config import EncodeConfig, TrainConfig, dump, load, load_for_training, relocated
 from dit_scale.data.cache import NoRoomError, ShardCache, ShardFile
 from dit_scale.elastic.launch import digest
 from dit_scale.errors import ConfigError
@@ -175,9 +175,9 @@ def test_a_run_that_moved_goes_on_from_the_checkpoints_that_moved_with_it(
     saved = load(TrainConfig, None, ["run=old", f"checkpoint.url={url}"])
     Path("new/config.yaml").write_text(dump(saved))
     Path("new/events.jsonl").touch()
-    config = load_to_train("new/config.yaml", ["run=new", *more])
+    config = load_for_training("new/config.yaml", ["run=new", *more])
     assert (config.run, config.checkpoint.url) == (f"{here}/new", f"{here}/{found}")
-    assert load_to_train("new/config.yaml", ["run=another"]).checkpoint == saved.checkpoint
+    assert load_for_training("new/config.yaml", ["run=another"]).checkpoint == saved.checkpoint
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_run_that_moved_goes_on_from_the_checkpoints_that_moved_with_it(
 )
 def test_checkpoints_below_a_run_move_with_it(url: str, found: str) -> None:
     tree = {"run": "/old/run", "checkpoint": {"url": url}}
-    config = moved(TrainConfig.model_validate(tree), "/new/run")
+    config = relocated(TrainConfig.model_validate(tree), "/new/run")
     assert (config.run, config.checkpoint.url) == ("/new/run", found)
 
 

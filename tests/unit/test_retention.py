@@ -10,13 +10,15 @@ import torch
 from dit_scale.checkpoint import attempts, retention, writer
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.errors import CheckpointError, StorageError, SupersededError
 from dit_scale.storage import DiskStorage, Storage, open_storage
 from tests.support import checkpoints
 
-RANKS = [[Partition({MASTER: torch.arange(4).float()}, (Extent("w", start, 4, 0),))] for start in (0, 4)]
+RANKS = [
+    [Partition({MASTER: torch.arange(4).float()}, (ParameterSlice("w", start, 4, 0),))] for start in (0, 4)
+]
 
 
 def id_of(step: int, attempt: int = 1) -> CheckpointId:

@@ -15,15 +15,13 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EngineConfig, ModelConfig
 from dit_scale.diffusion.schedule import Schedule, linear, respace
 from dit_scale.errors import CheckpointError, ConfigError, DeviceError, WeightsError
+from dit_scale.inference.image_files import write_grid, write_npz
 from dit_scale.inference.sample import (
-    Settings,
+    SamplingSettings,
     balanced_labels,
-    check_vae,
     generate,
     sample,
     sample_latents,
-    write_grid,
-    write_npz,
 )
 from dit_scale.inference.sources import WeightsSource, build_model, export, open_source
 from dit_scale.models.dit import DiT
@@ -34,7 +32,7 @@ from tests.support import checkpoints
 from tests.support.tiny_run import PROFILES, STEP, write_run
 from tests.support.tiny_vae import save_tiny_vae
 
-SETTINGS = Settings(seed=3, steps="6", guidance=2.0, batch=4)
+SETTINGS = SamplingSettings(seed=3, steps="6", guidance=2.0, batch=4)
 LABELS = [0, 1, 2, 3, 4, 0, 1]
 CPU = EngineConfig(device="cpu")
 
@@ -66,7 +64,9 @@ def decoder(tiny_vae: str) -> vae.Vae:
     return vae.load(tiny_vae)
 
 
-def latents(model: DiT, schedule: Schedule, images: list[int], settings: Settings = SETTINGS) -> Tensor:
+def latents(
+    model: DiT, schedule: Schedule, images: list[int], settings: SamplingSettings = SETTINGS
+) -> Tensor:
     y_B = torch.tensor([LABELS[image] for image in images])
     (*_, z_BCHW) = sample_latents(model, schedule, y_B, torch.tensor(images), settings)
     return z_BCHW
@@ -74,7 +74,7 @@ def latents(model: DiT, schedule: Schedule, images: list[int], settings: Setting
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
 def test_an_image_depends_on_its_number_and_class_alone(model: DiT, schedule: Schedule, method: str) -> None:
-    settings = Settings(seed=3, method=method, guidance=2.0)
+    settings = SamplingSettings(seed=3, method=method, guidance=2.0)
     together = latents(model, schedule, [0, 1, 2, 3, 4], settings)
     alone = latents(model, schedule, [3], settings)
     shuffled = latents(model, schedule, [4, 3, 0], settings)
@@ -89,10 +89,10 @@ def test_number_class_seed_and_guidance_all_matter(model: DiT, schedule: Schedul
     first = latents(model, schedule, [0])
     others = [
         latents(model, schedule, [5]),  # the same class
-        latents(model, schedule, [0], Settings(seed=4, guidance=2.0)),
-        latents(model, schedule, [0], Settings(seed=3, guidance=1.0)),
-        latents(model, schedule, [0], Settings(seed=3, guidance=2.0, guidance_channels="all")),
-        latents(model, schedule, [0], Settings(seed=3, guidance=2.0, method="ddim")),
+        latents(model, schedule, [0], SamplingSettings(seed=4, guidance=2.0)),
+        latents(model, schedule, [0], SamplingSettings(seed=3, guidance=1.0)),
+        latents(model, schedule, [0], SamplingSettings(seed=3, guidance=2.0, guidance_channels="all")),
+        latents(model, schedule, [0], SamplingSettings(seed=3, guidance=2.0, method="ddim")),
     ]
     for other in others:
         assert (first - other).abs().max() > 1e-3
@@ -127,7 +127,7 @@ def test_batches_and_processes_do_not_show(model: DiT, schedule: Schedule, decod
     steps: list[int] = []
 
     def draw(images: range, batch: int) -> np.ndarray:
-        settings = Settings(seed=3, guidance=2.0, batch=batch)
+        settings = SamplingSettings(seed=3, guidance=2.0, batch=batch)
         return generate(model, decoder, schedule, LABELS, images, settings, lambda: steps.append(1))
 
     whole = draw(range(7), 7)
@@ -197,7 +197,7 @@ def test_another_vae_is_refused(source: WeightsSource, tmp_path: Path) -> None:
         sample(source, other, LABELS, SETTINGS, tmp_path / "out", CPU)
     assert not (tmp_path / "out").exists()
     assert not torch.distributed.is_initialized()
-    check_vae(vae.load(other), None)  # a weights file that does not know its VAE takes any
+    vae.load(other).require_weights(None)  # a weights file that does not know its VAE takes any
 
 
 @pytest.mark.parametrize("label", [-1, 5, 1000])
@@ -212,7 +212,7 @@ def test_more_steps_than_the_diffusion_has_are_refused(
     source: WeightsSource, tiny_vae: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="has 100 of the 100 timesteps"):
-        sample(source, tiny_vae, [0], Settings(steps="250"), tmp_path, CPU)
+        sample(source, tiny_vae, [0], SamplingSettings(steps="250"), tmp_path, CPU)
     assert not torch.distributed.is_initialized()
 
 

@@ -109,11 +109,11 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
         behind = owned_bits(step)
         assert same_optimizer_state(behind, before)
         assert updates(step) == updates_before
-        for kind, *extent in before:
+        for kind, *where in before:
             if kind == MASTER:
-                masters, averages = before[MASTER, *extent], before["ema.constant", *extent]
+                masters, averages = before[MASTER, *where], before["ema.constant", *where]
                 torch._foreach_lerp_((averages,), (masters,), 1.0 - 0.9)
-                assert torch.equal(behind["ema.constant", *extent], averages)
+                assert torch.equal(behind["ema.constant", *where], averages)
         return row
 
     first = take(0)
@@ -145,10 +145,10 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
 
 def owned_bits(step: Trainer) -> Bits:
     return {
-        (kind, extent.parameter, extent.start): buffer.detach()[extent.offset :][: extent.length].clone()
+        (kind, slice_.parameter, slice_.start): buffer.detach()[slice_.offset :][: slice_.length].clone()
         for partition in step.engine.owned
         for kind, buffer in partition.buffers.items()
-        for extent in partition.extents
+        for slice_ in partition.slices
     }
 
 

@@ -180,9 +180,9 @@ def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndar
         for partition in run.trainer.engine.owned:
             master = partition.buffers[engine.MASTER]
             momentum = run.trainer.engine._optimizer.state[master]["momentum_buffer"]
-            for extent in partition.extents:
-                piece = momentum[extent.offset : extent.offset + extent.length]
-                found[extent.parameter, extent.start] = piece.numpy().copy()
+            for slice_ in partition.slices:
+                piece = momentum[slice_.offset : slice_.offset + slice_.length]
+                found[slice_.parameter, slice_.start] = piece.numpy().copy()
 
     with (
         patch.object(dit, "initialise_weights", randomise),

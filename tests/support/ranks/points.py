@@ -204,10 +204,10 @@ WRITER_POINTS: dict[str, Patch] = {
     "writer: inside the file": after(disk, "_write_all"),
     "writer: before its name": before(disk.os, "replace"),
     "writer: before reading again": before(writer.rankfile, "verify"),
-    "writer: before the manifest": before(writer, "put_manifest"),
+    "writer: before the manifest": before(writer, "write_manifest"),
     "writer: after the fencing check": after(writer.attempts, "check_current"),
     "writer: manifest without its name": before(disk.os, "link"),
-    "writer: after the manifest": after(writer, "put_manifest"),
+    "writer: after the manifest": after(writer, "write_manifest"),
     "writer: in retention": before(retention, "delete"),
     "writer: inside retention": after(disk.DiskStorage, "delete"),
     "writer: in retention, after the fencing check": lambda hold: after(retention.attempts, "check_current")(
