@@ -12,10 +12,10 @@ import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from dit_scale.cli import _parse
+from dit_scale.cli.launch import node_range
 from dit_scale.config import TrainConfig, load
-from dit_scale.elastic.launch import node_range
 from dit_scale.elastic.node.exits import Exit
-from dit_scale.elastic.supervisor import Policy
+from dit_scale.elastic.policy import Policy
 from tests.support.cluster.kustomize import KUBERNETES, OVERLAYS, ROOT, render
 from tests.support.cluster.pods import expand, variables, verdict
 

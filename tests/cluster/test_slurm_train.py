@@ -96,7 +96,7 @@ def test_by_default_one_node_trains_on_its_cpus(slurm: Slurm, top: Path) -> None
 def test_a_job_without_gpus_logs_the_reason(slurm: Slurm, top: Path) -> None:
     job = submit_any_size(slurm, config_of(top, "without", steps=2), "engine.device=auto")
     assert job.wait() == ("FAILED", 93), job.log
-    assert "engine.device=auto, and this SLURM job in partition low has no GPU: ask for some" in job.log
+    assert "engine.device=auto, but this SLURM job in partition low has no GPU: request GPUs" in job.log
     assert job.restarts() == 0
 
 
@@ -124,7 +124,7 @@ def saves_and_requeues(job: Job) -> int:
     step, attempt = job.newest()
     assert attempt == 1
     assert 0 < step <= job.last_step()
-    assert "it queues itself again" in job.log
+    assert "requeueing the job" in job.log
     assert job.restarts() == 1
     assert_nothing_trains(job, "node1", "node2")
     return step

@@ -55,9 +55,9 @@ def positions(found: Replay) -> list[int]:
 def test_a_step_from_the_start_of_the_run(rolled_back: TrainConfig) -> None:
     found = replayed(rolled_back, step=2)
     assert found.checkpoint is None
-    assert found.past.attempt.number == 1
-    assert found.past.recorded is not None
-    assert found.past.recorded.where == "checkpoints/0000000003-0001"
+    assert found.history.attempt.number == 1
+    assert found.history.recorded is not None
+    assert found.history.recorded.where == "checkpoints/0000000003-0001"
     assert found.differences() == {}
     assert positions(found) == list(range(BATCH, 2 * BATCH))
     assert [sample.loss for sample in found.samples] == sorted((s.loss for s in found.samples), reverse=True)
@@ -68,10 +68,10 @@ def test_a_step_from_the_start_of_the_run(rolled_back: TrainConfig) -> None:
 def test_a_step_after_a_rollback(rolled_back: TrainConfig) -> None:
     found = replayed(rolled_back, step=6)
     assert found.checkpoint == "checkpoints/0000000003-0001"
-    assert found.past.attempt.number == 2
-    assert found.past.rolled_back == (1,)
-    assert found.past.recorded is not None
-    assert found.past.recorded.where == "checkpoints/0000000006-0002"
+    assert found.history.attempt.number == 2
+    assert found.history.rolled_back == (1,)
+    assert found.history.recorded is not None
+    assert found.history.recorded.where == "checkpoints/0000000006-0002"
     assert found.differences() == {}
     assert positions(found) == list(range(9 * BATCH, 10 * BATCH))
 
@@ -81,10 +81,10 @@ def test_a_step_that_was_rolled_back(rolled_back: TrainConfig) -> None:
     found = replayed(rolled_back, step=6, attempt=rollback["attempt"])
     assert found.checkpoint == "checkpoints/0000000003-0001"
     assert found.row[-1] == 1.0
-    assert found.past.recorded is not None
-    assert found.past.recorded.where == "events.jsonl"
+    assert found.history.recorded is not None
+    assert found.history.recorded.where == "events.jsonl"
     assert found.differences() == {}
-    assert found.past.rolled_back == ()
+    assert found.history.rolled_back == ()
     assert positions(found) == list(range(5 * BATCH, 6 * BATCH))
     assert [sample.finite for sample in found.samples] == [False] + [True] * (BATCH - 1)
     assert found.samples[0].sample_id == sample_of(6, place=6)
@@ -104,7 +104,7 @@ def command(run: Path, attempt: int) -> tuple[dict[str, Any], str]:
 def test_the_command_at_another_world_size(rolled_back: TrainConfig) -> None:
     tree, beside = command(Path(rolled_back.run), attempt=2)
     assert all(difference < 1e-4 for difference in tree["differences"].values())
-    assert "checkpoints/0000000003-0001\nsteps to take again before it: 2\n" in beside
+    assert "checkpoints/0000000003-0001\nsteps to replay first: 2\n" in beside
 
 
 def test_the_command_on_a_run_that_moved_and_changed(rolled_back: TrainConfig, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_step_taken_at_another_learning_rate(rolled_back: TrainConfig, tmp_pat
     faster = run_of_old.optimizer.model_copy(update={"lr": 0.5})
     (tmp_path / "run" / "config.yaml").write_text(dump(run_of_old.model_copy(update={"optimizer": faster})))
     found = replayed(run_of_old, step=9)
-    assert found.past.recorded is not None
+    assert found.history.recorded is not None
     assert found.checkpoint == "checkpoints/0000000006-0002"
     assert found.differences() == {}
 
@@ -137,7 +137,7 @@ def test_a_sample_that_was_replaced_during_the_run(tmp_path: Path) -> None:
     assert run(WORLD, jobs.train, config) == [0, 0]
     damage(data, bad)  # the same bit again, so the file is intact
     found = replayed(config, step=2)
-    assert found.past.recorded is not None
-    assert found.past.recorded.where == "metrics.jsonl"
+    assert found.history.recorded is not None
+    assert found.history.recorded.where == "metrics.jsonl"
     assert found.differences() == {}
     assert [sample.sample_id for sample in found.samples if sample.position == BATCH + 1] == [bad + 1]

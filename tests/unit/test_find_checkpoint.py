@@ -16,7 +16,7 @@ from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import CheckpointConfig, TrainConfig
 from dit_scale.dist import World
-from dit_scale.elastic.launch import committed_step
+from dit_scale.elastic.run_progress import committed_step
 from dit_scale.errors import ConfigError
 from dit_scale.paths import with_absolute_paths
 from dit_scale.storage import Storage, UnavailableError, open_storage, s3

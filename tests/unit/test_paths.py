@@ -1,4 +1,4 @@
-"""Paths of a configuration: absolute once they are read, so true from any folder; refused when empty."""
+"""Paths of a configuration: absolute after reading, valid from any folder, rejected when empty."""
 
 import os
 from pathlib import Path
@@ -39,7 +39,7 @@ def read(root: Any, key: str, text: str) -> Any:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, which is the home as well, with a folder `a`."""
+    """The working directory, which is also the home directory, with a folder `a`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     Path("a").mkdir()
@@ -107,7 +107,7 @@ def test_without_a_home_only_what_is_needed_is_refused(
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without an entry
     config = load(TrainConfig, None)
     assert config.data.cache_dir == "~/.cache/dit_scale/shards"
-    with pytest.raises(ConfigError, match=r"run is ~/x: no home directory is known"):
+    with pytest.raises(ConfigError, match=r"run is ~/x: its home directory is unknown"):
         read(TrainConfig, "run", "~/x")
     cache = ShardCache(open_storage(tmp_path), config.data.cache_dir)
     with pytest.raises(NoRoomError, match=r"no home directory is known for ~/.cache.*; set data.cache_dir"):
@@ -150,7 +150,7 @@ def test_a_run_that_moved_does_not_begin_anew_in_the_old_place(
     Path("new/events.jsonl").touch()
     assert cli.main(arguments) == 2
     said = (
-        f"new/config.yaml is of a run that was in {here}/old: run={here}/new goes on with it here, any other"
+        f"new/config.yaml belongs to a run that was in {here}/old; pass run={here}/new to resume it here, or"
     )
     assert said in capsys.readouterr().err
     for run in ("new", "another"):

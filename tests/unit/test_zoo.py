@@ -96,7 +96,7 @@ def test_shape_of_parses_row_and_patch():
 @pytest.mark.parametrize("name", ["DiT-M/2", "XL/2", "DiT-XL", "DiT-XL/0", "DiT-XL/-2", "dit-xl/2"])
 def test_unknown_name_lists_the_rows(name):
     with pytest.raises(
-        ConfigError, match=r"unknown model .*DiT-XL/2; rows are DiT-Nano, DiT-Ti, DiT-S, DiT-B, DiT-L, DiT-XL"
+        ConfigError, match=r"unknown model .*DiT-XL/2; sizes: DiT-Nano, DiT-Ti, DiT-S, DiT-B, DiT-L, DiT-XL"
     ):
         shape_of(ModelConfig(name=name))
 
@@ -105,7 +105,7 @@ def test_unknown_name_lists_the_rows(name):
     ("name", "image_size", "advice"),
     [
         ("DiT-XL/2", 250, "image_size 250 does not fit DiT-XL/2: expected a multiple of 16 .* 240 or 256"),
-        ("DiT-S/8", 32, "expected a multiple of 64 .* near it is 64"),
+        ("DiT-S/8", 32, "expected a multiple of 64 .* for example 64"),
     ],
 )
 def test_image_that_patches_do_not_fill(name, image_size, advice):

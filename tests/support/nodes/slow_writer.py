@@ -1,4 +1,4 @@
-"""A writer that takes longer to commit than a step may last."""
+"""A writer whose commits take longer than the deadline of a step."""
 
 import time
 from typing import Any

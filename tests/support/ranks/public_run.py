@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from dit_scale.config import TrainConfig, dump
-from dit_scale.elastic.node.group import is_alive
+from dit_scale.elastic.node.processes import is_alive
 from tests.support.faults.ports import free_port
 from tests.support.speed import scaled
 
