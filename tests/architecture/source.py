@@ -23,7 +23,7 @@ class Import:
     name: str
     line: int
     lazy: bool
-    """Whether the import runs later than that of the module, or never: in a function or under TYPE_CHECKING."""
+    """Whether the import runs later than the module, or never: in a function or under TYPE_CHECKING."""
     typing: bool = False
     """Whether only the type checker sees the import."""
 
