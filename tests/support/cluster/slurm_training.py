@@ -15,7 +15,7 @@ from dit_scale.train.run_folder import root_of
 from tests.support.cluster.slurm import WAIT_S, Slurm, processes
 from tests.support.latents import write_latents
 from tests.support.ranks import jobs
-from tests.support.ranks.record import last_step, whole
+from tests.support.ranks.record import complete_lines, last_step
 from tests.support.ranks.runs import events, final_files
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -163,7 +163,7 @@ def is_of_training(pid: int) -> bool:
 def supervisor_events(job: Job, node: str) -> list[str]:
     """Return the names of the events in its journal."""
     data = Path(job.config.run, "supervisors", f"{node}.jsonl").read_bytes()
-    return [json.loads(line)["event"] for line in whole(data.splitlines(keepends=True))]
+    return [json.loads(line)["event"] for line in complete_lines(data.splitlines(keepends=True))]
 
 
 def assert_moved_on(job: Job, victim: str, restarts: int = 1) -> None:
