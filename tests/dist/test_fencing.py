@@ -94,7 +94,9 @@ def test_a_stale_process_changes_nothing(
         errors = [answers.get(timeout=TIMEOUT_S)[1] for _ in range(WORLD)]
     finally:
         kill(old)
-    assert all("SupersededError" in error and "attempt 2 of this run has begun" in error for error in errors)
+    assert all(
+        "SupersededError" in error and "attempt 2 of this run has started" in error for error in errors
+    )
     assert committed(root) == before
     assert keys <= {key for key, _ in root.list()}, "the old attempt deleted something of the new one's"
     for checkpoint_id in before:

@@ -548,8 +548,6 @@ def test_an_old_attempt_commits_nothing(root: Storage) -> None:
     for number in (2, 3):
         attempts.claim(root, AttemptRecord(number))
     files = written(root, layout([])[0], 0, {CHECKPOINTS: KINDS})
-    with pytest.raises(
-        SupersededError, match="attempt 3 of this run has begun; attempt 2 may change nothing"
-    ):
+    with pytest.raises(SupersededError, match="attempt 3 of this run has started; attempt 2 is superseded"):
         commit(root, [files])
     assert not root.exists(f"{PATH}/{MANIFEST}")

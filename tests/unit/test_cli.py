@@ -387,7 +387,7 @@ def test_checkpoint_verify(run: Path, capsys: pytest.CaptureFixture[str], tiny_v
     assert "is damaged (CRC-32C of elements" in damaged
     folder = run / CHECKPOINTS
     assert cli.main(["checkpoint", "verify", str(folder / newest)]) == 0
-    assert capsys.readouterr().out.startswith(f"{folder / newest}: whole, ")
+    assert capsys.readouterr().out.startswith(f"{folder / newest}: intact, ")
     assert cli.main(["checkpoint", "verify", str(folder / older)]) == 1
     assert f"{file}: ema.second of" in capsys.readouterr().out
 
@@ -417,21 +417,21 @@ def test_prune_says_where_the_configuration_was_edited(
     assert cli.main(["checkpoint", "prune", str(run)]) == 0
     note, gone = capsys.readouterr().out.splitlines()
     newest = CheckpointId(STEP + 1, 1).path()
-    assert note == f"note: config.yaml is not as in {newest}: checkpoint.keep: 2 -> 1"
+    assert note == f"note: config.yaml differs from {newest}: checkpoint.keep: 2 -> 1"
     assert gone == f"{CHECKPOINTS}/{NEWEST}: would be deleted"
 
 
 def test_checkpoint_keep(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:
     write_run(run, tiny_vae, STEP + 1)
     assert cli.main(["checkpoint", "keep", str(run), NEWEST]) == 0
-    assert capsys.readouterr().out == f"{CHECKPOINTS}/{NEWEST} stays for good\n"
+    assert capsys.readouterr().out == f"{CHECKPOINTS}/{NEWEST} is kept permanently\n"
     assert cli.main(["checkpoint", "prune", str(run), "--yes", "--keep", "1"]) == 0
     assert capsys.readouterr().out == ""
     assert cli.main(["checkpoint", "verify", str(run)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     for name in (CheckpointId(STEP + 2, 1).name, "latest"):
         said = refused(capsys, "checkpoint", "keep", str(run), name)
-        assert f"{run} has no checkpoint {name}; `dit-scale checkpoint list` shows them" in said
+        assert f"{run} has no checkpoint {name}; `dit-scale checkpoint list` prints their names" in said
 
 
 def test_nothing_is_pruned_when_the_newest_is_damaged(

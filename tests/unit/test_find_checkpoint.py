@@ -152,7 +152,7 @@ def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world
     assert found.id == NEWEST
     assert notes == [
         f"passing over checkpoint {wrong}: {tmp_path}/{wrong} holds step 30 of attempt 1: it was copied or "
-        "renamed; its name is 0000000030-0001"
+        "renamed; its own name is 0000000030-0001"
     ]
     assert committed_step(root_of(config)) == 40
 

@@ -185,13 +185,13 @@ def test_a_later_attempt_stops_it_before_the_next_delete(
     check_current, asked = attempts.check_current, list[Any]()
 
     def check(*arguments: Any) -> None:
-        if len(asked) == before_delete:
-            start(root, 2, id_of(30))
         asked.append(arguments)
+        if len(asked) == before_delete + 1:
+            start(root, 2, id_of(30))
         check_current(*arguments)
 
     monkeypatch.setattr(attempts, "check_current", check)
-    with pytest.raises(SupersededError, match="attempt 2 of this run has begun"):
+    with pytest.raises(SupersededError, match="attempt 2 of this run has started"):
         retention.prune(root, 1, id_of(30), 1, 0)
     assert len(deleted) == before_delete
     Checkpoint(root, id_of(30)).verify()
@@ -238,7 +238,7 @@ def test_a_commit_whose_retention_meets_a_later_attempt_is_superseded(
         return read_manifest(storage, checkpoint_id)
 
     monkeypatch.setattr(retention, "read_manifest", begin_then_read)
-    with pytest.raises(SupersededError, match="attempt 2 of this run has begun"):
+    with pytest.raises(SupersededError, match="attempt 2 of this run has started"):
         writer.commit(root, writer.Commit(files=files, manifest=manifest, keep=1, keep_every_steps=0))
 
 

@@ -38,7 +38,7 @@ class FailingDisk(DiskStorage):
     [
         (StorageError("the disk is full"), False),
         (CheckpointError("a file is damaged"), False),
-        (SupersededError("attempt 2 has begun"), True),
+        (SupersededError("attempt 2 has started"), True),
         (OSError("no such device"), False),
         (MemoryError("no memory"), False),
     ],
