@@ -64,7 +64,7 @@ def launcher(job: IndexedJob, index: int) -> int:
 def evict_in_a_step(job: IndexedJob, progress: Progress, index: int) -> float:
     """Evict a pod at the start of a step; return how long it took to save that step and exit."""
     before = steps_taken(job, index)
-    job.until(lambda: steps_taken(job, index) > before, "the begin of a step")
+    job.until(lambda: steps_taken(job, index) > before, "the start of a step")
     taken = steps_taken(job, index)
     code, took_s = job.evict(index)
     assert code == Exit.REQUEUE

@@ -92,7 +92,7 @@ def test_a_run_without_a_record_fails(data: Path, tmp_path: Path, disk: Path) ->
         assert process.end() == 2
     log = process.log.read_text()
     assert "Traceback" not in log
-    assert f"all {STEPS} steps are taken and saved, but {disk}/run/records/0001.jsonl lacks" in log
+    assert f"all {STEPS} steps are taken and saved, but {disk}/run/records/0001.jsonl is missing" in log
     assert "done:" not in log
 
 

@@ -63,7 +63,7 @@ def kill(processes: Sequence[Any]) -> None:
         process.join()
 
 
-def kill_at(world: int, config: TrainConfig, folder: Path, point: str, nth: int, victim: int) -> None:
+def kill_at(world: int, config: TrainConfig, folder: Path, *, point: str, nth: int, victim: int) -> None:
     """Start a run and kill it when rank `victim`, or its writer, is held at the point."""
     folder.mkdir()
     hold = Hold(folder, point, nth)
