@@ -8,7 +8,7 @@ from dit_scale.checkpoint.attempts import AttemptRecord, Ranges
 from dit_scale.errors import StorageError
 from dit_scale.lines import Say
 from dit_scale.storage import DiskFullError, Storage
-from dit_scale.train.run_state import merged
+from dit_scale.train.run_state import merge_ranges
 
 PAUSE_S = 5.0
 """Between two tries while there is no room."""
@@ -20,7 +20,7 @@ def next_attempt(
     """The next attempt of a run, or the one behind `behind`, which leaves these positions out, too."""
     before = attempts.newest(root)
     last = behind.number if behind else max(attempts.numbers(root), default=0)
-    left_out = merged((*excluded, *(before.excluded_positions if before else ())))
+    left_out = merge_ranges((*excluded, *(before.excluded_positions if before else ())))
     return AttemptRecord(last + 1, resumed_from, left_out)
 
 

@@ -39,6 +39,6 @@ def root_of_folder(run: str | Path) -> Storage:
     return root_of(config_of_folder(run))
 
 
-def record_of(config: TrainConfig) -> tuple[Path, ...]:
+def carried_files(config: TrainConfig) -> tuple[Path, ...]:
     """What a checkpoint takes along of the run's folder; nothing where it lies in that folder itself."""
     return tuple(Path(config.run) / name for name in (METRICS, EVENTS)) if config.checkpoint.url else ()

@@ -36,7 +36,7 @@ class RunState:
             manifest.pending_metrics,
             manifest.guard,
             manifest.skipped_steps,
-            merged((*manifest.excluded_positions, *excluded)),
+            merge_ranges((*manifest.excluded_positions, *excluded)),
             dict(manifest.quarantined),
         )
 
@@ -47,7 +47,7 @@ def state_of(config: TrainConfig, found: Checkpoint | None, excluded: Ranges) ->
     return replace(state, ema_since=since_steps(config.ema, found))
 
 
-def merged(ranges: Ranges) -> Ranges:
+def merge_ranges(ranges: Ranges) -> Ranges:
     """The same positions as sorted, disjoint, half-open ranges."""
     out: list[tuple[int, int]] = []
     for low, high in sorted(ranges):

@@ -170,7 +170,7 @@ def test_injuries_of_checkpoints(tmp_path: Path, world: World, monkeypatch: pyte
         if key.startswith(NEWEST):
             (note,) = notes
             assert found.name == OLDER
-            assert note.startswith(tuple(f"passing over checkpoint {NEWEST}: {text}" for text in messages))
+            assert note.startswith(tuple(f"skipping checkpoint {NEWEST}: {text}" for text in messages))
         else:
             assert (found.name, notes) == (NEWEST, [])
         part = "header" if "header" in problem else "tensor" if " of " in problem else "whole"

@@ -58,7 +58,7 @@ def test_what_one_rank_cannot_read_all_pass_over(folders: tuple[Path, ...]) -> N
     os.truncate(folders[1] / NEWEST / "rank-00000.safetensors", 100)
     for name, notes in run(WORLD, found_in, folders):
         assert name == OLDER
-        assert [note.startswith(f"passing over checkpoint {NEWEST}: ") for note in notes] == [True]
+        assert [note.startswith(f"skipping checkpoint {NEWEST}: ") for note in notes] == [True]
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
@@ -66,7 +66,7 @@ def test_different_checkpoints_under_one_name_are_an_error(folders: tuple[Path, 
     open_storage(folders[rank]).delete(f"{NEWEST}/MANIFEST.json")
     write(folders[rank], NEWEST, skipped_steps=(7,))
     for message, notes in run(WORLD, found_in, folders):
-        assert f"{NEWEST}: its manifest is whole on all ranks, and not the same on all of them" in message
+        assert f"{NEWEST}: the ranks read different manifests under this name" in message
         assert notes == []
 
 
@@ -88,4 +88,4 @@ def test_different_data_sets_under_one_path_are_an_error(
     monkeypatch.chdir(tmp_path)
     assert run(WORLD, sees, ("1" * 64, "1" * 64)) == [""] * WORLD
     for said in run(WORLD, sees, ("1" * 64, "2" * 64)):
-        assert said.startswith("data.url=data/imagenet256 is not the same latent data set for all ranks")
+        assert said.startswith("data.url=data/imagenet256 is not the same latent data set on all ranks")

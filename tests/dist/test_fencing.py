@@ -131,5 +131,5 @@ def test_the_last_save_is_not_tried_again_under_a_name_that_is_taken(data: Path,
     assert (older / MANIFEST).read_bytes() == (last / MANIFEST).read_bytes()
     assert run(1, jobs.train, config) == [0]
     (note,) = events(config, "start")[-1]["notes"]
-    assert note.startswith(f"passing over checkpoint {CHECKPOINTS}/{name_of(12, 1)}: {last} holds step 9 of ")
+    assert note.startswith(f"skipping checkpoint {CHECKPOINTS}/{name_of(12, 1)}: {last} holds step 9 of ")
     assert committed(root_of(config))[0] == f"{CHECKPOINTS}/{name_of(12, 2)}"

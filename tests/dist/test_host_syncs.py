@@ -25,10 +25,10 @@ from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.telemetry.meters import COLUMNS, Meters
 from dit_scale.train import loop
+from dit_scale.train.attempt import Attempt
 from dit_scale.train.ema import Ema
 from dit_scale.train.guard import Guard
 from dit_scale.train.objective import losses
-from dit_scale.train.session import Session
 from tests.support.latents import write_latents
 from tests.support.ranks.processes import run
 
@@ -74,16 +74,16 @@ class Watch:
         self.autocast: Counter[Place] = Counter()
         self.operators: Counter[str] = Counter()
 
-    def keeps_failing(self, original: Any, run: Session) -> bool:
-        """Takes the place of `Session.keeps_failing`, with which a log point begins: it may read."""
+    def keeps_failing(self, original: Any, attempt: Attempt) -> bool:
+        """Takes the place of `Attempt.keeps_failing`, with which a log point begins: it may read."""
         self.on = False
-        failing: bool = original(run)
+        failing: bool = original(attempt)
         return failing
 
-    def log(self, original: Any, run: Session) -> None:
-        """Takes the place of `Session.log`, with which a log point ends."""
-        original(run)
-        self.on = run.state.step == LOG_EVERY
+    def log(self, original: Any, attempt: Attempt) -> None:
+        """Takes the place of `Attempt.log`, with which a log point ends."""
+        original(attempt)
+        self.on = attempt.state.step == LOG_EVERY
 
 
 class Operators(TorchDispatchMode):
@@ -135,10 +135,10 @@ def place() -> Place:
 def watch_training(config: TrainConfig) -> Watch:
     """Train in this process and say what was counted."""
     watch = Watch()
-    log, keeps_failing = Session.log, Session.keeps_failing
+    log, keeps_failing = Attempt.log, Attempt.keeps_failing
     with (
-        patch.object(Session, "log", lambda run: watch.log(log, run)),
-        patch.object(Session, "keeps_failing", lambda run: watch.keeps_failing(keeps_failing, run)),
+        patch.object(Attempt, "log", lambda attempt: watch.log(log, attempt)),
+        patch.object(Attempt, "keeps_failing", lambda attempt: watch.keeps_failing(keeps_failing, attempt)),
         Operators(watch),
         Calls(watch),
     ):

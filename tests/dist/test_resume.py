@@ -90,7 +90,7 @@ def test_damaged_checkpoint_is_passed_over(data: Path, tmp_path: Path) -> None:
     assert run(WORLD, jobs.train, config) == [0, 0]
     assert final_files(config) == whole
     (note,) = events(config, "start")[-1]["notes"]
-    assert f"passing over checkpoint checkpoints/{newest.name}" in note
+    assert f"skipping checkpoint checkpoints/{newest.name}" in note
     assert "rank-00001.safetensors" in note
 
 

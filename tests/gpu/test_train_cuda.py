@@ -29,11 +29,12 @@ from dit_scale.errors import DeviceError
 from dit_scale.models import attention, dit
 from dit_scale.rng import Purpose
 from dit_scale.train import loop
+from dit_scale.train.attempt import Attempt
 from dit_scale.train.ema import Ema, ema_kind
 from dit_scale.train.engine import Engine
 from dit_scale.train.guard import Guard
 from dit_scale.train.run_folder import root_of
-from dit_scale.train.session import Session
+from dit_scale.train.saving import Saves
 from tests.support.latents import write_latents
 from tests.support.ranks import guard_jobs, jobs, processes
 
@@ -117,7 +118,7 @@ def test_the_large_model_learns(folder: Path, data: dict[int, Path], size: int, 
 
 def train_without_saving(config: TrainConfig) -> int:
     """The state of the large model is 11 GB; saving is tested with the small one."""
-    with patch.object(Session, "save"), patch.object(Session, "save_and_wait"):
+    with patch.object(Saves, "save"), patch.object(Saves, "save_and_wait"):
         return loop.train(config)
 
 
@@ -286,22 +287,22 @@ def train_without_waiting(config: TrainConfig) -> int:
     there: tests/dist/test_host_syncs.py says where DeepSpeed waits.
     """
     first = config.log.every_steps
-    log, keeps_failing = Session.log, Session.keeps_failing
+    log, keeps_failing = Attempt.log, Attempt.keeps_failing
 
-    def log_point_begins(run: Session) -> bool:
+    def log_point_begins(attempt: Attempt) -> bool:
         torch.cuda.set_sync_debug_mode("default")
-        return keeps_failing(run)
+        return keeps_failing(attempt)
 
-    def log_point_ends(run: Session) -> None:
-        log(run)
-        if run.state.step == first:
+    def log_point_ends(attempt: Attempt) -> None:
+        log(attempt)
+        if attempt.state.step == first:
             torch.cuda.set_sync_debug_mode("error")
             with pytest.raises(RuntimeError, match="synchronizing"):
                 torch.ones((), device=DEVICE).item()
 
     with (
-        patch.object(Session, "keeps_failing", log_point_begins),
-        patch.object(Session, "log", log_point_ends),
+        patch.object(Attempt, "keeps_failing", log_point_begins),
+        patch.object(Attempt, "log", log_point_ends),
         patch.object(Engine, "backward", in_mode("default", Engine.backward)),
         patch.object(Engine, "step", in_mode("default", Engine.step)),
         patch.object(Guard, "judge", in_mode("error", Guard.judge)),

@@ -110,7 +110,7 @@ def test_a_server_that_does_not_answer_is_no_damage(proxy: FaultProxy, world: Wo
         return find_checkpoint(config, DATA_SHA256, world, fill, notes.append)
 
     def assert_it_stops(fill: Callable[[Checkpoint], None]) -> None:
-        with pytest.raises(UnavailableError, match=f"checkpoint {NEWEST} may be whole, .* tried 20 times"):
+        with pytest.raises(UnavailableError, match=f"checkpoint {NEWEST} may be intact, .* tried 20 times"):
             find(fill)
         proxy.calm()
 
@@ -122,7 +122,7 @@ def test_a_server_that_does_not_answer_is_no_damage(proxy: FaultProxy, world: Wo
     assert str(find(read)) == f"{root.url}/{NEWEST}"
     root.delete(f"{NEWEST}/rank-00000.safetensors")
     assert str(find(read)) == f"{root.url}/{OLDER}"
-    assert [note.startswith(f"passing over checkpoint {NEWEST}: ") for note in notes] == [True]
+    assert [note.startswith(f"skipping checkpoint {NEWEST}: ") for note in notes] == [True]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world
     assert found is not None
     assert found.name == NEWEST
     assert notes == [
-        f"passing over checkpoint {wrong}: {tmp_path}/{wrong} holds step 30 of attempt 1: it was copied or "
+        f"skipping checkpoint {wrong}: {tmp_path}/{wrong} holds step 30 of attempt 1: it was copied or "
         "renamed; its name is 0000000030-0001"
     ]
     assert committed_step(root_of(config)) == 40
@@ -167,7 +167,7 @@ def test_a_run_whose_newest_record_is_gone_says_so_and_goes_on(tmp_path: Path, w
     found = find_checkpoint(config, DATA_SHA256, world, read, notes.append)
     assert found is not None
     assert found.name == newest
-    assert notes == ["attempts/0002.json is missing; attempt 2 counts as far as it can be read"]
+    assert notes == ["attempts/0002.json is missing; the readable checkpoints of attempt 2 count"]
 
 
 # One run, one identity

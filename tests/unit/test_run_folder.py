@@ -12,7 +12,7 @@ from dit_scale.config import TrainConfig
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import ConfigError
 from dit_scale.train.dataset_check import check_dataset
-from dit_scale.train.run_state import RunState, merged
+from dit_scale.train.run_state import RunState, merge_ranges
 from tests.support.latents import write_latents
 
 RANGES = st.lists(
@@ -22,7 +22,7 @@ RANGES = st.lists(
 
 @given(RANGES)
 def test_merged_ranges_are_the_same_positions_once(ranges: list[tuple[int, int]]) -> None:
-    found = merged(tuple(ranges))
+    found = merge_ranges(tuple(ranges))
     assert {position for pair in found for position in range(*pair)} == {
         position for pair in ranges for position in range(*pair)
     }

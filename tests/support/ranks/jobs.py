@@ -18,8 +18,11 @@ from dit_scale.data.loader import read_batch
 from dit_scale.data.shards import LatentDataset
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
-from dit_scale.train import engine, loop, session
+from dit_scale.train import engine, loop
+from dit_scale.train.attempt import Attempt
 from dit_scale.train.objective import losses as losses_of
+from dit_scale.train.saving import Saves
+from dit_scale.train.trainer import Trainer
 from tests.support.ranks.points import Hold, held
 
 LossRow = dict[str, float]
@@ -69,14 +72,14 @@ def train(config: TrainConfig, random_start: bool = False) -> int:
 @contextmanager
 def paced() -> Iterator[None]:
     """Training waits for a save two steps behind its begin: saves fall on the same steps on any machine."""
-    follow = session.Session.follow_save
+    follow = Saves.follow
 
-    def follow_save(run: session.Session, *vote: bool) -> None:
-        follow(run, *vote)
-        if run.saver.in_flight and run.state.step - run._saved_step >= 2:
-            run._report(run.saver.wait())
+    def follow_closely(saves: Saves, *vote: bool) -> None:
+        follow(saves, *vote)
+        if saves._saver.in_flight and saves._attempt.state.step - saves._saved_step >= 2:
+            saves._report(saves._saver.wait())
 
-    with patch.object(session.Session, "follow_save", follow_save):
+    with patch.object(Saves, "follow", follow_closely):
         yield
 
 
@@ -109,13 +112,13 @@ def in_environment(environment: dict[str, str], job: Callable[..., Any], *args: 
 def train_and_tell(config: TrainConfig) -> tuple[dict[str, object], ...]:
     """One rank of a training run; the hyper-parameters of its optimizer groups right after the load."""
     told: list[tuple[dict[str, object], ...]] = []
-    begin = session.Session.begin
+    resume = Trainer.resume
 
-    def begin_and_tell(run: session.Session) -> None:
-        begin(run)
-        told.append(run.trainer.engine.hyper_parameters())
+    def resume_and_tell(trainer: Trainer, guard: dict[str, float]) -> None:
+        resume(trainer, guard)
+        told.append(trainer.engine.hyper_parameters())
 
-    with patch.object(session.Session, "begin", begin_and_tell):
+    with patch.object(Trainer, "resume", resume_and_tell):
         assert loop.train(config) == 0
     return told[0]
 
@@ -175,10 +178,11 @@ def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndar
 
     found: dict[tuple[str, int], np.ndarray] = {}
 
-    def keep(run: session.Session) -> None:
-        for partition in run.trainer.engine.owned:
+    def keep(attempt: Attempt) -> None:
+        engine_of_rank = attempt._trainer.engine
+        for partition in engine_of_rank.owned:
             master = partition.buffers[engine.MASTER]
-            momentum = run.trainer.engine._optimizer.state[master]["momentum_buffer"]
+            momentum = engine_of_rank._optimizer.state[master]["momentum_buffer"]
             for extent in partition.extents:
                 piece = momentum[extent.offset : extent.offset + extent.length]
                 found[extent.parameter, extent.start] = piece.numpy().copy()
@@ -186,8 +190,8 @@ def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndar
     with (
         patch.object(dit, "initialise_weights", randomise),
         patch.object(engine, "build_optimizer", sgd),
-        patch.object(session.Session, "log", keep),
-        patch.object(session.Session, "save_and_wait", lambda run: None),  # SGD has other hyper-parameters
+        patch.object(Attempt, "log", keep),
+        patch.object(Saves, "save_and_wait", lambda saves: None),  # SGD has other hyper-parameters
     ):
         loop.train(config)
     return found
