@@ -37,13 +37,13 @@ from rich.console import Console
 from benchmarks.train_step import cpu_name, matmul_flops_per_s, versions
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import VaeIdentity
-from dit_scale.vae_files import find as find_vae
+from dit_scale.vae_files import find_vae
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.encoder import VIEWS, Encoder
 from dit_scale_pipeline.flow import Flow
 from dit_scale_pipeline.images import Pixels
 from dit_scale_pipeline.inputs import Listing, open_input
-from dit_scale_pipeline.output import plan
+from dit_scale_pipeline.output import plan_shards
 from dit_scale_pipeline.ray_cluster import Placement, cluster, start_encoders
 from dit_scale_pipeline.shards_writer import ShardRecord
 from tests.support.tiny_vae import save_full_vae, save_tiny_vae
@@ -186,11 +186,11 @@ def pipeline(folder: Path, args: argparse.Namespace) -> Row:
         flow = Flow(
             config,
             listing,
-            plan(listing, config.shard_samples),
-            encoders,
-            placement.decoders,
-            runtime,
-            CHANNELS,
+            shards=plan_shards(listing, config.shard_samples),
+            encoders=encoders,
+            num_decoders=placement.decoders,
+            runtime=runtime,
+            latent_channels=CHANNELS,
         )
         begin_s = time.perf_counter()
         records = [event for event in flow.run() if isinstance(event, ShardRecord)]

@@ -1,10 +1,10 @@
-"""`dit-scale encode` as a file, which `ray job submit` can start in a copy of the working directory.
+"""`dit-scale encode` as a script, for `ray job submit` and for a clone that is not installed.
 
     python data_pipeline/encode_latents.py --config encode_imagenet_256 [key=value ...]
     ray job submit --working-dir . -- python data_pipeline/encode_latents.py --config ... output=s3://...
 
-Python finds dit_scale_pipeline beside this file; dit_scale is installed, or in the working directory of
-`ray job submit`.
+Python finds dit_scale_pipeline next to this file. It finds dit_scale on PYTHONPATH, where Ray puts the
+working directory of a submitted job, or among the installed packages.
 """
 
 import sys

@@ -81,9 +81,9 @@ def crops(size: int, folder: str | Path | None = None) -> tuple[Pixels, np.ndarr
     if folder is not None:
         listing = open_input(str(folder)).list()
         pixels_NSS3, account = read_batch(str(folder), listing.kind, listing.entries(), size)
-        if account.bad:
-            raise DataError(f"{folder}: {account.bad[0][0].path}: {account.bad[0][1]}")
-        return pixels_NSS3, np.array([int(listing.class_names[entry.label]) for entry in account.good])
+        if account.rejected:
+            raise DataError(f"{folder}: {account.rejected[0][0].path}: {account.rejected[0][1]}")
+        return pixels_NSS3, np.array([int(listing.class_names[entry.label]) for entry in account.decoded])
     pixels_N88, labels_N, _ = load()
     images = (Image.fromarray(pixels_88).convert("RGB") for pixels_88 in pixels_N88)
     return np.stack([to_array(center_crop(image, size)) for image in images]), labels_N

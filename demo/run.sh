@@ -16,7 +16,7 @@ show python demo/digits.py $RUN/images
 
 step "2/5  a Ray job encodes them to latents in WebDataset shards"
 show dit-scale encode --config encode_demo
-show python data_pipeline/verify.py $RUN/latents
+show dit-scale latents verify $RUN/latents
 
 step "3/5  DeepSpeed trains a DiT on them, on two processes"
 show deepspeed -q --num_gpus 2 --no_local_rank --module dit_scale.cli train demo

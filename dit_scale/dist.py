@@ -64,17 +64,17 @@ class World:
             raise problem
         return value  # type: ignore[return-value]
 
-    def begin_any(self, *flags: bool) -> "AnyOf":
+    def start_vote(self, *flags: bool) -> "Vote":
         """Start asking, of each flag, whether any rank has it up; the answers are read later."""
         vote = torch.tensor([int(flag) for flag in flags])
-        return AnyOf(vote, dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True))
+        return Vote(vote, dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True))
 
     def barrier(self) -> None:
         dist.barrier(group=self.host_group)
 
 
 @dataclass(frozen=True)
-class AnyOf:
+class Vote:
     """A vote under way."""
 
     vote: Tensor

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_scale.data.shards import VaeIdentity
 from dit_scale.errors import WeightsError
-from dit_scale.vae_files import VaeFiles, find
+from dit_scale.vae_files import VaeFiles, find_vae
 
 LOGVAR_RANGE = (-30.0, 20.0)
 """The posterior's log variance is clamped so by every Stable Diffusion encoder."""
@@ -53,6 +53,15 @@ class Vae:
         """Name, SHA-256 of the weights file, scale and geometry."""
         return self._files.identity
 
+    def require_weights(self, sha256: str | None) -> None:
+        """Raise WeightsError unless this is the VAE with these weights; None accepts any VAE."""
+        identity = self.identity()
+        if sha256 is not None and identity.weights_sha256 != sha256:
+            raise WeightsError(
+                f"this VAE ({identity.name}, sha256 {identity.weights_sha256[:12]}) did not make the latents "
+                f"(sha256 {sha256[:12]}); pass the VAE that did with --vae"
+            )
+
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Images in [-1, 1] => posterior mean, then standard deviation (B, 2C, h, w); fp32, unscaled."""
@@ -84,7 +93,7 @@ def load(
     `channels_last` is the layout that tensor cores read without a copy; `compile` compiles the encoder
     for the shape of its first batch. Either changes the last bits of latents.
     """
-    return Vae(find(name_or_folder), device, dtype, channels_last, compile)
+    return Vae(find_vae(name_or_folder), device, dtype, channels_last, compile)
 
 
 def device_kind(device: torch.device | str) -> str:

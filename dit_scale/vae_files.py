@@ -43,7 +43,7 @@ class VaeFiles:
         )
 
 
-def find(name_or_folder: str) -> VaeFiles:
+def find_vae(name_or_folder: str) -> VaeFiles:
     """The files of a folder, or of a hub name (cached or downloaded); WeightsError says what lacks.
 
     A folder goes by its last component, so that a data set does not remember one machine's paths.

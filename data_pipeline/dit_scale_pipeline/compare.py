@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import DataError
-from dit_scale.inference.pictures import decode, side_by_side
+from dit_scale.inference.preview import decode, side_by_side
 from dit_scale.vae import Vae
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.images import Pixels
@@ -71,10 +71,10 @@ def compare(
         key = int(dataset.records(place.shard)[place.row]["key"])
         (entry,) = listing.entries(range(key, key + 1))
         crops, account = read_batch(uri, listing.kind, [entry], dataset.info.image_size, listing.columns)
-        if account.bad:
+        if account.rejected:
             raise DataError(
                 f"{uri}: {entry.path}, of which sample {sample_id} was made, gives no sample now: "
-                f"{account.bad[0][1]}"
+                f"{account.rejected[0][1]}"
             )
         views, label = decode(dataset, decoder, sample_id)
         picture = side_by_side([crops[0], *views])

@@ -21,11 +21,11 @@ READS_AHEAD = 8
 class DecodedBatch:
     """What became of some entries: those that gave pixels, in order, and (entry, reason) of the others."""
 
-    good: tuple[Entry, ...]
-    bad: tuple[tuple[Entry, str], ...]
+    decoded: tuple[Entry, ...]
+    rejected: tuple[tuple[Entry, str], ...]
 
     def __len__(self) -> int:
-        return len(self.good) + len(self.bad)
+        return len(self.decoded) + len(self.rejected)
 
 
 def read_batch(
@@ -36,17 +36,17 @@ def read_batch(
     `kind` and `columns` are the listing's.
     """
     pixels = np.empty((len(entries), size, size, 3), np.uint8)
-    good: list[Entry] = []
-    bad: list[tuple[Entry, str]] = []
+    decoded: list[Entry] = []
+    rejected: list[tuple[Entry, str]] = []
     for entry, data in zip(entries, _read(_opened(source, kind, columns), entries), strict=True):
         try:
             if isinstance(data, InputError):
                 raise data
-            pixels[len(good)] = to_array(center_crop(decode(data), size))
-            good.append(entry)
+            pixels[len(decoded)] = to_array(center_crop(decode(data), size))
+            decoded.append(entry)
         except InputError as error:
-            bad.append((entry, str(error)))
-    return pixels[: len(good)], DecodedBatch(tuple(good), tuple(bad))
+            rejected.append((entry, str(error)))
+    return pixels[: len(decoded)], DecodedBatch(tuple(decoded), tuple(rejected))
 
 
 _opened = functools.lru_cache(maxsize=4)(open_input)

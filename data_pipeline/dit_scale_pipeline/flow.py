@@ -15,7 +15,7 @@ from dit_scale.config import EncodeConfig
 from dit_scale.errors import DataError, DeviceError, DitScaleError
 from dit_scale_pipeline.decoder import DecodedBatch, read_batch
 from dit_scale_pipeline.inputs import Entry, Listing
-from dit_scale_pipeline.ray_cluster import LostError, get, living_nodes, most_encoders
+from dit_scale_pipeline.ray_cluster import LostError, get, living_nodes, max_encoders
 from dit_scale_pipeline.shards_writer import ShardRecord, write_shard
 
 if TYPE_CHECKING:
@@ -110,15 +110,16 @@ class Flow:
         self,
         config: EncodeConfig,
         listing: Listing,
+        *,
         shards: dict[str, range],
         encoders: "Sequence[ActorHandle]",
-        decoders: int,
+        num_decoders: int,
         runtime: dict[str, str],
         latent_channels: int,
     ) -> None:
         import ray
 
-        self._config, self._encoders, self._decoders = config, encoders, decoders
+        self._config, self._encoders, self._decoders = config, encoders, num_decoders
         self._runtime, self._latent_channels = runtime, latent_channels
         options: dict[str, Any] = {"num_cpus": config.cpus_per_decoder, "max_retries": TASK_RETRIES}
         # One name for all tasks of a kind: the dashboard groups by names, and Ray keeps an account of each.
@@ -242,7 +243,7 @@ class Flow:
         # Those without a place come first: they would take the room again.
         encoders = [*sorted(self._ready), *loading.values()]
         device = "cpu" if self._runtime["device"].startswith("cpu") else "cuda"
-        most = max(1, most_encoders(self._config, device, living_nodes()))
+        most = max(1, max_encoders(self._config, device, living_nodes()))
         if self._encodings() or len(encoders) <= most:
             return
         yield Stall(

@@ -19,7 +19,7 @@ from dit_scale.config import EncodeConfig, dump
 from dit_scale.data.shards import INFO_KEY, DatasetInfo, VaeIdentity, read_info
 from dit_scale.errors import ConfigError
 from dit_scale.storage import Storage, open_storage
-from dit_scale.vae_files import find as find_vae
+from dit_scale.vae_files import find_vae
 from dit_scale_pipeline import output
 from dit_scale_pipeline.encoder import Encoder
 from dit_scale_pipeline.flow import Flow, Stall
@@ -27,12 +27,18 @@ from dit_scale_pipeline.inputs import Listing, open_input
 from dit_scale_pipeline.inputs.saved import current_listing, difference, load_listing, save_listing
 from dit_scale_pipeline.metrics import Metrics
 from dit_scale_pipeline.progress import JobProgress, listing_bar, report_listing, summary
-from dit_scale_pipeline.ray_cluster import cluster, is_submitted, place, start_encoders, wait_for_nodes
+from dit_scale_pipeline.ray_cluster import (
+    cluster,
+    is_submitted,
+    place_encoders,
+    start_encoders,
+    wait_for_nodes,
+)
 from dit_scale_pipeline.shards_writer import ShardRecord
 
 
 @dataclass(frozen=True)
-class Plan:
+class EncodePlan:
     """What the shards are functions of."""
 
     config: EncodeConfig
@@ -68,16 +74,16 @@ def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
         num_missing = len(plan.shards) - len(records)
         if num_missing:
             console.print(f"{num_missing} of {len(plan.shards)} shards to encode; starting Ray and the VAE")
-            with JobProgress(len(plan.listing), config, records.values(), console, metrics) as watch:
+            with JobProgress(len(plan.listing), config, records.values(), console, metrics) as progress:
                 with cluster(config.ray_address):
-                    begun = make_shards(plan, storage, records, watch, console)
+                    begun = make_shards(plan, storage, records, progress, console)
     assert begun is not None, "shards without an identity are refused above"
     return output.commit(
         storage, config, plan.listing, plan.vae, begun, [records[name] for name in plan.shards]
     )
 
 
-def make_plan(config: EncodeConfig, saved: Listing | None, console: Console) -> Plan:
+def make_plan(config: EncodeConfig, saved: Listing | None, console: Console) -> EncodePlan:
     """What is to be encoded, by what, into which shards; `saved` is the listing of an earlier start."""
     vae = find_vae(config.vae).identity
     output.latent_shape(config, vae)
@@ -87,32 +93,42 @@ def make_plan(config: EncodeConfig, saved: Listing | None, console: Console) -> 
     report_listing(listing, console)
     output.refuse_empty(config, listing.empty_classes, f"{config.source}: classes without an image")
     identity = output.identity(config, listing, vae)
-    return Plan(config, listing, vae, identity, output.plan(listing, config.shard_samples))
+    return EncodePlan(config, listing, vae, identity, output.plan_shards(listing, config.shard_samples))
 
 
 def make_shards(
-    plan: Plan, storage: Storage, records: dict[str, ShardRecord], watch: JobProgress, console: Console
+    plan: EncodePlan,
+    storage: Storage,
+    records: dict[str, ShardRecord],
+    progress: JobProgress,
+    console: Console,
 ) -> output.Identity:
     """Make the shards that have no record, and add theirs; returns the identity of all of them."""
     config = plan.config
-    placement = place(config, wait_for_nodes(config, console))
+    placement = place_encoders(config, wait_for_nodes(config, console))
     encoders, runtime = start_encoders(config, plan.vae, placement, console)
     console.print(f"{len(encoders)} encoders on {runtime['device']}, the VAE in {runtime['precision']}")
     claimed = output.claim(storage, {**plan.identity, **runtime}, plan.listing)
     missing = {name: rows for name, rows in plan.shards.items() if name not in records}
     flow = Flow(
-        config, plan.listing, missing, encoders, placement.decoders, runtime, plan.vae.latent_channels
+        config,
+        plan.listing,
+        shards=missing,
+        encoders=encoders,
+        num_decoders=placement.decoders,
+        runtime=runtime,
+        latent_channels=plan.vae.latent_channels,
     )
-    watch.start()
+    progress.start()
     for event in flow.run():
         match event:
             case ShardRecord():
                 records[event.name] = event
-                watch.shard(event)
+                progress.shard_done(event)
             case Stall():
-                watch.stall(event.waits_for)
+                progress.stalled(event.waits_for)
             case _:
-                watch.batch(event)
+                progress.batch_done(event)
     return claimed
 
 

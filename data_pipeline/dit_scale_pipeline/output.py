@@ -37,7 +37,7 @@ from dit_scale_pipeline.inputs import Listing
 from dit_scale_pipeline.inputs.names import few
 from dit_scale_pipeline.inputs.places import overlap
 from dit_scale_pipeline.inputs.saved import difference
-from dit_scale_pipeline.shards_writer import ShardRecord, put_once, shard_name
+from dit_scale_pipeline.shards_writer import ShardRecord, shard_name, write_once
 
 READS_AT_ONCE = 16
 """Records of finished shards that are read at once: on S3 each waits for the network."""
@@ -169,7 +169,7 @@ def _read_record(storage: Storage, key: str) -> ShardRecord:
         ) from None
 
 
-def plan(listing: Listing, shard_samples: int) -> dict[str, range]:
+def plan_shards(listing: Listing, shard_samples: int) -> dict[str, range]:
     """Shard name => its slice of the listing."""
     count = len(listing)
     starts = range(0, count, shard_samples)
@@ -228,7 +228,7 @@ def commit(
         shards=tuple(ShardInfo.model_validate(record.model_dump()) for record in records),
         quarantined=tuple(quarantined),
     )
-    put_once(storage, INFO_KEY, sealed(info.model_dump(mode="json"), indent=1))
+    write_once(storage, INFO_KEY, sealed(info.model_dump(mode="json"), indent=1))
     for key in storage.leftovers("shards/"):  # of writers that were killed; all shards are there without
         storage.delete(key)
     return info

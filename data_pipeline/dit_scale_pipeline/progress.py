@@ -125,17 +125,17 @@ class JobProgress:
         self._started_s = self._logged_s = time.monotonic()
         self._bar.start()
 
-    def batch(self, account: DecodedBatch) -> None:
+    def batch_done(self, account: DecodedBatch) -> None:
         """A VAE batch is through."""
         self._num_seen += len(account)
-        for entry, reason in account.bad:
+        for entry, reason in account.rejected:
             self._bad[entry.key] = Quarantined(key=entry.key, path=as_text(entry.path), reason=reason)
         self._bar.update(self._task, advance=len(account), rate=self._rate())
         self._check()
         if time.monotonic() - self._logged_s >= self._log_every_s:
             self._log()
 
-    def shard(self, record: ShardRecord) -> None:
+    def shard_done(self, record: ShardRecord) -> None:
         """A shard is committed."""
         self._bad |= {item.key: item for item in record.quarantined}
         self._num_shards += 1
@@ -146,7 +146,7 @@ class JobProgress:
             )
         self._check()
 
-    def stall(self, waits_for: str) -> None:
+    def stalled(self, waits_for: str) -> None:
         """Nothing has come for a while."""
         self._console.print(f"{waits_for}; are all nodes up? `ray status` on the cluster tells")
 

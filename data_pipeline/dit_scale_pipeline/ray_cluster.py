@@ -186,13 +186,13 @@ class Placement:
     decoders: int
 
 
-def place(config: EncodeConfig, nodes: Resources) -> Placement:
+def place_encoders(config: EncodeConfig, nodes: Resources) -> Placement:
     """A placement on these nodes; DeviceError when Ray would wait for room forever."""
     cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
     wants = _wants(config, device)
     room = sum(_places(node, wants) for node in nodes)
-    most = most_encoders(config, device, nodes)
+    most = max_encoders(config, device, nodes)
     encoders = config.encoders or max(1, most)
     if room < encoders:
         raise DeviceError(
@@ -211,7 +211,7 @@ def place(config: EncodeConfig, nodes: Resources) -> Placement:
     return Placement(device, encoders, config.decoders or max(1, places - 1))  # one place is the writer's
 
 
-def most_encoders(config: EncodeConfig, device: str, nodes: Resources) -> int:
+def max_encoders(config: EncodeConfig, device: str, nodes: Resources) -> int:
     """Encoders that leave room for a decoder on at least one node, wherever Ray puts them."""
     wants = _wants(config, device)
     room = sum(_places(node, wants) for node in nodes)

@@ -78,15 +78,15 @@ class Shard:
     tar: bytes
     index: bytes
 
-    def put(self, storage: Storage) -> None:
+    def write(self, storage: Storage) -> None:
         """Put the tar, then the index, then the commit mark."""
-        put_once(storage, self.record.tar_key, self.tar)
-        put_once(storage, self.record.index_key, self.index)
+        write_once(storage, self.record.tar_key, self.tar)
+        write_once(storage, self.record.index_key, self.index)
         record = sealed(self.record.model_dump(mode="json"), indent=1, key=RECORD_DIGEST)
-        put_once(storage, self.record.record_key, record)
+        write_once(storage, self.record.record_key, record)
 
 
-def put_once(storage: Storage, key: str, data: bytes) -> None:
+def write_once(storage: Storage, key: str, data: bytes) -> None:
     """Put an object that is a function of the job; DataError when other bytes are under its key."""
     if storage.write_new(key, data):
         return
@@ -146,15 +146,15 @@ def write_shard(
     rows = (
         IndexRow(entry.key, entry.path, entry.label, latent)
         for account, batch in zip(accounts, moments, strict=True)
-        for entry, latent in zip(account.good, batch, strict=True)
+        for entry, latent in zip(account.decoded, batch, strict=True)
     )
     quarantined = [
         Quarantined(key=entry.key, path=as_text(entry.path), reason=reason)
         for account in accounts
-        for entry, reason in account.bad
+        for entry, reason in account.rejected
     ]
     shard = build_shard(name, rows, quarantined, latent_channels)
-    shard.put(open_storage(url))
+    shard.write(open_storage(url))
     return shard.record
 
 

@@ -1,6 +1,6 @@
-"""The command line: `dit-scale` lists the commands, `dit-scale COMMAND --help` tells the rest.
+"""The command line: `dit-scale` lists the commands, `dit-scale COMMAND --help` explains one.
 
-Imports of weight happen inside commands.
+Commands import heavy libraries when they run, so help is quick.
 """
 
 import argparse
@@ -32,23 +32,22 @@ from dit_scale.heartbeat import FOLDER_VARIABLE
 
 USER_ERROR_EXIT_CODE = 2
 MISTAKES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""Of what the system refuses; a full or broken disk may be well again when a scheduler tries again."""
+"""Errors of the operating system that you can fix; a retry may help against others, such as a full disk."""
 JOBS = ("dit-scale train", "dit-scale launch", "dit-scale encode")
-"""They go on when nobody reads what they print."""
+"""Commands that continue when their output cannot be written."""
 GROUPS = {
-    "Look ahead": (config, models, plan),
+    "Plan a run": (config, models, plan),
     "Images to latents": (encode, latents),
     "Train": (train, launch, status, replay),
-    "Use what was trained": (sample, checkpoint, ema),
+    "Use a trained model": (sample, checkpoint, ema),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; mistakes that people can mend print one message and leave with code 2.
+    """Run a command and return its exit code.
 
-    Among them are files and folders that the system refuses.
-
-    Without arguments it runs that of the process, which it takes the standard streams of.
+    A user's mistake, such as a missing file, prints one message and returns 2. Without `argv`, run the
+    command line of this process and replace its standard streams.
     """
     if argv is None:
         return guarded(lambda: _run(sys.argv[1:], _begin_job))
@@ -56,12 +55,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _begin_job(name: str) -> None:
-    """What a job does first of all in a process of its own: imports take seconds."""
+    """Set up signals and streams of a job before the slow imports."""
     run_as_job()
     if name == "dit-scale encode":
         signals.interrupt()
-    elif FOLDER_VARIABLE not in os.environ:  # of a rank with a supervisor: that one is asked
-        signals.leave_until_ready(f"{name}: stopped before the first step, there is nothing to save")
+    elif FOLDER_VARIABLE not in os.environ:  # a supervised rank leaves signals to its supervisor
+        signals.leave_until_ready(f"{name}: stopped before the first step, nothing to save")
 
 
 def _run(argv: list[str], begin_job: Callable[[str], None] = lambda name: None) -> int:
@@ -85,7 +84,7 @@ def _run(argv: list[str], begin_job: Callable[[str], None] = lambda name: None) 
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Arguments by name; key=value overrides may also stand behind options, where argparse sees none."""
+    """Parse a command line; key=value overrides may follow options, where argparse does not accept them."""
     parser, commands = _parser()
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         near = difflib.get_close_matches(argv[0], commands, n=1)
@@ -102,18 +101,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> tuple[Parser, Mapping[str, Parser]]:
-    """The parser of the command line, and those of its commands by name."""
+    """Return the parser of the command line and the parsers of its commands by name."""
     parser = Parser(
         prog="dit-scale",
         usage="dit-scale COMMAND ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="`dit-scale COMMAND --help` tells more, with an example.",
+        epilog="`dit-scale COMMAND --help` explains a command and shows an example.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
         prog=parser.prog, required=True, metavar="COMMAND", help=argparse.SUPPRESS
     )
-    lines = ["Train Diffusion Transformers, exactly resumable."]
+    lines = ["Train Diffusion Transformers on any number of nodes, exactly resumable."]
     for title, modules in GROUPS.items():
         before = set(commands.choices)
         for module in modules:
@@ -124,7 +123,7 @@ def _parser() -> tuple[Parser, Mapping[str, Parser]]:
             for name, command in commands.choices.items()
             if name not in before
         ]
-    lines += ["", "Recipes, by name where a command takes a configuration:"]
+    lines += ["", "Recipes (pass the name as the configuration):"]
     lines += textwrap.wrap(" ".join(recipes.names()), initial_indent="  ", subsequent_indent="  ")
     parser.description = "\n".join(lines)
     return parser, commands.choices

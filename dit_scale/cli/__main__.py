@@ -1,4 +1,4 @@
-"""`python -m dit_scale.cli`, which is how the deepspeed launcher starts a command."""
+"""Run `python -m dit_scale.cli`: the deepspeed launcher starts commands this way."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the commands share in reading their arguments; nothing of weight."""
+"""Argument types and command builders that the commands share. Imports nothing heavy."""
 
 import argparse
 import math
@@ -6,39 +6,41 @@ import os.path
 from collections.abc import Callable
 from typing import Any
 
-CONFIG_HELP = "a recipe (`dit-scale` lists their names) or a YAML file"
+CONFIG_HELP = "a recipe (`dit-scale` lists them) or a YAML file"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that keeps the line about its command."""
+    """A parser that keeps the one-line summary of its command."""
 
     summary = ""
 
 
-def command(
+def add_command(
     commands: Any,
     name: str,
     run: Callable[[argparse.Namespace], int],
     help: str,
+    *,
     description: str = "",
     example: str = "",
 ) -> Parser:
-    """The parser of a new command, which `run` carries out and ends with an exit code.
+    """Add a command that `run` executes and return its parser; `run` returns the exit code.
 
-    `example` is a command line to show where `description` has none.
+    `description` defaults to `help`. `example` is a command line to show after it.
     """
-    parser = _parser(commands, name, help, "\n\n  ".join(filter(None, [description or help, example])))
+    text = "\n\n  ".join(filter(None, [description or _sentence(help), example]))
+    parser = _add_parser(commands, name, help, text)
     parser.set_defaults(command=run, name=parser.prog)
     return parser
 
 
-def group(commands: Any, name: str, help: str, example: str) -> Any:
-    """The parsers of a new command's actions."""
-    parser = _parser(commands, name, help, f"{help}\n\n  {example}")
+def add_group(commands: Any, name: str, help: str, example: str) -> Any:
+    """Add a command that has actions and return the object to which they are added."""
+    parser = _add_parser(commands, name, help, f"{_sentence(help)}\n\n  {example}")
     return parser.add_subparsers(title="actions", required=True, metavar="ACTION")
 
 
-def _parser(commands: Any, name: str, help: str, description: str) -> Parser:
+def _add_parser(commands: Any, name: str, help: str, description: str) -> Parser:
     parser: Parser = commands.add_parser(
         name, help=help, description=description, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -46,19 +48,23 @@ def _parser(commands: Any, name: str, help: str, description: str) -> Parser:
     return parser
 
 
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
 def int_between(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
-    """Reads a whole number of this range."""
+    """Return a parser of integers from `low` to `high`."""
 
     def read(text: str) -> int:
         if not (text.isdecimal() and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected an integer from {low} to {high}, got {text!r}")
         return int(text)
 
     return read
 
 
-def finite(text: str) -> float:
-    """Reads a number that is neither infinite nor nan."""
+def finite_float(text: str) -> float:
+    """Parse a number that is neither infinite nor NaN."""
     try:
         value = float(text)
     except ValueError:
@@ -68,29 +74,29 @@ def finite(text: str) -> float:
     return value
 
 
-def number(text: str) -> float:
-    """Reads a number, 0 or more."""
-    value = finite(text)
+def non_negative_float(text: str) -> float:
+    """Parse a finite number >= 0."""
+    value = finite_float(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
     return value
 
 
-def above_zero(text: str) -> float:
-    """Reads a number above 0."""
-    value = number(text)
+def positive_float(text: str) -> float:
+    """Parse a finite number > 0."""
+    value = non_negative_float(text)
     if value == 0:
-        raise argparse.ArgumentTypeError("expected more than 0")
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
     return value
 
 
-def place(text: str) -> str:
-    """Reads a path to write to; a shell leaves the ~ of --out=~/x as it is."""
+def output_path(text: str) -> str:
+    """Parse a path to write to; a shell does not expand the ~ of --out=~/x."""
     return os.path.expanduser(text)
 
 
 def weights_file(text: str) -> str:
-    """Reads the name of a weights file to write."""
+    """Parse the path of a weights file to write."""
     if not text.endswith(".safetensors"):
-        raise argparse.ArgumentTypeError(f"expected a name that ends in .safetensors, got {text!r}")
-    return place(text)
+        raise argparse.ArgumentTypeError(f"expected a path that ends in .safetensors, got {text!r}")
+    return output_path(text)

@@ -1,10 +1,11 @@
-"""`dit-scale config`: every key of a configuration, what it means, its type and its default."""
+"""`dit-scale config`: print every configuration key with its type, default and meaning."""
 
 import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import command
+from dit_scale.cli.arguments import add_command
+from dit_scale.cli.tables import print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,25 +14,26 @@ if TYPE_CHECKING:
 
 
 ENCODE = "encode"
-"""As the first word: the keys of the encoding job instead of those of a training run."""
+"""First argument that selects the keys of the encoding job instead of those of a training run."""
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(
+    parser = add_command(
         commands,
         "config",
         _run,
-        "what every key of a configuration means, its type and its default",
-        description="""Print keys with their types, defaults and what they mean: those of a training run, or
-behind the word `encode` those of the encoding job.
+        "explain every configuration key, with its type and default",
+        description="""\
+Print configuration keys with their types, defaults and meanings: those of a training run, or those
+of the encoding job after the word `encode`.
 
   dit-scale config
   dit-scale config optimizer engine.precision
   dit-scale config encode vae_batch""",
     )
     parser.add_argument("keys", nargs="*", metavar="KEY", help="keys or sections (default: all)")
-    parser.add_argument("--json", action="store_true", help="a list of objects, for machines")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -46,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(key) for group in found for key in group.keys], indent=2))
     else:
-        _print(_table(found))
+        print_table(_table(found))
     return 0
 
 
@@ -69,12 +71,3 @@ def _table(found: "Sequence[KeyGroup]") -> "Table":
             default = "(required)" if key.required else json.dumps(key.default).strip('"')
             table.add_row(*map(Text, (key.key, key.type, default, key.doc)))
     return table
-
-
-def _print(table: "Table") -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140  # nobody's window is too narrow for it
-    console.print(table)

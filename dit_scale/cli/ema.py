@@ -3,18 +3,18 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command, group, int_between, weights_file
+from dit_scale.cli.arguments import add_command, add_group, int_between, weights_file
 
 
 def add(commands: Any) -> None:
     """Declare the commands."""
-    actions = group(
+    actions = add_group(
         commands,
         "ema",
         "list a run's stored averages, or make one of another width",
         example="dit-scale ema reconstruct runs/dit_xl2_256 --sigma-rel 0.08 --out sigma08.safetensors",
     )
-    listing = command(
+    listing = add_command(
         actions,
         "list",
         _list,
@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     )
     listing.add_argument("run", help="the run's folder")
     listing.add_argument("--json", action="store_true", help="a list of objects, for machines")
-    rebuild = command(
+    rebuild = add_command(
         actions,
         "reconstruct",
         _reconstruct,
@@ -56,7 +56,7 @@ def _list(args: argparse.Namespace) -> int:
             "step": average.profile.step,
             "sigma_rel": average.profile.sigma_rel,
             "profile": average.name,
-            "checkpoint": average.checkpoint.name,
+            "checkpoint": average.checkpoint.path,
             "since_step": average.since_step,
             "flaw": average.flaw,
         }
@@ -86,7 +86,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     from dit_scale.errors import CheckpointError
-    from dit_scale.inference.posthoc import Profile
+    from dit_scale.inference.posthoc import PowerProfile
     from dit_scale.inference.sources import export, reconstruct, stored_averages
     from dit_scale.storage.outputs import check_output
     from dit_scale.train.run_folder import root_of_folder
@@ -108,7 +108,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
         raise CheckpointError(
             f"none of the power-function averages of {args.run} can be used yet: train on, and store more"
         )
-    target = Profile(args.sigma_rel, args.step or stored[-1].profile.step)
+    target = PowerProfile(args.sigma_rel, args.step or stored[-1].profile.step)
     console = Console(stderr=True)
     show = partial(track, description="parameters", console=console, disable=not console.is_terminal)
     source = reconstruct(stored, target, show)

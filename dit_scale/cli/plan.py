@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, above_zero, command, int_between, number
+from dit_scale.cli.arguments import CONFIG_HELP, add_command, int_between, non_negative_float, positive_float
 
 if TYPE_CHECKING:
     from dit_scale.forecast.estimate import Estimate, Machines, Work
@@ -22,7 +22,7 @@ COSTS = {
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(
+    parser = add_command(
         commands,
         "plan",
         _run,
@@ -41,28 +41,30 @@ given are assumptions, not measurements: measure them on the machines in questio
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpus", type=int_between(1), required=True, help="that train, spares not counted")
     speed = parser.add_mutually_exclusive_group(required=True)
-    speed.add_argument("--images-per-s", type=above_zero, help="of one GPU, as measured")
+    speed.add_argument("--images-per-s", type=positive_float, help="of one GPU, as measured")
     speed.add_argument(
         "--speed-from", metavar="FILE", help="rows of train_step.py --json; the fastest counts"
     )
     parser.add_argument("--gpus-per-node", type=int_between(1), default=8, help="(default 8)")
     parser.add_argument("--spares", type=int_between(0), default=0, help="nodes more, that wait (default 0)")
-    parser.add_argument("--failures", type=number, default=6.5, help="per 1,000 nodes and day (default 6.5)")
+    parser.add_argument(
+        "--failures", type=non_negative_float, default=6.5, help="per 1,000 nodes and day (default 6.5)"
+    )
     parser.add_argument("--crash", type=_share, default=0.4, help="share of them that kill a rank (0.4)")
     parser.add_argument(
         "--hang", type=_share, default=0.1, help="share that stop a rank (0.1); others: a node"
     )
-    parser.add_argument("--repair-h", type=number, default=24.0, help="until a node is back (24)")
+    parser.add_argument("--repair-h", type=non_negative_float, default=24.0, help="until a node is back (24)")
     parser.add_argument(
-        "--lease-s", type=above_zero, default=15.0, help="silence that means a node is lost (15)"
+        "--lease-s", type=positive_float, default=15.0, help="silence that means a node is lost (15)"
     )
     for name, (default, text) in COSTS.items():
         option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=number, default=default, help=f"{text} ({default:g})")
-    parser.add_argument("--price", type=number, default=0.0, help="of a GPU-hour")
+        parser.add_argument(option, type=non_negative_float, default=default, help=f"{text} ({default:g})")
+    parser.add_argument("--price", type=non_negative_float, default=0.0, help="of a GPU-hour")
     parser.add_argument(
         "--simulate",
-        type=above_zero,
+        type=positive_float,
         metavar="DAYS",
         help="also run the supervisors for so many virtual days",
     )
@@ -166,7 +168,7 @@ def _measured(path: str, model: str, image_size: int) -> float:
 
 
 def _simulate(args: argparse.Namespace, machines: "Machines", work: "Work") -> "SimulationResult":
-    from dit_scale.elastic.supervisor import Policy
+    from dit_scale.elastic.policy import Policy
     from dit_scale.forecast import simulate
     from dit_scale.forecast.timeline import FailureKind
 
@@ -244,14 +246,14 @@ def _simulated(result: "SimulationResult") -> dict[str, Any]:
         "committed_step": result.committed_step,
         "failures": dict(result.failures),
         "rounds_by_end": dict(result.endings),
-        "ledger_s": result.ledger_s,
+        "ledger_s": result.ledger.by_name(),
     }
 
 
 def _told(result: "SimulationResult") -> str:
     spent = [
         f"  {use:<18}{seconds / result.wall_s:8.3%}  {seconds / 3600:10.2f} h"
-        for use, seconds in result.ledger_s.items()
+        for use, seconds in result.ledger.by_name().items()
     ]
     ends = ", ".join(f"{count} {reason}" for reason, count in result.endings.most_common())
     code = "not over" if result.code is None else f"exit code {int(result.code)}"
@@ -261,7 +263,7 @@ def _told(result: "SimulationResult") -> str:
 
 
 def _share(text: str) -> float:
-    share = number(text)
+    share = non_negative_float(text)
     if share > 1:
         raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text!r}")
     return share

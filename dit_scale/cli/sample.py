@@ -3,12 +3,12 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import command, finite, int_between, place
+from dit_scale.cli.arguments import add_command, finite_float, int_between, output_path
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(
+    parser = add_command(
         commands,
         "sample",
         _run,
@@ -31,7 +31,7 @@ Image i depends on the weights, --seed, i and its class alone.
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="default ddpm")
     parser.add_argument("--steps", default="250", help='denoising steps, or "ddim50" (default 250)')
     parser.add_argument(
-        "--guidance", type=finite, default=1.5, help="classifier-free guidance scale; 1 is off"
+        "--guidance", type=finite_float, default=1.5, help="classifier-free guidance scale; 1 is off"
     )
     parser.add_argument(
         "--guidance-channels",
@@ -56,7 +56,9 @@ Image i depends on the weights, --seed, i and its class alone.
     parser.add_argument(
         "--threads", type=int_between(1), default=1, help="CPU threads of each process (default 1)"
     )
-    parser.add_argument("--out", type=place, default=None, help="folder (default: RUN/samples or samples)")
+    parser.add_argument(
+        "--out", type=output_path, default=None, help="folder (default: RUN/samples or samples)"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -64,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from dit_scale.config import EngineConfig, ModelConfig
     from dit_scale.errors import ConfigError
-    from dit_scale.inference.sample import Settings, balanced_labels, sample
+    from dit_scale.inference.sample import SamplingSettings, balanced_labels, sample
     from dit_scale.inference.sources import open_source
     from dit_scale.storage.outputs import check_output
 
@@ -80,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     if vae is None:
         raise ConfigError("a weights file does not name its VAE: pass --vae FOLDER_OR_HUB_NAME")
     labels = balanced_labels(args.classes or range(source.model.num_classes), args.images)
-    settings = Settings(
+    settings = SamplingSettings(
         args.seed,
         args.steps,
         args.sampler,

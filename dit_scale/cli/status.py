@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import command
+from dit_scale.cli.arguments import add_command
 
 if TYPE_CHECKING:
     from dit_scale.report.status import Status
@@ -20,7 +20,7 @@ MAX_TEXT = 160
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = command(
+    parser = add_command(
         commands,
         "status",
         _status,

@@ -1,8 +1,9 @@
-"""Standard output and error that may be closed, full, or a terminal that is gone.
+"""Standard streams that may be closed, full, or connected to a terminal that no longer exists.
 
-A job (training, a supervisor, encoding) goes on without them: its journal has everything. Any other command
-ends when its output cannot be written: quietly with code 141 when nobody reads it any more, as a program
-that SIGPIPE ends, and with a message and code 2 when it is lost, as on a full disk.
+A job (training, a supervisor, encoding) continues without them, because its journal and metrics are files.
+Any other command stops when its output cannot be written: silently with code 141 when the reader of a pipe
+has exited, like a program that SIGPIPE ends, and with a message and code 2 otherwise, for example on a
+full disk.
 """
 
 import errno
@@ -25,7 +26,7 @@ class LostOutputError(OSError):
 
 
 class _Standard(io.FileIO):
-    """A standard stream; what a job cannot write there is dropped."""
+    """A standard stream; a job drops what it cannot write."""
 
     def __init__(self, descriptor: int, is_needed: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -34,25 +35,25 @@ class _Standard(io.FileIO):
     def write(self, data: Any) -> int:
         try:
             while (count := super().write(data)) is None:
-                # somebody else has set O_NONBLOCK on the terminal or pipe that we share
+                # another process has set O_NONBLOCK on the shared terminal or pipe
                 select.select([], [self], [])
             return count
         except OSError as error:
             if not self._is_needed or _is_job:
                 return len(data)
-            with open(os.devnull, "wb") as nothing:  # for what is still in buffers
+            with open(os.devnull, "wb") as nothing:  # absorbs what is still buffered
                 os.dup2(nothing.fileno(), self.fileno())
             raise LostOutputError(error.errno, error.strerror) from None
 
 
 def run_as_job() -> None:
-    """From here on nothing that becomes of the standard streams ends this process."""
+    """From now on, ignore errors of the standard streams in this process."""
     global _is_job
     _is_job = True
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """The exit code of a command that has this process to itself."""
+    """Run the command of this process with guarded standard streams and return its exit code."""
     _install()
     try:
         try:
@@ -62,7 +63,7 @@ def guarded(command: Callable[[], int]) -> int:
     except LostOutputError as error:
         if error.errno == errno.EPIPE:
             return CLOSED_PIPE_EXIT_CODE
-        print(f"dit-scale: cannot write the output: {error.strerror}; send it elsewhere", file=sys.stderr)
+        print(f"dit-scale: cannot write the output: {error.strerror}; redirect it", file=sys.stderr)
         return LOST_OUTPUT_EXIT_CODE
 
 
@@ -70,7 +71,7 @@ def _install() -> None:
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed; the next file to be opened would be taken for it
+        except OSError:  # closed: the next file to be opened would take this descriptor
             os.open(os.devnull, os.O_RDWR)
     with suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
@@ -79,7 +80,7 @@ def _install() -> None:
 
 
 def _text(before: TextIO | None, descriptor: int, is_needed: bool) -> TextIO:
-    """A stream like the one before; None: it was closed. A character that it cannot show is escaped."""
+    """Return a stream like `before` (None if it was closed) that escapes characters it cannot encode."""
     raw = _Standard(descriptor, is_needed)
     is_error = descriptor == 2
     return io.TextIOWrapper(

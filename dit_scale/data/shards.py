@@ -65,7 +65,6 @@ class VaeIdentity(_Part):
     scale: float
     downsample: int
     latent_channels: int
-    input_range: tuple[float, float] = (-1.0, 1.0)
 
 
 class SourceInfo(_Part):

@@ -24,7 +24,7 @@ MAX_ERROR = 0.05
 
 
 @dataclass(frozen=True)
-class Profile:
+class PowerProfile:
     """The power-function average of this relative width at this step."""
 
     sigma_rel: float
@@ -45,7 +45,7 @@ class Fit:
     it is nearer when they drift, as trained weights do."""
 
 
-def overlaps(rows: Sequence[Profile], columns: Sequence[Profile]) -> np.ndarray:
+def overlaps(rows: Sequence[PowerProfile], columns: Sequence[PowerProfile]) -> np.ndarray:
     """Cosine of every row's profile and every column's, float64 of shape (rows, columns).
 
     The integral of the product of two profiles over both lengths; with a and b for gamma, and b that of
@@ -60,14 +60,14 @@ def overlaps(rows: Sequence[Profile], columns: Sequence[Profile]) -> np.ndarray:
     return cosines
 
 
-def lengths(profiles: Sequence[Profile]) -> np.ndarray:
+def lengths(profiles: Sequence[PowerProfile]) -> np.ndarray:
     """L2 norm of each profile, (gamma + 1) / sqrt((2 gamma + 1) t), float64."""
     gamma, step = _gammas_and_steps(profiles)
     norms: np.ndarray = (gamma + 1) / np.sqrt((2 * gamma + 1) * step)
     return norms
 
 
-def fit(stored: Sequence[Profile], target: Profile) -> Fit:
+def fit(stored: Sequence[PowerProfile], target: PowerProfile) -> Fit:
     """The combination of stored averages, all different, with the profile nearest to the target's.
 
     Weights that sum to 1, unlike plain least squares, keep what all averages have in common exact; it is
@@ -87,12 +87,12 @@ def fit(stored: Sequence[Profile], target: Profile) -> Fit:
     return Fit(tuple(weights.get(profile, 0.0) for profile in stored), error)
 
 
-def _gammas_and_steps(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
+def _gammas_and_steps(profiles: Sequence[PowerProfile]) -> tuple[np.ndarray, np.ndarray]:
     gammas = [power_gamma(profile.sigma_rel) for profile in profiles]
     return np.array(gammas), np.array([float(profile.step) for profile in profiles])
 
 
-def _refusal(stored: Sequence[Profile], target: Profile, error: float) -> str:
+def _refusal(stored: Sequence[PowerProfile], target: PowerProfile, error: float) -> str:
     widths = ", ".join(f"{width:g}" for width in sorted({profile.sigma_rel for profile in stored}))
     steps = sorted({profile.step for profile in stored}, key=lambda step: (abs(step - target.step), step))
     if target.step in steps:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -25,18 +24,15 @@ from dit_scale.config import EngineConfig
 from dit_scale.data.order import rank_slice
 from dit_scale.diffusion import sampler
 from dit_scale.diffusion.schedule import Schedule, linear, respace
-from dit_scale.errors import ConfigError, WeightsError
+from dit_scale.errors import ConfigError
+from dit_scale.inference.image_files import write_grid, write_npz
 from dit_scale.inference.sources import WeightsSource, build_model
 from dit_scale.models.dit import DiT
 from dit_scale.rng import Purpose
-from dit_scale.storage.outputs import new_file
-
-GRID_IMAGES = 100
-"""Most images that a grid shows."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplingSettings:
     """How to draw; the defaults are the paper's protocol but for the guidance, which it varies."""
 
     seed: int = 0
@@ -49,7 +45,7 @@ class Settings:
 
 
 def sample_latents(
-    model: DiT, schedule: Schedule, y_B: Tensor, image_B: Tensor, settings: Settings
+    model: DiT, schedule: Schedule, y_B: Tensor, image_B: Tensor, settings: SamplingSettings
 ) -> Iterator[Tensor]:
     """Yield z_BCHW after each denoising step; the last is the sample, scaled as in training.
 
@@ -75,7 +71,7 @@ def generate(
     schedule: Schedule,
     labels: Sequence[int],
     images: range,
-    settings: Settings,
+    settings: SamplingSettings,
     advance: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Draw the images of these numbers => uint8 (N, height, width, 3); `labels[i]` is image i's class.
@@ -100,7 +96,7 @@ def sample(
     source: WeightsSource,
     vae_name: str,
     labels: Sequence[int],
-    settings: Settings,
+    settings: SamplingSettings,
     out: Path,
     engine: EngineConfig,
 ) -> bool:
@@ -118,7 +114,7 @@ def sample(
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         model = build_model(source, world.device, dtype)
         decoder = vae.load(vae_name, world.device)
-        check_vae(decoder, source.vae_sha256)
+        decoder.require_weights(source.vae_sha256)
         schedule = respace(linear(source.timesteps), settings.steps).to(world.device)
         mine = rank_slice(len(labels), world.rank, world.size)
         total = -(-len(mine) // settings.batch) * len(schedule)
@@ -133,36 +129,6 @@ def sample(
         return world.is_first
     finally:
         dist.stop()
-
-
-def check_vae(decoder: vae.Vae, expected_sha256: str | None) -> None:
-    """Raises WeightsError when the decoder is not of the autoencoder that made the latents."""
-    got = decoder.identity().weights_sha256
-    if expected_sha256 is not None and got != expected_sha256:
-        raise WeightsError(
-            f"this VAE ({decoder.identity().name}, sha256 {got[:12]}) did not make the latents "
-            f"(sha256 {expected_sha256[:12]}); pass the one that did with --vae"
-        )
-
-
-def write_grid(images: np.ndarray, path: Path) -> None:
-    """uint8 (N, height, width, 3) => the first hundred as one PNG, row by row with two pixels between."""
-    images = images[:GRID_IMAGES]
-    count, height, width, _ = images.shape
-    columns = min(count, 10) if count > 16 else -(-count // max(1, int(count**0.5)))
-    rows = -(-count // columns)
-    grid = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, dtype=np.uint8)
-    for index, image in enumerate(images):
-        top, left = 2 + index // columns * (height + 2), 2 + index % columns * (width + 2)
-        grid[top : top + height, left : left + width] = image
-    with new_file(path) as temporary:
-        Image.fromarray(grid).save(temporary, format="PNG")
-
-
-def write_npz(images: np.ndarray, labels: np.ndarray, path: Path) -> None:
-    """The sample file of the ADM evaluation suite: arr_0 uint8 (N, height, width, 3), arr_1 labels."""
-    with new_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=images, arr_1=labels)
 
 
 def balanced_labels(classes: Sequence[int], num: int) -> list[int]:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dit_scale import weights
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, is_name
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, ModelConfig
 from dit_scale.errors import CheckpointError, WeightsError
 from dit_scale.inference import posthoc
-from dit_scale.inference.posthoc import Profile
+from dit_scale.inference.posthoc import PowerProfile
 from dit_scale.models import dit
 from dit_scale.models.dit import DiT
 from dit_scale.models.embeddings import sincos_pos_embed
@@ -58,7 +58,7 @@ class StoredAverage:
     """Of all state, or of averages alone."""
     name: str
     """Of its profile in the run's configuration."""
-    profile: Profile
+    profile: PowerProfile
     since_step: int = 0
     """Step since which it is tracked; the latest that it can be where the checkpoint does not say it."""
 
@@ -92,14 +92,15 @@ def checkpoints_at(path: str) -> list[tuple[str, Callable[[], Checkpoint]]]:
     A checkpoint's folder may be an s3:// url. Raises CheckpointError where there is none.
     """
     above, _, name = path.rstrip("/").rpartition("/")
-    if is_name(name) and open_storage(above or ".").exists(f"{name}/{MANIFEST}"):
-        return [(path, lambda: Checkpoint(open_storage(above or "."), name))]
+    checkpoint_id = CheckpointId.parse(name)
+    if checkpoint_id and open_storage(above or ".").exists(f"{name}/{MANIFEST}"):
+        return [(path, lambda: Checkpoint(open_storage(above or "."), checkpoint_id, folder=""))]
     if (Path(path) / "config.yaml").is_file():
         root = root_of_folder(path)
-        names = committed(root)
-        if not names:
+        ids = committed(root)
+        if not ids:
             raise CheckpointError(f"{path} has no committed checkpoint yet")
-        return [(name, partial(Checkpoint, root, name)) for name in names]
+        return [(checkpoint_id.path(), partial(Checkpoint, root, checkpoint_id)) for checkpoint_id in ids]
     raise WeightsError(
         f"{path}: expected a run's folder, a checkpoint's folder, or a .safetensors or .pt file of weights"
     )
@@ -167,13 +168,14 @@ def stored_averages(root: Storage) -> tuple[list[StoredAverage], list[str]]:
     """
     held: list[tuple[Checkpoint, tuple[EmaProfile, ...]]] = []
     problems = []
-    for path in (*committed(root, CHECKPOINTS), *committed(root, EMA)):
+    candidates = [(one, folder) for folder in (CHECKPOINTS, EMA) for one in committed(root, folder)]
+    for checkpoint_id, folder in candidates:
         try:
-            checkpoint = Checkpoint(root, path)
+            checkpoint = Checkpoint(root, checkpoint_id, folder)
             held.append((checkpoint, checkpoint.config.ema))
         except CheckpointError as error:
             problems.append(str(error))
-    found: dict[Profile, StoredAverage] = {}
+    found: dict[PowerProfile, StoredAverage] = {}
     for one in _with_history(sorted(held, key=lambda pair: pair[0].manifest.step)):
         if one.profile not in found or one.foreign_share <= found[one.profile].foreign_share:
             found[one.profile] = one
@@ -195,13 +197,13 @@ def _with_history(held: Iterable[tuple[Checkpoint, tuple[EmaProfile, ...]]]) -> 
         }
         for entry, since_step in since.items():
             if step and entry.sigma_rel is not None and ema_kind(entry.name) in checkpoint.kinds():
-                yield StoredAverage(checkpoint, entry.name, Profile(entry.sigma_rel, step), since_step)
+                yield StoredAverage(checkpoint, entry.name, PowerProfile(entry.sigma_rel, step), since_step)
         before = since
 
 
 def reconstruct(
     stored: Sequence[StoredAverage],
-    target: Profile,
+    target: PowerProfile,
     show: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> WeightsSource:
     """The average of another width, from those stored up to its step (`dit_scale.inference.posthoc`).

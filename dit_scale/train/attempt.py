@@ -168,7 +168,7 @@ class Attempt:
             nonlocal carried
             check_writable(config)
             record = next_attempt(
-                root, checkpoint.name if checkpoint else None, excluded, previous.record if previous else None
+                root, checkpoint.id if checkpoint else None, excluded, previous.record if previous else None
             )
             claim(
                 root,
@@ -200,7 +200,7 @@ class Attempt:
         self.say(f"{config.run}: {start}, attempt {self.record.number}")
         self.write(
             Event.START,
-            resumed_from=self.record.resumed_from,
+            resumed_from=self.record.resumed_from and self.record.resumed_from.path(),
             restore_s=round(restore_s, 3),
             world=plan.world,
             attention=self._trainer.attention_backend,

@@ -11,7 +11,7 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
 from dit_scale.errors import ConfigError
 from dit_scale.lines import Say
-from dit_scale.paths import located
+from dit_scale.paths import with_absolute_paths
 from dit_scale.train.optim import learning_rate
 
 BOUND_KEYS = ("seed", "global_batch", "data.horizontal_flip", "data.window_shards")
@@ -54,7 +54,7 @@ def say_changes(config: TrainConfig, checkpoint: Checkpoint, say: Say) -> None:
 def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
     """A line for each key: `optimizer.lr: 0.0001 -> 0.0002`. What changed in `ema`, `averages` tells."""
     with suppress(ConfigError):  # older runs were saved with relative paths
-        before, now = located(before), located(now)
+        before, now = with_absolute_paths(before), with_absolute_paths(now)
     old, new = (_flat(config.model_dump(mode="json", exclude={"ema"})) for config in (before, now))
     return [f"{key}: {_text(old[key])} -> {_text(new[key])}" for key in new if old[key] != new[key]]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord, Ranges
+from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.errors import StorageError
 from dit_scale.lines import Say
 from dit_scale.storage import DiskFullError, Storage
@@ -15,7 +16,7 @@ PAUSE_S = 5.0
 
 
 def next_attempt(
-    root: Storage, resumed_from: str | None, excluded: Ranges, behind: AttemptRecord | None
+    root: Storage, resumed_from: CheckpointId | None, excluded: Ranges, behind: AttemptRecord | None
 ) -> AttemptRecord:
     """The next attempt of a run, or the one behind `behind`, which leaves these positions out, too."""
     before = attempts.newest(root)

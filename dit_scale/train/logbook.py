@@ -66,7 +66,7 @@ def _along(found: Checkpoint | None, name: str) -> list[str] | None:
     if found is None:
         return None
     try:
-        return found.storage.read(f"{found.name}/{name}").decode(errors="replace").splitlines()
+        return found.storage.read(f"{found.path}/{name}").decode(errors="replace").splitlines()
     except MissingKeyError:  # saved when checkpoint.url was not set, or while the file was gone
         return None
 
@@ -98,7 +98,9 @@ class Logbook:
         folder = Path(config.run)
         self._journal = Journal(folder / EVENTS, self._alarm)
         self._journal.take_over(carried.events)
-        self._record = Record(folder, root, attempt, dump(config), carried.rows, self._alarm)
+        self._record = Record(
+            folder, root, attempt, config=dump(config), rows=carried.rows, alarm=self._alarm
+        )
         self._mirrors = open_mirrors(config, step(), self._alarm)
         if carried.damaged:
             self._alarm(f"{folder / METRICS}: {carried.damaged} damaged lines are left out from now on")

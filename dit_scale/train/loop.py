@@ -43,7 +43,7 @@ def train(config: TrainConfig) -> int:
             attempt, saves, state = run.attempt, run.saves, run.state
             sums = run.trainer.accumulate(_beating(heart, attempt.loader, state.step))
             # Late in the step, so that a request to stop still counts for it; the answer arrives meanwhile.
-            vote = world.begin_any(stop.wanted, *saves.flags(), attempt.has_new_damage())
+            vote = world.start_vote(stop.wanted, *saves.flags(), attempt.has_new_damage())
             row = run.trainer.update(sums, state.step)
             state.step += 1
             heart.beat(Phase.AGREE, state.step)

@@ -24,9 +24,9 @@ def choose_precision(config: TrainConfig, world: World) -> tuple[TrainConfig, st
 
     def choose() -> tuple[str, str]:
         root = root_of(config)
-        for path in attempts.committed(root):
+        for checkpoint_id in attempts.committed(root):
             with suppress(CheckpointError):  # named when it is filled in
-                return read_manifest(root, path).config["engine"]["precision"], "as the run began"
+                return read_manifest(root, checkpoint_id).config["engine"]["precision"], "as the run began"
         has = "multiplies bf16 in hardware" if fast_bf16 else "has no bf16 instructions"
         return dist.choose_precision("auto", world.device), f"this {world.device.type.upper()} {has}"
 

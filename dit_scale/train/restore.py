@@ -6,7 +6,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 from dit_scale.checkpoint import attempts, reader
-from dit_scale.checkpoint.manifest import step_and_attempt
 from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
@@ -42,7 +41,7 @@ def restore(
         owned = trainer.engine.owned
         try:
             reader.fill(owned, (*OPTIMIZER_KINDS, *old_kinds), read)
-            reader.fill(owned, new_kinds, lambda _, *extent: read(MASTER, *extent))
+            reader.fill(owned, new_kinds, lambda _, *where: read(MASTER, *where))
         finally:
             context.heart.beat(Phase.RESTORED, step)
         for note in notes:
@@ -83,15 +82,16 @@ def find_checkpoint(
             "same data set, or to an exact copy, on every node"
         )
     root = root_of(config)
-    paths, unrecorded = world.broadcast(lambda: (attempts.committed(root), attempts.unrecorded(root)))
+    ids, unrecorded = world.broadcast(lambda: (attempts.committed(root), attempts.unrecorded(root)))
     for number in unrecorded:
         say(f"attempts/{number:04d}.json is missing; the readable checkpoints of attempt {number} count")
     if at_most_step is not None:
-        paths = [path for path in paths if step_and_attempt(path)[0] <= at_most_step]
-    for path in paths:
+        ids = [checkpoint_id for checkpoint_id in ids if checkpoint_id.step <= at_most_step]
+    for checkpoint_id in ids:
+        path = checkpoint_id.path()
         problem, digest, unavailable = "", "", False
         try:
-            checkpoint = Checkpoint(root, path)
+            checkpoint = Checkpoint(root, checkpoint_id)
             digest = hashlib.sha256(checkpoint.manifest.model_dump_json().encode()).hexdigest()
             check_same_run(config, data_sha256, checkpoint)
             fill(checkpoint)
@@ -114,8 +114,6 @@ def find_checkpoint(
             say_changes(config, checkpoint, say)
             return checkpoint
         say(f"skipping checkpoint {path}: {problems[0]}")
-    if paths:
-        raise CheckpointError(
-            f"{root.url}: none of its {len(paths)} checkpoints can be read; start a new run"
-        )
+    if ids:
+        raise CheckpointError(f"{root.url}: none of its {len(ids)} checkpoints can be read; start a new run")
     return None

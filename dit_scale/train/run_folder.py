@@ -15,7 +15,7 @@ record and the journal along, and the machine on which the run goes on has them 
 
 from pathlib import Path
 
-from dit_scale.config import TrainConfig, load, moved
+from dit_scale.config import TrainConfig, load, relocated
 from dit_scale.errors import ConfigError
 from dit_scale.storage import Storage, open_storage
 
@@ -31,7 +31,7 @@ def config_of_folder(run: str | Path) -> TrainConfig:
     """The configuration in a run's folder, which may have moved. Raises ConfigError for any other folder."""
     if not (Path(run) / "config.yaml").is_file():
         raise ConfigError(f"{run}: expected a run's folder, with its config.yaml")
-    return moved(load(TrainConfig, Path(run) / "config.yaml"), str(run))
+    return relocated(load(TrainConfig, Path(run) / "config.yaml"), str(run))
 
 
 def root_of_folder(run: str | Path) -> Storage:

@@ -5,7 +5,7 @@ import time
 import torch
 
 from dit_scale import __version__
-from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, Manifest, name_of
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, Manifest
 from dit_scale.checkpoint.partition import OPTIMIZER_KINDS
 from dit_scale.checkpoint.saver import Saver, SaveResult
 from dit_scale.errors import CheckpointError
@@ -78,13 +78,12 @@ class Saves:
 
     def _begin(self) -> None:
         config, state = self._context.config, self._attempt.state
-        name = name_of(state.step, self._attempt.record.number)
         kinds = (*OPTIMIZER_KINDS, *(ema_kind(profile.name) for profile in config.ema))
-        folders = {f"{CHECKPOINTS}/{name}": kinds}
+        folders = {CHECKPOINTS: kinds}
         stored = tuple(ema_kind(profile.name) for profile in config.ema if profile.sigma_rel is not None)
         if stored and self._passed(config.checkpoint.ema_every_steps, since=self._committed_step):
             # Before the checkpoint: a run that resumes from it must find this average.
-            folders = {f"{EMA}/{name}": stored, **folders}
+            folders = {EMA: stored, **folders}
         begin_s = time.monotonic()
         self._saver.begin(self._manifest(), folders)
         self._saved_step = state.step
@@ -125,7 +124,7 @@ class Saves:
         """Show and record how a save ended."""
         if result is None:
             return
-        attempt, name = self._attempt, name_of(result.manifest.step, result.manifest.attempt)
+        attempt, name = self._attempt, result.manifest.id.name
         if result.problem:
             attempt.write(Event.SAVE_FAILED, name=name, problem=result.problem)
             attempt.say(f"ALARM: checkpoint {name} is not saved, training continues: {result.problem}")

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dit_scale import cli
 from dit_scale.data.shards import LatentDataset, read_info
 from dit_scale.storage import open_storage
 from dit_scale_pipeline.inputs.saved import load_listing
-from dit_scale_pipeline.verify import main as verify_main
 from tests.support.bare import bare_python
 from tests.support.encoding import ROOT, SCRIPT, clean_environment, job_command, objects, write_images
 from tests.support.faults.ports import free_port
@@ -297,18 +297,18 @@ def test_a_stock_webdataset_pipeline_reads_the_shards(latents: Path) -> None:
 def test_verify_finds_a_flipped_bit(
     latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert verify_main([str(latents)]) == 0
+    assert cli.main(["latents", "verify", str(latents)]) == 0
     assert "sound: 36 samples in 5 shards, 4 classes, 3 of 39 inputs quarantined" in capsys.readouterr().out
     copy = Path(shutil.copytree(latents, tmp_path / "copy"))
     record = LatentDataset.open(copy).records(1)[2]
     tar = bytearray((copy / "shards/00001.tar").read_bytes())
     tar[int(record["offset"]) + 500] ^= 1
     (copy / "shards/00001.tar").write_bytes(tar)
-    assert verify_main([str(copy)]) == 1
+    assert cli.main(["latents", "verify", str(copy)]) == 1
     error = capsys.readouterr().err
-    assert "wrong: shards/00001.tar: its SHA-256 is not the one in dataset.json" in error
-    assert f"wrong: shards/00001.tar, sample with key {record['key']:08d}: expected CRC-32C" in error
-    assert verify_main([str(tmp_path)]) == 2
+    assert "damaged: shards/00001.tar: its SHA-256 is not the one in dataset.json" in error
+    assert f"damaged: shards/00001.tar, sample with key {record['key']:08d}: expected CRC-32C" in error
+    assert cli.main(["latents", "verify", str(tmp_path)]) == 2
     assert "not a latent data set" in capsys.readouterr().err
 
 
@@ -324,7 +324,7 @@ def test_verify_finds_labels_counts_and_statistics(
     copy = Path(shutil.copytree(latents, tmp_path / "copy"))
     for change, message in changes:
         edit_info(copy, **{**info, **change})
-        assert verify_main([str(copy)]) == 1
+        assert cli.main(["latents", "verify", str(copy)]) == 1
         assert message in capsys.readouterr().err
 
 
@@ -351,7 +351,7 @@ def test_two_encoders_on_a_cluster_one_of_them_killed_write_the_same_bytes_to_s3
     error = job.communicate(timeout=HANGS_S)[1]
     assert job.returncode == 0, error
     assert objects(url) == objects(latents)
-    assert verify_main([url]) == 0
+    assert cli.main(["latents", "verify", url]) == 0
 
 
 def test_a_submitted_job_writes_the_same_bytes(

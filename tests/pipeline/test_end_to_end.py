@@ -63,7 +63,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = "configs/encode_demo.yaml"
     encode = ("python", "data_pipeline/encode_latents.py", "--config", config)
     command(*encode, f"source={folder / 'images'}", f"output={folder / 'latents'}", "encoders=1")
-    command("python", "data_pipeline/verify.py", folder / "latents")
+    command("dit-scale", "latents", "verify", folder / "latents")
     return folder / "latents"
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from dit_scale import cli
 from dit_scale.storage import open_storage
 from dit_scale_pipeline.flow import MAX_LOSSES
 from dit_scale_pipeline.metrics import METRICS_KEY
-from dit_scale_pipeline.verify import main as verify_main
 from tests.support.encoding import clean_environment, job_command, objects, write_images
 from tests.support.faults.ceph import CephServer
 from tests.support.faults.proxy import FaultProxy
@@ -184,8 +184,8 @@ class Hunt:
             raise HuntError(f"other objects: {sorted(found.keys() ^ expected.keys())}")
         if differing := [key for key, data in expected.items() if found[key] != data]:
             raise HuntError(f"other bytes: {differing}")
-        if verify_main([self.url]):
-            raise HuntError("verify.py finds it damaged")
+        if cli.main(["latents", "verify", self.url]):
+            raise HuntError("`dit-scale latents verify` reports damage")
 
     def shards_done(self) -> int:
         return sum(key.endswith(".json") for key in self.seen if key.startswith("shards/"))

@@ -28,9 +28,9 @@ def write_latents(
     shard_samples: int = 16,
     views: int = 2,
 ) -> None:
-    """A finished data set of `num` random samples, a pure function of the arguments.
+    """Write a finished data set of `num` random samples, a pure function of the arguments.
 
-    Real ones have two views; with one, records are half as long.
+    Real data sets have two views; with one, records are half as long.
     """
     storage = open_storage(url)
     side = image_size // 8
@@ -39,7 +39,7 @@ def write_latents(
     for start in range(0, num, shard_samples):
         rows = [_row(key, side, num_classes, views) for key in range(start, min(start + shard_samples, num))]
         shard = build_shard(shard_name(start // shard_samples), rows, [], latent_channels=4)
-        shard.put(storage)
+        shard.write(storage)
         shards.append(ShardInfo.model_validate(shard.record.model_dump()))
         sums.append(shard.record.sums)
     mean, std = combine_sums(sums, num, shape) if num else ((0.0,) * 4, (1.0,) * 4)
@@ -65,7 +65,7 @@ def write_latents(
 
 
 def edit_info(folder: Path, **changes: object) -> None:
-    """Change keys of dataset.json, on purpose: its digest is made again."""
+    """Change keys of dataset.json on purpose, with a new digest."""
     tree = unseal((folder / INFO_KEY).read_bytes(), str(folder), DataError)
     (folder / INFO_KEY).write_bytes(sealed(tree | changes))
 

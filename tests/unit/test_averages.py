@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_scale import cli
-from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, name_of
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, CheckpointId
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, TrainConfig, dump
 from dit_scale.errors import ConfigError
@@ -68,11 +68,11 @@ def config_of(*profiles: EmaProfile, run: Path | None = None) -> TrainConfig:
 def write(root: Storage, folder: str, step: int, *profiles: EmaProfile, **fields: Any) -> Checkpoint:
     """A checkpoint with the averages of these profiles."""
     buffers = {ema_kind(profile.name): torch.full((SIZE,), float(step)) for profile in profiles}
-    path = f"{folder}/{name_of(step, 1)}"
+    checkpoint_id = CheckpointId(step, 1)
     config = config_of(*profiles).model_dump(mode="json")
-    owned = [Partition(buffers, (Extent("w", 0, SIZE, 0),))]
-    checkpoints.write(root, path, [owned], config=config, **fields)
-    return Checkpoint(root, path)
+    owned = [Partition(buffers, (ParameterSlice("w", 0, SIZE, 0),))]
+    checkpoints.write(root, checkpoint_id, [owned], folder, config=config, **fields)
+    return Checkpoint(root, checkpoint_id, folder)
 
 
 def test_since_when_each_average_is_tracked(tmp_path: Path) -> None:

@@ -15,19 +15,19 @@ import torch
 
 from dit_scale import cli, recipes
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
+from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, CheckpointId
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.checkpoint.writer import put_manifest
+from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.data.shards import INFO_KEY
 from dit_scale.inference.sources import open_source
 from dit_scale.storage import open_storage
 from tests.support.latents import write_latents
 from tests.support.tiny_run import STEP, write_run
-from tests.support.tiny_vae import save_tiny_vae
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMANDS = cli._parser()[1]
-NEWEST = name_of(STEP, 1)
+NEWEST_ID = CheckpointId(STEP, 1)
+NEWEST = NEWEST_ID.name
 
 HEAVY = ("torch", "deepspeed", "diffusers", "numpy", "scipy", "pydantic", "yaml", "boto3", "rich", "PIL")
 
@@ -37,11 +37,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latents")
     write_latents(folder, num=8, shard_samples=4, num_classes=5)
     return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture
@@ -76,33 +71,29 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 # Help
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        [],
-        ["config"],
-        ["encode"],
-        ["train"],
-        ["sample"],
-        ["models"],
-        ["checkpoint", "export"],
-        ["ema", "reconstruct"],
-        ["latents", "show"],
-    ],
-)
-def test_help_imports_nothing_of_weight(command: list[str]) -> None:
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """All commands and actions, `checkpoint` and `checkpoint list`, with their parsers."""
+    found = dict(COMMANDS)
+    for name, parser in COMMANDS.items():
+        for action in parser._subparsers._group_actions if parser._subparsers else ():
+            found |= {f"{name} {own}": actual for own, actual in dict(action.choices or {}).items()}
+    return found
+
+
+@pytest.mark.parametrize("command", ["", *parsers()])
+def test_help_imports_nothing_heavy(command: str) -> None:
     script = f"""
 import sys
 import tomllib
 from dit_scale import cli, recipes
 try:
-    cli.main({[*command, "--help"]!r})
+    cli.main({[*command.split(), "--help"]!r})
 except SystemExit as end:
     assert end.code == 0
 print("loaded:", *sorted(set({HEAVY!r}) & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(" ".join(["usage: dit-scale", *command]))
+    assert done.stdout.startswith(f"usage: dit-scale {command}".rstrip())
     assert done.stdout.splitlines()[-1] == "loaded:"
 
 
@@ -126,15 +117,6 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"dit-scale {project['version']}\n"
 
 
-def parsers() -> dict[str, argparse.ArgumentParser]:
-    """All commands and actions, `checkpoint` and `checkpoint list`, with their parsers."""
-    found = dict(COMMANDS)
-    for name, parser in COMMANDS.items():
-        for action in parser._subparsers._group_actions if parser._subparsers else ():
-            found |= {f"{name} {own}": actual for own, actual in dict(action.choices or {}).items()}
-    return found
-
-
 @pytest.mark.parametrize("name", parsers())
 def test_help_has_an_example_that_can_be_run(name: str) -> None:
     """Every example in it is a command line that the parser takes; one is of this command."""
@@ -153,24 +135,24 @@ def test_help_has_an_example_that_can_be_run(name: str) -> None:
         (["qqq"], "unknown command 'qqq'; `dit-scale` alone lists the commands"),
         (["checkpoint", "lsit"], "invalid choice: 'lsit'"),
         (["train"], "the following arguments are required: config"),
-        (["train", "x", "--world", "0"], "--world: expected a whole number from 1"),
-        (["sample", "x", "--images", "0"], "--images: expected a whole number from 1"),
+        (["train", "x", "--world", "0"], "--world: expected an integer from 1"),
+        (["sample", "x", "--images", "0"], "--images: expected an integer from 1"),
         (
             ["sample", "x", "--batch", "many"],
-            "--batch: expected a whole number from 1 to 2147483647, got 'many'",
+            "--batch: expected an integer from 1 to 2147483647, got 'many'",
         ),
-        (["sample", "x", "--seed", "4294967296"], "--seed: expected a whole number from 0 to 4294967295"),
-        (["sample", "x", "--classes", "1,dog"], "--classes: expected a whole number from 0"),
-        (["sample", "x", "--classes", ""], "--classes: expected a whole number from 0"),
-        (["checkpoint", "export", "x", "y.pt"], "out: expected a name that ends in .safetensors, got 'y.pt'"),
+        (["sample", "x", "--seed", "4294967296"], "--seed: expected an integer from 0 to 4294967295"),
+        (["sample", "x", "--classes", "1,dog"], "--classes: expected an integer from 0"),
+        (["sample", "x", "--classes", ""], "--classes: expected an integer from 0"),
+        (["checkpoint", "export", "x", "y.pt"], "out: expected a path that ends in .safetensors, got 'y.pt'"),
         (["ema", "reconstruct", "x", "--out", "y.safetensors"], "required: --sigma-rel"),
         (["ema", "reconstruct", "x", "--sigma-rel", "0.3"], "expected a number above 0 and below 0.289"),
         (["ema", "reconstruct", "x", "--sigma-rel", "nan"], "expected a number above 0 and below 0.289"),
         (["ema", "reconstruct", "x", "--sigma-rel", "thin"], "below 0.289, got 'thin'"),
         (["sample", "x", "--guidance", "nan"], "--guidance: expected a number, got 'nan'"),
-        (["launch", "x", "--lease-s", "0"], "--lease-s: expected more than 0"),
+        (["launch", "x", "--lease-s", "0"], "--lease-s: expected a number > 0"),
         (["launch", "x", "--gather-s", "inf"], "--gather-s: expected a number, got 'inf'"),
-        (["launch", "x", "--grow-s", "-1"], "--grow-s: expected a number, 0 or more, got '-1'"),
+        (["launch", "x", "--grow-s", "-1"], "--grow-s: expected a number >= 0, got '-1'"),
         (["sample", "x", "--sampler", "euler"], "--sampler: invalid choice: 'euler'"),
     ],
 )
@@ -361,10 +343,10 @@ def test_a_bare_weights_file_needs_a_vae(
 
 def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, folder = open_storage(run), run / CHECKPOINTS
-    whole = Checkpoint(root, f"{CHECKPOINTS}/{NEWEST}")
-    next_name, damaged_name = name_of(STEP + 1, 1), name_of(STEP + 2, 1)
+    whole = Checkpoint(root, NEWEST_ID)
+    next_name, damaged_name = CheckpointId(STEP + 1, 1).name, CheckpointId(STEP + 2, 1).name
     shutil.copytree(folder / NEWEST, folder / next_name, ignore=shutil.ignore_patterns(MANIFEST))
-    put_manifest(root, f"{CHECKPOINTS}/{next_name}", whole.manifest.model_copy(update={"step": STEP + 1}))
+    write_manifest(root, whole.manifest.model_copy(update={"step": STEP + 1}))
     root.write(f"{CHECKPOINTS}/{damaged_name}/{MANIFEST}", b"{}")
     assert cli.main(["checkpoint", "list", str(run), "--json"]) == 0
     damaged, *rows = json.loads(capsys.readouterr().out)
@@ -391,7 +373,7 @@ def damage(file: Path) -> None:
 
 def test_checkpoint_verify(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:
     write_run(run, tiny_vae, STEP + 1)
-    newest, older = name_of(STEP + 1, 1), NEWEST
+    newest, older = CheckpointId(STEP + 1, 1).name, NEWEST
     assert cli.main(["checkpoint", "verify", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"{CHECKPOINTS}/{newest}", f"{CHECKPOINTS}/{older}"]
@@ -405,7 +387,7 @@ def test_checkpoint_verify(run: Path, capsys: pytest.CaptureFixture[str], tiny_v
     assert "is damaged (CRC-32C of elements" in damaged
     folder = run / CHECKPOINTS
     assert cli.main(["checkpoint", "verify", str(folder / newest)]) == 0
-    assert capsys.readouterr().out.startswith(f"{folder / newest}: whole, ")
+    assert capsys.readouterr().out.startswith(f"{folder / newest}: intact, ")
     assert cli.main(["checkpoint", "verify", str(folder / older)]) == 1
     assert f"{file}: ema.second of" in capsys.readouterr().out
 
@@ -413,15 +395,15 @@ def test_checkpoint_verify(run: Path, capsys: pytest.CaptureFixture[str], tiny_v
 def test_checkpoint_prune(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:
     for step in (STEP + 1, STEP + 2, STEP + 3):
         write_run(run, tiny_vae, step)
-    oldest, old, next_newest, newest = (f"{CHECKPOINTS}/{name_of(STEP + n, 1)}" for n in range(4))
+    oldest, old, next_newest, newest = (CheckpointId(STEP + n, 1) for n in range(4))
     root = open_storage(run)
     assert cli.main(["checkpoint", "prune", str(run)]) == 0
-    assert capsys.readouterr().out == f"{oldest}: would be deleted\n{old}: would be deleted\n"
+    assert capsys.readouterr().out == f"{oldest.path()}: would be deleted\n{old.path()}: would be deleted\n"
     assert committed(root) == [newest, next_newest, old, oldest]
     assert cli.main(["checkpoint", "prune", str(run), "--yes"]) == 0
-    assert capsys.readouterr().out == f"{oldest}: deleted\n{old}: deleted\n"
+    assert capsys.readouterr().out == f"{oldest.path()}: deleted\n{old.path()}: deleted\n"
     assert cli.main(["checkpoint", "prune", str(run), "--yes", "--keep", "1"]) == 0
-    assert capsys.readouterr().out == f"{next_newest}: deleted\n"
+    assert capsys.readouterr().out == f"{next_newest.path()}: deleted\n"
     assert committed(root) == [newest]
 
 
@@ -434,31 +416,29 @@ def test_prune_says_where_the_configuration_was_edited(
     (run / "config.yaml").write_text(text.replace("  keep: 2\n", "  keep: 1\n"))
     assert cli.main(["checkpoint", "prune", str(run)]) == 0
     note, gone = capsys.readouterr().out.splitlines()
-    assert (
-        note
-        == f"note: config.yaml is not as in {CHECKPOINTS}/{name_of(STEP + 1, 1)}: checkpoint.keep: 2 -> 1"
-    )
+    newest = CheckpointId(STEP + 1, 1).path()
+    assert note == f"note: config.yaml differs from {newest}: checkpoint.keep: 2 -> 1"
     assert gone == f"{CHECKPOINTS}/{NEWEST}: would be deleted"
 
 
 def test_checkpoint_keep(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:
     write_run(run, tiny_vae, STEP + 1)
     assert cli.main(["checkpoint", "keep", str(run), NEWEST]) == 0
-    assert capsys.readouterr().out == f"{CHECKPOINTS}/{NEWEST} stays for good\n"
+    assert capsys.readouterr().out == f"{CHECKPOINTS}/{NEWEST} is kept permanently\n"
     assert cli.main(["checkpoint", "prune", str(run), "--yes", "--keep", "1"]) == 0
     assert capsys.readouterr().out == ""
     assert cli.main(["checkpoint", "verify", str(run)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
-    for name in (name_of(STEP + 2, 1), "latest"):
+    for name in (CheckpointId(STEP + 2, 1).name, "latest"):
         said = refused(capsys, "checkpoint", "keep", str(run), name)
-        assert f"{run} has no checkpoint {name}; `dit-scale checkpoint list` shows them" in said
+        assert f"{run} has no checkpoint {name}; `dit-scale checkpoint list` prints their names" in said
 
 
 def test_nothing_is_pruned_when_the_newest_is_damaged(
     run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str
 ) -> None:
     write_run(run, tiny_vae, STEP + 1)
-    damage(run / CHECKPOINTS / name_of(STEP + 1, 1) / "rank-00000.safetensors")
+    damage(run / CheckpointId(STEP + 1, 1).path() / "rank-00000.safetensors")
     assert "is damaged" in refused(capsys, "checkpoint", "prune", str(run), "--yes", "--keep", "1")
     assert len(committed(open_storage(run))) == 2
 

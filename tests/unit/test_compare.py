@@ -1,4 +1,4 @@
-"""`data_pipeline/verify.py --grid`: samples beside their images, found again by the listing."""
+"""`dit-scale latents verify --grid`: samples next to their source images, located by the listing."""
 
 import math
 import re
@@ -13,10 +13,10 @@ from PIL import Image
 from rich.console import Console
 
 from demo import digits
-from dit_scale import vae
+from dit_scale import cli, vae
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import LatentDataset
-from dit_scale.inference.pictures import decode, random_ids
+from dit_scale.inference.preview import decode, random_ids
 from dit_scale.storage import open_storage
 from dit_scale_pipeline import output
 from dit_scale_pipeline.compare import psnr
@@ -26,7 +26,6 @@ from dit_scale_pipeline.images import center_crop, to_array
 from dit_scale_pipeline.inputs.saved import save_listing
 from dit_scale_pipeline.job import make_plan
 from dit_scale_pipeline.shards_writer import write_shard
-from dit_scale_pipeline.verify import main
 from tests.support.latents import edit_info
 from tests.support.tiny_vae import save_tiny_vae
 
@@ -81,7 +80,7 @@ def moved(encoded: Path, tmp_path: Path) -> Path:
 
 
 def verify(folder: Path, *more: str) -> int:
-    return main([str(folder / "set"), "--vae", VAE, *more])
+    return cli.main(["latents", "verify", str(folder / "set"), "--vae", VAE, "--device", "cpu", *more])
 
 
 def test_samples_beside_their_images(
@@ -89,8 +88,8 @@ def test_samples_beside_their_images(
 ) -> None:
     out = tmp_path / "grid.png"
     assert verify(encoded, "--grid", str(out), "--images", "4", "--seed", "2") == 0
-    sound, *lines, last = capsys.readouterr().out.splitlines()
-    assert sound == "sound: 8 samples in 2 shards, 4 classes, 1 of 9 inputs quarantined"
+    intact, _, _, _, *lines, _, last = capsys.readouterr().out.splitlines()
+    assert intact == "sound: 8 samples in 2 shards, 4 classes, 1 of 9 inputs quarantined"
     dataset, decoder = LatentDataset.open(encoded / "set"), vae.load(VAE)
     paths = sorted(path for path in (encoded / "images").rglob("*.png") if path.name != "-damaged.png")
     ids, found = random_ids(NUM_DIGITS, 4, 2), []
@@ -107,9 +106,7 @@ def test_samples_beside_their_images(
             start = left + column * 66
             assert np.array_equal(grid[top : top + SIDE, start : start + SIDE], picture)
         found.append(psnr(crop, views[0]))
-        assert line.split() == (
-            f"sample {sample_id} class {label} {label} {path} PSNR {found[-1]:.1f} dB".split()
-        )
+        assert line.split() == ([str(sample_id), str(label), str(label), str(path), f"{found[-1]:.1f}"])
     assert min(found) > 30
     assert last == f"4 samples, median PSNR {np.median(found):.1f} dB; crop | image | mirror -> {out}"
 
@@ -135,7 +132,7 @@ def test_a_source_that_has_changed_is_not_compared(
     assert verify(moved, *grid) == 2
     printed = capsys.readouterr()
     assert printed.out.count("\n") == 1, "what is sound is said before"
-    assert "error: the source has changed, nothing was compared" in printed.err
+    assert "the source has changed, nothing was compared" in printed.err
     assert f"1 new (3/other.png) and 1 gone (3/{path.name})" in printed.err
     (images / "3" / "other.png").rename(path)
     (images / "2x").mkdir()  # an empty class changes no path, but the class numbers behind it
@@ -155,7 +152,7 @@ def test_other_images_under_the_same_names_show(
     other.write_bytes(data)
     grid = ("--grid", str(tmp_path / "grid.png"), "--source", str(moved / "images"))
     assert verify(moved, *grid) == 0
-    found = re.findall(r"(\S+)  PSNR (\S+) dB", capsys.readouterr().out)
+    found = re.findall(r"(\d/\S+) +(\d+\.\d) *$", capsys.readouterr().out, re.MULTILINE)
     low = {path for path, psnr_db in found if float(psnr_db) < 20}
     assert low == {f"1/{one.name}", f"3/{other.name}"}
     one.write_bytes(b"no picture")
@@ -177,15 +174,15 @@ def test_a_damaged_data_set_is_not_shown(
 ) -> None:
     (moved / "set/shards/00001.idx").unlink()
     assert verify(moved, "--grid", str(tmp_path / "grid.png")) == 1
-    assert "wrong: cannot read" in capsys.readouterr().err
+    assert "damaged: cannot read" in capsys.readouterr().err
     assert not (tmp_path / "grid.png").exists()
 
 
 @pytest.mark.parametrize("argument", ["--threads=0", "--images=0", "--images=101", "--threads=many"])
 def test_numbers_out_of_range(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["set", argument])
-    assert "expected a whole number from 1 to 100, got" in capsys.readouterr().err
+        cli.main(["latents", "verify", "set", argument])
+    assert "expected an integer from 1 to" in capsys.readouterr().err
 
 
 def test_psnr() -> None:

@@ -16,14 +16,14 @@ from dit_scale.data.shards import Quarantined, VaeIdentity
 from dit_scale.errors import ConfigError, DataError, DeviceError, WeightsError
 from dit_scale.storage import Storage, open_storage
 from dit_scale.storage.disk import DiskStorage
-from dit_scale.vae_files import find
+from dit_scale.vae_files import find_vae
 from dit_scale_pipeline import output
 from dit_scale_pipeline.decoder import DecodedBatch
 from dit_scale_pipeline.encoder import Encoder
 from dit_scale_pipeline.inputs import Entry, Listing
 from dit_scale_pipeline.metrics import Metrics
 from dit_scale_pipeline.progress import JobProgress
-from dit_scale_pipeline.ray_cluster import Placement, place
+from dit_scale_pipeline.ray_cluster import Placement, place_encoders
 from dit_scale_pipeline.shards_writer import IndexRow, Shard, build_shard, write_shard
 from tests.support.faults.small_disk import fill, small_disk
 from tests.support.tiny_vae import save_tiny_vae
@@ -45,12 +45,12 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def test_the_vae_runs_on_what_the_cluster_has() -> None:
-    assert place(config(), [{"CPU": 2.0}]) == Placement("cpu", 1, 1)
+    assert place_encoders(config(), [{"CPU": 2.0}]) == Placement("cpu", 1, 1)
     gpus = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 4.0}]
-    assert place(config(), gpus) == Placement("cuda", 8, 55)
-    assert place(config(cpus_per_decoder=4), gpus) == Placement("cuda", 8, 6)
-    assert place(config(device="cpu"), gpus) == Placement("cpu", 35, 1)
-    assert place(config(encoders=3, cpus_per_encoder=0.5, decoders=7), [{"CPU": 2.0}]) == Placement(
+    assert place_encoders(config(), gpus) == Placement("cuda", 8, 55)
+    assert place_encoders(config(cpus_per_decoder=4), gpus) == Placement("cuda", 8, 6)
+    assert place_encoders(config(device="cpu"), gpus) == Placement("cpu", 35, 1)
+    assert place_encoders(config(encoders=3, cpus_per_encoder=0.5, decoders=7), [{"CPU": 2.0}]) == Placement(
         "cpu", 3, 7
     )
 
@@ -74,7 +74,7 @@ def test_what_ray_would_wait_for_forever_is_refused(
     changes: dict[str, object], nodes: list[dict[str, float]], message: str
 ) -> None:
     with pytest.raises(DeviceError, match=message):
-        place(config(**changes), nodes)
+        place_encoders(config(**changes), nodes)
 
 
 def test_relative_paths_of_a_submitted_job_are_refused_but_for_the_vae(
@@ -226,8 +226,8 @@ def test_a_bad_input_whose_name_is_not_text(storage: Storage) -> None:
     assert output.finished_shards(storage) == {"00000": record}
     metrics = Metrics(storage, config(), print)
     with pytest.raises(DataError, match=r"a/caf\\xe9.png \(torn\)"):
-        with JobProgress(10, config(max_quarantined=0.0), [], Console(quiet=True), metrics) as watch:
-            watch.batch(account)
+        with JobProgress(10, config(max_quarantined=0.0), [], Console(quiet=True), metrics) as progress:
+            progress.batch_done(account)
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def shard() -> Shard:
 
 
 def test_a_shard_without_its_mark_is_not_finished(storage: Storage, shard: Shard) -> None:
-    shard.put(storage)
+    shard.write(storage)
     assert output.finished_shards(storage) == {"00000": shard.record}
     storage.delete("shards/00000.json")
     assert output.finished_shards(storage) == {}
@@ -260,10 +260,10 @@ def test_the_mark_of_a_shard_is_put_when_all_else_is_there(
     monkeypatch.setattr(DiskStorage, "write_new", put_or_die)
     while lives_for < 3:
         with pytest.raises(Dies):
-            shard.put(storage)
+            shard.write(storage)
         assert output.finished_shards(storage) == {}
         lives_for, put = lives_for + 1, []
-    shard.put(storage)
+    shard.write(storage)
     assert put == ["shards/00000.tar", "shards/00000.idx", "shards/00000.json"]
     assert output.finished_shards(storage) == {"00000": shard.record}
 
@@ -273,16 +273,16 @@ def test_the_mark_of_a_shard_is_put_when_all_else_is_there(
 def test_what_was_damaged_after_it_was_finished_is_named(
     storage: Storage, shard: Shard, key: str, data: bytes
 ) -> None:
-    shard.put(storage)
+    shard.write(storage)
     storage.write(key, data)
     with pytest.raises(DataError, match=rf"{key}.* damaged.*elete .*start again"):
         output.finished_shards(storage)
     with pytest.raises(DataError, match=rf"{key} is there with other bytes .* Delete it"):
-        shard.put(storage)
+        shard.write(storage)
     for name in ("tar", "json"):
         storage.delete(f"shards/00000.{name}")
     storage.delete(key)
-    shard.put(storage)
+    shard.write(storage)
     assert output.finished_shards(storage) == {"00000": shard.record}
 
 
@@ -291,9 +291,9 @@ def test_who_comes_second_finds_its_own_bytes(storage: Storage, shard: Shard) ->
         stats = {key: storage.local_path(key).stat() for key, _ in storage.list()}
         return {key: (stat.st_ino, stat.st_mtime_ns) for key, stat in stats.items()}
 
-    shard.put(storage)
+    shard.write(storage)
     before = written()
-    shard.put(storage)
+    shard.write(storage)
     assert written() == before
 
 
@@ -310,7 +310,11 @@ def test_a_class_that_lost_all_its_images_is_an_error(storage: Storage) -> None:
 
 
 def test_shards_are_slices_of_the_listing() -> None:
-    assert output.plan(listing(5), 2) == {"00000": range(2), "00001": range(2, 4), "00002": range(4, 5)}
+    assert output.plan_shards(listing(5), 2) == {
+        "00000": range(2),
+        "00001": range(2, 4),
+        "00002": range(4, 5),
+    }
 
 
 def test_the_quarantine_is_counted_once_over_all_starts(storage: Storage) -> None:
@@ -318,12 +322,12 @@ def test_the_quarantine_is_counted_once_over_all_starts(storage: Storage) -> Non
     record = build_shard("00000", [], [bad], 4).record
     console = Console(quiet=True)
     metrics = Metrics(storage, config(), console.print)
-    with JobProgress(10, config(max_quarantined=0.1), [record], console, metrics) as watch:
-        watch.shard(record)
+    with JobProgress(10, config(max_quarantined=0.1), [record], console, metrics) as progress:
+        progress.shard_done(record)
         with pytest.raises(
             DataError, match=r"2 of 10 inputs .* allows 1: a/1.png \(torn\), a/2.png \(torn\)"
         ):
-            watch.shard(
+            progress.shard_done(
                 build_shard("00001", [], [Quarantined(key=2, path="a/2.png", reason="torn")], 4).record
             )
     with pytest.raises(DataError, match="allows 0"):
@@ -350,7 +354,7 @@ def test_rows_that_cannot_be_put_stop_no_job(tmp_path: Path) -> None:
 
 def tiny_encoder(folder: Path, **setting: object) -> tuple[Encoder, dict[str, str]]:
     vae = save_tiny_vae(folder / "vae")
-    encoder = Encoder(config(vae=vae, vae_batch=4, **setting), find(vae).identity, "cpu")
+    encoder = Encoder(config(vae=vae, vae_batch=4, **setting), find_vae(vae).identity, "cpu")
     return encoder, encoder.runtime()
 
 

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_scale.journal import Entry, Journal, read_journal
-from dit_scale.report.goodput import MICRO, Heading, Ledger, attempts_of, ledger, rounds_of
+from dit_scale.ledger import Heading, Ledger
+from dit_scale.report.goodput import MEASURED, ledger
+from dit_scale.report.spans import MICRO, attempts_of, rounds_of
 
 BOOT_S = 990.0
 """What the wall clock is ahead of the monotonic one here."""
@@ -22,8 +24,8 @@ def of_attempt(number: int, *rows: tuple[float, str, int, dict[str, Any]]) -> li
 
 
 def spent_s(found: Ledger) -> dict[str, float]:
-    assert sum(found.spent_us.values()) == found.end_us - found.begin_us
-    return {heading.name: us / MICRO for heading, us in found.spent_us.items() if us}
+    assert sum(found.spent.values()) == found.end - found.begin
+    return {heading.name: us / MICRO for heading, us in found.spent.items() if us}
 
 
 FIRST = of_attempt(
@@ -149,21 +151,21 @@ def test_a_jump_of_the_wall_clock_within_a_process_changes_nothing() -> None:
 def test_a_wall_clock_that_is_set_back_between_attempts_takes_no_time_back() -> None:
     back = [{**e, "time_s": e["time_s"] - 3600} for e in SECOND]
     first, second = attempts_of([*FIRST, *back])
-    assert first.begin_us == second.begin_us
+    assert first.start_us == second.start_us
     spent_s(ledger([*FIRST, *back], {"node0": NODE0}))
 
 
 def test_a_late_old_process_does_not_count_twice() -> None:
     late = of_attempt(1, (1075.0, "log", 50, {"data_s": 1.5}))
     found = ledger([*FIRST, *SECOND, *late], {"node0": NODE0})
-    assert found.spent_us[Heading.PRODUCTIVE] == 35.25 * MICRO
+    assert found.spent[Heading.PRODUCTIVE] == 35.25 * MICRO
     spent_s(found)
 
 
 def test_a_round_is_told_by_the_node_with_rank_0() -> None:
     ahead = [{**e, "time_s": e["time_s"] + 500} for e in NODE0]
     assert rounds_of({"node1": ahead, "node0": NODE0}) == rounds_of({"node0": NODE0})
-    assert [span.begin_us for span in rounds_of({"node1": ahead})] == [1502 * MICRO, 1555 * MICRO]
+    assert [span.start_us for span in rounds_of({"node1": ahead})] == [1502 * MICRO, 1555 * MICRO]
 
 
 def test_a_round_is_told_by_another_node_when_that_of_rank_0_was_lost() -> None:
@@ -247,10 +249,10 @@ def test_whatever_the_journals_hold_the_ledger_sums_to_the_wall_clock(
     journal: list[Entry], supervisors: dict[str, list[Entry]], until_s: float | None, alive: bool
 ) -> None:
     found = ledger(journal, supervisors, until_s, alive)
-    assert list(found.spent_us) == list(Heading)
-    assert all(us >= 0 for us in found.spent_us.values())
-    assert sum(found.spent_us.values()) == found.end_us - found.begin_us
+    assert list(found.spent) == list(MEASURED)
+    assert all(us >= 0 for us in found.spent.values())
+    assert sum(found.spent.values()) == found.end - found.begin
     assert 0 <= found.goodput <= 1
     for attempt in attempts_of(journal):
-        times = [at_us for at_us, _ in attempt.events]
+        times = [at_us for at_us, _ in attempt.entries]
         assert times == sorted(times)

@@ -12,6 +12,7 @@ from PIL import Image
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.images import center_crop, decode, to_array
 from dit_scale_pipeline.inputs import Entry, InputError, open_input
+from tests.support.adm_crop import adm_crop
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -24,22 +25,6 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
-
-
-def adm_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The algorithm stated once more, with numbers instead of images until the end."""
-    width, height = image.size
-    steps = []
-    while width >= 2 * size and height >= 2 * size:
-        width, height = width // 2, height // 2
-        steps.append((width, height, Image.Resampling.BOX))
-    factor = size / (width if width < height else height)
-    steps.append((round(width * factor), round(height * factor), Image.Resampling.BICUBIC))
-    for width, height, filter_ in steps:
-        image = image.resize((width, height), resample=filter_)
-    array = np.array(image)
-    first_row, first_column = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
-    return array[first_row : first_row + size, first_column : first_column + size]
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.sampled_from([8, 32, 64, 100]))
@@ -84,7 +69,7 @@ def test_contents_count_not_the_name_and_exif_is_ignored(tmp_path: Path) -> None
     (tmp_path / "a/y.png").write_bytes(encoded(image, "PNG", exif=turned))
     listing = open_input(str(tmp_path)).list()
     pixels, account = read_batch(str(tmp_path), listing.kind, listing.entries(), 24)
-    assert [entry.path for entry in account.good] == ["a/x.JPEG", "a/y.png"]
+    assert [entry.path for entry in account.decoded] == ["a/x.JPEG", "a/y.png"]
     assert np.array_equal(pixels[0], pixels[1])
     assert np.array_equal(pixels[0], np.array(image)[:, 8:32])
 
@@ -117,12 +102,12 @@ def test_a_batch_accounts_for_every_entry(tmp_path: Path) -> None:
     listing = open_input(str(tmp_path)).list()
     pixels, account = read_batch(str(tmp_path), listing.kind, listing.entries(), 8)
     assert pixels.shape == (1, 8, 8, 3)
-    assert account.good == (Entry(1, "c/b.png", 0),)
-    assert [(entry.path, reason) for entry, reason in account.bad] == [
+    assert account.decoded == (Entry(1, "c/b.png", 0),)
+    assert [(entry.path, reason) for entry, reason in account.rejected] == [
         ("c/a.jpg", "not a picture in a known format"),
         ("c/c.png", "not a picture in a known format"),
         ("c/d.png", "a link to nothing"),
     ]
     pixels, account = read_batch(str(tmp_path), listing.kind, listing.entries(range(1)), 8)
     assert pixels.shape == (0, 8, 8, 3)
-    assert not account.good
+    assert not account.decoded

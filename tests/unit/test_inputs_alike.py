@@ -4,7 +4,7 @@ import io
 import os
 import secrets
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +20,7 @@ from dit_scale_pipeline.inputs import Entry, Listing, Progress, open_input
 from dit_scale_pipeline.inputs.archives import ArchiveInput
 from dit_scale_pipeline.inputs.saved import current_listing, load_listing, save_listing
 from tests.support.archives import ARCHIVES, KINDS, Images, tar_of, upload, watch_reads, write_parquet
-from tests.support.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET
 
 SIZE = 16
 
@@ -95,12 +95,6 @@ def reference_crop(data: bytes) -> np.ndarray:
     return array[top : top + SIZE, left : left + SIZE]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
-
-
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("where", ["disk", "s3"])
 def test_every_kind_of_input_gives_the_same_crops(
@@ -120,8 +114,10 @@ def test_every_kind_of_input_gives_the_same_crops(
         assert listing.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
         crops, account = read_batch(source, kind, listing.entries(), SIZE)
         assert np.array_equal(crops, expected), kind
-        assert [(entry.key, reason) for entry, reason in account.bad] == [(8, _reason(account.bad))], kind
-        assert account.bad[0][0].path == listing.paths[8]
+        assert [(entry.key, reason) for entry, reason in account.rejected] == [
+            (8, _reason(account.rejected))
+        ], kind
+        assert account.rejected[0][0].path == listing.paths[8]
 
 
 def _reason(bad: tuple[tuple[Entry, str], ...]) -> str:

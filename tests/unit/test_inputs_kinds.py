@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 
 from dit_scale.errors import DataError
 from dit_scale_pipeline.inputs import InputError, Listing, open_input, tars
-from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part
+from dit_scale_pipeline.inputs.archives import ArchiveImages, ArchiveInput, ArchiveRange
 from dit_scale_pipeline.inputs.webdataset import split_name
 from tests.support.archives import (
     ARCHIVES,
@@ -27,7 +27,7 @@ from tests.support.archives import (
     watch_reads,
     web_dataset,
 )
-from tests.support.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET
 
 IMAGES: Images = {
     "n01440764": {f"n01440764_{number}.JPEG": b"one" * number for number in (1, 10, 2)},
@@ -35,12 +35,6 @@ IMAGES: Images = {
     "n01": {"n01_5.JPEG": b"three"},
 }
 EMPTY: Images = {**IMAGES, "n015": {}}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -271,13 +265,13 @@ def test_archives_are_listed_side_by_side(kind: str, tmp_path: Path, monkeypatch
     source = KINDS[kind](tmp_path / "x", {name: IMAGES[name] for name in ("n01", "n02")})
     both = threading.Barrier(2)
     cls = type(open_input(source))
-    list_part = cls.list_part
+    list_archive = cls.list_archive
 
-    def together(self: ArchiveInput, part: Part) -> Found:
+    def together(self: ArchiveInput, part: ArchiveRange) -> ArchiveImages:
         both.wait(60)
-        return list_part(self, part)
+        return list_archive(self, part)
 
-    monkeypatch.setattr(cls, "list_part", together)
+    monkeypatch.setattr(cls, "list_archive", together)
     assert len(open_input(source).list()) == 4
 
 

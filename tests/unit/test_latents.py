@@ -11,7 +11,7 @@ from PIL import Image
 
 from dit_scale import cli, vae
 from dit_scale.data.shards import INFO_KEY, LatentDataset
-from dit_scale.inference.pictures import decode, random_ids
+from dit_scale.inference.preview import decode, random_ids
 from tests.support.latents import edit_info, write_latents
 from tests.support.tiny_vae import save_tiny_vae
 
@@ -56,12 +56,12 @@ def test_info(latents: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"listing sha256 {'0' * 64}",
         "channel mean " + " ".join(f"{value:.6f}" for value in info.channel_mean),
         "channel std " + " ".join(f"{value:.6f}" for value in info.channel_std),
-        "quarantined 7 inputs gave no sample",
+        "quarantined 7 inputs",
     ):
         assert expected in lines
     assert lines[-6:] == [
         *(f"{path}: {reason}" for path, reason in list(REASONS.items())[:5]),
-        "and 2 more; --quarantined names all",
+        "and 2 more; --quarantined lists all",
     ]
 
 
@@ -106,11 +106,11 @@ def test_verify(latents: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_verify_names_every_problem(latents: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("00001", "00003"):
         (latents / "shards" / f"{name}.tar").unlink()
-    problems = [f"cannot read {latents}/shards/0000{shard}.tar: there is nothing" for shard in (1, 3)]
+    problems = [f"cannot read {latents}/shards/0000{shard}.tar: not found" for shard in (1, 3)]
     assert cli.main(["latents", "verify", str(latents)]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.splitlines() == [f"wrong: {problem}" for problem in problems]
+    assert printed.err.splitlines() == [f"damaged: {problem}" for problem in problems]
     assert cli.main(["latents", "verify", str(latents), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["problems"] == problems
 
@@ -133,10 +133,11 @@ def test_show(latents: Path, tiny_vae: str, tmp_path: Path, capsys: pytest.Captu
     dataset, decoder = LatentDataset.open(latents), vae.load(tiny_vae)
     ids = random_ids(20, 4, 5)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines[:4]] == [
-        ["sample", str(sample_id), "class", str(sample_id % 10), f"n{sample_id % 10}"] for sample_id in ids
+    assert lines[1].split() == ["sample", "label", "class"]
+    assert [line.split() for line in lines[3:7]] == [
+        [str(sample_id), str(sample_id % 10), f"n{sample_id % 10}"] for sample_id in ids
     ]
-    assert lines[4:] == [f"4 samples, image | mirror -> {out}"]
+    assert lines[8:] == [f"4 samples, image | mirror -> {out}"]
     with Image.open(out) as file:
         grid = np.asarray(file)
     # two rows of two samples, each of two views with two white pixels behind, and two between samples
@@ -163,7 +164,7 @@ def test_show_chosen_samples(
 ) -> None:
     out = str(tmp_path / "grid.png")
     assert show(latents, "--vae", tiny_vae, "--ids", "17, 3", "--out", out) == 0
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[:2]] == ["17", "3"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:5]] == ["17", "3"]
     assert show(latents, "--vae", tiny_vae, "--ids", "20", "--out", out) == cli.USER_ERROR_EXIT_CODE
     assert "sample 20: this data set has samples 0 to 19" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dit_scale import dist
-from dit_scale.checkpoint.manifest import CHECKPOINTS, name_of
+from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.config import TrainConfig
 from dit_scale.dist import World
 from dit_scale.storage import open_storage
@@ -59,7 +59,7 @@ def test_a_new_run_takes_what_suits_the_device_and_says_so(tmp_path: Path, world
 @pytest.mark.parametrize("begun", ["bf16", "fp32"])
 def test_a_run_keeps_what_it_began_with_unless_told(tmp_path: Path, world: World, begun: str) -> None:
     written = config_of(tmp_path, begun).model_dump(mode="json")
-    checkpoints.write(open_storage(tmp_path), f"{CHECKPOINTS}/{name_of(40, 1)}", [[]], config=written)
+    checkpoints.write(open_storage(tmp_path), CheckpointId(40, 1), [[]], config=written)
     config, note = choose_precision(config_of(tmp_path, "auto"), world)
     assert (config.engine.precision, note) == (begun, f"precision auto: {begun}, as the run began")
     told = "fp32" if begun == "bf16" else "bf16"

@@ -12,7 +12,7 @@ from dit_scale import signals
 from dit_scale.config import EncodeConfig
 from dit_scale.errors import DeviceError
 from dit_scale_pipeline import ray_cluster, ray_start
-from dit_scale_pipeline.ray_cluster import cluster, most_encoders, place
+from dit_scale_pipeline.ray_cluster import cluster, max_encoders, place_encoders
 
 NODES = ([2.0], [2.0, 2.0], [1.0, 2.0], [0.25, 1.5], [4.0, 1.0], [2.0, 1.0, 1.5])
 
@@ -23,7 +23,7 @@ def test_a_decoder_finds_room_wherever_ray_puts_the_encoders(
     cpus: list[float], encoder: float, decoder: float
 ) -> None:
     config = EncodeConfig(cpus_per_encoder=encoder, cpus_per_decoder=decoder)
-    most = most_encoders(config, "cpu", [{"CPU": amount} for amount in cpus])
+    most = max_encoders(config, "cpu", [{"CPU": amount} for amount in cpus])
 
     def finds_room(number: int) -> bool:
         """Whether it does in all ways to spread so many encoders."""
@@ -43,8 +43,8 @@ def test_room_that_no_single_node_has_is_none() -> None:
     """0.4 of 2 CPUs are left on each of two nodes, and a decoder reserves 0.5."""
     nodes = [{"CPU": 2.0}, {"CPU": 2.0}]
     with pytest.raises(DeviceError, match=r"4 encoders leave 0.8 of 4 CPUs, .* 0.5 of one node"):
-        place(EncodeConfig(encoders=4, cpus_per_encoder=0.8), nodes)
-    assert place(EncodeConfig(cpus_per_encoder=0.8), nodes).encoders == 3
+        place_encoders(EncodeConfig(encoders=4, cpus_per_encoder=0.8), nodes)
+    assert place_encoders(EncodeConfig(cpus_per_encoder=0.8), nodes).encoders == 3
 
 
 def test_an_address_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,13 +68,12 @@ def test_ddpm_takes_the_steps_of_diffusers(spec, monkeypatch):
         torch.testing.assert_close(ours[step], x_BCHW.float(), rtol=0, atol=1e-5 * float(x_BCHW.abs().max()))
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("num_steps", [50, 100])
-def test_ddim_takes_the_steps_of_diffusers(num_steps, eta):
+def test_ddim_takes_the_steps_of_diffusers(num_steps):
     from diffusers import DDIMScheduler
 
     schedule, model = respace(FULL, f"ddim{num_steps}"), RandomModel()
-    ours = list(ddim(model, schedule, randn(*LATENTS), step_noise, eta))
+    ours = list(ddim(model, schedule, randn(*LATENTS)))
 
     theirs = with_our_tables(
         DDIMScheduler(
@@ -86,13 +85,11 @@ def test_ddim_takes_the_steps_of_diffusers(num_steps, eta):
     x_BCHW = randn(*LATENTS)
     for step, t in enumerate(theirs.timesteps):
         eps_BCHW = model(x_BCHW, t.expand(2))[:, :4]
-        noise = step_noise(step) if eta else None
-        x_BCHW = theirs.step(eps_BCHW, int(t), x_BCHW, eta=eta, variance_noise=noise).prev_sample
+        x_BCHW = theirs.step(eps_BCHW, int(t), x_BCHW).prev_sample
         torch.testing.assert_close(ours[step], x_BCHW.float(), rtol=0, atol=1e-5 * float(x_BCHW.abs().max()))
 
 
-@pytest.mark.parametrize("sampler", [ddpm, lambda *args: ddim(*args, eta=1.0)], ids=["ddpm", "ddim"])
-def test_noise_is_asked_once_for_each_step_but_the_last(sampler):
+def test_ddpm_requests_noise_once_for_each_step_except_the_last():
     asked = []
 
     def noise(step):
@@ -100,26 +97,11 @@ def test_noise_is_asked_once_for_each_step_but_the_last(sampler):
         return step_noise(step)
 
     schedule = respace(FULL, "10")
-    assert len(list(sampler(RandomModel(), schedule, randn(*LATENTS), noise))) == 10
+    assert len(list(ddpm(RandomModel(), schedule, randn(*LATENTS), noise))) == 10
     assert asked == list(range(9))
 
 
-def test_deterministic_ddim_asks_for_no_noise():
-    def noise(step):
-        raise AssertionError("eta 0 has no noise")
-
-    schedule = respace(FULL, "ddim10")
-    with_source = last(ddim(RandomModel(), schedule, randn(*LATENTS), noise))
-    assert torch.equal(with_source, last(ddim(RandomModel(), schedule, randn(*LATENTS))))
-
-
-@pytest.mark.parametrize("eta", [-0.1, 1.1])
-def test_ddim_refuses_other_eta(eta):
-    with pytest.raises(ConfigError, match="expected 0"):
-        next(ddim(RandomModel(), respace(FULL, "ddim10"), randn(*LATENTS), step_noise, eta))
-
-
-@pytest.mark.parametrize("sampler", [ddpm, ddim])
+@pytest.mark.parametrize("sampler", [lambda *args: ddpm(*args, step_noise), ddim], ids=["ddpm", "ddim"])
 def test_sampling_keeps_fp32_no_graph_and_its_input(sampler):
     weight = torch.ones((), requires_grad=True)
 
@@ -127,7 +109,7 @@ def test_sampling_keeps_fp32_no_graph_and_its_input(sampler):
         return (weight * torch.cat([x_BCHW, x_BCHW], dim=1)).bfloat16()
 
     x_T = randn(*LATENTS)
-    for x_BCHW in sampler(predict, respace(FULL, "10"), x_T, step_noise):
+    for x_BCHW in sampler(predict, respace(FULL, "10"), x_T):
         assert x_BCHW.dtype == torch.float32
         assert not x_BCHW.requires_grad
         assert torch.is_grad_enabled()  # the caller's own state, between steps

@@ -127,7 +127,7 @@ def test_every_sample_by_id(finished: Path) -> None:
 
 def test_ids_skip_an_empty_shard(copy: Path) -> None:
     empty = build_shard("00003", [], [], 4)
-    empty.put(open_storage(copy))
+    empty.write(open_storage(copy))
     info = json.loads((copy / INFO_KEY).read_text())
     info["shards"].insert(1, empty.record.model_dump())
     edit_info(copy, shards=info["shards"])

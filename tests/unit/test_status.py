@@ -135,7 +135,7 @@ def test_a_run_between_two_rounds_waits_for_the_nodes_that_are_not_there(tmp_pat
     write(tmp_path / "elastic" / "sealed" / "000001.json", "{}")
     write(tmp_path / "elastic" / "join" / "000002" / "node0.json", "{}")
     found = state_of(tmp_path, TRAINING, [*ROUND, *FAILED])
-    assert (found.state, found.text) == ("waiting", "for nodes; there are node0")
+    assert (found.state, found.text) == ("waiting", "for more nodes; joined so far: node0")
     assert found.spent_s["waiting"] == NOW_S - 1051.0
 
 
@@ -160,7 +160,7 @@ def test_a_node_that_waits_for_the_end_of_a_round_is_no_sign_of_it(tmp_path: Pat
 def test_a_dead_run_says_since_when_there_is_no_sign(tmp_path: Path) -> None:
     found = state_of(tmp_path, TRAINING, [], silence_s=180.0)
     assert found.state == "silent"
-    assert "no sign for 3 min" in found.text
+    assert "nothing written for 3 min" in found.text
     assert found.wall_s == 1041.0 - 1010.0
     assert found.spent_s["replayed"] == 1041.0 - 1031.0
 
@@ -197,7 +197,7 @@ def test_a_run_that_was_asked_to_stop(tmp_path: Path, supervised: bool) -> None:
 def test_a_mistake_is_for_a_person(tmp_path: Path) -> None:
     ended = event(1050.0, "round_ended", round=1, reason="mistake", failed_node="n", text="odd", details={})
     found = state_of(tmp_path, [], [*ROUND, ended])
-    assert (found.state, found.text) == ("failed", "a person must mend something: odd")
+    assert (found.state, found.text) == ("failed", "manual intervention needed: odd")
 
 
 def test_supervisors_that_gave_up(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_a_full_disk_is_said() -> None:
     with open("/dev/full", "wb") as full:
         done = run("config", stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2
-    assert done.stderr == b"dit-scale: cannot write the output: No space left on device; send it elsewhere\n"
+    assert done.stderr == b"dit-scale: cannot write the output: No space left on device; redirect it\n"
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])

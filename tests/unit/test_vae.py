@@ -73,11 +73,11 @@ def test_identity(folder: Path, tiny: vae.Vae) -> None:
     assert (identity.downsample, identity.latent_channels) == (8, 4)
     weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
     assert identity.weights_sha256 == hashlib.sha256(weights).hexdigest()
-    assert identity == vae_files.find(str(folder)).identity
+    assert identity == vae_files.find_vae(str(folder)).identity
 
 
 def test_fewer_levels_divide_by_less(tmp_path: Path) -> None:
-    assert vae_files.find(save_tiny_vae(tmp_path / "x", num_levels=3)).identity.downsample == 4
+    assert vae_files.find_vae(save_tiny_vae(tmp_path / "x", num_levels=3)).identity.downsample == 4
 
 
 def test_what_is_no_vae_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

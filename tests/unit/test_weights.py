@@ -243,8 +243,8 @@ def their_model():
     shape = shape_of(SMALL)
     model = models.DiTTransformer2DModel(
         num_attention_heads=shape.heads,
-        attention_head_dim=shape.head_dim,
-        out_channels=shape.out_channels,
+        attention_head_dim=shape.width // shape.heads,
+        out_channels=2 * shape.in_channels,
         num_layers=shape.depth,
         sample_size=shape.latent_size,
         patch_size=shape.patch,

@@ -23,7 +23,7 @@ MAX_CLASSES = 2**20
 
 
 @dataclass(frozen=True)
-class Part:
+class ArchiveRange:
     """An archive, or an archive in an archive: what one thread lists."""
 
     number: int
@@ -38,7 +38,7 @@ class Part:
 
 
 @dataclass
-class Found:
+class ArchiveImages:
     """The images of a part, in columns."""
 
     paths: list[str] = field(default_factory=list)
@@ -96,24 +96,24 @@ class ArchiveInput(Input):
             columns=self.columns,
         )
 
-    def parts(self, archives: Sequence[Archive]) -> tuple[Sequence[Part], Sequence[str]]:
+    def parts(self, archives: Sequence[Archive]) -> tuple[Sequence[ArchiveRange], Sequence[str]]:
         """What to list, and what else is in the archives."""
-        return [Part(number, one.name, 0, one.bytes) for number, one in enumerate(archives)], []
+        return [ArchiveRange(number, one.name, 0, one.bytes) for number, one in enumerate(archives)], []
 
     @abstractmethod
-    def list_part(self, part: Part) -> Found:
+    def list_archive(self, part: ArchiveRange) -> ArchiveImages:
         """The images of one part, in any order."""
 
-    def _list_all(self, parts: Sequence[Part], progress: Progress) -> Sequence[Found]:
+    def _list_all(self, parts: Sequence[ArchiveRange], progress: Progress) -> Sequence[ArchiveImages]:
         found = []
         progress(0, len(parts))
         with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
-            for done, one in enumerate(pool.map(self.list_part, parts), 1):
+            for done, one in enumerate(pool.map(self.list_archive, parts), 1):
                 found.append(one)
                 progress(done, len(parts))
         return found
 
-    def _class_names(self, found: Sequence[Found]) -> tuple[str, ...]:
+    def _class_names(self, found: Sequence[ArchiveImages]) -> tuple[str, ...]:
         names: dict[int, str] = {}
         for part in found:
             for label, name in part.class_names.items():

@@ -79,7 +79,7 @@ _Inode = tuple[int, int]
 
 
 @dataclass
-class _Found:
+class _FolderTree:
     """What lies below a place, by paths."""
 
     folders: set[str] = field(default_factory=set)
@@ -92,9 +92,9 @@ class _Found:
     """Files and folders (with a slash) that are hidden, or a system's, or markers of nothing."""
 
 
-def _walk(storage: DiskStorage) -> _Found:
+def _walk(storage: DiskStorage) -> _FolderTree:
     """A disk's files. Raises StorageError for a folder that cannot be read, DataError for what is no file."""
-    found = _Found()
+    found = _FolderTree()
     top = storage.folder
     with listing_errors(top):
         if not top.is_dir():
@@ -139,9 +139,9 @@ def _check_file(child: "os.DirEntry[str]") -> None:
         raise DataError(f"{shown(child.path)} is a pipe, a socket or a device; expected files. Remove it")
 
 
-def _list(storage: Storage) -> _Found:
+def _list(storage: Storage) -> _FolderTree:
     """Objects under a prefix."""
-    found, markers = _Found(), set()
+    found, markers = _FolderTree(), set()
     for key in filter(None, (key for key, _ in storage.list())):
         parts = key.removesuffix("/").split("/")
         if any(part in ("", ".", "..") for part in parts):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dit_scale.errors import DataError
-from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part, visible
+from dit_scale_pipeline.inputs.archives import ArchiveImages, ArchiveInput, ArchiveRange, visible
 from dit_scale_pipeline.inputs.base import Archive, Entry, Listing, Progress, silent
 from dit_scale_pipeline.inputs.layout import check_tars
 from dit_scale_pipeline.inputs.names import is_other_kind, shown
@@ -30,12 +30,12 @@ class ClassTars(ArchiveInput):
         check_tars(self.url, listing.class_names, listing.paths)
         return listing
 
-    def parts(self, archives: Sequence[Archive]) -> tuple[Sequence[Part], Sequence[str]]:
+    def parts(self, archives: Sequence[Archive]) -> tuple[Sequence[ArchiveRange], Sequence[str]]:
         parts, others = super().parts(archives)
         return self._labeled([(one.name, part) for one, part in zip(archives, parts, strict=True)]), others
 
-    def list_part(self, part: Part) -> Found:
-        found = Found(class_names={part.label: part.name})
+    def list_archive(self, part: ArchiveRange) -> ArchiveImages:
+        found = ArchiveImages(class_names={part.label: part.name})
         tar = Tar(self.storage, part.key, part.start, part.end)
         for member in visible(tar, part.name, found.ignored):
             if member.name.lower().endswith(_STRANGE_SUFFIXES):
@@ -52,7 +52,7 @@ class ClassTars(ArchiveInput):
     def read(self, entry: Entry) -> bytes:
         return read_member(self.storage, entry)
 
-    def _labeled(self, tars: Sequence[tuple[str, Part]]) -> Sequence[Part]:
+    def _labeled(self, tars: Sequence[tuple[str, ArchiveRange]]) -> Sequence[ArchiveRange]:
         """(file's name, tar) => tars with their classes, in order of the labels."""
         classes = {name.rpartition("/")[2].removesuffix(self.suffix): part for name, part in tars}
         if len(classes) < len(tars):
@@ -66,14 +66,14 @@ class NestedTar(ClassTars):
 
     kind = "imagenet_tar"
 
-    def parts(self, archives: Sequence[Archive]) -> tuple[Sequence[Part], Sequence[str]]:
-        tars: list[tuple[str, Part]] = []
+    def parts(self, archives: Sequence[Archive]) -> tuple[Sequence[ArchiveRange], Sequence[str]]:
+        tars: list[tuple[str, ArchiveRange]] = []
         others: list[str] = []
         for number, one in enumerate(archives):
             # Between two headers lies a whole class: more than any window.
             tar = Tar(self.storage, one.name, 0, one.bytes, DISK_WINDOW_BYTES)
             for member in visible(tar, one.name, others):
-                part = Part(number, one.name, member.data_start, member.data_start + member.size)
+                part = ArchiveRange(number, one.name, member.data_start, member.data_start + member.size)
                 if member.name.endswith(self.suffix):
                     tars.append((member.name, part))
                 else:

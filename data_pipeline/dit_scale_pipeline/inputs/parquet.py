@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dit_scale.errors import DataError
 from dit_scale.storage import MissingKeyError, Storage
-from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part, checked_label
+from dit_scale_pipeline.inputs.archives import ArchiveImages, ArchiveInput, ArchiveRange, checked_label
 from dit_scale_pipeline.inputs.base import COLUMNS, Entry, InputError
 from dit_scale_pipeline.inputs.contents import HEAD_BYTES, what_it_is
 from dit_scale_pipeline.inputs.names import few, shown
@@ -46,7 +46,7 @@ class Parquet(ArchiveInput):
         self._file = functools.lru_cache(CACHED)(self._open_file)
         self._rows = functools.lru_cache(CACHED)(self._read_group)
 
-    def list_part(self, part: Part) -> Found:
+    def list_archive(self, part: ArchiveRange) -> ArchiveImages:
         with self._errors(part.key):
             file = self._open(RangedFile(self.storage, part.key, part.start, part.end))
             _check_bytes(file, self.columns[0], f"{self.url}: {part.key}")
@@ -54,7 +54,7 @@ class Parquet(ArchiveInput):
         if labels_N.null_count:
             raise DataError(f"{self.url}: {part.key} has rows without a label; expected a number in each")
         names = _class_names(file, self.columns[1])
-        found = Found(class_names=dict(enumerate(names)))
+        found = ArchiveImages(class_names=dict(enumerate(names)))
         for row, label in enumerate(labels_N.to_pylist()):
             where = f"{self.url}: row {row} of {part.key}"
             if names and label >= len(names):

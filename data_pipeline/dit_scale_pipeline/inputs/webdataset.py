@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dit_scale.errors import DataError
-from dit_scale_pipeline.inputs.archives import ArchiveInput, Found, Part, checked_label, visible
+from dit_scale_pipeline.inputs.archives import (
+    ArchiveImages,
+    ArchiveInput,
+    ArchiveRange,
+    checked_label,
+    visible,
+)
 from dit_scale_pipeline.inputs.base import Entry, InputError
 from dit_scale_pipeline.inputs.names import few, shown
 from dit_scale_pipeline.inputs.tars import Tar, TarMember, read_member
@@ -51,8 +57,8 @@ class WebDataset(ArchiveInput):
     kind = "webdataset"
     suffix = ".tar"
 
-    def list_part(self, part: Part) -> Found:
-        found, tar = Found(), Tar(self.storage, part.key, part.start, part.end)
+    def list_archive(self, part: ArchiveRange) -> ArchiveImages:
+        found, tar = ArchiveImages(), Tar(self.storage, part.key, part.start, part.end)
         for sample in self._samples(tar, part.key, found.ignored):
             where = f"{self.url}: sample {shown(sample.key)} in {part.key}"
             label, name = _label(sample, where)

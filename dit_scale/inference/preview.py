@@ -14,7 +14,6 @@ from dit_scale import vae
 from dit_scale.data.order import sample_ids
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import WeightsError
-from dit_scale.inference.sample import check_vae
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -40,7 +39,7 @@ def load_decoder(dataset: LatentDataset, name_or_folder: str | None, device: tor
             f"{made_by.weights_sha256[:12]}); pass that folder with --vae"
         )
     decoder = vae.load(name_or_folder or made_by.name, device)
-    check_vae(decoder, made_by.weights_sha256)
+    decoder.require_weights(made_by.weights_sha256)
     return decoder
 
 

@@ -10,7 +10,7 @@ from dit_scale import vae
 from dit_scale.data.order import Order
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import WeightsError
-from dit_scale.inference.pictures import GAP, decode, load_decoder, random_ids, side_by_side
+from dit_scale.inference.preview import GAP, decode, load_decoder, random_ids, side_by_side
 from tests.support.latents import edit_info, write_latents
 from tests.support.tiny_vae import save_tiny_vae
 
@@ -76,7 +76,7 @@ def test_a_folder_that_is_not_here_is_not_asked_for_on_the_network(
     dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vae, "find", lambda name: pytest.fail(f"looked for {name}"))
+    monkeypatch.setattr(vae, "find_vae", lambda name: pytest.fail(f"looked for {name}"))
     with pytest.raises(
         WeightsError, match=r"made by a VAE in a folder 'tiny' .* pass that folder with --vae"
     ):
@@ -86,8 +86,8 @@ def test_a_folder_that_is_not_here_is_not_asked_for_on_the_network(
 def test_a_hub_name_is_looked_for(tmp_path: Path, tiny_vae: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_latents(tmp_path, num=2)
     named(tmp_path, tiny_vae, name="someone/tiny")
-    find, asked = vae.find, []
-    monkeypatch.setattr(vae, "find", lambda name: (asked.append(name), find(tiny_vae))[1])
+    find, asked = vae.find_vae, []
+    monkeypatch.setattr(vae, "find_vae", lambda name: (asked.append(name), find(tiny_vae))[1])
     load_decoder(LatentDataset.open(tmp_path), None, CPU)
     assert asked == ["someone/tiny"]
 
