@@ -71,7 +71,7 @@ class StoredAverage:
     @property
     def flaw(self) -> str:
         """Why it is not what its profile says; empty when it is."""
-        return averages.told_share(self.since_step, self.foreign_share)
+        return averages.describe_share(self.since_step, self.foreign_share)
 
 
 def open_source(path: str, ema: str | None = None, model: ModelConfig | None = None) -> WeightsSource:
@@ -119,7 +119,7 @@ def _described(checkpoint: Checkpoint, profile: str) -> str:
     since_step = manifest.ema_since.get(profile, 0)
     for entry in checkpoint.config.ema:
         share = averages.foreign_share(entry, since_step, manifest.step) if entry.name == profile else 0.0
-        if flaw := averages.told_share(since_step, share):
+        if flaw := averages.describe_share(since_step, share):
             text += f" ({flaw})"
     return text
 

@@ -127,7 +127,7 @@ def test_averages_can_be_added_and_removed(data: Path, tmp_path: Path) -> None:
     assert run(WORLD, jobs.train, straight) == [0, 0]
     assert events(config, "start")[-1]["notes"] == [
         "ema.new: not in the checkpoint, starts from its weights",
-        "ema.power: in the checkpoint and no longer configured, dropped",
+        "ema.power: in the checkpoint but no longer configured, dropped",
         "steps: 4 -> 5",
     ]
     before, after, whole = (

@@ -90,7 +90,7 @@ def test_since_when_each_average_is_tracked(tmp_path: Path) -> None:
     [
         (
             EmaProfile(name="narrow", sigma_rel=0.1),
-            "has sigma_rel 0.1, but .* with sigma_rel 0.05: going on would",
+            "has sigma_rel 0.1, but sigma_rel 0.05 in .*: resuming would mix",
         ),
         (
             EmaProfile(name="narrow", decay=0.9),

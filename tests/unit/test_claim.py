@@ -29,7 +29,7 @@ def test_a_claim_waits_for_room_and_says_so_once(tmp_path: Path) -> None:
         assert attempts.numbers(root) == [1]
         assert next(beats) == 4
         assert len(said) == 1
-        assert "waits for room: cannot write" in said[0]
+        assert "waiting for free space: cannot write" in said[0]
 
 
 def test_who_begins_meanwhile_is_not_overtaken(tmp_path: Path) -> None:
@@ -52,5 +52,5 @@ def test_a_claim_gives_up(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2**20) as disk:
         fill(disk)
         root = open_storage(disk)
-        with pytest.raises(StorageError, match=r"No space left on device.*waited for room for 0 s"):
+        with pytest.raises(StorageError, match=r"No space left on device.*waited 0 s for free space"):
             claim.claim(root, claim.next_attempt(root, None, (), None), 0.0, lambda: None, print)

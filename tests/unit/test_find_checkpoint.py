@@ -48,7 +48,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
         yield proxy
 
 
-RATE = "the learning rate of step 41 is {}; as saved it would be 5.96e-05"
+RATE = "the learning rate of step 41 is {}; with the saved values it would be 5.96e-05"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_a_run_keeps_what_decides_its_numbers(tmp_path: Path, world: World, key:
     write(root_of(config), config, NEWEST)
     other = changed(config, key, BOUND[key])
     assert other != config
-    with pytest.raises(ConfigError, match=rf"is a run of another configuration: {key} was "):
+    with pytest.raises(ConfigError, match=rf"holds a run with another configuration: {key} was "):
         find_checkpoint(other, DATA_SHA256, world, read, print)
 
 
@@ -266,5 +266,7 @@ def test_a_run_may_change_the_rest(tmp_path: Path, world: World, key: str) -> No
 def test_a_run_keeps_its_data_set(tmp_path: Path, world: World) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, NEWEST)
-    with pytest.raises(ConfigError, match=r"another configuration: data\.url holds another latent data set"):
+    with pytest.raises(
+        ConfigError, match=r"another configuration: data\.url leads to another latent data set"
+    ):
         find_checkpoint(config, "2" * 64, world, read, print)

@@ -102,7 +102,9 @@ def test_a_limit_that_is_met_exactly_is_met() -> None:
 def test_a_model_that_does_not_fit_is_refused_with_what_would_help(stage: int, remedy: str) -> None:
     config = config_of(zero_stage=stage, memory_gib=1.0)
     needed = total_gib(config, 1, 2)
-    with pytest.raises(ConfigError, match=rf"about {needed:.2f} GiB .* engine.memory_gib is 1: {remedy}"):
+    with pytest.raises(
+        ConfigError, match=rf"about {needed:.2f} GiB per process .* engine.memory_gib is 1: {remedy}"
+    ):
         micro_batch_for(config, shape_of(config.model), 2)
 
 
@@ -115,7 +117,7 @@ def test_a_dry_run_prints_what_depends_on_the_world(capsys: pytest.CaptureFixtur
     assert plan.micro_steps > 1
     memory = estimate(config, shape_of(config.model), plan)
     assert f"250 samples on 8 processes: {plan.micro_steps} micro-steps of {plan.micro_batch} each" in printed
-    assert "part of a rank   32 samples at most, 31 at least" in printed
+    assert "share of a rank  31 to 32 samples" in printed
     assert "loss scale       0.032\n" in printed
     assert f"about {memory.total / GIB:.2f} GiB of 6 GiB per process at ZeRO-2" in printed
     assert f"host snapshot    {memory.snapshot / GIB:8.3f} GiB" in printed

@@ -96,7 +96,7 @@ def test_what_the_journal_does_not_say() -> None:
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["replay", str(tmp_path), "--step", "1"]) == cli.USER_ERROR_EXIT_CODE
-    said = f"dit-scale replay: {tmp_path}: expected a run's folder, with its config.yaml\n"
+    said = f"dit-scale replay: {tmp_path}: expected a run folder, with its config.yaml\n"
     assert capsys.readouterr().err == said
 
 

@@ -70,10 +70,10 @@ def test_a_data_set_fits_a_model_of_its_size_with_as_many_classes(tmp_path: Path
     for num_classes in (10, 11):
         note = check_dataset(config_of(tmp_path, num_classes), dataset)
         assert bool(note) == (num_classes == 11)
-    assert "has 10 classes, model.num_classes is 11: the labels from 10 on are never trained" in note
-    with pytest.raises(ConfigError, match=r"has 10 classes, model.num_classes is 9"):
+    assert "has 10 classes, model.num_classes is 11: labels 10 and above are never trained" in note
+    with pytest.raises(ConfigError, match=r"has 10 classes, but model.num_classes is 9"):
         check_dataset(config_of(tmp_path, num_classes=9), dataset)
-    with pytest.raises(ConfigError, match=r"holds latents of 32 px images, model.image_size is 64"):
+    with pytest.raises(ConfigError, match=r"holds latents of 32 px images, but model.image_size is 64"):
         check_dataset(config_of(tmp_path, image_size=64), dataset)
 
 

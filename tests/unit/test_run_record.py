@@ -258,5 +258,5 @@ def test_a_damaged_line_is_left_out_and_reported(tmp_path: Path) -> None:
     said: list[str] = []
     carried = carried_over(config, None, 1)
     Logbook(config, open_storage(tmp_path), 1, carried, lambda: 3, said.append).close()
-    assert said == [f"ALARM: {tmp_path}/metrics.jsonl: 1 damaged lines are left out from now on"]
+    assert said == [f"ALARM: {tmp_path}/metrics.jsonl: dropped 1 damaged lines"]
     assert carried.damaged == 1, "the torn last line was never written"
