@@ -84,6 +84,7 @@ class Logbook:
 
     def __init__(
         self,
+        *,
         config: TrainConfig,
         root: Storage,
         attempt: int,

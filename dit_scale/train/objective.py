@@ -52,6 +52,7 @@ def losses(
     predict: Predict,
     schedule: Schedule,
     batch: Batch,
+    *,
     seed: int,
     latent_scale: float,
     null_class: int,
@@ -63,5 +64,12 @@ def losses(
     noise_BCHW = rng.normals(seed, Purpose.NOISE, batch.position_B, tuple(z_BCHW.shape[1:]))
     y_B = drop_labels(batch.y_B, batch.position_B, null_class, label_dropout, seed)
     x_BCHW = q_sample(schedule, z_BCHW, t_B, noise_BCHW)
-    loss = hybrid_loss(schedule, predict(x_BCHW, t_B, y_B), z_BCHW, x_BCHW, noise_BCHW, t_B)
+    loss = hybrid_loss(
+        schedule,
+        predict(x_BCHW, t_B, y_B),
+        x_start_BCHW=z_BCHW,
+        x_t_BCHW=x_BCHW,
+        noise_BCHW=noise_BCHW,
+        t_B=t_B,
+    )
     return SampleLosses(*loss, t_B)

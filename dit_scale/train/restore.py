@@ -65,6 +65,7 @@ def find_checkpoint(
     world: World,
     fill: Callable[[Checkpoint], None],
     say: Say,
+    *,
     at_most_step: int | None = None,
 ) -> Checkpoint | None:
     """Fill in the newest checkpoint that all ranks can read; return it, or None when the run has none.

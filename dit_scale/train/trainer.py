@@ -76,10 +76,10 @@ class Trainer:
                 self.engine,
                 self._schedule,
                 batch,
-                config.seed,
-                self._latent_scale,
-                config.model.num_classes,
-                config.diffusion.label_dropout,
+                seed=config.seed,
+                latent_scale=self._latent_scale,
+                null_class=config.model.num_classes,
+                label_dropout=config.diffusion.label_dropout,
             )
             if observer is not None:
                 observer(batch, by_sample)

@@ -30,7 +30,6 @@ MAX_POSITIONAL = 5
 NO_LIMIT = 1_000
 
 OPEN = {
-    "Session": "split by lifetime in progress",
     "Supervisor": "split by lifetime in progress",
     "LaunchedGroup": "split by lifetime in progress",
     "Simulation": "split in progress",
@@ -39,7 +38,7 @@ OPEN = {
     "Flow": "split in progress",
     "JobProgress": "split in progress",
 }
-OPEN_FILES = ("dit_scale.storage.s3", "dit_scale.train.session")
+OPEN_FILES = ("dit_scale.storage.s3",)
 OPEN_CALLS = True
 
 

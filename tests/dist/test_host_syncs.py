@@ -196,7 +196,9 @@ def test_the_objective_reads_nothing_back(dtype: torch.dtype) -> None:
     model = dit.build(ModelConfig(name="DiT-Ti/2", image_size=32), 0, META, initialise=False).to(dtype)
     schedule = schedules.linear(1000).to(META)
     batch = meta_batch(4, side=4)
-    sums = losses(model, schedule, batch, 0, 0.18215, 1000, 0.1).sums(batch.weight_B)
+    sums = losses(
+        model, schedule, batch, seed=0, latent_scale=0.18215, null_class=1000, label_dropout=0.1
+    ).sums(batch.weight_B)
     sums[0].backward()
     assert sums.device == META
     assert all(parameter.grad is not None for parameter in model.parameters())

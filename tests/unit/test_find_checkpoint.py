@@ -137,7 +137,7 @@ def test_the_newest_up_to_a_step_is_taken_that_of_the_step_too(
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, *(NEWEST, OLDER, OLDEST))
     notes: list[str] = []
-    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append, at_most_step)
+    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append, at_most_step=at_most_step)
     assert (found.id if found else None, notes) == (expected, [])
 
 

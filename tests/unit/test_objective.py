@@ -12,7 +12,7 @@ from dit_scale.data.loader import Batch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.rng import Purpose
-from dit_scale.train.objective import SampleLosses, drop_labels, losses
+from dit_scale.train.objective import Predict, SampleLosses, drop_labels, losses
 from tests.support import philox
 
 SEED, SCALE, NUM_CLASSES, LABEL_DROPOUT = 7, 0.5, 10, 0.1
@@ -37,23 +37,31 @@ def batch() -> Batch:
     return Batch(moments, torch.arange(NUM) % NUM_CLASSES, torch.arange(100, 100 + NUM), weights)
 
 
-def settings(batch: Batch) -> tuple[schedules.Schedule, Batch, int, float, int, float]:
-    return schedules.linear(1000), batch, SEED, SCALE, NUM_CLASSES, LABEL_DROPOUT
+def losses_of(predict: Predict, batch: Batch, label_dropout: float = LABEL_DROPOUT) -> SampleLosses:
+    return losses(
+        predict,
+        schedules.linear(1000),
+        batch,
+        seed=SEED,
+        latent_scale=SCALE,
+        null_class=NUM_CLASSES,
+        label_dropout=label_dropout,
+    )
 
 
 @torch.no_grad()
 def test_the_losses_of_a_sample_do_not_depend_on_its_neighbours(model: dit.DiT, batch: Batch) -> None:
-    together = losses(model, *settings(batch))
+    together = losses_of(model, batch)
     for i in range(NUM):
         one = Batch(*(getattr(batch, name)[i : i + 1] for name in vars(batch)))
-        alone = losses(model, *settings(one))
+        alone = losses_of(model, one)
         for name, value in zip(SampleLosses._fields, alone, strict=True):
             torch.testing.assert_close(value[0], getattr(together, name)[i], rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
 def test_sums_are_weighted(model: dit.DiT, batch: Batch) -> None:
-    by_sample = losses(model, *settings(batch))
+    by_sample = losses_of(model, batch)
     expected = torch.stack([by_sample.total_B[:4].sum(), by_sample.mse_B[:4].sum(), by_sample.vb_B[:4].sum()])
     torch.testing.assert_close(by_sample.sums(batch.weight_B), expected)
     assert torch.equal(by_sample.sums(torch.zeros(NUM)), torch.zeros(3))
@@ -77,7 +85,7 @@ def signal(t: int) -> float:
 
 def test_every_draw_is_that_of_its_purpose_and_position(batch: Batch) -> None:
     seen = Seen()
-    found = losses(seen, *settings(batch))
+    found = losses_of(seen, batch)
     for i, position in enumerate(batch.position_B.tolist()):
         t = philox.words(SEED, philox.TIMESTEP, position, 1)[0] * 1000 >> 32
         is_dropped = philox.uniform(SEED, philox.LABEL_DROP, position) < LABEL_DROPOUT
@@ -100,7 +108,7 @@ def test_so_many_labels_are_dropped(share: float) -> None:
     labels = torch.arange(num) % NUM_CLASSES
     batch = Batch(torch.ones(num, 8, 1, 1).half(), labels, torch.arange(num), torch.ones(num))
     seen = Seen()
-    losses(seen, schedules.linear(1000), batch, SEED, SCALE, NUM_CLASSES, share)
+    losses_of(seen, batch, share)
     is_dropped = seen.y_B == NUM_CLASSES
     assert torch.equal(seen.y_B[~is_dropped], labels[~is_dropped])
     drawn = [philox.uniform(SEED, philox.LABEL_DROP, position) < share for position in range(500)]

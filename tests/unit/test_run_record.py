@@ -257,6 +257,14 @@ def test_a_damaged_line_is_left_out_and_reported(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     said: list[str] = []
     carried = carried_over(config, None, 1)
-    Logbook(config, open_storage(tmp_path), 1, carried, lambda: 3, said.append).close()
+    logbook = Logbook(
+        config=config,
+        root=open_storage(tmp_path),
+        attempt=1,
+        carried=carried,
+        step=lambda: 3,
+        say=said.append,
+    )
+    logbook.close()
     assert said == [f"ALARM: {tmp_path}/metrics.jsonl: dropped 1 damaged lines"]
     assert carried.damaged == 1, "the torn last line was never written"

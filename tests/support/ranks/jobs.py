@@ -148,7 +148,13 @@ def plain_sums(config: TrainConfig, model: dit.DiT, dataset: LatentDataset, step
     batch = read_batch(dataset, positions, count, config.seed, config.data.horizontal_flip)
     schedule = schedules.linear(config.diffusion.timesteps)
     by_sample = losses_of(
-        model, schedule, batch, config.seed, dataset.info.vae.scale, 10, config.diffusion.label_dropout
+        model,
+        schedule,
+        batch,
+        seed=config.seed,
+        latent_scale=dataset.info.vae.scale,
+        null_class=config.model.num_classes,
+        label_dropout=config.diffusion.label_dropout,
     )
     return by_sample.sums(batch.weight_B) / count
 
