@@ -1,4 +1,4 @@
-"""The estimate of memory, the micro-batch that fits into it, and what a dry run says of both."""
+"""The memory estimate, the micro-batch that fits, and the dry run that prints both."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def total_gib(config: TrainConfig, micro_batch: int, world: int) -> float:
     return estimate(config, shape_of(config.model), plan).total / GIB
 
 
-def test_a_snapshot_is_what_a_process_owns_and_not_on_the_device() -> None:
+def test_a_snapshot_holds_what_a_process_owns_on_the_host() -> None:
     config = config_of()
     shape = shape_of(config.model)
     memory = estimate(config, shape, batch_plan(256, 32, 8))
@@ -75,7 +75,7 @@ def saved_for_backward(config: ModelConfig, micro_batch: int) -> int:
     return sum(storage.nbytes() for start, storage in storages.items() if start not in parameters)
 
 
-def test_without_a_limit_the_micro_batch_is_what_was_asked_for() -> None:
+def test_without_a_limit_the_micro_batch_is_the_configured_one() -> None:
     config = config_of(micro_batch=10_000)
     assert micro_batch_for(config, shape_of(config.model), 1) == 10_000
 
@@ -90,7 +90,7 @@ def test_the_micro_batch_is_the_largest_that_fits(stage: int, world: int) -> Non
     assert micro_batch == 32 or total_gib(config, micro_batch + 1, world) > 18.0
 
 
-def test_a_limit_that_is_met_exactly_is_met() -> None:
+def test_a_limit_may_be_met_exactly() -> None:
     exact = total_gib(config_of(), 32, 8)
     config = config_of(memory_gib=exact)
     assert micro_batch_for(config, shape_of(config.model), 8) == 32
@@ -99,7 +99,7 @@ def test_a_limit_that_is_met_exactly_is_met() -> None:
 @pytest.mark.parametrize(
     ("stage", "remedy"), [(2, "use engine.zero_stage=3, more"), (3, "use more processes")]
 )
-def test_a_model_that_does_not_fit_is_refused_with_what_would_help(stage: int, remedy: str) -> None:
+def test_a_model_that_does_not_fit_is_refused_with_a_remedy(stage: int, remedy: str) -> None:
     config = config_of(zero_stage=stage, memory_gib=1.0)
     needed = total_gib(config, 1, 2)
     with pytest.raises(
@@ -108,7 +108,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would_help(stage: int, r
         micro_batch_for(config, shape_of(config.model), 2)
 
 
-def test_a_dry_run_prints_what_depends_on_the_world(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_what_depends_on_the_world_size(capsys: pytest.CaptureFixture[str]) -> None:
     config = config_of(global_batch=250, memory_gib=6.0)
     dry_run.report(config, 8)
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a micro-batch contributes: losses by sample, and their sums."""
+"""The training objective: losses by sample, their sums, and the draws behind them."""
 
 import math
 
@@ -67,11 +67,11 @@ def test_sums_are_weighted(model: dit.DiT, batch: Batch) -> None:
     assert torch.equal(by_sample.sums(torch.zeros(NUM)), torch.zeros(3))
 
 
-# The draws of a micro-batch, against draws that are made here
+# The draws of a micro-batch, compared with draws computed here
 
 
 class Seen:
-    """A model that keeps what it is given, and answers zero: its error is the noise."""
+    """A model that keeps its inputs and returns zero: its error is the noise."""
 
     def __call__(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
         self.x_BCHW, self.t_B, self.y_B = x_BCHW, t_B, y_B
@@ -79,11 +79,11 @@ class Seen:
 
 
 def signal(t: int) -> float:
-    """alpha_bar of the linear schedule of 1000 steps: what is left of the variance of the latent."""
+    """Return alpha_bar of the linear schedule of 1000 steps: the remaining variance of the latent."""
     return math.prod(1 - (1e-4 + (2e-2 - 1e-4) * step / 999) for step in range(t + 1))
 
 
-def test_every_draw_is_that_of_its_purpose_and_position(batch: Batch) -> None:
+def test_every_draw_is_keyed_by_purpose_and_position(batch: Batch) -> None:
     seen = Seen()
     found = losses_of(seen, batch)
     for i, position in enumerate(batch.position_B.tolist()):
@@ -103,7 +103,7 @@ def test_every_draw_is_that_of_its_purpose_and_position(batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_so_many_labels_are_dropped(share: float) -> None:
+def test_the_configured_share_of_labels_is_dropped(share: float) -> None:
     num = 20_000
     labels = torch.arange(num) % NUM_CLASSES
     batch = Batch(torch.ones(num, 8, 1, 1).half(), labels, torch.arange(num), torch.ones(num))
@@ -121,7 +121,7 @@ def test_a_label_is_dropped_when_its_draw_is_below_the_share() -> None:
     position_B = torch.arange(1000)
     y_B = position_B % NUM_CLASSES
     draws = rng.uniforms(SEED, Purpose.LABEL_DROP, position_B).tolist()
-    share = sorted(draws)[100]  # that of one of them: its label stays
+    share = sorted(draws)[100]  # equal to one of the draws: that label stays
     kept = drop_labels(y_B, position_B, NUM_CLASSES, share, SEED)
     assert kept.tolist() == [
         NUM_CLASSES if draw < share else y for draw, y in zip(draws, y_B.tolist(), strict=True)

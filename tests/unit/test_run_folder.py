@@ -1,4 +1,4 @@
-"""What a run takes over from its checkpoints, and which data set fits it."""
+"""The state that a run restores from a checkpoint, and the data sets that fit it."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -21,16 +21,16 @@ RANGES = st.lists(
 
 
 @given(RANGES)
-def test_merged_ranges_are_the_same_positions_once(ranges: list[tuple[int, int]]) -> None:
+def test_merged_ranges_hold_each_position_once(ranges: list[tuple[int, int]]) -> None:
     found = merge_ranges(tuple(ranges))
     assert {position for pair in found for position in range(*pair)} == {
         position for pair in ranges for position in range(*pair)
     }
     for (_, end), (start, _) in pairwise(found):
-        assert end < start, "sorted, disjoint, and none that touch"
+        assert end < start, "sorted, disjoint and not adjacent"
 
 
-def test_all_that_survives_a_restart_is_taken_over() -> None:
+def test_the_state_is_restored_from_a_manifest() -> None:
     guard = {"loss": 0.5, "grad_norm": 0.25, "updates": 8.0, "failed_in_a_row": 0.0}
     manifest = Manifest(
         step=9,
@@ -64,7 +64,7 @@ def config_of(data: Path, num_classes: int = 10, image_size: int = 32) -> TrainC
     return TrainConfig.model_validate({"model": model, "data": {"url": str(data)}})
 
 
-def test_a_data_set_fits_a_model_of_its_size_with_as_many_classes(tmp_path: Path) -> None:
+def test_a_data_set_fits_a_model_of_its_size_with_enough_classes(tmp_path: Path) -> None:
     write_latents(tmp_path, num=4, image_size=32, num_classes=10)
     dataset = LatentDataset.open(tmp_path)
     for num_classes in (10, 11):
@@ -79,5 +79,5 @@ def test_a_data_set_fits_a_model_of_its_size_with_as_many_classes(tmp_path: Path
 
 def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
     write_latents(tmp_path, num=0)
-    with pytest.raises(ConfigError, match="holds no sample"):
+    with pytest.raises(ConfigError, match="holds no samples"):
         check_dataset(config_of(tmp_path), LatentDataset.open(tmp_path))
