@@ -1,4 +1,4 @@
-"""One attempt of a run: its record in the chain, and everything that lives exactly as long."""
+"""One attempt of a run: its record in the chain of attempts, and everything that lives exactly as long."""
 
 import time
 from contextlib import ExitStack
@@ -25,10 +25,10 @@ from dit_scale.train.trainer import Trainer
 
 
 class Attempt:
-    """Trains from a restored state until the run is done, stops, or rolls back.
+    """The part of a run from a restored state until it is done, stops, or rolls back.
 
-    Claims its number, then opens the record, the journal and the loader. All ranks create it together and
-    call its public methods alike; `close` may be called more than once.
+    Creating it claims the next number and opens record, journal and loader. All ranks create it together and
+    call the same public methods in the same order. `close` may be called more than once.
     """
 
     def __init__(
@@ -42,10 +42,11 @@ class Attempt:
         previous: "Attempt | None" = None,
         excluded: Ranges = (),
     ) -> None:
-        """Start from the checkpoint that was restored into `trainer`, or from step 0.
+        """Start from the checkpoint that was restored into `trainer` (None: from step 0).
 
-        `notes` are announced first. `start_s` is when restoring began, by time.monotonic. After a rollback,
-        `previous` is the attempt that it ended and `excluded` the positions that it leaves out.
+        `notes` are shown and recorded with the start. `start_s` is when restoring started, by
+        time.monotonic. After a rollback, `previous` is the attempt before it, and `excluded` are the
+        positions to exclude.
 
         Raises SupersededError when another process has started the next attempt.
         """
@@ -99,7 +100,7 @@ class Attempt:
             self._logbook.event(event, **details)
 
     def count(self, row: Tensor) -> None:
-        """Count the step that was just taken; `row` holds the `meters.COLUMNS`."""
+        """Count the step that has just finished; `row` holds its `meters.COLUMNS`."""
         self.meters.add(row)
         self._status.advance()
         if self.state.step == self._first_step + 1:
@@ -185,7 +186,7 @@ class Attempt:
         return record, carried
 
     def _announce(self, notes: list[str], restore_s: float) -> None:
-        """Show how the attempt starts, and open its part of the journal."""
+        """Show how the attempt starts, and write its first journal entry."""
         context, plan, config = self._context, self._context.plan, self._context.config
         notes = [*context.notes, *notes, *self.loader.notes()]
         for note in notes:

@@ -80,12 +80,6 @@ class Engine:
         self._engine.step()
         return self._grad_norm(), self._reach_verdict()
 
-    @property
-    def gradient_clipping(self) -> float:
-        """The clipping threshold that DeepSpeed uses; 0.0 disables clipping."""
-        clipping: float = self._engine.gradient_clipping()
-        return clipping
-
     def hyper_parameters(self) -> tuple[dict[str, Any], ...]:
         """The hyper-parameters of each optimizer group."""
         names = ("lr", "betas", "eps", "weight_decay")
@@ -119,9 +113,6 @@ class Engine:
         for partition in self.owned:
             state = self._optimizer.state[partition.buffers[MASTER]]
             state["step"].fill_(float(updates))
-
-    def close(self) -> None:
-        self._engine.destroy()
 
     def _reach_verdict(self) -> Tensor:
         """Judge the step once for all optimizer groups.

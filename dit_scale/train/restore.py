@@ -24,9 +24,9 @@ from dit_scale.train.trainer import Trainer
 def restore(
     context: RunContext, trainer: Trainer, say: Say, *, step: int, at_most_step: int | None = None
 ) -> Checkpoint | None:
-    """Restore the newest checkpoint into `trainer`, or its initial state; returns the checkpoint, or None.
+    """Restore the newest checkpoint into `trainer` and return it; without one, set the initial state.
 
-    `step` is the step at which this process stands before. Raises as `find_checkpoint` does.
+    Heartbeats report `step` meanwhile. Raises what `find_checkpoint` raises.
     """
 
     def fill(checkpoint: Checkpoint) -> None:

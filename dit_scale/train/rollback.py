@@ -1,7 +1,7 @@
-"""When failed steps call for a rollback, and what the rollback leaves out.
+"""When failed steps call for a rollback, and what the rollback excludes.
 
-Pure functions of the steps taken, so that all ranks decide alike and a resumed run decides as it would have
-without the interruption. Steps are counted from 1, positions from 0.
+Pure functions of the step history: all ranks decide alike, and a resumed run decides as it would have without
+the interruption. Steps are counted from 1, positions from 0.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Rollback:
     first_failed_step: int
     last_failed_step: int
     excluded: Ranges
-    """All positions to leave out from now on: those of the failed steps and those excluded before."""
+    """All positions to exclude from now on: those of the failed steps and those excluded before."""
 
     @property
     def at_most_step(self) -> int:

@@ -45,7 +45,7 @@ class Saves:
         A step that failed is not saved: a rollback needs the checkpoints before it.
         """
         if not self._attempt.failures():
-            self._begin()
+            self._start()
 
     def follow(self, any_busy: bool, any_failed: bool) -> None:
         """Advance the save in flight, given the vote of all ranks."""
@@ -61,11 +61,11 @@ class Saves:
         Raises CheckpointError, on all ranks, when that fails.
         """
         self._attempt.share_damage()
-        begin_s, pause_s = time.monotonic(), FIRST_PAUSE_S
+        start_s, pause_s = time.monotonic(), FIRST_PAUSE_S
         self._wait()
         give_up_s = time.monotonic() + self._context.config.checkpoint.deadline_s
         while self._committed_step != self._attempt.state.step:
-            self._begin()
+            self._start()
             result = self._wait()
             assert result is not None
             is_late = self._context.world.broadcast(lambda: time.monotonic() > give_up_s)
@@ -74,9 +74,9 @@ class Saves:
             if result.problem:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-        self._attempt.write(Event.WAITED, stall_s=round(time.monotonic() - begin_s, 4))
+        self._attempt.write(Event.WAITED, stall_s=round(time.monotonic() - start_s, 4))
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         config, state = self._context.config, self._attempt.state
         kinds = (*OPTIMIZER_KINDS, *(ema_kind(profile.name) for profile in config.ema))
         folders = {CHECKPOINTS: kinds}
@@ -84,10 +84,10 @@ class Saves:
         if stored and self._passed(config.checkpoint.ema_every_steps, since=self._committed_step):
             # Before the checkpoint: a run that resumes from it must find this average.
             folders = {EMA: stored, **folders}
-        begin_s = time.monotonic()
+        start_s = time.monotonic()
         self._saver.begin(self._manifest(), folders)
         self._saved_step = state.step
-        self._attempt.write(Event.SAVE, stall_s=round(time.monotonic() - begin_s, 4))
+        self._attempt.write(Event.SAVE, stall_s=round(time.monotonic() - start_s, 4))
 
     def _wait(self) -> SaveResult | None:
         heart, step = self._context.heart, self._attempt.state.step

@@ -20,10 +20,10 @@ from dit_scale.train.trainer import Trainer
 
 
 class Session:
-    """The model under its engine, the saver, and the attempt that uses them.
+    """The trainer and the saver, which live as long as the process, and the current attempt.
 
-    All ranks create it together, which starts an attempt from the newest checkpoint. A rollback replaces
-    `attempt` and `saves`; everything else stays.
+    Creating it starts an attempt from the newest checkpoint. A rollback replaces `attempt` and `saves`.
+    All ranks create it together and call the same public methods in the same order.
     """
 
     def __init__(self, config: TrainConfig, world: World, heart: Heart, stack: ExitStack) -> None:
