@@ -225,6 +225,5 @@ class Attempt:
             sample_ids=sample_ids.tolist(),
         )
         self.say(
-            f"step {step} is skipped: loss {row[0]:g}, gradient norm {row[3]:g}; "
-            "events.jsonl lists its samples"
+            f"skipped step {step}: loss {row[0]:g}, gradient norm {row[3]:g}; events.jsonl lists its samples"
         )

@@ -127,7 +127,7 @@ class Saves:
         attempt, name = self._attempt, result.manifest.id.name
         if result.problem:
             attempt.write(Event.SAVE_FAILED, name=name, problem=result.problem)
-            attempt.say(f"ALARM: checkpoint {name} is not saved, training continues: {result.problem}")
+            attempt.say(f"ALARM: checkpoint {name} was not saved, training continues: {result.problem}")
             return
         self._committed_step = result.manifest.step
         if self._committed_step not in result.manifest.skipped_steps:
@@ -135,4 +135,4 @@ class Saves:
         attempt.write(Event.CHECKPOINT, name=name, dropped=result.dropped, seconds=round(result.seconds, 3))
         if result.retention_problem:
             attempt.write(Event.RETENTION_FAILED, name=name, problem=result.retention_problem)
-            attempt.say(f"ALARM: old checkpoints are not pruned: {result.retention_problem}")
+            attempt.say(f"ALARM: old checkpoints were not pruned: {result.retention_problem}")
