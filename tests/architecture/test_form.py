@@ -30,14 +30,13 @@ MAX_POSITIONAL = 5
 NO_LIMIT = 1_000
 
 OPEN = {
-    "Session": "split by lifetime in progress",
     "Supervisor": "split by lifetime in progress",
     "LaunchedGroup": "split by lifetime in progress",
     "Loader": "split in progress",
     "Flow": "split in progress",
     "JobProgress": "split in progress",
 }
-OPEN_FILES = ("dit_scale.storage.s3", "dit_scale.train.session")
+OPEN_FILES = ("dit_scale.storage.s3",)
 OPEN_CALLS = True
 
 

@@ -192,7 +192,7 @@ def test_a_run_gives_up_if_rollbacks_do_not_help(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", data, rollback_after=2, max_rollbacks=2)
     with pytest.raises(AssertionError, match=StabilityError.__name__) as failure:
         run(WORLD, jobs.train, config)
-    assert "2 steps in a row failed, from step 1 on, after 2 rollbacks; lower optimizer.lr" in str(
+    assert "2 steps in a row failed, starting at step 1, after 2 rollbacks; lower optimizer.lr" in str(
         failure.value
     )
     assert [event["excluded_positions"] for event in events(config, "rollback")] == [[[0, 14]], [[0, 28]]]

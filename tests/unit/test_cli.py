@@ -255,8 +255,8 @@ def test_a_data_set_that_is_not_finished(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.image_size=64", "holds latents of 32 px images, model.image_size is 64"),
-        ("model.num_classes=4", "has 5 classes, model.num_classes is 4"),
+        ("model.image_size=64", "holds latents of 32 px images, but model.image_size is 64"),
+        ("model.num_classes=4", "has 5 classes, but model.num_classes is 4"),
     ],
 )
 def test_a_data_set_of_another_kind(
@@ -362,7 +362,7 @@ def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_checkpoint_list_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "expected a run's folder" in refused(capsys, "checkpoint", "list", str(tmp_path))
+    assert "expected a run folder" in refused(capsys, "checkpoint", "list", str(tmp_path))
 
 
 def damage(file: Path) -> None:
@@ -460,7 +460,7 @@ def test_a_run_without_power_function_averages(
 
 
 def test_averages_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "expected a run's folder" in refused(capsys, "ema", "list", str(tmp_path))
+    assert "expected a run folder" in refused(capsys, "ema", "list", str(tmp_path))
 
 
 def test_checkpoint_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

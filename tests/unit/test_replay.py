@@ -109,8 +109,8 @@ def test_a_journal_without_the_world_size(capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["replay", str(tmp_path), "--step", "1"]) == cli.USER_ERROR_EXIT_CODE
-    message = f"dit-scale replay: {tmp_path}: expected a run's folder, with its config.yaml\n"
-    assert capsys.readouterr().err == message
+    said = f"dit-scale replay: {tmp_path}: expected a run folder, with its config.yaml\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(

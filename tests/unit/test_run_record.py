@@ -257,6 +257,14 @@ def test_a_damaged_line_is_left_out_and_reported(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     messages: list[str] = []
     carried = carried_over(config, None, 1)
-    Logbook(config, open_storage(tmp_path), 1, carried, step=lambda: 3, say=messages.append).close()
-    assert messages == [f"ALARM: {tmp_path}/metrics.jsonl: 1 damaged lines are left out from now on"]
+    logbook = Logbook(
+        config=config,
+        root=open_storage(tmp_path),
+        attempt=1,
+        carried=carried,
+        step=lambda: 3,
+        say=messages.append,
+    )
+    logbook.close()
+    assert messages == [f"ALARM: {tmp_path}/metrics.jsonl: dropped 1 damaged lines"]
     assert carried.damaged == 1, "the torn last line was never written"
