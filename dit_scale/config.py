@@ -1,8 +1,9 @@
-"""Every knob, typed and frozen, in one file that imports no torch.
+"""The configuration: every key, typed and frozen, in one file that does not import torch.
 
-Two roots: `TrainConfig` (a training run) and `EncodeConfig` (an encoding job). `load` reads
-defaults -> YAML -> `key=value` overrides (`configfile`), and makes all paths absolute (`paths`).
-A component is handed its own section, never the root.
+There are two roots: `TrainConfig` for a training run and `EncodeConfig` for an encoding job. `load` reads
+defaults -> YAML -> `key=value` overrides (`configfile`) and makes all paths absolute (`paths`). A component
+receives its own section, never the root. The docstring under a field is the help text that
+`dit-scale config` prints.
 """
 
 import os.path
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dit_scale import configfile, recipes
 from dit_scale.errors import ConfigError
-from dit_scale.paths import PathKind, located
+from dit_scale.paths import PathKind, with_absolute_paths
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Folder = Annotated[str, PathKind.FOLDER]
@@ -25,208 +26,208 @@ FolderOrHubName = Annotated[str, PathKind.VAE]
 
 
 class Section(BaseModel):
-    """A frozen group of knobs; the docstring under a field is its help text."""
+    """A frozen group of keys; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
-    """Which transformer of the paper's Table 4, and how it is conditioned."""
+    """The transformer (Table 4 of the paper) and its conditioning."""
 
     name: str = "DiT-XL/2"
-    """Row and patch size: DiT-{S,B,L,XL}/{2,4,8}; DiT-Ti is small, for laptops, DiT-Nano for tests."""
+    """Model size and patch size: DiT-{S,B,L,XL}/{2,4,8}. DiT-Ti is for laptops, DiT-Nano for tests."""
     image_size: int = Field(256, gt=0)
-    """Side of the square image in pixels; a multiple of 8 x patch (the VAE divides it by 8)."""
+    """Image side in pixels; a multiple of 8 x patch size, because the VAE downsamples by 8."""
     conditioning: Literal["adaln_zero", "adaln", "cross_attention", "in_context"] = "adaln_zero"
-    """How timestep and class enter the blocks (Section 3.2 of the paper)."""
+    """How timestep and class condition the blocks (Section 3.2 of the paper)."""
     num_classes: int = Field(1000, gt=0)
-    """Real classes; one more row of the label table stands for "no class"."""
+    """Number of classes, not counting the null class."""
     attention: str = "sdpa"
-    """Attention backend; `dit_scale.models.attention.BACKENDS` has the names."""
+    """Attention backend: sdpa (torch picks a kernel), sdpa_{flash,efficient,cudnn,math} or flash{2,3,4}."""
 
 
 class DataConfig(Section):
-    """Where the latents are and how they are read."""
+    """The latent data set and how to read it."""
 
     url: FolderOrUrl = "data/imagenet256"
-    """Folder or s3:// prefix of a latent data set (docs/formats.md)."""
+    """Folder or s3:// prefix of the latent data set (docs/formats.md)."""
     vae: FolderOrHubName = "stabilityai/sd-vae-ft-ema"
-    """Folder or hub name of the AutoencoderKL that made the latents; needed only to look at samples."""
+    """Folder or hub name of the AutoencoderKL that made the latents; only sampling needs it."""
     horizontal_flip: bool = True
-    """Draw the mirrored view half of the time (both views are stored encoded)."""
+    """Train on the flipped view half of the time; the data set stores both views."""
     cache_dir: NodeFolder = "~/.cache/dit_scale/shards"
-    """Folder on the node's own disk that keeps shards of a remote data set."""
+    """Folder on the node's local disk that caches shards of a remote data set."""
     cache_bytes: int = Field(0, ge=0)
-    """Most bytes that shards may take in `cache_dir`; 0 sets no limit."""
+    """Size limit of the shard cache in bytes; 0: no limit."""
     window_shards: int = Field(0, ge=0)
-    """Shards whose samples are mixed at a time, for caches smaller than the data set; 0 mixes all of it."""
+    """Shuffle this many shards at a time, for a cache smaller than the data set; 0: shuffle all samples."""
     prefetch_batches: int = Field(4, ge=1)
-    """Micro-batches read ahead of the training step."""
+    """Number of micro-batches to prefetch."""
     deadline_s: float = Field(300.0, gt=0, lt=600)
-    """Longest wait for a micro-batch; then the process stops, before its peers give up on it (600 s)."""
+    """Seconds to wait for a micro-batch before the process exits; below its peers' timeout of 600 s."""
     damaged: Literal["stop", "quarantine"] = "stop"
-    """What to do about a sample whose checksum stays wrong: stop, or replace it and write it down."""
+    """On a sample whose checksum stays wrong: stop the run, or replace the sample and record it."""
 
 
 class DiffusionConfig(Section):
-    """The Gaussian diffusion of the paper (Section 3.1, after ADM)."""
+    """The Gaussian diffusion (Section 3.1 of the paper, following ADM)."""
 
     timesteps: int = Field(1000, gt=20)
-    """Length of the linear schedule, betas 1e-4 to 2e-2 at 1000."""
+    """Diffusion steps in training. At 1000, betas rise linearly from 1e-4 to 2e-2."""
     label_dropout: float = Field(0.1, ge=0, le=1)
-    """Share of samples that train without their class, for classifier-free guidance."""
+    """Probability of replacing a label with the null class, for classifier-free guidance."""
 
 
 class OptimizerConfig(Section):
-    """AdamW as the paper has it: constant rate, no warm-up, no weight decay, no clipping."""
+    """AdamW. Defaults are the paper's: constant learning rate, no warm-up, weight decay or clipping."""
 
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    """Decay rates of the first and second moments."""
     eps: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """Term added to the denominator for numerical stability."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay coefficient."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up; 0 starts at `lr`."""
+    """Linear warm-up in steps; 0: start at the peak learning rate."""
     decay: Literal["none", "cosine", "linear"] = "none"
-    """How the learning rate falls from the end of the warm-up to the last step (docs/diffusion.md)."""
+    """Learning rate decay from the end of warm-up to the last step (docs/diffusion.md)."""
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
-    """Learning rate of the last step, as a fraction of `lr`; needs a `decay`."""
+    """Final learning rate as a fraction of the peak; requires a decay."""
     clip_grad_norm: float = Field(0.0, ge=0)
-    """Largest global gradient norm; 0 does not clip."""
+    """Clip gradients to this global L2 norm; 0: no clipping."""
     implementation: Literal["torch", "apex", "deepspeed"] = "torch"
-    """Whose AdamW: torch (fused on CUDA), apex FusedAdam or DeepSpeed FusedAdam (both need CUDA)."""
+    """AdamW implementation: torch (fused on CUDA), or FusedAdam of apex or DeepSpeed (both require CUDA)."""
 
     @model_validator(mode="after")
     def _final_rate_needs_a_decay(self) -> "OptimizerConfig":
         if self.final_lr_fraction and self.decay == "none":
             raise ValueError(
-                f"final_lr_fraction={self.final_lr_fraction:g} with decay=none has no effect; "
+                f"final_lr_fraction={self.final_lr_fraction:g} has no effect with decay=none; "
                 "set decay=cosine or decay=linear"
             )
         return self
 
 
 class EngineConfig(Section):
-    """How the step runs on machines."""
+    """How a training step runs: parallelism, precision, devices."""
 
     zero_stage: Literal[1, 2, 3] = 2
     """ZeRO stage: 1 shards optimizer state, 2 also gradients, 3 also weights."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of weights and activations; masters, moments, EMA and gradient sums are always fp32. `auto`: what
-    the run began with; a new run takes bf16 where the device multiplies it in hardware, else fp32."""
+    """Type of weights and activations; master weights, moments, EMA and gradient sums are always fp32. `auto`
+    keeps the run's precision; a new run uses bf16 if the hardware supports it, else fp32."""
     micro_batch: int = Field(32, gt=0)
-    """Most samples per process in one forward pass; the global batch is reached by accumulation."""
+    """Maximum samples per process and forward pass; gradient accumulation reaches the global batch."""
     memory_gib: float = Field(0.0, ge=0)
-    """Memory of a device to plan for: the micro-batch shrinks until it fits; 0 does not look at it."""
+    """Memory budget per device in GiB; the micro-batch shrinks until a step fits. 0: no limit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; `auto` takes CUDA when there is one."""
+    """Device to train on; `auto`: CUDA if available."""
     compile_blocks: bool = False
-    """torch.compile each transformer block (one compilation, reused by all blocks)."""
+    """Compile the transformer blocks with torch.compile; all blocks share one compilation."""
     determinism: Literal["strict", "fast"] = "strict"
-    """`strict`: bitwise the same at the same world size; `fast`: the same samples and draws to rounding."""
+    """`strict`: bitwise reproducible at the same world size; `fast`: reproducible up to rounding."""
     cpu_threads: int = Field(1, ge=1)
-    """Threads of each process on a CPU; part of what `strict` pins."""
+    """Threads per process on a CPU; `strict` reproduces only with the same number."""
     reduce_bucket_elements: int = Field(50_000_000, gt=0)
-    """Gradient elements reduced at once."""
+    """Gradient elements per reduction bucket."""
     overlap_comm: bool = True
-    """Reduce gradients while the backward pass goes on."""
+    """Overlap gradient reduction with the backward pass."""
 
     @model_validator(mode="after")
     def _compile_without_hooks(self) -> "EngineConfig":
         if self.compile_blocks and self.zero_stage == 3:
             raise ValueError(
-                "compile_blocks=true with zero_stage=3 is slower than without: the hooks that gather "
-                "weights are compiled and compiled again; use stage 1 or 2, or compile_blocks=false"
+                "compile_blocks=true with zero_stage=3 is slower than without compilation, because the hooks "
+                "that gather weights recompile repeatedly; use zero_stage 1 or 2, or compile_blocks=false"
             )
         return self
 
 
 class EmaProfile(Section):
-    """One moving average of the fp32 master weights; give `decay` or `sigma_rel`, not both."""
+    """A moving average of the fp32 master weights, with either `decay` or `sigma_rel`."""
 
     name: str
-    """Name in checkpoints and on the command line."""
+    """Profile name, in checkpoints and on the command line."""
     decay: float | None = Field(None, gt=0, lt=1)
-    """Constant decay per step (the paper: 0.9999)."""
+    """Constant decay per step; 0.9999 in the paper."""
     sigma_rel: float | None = Field(None, gt=0, lt=0.289)
     """Relative width of a power-function profile (Karras et al. 2024, Section 3)."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> "EmaProfile":
         if (self.decay is None) == (self.sigma_rel is None):
-            raise ValueError(f"profile {self.name!r}: give either decay or sigma_rel")
+            raise ValueError(f"profile {self.name!r}: expected either decay or sigma_rel")
         return self
 
 
 class CheckpointConfig(Section):
-    """When the run is saved, where, and what is kept."""
+    """When and where to save checkpoints, and which to keep."""
 
     url: FolderOrUrl = ""
-    """Folder or s3:// prefix of checkpoints and attempts, the same on all nodes; empty: the run's folder."""
+    """State root: folder or s3:// prefix for checkpoints and attempts, shared by all nodes. Empty: `run`."""
     every_steps: int = Field(5000, gt=0)
-    """Steps between two checkpoints; the last step is always saved."""
+    """Checkpoint interval in steps; the last step is always saved."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     keep_every_steps: int = Field(0, ge=0)
-    """Of every so many steps the first checkpoint stays for good; 0 keeps none so."""
+    """Keep the first checkpoint of every N-step window permanently; 0: disabled."""
     ema_every_steps: int = Field(0, ge=0)
-    """Steps between stored power-function averages, for `dit-scale ema reconstruct`; 0 stores none."""
+    """Store power-function averages every N steps, for `dit-scale ema reconstruct`; 0: disabled."""
     deadline_s: float = Field(1800.0, gt=0)
-    """A save that takes longer has failed; the last one is waited for this long."""
+    """Deadline for a save in seconds; a save that misses it has failed."""
 
 
 class GuardConfig(Section):
-    """What happens to a step whose loss or gradient cannot be right (docs/determinism.md)."""
+    """What to do when a loss or gradient is not finite or spikes (docs/determinism.md)."""
 
     spike_factor: float = Field(0.0, ge=0)
-    """A loss or gradient norm this many times its running mean is a failure; 0: only non-finite ones."""
+    """Skip a step whose loss or gradient norm exceeds N times its running mean; 0: only if not finite."""
     horizon_steps: int = Field(100, ge=1)
-    """Steps over which the running means reach back; as many pass before spikes are judged."""
+    """Horizon of the running means in steps; spikes are detected only after this many steps."""
     rollback_after: int = Field(10, ge=1)
-    """Failed steps in a row after which the run goes back to a checkpoint and leaves their samples out."""
+    """Consecutive skipped steps before a rollback, which also excludes their samples."""
     max_rollbacks: int = Field(3, ge=0)
-    """Rollbacks without a newer checkpoint before the run gives up."""
+    """Rollbacks without a new checkpoint in between before the run stops."""
 
 
 class Mirrored(Section):
-    """Metrics that Weights & Biases may mirror."""
+    """Mirroring of metrics to Weights & Biases."""
 
     wandb: Literal["off", "online", "offline"] = "off"
-    """Mirror to Weights & Biases."""
+    """Mirror metrics to Weights & Biases."""
     wandb_project: str = "dit-scale"
-    """Project of the mirror."""
+    """Weights & Biases project."""
 
 
 class LogConfig(Mirrored):
-    """What is written down; metrics.jsonl is the record, the others mirror it."""
+    """Metrics. metrics.jsonl is the record; Weights & Biases and TensorBoard mirror it."""
 
     every_steps: int = Field(100, gt=0)
-    """Steps between two log points; nothing is read from the device in between."""
+    """Logging interval in steps; between log points the host never waits for metrics."""
     tensorboard: bool = False
-    """Mirror to TensorBoard files in the run's folder."""
+    """Mirror metrics to TensorBoard files in the run folder."""
 
 
 class TrainConfig(Section):
-    """One training run."""
+    """A training run."""
 
     run: Folder = "runs/dit_xl2_256"
-    """The run's folder: config, metrics, events, checkpoints, samples."""
+    """Run folder: config.yaml, metrics, journal, checkpoints, samples."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Key of every draw and of the order of samples."""
+    """Random seed of weights, draws and sample order."""
     steps: int = Field(400_000, gt=0)
-    """Optimizer steps."""
+    """Total number of optimizer steps."""
     global_batch: int = Field(256, gt=0, lt=2**31)
-    """Samples per optimizer step over all processes."""
+    """Samples per optimizer step, over all processes."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     ema: tuple[EmaProfile, ...] = (EmaProfile(name="paper", decay=0.9999),)
-    """Moving averages kept beside the weights; the first is what samples use unless told otherwise."""
+    """Moving averages of the weights; sampling uses the first by default."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
@@ -240,59 +241,59 @@ class TrainConfig(Section):
 
 
 class EncodeConfig(Mirrored):
-    """One encoding job: images in, a latent data set out."""
+    """An encoding job: images to a latent data set."""
 
     source: FolderOrUrl = "data/imagenet/train"
-    """Folder or s3:// prefix that every node sees, with one sub-folder of images per class, with class
-    tars, WebDataset tars or Parquet files; ILSVRC2012_img_train.tar itself; a pattern, DIR/train-*.tar."""
+    """Images: a folder or s3:// prefix with class folders, class tars, WebDataset tars or Parquet files, a
+    pattern such as DIR/train-*.tar, or ILSVRC2012_img_train.tar. Every node must be able to read it."""
     image_column: str = "image"
-    """Of Parquet files: the column of the images, structs with `bytes`. Other sources have no columns."""
+    """Parquet only: image column, with structs that have a `bytes` field."""
     label_column: str = "label"
-    """Of Parquet files: the column of the labels, integers from 0 on."""
+    """Parquet only: label column, with integers from 0."""
     allow_empty_classes: bool = False
-    """Whether classes may be without an image, as in a part of a data set; they keep their labels."""
+    """Allow classes without images, as in a subset of a data set; labels do not change."""
     output: FolderOrUrl = "data/imagenet256"
-    """Folder or s3:// prefix that becomes the latent data set; every node must see it."""
+    """Output folder or s3:// prefix of the latent data set. Every node must be able to write it."""
     vae: FolderOrHubName = "stabilityai/sd-vae-ft-ema"
-    """Folder or hub name of the AutoencoderKL (safetensors only)."""
+    """Folder or hub name of the AutoencoderKL, as safetensors."""
     image_size: int = Field(256, gt=0, multiple_of=8)
-    """Side of the square crop in pixels."""
+    """Crop side in pixels."""
     shard_samples: int = Field(4096, gt=0)
-    """Images of the listing per shard."""
+    """Input images per shard."""
     vae_batch: int = Field(32, gt=0)
-    """Images per VAE pass; part of what a shard's bytes depend on."""
+    """Images per VAE pass; affects the last bits of latents."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """Arithmetic of the VAE; latents are stored as fp16 either way. `auto`: what the output was begun with; a
-    new one takes bf16 where the encoders multiply it in hardware, else fp32."""
+    """Precision of the VAE; latents are always stored as fp16. `auto` keeps the output's precision; a new
+    output uses bf16 if the encoders' hardware supports it, else fp32."""
     channels_last: bool = False
-    """Layout of the VAE's tensors: faster in bf16 on a GPU; part of what a shard's bytes depend on."""
+    """Use channels-last tensors in the VAE: faster in bf16 on a GPU; affects the last bits of latents."""
     compile: bool = False
-    """Compile the VAE's encoder; part of what a shard's bytes depend on."""
+    """Compile the VAE encoder with torch.compile; affects the last bits of latents."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the VAE runs; `auto` takes CUDA when there is one."""
+    """Device of the VAE; `auto`: CUDA if available."""
     nodes: int = Field(1, ge=1)
-    """Ray nodes to wait for before encoders are placed."""
+    """Number of Ray nodes to wait for before placing encoders."""
     wait_s: float = Field(600.0, ge=0)
-    """Time in which those nodes must come."""
+    """Seconds to wait for the nodes."""
     encoders: int = Field(0, ge=0)
-    """Ray actors that hold a VAE; 0: as many as the nodes have room for."""
+    """Number of Ray actors, each with a VAE; 0: as many as fit."""
     cpus_per_encoder: float = Field(1.0, gt=0)
-    """CPUs that Ray reserves for an encoder; a fraction leaves room for decoders on a small machine."""
+    """CPUs to reserve per encoder; on a small machine, a fraction leaves room for decoders."""
     gpus_per_encoder: float = Field(1.0, ge=0)
-    """GPUs that Ray reserves for an encoder when `device` is cuda."""
+    """GPUs to reserve per encoder on CUDA."""
     threads_per_encoder: int = Field(1, ge=1)
-    """Threads of the VAE on a CPU; part of what a shard's bytes depend on."""
+    """Threads per VAE on a CPU; affects the last bits of latents."""
     decoders: int = Field(0, ge=0)
-    """Ray tasks that decode and crop images at once (one core: about 220 images/s of ImageNet); 0: as
-    many as the nodes have room for beside the encoders and one task that writes."""
+    """Maximum number of concurrent Ray tasks that decode and crop images (about 220 ImageNet images/s per
+    core); 0: as many as fit besides the encoders and one writer."""
     cpus_per_decoder: float = Field(0.5, gt=0)
-    """CPUs that Ray reserves for a task that decodes, or writes a shard."""
+    """CPUs to reserve per decoding or shard-writing task."""
     max_quarantined: float = Field(0.001, ge=0, le=1)
-    """Largest share of inputs that may be unreadable before the job fails."""
+    """Fraction of unreadable images above which the job fails."""
     ray_address: str = "auto"
-    """`auto` joins the cluster that RAY_ADDRESS names, else starts a local one (`local`); or host:port."""
+    """Ray cluster: `auto` joins the one in RAY_ADDRESS or starts a local one; `local`; or HOST:PORT."""
     log_every_s: float = Field(15.0, gt=0)
-    """Time between two rows of metrics.jsonl in the output."""
+    """Seconds between two rows of the output's metrics.jsonl."""
 
 
 RootConfig = TypeVar("RootConfig", TrainConfig, EncodeConfig)
@@ -307,26 +308,27 @@ def load(
 ) -> RootConfig:
     """Read a configuration: defaults, then the YAML file or recipe, then `key=value` overrides.
 
-    Paths come back absolute; with `keep_relative`, relative ones stay as they are. Raises ConfigError for a
-    missing file or recipe, bad YAML, an unknown key (naming the nearest one), a value of the wrong kind or an
-    empty path.
+    Paths become absolute unless `keep_relative` is set. Raises ConfigError for a missing file or recipe,
+    invalid YAML, an unknown key (naming the nearest one), a value of the wrong type, or an empty path.
     """
     tree = configfile.read_file(recipes.find(path)) if path is not None else {}
-    given = [configfile.read_override(text) for text in overrides]
-    for override in given:
-        configfile.put(root, tree, override)
+    parsed = [configfile.read_override(text) for text in overrides]
+    for override in parsed:
+        configfile.apply_override(root, tree, override)
     try:
-        config = root.model_validate(configfile.typed(root, tree))
+        config = root.model_validate(configfile.coerce(root, tree))
     except ValidationError as error:
-        raise ConfigError(configfile.explain(root, error, path, given)) from None
-    return located(config, keep_relative, lambda key: configfile.blamed(key.split("."), path, given))
+        raise ConfigError(configfile.explain(root, error, path, parsed)) from None
+    return with_absolute_paths(
+        config, keep_relative, lambda key: configfile.origin_of(key.split("."), path, parsed)
+    )
 
 
-def load_to_train(path: str | Path, overrides: Sequence[str]) -> TrainConfig:
-    """The configuration for a start of its run.
+def load_for_training(path: str | Path, overrides: Sequence[str]) -> TrainConfig:
+    """Read the configuration of a run that is about to start.
 
-    Raises ConfigError like `load`, and for the config.yaml of a run that has moved: unless the command line
-    says where it is, it would begin anew in the old place.
+    Raises ConfigError like `load`. Also raises it for the config.yaml of a run folder that was moved, unless
+    an override sets `run`: the run would otherwise start over in its old folder.
     """
     config, folder = load(TrainConfig, path, overrides), Path(os.path.abspath(path)).parent
     if Path(path).name != "config.yaml" or not (folder / "events.jsonl").is_file():
@@ -336,21 +338,22 @@ def load_to_train(path: str | Path, overrides: Sequence[str]) -> TrainConfig:
         return config
     if not any(text.partition("=")[0].strip() == "run" for text in overrides):
         raise ConfigError(
-            f"{path} is of a run that was in {saved.run}: run={folder} goes on with it here, any other "
-            "run=FOLDER begins a new one"
+            f"{path} belongs to a run that was in {saved.run}; pass run={folder} to resume it here, or "
+            "another run=FOLDER to start a new run"
         )
-    is_as_saved = config.checkpoint.url == saved.checkpoint.url
-    return moved(config, config.run, saved.run) if is_as_saved and _is_folder(config.run, folder) else config
+    if config.checkpoint.url == saved.checkpoint.url and _is_folder(config.run, folder):
+        return relocated(config, config.run, saved.run)
+    return config
 
 
 def _is_folder(path: str, folder: Path) -> bool:
     return os.path.isdir(path) and folder.samefile(path)
 
 
-def moved(config: TrainConfig, folder: str, old: str | None = None) -> TrainConfig:
-    """The configuration of a run that was found in this folder, wherever it was when it was saved.
+def relocated(config: TrainConfig, folder: str, old: str | None = None) -> TrainConfig:
+    """Return the configuration of a run whose folder is now `folder`.
 
-    Checkpoints below the run's folder, `old` (None: as configured), have moved with it.
+    A `checkpoint.url` inside the old run folder moves with it. `old` defaults to the configured run folder.
     """
     old, new = old or config.run, os.path.abspath(folder)
     url = config.checkpoint.url
@@ -361,5 +364,5 @@ def moved(config: TrainConfig, folder: str, old: str | None = None) -> TrainConf
 
 
 def dump(config: Section) -> str:
-    """The resolved configuration as YAML."""
+    """Format the resolved configuration as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)

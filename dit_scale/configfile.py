@@ -1,8 +1,8 @@
-"""What people write of a configuration: YAML files and `key=value` overrides.
+"""Parse configurations: YAML files and `key=value` overrides.
 
-A value is read by the type of its key, never by how it looks: YAML 1.1 takes `010` for 8, `1:30` for 90,
-`on` for true, `2024-01-01` for a date and `1e5` for a word. Here plain values stay text, except `null`, `~`
-and nothing at all, and `typed` makes whole numbers and lists of those whose keys want them.
+The type of the key decides how a value is read, not its spelling. YAML 1.1 would read `010` as 8, `1:30` as
+90, `on` as true, `2024-01-01` as a date and `1e5` as a string. Here every plain value stays text, except
+`null`, `~` and an empty value, and `coerce` converts it to the number or list that its key expects.
 """
 
 import difflib
@@ -25,7 +25,7 @@ Tree = dict[str, Any]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose plain values are text, and whose mappings have each key once."""
+    """A YAML loader that keeps plain values as text and rejects duplicate keys."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -34,8 +34,7 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise yaml.YAMLError(
-                    f"the key {key.value!r} is there twice, on line {lines[key.value]} and on line {line}; "
-                    "keep one"
+                    f"duplicate key {key.value!r} on line {lines[key.value]} and on line {line}; remove one"
                 )
             lines[key.value] = line
         return node
@@ -48,7 +47,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["
 
 @dataclass(frozen=True)
 class Override:
-    """A `key=value` of the command line."""
+    """A `key=value` argument of the command line."""
 
     text: str
     keys: tuple[str, ...]
@@ -56,11 +55,11 @@ class Override:
 
 
 def read_file(path: Path) -> Tree:
-    """The tree in a YAML file. Raises ConfigError that names the file, and the line where there is one."""
+    """Parse a YAML file. Raises ConfigError with the file name, and with the line if it is known."""
     try:
         tree = _parse(path.read_bytes())
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict | None):
@@ -73,9 +72,10 @@ def _parse(text: str | bytes) -> Any:
 
 
 def read_override(text: str) -> Override:
-    """`optimizer.lr=2e-4`; the value is text unless it begins with a bracket, a brace or a quote: then YAML.
+    """Parse an override such as `optimizer.lr=2e-4`.
 
-    Raises ConfigError that says how to write one.
+    A value that starts with a bracket, brace or quote is YAML; any other value is text. Raises ConfigError,
+    with an example of the syntax, if it is not `key=value` or not valid YAML.
     """
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not key:
@@ -86,15 +86,15 @@ def read_override(text: str) -> Override:
         return Override(text, tuple(key.split(".")), _parse(value))
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"{COMMAND_LINE}: {text!r}: the value is not valid YAML; text that begins with {value[0]} needs "
+            f"{COMMAND_LINE}: {text!r}: the value is not valid YAML; text that starts with {value[0]} needs "
             f"quotes, as in \"{key}='...'\": {error}"
         ) from None
 
 
-def put(root: type[BaseModel], tree: Tree, override: Override) -> None:
-    """Set an override's key in the tree; a number leads into a list: `ema.0.decay`, `optimizer.betas.1`.
+def apply_override(root: type[BaseModel], tree: Tree, override: Override) -> None:
+    """Apply an override to the tree in place. A number indexes a list: `ema.0.decay`, `optimizer.betas.1`.
 
-    Raises ConfigError where the way leads through a value, or behind the end of a list.
+    Raises ConfigError if the key goes through a value that is not a section, or past the end of a list.
     """
     inner: Any = tree
     for depth, key in enumerate(override.keys):
@@ -102,24 +102,24 @@ def put(root: type[BaseModel], tree: Tree, override: Override) -> None:
         if isinstance(inner, list):
             if not (key.isdecimal() and int(key) < len(inner)):
                 raise ConfigError(
-                    f"{COMMAND_LINE}: {override.text!r}: expected a number below {len(inner)} behind "
-                    f"{parent}, got {key!r}; {parent}=[...] sets the whole list"
+                    f"{COMMAND_LINE}: {override.text!r}: expected an index below {len(inner)} after "
+                    f"{parent}, got {key!r}; {parent}=[...] replaces the list"
                 )
             place: Any = int(key)
         elif isinstance(inner, dict):
             place = key
         else:
-            raise ConfigError(f"{COMMAND_LINE}: {override.text!r}: {parent} holds a value, not a section")
+            raise ConfigError(f"{COMMAND_LINE}: {override.text!r}: {parent} is a value, not a section")
         if depth + 1 == len(override.keys):
             inner[place] = override.value
         else:
             if isinstance(inner, dict) and inner.get(key) is None:
-                inner[key] = _empty(root, override.keys, depth)
+                inner[key] = _starting_value(root, override.keys, depth)
             inner = inner[place]
 
 
-def _empty(root: type[BaseModel], keys: Sequence[str], depth: int) -> Any:
-    """What an override finds where the tree has nothing: the default list, or an empty section."""
+def _starting_value(root: type[BaseModel], keys: Sequence[str], depth: int) -> Any:
+    """Return what an override extends when the tree lacks the key: the default list or an empty section."""
     if keys[depth + 1].isdecimal():
         default: Any = root()
         for key in keys[: depth + 1]:
@@ -129,45 +129,45 @@ def _empty(root: type[BaseModel], keys: Sequence[str], depth: int) -> Any:
     return {}
 
 
-def typed(annotation: Any, value: Any) -> Any:
-    """A tree of text as its type has it: with numbers, and lists where there are commas.
+def coerce(annotation: Any, value: Any) -> Any:
+    """Convert a tree of text to the types of its keys: numbers, and lists from comma-separated text.
 
-    Sections and lists of which nothing is said are left out, so that their defaults count. What does not fit
-    stays as it is, for the type to refuse.
+    Empty sections and lists are dropped, so their defaults apply. A value that cannot be converted stays as
+    it is, and validation rejects it.
     """
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return typed(args[0], value)
+        return coerce(args[0], value)
     if origin in (Union, types.UnionType):
-        return value if value is None else typed(next(arg for arg in args if arg is not type(None)), value)
+        return value if value is None else coerce(next(arg for arg in args if arg is not type(None)), value)
     if is_section(annotation):
-        return _typed_section(annotation, value) if isinstance(value, dict) else value
+        return _coerce_section(annotation, value) if isinstance(value, dict) else value
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) and value else value
         if not isinstance(items, list):
             return value
         kinds = args[:1] * len(items) if args[-1] is ... else [*args, *args[-1:] * len(items)]
-        return [typed(kind, item) for kind, item in zip(kinds, items, strict=False)]
+        return [coerce(kind, item) for kind, item in zip(kinds, items, strict=False)]
     kind = type(args[0]) if origin is Literal else annotation
     return _number(value, kind) if kind in (int, float) and isinstance(value, str) else value
 
 
-def _typed_section(section: type[BaseModel], tree: Tree) -> Tree:
-    found = {}
+def _coerce_section(section: type[BaseModel], tree: Tree) -> Tree:
+    coerced = {}
     for key, value in tree.items():
         kind = section.model_fields[key].annotation if key in section.model_fields else None
         if value is not None or not (is_section(kind) or get_origin(kind) is tuple):
-            found[key] = typed(kind, value)
-    return found
+            coerced[key] = coerce(kind, value)
+    return coerced
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    """Whether the type of a key is a group of keys."""
+    """Whether the type of a key is a section."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _number(text: str, kind: type) -> float | str:
-    """`7`, `010` (ten), `1_000`, `1e5` as a whole number or not, `0.5`; other text as it is."""
+    """Convert text such as `7`, `010` (ten), `1_000`, `1e5` or `0.5`; return other text unchanged."""
     try:
         return int(text) if kind is int else float(text)
     except ValueError:
@@ -180,38 +180,38 @@ def _number(text: str, kind: type) -> float | str:
 def explain(
     root: type[BaseModel], error: ValidationError, path: str | Path | None, overrides: Sequence[Override]
 ) -> str:
-    """What does not fit, a line each, and whether the file or the command line says so."""
+    """Format validation errors, one per line, each with its origin: the file, the command line or both."""
     lines = []
     for problem in error.errors():
-        where = blamed([str(part) for part in problem["loc"]], path, overrides)
-        lines.append(f"{where}: {_told(root, problem)}" if where else _told(root, problem))
+        where = origin_of([str(part) for part in problem["loc"]], path, overrides)
+        lines.append(f"{where}: {_describe(root, problem)}" if where else _describe(root, problem))
     return "\n".join(lines)
 
 
-def _told(root: type[BaseModel], problem: Any) -> str:
+def _describe(root: type[BaseModel], problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}; did you mean {nearest(key, [*_known_keys(root, problem['loc'])])!r}?"
-    if problem["type"] == "value_error":  # one of ours, which tells what it got
-        said = str(problem["ctx"]["error"])
-        return f"{key}: {said}" if key else said
+    if problem["type"] == "value_error":  # raised by our own validators, whose messages include the value
+        message = str(problem["ctx"]["error"])
+        return f"{key}: {message}" if key else message
     got = "nothing" if problem["input"] is None else repr(problem["input"])
     return f"{key or root.__name__}: {problem['msg']}, got {got}"
 
 
-def blamed(loc: list[str], path: str | Path | None, overrides: Sequence[Override]) -> str:
-    """The file, the command line, or both, where either may have part in what a section has as a whole."""
-    given = [list(override.keys) for override in overrides]
-    if any(loc[: len(keys)] == keys for keys in given):
+def origin_of(loc: list[str], path: str | Path | None, overrides: Sequence[Override]) -> str:
+    """Where the value at `loc` was set: the file, the command line, or both for a section that both set."""
+    overridden = [list(override.keys) for override in overrides]
+    if any(loc[: len(keys)] == keys for keys in overridden):
         return COMMAND_LINE
-    if any(keys[: len(loc)] == loc for keys in given):
+    if any(keys[: len(loc)] == loc for keys in overridden):
         return f"{path} and {COMMAND_LINE}" if path else COMMAND_LINE
     return str(path) if path else ""
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
-    """The known key that was most likely meant."""
-    # A key that was put into the wrong section is nearest to its own last word.
+    """The known key that the user most likely meant."""
+    # A key in the wrong section has the right last part.
     near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
     return (near or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
 
@@ -219,7 +219,7 @@ def nearest(key: str, known: Sequence[str]) -> str:
 def _known_keys(
     section: type[BaseModel], loc: Sequence[int | str] = (), prefix: str = "", depth: int = 0
 ) -> Iterator[str]:
-    """All keys; those of a list's items with the number of the item that `loc` leads to."""
+    """Yield all keys; the keys of list items carry the index in `loc`."""
     for name, field in section.model_fields.items():
         key = prefix + name
         yield key

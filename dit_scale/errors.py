@@ -1,45 +1,45 @@
-"""One exception family for mistakes that people can mend; `assert` is for ours.
+"""Exceptions for errors that the user can fix; `assert` is for our own mistakes.
 
-Each message says what was got, what was expected and what to do. The command line prints the
-message alone and leaves with code 2; anything outside this family is a bug and shows its traceback.
+A message says what the program got, what it expected and what to do. The command line prints only the
+message and exits with code 2. Any other exception is a bug and shows its traceback.
 """
 
 
 class DitScaleError(Exception):
-    """Base of every error that a user can mend."""
+    """Base class of errors that the user can fix."""
 
 
 class ConfigError(DitScaleError):
-    """A configuration that cannot be read, or whose parts do not fit together."""
+    """The configuration is unreadable, invalid or inconsistent."""
 
 
 class DataError(DitScaleError):
-    """Images or a latent data set that are missing, unfinished, damaged or of another kind."""
+    """Images or a latent data set are missing, incomplete, damaged or of the wrong kind."""
 
 
 class StorageError(DitScaleError):
-    """A folder or bucket that cannot be read or written."""
+    """A folder or bucket cannot be read or written."""
 
 
 class WeightsError(DitScaleError):
-    """Model or VAE weights that are missing, foreign or of another shape."""
+    """Model or VAE weights are missing, damaged, of an unknown format or of the wrong shape."""
 
 
 class CheckpointError(DitScaleError):
-    """A checkpoint that is missing, damaged or belongs to another run."""
+    """A checkpoint is missing, damaged or belongs to another run."""
 
 
 class DeviceError(DitScaleError):
-    """A device or backend that was asked for and is not there."""
+    """A requested device or backend is unavailable."""
 
 
 class SupersededError(CheckpointError):
-    """A later attempt of the same run has begun: this one must not change anything any more."""
+    """A later attempt superseded this one, which must not change shared state any more."""
 
 
 class TakenError(CheckpointError):
-    """A checkpoint's name that holds another checkpoint already: to save it again would fail again."""
+    """Another checkpoint already has this name, so retrying the save cannot succeed."""
 
 
 class StabilityError(DitScaleError):
-    """Losses or gradients that stay wrong, also without the samples that they first went wrong with."""
+    """Losses or gradients keep failing the guard, even without the samples that first failed."""

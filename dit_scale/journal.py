@@ -1,9 +1,10 @@
 """The journals of a run: one JSON object per line, append-only.
 
-    <run>/events.jsonl               by rank 0: starts, steps that stand out, log points, saves
-    <run>/supervisors/<node>.jsonl   by the supervisor of a node: rounds and how they ended
+    <run>/events.jsonl               by rank 0: starts, failed steps, log points, saves
+    <run>/supervisors/<node>.jsonl   by the supervisor of a node: rounds and their endings
 
-Each line has the event's name and two clocks: the wall clock, which may jump, and the node's monotonic one.
+Each entry has the name of its event and two times: by the wall clock, which may jump, and by the monotonic
+clock of the node.
 """
 
 import json
@@ -16,26 +17,27 @@ from typing import Any
 from dit_scale.lines import Alarm, LineFile, read_objects
 
 Entry = dict[str, Any]
-"""One line of a journal: `event`, `time_s` (since 1970), `monotonic_s`, and the details of the event."""
+"""One line of a journal: `event`, `time_s` (since 1970), `monotonic_s`, and details of the event."""
 
 
 class Event(StrEnum):
-    """What a line of a journal is about. The values are a file format: add to them, never change them."""
+    """What a journal entry records. The values are a file format: add to them, never change them."""
 
     # events.jsonl, by rank 0
     START = "start"
-    """An attempt began."""
+    """An attempt started."""
     FIRST_STEP = "first_step"
-    """The first step of an attempt was taken; supervisors record it as well."""
+    """An attempt took its first step; supervisors record this as well."""
     LOG = "log"
     """A log point."""
     SKIPPED_STEP = "skipped_step"
-    """The guard left out the update of a step."""
+    """The guard skipped the update of a step."""
     ROLLBACK = "rollback"
+    """The attempt exits so that the run can restart before its failed steps."""
     QUARANTINED = "quarantined"
-    """A damaged sample is replaced from now on."""
+    """A damaged sample will be replaced from now on."""
     SAVE = "save"
-    """A save began."""
+    """A save started."""
     CHECKPOINT = "checkpoint"
     """A save was committed."""
     SAVE_FAILED = "save_failed"
@@ -43,26 +45,29 @@ class Event(StrEnum):
     WAITED = "waited"
     """The last save of an attempt was committed."""
     DONE = "done"
+    """The run has reached its last step."""
     ALARM = "alarm"
-    """A disk or a mirror failed; the run itself is unchanged."""
+    """Something failed that does not stop the run, such as a mirror or a disk."""
 
     # supervisors/<node>.jsonl
     JOINED = "joined"
-    """The node asked to take part in a round."""
+    """The node asked to join a round."""
     ROUND = "round"
-    """A round with this node began."""
+    """A round with this node started."""
     RANKS_STARTED = "ranks_started"
     FIRST_BEAT = "first_beat"
     """All ranks of the node have sent a heartbeat."""
     ENGINE_READY = "engine_ready"
     RESTORED = "restored"
+    """All ranks of the node have read their part of the checkpoint."""
     STALLED = "stalled"
-    """A rank waits for data longer than a step takes."""
+    """A rank has waited for data for longer than a step takes."""
     ROUND_ENDED = "round_ended"
     RANKS_GONE = "ranks_gone"
+    """All ranks of the node have exited."""
     GAVE_UP = "gave_up"
     MADE_WAY = "made_way"
-    """The node left because a later start of the job took over."""
+    """The node left because a later start of the job has taken over."""
     PREFLIGHT_FAILED = "preflight_failed"
     BOARD_GONE = "board_gone"
 
@@ -74,19 +79,20 @@ class Journal:
         self._lines = LineFile(path, alarm)
 
     def write(self, event: Event, **details: Any) -> None:
+        """Append an entry."""
         clocks = {"time_s": time.time(), "monotonic_s": round(time.monotonic(), 6)}
         self._lines.append(json.dumps({**clocks, "event": event, **details}))
 
     def take_over(self, lines: Iterable[str]) -> None:
-        """Add lines of another copy of this journal."""
+        """Append lines from another copy of this journal."""
         if text := "".join(f"{line}\n" for line in lines):
             self._lines.append_lines(text.encode())
 
     def close(self) -> str:
-        """Returns what could not be written, in words; empty when all was."""
+        """Close the file and return what could not be written; empty if nothing."""
         return self._lines.close()
 
 
 def read_journal(path: Path) -> list[Entry]:
-    """The entries of a journal, in order; none when there is no file."""
+    """Return the entries of a journal, in order; none if there is no file."""
     return read_objects(path, "event", "time_s")

@@ -1,4 +1,4 @@
-"""The keys of a configuration as data: type, default and help text, read from the classes in config.py."""
+"""The keys of a configuration as data: type, default and help text, taken from the classes in config.py."""
 
 import types
 from collections.abc import Iterator, Sequence
@@ -17,38 +17,38 @@ LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "multiple
 
 @dataclass(frozen=True)
 class Key:
-    """A key that can be set: `optimizer.lr`; `ema[].decay` is one of each item of the list `ema`."""
+    """A key, for example `optimizer.lr`. `ema[].decay` is the key `decay` of every item of the list `ema`."""
 
     key: str
     type: str
     default: Any
-    """As JSON has it; None where `required`."""
+    """Default as a JSON value; None if `required`."""
     required: bool
     doc: str
 
 
 @dataclass(frozen=True)
 class KeyGroup:
-    """The keys of one section."""
+    """The keys of a section."""
 
     name: str
-    """`optimizer`; empty for the keys of the root."""
+    """Dotted name, for example `optimizer`; empty for the root."""
     doc: str
     keys: tuple[Key, ...]
 
 
 def groups(root: type[BaseModel], wanted: Sequence[str] = ()) -> list[KeyGroup]:
-    """All sections with their keys, or these keys and sections alone. ConfigError for an unknown name."""
-    found = list(_groups(root, ""))
-    names = [name for group in found for name in (group.name, *(key.key for key in group.keys)) if name]
+    """Return all sections and their keys, or only those in `wanted`. Raises ConfigError for unknown names."""
+    sections = list(_groups(root, ""))
+    names = [name for group in sections for name in (group.name, *(key.key for key in group.keys)) if name]
     for name in wanted:
         if name not in names:
             raise ConfigError(f"unknown key {name!r}; did you mean {nearest(name, names)!r}?")
     if not wanted:
-        return found
+        return sections
     kept = (
         KeyGroup(group.name, group.doc, tuple(key for key in group.keys if _is_wanted(key.key, wanted)))
-        for group in found
+        for group in sections
     )
     return [group for group in kept if group.keys]
 
@@ -60,8 +60,8 @@ def _is_wanted(key: str, wanted: Sequence[str]) -> bool:
 def _groups(section: type[BaseModel], name: str) -> Iterator[KeyGroup]:
     keys: list[Key] = []
     inner: list[tuple[Any, str]] = []
-    for own, field in section.model_fields.items():
-        key = f"{name}.{own}" if name else own
+    for field_name, field in section.model_fields.items():
+        key = f"{name}.{field_name}" if name else field_name
         if is_section(field.annotation):
             inner.append((field.annotation, key))
             continue
@@ -79,7 +79,7 @@ def _key(key: str, field: FieldInfo) -> Key:
 
 
 def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """As a person would write it: `float >= 0, < 1`, `bf16 | fp32`, `[float, float]`."""
+    """Format a type for people: `float >= 0, < 1`, `bf16 | fp32`, `[float, float]`."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type(args[0], [limit for entry in args[1:] for limit in getattr(entry, "metadata", [entry])])

@@ -1,7 +1,7 @@
-"""Files of lines that only grow: a writer that does not depend on the disk, and the reader of JSON lines.
+"""Append-only files of lines: a writer that survives a failing disk, and a reader of JSON lines.
 
-A disk that is full, or fails, costs an alarm: lines are kept in memory until they can be written. Nothing is
-ever cut off or replaced, for another process may append to the same file.
+A disk that is full or fails costs an alarm: lines are buffered in memory until they can be written. The
+writer never truncates or replaces a file, because another process may append to it.
 """
 
 import json
@@ -12,160 +12,165 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-KEPT_BYTES = 64 * 2**20
-"""Of lines that cannot be written; those that come when there are so many are lost."""
+MAX_BUFFERED_BYTES = 64 * 2**20
+"""Size of the buffer for lines that cannot be written; further lines are dropped."""
 
-Alarm = Callable[[str], None]
+Say = Callable[[str], None]
+"""Shows one line of text to the user."""
+
+Alarm = Say
+"""Reports one failure that does not stop the run."""
 
 
 class LineFile:
-    """Appends lines; each is with the operating system, or kept, when `append` returns.
+    """Appends lines. When `append` returns, the line is with the operating system, or buffered.
 
-    Lines stay whole and in order: what was written of one, when the disk became full, is completed later.
-    A file that was removed is made again, with all that it held as far as it can still be read. A last line
-    without an end, which a killed writer left, gets its end, and counts as never written.
+    Lines stay complete and in order: if the disk fills up in the middle of a line, the rest follows later.
+    A file that was removed is created again with its earlier lines, as far as they can still be read. If a
+    killed writer has left half a line, it gets a newline, and readers treat it as never written.
     """
 
     def __init__(self, path: Path, alarm: Alarm) -> None:
-        """`alarm` hears once when lines cannot be written, and when they could be after all."""
+        """`alarm` is called once when lines cannot be written, and once when they can be written again."""
         self.path, self._alarm = path, alarm
         self._descriptor: int | None = None
-        self._kept: deque[bytes] = deque()
-        self._kept_bytes = 0
+        self._buffer: deque[bytes] = deque()
+        self._buffered_bytes = 0
         self._written_bytes = 0
-        """Of the first line that is kept."""
+        """Bytes of the first item of the buffer that are in the file already."""
         self._end_bytes = 0
-        """Size of the file as this writer left it."""
+        """Size of the file after the last write of this writer."""
         self._problem = ""
-        self.lost = 0
-        """Lines that are in no file and not kept either."""
+        self.dropped = 0
+        """Lines that are neither in a file nor buffered."""
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether all lines are in the file."""
         return not self._problem
 
     def append(self, line: str) -> None:
-        """Add a line, given without its end."""
+        """Append a line, given without its newline."""
         self.append_lines(f"{line}\n".encode())
 
     def append_lines(self, data: bytes) -> None:
-        """Add whole lines, each with its end."""
-        if self._kept_bytes + len(data) > KEPT_BYTES and self._problem:
-            self.lost += data.count(b"\n")
+        """Append complete lines, each with its newline."""
+        if self._buffered_bytes + len(data) > MAX_BUFFERED_BYTES and self._problem:
+            self.dropped += data.count(b"\n")
             self.flush()
             return
         if data:
-            self._kept.append(data)
-            self._kept_bytes += len(data)
+            self._buffer.append(data)
+            self._buffered_bytes += len(data)
         self.flush()
 
     def flush(self) -> None:
-        """Write what is kept, if that is possible now."""
-        had_file = self._descriptor
+        """Write the buffered lines, if possible."""
+        previous = self._descriptor
         try:
             descriptor = self._open()
-            while self._kept:
-                written = os.write(descriptor, memoryview(self._kept[0])[self._written_bytes :])
+            while self._buffer:
+                written = os.write(descriptor, memoryview(self._buffer[0])[self._written_bytes :])
                 self._written_bytes += written
                 self._end_bytes += written
-                if self._written_bytes == len(self._kept[0]):
-                    self._kept_bytes -= len(self._kept.popleft())
+                if self._written_bytes == len(self._buffer[0]):
+                    self._buffered_bytes -= len(self._buffer.popleft())
                     self._written_bytes = 0
         except OSError as error:
             problem, before = error.strerror or str(error), self._problem
             self._problem = problem
             if not before:
                 self._alarm(
-                    f"{self.path} cannot be written: {problem}; its lines are kept in memory until it can be"
+                    f"{self.path} cannot be written: {problem}; its lines are buffered in memory until it can"
                 )
             return
         if self._problem:
             self._problem = ""
-            lost = f", but for {self.lost} lines that memory had no room for" if self.lost else ""
-            self._alarm(f"{self.path} can be written again, and has the lines that were kept{lost}")
-        elif had_file not in (None, self._descriptor):
-            self._alarm(f"{self.path} was removed or replaced, and is written anew")
+            dropped = f", except {self.dropped} dropped when the buffer was full" if self.dropped else ""
+            self._alarm(f"{self.path} can be written again; all buffered lines are written{dropped}")
+        elif previous not in (None, self._descriptor):
+            self._alarm(f"{self.path} was removed or replaced; writing continues in a new file of this name")
 
     def sync(self) -> None:
-        """Wait until the device has what was written. Raises OSError."""
+        """Flush the file to its device. Raises OSError."""
         if self._descriptor is not None:
             os.fsync(self._descriptor)
 
     def close(self) -> str:
-        """Try once more. Returns, in words, what could not be written; empty when all was."""
+        """Try once more, close the file, and return what could not be written; empty if nothing."""
         self.flush()
-        lost = self.lost + sum(data.count(b"\n") for data in self._kept)
+        missing = self.dropped + sum(data.count(b"\n") for data in self._buffer)
         if self._descriptor is not None:
             with suppress(OSError):
                 os.close(self._descriptor)
             self._descriptor = None
-        why = self._problem or "memory had no room for them"
-        return f"{self.path} lacks {lost} lines: {why}" if lost else ""
+        why = self._problem or "the buffer was full"
+        return f"{self.path} is missing {missing} lines: {why}" if missing else ""
 
     def _open(self) -> int:
-        """The descriptor of the file that the path names now, made anew when there is none, at a new line."""
+        """Open the file that has this path now, creating it if necessary, and make it end with a newline."""
         before = self._descriptor
         if before is None or not _is_named(before, self.path):
-            held = self._held()
+            earlier = self._earlier_lines()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             self._descriptor = os.open(self.path, flags, 0o666)
             self._written_bytes = self._end_bytes = 0
-            if held and not os.fstat(self._descriptor).st_size:
-                self._keep_first(held)
+            if earlier and not os.fstat(self._descriptor).st_size:
+                self._buffer_first(earlier)
             if before is not None:
                 with suppress(OSError):
                     os.close(before)
         assert self._descriptor is not None
-        self._begin_line(self._descriptor)
+        self._start_line(self._descriptor)
         return self._descriptor
 
-    def _begin_line(self, descriptor: int) -> None:
-        """Where another writer has left a line without its end, give it one."""
+    def _start_line(self, descriptor: int) -> None:
+        """Add the newline if another writer has left a line without one."""
         size = os.fstat(descriptor).st_size
         if size == self._end_bytes:
             return
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            self._keep_first(b"\n")
+            self._buffer_first(b"\n")
         self._written_bytes, self._end_bytes = 0, size
 
-    def _keep_first(self, data: bytes) -> None:
-        self._kept.appendleft(data)
-        self._kept_bytes += len(data)
+    def _buffer_first(self, data: bytes) -> None:
+        self._buffer.appendleft(data)
+        self._buffered_bytes += len(data)
 
-    def _held(self) -> bytes:
-        """What is in the file that lost its name, without what was written of a line that is kept."""
+    def _earlier_lines(self) -> bytes:
+        """Return the contents of the open file, which has lost its path, without half a buffered line."""
         if self._descriptor is None:
             return b""
-        with suppress(OSError):  # a server may have forgotten it
+        with suppress(OSError):  # a network file system may have dropped the file
             size = os.fstat(self._descriptor).st_size - self._written_bytes
             return os.pread(self._descriptor, size, 0)
         return b""
 
 
-def parsed(line: str, *keys: str) -> dict[str, Any] | None:
-    """The JSON object in a line; None for a torn or damaged line, or for one without these keys."""
+def parse_object(line: str, *keys: str) -> dict[str, Any] | None:
+    """Return the JSON object in a line; None if the line is torn or damaged, or lacks one of these keys."""
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and {*keys} <= found.keys() else None
+    return value if isinstance(value, dict) and {*keys} <= value.keys() else None
 
 
 def read_objects(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """The JSON objects in a file, in order; none when there is no file.
+    """Return the JSON objects in a file, in order; none if there is no file.
 
     A kill can leave half a line at the end, and lines have no checksum: a line that does not parse, or lacks
     one of these keys, counts as never written.
     """
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return [found for line in lines if (found := parsed(line, *keys)) is not None]
+    return [value for line in lines if (value := parse_object(line, *keys)) is not None]
 
 
 def _is_named(descriptor: int, path: Path) -> bool:
+    """Whether the open file still has this path."""
     try:
         opened = os.fstat(descriptor)
-    except OSError:  # a stale handle: the server knows it no more
+    except OSError:  # a stale handle: the file server does not know the file any more
         return False
     return path.exists() and os.path.samestat(opened, path.stat())

@@ -1,7 +1,7 @@
-"""Paths of a configuration, made absolute once, where it is read.
+"""Make the paths of a configuration absolute, once, when it is read.
 
-So what a run saves of them is true in any other folder, and no part of the program expands `~`, file:// or a
-relative path of its own accord.
+Saved paths then stay valid in any working directory, and no other part of the program expands `~`, file://
+or relative paths.
 """
 
 import os.path
@@ -14,61 +14,63 @@ from pydantic import BaseModel
 from dit_scale.errors import ConfigError
 
 Config = TypeVar("Config", bound=BaseModel)
-Blame = Callable[[str], str]
+Origin = Callable[[str], str]
 
 
 class PathKind(Enum):
-    """What the text of a key leads to; stands in the key's annotation."""
+    """What a path key refers to; part of the key's annotation."""
 
     FOLDER = "a folder"
     STORAGE = "a folder, file:///folder or s3://bucket/prefix"
     VAE = "a folder or a hub name"
-    """Text that may be a hub name is a folder only if there is one."""
+    """Text that could be a hub name means a folder only if that folder exists."""
     CACHE = "a folder on the node's own disk"
-    """Not every run needs it, so it stays as it is where `~` leads nowhere."""
+    """Not every run needs it, so `~` stays unexpanded when there is no home directory."""
 
 
-def located(config: Config, keep_relative: bool = False, blame: Blame = lambda key: "") -> Config:
-    """The same configuration with absolute paths.
+def with_absolute_paths(
+    config: Config, keep_relative: bool = False, origin: Origin = lambda key: ""
+) -> Config:
+    """Return the configuration with absolute paths.
 
-    With `keep_relative`, for a caller that does not stand where the user does, relative paths stay. Raises
-    ConfigError for a path that cannot be one; `blame` says where a key was set.
+    `keep_relative` leaves relative paths alone, for a caller whose working directory is not the user's.
+    Raises ConfigError for an invalid path; `origin` returns where a key was set, for the message.
     """
 
-    def change(key: str, text: str, place: PathKind) -> str:
+    def change(key: str, text: str, kind: PathKind) -> str:
         try:
-            return absolute(text, place, keep_relative)
+            return absolute(text, kind, keep_relative)
         except ValueError as error:
-            where = blame(key)
+            where = origin(key)
             raise ConfigError(f"{where}: {key} {error}" if where else f"{key} {error}") from None
 
     return _mapped(config, change)
 
 
 def without_paths(config: Config) -> Config:
-    """What is left of a configuration where folders have other names, as on another node."""
-    return _mapped(config, lambda key, text, place: "")
+    """Return the configuration with all paths blank, to compare nodes whose folders have different names."""
+    return _mapped(config, lambda key, text, kind: "")
 
 
-def absolute(text: str, place: PathKind, keep_relative: bool = False) -> str:
-    """The absolute path behind `~`, file:// or a relative path; urls of S3 and hub names as they are.
+def absolute(text: str, kind: PathKind, keep_relative: bool = False) -> str:
+    """Expand `~`, file:// and relative paths; return S3 URLs and hub names unchanged.
 
-    Raises ValueError that says what was expected.
+    Raises ValueError, with what was expected, for any other text.
     """
     if not text.strip():
-        raise ValueError(f"is empty: expected {place.value}; check the shell variable that it comes from")
+        raise ValueError(f"is empty: expected {kind.value}; check the shell variable that it comes from")
     scheme, separator, rest = text.partition("://")
-    if separator and scheme == "s3" and place is PathKind.STORAGE:
+    if separator and scheme == "s3" and kind is PathKind.STORAGE:
         return text
     if separator and not (scheme == "file" and rest.startswith("/")):
-        raise ValueError(f"is {text}: expected {place.value}")
+        raise ValueError(f"is {text}: expected {kind.value}")
     path = rest if separator else os.path.expanduser(text)
     if not separator and path.startswith("~"):
-        if place is PathKind.CACHE:
+        if kind is PathKind.CACHE:
             return text
-        raise ValueError(f"is {text}: no home directory is known for it; expected an absolute path")
+        raise ValueError(f"is {text}: its home directory is unknown; expected an absolute path")
     if (
-        place is PathKind.VAE
+        kind is PathKind.VAE
         and not path.startswith(("/", "./", "../"))
         and not os.path.isdir(os.path.abspath(path))
     ):
@@ -77,13 +79,13 @@ def absolute(text: str, place: PathKind, keep_relative: bool = False) -> str:
 
 
 def _mapped(config: Config, change: Callable[[str, str, PathKind], str], prefix: str = "") -> Config:
-    """The same configuration with each path changed; `change` is given key, text and what it leads to."""
+    """Return the configuration with `change(key, text, kind)` applied to every path."""
     update: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
         value, key = getattr(config, name), f"{prefix}{name}"
         if isinstance(value, BaseModel):
             update[name] = _mapped(value, change, f"{key}.")
-        for place in field.metadata:
-            if isinstance(place, PathKind) and (value or field.default):  # checkpoint.url may be empty
-                update[name] = change(key, value, place)
+        for kind in field.metadata:
+            if isinstance(kind, PathKind) and (value or field.default):  # checkpoint.url may be empty
+                update[name] = change(key, value, kind)
     return config.model_copy(update=update)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import DataError
-from dit_scale.inference.pictures import decode, side_by_side
+from dit_scale.inference.preview import decode, side_by_side
 from dit_scale.vae import Vae
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.images import Pixels

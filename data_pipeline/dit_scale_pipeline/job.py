@@ -19,7 +19,7 @@ from dit_scale.config import EncodeConfig, dump
 from dit_scale.data.shards import INFO_KEY, DatasetInfo, VaeIdentity, read_info
 from dit_scale.errors import ConfigError
 from dit_scale.storage import Storage, open_storage
-from dit_scale.vae_files import find as find_vae
+from dit_scale.vae_files import find_vae
 from dit_scale_pipeline import output
 from dit_scale_pipeline.encoder import Encoder
 from dit_scale_pipeline.flow import Flow, Stall

@@ -33,7 +33,11 @@ class Metrics:
         if config.wandb != "off":
             name = storage.url.rpartition("/")[2]
             run_id = wandb_id_of(storage.url)
-            self._mirrors.append(wandb_mirror(Path(), name, run_id, config, config, self._alarm))
+            self._mirrors.append(
+                wandb_mirror(
+                    Path(), name=name, run_id=run_id, mirrored=config, config=config, alarm=self._alarm
+                )
+            )
 
     def write(self, images: int, record: dict[str, float | None]) -> None:
         """Write a row: images done so far in all attempts, and other figures."""

@@ -1,28 +1,18 @@
-"""What a rank owns of a run's state: flat buffers, and which runs of which parameters lie in them."""
+"""What a rank owns of a run's state: flat buffers and the slices of parameters in them."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from dit_scale.checkpoint.slices import ParameterSlice
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 OPTIMIZER_KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 
 
 @dataclass(frozen=True)
-class Extent:
-    """A run of elements of one flattened parameter, and where it lies in a partition's flat buffers."""
-
-    parameter: str
-    start: int
-    """First element within the flattened parameter."""
-    length: int
-    offset: int
-    """First element within the flat buffers."""
-
-
-@dataclass(frozen=True)
 class Partition:
-    """What this rank owns of one optimizer group: flat fp32 buffers of the same layout, by kind."""
+    """What a rank owns of one optimizer group: flat fp32 buffers, one per kind, with the same layout."""
 
     buffers: dict[str, Tensor]
-    extents: tuple[Extent, ...]
+    slices: tuple[ParameterSlice, ...]

@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command, add_group, int_between, output_path
-from dit_scale.cli.tables import print_table
+from dit_scale.cli.tables import UNLIMITED_WIDTH, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 MAX_QUARANTINED_SHOWN = 5
 """Quarantined inputs that `info` names without --quarantined."""
-UNLIMITED_WIDTH = 10_000
-"""Columns for output whose lines scripts may search: no line is folded."""
 
 
 def add(commands: Any) -> None:
@@ -171,8 +169,8 @@ def _write_comparison(args: argparse.Namespace, console: "Console") -> None:
 
     from dit_scale.data.shards import LatentDataset
     from dit_scale.dist import choose_device
-    from dit_scale.inference.pictures import load_decoder, random_ids
-    from dit_scale.inference.sample import write_grid
+    from dit_scale.inference.image_files import write_grid
+    from dit_scale.inference.preview import load_decoder, random_ids
     from dit_scale_pipeline.compare import compare, find_source
     from dit_scale_pipeline.inputs.names import printable
 
@@ -201,8 +199,8 @@ def _show(args: argparse.Namespace) -> int:
 
     from dit_scale.data.shards import LatentDataset
     from dit_scale.dist import choose_device
-    from dit_scale.inference.pictures import decode, load_decoder, random_ids, side_by_side
-    from dit_scale.inference.sample import write_grid
+    from dit_scale.inference.image_files import write_grid
+    from dit_scale.inference.preview import decode, load_decoder, random_ids, side_by_side
     from dit_scale.storage.outputs import check_output
 
     check_output(args.out, ".png")

@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from dit_scale.models.table import run
+    from dit_scale.models.table import print_table
 
-    run(args.json, args.names or None)
+    print_table(args.json, args.names or None)
     return 0

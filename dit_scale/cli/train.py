@@ -42,9 +42,9 @@ next step and exits with code 75. A second Ctrl-C or Ctrl-\\ exits immediately."
 
 
 def _run(args: argparse.Namespace) -> int:
-    from dit_scale.config import load_to_train
+    from dit_scale.config import load_for_training
 
-    config = load_to_train(args.config, args.overrides)
+    config = load_for_training(args.config, args.overrides)
     if args.dry_run:
         from dit_scale.train import dry_run
 

@@ -1,13 +1,13 @@
-"""Samplers: from noise to latents, one denoising step at a time, and classifier-free guidance.
+"""DDPM and DDIM samplers, and classifier-free guidance.
 
     predict = guided(model, y_B, null_class=1000, scale=1.5, guidance_channels="first3")
     for x_BCHW in tqdm(ddpm(predict, respace(linear(1000), "250"), x_T, noise), total=250):
         pass  # the last x_BCHW is the sample
 
-Both samplers are generators that yield x after each step. They draw nothing themselves: `noise(step)`
-is asked for the noise of each step, 0 being the first one taken, and never for that of the last.
+Both samplers are generators that yield x after each step. DDPM gets its noise from `noise(step)`; step 0
+is the first denoising step, and the last step needs no noise. DDIM is deterministic.
 
-Legend: B batch, C latent channels, H W latent height and width, 2C eps then v channels, D = 2B.
+Shapes: B batch, C latent channels, H W latent height and width, 2C eps then v channels, D = 2B.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,20 +22,20 @@ from dit_scale.diffusion.schedule import Schedule, float64_tables
 from dit_scale.errors import ConfigError
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(x_BCHW, timestep_B) -> output_B2CHW; timesteps are those of the unrespaced diffusion."""
+"""(x_BCHW, timestep_B) => output_B2CHW; timesteps of the unrespaced diffusion, int64."""
 PredictWithLabels = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_BCHW, timestep_B, y_B) -> output_B2CHW."""
+"""(x_BCHW, timestep_B, y_B) => output_B2CHW."""
 Noise = Callable[[int], Tensor]
-"""Number of steps taken so far -> standard normal noise shaped like x."""
+"""Number of steps taken so far => standard normal noise of the shape of x."""
 GuidanceChannels = Literal["first3", "all"]
 
 
 @torch.no_grad()
 def ddpm(predict: Predict, schedule: Schedule, x_T_BCHW: Tensor, noise: Noise) -> Iterator[Tensor]:
-    """Ancestral sampling with the learned variance; yields x after each of the len(schedule) steps.
+    """Ancestral sampling with the learned variance; yields x_BCHW after each of len(schedule) steps.
 
-    `schedule` is the respaced one, on the device of x; x stays fp32 and is never clipped.
-    The last step takes the mean and adds no noise.
+    `schedule` is the respaced schedule, on the device of x. x is fp32 and never clipped. The last step
+    returns the mean without noise.
     """
     x_BCHW = x_T_BCHW
     for step, index in enumerate(reversed(range(len(schedule)))):
@@ -50,30 +50,18 @@ def ddpm(predict: Predict, schedule: Schedule, x_T_BCHW: Tensor, noise: Noise) -
 
 
 @torch.no_grad()
-def ddim(
-    predict: Predict, schedule: Schedule, x_T_BCHW: Tensor, noise: Noise | None = None, eta: float = 0.0
-) -> Iterator[Tensor]:
-    """Implicit sampling; yields x after each step. The learned variance is not used.
-
-    eta 0 is deterministic and asks for no noise; eta 1 has the variance of the posterior (needs `noise`).
-    """
-    if not 0 <= eta <= 1:
-        raise ConfigError(f"DDIM eta {eta}: expected 0 (deterministic) to 1 (as noisy as DDPM)")
+def ddim(predict: Predict, schedule: Schedule, x_T_BCHW: Tensor) -> Iterator[Tensor]:
+    """DDIM sampling with eta = 0; yields x_BCHW after each step. It ignores the learned variance."""
     tables = float64_tables(schedule.betas_float64)
-    # Song et al. 2021, eq. 16.
-    sigmas_T = eta * np.sqrt(tables["posterior_variance"])
     signals_T = np.sqrt(tables["alphas_cumprod_prev"])
-    directions_T = np.sqrt(1 - tables["alphas_cumprod_prev"] - sigmas_T**2)
+    directions_T = np.sqrt(1 - tables["alphas_cumprod_prev"])
     x_BCHW = x_T_BCHW
-    for step, index in enumerate(reversed(range(len(schedule)))):
+    for index in reversed(range(len(schedule))):
         t_B = _filled(x_BCHW, index)
         eps_BCHW, _ = split_output(predict(x_BCHW, schedule.timesteps[t_B]))
         x_start_BCHW = predict_x_start(schedule, x_BCHW, t_B, eps_BCHW)
-        # Song et al. 2021, eq. 12.
+        # Song et al. 2021, eq. 12 with sigma_t = 0.
         x_BCHW = float(signals_T[index]) * x_start_BCHW + float(directions_T[index]) * eps_BCHW
-        if eta > 0 and index > 0:
-            assert noise is not None, "eta > 0 needs a noise source"
-            x_BCHW = x_BCHW + float(sigmas_T[index]) * noise(step)
         yield x_BCHW
 
 
@@ -84,12 +72,12 @@ def guided(
     scale: float,
     guidance_channels: GuidanceChannels,
 ) -> Predict:
-    """Classifier-free guidance: eps = eps_null + scale (eps_y - eps_null), as one pass of a doubled batch.
+    """Classifier-free guidance: eps = eps_null + scale (eps_y - eps_null), in one pass over a doubled batch.
 
-    "first3" guides the first three eps channels, as the published DiT numbers were made (a scale of 1.5
-    is then about 1.375 on all four); "all" guides every eps channel. All other channels, the variance
-    among them, are those of the labelled half.
-    Scale 1.0 is no guidance: the null half is not computed, at half the cost.
+    "first3" guides the first three eps channels, as the published DiT results do (a scale of 1.5 then acts
+    like about 1.375 on all four); "all" guides every eps channel. All other channels, including the
+    variance, come from the labelled half. Scale 1.0 disables guidance and skips the null half, which halves
+    the cost. Raises ConfigError for another value of `guidance_channels`.
     """
     if guidance_channels not in ("first3", "all"):
         raise ConfigError(f"guidance_channels {guidance_channels!r}: expected 'first3' or 'all'")
@@ -110,5 +98,5 @@ def guided(
 
 
 def _filled(x_BCHW: Tensor, index: int) -> Tensor:
-    """The schedule index of every sample, made on the device of x."""
+    """Return `index` once per sample, int64 on the device of x."""
     return torch.full((x_BCHW.shape[0],), index, dtype=torch.int64, device=x_BCHW.device)

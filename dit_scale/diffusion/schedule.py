@@ -1,11 +1,11 @@
-"""The noise schedule: tables of a discrete Gaussian diffusion, and how to keep fewer of its steps.
+"""The noise schedule of a discrete Gaussian diffusion, and its respacing to fewer steps.
 
-    full = linear(1000)            # what training uses
-    short = respace(full, "250")   # what sampling uses; short.timesteps has the model's t of each index
+    full = linear(1000)            # for training
+    short = respace(full, "250")   # for sampling; short.timesteps maps an index to the model's timestep
 
-Everything is computed in float64 and cast to fp32 once.
+All tables are computed in float64 and cast to fp32 once.
 
-Legend: T number of steps of a schedule, S number of steps that respacing keeps.
+Shapes: T steps of a schedule, S steps that respacing keeps.
 """
 
 from collections.abc import Iterator
@@ -26,22 +26,22 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Tables over the T steps of a diffusion; index 0 is the cleanest step.
+    """Tables over the T steps of a diffusion; index 0 is the least noisy step.
 
-    Tensors are (T,) fp32 on one device, but for `timesteps`; `betas_float64` stays on the host, and
-    `float64_tables` of it has every table before the cast.
+    All tensors are (T,) fp32 on one device, except `timesteps` (int64). `betas_float64` stays on the host;
+    `float64_tables(betas_float64)` returns every table before the cast.
     """
 
     betas_float64: Float64
-    """The schedule itself; all other tables follow from it."""
+    """Betas before the cast; every other table follows from them."""
     timesteps: Tensor
-    """int64: the timestep of the unrespaced diffusion, which is what the model is told."""
+    """Timesteps of the unrespaced diffusion, int64: the model's input."""
     betas: Tensor
     """Variance of q(x_t | x_{t-1})."""
     log_betas: Tensor
-    """Upper end of the learned log variance."""
+    """Upper bound of the learned log variance."""
     alphas_cumprod: Tensor
-    """alpha_bar, the share of signal in the variance of x_t."""
+    """alpha_bar: the fraction of signal in the variance of x_t."""
     alphas_cumprod_prev: Tensor
     """alpha_bar one step earlier; 1 at index 0."""
     sqrt_alphas_cumprod: Tensor
@@ -55,13 +55,13 @@ class Schedule:
     posterior_variance: Tensor
     """Variance of q(x_{t-1} | x_t, x_start); 0 at index 0."""
     posterior_log_variance_clipped: Tensor
-    """Its log, where index 0 repeats index 1; lower end of the learned log variance."""
+    """Log of `posterior_variance`, with index 0 set to index 1; lower bound of the learned log variance."""
 
     def __len__(self) -> int:
         return len(self.betas_float64)
 
     def to(self, device: torch.device | str) -> "Schedule":
-        """The same schedule with its tensors on `device`."""
+        """Copy the tensors to `device`."""
         tables: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -69,25 +69,25 @@ class Schedule:
 
 
 def linear(timesteps: int) -> Schedule:
-    """The linear schedule of Ho et al. 2020, Section 4: 1e-4 to 2e-2 at 1000 steps.
+    """The linear schedule of Ho et al. 2020, Section 4: betas from 1e-4 to 2e-2 at 1000 steps.
 
-    At other lengths the betas are scaled by 1000 / timesteps, so that the last step is about as noisy.
-    Raises ConfigError where that makes a beta of 1 or more (20 steps or fewer).
+    For other lengths the betas are scaled by 1000 / timesteps, which keeps the noise level of the last step
+    about the same. Raises ConfigError when that makes a beta 1 or more (20 steps or fewer).
     """
     scale = 1000 / max(timesteps, 1)
     if scale * 2e-2 >= 1:
         raise ConfigError(
-            f"diffusion of {timesteps} timesteps: expected 21 or more, because the last beta of the linear "
-            "schedule is 20 / timesteps and must stay below 1; raise diffusion.timesteps"
+            f"diffusion.timesteps={timesteps}: expected 21 or more, because the last beta of the linear "
+            "schedule is 20 / timesteps and must stay below 1"
         )
     return _from_betas(np.linspace(scale * 1e-4, scale * 2e-2, timesteps), np.arange(timesteps))
 
 
 def respace(schedule: Schedule, spec: str) -> Schedule:
-    """The diffusion that visits only the steps of `schedule` that `spec` keeps (see `kept_indices`).
+    """Reduce a schedule to the steps that `spec` keeps (see `kept_indices`), on the same device.
 
-    Its alpha_bar are those of the kept steps, its betas follow from them, and `timesteps` still names
-    steps of the unrespaced diffusion.
+    alpha_bar of the kept steps is unchanged; the new betas follow from it. `timesteps` still refers to the
+    unrespaced diffusion. Raises ConfigError for a specification that cannot be parsed or satisfied.
     """
     kept_S = kept_indices(len(schedule), spec)
     alphas_cumprod_S = float64_tables(schedule.betas_float64)["alphas_cumprod"][kept_S]
@@ -98,19 +98,20 @@ def respace(schedule: Schedule, spec: str) -> Schedule:
 
 
 def kept_indices(num_timesteps: int, spec: str) -> list[int]:
-    """The indices, ascending, that a respacing keeps of `num_timesteps`.
+    """Return the indices, ascending, that a respacing keeps of `num_timesteps`.
 
-    "250"       250 indices, evenly from the first to the last, rounded
-    "10,15,20"  as many sections of equal length (the first ones take the remainder), each spaced so
-    "ddim50"    every n-th index from 0, n the smallest stride that gives 50 (Song et al. 2021)
+    "250"       250 indices, evenly spaced from the first to the last, rounded
+    "10,15,20"  three sections of equal length (the first ones take the remainder) with 10, 15 and 20
+                evenly spaced indices
+    "ddim50"    every n-th index from 0; n is the smallest stride that gives 50 (Song et al. 2021)
 
-    Raises ConfigError for a specification that cannot be read or met.
+    Raises ConfigError for a specification that cannot be parsed or satisfied.
     """
     if spec.startswith("ddim"):
         return _strided(num_timesteps, _count(spec.removeprefix("ddim"), spec))
     counts = [_count(part, spec) for part in spec.split(",")]
     if sum(counts) < 2:
-        raise ConfigError(f"respacing {spec!r}: expected 2 steps or more in all")
+        raise ConfigError(f"respacing {spec!r}: expected 2 or more steps in total")
     shortest, num_longer = divmod(num_timesteps, len(counts))
     kept: list[int] = []
     start = 0
@@ -119,7 +120,7 @@ def kept_indices(num_timesteps: int, spec: str) -> list[int]:
         if count > size:
             raise ConfigError(
                 f"respacing {spec!r}: section {section + 1} of {len(counts)} has {size} of the "
-                f"{num_timesteps} timesteps, expected at most that many steps, got {count}"
+                f"{num_timesteps} timesteps; expected at most {size} steps, got {count}"
             )
         kept += [start + offset for offset in _spread(size, count)]
         start += size
@@ -127,7 +128,7 @@ def kept_indices(num_timesteps: int, spec: str) -> list[int]:
 
 
 def float64_tables(betas_T: Float64) -> dict[str, Float64]:
-    """Every real-valued table of `Schedule`, by name, in float64."""
+    """Return every real-valued table of `Schedule` by name, each (T,) float64."""
     alphas_cumprod_T = np.cumprod(1 - betas_T)
     alphas_cumprod_prev_T = np.append(1.0, alphas_cumprod_T[:-1])
     # Ho et al. 2020, eq. 7.
@@ -145,7 +146,7 @@ def float64_tables(betas_T: Float64) -> dict[str, Float64]:
         "posterior_mean_coef_start": betas_T * np.sqrt(alphas_cumprod_prev_T) / (1 - alphas_cumprod_T),
         "posterior_mean_coef_t": np.sqrt(1 - betas_T) * (1 - alphas_cumprod_prev_T) / (1 - alphas_cumprod_T),
         "posterior_variance": posterior_variance_T,
-        # The variance of index 0 is 0 and has no log; it borrows that of index 1.
+        # The variance at index 0 is 0 and has no log, so the log at index 1 replaces it.
         "posterior_log_variance_clipped": np.log(
             np.append(posterior_variance_T[1], posterior_variance_T[1:])
         ),
@@ -160,9 +161,10 @@ def _from_betas(betas_T: Float64, timesteps_T: Int64) -> Schedule:
 
 
 def _spread(size: int, count: int) -> Iterator[int]:
-    """`count` integers from 0 to `size` - 1; one alone is 0.
+    """Return `count` evenly spaced integers from 0 to `size` - 1; a single one is 0.
 
-    The stride is summed up in float64 and halves round to even: the choice of other programs hangs on it.
+    The stride accumulates in float64 and halves round to even, as in the reference code: other arithmetic
+    would select other steps.
     """
     stride = (size - 1) / (count - 1) if count > 1 else 1.0
     return map(round, accumulate(repeat(stride, count - 1), initial=0.0))
@@ -174,7 +176,7 @@ def _strided(num_timesteps: int, count: int) -> list[int]:
         if len(kept) == count:
             return list(kept)
     raise ConfigError(
-        f"respacing 'ddim{count}': no whole stride through {num_timesteps} timesteps gives {count} steps; "
+        f"respacing 'ddim{count}': no integer stride over {num_timesteps} timesteps gives {count} steps; "
         f"use a divisor of {num_timesteps}, or {str(count)!r} for uneven strides"
     )
 
@@ -182,7 +184,7 @@ def _strided(num_timesteps: int, count: int) -> list[int]:
 def _count(text: str, spec: str) -> int:
     if not (text.strip().isdecimal() and int(text) > 0):
         raise ConfigError(
-            f"respacing {spec!r}: expected a number of steps ('250'), numbers for equal sections "
-            f"('10,15,20') or a strided number ('ddim50'), got {text!r}"
+            f"respacing {spec!r}: expected a number of steps ('250'), one number per section "
+            f"('10,15,20') or a DDIM stride ('ddim50'), got {text!r}"
         )
     return int(text)

@@ -1,1 +1,1 @@
-"""How long a run will take on machines that fail: a formula, and the real supervisors on a virtual clock."""
+"""Predict a run on machines that fail: a formula, and the real supervisors on a virtual clock."""

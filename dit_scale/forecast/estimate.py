@@ -1,22 +1,23 @@
-"""What a run will take on machines that fail: arithmetic, with the simulator (simulate.py) to check it.
+"""How long a run takes on machines that fail: a closed formula, checked by the simulator (simulate.py).
 
     Young: J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 17 (1974)
     Daly:  J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps",
            Future Generation Computer Systems 22 (2006)
 
-docs/goodput.md has the model. All times are in seconds unless a name says otherwise.
+docs/goodput.md describes the model. Times are in seconds unless a name says otherwise.
 """
 
 from dataclasses import dataclass, replace
 from math import ceil, exp, sqrt
 
 from dit_scale.elastic.node.deadlines import SHORTEST_S, TIMES_P99
-from dit_scale.elastic.supervisor import Policy
+from dit_scale.elastic.policy import Policy
 from dit_scale.forecast.timeline import Costs
 
 DAY_S = 86400.0
-AGREE_LOOKS = 2.5
-"""Of supervisors: all see that a round has ended, the first sees all that join, all see the members."""
+AGREE_POLLS = 2.5
+"""Polls from the end of a round to the start of the next one: all supervisors see the end, the first one sees
+that all have joined, and all see the new members."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +25,22 @@ class Machines:
     """The nodes of a run, and how they fail."""
 
     nodes: int
-    """That train."""
+    """Nodes that train, without standby nodes."""
     gpus_per_node: int = 8
     spares: int = 0
-    """Nodes more, that wait to take over."""
+    """Standby nodes."""
     failures_per_1000_node_days: float = 6.5
     crash_share: float = 0.4
-    """Of failures: a rank dies, its node stays."""
+    """Share of the failures in which a rank dies and its node stays."""
     hang_share: float = 0.1
-    """A rank stands still, its node stays."""
+    """Share in which a rank hangs and its node stays."""
     loss_share: float = 0.5
-    """The node is gone until it is repaired."""
+    """Share in which the node is lost until it is repaired."""
     repair_s: float = DAY_S
 
     @property
     def rate(self) -> float:
-        """Failures of one node per second."""
+        """Failures per node and second."""
         return self.failures_per_1000_node_days / 1000 / DAY_S
 
     @property
@@ -50,7 +51,7 @@ class Machines:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done."""
+    """A training run, its durations and the lease of its nodes."""
 
     steps: int
     every_steps: int
@@ -61,26 +62,24 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What it comes to."""
+    """Expected cost of a run."""
 
     goodput: float
-    """Share of the wall clock that the steps would take a full world where nothing fails."""
+    """Share of the wall-clock time that the steps would take with all nodes and without failures."""
     wall_s: float
     failures: float
-    """Expected, of the nodes that train."""
+    """Expected failures of the nodes that train."""
     missing_nodes: float
-    """Mean number that no spare stands in for."""
+    """Mean number of missing nodes that no standby node replaces."""
     node_s: float
-    """Of all nodes, spares included."""
-
-
-def young_s(stall_s: float, mtbf_s: float) -> float:
-    """Young's best time between two checkpoints, equation (5): sqrt(2 delta M)."""
-    return sqrt(2 * stall_s * mtbf_s)
+    """Node-seconds, standby nodes included."""
 
 
 def daly_s(stall_s: float, mtbf_s: float) -> float:
-    """Daly's best time between two checkpoints, equation (37); M when a save takes longer than 2 M."""
+    """Return Daly's best time between two checkpoints, equation (37); M if a save takes longer than 2 M.
+
+    For short saves this is Young's sqrt(2 delta M), his equation (5).
+    """
     ratio = stall_s / (2 * mtbf_s)
     if ratio >= 1:
         return mtbf_s
@@ -88,11 +87,11 @@ def daly_s(stall_s: float, mtbf_s: float) -> float:
 
 
 def daly_goodput(interval_s: float, stall_s: float, mtbf_s: float, restart_s: float) -> float:
-    """Work over wall clock, Daly's equation (20): the time for T of work is
+    """Return work over wall-clock time by Daly's equation (20): T of work takes
     M exp(R/M) (exp((tau + delta) / M) - 1) T / tau, failures during restarts included."""
     if mtbf_s == float("inf"):
         return interval_s / (interval_s + stall_s)
-    # Behind the largest power of a float nothing gets done.
+    # exp() would overflow; the run makes no progress.
     if (restart_s + interval_s + stall_s) / mtbf_s > 700:
         return 0.0
     wall_s = mtbf_s * exp(restart_s / mtbf_s) * (exp((interval_s + stall_s) / mtbf_s) - 1)
@@ -100,7 +99,7 @@ def daly_goodput(interval_s: float, stall_s: float, mtbf_s: float, restart_s: fl
 
 
 def best_every_steps(machines: Machines, costs: Costs) -> int:
-    """Daly's interval in whole steps; saves never overlap, so not shorter than one takes to its commit."""
+    """Return Daly's interval in whole steps, but no less than a save takes to commit: saves never overlap."""
     shortest = max(1, ceil(costs.commit_lag_s / costs.step_s))
     if machines.rate == 0:
         return max(shortest, round(DAY_S / costs.step_s))
@@ -108,21 +107,22 @@ def best_every_steps(machines: Machines, costs: Costs) -> int:
 
 
 def estimate(machines: Machines, work: Work) -> Estimate:
-    """Goodput and time of a run.
+    """Estimate goodput and duration of a run.
 
-    Daly's model, in which a restart includes detection, and the commit lag: what is done while a save is
-    written is lost with it. Nodes in repair are many servers without a queue: Poisson in number. Those beyond
-    the spares slow the run down, and each of their returns is a restart with a save.
+    This is Daly's model. A restart includes detection and the commit lag, because a failure during a save
+    also loses the steps taken since the save started. The number of nodes in repair is Poisson (infinitely
+    many servers, no queue). Nodes missing beyond the standby nodes slow the run down, and the return of each
+    costs a save and a restart.
     """
     costs = work.costs
     begin_s = costs.launch_s + costs.init_s + costs.restore_s + costs.first_step_s
-    begin_s += AGREE_LOOKS * look_s(machines, work)
+    begin_s += AGREE_POLLS * poll_s(machines, work)
     lost_s = detect_s(machines, work) + begin_s + costs.commit_lag_s
     interval_s = work.every_steps * costs.step_s
     stall_s = max(costs.save_stall_s, costs.commit_lag_s - interval_s)
     goodput = daly_goodput(interval_s, stall_s, machines.mtbf_s, lost_s)
     losses = machines.rate * machines.loss_share * (machines.nodes + machines.spares)
-    missing, short = beyond(losses * machines.repair_s, machines.spares)
+    missing, short = poisson_excess(losses * machines.repair_s, machines.spares)
     grow_s = costs.commit_lag_s + begin_s
     goodput *= max(0.0, 1 - missing / machines.nodes) * max(0.0, 1 - losses * short * grow_s)
     work_s = work.steps * costs.step_s
@@ -137,19 +137,19 @@ def estimate(machines: Machines, work: Work) -> Estimate:
 
 
 def detect_s(machines: Machines, work: Work) -> float:
-    """Mean time from a failure to the end of its round."""
+    """Return the mean time from a failure to the end of its round."""
     hang_s = max(SHORTEST_S, TIMES_P99 * work.costs.step_s)
-    lost_s = work.lease_s + look_s(machines, work)
-    return look_s(machines, work) / 2 + machines.hang_share * hang_s + machines.loss_share * lost_s
+    lost_s = work.lease_s + poll_s(machines, work)
+    return poll_s(machines, work) / 2 + machines.hang_share * hang_s + machines.loss_share * lost_s
 
 
-def look_s(machines: Machines, work: Work) -> float:
-    """Time between two looks of a supervisor."""
+def poll_s(machines: Machines, work: Work) -> float:
+    """Return the time between two polls of a supervisor."""
     return Policy(max_nodes=machines.nodes, lease_s=work.lease_s).look_s
 
 
-def beyond(mean: float, spares: int) -> tuple[float, float]:
-    """Of a Poisson number: the mean of what exceeds `spares`, and how likely it is at least `spares`."""
+def poisson_excess(mean: float, spares: int) -> tuple[float, float]:
+    """For a Poisson number, return the mean excess over `spares` and the probability of at least `spares`."""
     weight, below, held = exp(-mean), 0.0, 0.0
     for number in range(spares):
         below += weight
@@ -160,7 +160,7 @@ def beyond(mean: float, spares: int) -> tuple[float, float]:
 
 
 def sensitivities(machines: Machines, work: Work) -> dict[str, Estimate]:
-    """The estimate with one thing changed at a time, checkpoints as often as in `work` unless it says so."""
+    """Return estimates with one assumption changed at a time; the interval is that of `work` unless named."""
     costs = work.costs
     slow = replace(
         costs, launch_s=2 * costs.launch_s, init_s=2 * costs.init_s, first_step_s=2 * costs.first_step_s

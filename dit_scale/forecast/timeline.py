@@ -1,36 +1,16 @@
-"""What the ranks of a round would do, in closed form: how far they are at any time, and where the time went.
+"""The ranks of a simulated round in closed form: their progress at any time, and where the time went.
 
-Time is counted in whole ticks of 2^-30 s: sums are exact, and seconds made of them are exact floats.
+Time is counted in whole ticks of 2^-30 s: sums are exact, and ticks convert to seconds without rounding.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from dit_scale.elastic.board import Round
+from dit_scale.ledger import Heading
 
 SECOND = 2**30
 """Ticks."""
-
-
-class Use(StrEnum):
-    """What a second of the wall clock was for."""
-
-    PRODUCTIVE = "productive"
-    """Steps that were kept, at the speed of a full world."""
-    DEGRADED = "degraded"
-    """What those steps took longer because nodes were missing."""
-    REPLAYED = "replayed"
-    """Steps that were lost, since they had not been committed."""
-    STALL = "checkpoint stall"
-    """The loop stands still for a save, or leaves with one."""
-    DETECT = "detect"
-    """From a failure to the end of the round."""
-    WAIT = "waiting for nodes"
-    """From there until the members of the next round are fixed."""
-    RESTART = "restart"
-    """Old ranks ended, launcher, imports, process groups, the first step."""
-    RESTORE = "restore"
-    """State read from a checkpoint."""
 
 
 class FailureKind(StrEnum):
@@ -39,228 +19,255 @@ class FailureKind(StrEnum):
     CRASH = "crash"
     """A rank dies; its node stays."""
     HANG = "hang"
-    """A rank stands still; its node stays."""
+    """A rank hangs; its node stays."""
     STOP = "stop"
-    """A rank is stopped by a signal, which its supervisor sees."""
+    """A rank is stopped by a signal, which its supervisor can see."""
     DEATH = "death"
-    """A supervisor is killed and its ranks with it, so that those of other nodes break off. It is started
-    again after the repair time."""
+    """A supervisor is killed together with its ranks, so the ranks of other nodes fail. It is restarted after
+    the repair time."""
     LOSS = "loss"
-    """The node is gone, with its supervisor, without a sign to anybody, and comes back repaired."""
-
-
-Ledger = dict[Use, int]
-"""Ticks by use; the sum is the wall clock."""
+    """The node disappears together with its supervisor, and returns after the repair time."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that things take."""
+    """Durations in seconds."""
 
     step_s: float = 1.0
     save_stall_s: float = 0.5
-    """The loop stands still at the begin of a save."""
+    """Pause of training at the start of a save."""
     commit_lag_s: float = 10.0
-    """From the begin of a save to its commit; what is done meanwhile is not yet safe."""
+    """From the start of a save to its commit. Steps taken meanwhile are not safe yet."""
     launch_s: float = 20.0
-    """Old ranks ended, launcher and imports."""
+    """Stopping old ranks, launcher and imports."""
     init_s: float = 20.0
     """Process groups and engine."""
     restore_s: float = 10.0
     first_step_s: float = 10.0
-    """What the first step takes longer than others."""
+    """Extra time of the first step."""
     break_s: float = 1.0
-    """Until ranks whose peer was killed have ended."""
+    """From the death of a peer to the exit of the other ranks."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Halt:
-    """The ranks do not get on any more."""
+    """The ranks of a round have stopped making progress."""
 
     at: int
     node: str
     kind: FailureKind
 
 
-@dataclass
+@dataclass(frozen=True)
+class Stop:
+    """Ranks that were asked to stop exit with a save."""
+
+    elapsed: int
+    """Ticks of training until then."""
+    steps: int
+    """Steps of this round taken by then."""
+
+
+class Schedule:
+    """Training from one step to the last one without failures; times in ticks since it started.
+
+    One save at a time: a save that takes longer than the interval delays the next one until its commit. The
+    ranks wait for the commit of the last step.
+    """
+
+    def __init__(
+        self, costs: Costs, *, full_step_s: float, every_steps: int, begin_step: int, total_steps: int
+    ) -> None:
+        """`full_step_s` is the duration of a step with all nodes."""
+        self.step = ticks(costs.step_s)
+        self.full_step = min(ticks(full_step_s), self.step)
+        self.steps = total_steps - begin_step
+        self._lag = ticks(costs.commit_lag_s)
+        self._every_steps = every_steps
+        self._stall = max(ticks(costs.save_stall_s), self._lag - every_steps * self.step)
+        self._first = min(every_steps - begin_step % every_steps, self.steps)
+        """Steps up to the first save."""
+        self._saves = _ceil_div(self.steps - self._first, every_steps)
+        """Saves before that of the last step."""
+        self._cycle = self._stall + every_steps * self.step
+        """From one save to the next."""
+
+    @property
+    def duration(self) -> int:
+        """Time to the commit of the last step."""
+        last_wait = self._last_wait if self.steps else 0
+        return self.steps * self.step + self._saves * self._stall + last_wait
+
+    def computed(self, elapsed: int) -> int:
+        """Return the time spent on steps so far; the rest of `elapsed` are stalls."""
+        compute = self.steps * self.step
+        if elapsed < self._first * self.step:
+            return elapsed
+        if elapsed < compute + self._saves * self._stall:
+            cycles, rest = divmod(elapsed - self._first * self.step, self._cycle)
+            return elapsed - cycles * self._stall - min(rest, self._stall)
+        return compute
+
+    def committed(self, elapsed: int) -> int:
+        """Return the steps committed so far."""
+        if elapsed >= self.duration:
+            return self.steps
+        commits = self._commits(elapsed)
+        return self._first + (commits - 1) * self._every_steps if commits else 0
+
+    def next_commit(self, elapsed: int) -> int:
+        """Return when the next save will be committed."""
+        commits = self._commits(elapsed)
+        if commits == self._saves:
+            return self.duration
+        return self._first * self.step + commits * self._cycle + self._lag
+
+    def stop(self, elapsed: int) -> Stop:
+        """Return when ranks exit that are asked to stop now: they finish step and pending saves, and save."""
+        compute = self.computed(elapsed)
+        steps = min(_ceil_div(compute, self.step), self.steps)
+        saves = _ceil_div(elapsed - compute, self._stall) if self._stall else 0
+        return Stop(steps * self.step + min(saves, self._saves) * self._stall + self._last_wait, steps)
+
+    @property
+    def _last_wait(self) -> int:
+        return max(self._stall, self._lag)
+
+    def _commits(self, elapsed: int) -> int:
+        """Return the number of committed saves, without that of the last step."""
+        since_first = elapsed - self._lag - self._first * self.step
+        return min(since_first // self._cycle + 1, self._saves) if since_first >= 0 else 0
+
+
 class Job:
     """The ranks of all members of one round; times in ticks."""
 
-    costs: Costs
-    """In a world of these members."""
-    full_step_s: float
-    """What a step takes in the full world."""
-    every_steps: int
-    total_steps: int
-    round: Round
-    sealed_at: int
-    halt: Halt | None = None
-    ended_at: int | None = None
-    trains_at: int | None = None
-    """When the first step begins; None until all members have started."""
-    running: set[str] = field(default_factory=set)
-    """Members whose ranks are there."""
-    _waits_for: int = field(init=False)
-    """Members whose ranks have not started."""
-    _restore_at: int = 0
-    _leave: tuple[int, int] | None = None
-    """Ticks of training after which asked ranks leave, and the steps that they have taken then."""
-
-    def __post_init__(self) -> None:
-        self._waits_for = len(self.round.members)
-        self.begin_step = max(0, self.round.committed_step)
-        self.step = ticks(self.costs.step_s)
-        self.unit = min(ticks(self.full_step_s), self.step)
-        self._lag = ticks(self.costs.commit_lag_s)
-        # One save at a time: the next one waits for the commit of the last.
-        self._stall = max(ticks(self.costs.save_stall_s), self._lag - self.every_steps * self.step)
-        self._last_wait = max(self._stall, self._lag)
-        self._left = self.total_steps - self.begin_step
-        self._first = min(self.every_steps - self.begin_step % self.every_steps, self._left)
-        self._saves = _up(self._left - self._first, self.every_steps)
-        """Before that of the last step."""
-        self._cycle = self._stall + self.every_steps * self.step
+    def __init__(self, costs: Costs, schedule: Schedule, round_: Round, sealed_at: int) -> None:
+        """`costs` and `schedule` are those of this number of members."""
+        self.costs, self.schedule, self.round, self.sealed_at = costs, schedule, round_, sealed_at
+        self.halt: Halt | None = None
+        self.ended_at: int | None = None
+        self.trains_at: int | None = None
+        """When the first step starts; None until all members have started their ranks."""
+        self.running: set[str] = set()
+        """Members whose ranks have been started and not stopped."""
+        self._num_missing = len(round_.members)
+        """Members that have not started their ranks."""
+        self._restore_at = 0
+        self._stop: Stop | None = None
 
     def start(self, node: str, now: int) -> None:
-        """A member starts its ranks; with the last one all begin."""
+        """Start the ranks of a member; they make progress once all members have started theirs."""
         self.running.add(node)
-        self._waits_for -= 1
-        if self._waits_for == 0:
+        self._num_missing -= 1
+        if self._num_missing == 0:
             costs = self.costs
             restore_s = costs.restore_s if self.round.committed_step >= 0 else 0.0
             self._restore_at = now + ticks(costs.launch_s + costs.init_s)
             self.trains_at = self._restore_at + ticks(restore_s) + ticks(costs.first_step_s)
 
     def is_restoring(self, now: int) -> bool:
-        """Whether the ranks read a checkpoint."""
-        first = ticks(self.costs.first_step_s)
-        return self.trains_at is not None and self._restore_at <= now < self.trains_at - first
+        """Whether the ranks are reading a checkpoint."""
+        first_step = ticks(self.costs.first_step_s)
+        return self.trains_at is not None and self._restore_at <= now < self.trains_at - first_step
 
     def broken_at(self) -> int | None:
-        """When the ranks of other nodes have ended, since those of one were killed; None: they wait for it.
+        """Return when the other ranks exit because a peer was killed; None if they wait for it instead.
 
-        Before there are process groups nobody notices.
+        Before there are process groups, ranks do not notice.
         """
         halt = self.halt
-        if (
-            halt is None
-            or halt.kind != FailureKind.DEATH
-            or self.trains_at is None
-            or halt.at < self._restore_at
-        ):
+        if halt is None or halt.kind != FailureKind.DEATH:
+            return None
+        if self.trains_at is None or halt.at < self._restore_at:
             return None
         return halt.at + ticks(self.costs.break_s)
 
-    def ask(self, now: int) -> None:
-        """The ranks are to finish their step, save and leave; the first request counts."""
-        if self._leave is None:
-            compute, stall = self._progress(now)
-            steps = min(_up(compute, self.step), self._left)
-            saves = _up(stall, self._stall) if self._stall else 0
-            self._leave = (
-                steps * self.step + min(saves, self._saves) * self._stall + self._last_wait,
-                steps,
-            )
+    def ask_to_stop(self, now: int) -> None:
+        """Ask the ranks to finish their step, save and exit; only the first request counts."""
+        if self._stop is None:
+            self._stop = self.schedule.stop(self._elapsed(now))
 
     @property
     def is_asked(self) -> bool:
-        return self._leave is not None
+        return self._stop is not None
 
     @property
     def over_at(self) -> int | None:
-        """When the ranks leave by themselves; None while that is not known."""
+        """When the ranks exit on their own; None while that is unknown."""
         if self.trains_at is None:
             return None
-        return self.trains_at + (self._leave[0] if self._leave else self._whole())
+        return self.trains_at + (self._stop.elapsed if self._stop else self.schedule.duration)
 
+    @property
     def is_done(self) -> bool:
-        """Whether the ranks, if they left, did so behind the last step."""
-        return self._leave is None or self._leave[1] == self._left
+        """Whether the ranks exit after the last step."""
+        return self._stop is None or self._stop.steps == self.schedule.steps
 
     def steps(self, now: int) -> int:
-        """Whole steps taken in this round."""
-        return self._progress(now)[0] // self.step
+        """Return the number of complete steps of this round."""
+        return self._computed(now) // self.schedule.step
 
     def committed(self, now: int) -> int:
-        """The newest committed step, -1 when there is none."""
+        """Return the newest committed step, or -1."""
         if self.halt is not None:
             now = min(now, self.halt.at)
         kept = self._kept(now)
-        return self.begin_step + kept if kept else self.round.committed_step
+        return max(0, self.round.committed_step) + kept if kept else self.round.committed_step
 
     def next_commit(self, now: int) -> int | None:
-        """When the next save will be committed, if nothing happens."""
+        """Return when the next save will be committed unless a rank fails; None if none is expected."""
         if self.trains_at is None or self.halt is not None:
             return None
-        done = self._commits(now - self.trains_at)
-        at = self._first * self.step + done * self._cycle + self._lag if done < self._saves else self._whole()
-        return self.trains_at + at
+        return self.trains_at + self.schedule.next_commit(now - self.trains_at)
 
-    def account(self, next_at: int) -> Ledger:
-        """Where the time from its sealing to that of the next round went."""
+    def account(self, next_at: int) -> dict[Heading, int]:
+        """Return where the time from the sealing of this round to that of the next one went."""
         ended_at = next_at if self.ended_at is None else self.ended_at
-        left_at = ended_at if self.over_at is None else self.over_at
-        stop = min(next_at, left_at if self.halt is None else self.halt.at)
+        exited_at = ended_at if self.over_at is None else self.over_at
+        stop = min(next_at, exited_at if self.halt is None else self.halt.at)
         trains_at = stop if self.trains_at is None else min(self.trains_at, stop)
         restoring = 0
         if self.trains_at is not None:
             restored = self.trains_at - ticks(self.costs.first_step_s)
             restoring = max(0, min(restored, stop) - self._restore_at)
-        compute, stall = self._progress(stop)
-        kept = self._kept(stop)
-        noticed = max(stop, ended_at) if self.halt is not None else stop
+        compute = self._computed(stop)
+        kept, step, full_step = self._kept(stop), self.schedule.step, self.schedule.full_step
+        detected = max(stop, ended_at) if self.halt is not None else stop
         return {
-            Use.RESTART: trains_at - self.sealed_at - restoring,
-            Use.RESTORE: restoring,
-            Use.PRODUCTIVE: kept * self.unit,
-            Use.DEGRADED: kept * (self.step - self.unit),
-            Use.REPLAYED: compute - kept * self.step,
-            Use.STALL: stall,
-            Use.DETECT: noticed - stop,
-            Use.WAIT: next_at - noticed,
+            Heading.RESTART: trains_at - self.sealed_at - restoring,
+            Heading.RESTORE: restoring,
+            Heading.PRODUCTIVE: kept * full_step,
+            Heading.DEGRADED: kept * (step - full_step),
+            Heading.REPLAYED: compute - kept * step,
+            Heading.CHECKPOINT: self._elapsed(stop) - compute,
+            Heading.DETECT: detected - stop,
+            Heading.WAITING: next_at - detected,
         }
 
-    def _progress(self, now: int) -> tuple[int, int]:
-        """Ticks of training so far, spent in steps and in stalls."""
-        elapsed = max(0, now - self.trains_at) if self.trains_at is not None else 0
-        saves = self._saves
-        compute = self._left * self.step
-        if elapsed < self._first * self.step:
-            compute = elapsed
-        elif elapsed < compute + saves * self._stall:
-            cycles, rest = divmod(elapsed - self._first * self.step, self._cycle)
-            compute = elapsed - cycles * self._stall - min(rest, self._stall)
-        if self._leave is not None:
-            compute = min(compute, self._leave[1] * self.step)
-        return compute, elapsed - compute
+    def _elapsed(self, now: int) -> int:
+        """Return the time since the first step started."""
+        return max(0, now - self.trains_at) if self.trains_at is not None else 0
 
-    def _commits(self, elapsed: int) -> int:
-        """Saves committed, without that of the last step."""
-        since_first = elapsed - self._lag - self._first * self.step
-        return min(since_first // self._cycle + 1, self._saves) if since_first >= 0 else 0
+    def _computed(self, now: int) -> int:
+        """Return the time spent on steps so far."""
+        compute = self.schedule.computed(self._elapsed(now))
+        return compute if self._stop is None else min(compute, self._stop.steps * self.schedule.step)
 
     def _kept(self, now: int) -> int:
-        """Steps of this round that are committed."""
+        """Return the number of committed steps of this round."""
         if self.trains_at is None or now < self.trains_at:
             return 0
-        elapsed = now - self.trains_at
-        if self._leave is not None and elapsed >= self._leave[0]:
-            return self._leave[1]
-        if elapsed >= self._whole():
-            return self._left
-        saved = self._commits(elapsed)
-        return self._first + (saved - 1) * self.every_steps if saved else 0
-
-    def _whole(self) -> int:
-        """Ticks of training to the commit of the last step."""
-        return self._left * self.step + self._saves * self._stall + (self._last_wait if self._left else 0)
+        elapsed = self._elapsed(now)
+        if self._stop is not None and elapsed >= self._stop.elapsed:
+            return self._stop.steps
+        return self.schedule.committed(elapsed)
 
 
 def ticks(seconds: float) -> int:
-    """Of a time in seconds, rounded."""
+    """Convert seconds to ticks, rounded."""
     return round(seconds * SECOND)
 
 
-def _up(a: int, b: int) -> int:
-    """Of a / b, the next whole number."""
+def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)

@@ -1,78 +1,49 @@
-"""What a simulated supervisor sees of the world: a board in memory, and ranks that are arithmetic."""
+"""What a simulated supervisor sees: a board in memory, and ranks that are arithmetic."""
 
 from bisect import insort
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from enum import Enum, auto
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from dit_scale.elastic.board import Board, Ending, Joined, Member, Reason, Round
 from dit_scale.elastic.hearing import JUDGES
 from dit_scale.elastic.node.deadlines import Deadlines, Standing
-from dit_scale.elastic.node.group import GroupOutcome
+from dit_scale.elastic.node.outcomes import GroupOutcome
+from dit_scale.forecast.polls import EventQueue, Polls, TimedWait
 from dit_scale.forecast.timeline import SECOND, FailureKind, Job
 from dit_scale.heartbeat import MEASURED_STEPS, Beat, Phase
 
 KEPT_ROUNDS = 4
-"""Nobody asks for older ones, and those of thousands of nodes would fill the memory."""
-
-
-class Awaits(Enum):
-    """What a supervisor looks at the clock for, though nothing else changes."""
-
-    NODES = auto()
-    """Others that join, and the one that is to begin the round."""
-    GROWTH = auto()
-    LEAVING = auto()
-    """Ranks that were asked to save."""
-    HEARING = auto()
-    LATE_HEARING = auto()
-    """Of a node that is none of the first judges."""
-    LEASE = auto()
+"""Older rounds are never read; for thousands of nodes they would fill the memory."""
 
 
 class VirtualCluster(Protocol):
-    """What both need of the simulation."""
+    """What the board and the ranks need of the simulation."""
 
-    now: int
-    """Ticks."""
+    queue: EventQueue
+    polls: Polls
     job: Job | None
-    """Of the newest round."""
-
-    def reads(self, what: str, which: object) -> None:
-        """The supervisor that runs is to be resumed when this changes."""
-
-    def tell(self, what: str, which: object) -> None:
-        """Something changed: its readers are resumed at their next polls."""
-
-    def tell_groups(self, job: Job) -> None:
-        """The ranks of a round may look different from now on."""
-
-    def acts(self) -> None:
-        """The supervisor that runs does something."""
-
-    def awaits(self, what: Awaits) -> None:
-        """The supervisor that runs measures a time."""
-
-    def at(self, time: int, action: Callable[[], None]) -> None:
-        """Have something happen."""
+    """The ranks of the newest round."""
 
     def begin(self, round_: Round) -> None:
-        """A round was sealed."""
+        """Start a round that was sealed."""
 
     def end(self, ending: Ending) -> None:
-        """A round was ended."""
+        """End a round."""
 
-    def signs_until(self, node: str) -> int:
-        """When a node renewed its lease last."""
+    def notify_groups(self, job: Job) -> None:
+        """Notify supervisors that the ranks of a round may look different from now on."""
+
+    def last_sign(self, node: str) -> int:
+        """Return when a node last renewed its lease."""
 
 
 class VirtualBoard(Board):
-    """The objects in memory; supervisors that read them are told of changes."""
+    """The shared objects in memory; supervisors that have read one are notified when it changes."""
 
-    def __init__(self, world: VirtualCluster) -> None:
+    def __init__(self, cluster: VirtualCluster) -> None:
         self.url = "the simulation"
-        self._world = world
+        self._cluster, self._polls = cluster, cluster.polls
         self._newest = 0
         self._members: defaultdict[int, dict[str, Member]] = defaultdict(dict)
         self._joined: dict[int, list[str]] = {}
@@ -88,22 +59,22 @@ class VirtualBoard(Board):
         self._members[number][member.node] = member
         names = self._joined.get(number, [])
         if member.node not in names:
-            names = names.copy()  # readers keep the list to compare with
+            names = names.copy()  # readers keep the old list to compare it with
             insort(names, member.node)
             self._joined[number] = names
         self._left[number] -= {member.node}
-        self._world.acts()
-        self._world.tell("joined", number)
+        self._polls.acts()
+        self._polls.notify("joined", number)
 
     def withdraw(self, number: int, member: Member) -> None:
         self._members[number].pop(member.node, None)
         self._joined[number] = [name for name in self._joined.get(number, []) if name != member.node]
         self._left[number] |= {member.node}
-        self._world.tell("joined", number)
+        self._polls.notify("joined", number)
 
     def joined(self, number: int) -> Joined:
-        self._world.reads("joined", number)
-        self._world.awaits(Awaits.NODES)
+        self._polls.reads("joined", number)
+        self._polls.measures(TimedWait.NODES)
         return Joined(0, self._joined.get(number, []), self._left[number])
 
     def members(self, number: int, start: int, nodes: Sequence[str]) -> list[Member | None]:
@@ -117,107 +88,104 @@ class VirtualBoard(Board):
         old = round_.number - KEPT_ROUNDS
         for kept in (self._members, self._joined, self._left, self._rounds, self._endings, self._reports):
             kept.pop(old, None)
-        self._world.begin(round_)
-        self._world.acts()
-        self._world.tell("sealed", round_.number)
+        self._cluster.begin(round_)
+        self._polls.acts()
+        self._polls.notify("sealed", round_.number)
         return True
 
     def sealed(self, number: int) -> Round | None:
-        self._world.reads("sealed", number)
+        self._polls.reads("sealed", number)
         return self._rounds.get(number)
 
     def end(self, ending: Ending) -> None:
         if ending.round not in self._endings:
             self._endings[ending.round] = ending
-            self._world.end(ending)
-            self._world.tell("ending", ending.round)
+            self._cluster.end(ending)
+            self._polls.notify("ending", ending.round)
 
     def ending(self, number: int) -> Ending | None:
-        self._world.reads("ending", number)
+        self._polls.reads("ending", number)
         return self._endings.get(number)
 
     def report(self, number: int, node: str, tree: dict[str, Any]) -> bool:
         self._reports[number][node] = tree
-        self._world.tell("reports", number)
+        self._polls.notify("reports", number)
         return True
 
     def take_back(self, number: int, node: str) -> None:
         self._reports[number].pop(node, None)
-        self._world.tell("reports", number)
+        self._polls.notify("reports", number)
 
     def reports(self, number: int) -> dict[str, dict[str, Any]]:
-        self._world.reads("reports", number)
+        self._polls.reads("reports", number)
         return self._reports[number]
 
     def renew_lease(self, node: str, count: int) -> None:
-        """Leases are answered from what is known of the nodes."""
+        """Do nothing: `lease` asks the simulation."""
 
     def lease(self, node: str) -> int:
-        self._world.reads("lease", node)
-        sign = self._world.signs_until(node)
-        if sign < self._world.now:
-            self._world.awaits(Awaits.LEASE)
+        self._polls.reads("lease", node)
+        sign = self._cluster.last_sign(node)
+        if sign < self._cluster.queue.now:
+            self._polls.measures(TimedWait.LEASE)
         return sign
 
 
 class VirtualGroup:
-    """The ranks of one node."""
+    """The ranks of one node in one round; they start when it is made."""
 
-    def __init__(self, world: VirtualCluster, node: str, deadlines: Deadlines) -> None:
-        self._world, self._node, self._deadlines = world, node, deadlines
-        self._job: Job | None = None
-        self._hearing = Awaits.HEARING
-
-    def start(self, round_: Round, index: int) -> None:
-        self._job = job = self._world.job
+    def __init__(self, cluster: VirtualCluster, node: str, index: int, deadlines: Deadlines) -> None:
+        job = cluster.job
         assert job is not None
-        self._hearing = Awaits.HEARING if index < JUDGES else Awaits.LATE_HEARING
-        self._world.acts()
+        self._cluster, self._polls, self._node, self._deadlines = cluster, cluster.polls, node, deadlines
+        self._job: Job | None = job
+        self._hearing = TimedWait.HEARING if index < JUDGES else TimedWait.LATE_HEARING
+        self._polls.acts()
         if index == 0:
-            self._world.awaits(Awaits.GROWTH)
-        job.start(self._node, self._world.now)
+            self._polls.measures(TimedWait.GROWTH)
+        job.start(self._node, self._cluster.queue.now)
         self._expect_end(job)
 
     def poll(self) -> GroupOutcome | None:
-        job, now = self._job, self._world.now
-        self._world.reads("group", self._node)
+        job, now = self._job, self._cluster.queue.now
+        self._polls.reads("group", self._node)
         if job is None:
-            return GroupOutcome(Reason.LEAVING, "ended before their first step")
+            return GroupOutcome(Reason.LEAVING, "exited before their first step")
         if job.ended_at is not None:
-            self._world.awaits(Awaits.LEAVING)
+            self._polls.measures(TimedWait.LEAVING)
         halt = job.halt
         if halt is not None:
             if halt.kind == FailureKind.CRASH and halt.node == self._node:
                 return GroupOutcome(Reason.FAILED, "a rank was killed")
             if self._is_broken(job):
-                self._world.awaits(self._hearing)
-                return GroupOutcome(Reason.FAILED, "its peer is gone", first_hand=False)
-            found = self._standing(job)
-            if not found.is_overdue:
+                self._polls.measures(self._hearing)
+                return GroupOutcome(Reason.FAILED, "its peer exited", first_hand=False)
+            standing = self._standing(job)
+            if not standing.is_overdue:
                 return None
-            self._world.awaits(self._hearing)
-            return GroupOutcome(Reason.HUNG, str(found), first_hand=False)
+            self._polls.measures(self._hearing)
+            return GroupOutcome(Reason.HUNG, str(standing), first_hand=False)
         if job.over_at is not None and now >= job.over_at:
-            return GroupOutcome(Reason.DONE if job.is_done() else Reason.LEAVING, "left")
+            return GroupOutcome(Reason.DONE if job.is_done else Reason.LEAVING, "exited")
         return None
 
     def quiet(self) -> tuple[Standing, ...]:
         job = self._job
         if job is None or job.halt is None or self._is_broken(job):
             return ()
-        found = self._standing(job)
-        return (found,) if found.age_s > found.quiet_s else ()
+        standing = self._standing(job)
+        return (standing,) if standing.age_s > standing.quiet_s else ()
 
     def ask_to_stop(self) -> None:
         job = self._job
-        if job is None or job.trains_at is None or self._world.now < job.trains_at:
+        if job is None or job.trains_at is None or self._cluster.queue.now < job.trains_at:
             self.stop()
         elif not job.is_asked:
-            job.ask(self._world.now)
+            job.ask_to_stop(self._cluster.queue.now)
             self._expect_end(job)
 
     def keep_stacks(self) -> None:
-        """There are none."""
+        """Do nothing: virtual ranks have no stacks."""
 
     def stop(self) -> None:
         if self._job is not None:
@@ -226,31 +194,40 @@ class VirtualGroup:
 
     def _is_broken(self, job: Job) -> bool:
         broken_at = job.broken_at()
-        return broken_at is not None and self._world.now >= broken_at
+        return broken_at is not None and self._cluster.queue.now >= broken_at
 
     def _standing(self, job: Job) -> Standing:
         assert job.halt is not None
         beat = last_beat(job)
-        age_s = (self._world.now - job.halt.at) / SECOND
+        age_s = (self._cluster.queue.now - job.halt.at) / SECOND
         stopped = job.halt.kind == FailureKind.STOP and job.halt.node == self._node
         quiet_s = self._deadlines.quiet(beat)
         limit_s = quiet_s if stopped else self._deadlines.of(beat)
-        return Standing(0, beat.pid, beat.section, beat.step, age_s, limit_s, quiet_s, stopped)
+        return Standing(
+            rank=0,
+            pid=beat.pid,
+            phase=beat.phase,
+            step=beat.step,
+            age_s=age_s,
+            limit_s=limit_s,
+            quiet_s=quiet_s,
+            stopped=stopped,
+        )
 
     def _expect_end(self, job: Job) -> None:
         if job.over_at is not None:
-            self._world.at(job.over_at, lambda: self._world.tell_groups(job))
+            self._cluster.queue.at(job.over_at, lambda: self._cluster.notify_groups(job))
 
 
 def last_beat(job: Job) -> Beat:
-    """What all ranks of a halted job said last."""
+    """Return the last heartbeat of the ranks of a halted job."""
     assert job.halt is not None
     at = job.halt.at
     if job.is_restoring(at):
-        section = Phase.RESTORE
+        phase = Phase.RESTORE
     elif job.trains_at is None or at < job.trains_at:
-        section = Phase.START
+        phase = Phase.START
     else:
-        section = Phase.COMPUTE
+        phase = Phase.COMPUTE
     steps = job.steps(at)
-    return Beat(1, section, steps, 0.0, job.step / SECOND if steps >= MEASURED_STEPS else 0.0)
+    return Beat(1, phase, steps, 0.0, job.schedule.step / SECOND if steps >= MEASURED_STEPS else 0.0)

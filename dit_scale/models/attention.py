@@ -1,13 +1,14 @@
-"""The one door to attention kernels: a backend is chosen by name, once, when a model is built.
+"""Attention backends. A model looks one up by name when it is built; only this module imports kernels.
 
-Shapes: B batch, H heads, T tokens, K channels of one head. Every backend is a function of
-(q_BHTK, k_BHTK, v_BHTK) => o_BHTK: softmax(q k^T K**-0.5) v, no mask, no dropout. Keys and values
-may be fewer than queries. `sdpa` needs nothing but torch; the flash backends need their own packages,
-a CUDA device and bf16 weights. The choice is logged, and the model carries it as `attention_backend`.
+Every backend maps (q_BHTK, k_BHTK, v_BHTK) => o_BHTK and computes softmax(q k^T K**-0.5) v, without mask
+or dropout (Vaswani et al. 2017, eq. 1). The number of keys may differ from the number of queries. `sdpa`
+needs only torch; the flash backends need their own package, a CUDA device and bf16 weights. A model
+records its backend as `attention_backend`.
+
+Shapes: B batch, H heads, T tokens, K channels per head.
 """
 
 import importlib
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -39,24 +40,16 @@ _FLASH_PACKAGES = {
 }
 
 BACKENDS = ("sdpa", *_SDPA_KERNELS, *_FLASH_PACKAGES)
-"""Names that `choose` knows; `sdpa` lets torch pick a kernel, `sdpa_*` pin one of torch's."""
-
-_log = logging.getLogger(__name__)
+"""Backend names. `sdpa` lets torch choose a kernel; `sdpa_*` pin one of torch's kernels."""
 
 
 def choose(name: str) -> AttentionFunction:
-    """The attention function called `name`, announced in the log.
+    """Return the attention function of the backend called `name`.
 
-    Raises ConfigError for an unknown name and DeviceError for a backend that this machine lacks.
+    Raises ConfigError for an unknown name, and DeviceError for a backend that this machine cannot run.
     """
     if name not in BACKENDS:
         raise ConfigError(f"unknown attention backend {name!r}; expected one of {', '.join(BACKENDS)}")
-    attend = _resolve(name)
-    _log.info("attention backend: %s", name)
-    return attend
-
-
-def _resolve(name: str) -> AttentionFunction:
     if name == "sdpa":
         return F.scaled_dot_product_attention
     if name in _FLASH_PACKAGES:
@@ -65,7 +58,7 @@ def _resolve(name: str) -> AttentionFunction:
             kernel = importlib.import_module(package).flash_attn_func
         except ImportError as error:
             raise DeviceError(
-                f"attention backend {name!r} needs the package {package}, which does not import here "
+                f"attention backend {name!r} needs the package {package}, which cannot be imported "
                 f"({error}); {advice}, or use attention: sdpa"
             ) from None
         _require_cuda(name)
@@ -78,7 +71,7 @@ def _resolve(name: str) -> AttentionFunction:
 def _require_cuda(name: str) -> None:
     if not torch.cuda.is_available():
         raise DeviceError(
-            f"attention backend {name!r} needs a CUDA device and there is none; use attention: sdpa"
+            f"attention backend {name!r} needs a CUDA device, but none is available; use attention: sdpa"
         )
 
 
@@ -88,10 +81,10 @@ def _sdpa_pinned(kernel: SDPBackend, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Ten
 
 
 def _flash(kernel: Callable[..., Any], q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
-    # The packages take (B, T, H, K). Their backward pass adds in a fixed order only when told to;
-    # torch's own switch decides, as it does for torch's kernels.
+    # These packages expect (B, T, H, K). Their backward pass is deterministic only on request; torch's
+    # global switch decides, as it does for torch's own kernels.
     q_BTHK, k_BTHK, v_BTHK = (x.transpose(1, 2) for x in (q_BHTK, k_BHTK, v_BHTK))
     out = kernel(q_BTHK, k_BTHK, v_BTHK, deterministic=torch.are_deterministic_algorithms_enabled())
-    # Some releases return (output, log-sum-exp), others the output alone.
+    # Some releases return (output, log-sum-exp), others only the output.
     o_BTHK = out[0] if isinstance(out, tuple) else out
     return o_BTHK.transpose(1, 2)

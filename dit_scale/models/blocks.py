@@ -1,9 +1,11 @@
 """The four block designs of Section 3.2 of the DiT paper, and the final layer.
 
-Shapes: B batch, T tokens, D width, H heads, K channels of one head, S = 2 conditioning tokens.
-A block takes tokens and its conditioning: c_BD (the sum of timestep and class) for adaLN and
-adaLN-Zero, c_BSD (both as a sequence) for cross-attention; in-context blocks ignore it, because
-their conditioning is among the tokens. LayerNorms have no parameters; biases are everywhere.
+A block takes tokens and conditioning. For adaLN and adaLN-Zero the conditioning is c_BD, the sum of the
+timestep and class embeddings; for cross-attention it is c_BSD, the two as a sequence. In-context blocks
+ignore it because timestep and class are among their tokens. LayerNorms have no parameters; every linear
+layer has a bias.
+
+Shapes: B batch, T tokens, D width, H heads, K channels per head, S = 2 conditioning tokens.
 """
 
 import torch
@@ -14,22 +16,22 @@ from dit_scale.models.zoo import MLP_RATIO, Conditioning, Shape
 
 
 def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """Shift and scale the channels of all tokens, as adaptive normalisation does."""
+    """Apply adaptive normalisation's shift and scale to the channels of every token => x_BTD."""
     return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
-    """LayerNorm without gain and bias; the conditioning brings them, or nothing does."""
+    """LayerNorm without learned gain and bias; in the adaLN designs the conditioning provides both."""
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
 
 def modulation(width: int, chunks: int) -> nn.Sequential:
-    """c_BD => the `chunks` vectors that a layer regresses from its conditioning, side by side."""
+    """Regress `chunks` vectors of `width` from the conditioning: c_BD => (B, chunks * width)."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, chunks * width))
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; one linear layer makes q, k and v, packed in this order."""
+    """Multi-head self-attention; one linear layer computes q, k and v, packed in that order."""
 
     def __init__(self, width: int, heads: int, attend: AttentionFunction) -> None:
         super().__init__()
@@ -45,7 +47,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of the tokens to the conditioning sequence."""
+    """Multi-head attention from the tokens to the conditioning sequence."""
 
     def __init__(self, width: int, heads: int, attend: AttentionFunction) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with a tanh-approximated GELU between."""
+    """Two linear layers with a tanh-approximated GELU in between."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -77,9 +79,9 @@ class Mlp(nn.Module):
 
 
 class InContextBlock(nn.Module):
-    """The block of a plain vision transformer; timestep and class are two of its tokens.
+    """A standard vision transformer block; timestep and class are two of its tokens.
 
-    The other designs add to its parts and have forward passes of their own.
+    The other designs extend its layers and override `forward`.
     """
 
     def __init__(self, width: int, heads: int, attend: AttentionFunction) -> None:
@@ -90,13 +92,13 @@ class InContextBlock(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x_BTD: Tensor, c_BSD: Tensor) -> Tensor:
-        """x_BTD => x_BTD; c_BSD is not read here."""
+        """x_BTD => x_BTD; c_BSD is ignored."""
         x_BTD = x_BTD + self.attn(self.norm1(x_BTD))
         return x_BTD + self.mlp(self.norm2(x_BTD))
 
 
 class CrossAttentionBlock(InContextBlock):
-    """Self-attention, then attention to the conditioning, then the MLP; no modulation anywhere."""
+    """Self-attention, then attention to the conditioning, then the MLP; no modulation."""
 
     def __init__(self, width: int, heads: int, attend: AttentionFunction) -> None:
         super().__init__(width, heads, attend)
@@ -111,7 +113,7 @@ class CrossAttentionBlock(InContextBlock):
 
 
 class AdaLnBlock(InContextBlock):
-    """Shift and scale before attention and MLP come from the conditioning."""
+    """Regresses the shift and scale before attention and MLP from the conditioning."""
 
     def __init__(self, width: int, heads: int, attend: AttentionFunction) -> None:
         super().__init__(width, heads, attend)
@@ -125,7 +127,7 @@ class AdaLnBlock(InContextBlock):
 
 
 class AdaLnZeroBlock(InContextBlock):
-    """As adaLN, with gates on both residuals: zero gates make the block the identity."""
+    """adaLN plus a gate on each residual branch; with zero gates the block is the identity."""
 
     def __init__(self, width: int, heads: int, attend: AttentionFunction) -> None:
         super().__init__(width, heads, attend)
@@ -141,7 +143,7 @@ class AdaLnZeroBlock(InContextBlock):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to the predicted noise and variance of their patches (Section 3.2, "Transformer decoder")."""
+    """Maps each token to the noise and variance of its patch (Section 3.2, "Transformer decoder")."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -151,7 +153,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = modulation(shape.width, chunks) if chunks else None
 
     def forward(self, x_BTD: Tensor, c: Tensor) -> Tensor:
-        """x_BTD and the blocks' conditioning => one row of 2 * patch_channels numbers per token."""
+        """x_BTD and the blocks' conditioning => (B, T, 2 * patch_channels)."""
         x_BTD = self.norm_final(x_BTD)
         if self.adaLN_modulation is not None:
             shift_BD, scale_BD = self.adaLN_modulation(c).chunk(2, 1)
@@ -165,15 +167,15 @@ BLOCKS: dict[Conditioning, type[InContextBlock]] = {
     "cross_attention": CrossAttentionBlock,
     "in_context": InContextBlock,
 }
-"""The block of each conditioning design."""
+"""Block class by conditioning design."""
 
 
 def make_blocks(shape: Shape, attend: AttentionFunction) -> nn.ModuleList:
-    """All blocks of a model, first to last."""
+    """Build all blocks of a model, first to last."""
     block = BLOCKS[shape.conditioning]
     return nn.ModuleList(block(shape.width, shape.heads, attend) for _ in range(shape.depth))
 
 
 def condition(shape: Shape, t_BD: Tensor, y_BD: Tensor) -> Tensor:
-    """Timestep and class embeddings => what this design's blocks take: c_BD or c_BSD."""
+    """Combine timestep and class embeddings into the conditioning of this design: c_BD or c_BSD."""
     return t_BD + y_BD if shape.modulation_chunks else torch.stack((t_BD, y_BD), dim=1)

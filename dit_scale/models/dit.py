@@ -1,17 +1,18 @@
-"""The Diffusion Transformer: noised latents, timesteps and classes in, noise and variance out.
-
-Shapes: B batch, C latent channels, H and W latent rows and columns, T tokens, D width.
-Weights may be fp32 or bf16; there is no autocast. In fp32 whatever the weights are: the timestep's
-sinusoid, the position embedding and its addition, the output. Parameter names are those of the
-published weights, which load unchanged.
+"""The Diffusion Transformer (Peebles & Xie 2023): predicts noise and variance from noised latents.
 
     model = build(ModelConfig(name="DiT-XL/2"), seed=0)
-    out = model(x_BCHW, t_B, y_B)
+    output_B2CHW = model(x_BCHW, t_B, y_B)
+
+Weights may be fp32 or bf16; there is no autocast. Three things are always fp32: the timestep sinusoid,
+the position embedding and its addition, and the output. Parameters have the names of the published
+weights, which load unchanged.
+
+Shapes: B batch, C latent channels, 2C eps then v channels, H and W latent height and width, T tokens,
+D width.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from dit_scale.models.zoo import Shape, shape_of
 
 
 class DiT(nn.Module):
-    """A model of the given shape; `build` makes one with its initial weights."""
+    """A Diffusion Transformer of a given shape. `build` creates one with initialised weights."""
 
     pos_embed: Tensor
 
@@ -46,10 +47,10 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", self._positions(self.x_embedder.proj.weight.device))
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """Predict noise (first C channels) and variance (last C) => out_B(2C)HW fp32.
+        """Predict noise (first C channels) and variance (last C channels) => output_B2CHW fp32.
 
-        x_BCHW are noised latents in fp32; t_B original timesteps, integers or floats; y_B classes,
-        where num_classes means none.
+        x_BCHW: noised latents, fp32. t_B: timesteps of the unrespaced diffusion, integer or float.
+        y_B: class numbers, integer; num_classes is the null class.
         """
         dtype = self.x_embedder.proj.weight.dtype
         x_BTD = add_positions(self.x_embedder(x_BCHW.to(dtype)), self.pos_embed)
@@ -61,10 +62,10 @@ class DiT(nn.Module):
         x_BTD = x_BTD[:, : self.shape.tokens]
         return unpatchify(self.final_layer(x_BTD, c).float(), self.shape)
 
-    def compile_blocks(self, **options: Any) -> None:
-        """torch.compile every block in place: names stay, and the first block's code serves all."""
+    def compile_blocks(self) -> None:
+        """torch.compile every block in place; parameter names stay, and all blocks share one compilation."""
         for block in self.blocks:
-            block.compile(**options)
+            block.compile()
 
     def _positions(self, device: torch.device) -> Tensor:
         if device.type == "meta":
@@ -72,8 +73,8 @@ class DiT(nn.Module):
         return sincos_pos_embed(self.shape.width, self.shape.grid).to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiT":
-        # Every cast and move of a module passes here. The position embedding follows the device but
-        # keeps its fp32 bits; coming from the meta device, which has none, it is computed.
+        # Every cast and move of a module goes through here. The position embedding moves with the module
+        # but stays fp32; a meta tensor has no values, so leaving the meta device recomputes it.
         exact = self.pos_embed
         super()._apply(fn, recurse)
         device = self.pos_embed.device
@@ -81,17 +82,18 @@ class DiT(nn.Module):
         return self
 
 
-def unpatchify(tokens: Tensor, shape: Shape) -> Tensor:
-    """Tokens of (row, column, channel) numbers each => out_B(2C)HW."""
-    patches = tokens.unflatten(2, (shape.patch, shape.patch, -1)).unflatten(1, (shape.grid, shape.grid))
+def unpatchify(tokens_BTP: Tensor, shape: Shape) -> Tensor:
+    """Reassemble patches => output_B2CHW; each token's P values are ordered (row, column, channel)."""
+    patches = tokens_BTP.unflatten(2, (shape.patch, shape.patch, -1)).unflatten(1, (shape.grid, shape.grid))
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu", initialise: bool = True) -> DiT:
-    """The model that `config` names, with weights that are a function of `seed` alone.
+    """Build the model that `config` describes; its initial weights depend only on `seed`.
 
-    Weights are drawn on the CPU and then moved, so every device starts from the same bits.
-    `initialise=False` leaves them undefined, for weights that will be loaded, or for "meta".
+    Weights are drawn on the CPU and then moved, so every device starts from the same bits. Pass
+    `initialise=False` to leave them undefined: before loading weights, or on the "meta" device. Raises
+    ConfigError for an unknown model or backend, and DeviceError for a backend that this machine cannot run.
     """
     with torch.device("meta"):
         model = DiT(shape_of(config), config.attention)
@@ -104,13 +106,14 @@ def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu", in
 
 @torch.no_grad()
 def initialise_weights(model: DiT, generator: torch.Generator) -> None:
-    """The paper's initialisation (Section 4 and its released code), in the order of the modules.
+    """Initialise in place as the paper does (Section 4 and the released code), in module order.
 
-    Linear layers and the patch convolution: Xavier-uniform, zero biases. Class table and timestep
-    MLP: normal, 0.02. Zero: the final linear layer, and modulation where blocks start as identity.
+    Linear layers and the patch convolution: Xavier-uniform weights, zero biases. Class table and
+    timestep MLP: normal with std 0.02. Final linear layer, and for adaLN-Zero every modulation: zero.
 
-    The same bits on every CPU: uniform numbers are scaled by two separately rounded operations, which
-    a compiler cannot fuse, and normals are drawn in float64, whose generator has one code path.
+    The result has the same bits on every CPU: uniform numbers are scaled by two separately rounded
+    operations, which a compiler cannot fuse, and normals are drawn in float64, whose generator has a
+    single code path.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -128,7 +131,7 @@ def initialise_weights(model: DiT, generator: torch.Generator) -> None:
 
 
 def xavier_uniform_(weight: Tensor, generator: torch.Generator) -> None:
-    """Uniform in +- sqrt(6 / (fan_in + fan_out)), in place (Glorot & Bengio 2010, equation 16)."""
+    """Fill with uniform numbers in +-sqrt(6 / (fan_in + fan_out)) (Glorot & Bengio 2010, eq. 16)."""
     num_out, num_in = weight.flatten(1).shape
     bound = math.sqrt(6 / (num_in + num_out))
     weight.uniform_(generator=generator).mul_(2 * bound).sub_(bound)

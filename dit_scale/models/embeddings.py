@@ -1,7 +1,7 @@
-"""What enters the transformer: patches, positions, timesteps and classes as vectors.
+"""Embeddings of patches, positions, timesteps and classes.
 
-Shapes: B batch, C latent channels, H and W latent rows and columns, T tokens, D width,
-F channels of the timestep's sinusoid.
+Shapes: B batch, C latent channels, H and W latent height and width, T tokens, D width,
+F = 256 channels of the timestep sinusoid.
 """
 
 import math
@@ -15,61 +15,63 @@ from dit_scale.models.zoo import TIMESTEP_CHANNELS
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each mapped to a token by one linear layer (Section 3.2, "Patchify")."""
+    """Maps non-overlapping patches to tokens with one linear layer (Section 3.2, "Patchify")."""
 
     def __init__(self, channels: int, patch: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """x_BCHW => tokens_BTD, row by row, each token's channels side by side in memory."""
-        # The residual stream keeps this layout through all blocks; transposed, every layer would copy.
+        """x_BCHW => x_BTD, tokens row by row, channels contiguous in memory."""
+        # The residual stream keeps this layout through all blocks; if it were transposed, every layer
+        # would copy its input.
         return self.proj(x_BCHW).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
-    """A timestep's sinusoid through a two-layer MLP."""
+    """Embeds timesteps: a sinusoid, then a two-layer MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(TIMESTEP_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor, dtype: torch.dtype) -> Tensor:
-        """Original timesteps (integers or floats) => t_BD in `dtype`, the type of the weights."""
+        """Timesteps of the unrespaced diffusion, integer or float => t_BD in `dtype`, the weights' type."""
         return self.mlp(timestep_sinusoid(t_B).to(dtype))
 
 
 class LabelEmbedder(nn.Module):
-    """A table with one row per class and a last row for "no class"; dropping labels is the caller's."""
+    """An embedding table with a row per class and a last row for the null class; callers drop labels."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        # Undefined until the model initialises it; nn.Embedding would draw, and on "meta" that imports
-        # torch's compiler.
+        # `initialise_weights` fills this. nn.Embedding would draw random numbers, and on the meta device
+        # that imports torch's compiler.
         self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, width), freeze=False)
 
     def forward(self, y_B: Tensor) -> Tensor:
-        """Classes 0 to num_classes (which means none) => y_BD."""
+        """Class numbers, 0 to num_classes (the null class) => y_BD."""
         return self.embedding_table(y_B)
 
 
-def timestep_sinusoid(t_B: Tensor, channels: int = TIMESTEP_CHANNELS, period: float = 10000.0) -> Tensor:
+def timestep_sinusoid(t_B: Tensor) -> Tensor:
     """Sinusoidal features of timesteps => f_BF fp32, cosines first (Vaswani et al. 2017, Section 3.5).
 
-    Frequency i of n is period**(-i / n). Always fp32: in bf16 neighbouring timesteps near 1000 are equal.
+    Frequency i of n = F / 2 is 10000**(-i / n). Always fp32, because bf16 cannot tell neighbouring
+    timesteps near 1000 apart.
     """
-    num = channels // 2
+    num = TIMESTEP_CHANNELS // 2
     exponents = torch.arange(num, dtype=torch.float32, device=t_B.device) / num
-    frequencies = torch.exp(-math.log(period) * exponents)
+    frequencies = torch.exp(-math.log(10000.0) * exponents)
     angles = t_B.float()[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
 def sincos_table(width: int, grid: int) -> NDArray[np.float64]:
-    """Fixed position embedding of a square grid => (grid * grid, width), float64.
+    """Fixed position embedding of a square grid => (grid * grid, width) float64.
 
-    The first half of the channels encodes the column, the second the row, each as sines then cosines
-    with frequencies 10000**(-i / (width / 4)).
+    The first half of the channels encodes the column, the second half the row, each as sines then
+    cosines with frequencies 10000**(-i / (width / 4)) (Vaswani et al. 2017, Section 3.5, in 2D).
     """
     num = width // 4
     frequencies = 10000.0 ** (-np.arange(num, dtype=np.float64) / num)
@@ -81,10 +83,10 @@ def sincos_table(width: int, grid: int) -> NDArray[np.float64]:
 
 
 def sincos_pos_embed(width: int, grid: int) -> Tensor:
-    """The same as p_1TD: computed in float64, then rounded once to fp32."""
+    """Return the table as pos_embed_1TD: computed in float64, rounded once to fp32."""
     return torch.from_numpy(sincos_table(width, grid).astype(np.float32))[None]
 
 
 def add_positions(x_BTD: Tensor, pos_embed_1TD: Tensor) -> Tensor:
-    """x + positions: the sum in fp32 => the type of x."""
+    """Add positions in fp32 => x_BTD in the type of x."""
     return (x_BTD.float() + pos_embed_1TD).to(x_BTD.dtype)

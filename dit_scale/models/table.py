@@ -1,8 +1,8 @@
-"""`dit-scale models`: every model of the paper, counted twice, beside what the paper prints.
+"""`dit-scale models`: parameters and GMACs of the paper's models, counted two ways, with the paper's figures.
 
-Parameters and multiply-adds are counted from the model itself (built on the meta device, its products
-counted by torch as a forward pass meets them) and again by the formulas of `zoo`. A MAC is one
-multiply-add; the paper calls giga-MACs "Gflops".
+The first count is taken from the model: it is built on the meta device, and torch counts the matrix
+products of a forward pass. The second comes from the formulas in `zoo`. A MAC is one multiply-add; the
+paper's "Gflops" are giga-MACs.
 """
 
 import json
@@ -32,7 +32,7 @@ IMAGE_SIZES = (256, 512)
 
 
 class ModelRow(TypedDict):
-    """One model at one image size with one conditioning design; counts from the model and by formula."""
+    """One model at one image size with one conditioning design: both counts, and the paper's figure."""
 
     model: str
     image_size: int
@@ -48,10 +48,10 @@ class ModelRow(TypedDict):
 
 
 def rows(names: Sequence[str] | None = None) -> Iterator[ModelRow]:
-    """One row for each model, image size and conditioning design.
+    """Yield a row for each combination of model, image size and conditioning design.
 
-    `names` are models such as DiT-XL/2; None means the paper's twelve. Raises ConfigError for a name
-    that is not in the table.
+    `names` are models such as DiT-XL/2; None selects the paper's twelve. Raises ConfigError for an
+    unknown name before anything is counted.
     """
     configs = [
         ModelConfig(name=name, image_size=image_size, conditioning=conditioning)
@@ -60,12 +60,12 @@ def rows(names: Sequence[str] | None = None) -> Iterator[ModelRow]:
         for conditioning in CONDITIONINGS
     ]
     for config in configs:
-        shape_of(config)  # a wrong name is refused before anything is counted
+        shape_of(config)
     return map(count, configs)
 
 
 def count(config: ModelConfig) -> ModelRow:
-    """Build the model on the meta device and count it."""
+    """Count the parameters and multiply-adds of one model."""
     model = build(config, seed=0, device="meta", initialise=False)
     shape = model.shape
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -86,7 +86,7 @@ def count(config: ModelConfig) -> ModelRow:
 
 @torch.no_grad()
 def count_forward_macs(model: DiT) -> int:
-    """Multiply-adds of one forward pass of one image, counted by torch while the pass runs."""
+    """Multiply-adds of one forward pass of one image, counted by torch during the pass."""
     side, device = model.shape.latent_size, model.pos_embed.device
     x_BCHW = torch.empty(1, model.shape.in_channels, side, side, device=device)
     index_B = torch.zeros(1, dtype=torch.int64, device=device)
@@ -95,15 +95,15 @@ def count_forward_macs(model: DiT) -> int:
     return counter.get_total_flops() // 2
 
 
-def run(json_output: bool, names: list[str] | None) -> None:
-    """Print the rows as a table, or as one JSON list."""
+def print_table(as_json: bool, names: list[str] | None) -> None:
+    """Print the rows as a table, or as a JSON list."""
     progress = track(rows(names), "counting", total=None, transient=True, console=Console(stderr=True))
-    if json_output:
+    if as_json:
         print(json.dumps(list(progress), indent=2))
         return
     table = Table(
         title="Trainable parameters, and GMACs of one forward pass of one image",
-        caption="formula: what arithmetic alone gives; paper: what it prints as Gflops",
+        caption='formula: whether closed-form counts agree; paper: its "Gflops"',
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

@@ -1,8 +1,8 @@
-"""The models of the paper: one table of rows, and what follows from a row by arithmetic alone.
+"""The models of the paper: one table of sizes, and the shapes and costs that follow from it.
 
-"DiT" is Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748; rows and
-printed complexity are from its Tables 1 and 4 and its Figure 2. A MAC is one multiply-add; what the
-paper prints as "Gflops" are giga-MACs. Imports no torch, so that the command line stays quick.
+The paper is Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748; sizes and
+published complexity are from its Tables 1 and 4 and its Figure 2. A MAC is one multiply-add; the paper's
+"Gflops" are giga-MACs. This module does not import torch, which keeps the command line fast.
 """
 
 import re
@@ -16,15 +16,15 @@ Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
 
 VAE_FACTOR = 8
-"""Pixels per latent along one side: the autoencoder divides the image by 8."""
+"""Pixels per latent along one side: the VAE downsamples by 8."""
 TIMESTEP_CHANNELS = 256
-"""Width of the sinusoid that a timestep becomes before its MLP."""
+"""Channels of the timestep sinusoid, before its MLP."""
 MLP_RATIO = 4
-"""Hidden width of a block's MLP over the model's width."""
+"""Ratio of the MLP's hidden width to the model's width."""
 
 
 class ModelSize(NamedTuple):
-    """Depth, width and heads of one size; the patch is free."""
+    """Depth, width and heads of one model size; the patch size is independent of it."""
 
     depth: int
     width: int
@@ -32,16 +32,16 @@ class ModelSize(NamedTuple):
 
 
 SIZES = {
-    "Nano": ModelSize(2, 64, 2),  # ours, for tests
-    "Ti": ModelSize(6, 128, 4),  # ours, for laptops; the others are Table 1 of the paper
+    "Nano": ModelSize(2, 64, 2),  # not in the paper: for tests
+    "Ti": ModelSize(6, 128, 4),  # not in the paper: for laptops
     "S": ModelSize(12, 384, 6),
     "B": ModelSize(12, 768, 12),
     "L": ModelSize(24, 1024, 16),
     "XL": ModelSize(28, 1152, 16),
 }
 
-PAPER_NAMES = tuple(f"DiT-{row}/{patch}" for row in ("S", "B", "L", "XL") for patch in (8, 4, 2))
-"""The twelve models of Table 4, in its order."""
+PAPER_NAMES = tuple(f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (8, 4, 2))
+"""The twelve models of Table 4, in the paper's order."""
 
 PAPER_GMACS: dict[tuple[str, int, Conditioning], float] = {
     ("DiT-S/8", 256, "adaln_zero"): 0.36,
@@ -61,12 +61,12 @@ PAPER_GMACS: dict[tuple[str, int, Conditioning], float] = {
     ("DiT-XL/2", 256, "cross_attention"): 137.62,
     ("DiT-XL/2", 256, "in_context"): 119.37,
 }
-"""What the paper prints, by (name, image size, conditioning)."""
+"""Published complexity by (name, image size, conditioning)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Everything that fixes a model's tensors."""
+    """Everything that determines the shapes of a model's tensors."""
 
     name: str
     depth: int
@@ -80,7 +80,7 @@ class Shape:
 
     @property
     def latent_size(self) -> int:
-        """Side of the latent image."""
+        """Side of the latent, in latent pixels."""
         return self.image_size // VAE_FACTOR
 
     @property
@@ -90,27 +90,17 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Patches of one image."""
+        """Patches per image."""
         return self.grid**2
 
     @property
     def extra_tokens(self) -> int:
-        """Tokens beside the patches: timestep and class, if they are in the context."""
+        """Tokens besides the patches: timestep and class, in the in-context design."""
         return 2 if self.conditioning == "in_context" else 0
 
     @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.width // self.heads
-
-    @property
-    def out_channels(self) -> int:
-        """Predicted channels: noise and variance for each latent channel."""
-        return 2 * self.in_channels
-
-    @property
     def patch_channels(self) -> int:
-        """Numbers of the latent in one patch."""
+        """Latent values per patch."""
         return self.in_channels * self.patch**2
 
     @property
@@ -120,21 +110,20 @@ class Shape:
 
     @property
     def final_modulation_chunks(self) -> int:
-        """The same of the final layer: shift and scale where there is adaLN."""
+        """Vectors of `width` that the final layer regresses: shift and scale in the adaLN designs."""
         return 2 if self.modulation_chunks else 0
 
 
 def shape_of(config: ModelConfig) -> Shape:
-    """The shape that a configuration names, for example `DiT-XL/2` at 256 pixels.
+    """Return the shape of the model that a configuration describes, for example DiT-XL/2 at 256 pixels.
 
-    Raises ConfigError for a name that is not in the table or an image that patches do not fill.
+    Raises ConfigError for an unknown name, or an image size that is not a multiple of 8 x patch.
     """
     match = re.fullmatch(r"DiT-([A-Za-z]+)/([1-9][0-9]*)", config.name)
     if match is None or match[1] not in SIZES:
-        rows = ", ".join(f"DiT-{row}" for row in SIZES)
+        sizes = ", ".join(f"DiT-{size}" for size in SIZES)
         raise ConfigError(
-            f"unknown model {config.name!r}; expected a row and a patch size, "
-            f"for example DiT-XL/2; rows are {rows}"
+            f"unknown model {config.name!r}; expected SIZE/PATCH, for example DiT-XL/2; sizes: {sizes}"
         )
     patch = int(match[2])
     _check_image_size(config.image_size, patch, config.name)
@@ -156,12 +145,12 @@ def _check_image_size(image_size: int, patch: int, name: str) -> None:
     near = f"{below} or {below + step}" if below else f"{step}"
     raise ConfigError(
         f"image_size {image_size} does not fit {name}: expected a multiple of {step} "
-        f"(the VAE divides by {VAE_FACTOR}, patches by {patch}); near it is {near}"
+        f"(VAE downsampling {VAE_FACTOR} x patch {patch}), for example {near}"
     )
 
 
 def num_parameters(shape: Shape) -> int:
-    """Trainable parameters, counted from the definition of the layers."""
+    """Number of trainable parameters, from the definition of the layers."""
     width = shape.width
     patch_embed = shape.patch_channels * width + width
     timestep_mlp = (TIMESTEP_CHANNELS + 1) * width + (width + 1) * width
@@ -176,7 +165,7 @@ def num_parameters(shape: Shape) -> int:
 
 
 def num_parameters_with_pos_embed(shape: Shape) -> int:
-    """Numbers in the published state dict: the fixed position embedding is one of its tensors."""
+    """Number of values in the published state dict, which includes the fixed position embedding."""
     return num_parameters(shape) + shape.tokens * shape.width
 
 
@@ -199,6 +188,6 @@ def _block_macs(shape: Shape, context: int) -> int:
     mlp = 2 * MLP_RATIO * context * width**2
     if shape.conditioning != "cross_attention":
         return attention + mlp
-    # Query and output of every token; key and value of two tokens, and products against them.
+    # Query and output projections of every token; key and value of the two conditioning tokens; QK^T, PV.
     cross_attention = 2 * context * width**2 + 2 * 2 * width**2 + 2 * 2 * context * width
     return attention + cross_attention + mlp

@@ -1,1 +1,1 @@
-"""What a run was and is: read from what it wrote."""
+"""Reports about a run, from the files that it has written."""

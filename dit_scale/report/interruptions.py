@@ -1,100 +1,98 @@
-"""How often a run was interrupted, and why: from its journals alone. No torch."""
+"""How often a run was interrupted, and why, from its journals alone. No torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dit_scale.journal import Entry, Event
-from dit_scale.report.goodput import ENDS, MICRO, AttemptSpan, RoundSpan, attempts_of, rounds_of
+from dit_scale.report.spans import MICRO, AttemptSpan, RoundSpan, attempts_of, committed_step, rounds_of
 
 
 @dataclass(frozen=True)
 class Interruption:
-    """An end of a round, or of an attempt, that was not the end of the run."""
+    """The end of a round or an attempt that was not the end of the run."""
 
     at_s: float
-    """Seconds since 1970; of the last thing heard, where nobody saw the end."""
+    """Seconds since 1970; the time of the last entry if the end was not recorded."""
     reason: str
-    """Of a round as its supervisors have it; else `rollback`, `stopped` or `gone`."""
+    """The reason that supervisors recorded for a round; otherwise `rollback`, `stopped` or `gone`."""
     node: str
-    """Empty where it is not known."""
+    """The node that failed; empty if unknown."""
     rank: int | None
     step: int | None
-    """Steps taken when it happened, as far as known; None when it had not come to steps."""
+    """Steps taken by then, as far as known; None before the first step."""
     lost_steps: int
-    """Of them, how many are taken again."""
+    """Steps that have to be taken again."""
     text: str
 
 
 def interruptions(journal: Sequence[Entry], supervisors: Mapping[str, Sequence[Entry]]) -> list[Interruption]:
-    """Every interruption that the journals tell of, in their order; what still runs is none."""
+    """Return the interruptions that the journals record, by time."""
     attempts, rounds = attempts_of(journal), rounds_of(supervisors)
     by_round: dict[int, list[AttemptSpan]] = {span.number: [] for span in rounds}
     found: list[Interruption] = []
     for attempt in attempts:
-        begun = [span for span in rounds if span.begin_us <= attempt.begin_us]
-        if begun and (begun[-1].seen_us is None or attempt.begin_us <= begun[-1].seen_us):
-            by_round[begun[-1].number].append(attempt)
-        elif attempt is not attempts[-1] or attempt.last_event["event"] in (Event.WAITED, Event.ROLLBACK):
+        started = [span for span in rounds if span.start_us <= attempt.start_us]
+        if started and (started[-1].end_us is None or attempt.start_us <= started[-1].end_us):
+            by_round[started[-1].number].append(attempt)
+        elif attempt is not attempts[-1] or attempt.last_entry["event"] in (Event.WAITED, Event.ROLLBACK):
             found.append(_of_attempt(attempt, attempts))
     for span in rounds:
         of_span = by_round[span.number]
         found += [_of_attempt(attempt, attempts) for attempt in of_span[:-1]]
-        if span.ended and span.ended["reason"] != "done":
-            found.append(_of_round(span, of_span[-1] if of_span else None, attempts))
-        elif not span.ended and span is not rounds[-1]:
-            found.append(_unseen(span, of_span[-1] if of_span else None, attempts))
-    return sorted(found, key=lambda one: one.at_s)
+        last = of_span[-1] if of_span else None
+        if span.ending and span.ending["reason"] != "done":
+            found.append(_of_round(span, last, attempts))
+        elif not span.ending and span is not rounds[-1]:
+            found.append(_of_unrecorded_end(span, last, attempts))
+    return sorted(found, key=lambda interruption: interruption.at_s)
 
 
 def _of_attempt(attempt: AttemptSpan, attempts: Sequence[AttemptSpan]) -> Interruption:
-    """Of one whose end no supervisor saw."""
-    at_us, last = attempt.events[-1][0], attempt.last_event
+    """Describe the end of an attempt that no supervisor recorded."""
     reason, text = {
-        Event.ROLLBACK: ("rollback", "steps failed; went back, and on without their samples"),
-        Event.WAITED: ("stopped", "on request, saved"),
-    }.get(last["event"], ("gone", "its process ended without a word"))
-    step = attempt.last_step
-    return Interruption(at_us / MICRO, reason, "", None, step, _lost(attempt, attempts, step), text)
+        Event.ROLLBACK: ("rollback", "steps failed; rolled back to continue without their samples"),
+        Event.WAITED: ("stopped", "saved and stopped on request"),
+    }.get(attempt.last_entry["event"], ("gone", "exited without recording a reason"))
+    return Interruption(
+        at_s=attempt.last_entry_us / MICRO,
+        reason=reason,
+        node="",
+        rank=None,
+        step=attempt.last_step,
+        lost_steps=_lost_steps(attempt, attempts, attempt.last_step),
+        text=text,
+    )
 
 
 def _of_round(span: RoundSpan, attempt: AttemptSpan | None, attempts: Sequence[AttemptSpan]) -> Interruption:
-    ended: dict[str, Any] = span.ended
-    details = ended.get("details", {})
+    ending = span.ending
+    details = ending.get("details", {})
     steps = [attempt.last_step] if attempt else []
     steps += [details["step"]] if details.get("step") else []
     step = max(steps, default=None)
-    lost = _lost(attempt, attempts, step) if attempt and step is not None else 0
-    at_s = (span.seen_us or span.begin_us) / MICRO
-    node, rank = ended.get("failed_node", ""), details.get("rank")
-    return Interruption(at_s, ended["reason"], node, rank, step, lost, ended.get("text", ""))
+    return Interruption(
+        at_s=(span.end_us or span.start_us) / MICRO,
+        reason=ending["reason"],
+        node=ending.get("failed_node", ""),
+        rank=details.get("rank"),
+        step=step,
+        lost_steps=_lost_steps(attempt, attempts, step) if attempt and step is not None else 0,
+        text=ending.get("text", ""),
+    )
 
 
-def _unseen(span: RoundSpan, attempt: AttemptSpan | None, attempts: Sequence[AttemptSpan]) -> Interruption:
-    """Of a round whose supervisors all went before its end."""
-    text = "its supervisors ended without a word"
+def _of_unrecorded_end(
+    span: RoundSpan, attempt: AttemptSpan | None, attempts: Sequence[AttemptSpan]
+) -> Interruption:
+    """Describe the end of a round whose supervisors all exited before it."""
+    text = "its supervisors exited without recording a reason"
     if attempt is None:
-        return Interruption(span.sign_us / MICRO, "gone", "", None, None, 0, text)
+        at_s = span.last_entry_us / MICRO
+        return Interruption(at_s, "gone", node="", rank=None, step=None, lost_steps=0, text=text)
     return replace(_of_attempt(attempt, attempts), text=text)
 
 
-def _lost(attempt: AttemptSpan, attempts: Sequence[AttemptSpan], step: int) -> int:
-    """Steps that the attempts after this one took again, or will have to."""
+def _lost_steps(attempt: AttemptSpan, attempts: Sequence[AttemptSpan], step: int) -> int:
+    """Return the number of steps of this attempt that the next one took again, or will have to."""
     later = [other.first_step for other in attempts if other.number > attempt.number]
     return max(0, step - (later[0] if later else committed_step(attempts)))
-
-
-def committed_step(attempts: Sequence[AttemptSpan]) -> int:
-    """The newest step that the journal says is committed; 0 when it tells of none."""
-    names = [e["name"] for a in attempts for _, e in a.events if e["event"] == Event.CHECKPOINT]
-    return max((int(name.partition("-")[0]) for name in names), default=0)
-
-
-def is_done(attempts: Sequence[AttemptSpan]) -> bool:
-    """Whether the last attempt came to the last step."""
-    return bool(attempts) and attempts[-1].last_event["event"] == Event.DONE
-
-
-def has_left(attempt: AttemptSpan) -> bool:
-    """Whether an attempt ended by itself."""
-    return attempt.last_event["event"] in ENDS

@@ -1,66 +1,68 @@
-"""What a run is doing, from what it has written: journals, record, ages of files. No torch."""
+"""What a run is doing, from its journals, its record and the ages of its files. No torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dit_scale.checkpoint import attempts as chain
-from dit_scale.config import TrainConfig, load, moved
+from dit_scale.config import TrainConfig, load, relocated
 from dit_scale.elastic.board import Board
 from dit_scale.errors import ConfigError, StorageError
 from dit_scale.journal import Entry, Event, read_journal
 from dit_scale.lines import read_objects
-from dit_scale.report.goodput import MICRO, AttemptSpan, RoundSpan, attempts_of, ledger, rounds_of
-from dit_scale.report.interruptions import Interruption, has_left, interruptions, is_done
+from dit_scale.report.goodput import ledger
+from dit_scale.report.interruptions import Interruption, interruptions
+from dit_scale.report.spans import AttemptSpan, RoundSpan, attempts_of, is_done, rounds_of
 from dit_scale.storage import Storage, open_storage
 
 QUIET_S = 60.0
-"""A run whose files are all older may be dead; one that logs more seldom is given three log intervals."""
+"""After this long without a write, or after three log intervals if those are longer, a run may be dead."""
 STARTING = {
-    Event.ROUND: "the launcher starts",
+    Event.ROUND: "starting the launcher",
     Event.RANKS_STARTED: "launcher and imports",
     Event.FIRST_BEAT: "process group and engine",
-    Event.ENGINE_READY: "looking for a checkpoint and reading it",
-    Event.RESTORED: "the first step",
+    Event.ENGINE_READY: "finding and reading a checkpoint",
+    Event.RESTORED: "first step",
 }
 """What the ranks do after these events of a supervisor."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """The answer of `dit-scale status`."""
+    """What `dit-scale status` reports."""
 
     run: str
     state: str
     """finished, running, waiting, stopped, failed or silent."""
     text: str
+    """Details of the state."""
     step: int
     """Steps taken, as far as known."""
     steps: int | None
-    """Of the whole run; None before its first start has written the configuration."""
+    """Steps of the run by its configuration; None until its first start has written that."""
     steps_per_s: float | None
     eta_s: float | None
-    """Time to the last step at this speed, without interruptions; None unless it trains."""
+    """Time to the last step at this speed, without interruptions; None unless it is training."""
     attempt: int
     round: int
-    """0 without supervisors."""
+    """Number of the newest round; 0 without supervisors."""
     nodes: list[str]
-    """Of the newest round."""
+    """Members of the newest round."""
     checkpoint: str
-    """Newest committed one; empty when there is none."""
+    """The newest committed checkpoint; empty if there is none."""
     checkpoint_age_s: float | None
     silence_s: float
-    """Since the newest change of a file."""
+    """Seconds since a file last changed."""
     interruptions: list[Interruption]
     spent_s: dict[str, float]
-    """The ledger: seconds by heading."""
+    """Seconds of wall-clock time by heading of the ledger."""
     wall_s: float
     goodput: float
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What the files of a run hold."""
+class _Contents:
+    """Contents of the files of a run."""
 
     config: TrainConfig | None
     journal: list[Entry]
@@ -68,13 +70,13 @@ class _Seen:
     attempts: list[AttemptSpan]
     rounds: list[RoundSpan]
     last_row: dict[str, Any]
-    """Of metrics.jsonl."""
+    """The last row of metrics.jsonl."""
     silence_s: float
     checkpoint: str
     joined: list[str]
     """Nodes that wait for the next round."""
     problem: str
-    """Why the storage of the checkpoints cannot be read."""
+    """Why the storage of the checkpoints is unavailable; empty if it is available."""
 
     @property
     def steps_per_s(self) -> float | None:
@@ -83,149 +85,160 @@ class _Seen:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether a living run would have written something by now."""
+        """Whether a run that is alive would have written something by now."""
         every_steps = self.config.log.every_steps if self.config else 0
         return self.silence_s > max(QUIET_S, 3 * every_steps / (self.steps_per_s or float("inf")))
 
     @property
     def open_round(self) -> RoundSpan | None:
-        return self.rounds[-1] if self.rounds and not self.rounds[-1].ended else None
+        return self.rounds[-1] if self.rounds and not self.rounds[-1].ending else None
 
     @property
     def current(self) -> AttemptSpan | None:
-        """The attempt that is at work, if its processes live."""
-        if not self.attempts or has_left(self.attempts[-1]):
+        """The attempt that is training, provided its processes are alive."""
+        if not self.attempts or self.attempts[-1].has_exited:
             return None
         span, last = self.open_round, self.attempts[-1]
-        in_round = span is not None and last.begin_us >= span.begin_us
+        in_round = span is not None and last.start_us >= span.start_us
         return last if in_round or not self.rounds else None
 
 
 def status_of(run: str, now_s: float) -> Status:
-    """What is known of the run in this folder at `now_s`, in seconds since 1970.
+    """Report on the run in this folder at `now_s`, in seconds since 1970.
 
-    Raises ConfigError for a folder that holds no run.
+    Raises ConfigError if the folder contains no run.
     """
-    seen = _look(run, now_s)
-    state, text = _state(seen)
-    lives = state in ("running", "waiting")
-    found = ledger(
-        seen.journal, seen.supervisors, now_s if lives else None, alive=lives and seen.current is not None
+    contents = _read(run, now_s)
+    state, text = _state(contents)
+    is_alive = state in ("running", "waiting")
+    is_training = state == "running" and contents.current is not None
+    spent = ledger(
+        contents.journal,
+        contents.supervisors,
+        now_s if is_alive else None,
+        is_alive and contents.current is not None,
     )
-    steps = seen.config.steps if seen.config else None
-    step = seen.attempts[-1].last_step if seen.attempts else 0
-    trains = state == "running" and seen.current is not None and seen.steps_per_s and steps is not None
-    committed_s = [
-        event["time_s"] for event in seen.journal if event.get("name") == seen.checkpoint.rpartition("/")[2]
-    ]
+    steps = contents.config.steps if contents.config else None
+    step = contents.attempts[-1].last_step if contents.attempts else 0
+    eta_s = None
+    if is_training and steps is not None and contents.steps_per_s:
+        eta_s = max(0, steps - step) / contents.steps_per_s
+    checkpoint_name = contents.checkpoint.rpartition("/")[2]
+    committed_s = [entry["time_s"] for entry in contents.journal if entry.get("name") == checkpoint_name]
     return Status(
         run=run,
         state=state,
-        text=text + (f" ({seen.problem})" if seen.problem else ""),
+        text=text + (f" ({contents.problem})" if contents.problem else ""),
         step=step,
         steps=steps,
-        steps_per_s=seen.steps_per_s,
-        eta_s=(steps - step) / seen.steps_per_s if trains and steps and seen.steps_per_s else None,
-        attempt=seen.attempts[-1].number if seen.attempts else 0,
-        round=seen.rounds[-1].number if seen.rounds else 0,
-        nodes=_nodes(seen.supervisors),
-        checkpoint=seen.checkpoint,
+        steps_per_s=contents.steps_per_s,
+        eta_s=eta_s,
+        attempt=contents.attempts[-1].number if contents.attempts else 0,
+        round=contents.rounds[-1].number if contents.rounds else 0,
+        nodes=_members(contents.supervisors),
+        checkpoint=contents.checkpoint,
         checkpoint_age_s=max(0.0, now_s - committed_s[-1]) if committed_s else None,
-        silence_s=seen.silence_s,
-        interruptions=interruptions(seen.journal, seen.supervisors),
-        spent_s={heading.name.lower(): us / MICRO for heading, us in found.spent_us.items()},
-        wall_s=(found.end_us - found.begin_us) / MICRO,
-        goodput=found.goodput,
+        silence_s=contents.silence_s,
+        interruptions=interruptions(contents.journal, contents.supervisors),
+        spent_s=spent.by_name(),
+        wall_s=spent.wall_s,
+        goodput=spent.goodput,
     )
 
 
-def _look(run: str, now_s: float) -> _Seen:
+def _read(run: str, now_s: float) -> _Contents:
     folder = Path(run)
     journals = sorted((folder / "supervisors").glob("*.jsonl"))
     files = [folder / name for name in ("config.yaml", "events.jsonl", "metrics.jsonl")] + journals
     files = [path for path in files if path.is_file()]
     if not files:
         raise ConfigError(
-            f"{run}: expected a run's folder, with events.jsonl or supervisors/ in it; a run writes them "
-            "when it first starts (run=FOLDER of its configuration)"
+            f"{run}: expected a run's folder with events.jsonl or supervisors/ in it; a run writes them "
+            "when it first starts (into run=FOLDER of its configuration)"
         )
-    known = (folder / "config.yaml").is_file()
-    config = moved(load(TrainConfig, folder / "config.yaml"), run) if known else None
+    has_config = (folder / "config.yaml").is_file()
+    config = relocated(load(TrainConfig, folder / "config.yaml"), run) if has_config else None
     root = open_storage((config.checkpoint.url if config else "") or run)
     leases = root.local_path("elastic/leases")
     files += leases.glob("*.json") if leases else ()
     journal = read_journal(folder / "events.jsonl")
     supervisors = {path.stem: read_journal(path) for path in journals}
     rounds = rounds_of(supervisors)
-    if rounds and not rounds[-1].ended:  # a node that waits for its end is no sign of those in it
-        others = supervisors.keys() - _nodes(supervisors)
+    if rounds and not rounds[-1].ending:
+        # Nodes that wait for the round to end are no evidence that its members are alive.
+        others = supervisors.keys() - _members(supervisors)
         files = [path for path in files if path.stem not in others]
     checkpoint, joined, problem = _stored(root)
-    return _Seen(
-        config,
-        journal,
-        supervisors,
-        attempts_of(journal),
-        rounds,
-        _last_row(folder / "metrics.jsonl"),
-        max(0.0, now_s - max(path.stat().st_mtime for path in files)),
-        checkpoint,
-        joined,
-        problem,
+    return _Contents(
+        config=config,
+        journal=journal,
+        supervisors=supervisors,
+        attempts=attempts_of(journal),
+        rounds=rounds,
+        last_row=_last_row(folder / "metrics.jsonl"),
+        silence_s=max(0.0, now_s - max(path.stat().st_mtime for path in files)),
+        checkpoint=checkpoint,
+        joined=joined,
+        problem=problem,
     )
 
 
-def _nodes(supervisors: dict[str, list[Entry]]) -> list[str]:
-    """The members of the newest round."""
-    begun = [event for events in supervisors.values() for event in events if event["event"] == Event.ROUND]
-    return max(begun, key=lambda event: int(event["round"]))["nodes"] if begun else []
+def _members(supervisors: dict[str, list[Entry]]) -> list[str]:
+    """Return the members of the newest round."""
+    starts = [entry for entries in supervisors.values() for entry in entries if entry["event"] == Event.ROUND]
+    return max(starts, key=lambda entry: int(entry["round"]))["nodes"] if starts else []
 
 
 def _stored(root: Storage) -> tuple[str, list[str], str]:
-    """The newest checkpoint, the nodes that wait for a round, and why neither is known."""
+    """Return the newest checkpoint, the nodes that wait for a round, and why neither is known."""
     try:
-        paths, board = chain.committed(root), Board(root)
-        newest = next((path for path in paths if chain.is_readable(root, path)), "".join(paths[:1]))
-        return newest, board.joined(board.newest() + 1).nodes, ""
+        ids, board = chain.committed(root), Board(root)
+        readable = (checkpoint_id for checkpoint_id in ids if chain.is_readable(root, checkpoint_id))
+        newest = next(readable, ids[0] if ids else None)
+        return newest.path() if newest else "", board.joined(board.newest() + 1).nodes, ""
     except StorageError as error:
-        return "", [], f"its checkpoints are not to be seen: {error}"
+        return "", [], f"the storage of its checkpoints is unavailable: {error}"
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    """The last whole line of the record; empty when there is none."""
+    """Return the last complete line of the record; empty if there is none."""
     rows = read_objects(path)
     return rows[-1] if rows else {}
 
 
-def _state(seen: _Seen) -> tuple[str, str]:
-    """In one word, and in some more."""
-    ended = seen.rounds[-1].ended if seen.rounds else {}
-    if is_done(seen.attempts):
-        return "finished", f"{seen.attempts[-1].last_step} steps are taken and saved"
-    if seen.joined and not seen.open_round and not seen.is_quiet:
-        return "waiting", f"for nodes; there are {', '.join(seen.joined)}"
-    gave_up = [e for events in seen.supervisors.values() for e in events if e["event"] == Event.GAVE_UP]
-    if ended and any(event.get("round") == seen.rounds[-1].number for event in gave_up):
-        return "failed", f"its supervisors gave up: {ended.get('text', '')}"
-    if ended.get("reason") == "mistake":
-        return "failed", f"a person must mend something: {ended.get('text', '')}"
-    last = seen.attempts[-1].last_event["event"] if seen.attempts else ""
-    if not seen.open_round and (last == Event.WAITED or ended.get("reason") == "leaving"):
-        return "stopped", "on request; the same command goes on"
-    if seen.is_quiet:
-        return "silent", f"no sign for {seen.silence_s / 60:.0f} min: it is dead, or cannot write here"
-    return "running", _phase(seen)
+def _state(contents: _Contents) -> tuple[str, str]:
+    """Return the state in one word, and its details."""
+    ending = contents.rounds[-1].ending if contents.rounds else {}
+    if is_done(contents.attempts):
+        return "finished", f"all {contents.attempts[-1].last_step} steps are taken and saved"
+    if contents.joined and not contents.open_round and not contents.is_quiet:
+        return "waiting", f"for more nodes; joined so far: {', '.join(contents.joined)}"
+    gave_up = [e for entries in contents.supervisors.values() for e in entries if e["event"] == Event.GAVE_UP]
+    if ending and any(entry.get("round") == contents.rounds[-1].number for entry in gave_up):
+        return "failed", f"its supervisors gave up: {ending.get('text', '')}"
+    if ending.get("reason") == "mistake":
+        return "failed", f"manual intervention needed: {ending.get('text', '')}"
+    last = contents.attempts[-1].last_entry["event"] if contents.attempts else ""
+    if not contents.open_round and (last == Event.WAITED or ending.get("reason") == "leaving"):
+        return "stopped", "on request; the same command resumes it"
+    if contents.is_quiet:
+        minutes = contents.silence_s / 60
+        return "silent", f"nothing written for {minutes:.0f} min: it is dead, or cannot write to this folder"
+    return "running", _activity(contents)
 
 
-def _phase(seen: _Seen) -> str:
-    if seen.current is None:
-        number = seen.open_round.number if seen.open_round else 0
-        of_round = [e for events in seen.supervisors.values() for e in events if e.get("round") == number]
+def _activity(contents: _Contents) -> str:
+    """Return what the ranks of a running run are doing."""
+    if contents.current is None:
+        number = contents.open_round.number if contents.open_round else 0
+        of_round = [
+            e for entries in contents.supervisors.values() for e in entries if e.get("round") == number
+        ]
         starting = [STARTING[e["event"]] for e in of_round if e["event"] in STARTING]
         return f"starting: {starting[-1]}" if starting else "between two attempts"
-    match seen.current.last_event["event"]:
+    match contents.current.last_entry["event"]:
         case Event.START:
-            return "the first step"
+            return "first step"
         case Event.SAVE:
-            return "training, with a save in flight"
+            return "training, with a save in progress"
     return "training"

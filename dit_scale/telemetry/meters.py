@@ -1,4 +1,4 @@
-"""What each step measured, kept on the device until a log point asks for it."""
+"""Measurements of each step, kept on the device until a log point reads them."""
 
 import time
 from collections.abc import Sequence
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 StepRow = tuple[float, ...]
+"""Measurements of one step, by `COLUMNS`."""
 COLUMNS = ("loss", "mse", "vb", "grad_norm", "skipped")
-"""Of a row: global means of the losses, the global gradient norm, 1.0 when the update was skipped."""
+"""Columns of a row: global means of the losses, the global gradient norm, 1.0 if the update was skipped."""
 
 
 class Meters:
@@ -22,21 +23,21 @@ class Meters:
         self._clock = StepClock()
 
     def add(self, row: Tensor) -> None:
-        """One step: fp32 (5,), see `COLUMNS`, the same on all ranks."""
+        """Add the row of a step: fp32 (5,), see `COLUMNS`, the same on all ranks."""
         self._device.append(row)
         self._clock.steps += 1
 
     def collect(self) -> tuple[StepRow, ...]:
-        """All rows so far, on the host, in the order of the steps; waits for the device."""
+        """Return all rows so far on the host, in the order of the steps; waits for the device."""
         if self._device:
             self._host += [tuple(row) for row in torch.stack(self._device).tolist()]
             self._device.clear()
         return tuple(self._host)
 
     def take(self) -> dict[str, float | None]:
-        """Means since the last log point, the steps skipped, and the speed; starts the next window.
+        """Return means, number of skipped steps and speed since the last log point, and start a new window.
 
-        Means are those of the steps that were not skipped, None when there is none.
+        Means do not include skipped steps; they are None if all steps were skipped.
         """
         *names, flag = COLUMNS
         rows = self.collect()
@@ -53,7 +54,7 @@ class Meters:
 
 @dataclass
 class StepClock:
-    """Steps per second of wall-clock time since the last `restart`."""
+    """Counts steps against wall-clock time."""
 
     steps: int = 0
     since_s: float = 0.0
@@ -62,6 +63,7 @@ class StepClock:
         self.since_s = time.monotonic()
 
     def restart(self) -> float:
+        """Return the steps per second so far, and start again from 0."""
         now_s = time.monotonic()
         speed = self.steps / max(now_s - self.since_s, 1e-9)
         self.steps, self.since_s = 0, now_s

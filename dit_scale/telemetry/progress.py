@@ -1,4 +1,4 @@
-"""One status line with a progress bar on a terminal; one line of fixed width per log point elsewhere."""
+"""Progress of a run: a bar and a status line on a terminal, one line per log point elsewhere."""
 
 import time
 from collections import deque
@@ -8,14 +8,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 RECENT = 10
-"""Log points over which the time left is estimated."""
+"""Number of log points from which the remaining time is estimated."""
 
 
 class StatusLine:
-    """Shows the steps of a run; silent on all ranks but the first."""
+    """Shows the progress of a run; silent on all ranks except the first."""
 
     def __init__(self, total_steps: int, first_step: int, shown: bool) -> None:
-        # A folder may be called [red] or :x:, and messages of others hold brackets: text is shown as it is.
+        # Folders may be called [red] or :x:, and messages contain brackets: show text literally.
         self._console = Console(stderr=True, markup=False, emoji=False)
         self._shown, self._total_steps = shown, total_steps
         self._recent = deque([(first_step, time.monotonic())], maxlen=RECENT)
@@ -31,13 +31,11 @@ class StatusLine:
         self._bar.start()
 
     def advance(self) -> None:
+        """Advance the bar by one step."""
         self._bar.advance(self._task)
 
     def report(self, step: int, record: dict[str, float | None]) -> None:
-        """Show the numbers of a log point, the time of day, and how long the run will still take.
-
-        A number that is None has no value there.
-        """
+        """Show the numbers of a log point, the time of day and the remaining time; None is shown as nan."""
         shown = {name: float("nan") if value is None else value for name, value in record.items()}
         status = (
             f"loss {shown['loss']:6.4f}  grad {shown['grad_norm']:7.3f}  lr {shown['lr']:.1e}"
@@ -50,7 +48,7 @@ class StatusLine:
             self._print(f"{now}  step {step:>{width}}/{self._total_steps}  {status}")
 
     def say(self, message: str) -> None:
-        """One line above the bar."""
+        """Show a line above the bar."""
         if self._shown:
             self._print(message)
 
@@ -61,7 +59,7 @@ class StatusLine:
         self._bar.console.print(line, highlight=False, soft_wrap=True)
 
     def _left_s(self, step: int) -> float:
-        """The steps that are left, each as long as the recent ones were."""
+        """Return the remaining time at the speed of recent steps."""
         now_s = time.monotonic()
         before, then_s = self._recent[0]
         self._recent.append((step, now_s))
@@ -69,7 +67,7 @@ class StatusLine:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, 10 characters wide: `  26:03:09`."""
+    """Format hours, minutes and seconds, 10 characters wide: `  26:03:09`."""
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour:>4}:{minute:02}:{second:02}"

@@ -1,12 +1,12 @@
-"""metrics.jsonl and config.yaml of a run: written by each attempt into files of its own, and named by links.
+"""metrics.jsonl and config.yaml of a run: each attempt writes its own files, and links point to the newest.
 
-    <run>/records/<attempt>.jsonl   <run>/metrics.jsonl    a link to that of the newest attempt
-    <run>/records/<attempt>.yaml    <run>/config.yaml      the same
+    <run>/records/<attempt>.jsonl   <run>/metrics.jsonl    links to the file of the newest attempt
+    <run>/records/<attempt>.yaml    <run>/config.yaml      likewise
 
-An attempt begins its record with the rows that it goes on from, so that each reads as one unbroken run. Then
-comes the .yaml, which marks the record as begun in full, then the links. A process that was stopped, and
-wakes up when a later attempt has begun, has only its own files to write, and whoever sets the links sets them
-to the newest attempt on the chain: nothing of a later attempt is lost.
+An attempt first copies the rows up to the step from which it resumes, so each record reads as one unbroken
+run. Then it writes the .yaml, which marks the copy as complete, then the links. A stale process that resumes
+writes only its own files, and every process sets the links to the newest attempt on the chain. Nothing that a
+later attempt has written is lost.
 """
 
 import errno
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dit_scale.checkpoint import attempts
 from dit_scale.errors import StorageError
-from dit_scale.lines import Alarm, LineFile, parsed
+from dit_scale.lines import Alarm, LineFile, parse_object
 from dit_scale.storage import Storage, open_storage
 
 METRICS, CONFIG = "metrics.jsonl", "config.yaml"
@@ -28,35 +28,36 @@ _WITHOUT_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 class Record:
-    """The record of one attempt, one object per log point, each line written before the next step."""
+    """The record of one attempt: one object per log point, written before the next step."""
 
     def __init__(
-        self, folder: Path, root: Storage, attempt: int, config: str, rows: Iterable[str], alarm: Alarm
+        self, folder: Path, root: Storage, attempt: int, *, config: str, rows: Iterable[str], alarm: Alarm
     ) -> None:
-        """`rows` are the lines that it goes on from, `root` is where the run keeps its chain of attempts."""
+        """`root` holds the chain of attempts; `rows` are the lines up to the step of the resume."""
         self._folder, self._root, self._attempt = folder, root, attempt
         self._config, self._alarm = config.encode(), alarm
         self._problem = ""
         for name in (METRICS, CONFIG):
-            with suppress(OSError):  # left by another run that had this folder
+            with suppress(OSError):  # left by an earlier run in this folder
                 own_path(folder, attempt, name).unlink()
         self._lines = LineFile(own_path(folder, attempt, METRICS), alarm)
         self._lines.append_lines("".join(f"{row}\n" for row in rows).encode())
         self.publish()
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
+        """Append the record of a log point."""
         self._lines.append(json.dumps({"step": step, **record}))
         self.publish()
 
     def close(self) -> str:
-        """Returns what could not be written, in words; empty when all was."""
+        """Close the file and return what could not be written; empty if nothing."""
         problem = self._lines.close()
         self.publish()
         return problem or self._problem
 
     def publish(self) -> None:
-        """Let the run's folder name the files of the newest attempt, unless it does. Raises nothing."""
-        if not self._lines.is_whole:
+        """Point the links of the run's folder to the newest attempt, if they do not yet. Raises nothing."""
+        if not self._lines.is_complete:
             return
         try:
             if self._is_published():
@@ -70,7 +71,7 @@ class Record:
         except (OSError, StorageError) as error:
             problem = f"{self._folder}: {METRICS} and {CONFIG} are not up to date: {error}"
         if problem and not self._problem:
-            self._alarm(f"{problem}; tried again at each log point")
+            self._alarm(f"{problem}; retrying at each log point")
         self._problem = problem
 
     def _is_published(self) -> bool:
@@ -81,40 +82,40 @@ class Record:
 
 
 def publish(folder: Path, root: Storage, attempt: int) -> None:
-    """Let `folder` name the files of the newest attempt: of this one, or of a later one on the chain.
+    """Point the links of `folder` to the newest attempt: this one, or a later one on the chain.
 
-    The chain is asked again behind that, until its answer stays: who was stopped in between mends what it
-    has done. Raises OSError or StorageError.
+    The chain is read again afterwards, until it has not changed. A process that was stopped in between thus
+    repairs links that it has set too late. Raises OSError or StorageError.
     """
     newest = 0
     while (latest := max(attempts.numbers(root), default=attempt)) > newest:
         newest = max(latest, attempt)
-        with suppress(FileNotFoundError):  # a later attempt that has only just begun sets its own
+        with suppress(FileNotFoundError):  # a later attempt that has only just started will set its own
             for name in (CONFIG, METRICS):
                 _link(own_path(folder, newest, name), folder / name)
 
 
 def rows_before(folder: Path, attempt: int) -> list[str]:
-    """The lines of the newest record before this attempt's; of a run without any, those of metrics.jsonl."""
+    """Return the lines of the newest record of an earlier attempt; without one, those of metrics.jsonl."""
     numbers = [number for number in recorded(folder) if number < attempt]
     path = own_path(folder, max(numbers), METRICS) if numbers else folder / METRICS
     return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
 
 def rows_up_to(step: int, lines: Iterable[str]) -> list[str]:
-    """Without the steps that will be taken again, and without a line that a kill has torn."""
+    """Return the lines without steps that will be taken again, and without damaged lines."""
     return [line for line in lines if 0 <= _step_of(line) <= step]
 
 
 def unreadable(lines: Sequence[str]) -> int:
-    """How many lines are damaged; a last one that a kill has torn is not among them."""
+    """Return the number of damaged lines; a torn last line does not count, because a kill can leave one."""
     return sum(_step_of(line) < 0 for line in lines[:-1])
 
 
 def drop_before(folder: Path, attempt: int) -> None:
-    """Delete the records that no later attempt goes on from: all before the newest one before this.
+    """Delete the records from which no later attempt can resume: all before the predecessor of this one.
 
-    Any process may do that at any time. Raises OSError.
+    Any process may do this at any time. Raises OSError.
     """
     before = max((number for number in recorded(folder) if number < attempt), default=0)
     for path in (folder / RECORDS).glob("[0-9]*"):
@@ -123,23 +124,23 @@ def drop_before(folder: Path, attempt: int) -> None:
 
 
 def recorded(folder: Path) -> list[int]:
-    """The attempts whose record has all the rows that it goes on from, ascending: their .yaml comes last."""
+    """Return the attempts that have written their .yaml, and so all rows before their resume; ascending."""
     names = (path.stem for path in (folder / RECORDS).glob("*.yaml"))
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def own_key(attempt: int, name: str) -> str:
-    """Key of an attempt's own file of this name, below the run's folder."""
+    """Return the key of an attempt's own file of this name, relative to the run's folder."""
     return f"{RECORDS}/{attempt:04d}{Path(name).suffix}"
 
 
 def own_path(folder: Path, attempt: int, name: str) -> Path:
-    """Where an attempt's own file of this name is."""
+    """Return the path of an attempt's own file of this name."""
     return folder / own_key(attempt, name)
 
 
 def _link(file: Path, name: Path) -> None:
-    """Give a file a further name, in place of what has it now."""
+    """Link `name` to a file, replacing what is there."""
     if _is_same(file, name):
         return
     new = name.with_name(f".{name.name}.{secrets.token_hex(8)}.tmp")
@@ -160,6 +161,6 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _step_of(line: str) -> int:
-    """The step of a line; -1 for one that is torn."""
-    row = parsed(line, "step")
+    """Return the step of a line; -1 if it is damaged."""
+    row = parse_object(line, "step")
     return row["step"] if row is not None and isinstance(row["step"], int) else -1

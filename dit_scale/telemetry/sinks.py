@@ -1,4 +1,4 @@
-"""Mirrors of the record, wandb and TensorBoard, of which this is the one door, and the journal."""
+"""Mirrors of the record: W&B and TensorBoard. The only module that imports them."""
 
 import hashlib
 import importlib.util
@@ -16,14 +16,14 @@ from dit_scale.errors import ConfigError
 from dit_scale.lines import Alarm
 
 FINISH_S = 60.0
-"""Longest wait for wandb's uploads at the end of a run; what is left is on disk, for `wandb sync`."""
+"""Longest wait for wandb's uploads at the end of a run; the rest stays on disk for `wandb sync`."""
 
 _WANDB_FOLDER = re.compile(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)")
-"""When it was begun, and the run's id."""
+"""Name of a wandb folder: the time when it was created, and the id of the run."""
 
 
 class Sink(Protocol):
-    """Takes one record of named numbers at a step; None where all steps of a window were skipped."""
+    """Receives one record of named numbers per log point; None stands for a mean over no step."""
 
     def write(self, step: int, record: dict[str, float | None]) -> None: ...
 
@@ -31,22 +31,22 @@ class Sink(Protocol):
 
 
 class Mirror:
-    """A sink that may break, at any time and in any way: one alarm, and the run goes on without it."""
+    """A sink that may fail at any time: that costs one alarm, and the run continues without it."""
 
     def __init__(self, name: str, make: Callable[[], Sink], alarm: Alarm) -> None:
         self._name, self._alarm = name, alarm
         self._sink: Sink | None = None
-        with self._guarded("did not start"):
+        with self._guarded("failed to start"):
             self._sink = make()
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
         if self._sink is not None:
-            with self._guarded("broke"):
+            with self._guarded("failed"):
                 self._sink.write(step, record)
 
     def close(self) -> None:
         if self._sink is not None:
-            with self._guarded("did not finish"):
+            with self._guarded("failed to finish"):
                 self._sink.close()
             self._sink = None
 
@@ -54,21 +54,21 @@ class Mirror:
     def _guarded(self, what: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a foreign library, whatever it raises
+        except Exception as error:  # third-party code may raise anything
             self._sink = None
             text = str(error) or type(error).__name__
-            self._alarm(f"{self._name} {what} and gets no more rows, metrics.jsonl has them all: {text}")
+            self._alarm(f"{self._name} {what} and gets no more rows; metrics.jsonl has all of them: {text}")
 
 
 class Wandb:
-    """A Weights & Biases run with its files in a folder; resumed under the same id."""
+    """A W&B run with its files in a folder, resumed under the same id."""
 
     def __init__(
         self, folder: Path, name: str, run_id: str, mirrored: Mirrored, config: dict[str, Any]
     ) -> None:
         import wandb
 
-        wandb.setup(wandb.Settings(silent=True))  # or it would ask a terminal for a key, and wait
+        wandb.setup(wandb.Settings(silent=True))  # otherwise it waits for a key on a terminal
         self._run = wandb.init(
             project=mirrored.wandb_project,
             name=name,
@@ -105,7 +105,7 @@ class TensorBoard:
 
 
 def check_installed(mirrored: Mirrored) -> None:
-    """Raises ConfigError when the package of a mirror that is asked for is missing."""
+    """Raise ConfigError if the package of a requested mirror is missing."""
     wanted = {"wandb": mirrored.wandb != "off", "tensorboard": getattr(mirrored, "tensorboard", False)}
     for package, is_wanted in wanted.items():
         if is_wanted and importlib.util.find_spec(package) is None:
@@ -114,32 +114,41 @@ def check_installed(mirrored: Mirrored) -> None:
 
 
 def open_mirrors(config: TrainConfig, resume_step: int, alarm: Alarm) -> list[Mirror]:
-    """The mirrors of the record that the configuration asks for."""
+    """Open the mirrors that the configuration asks for."""
     folder, mirrors = Path(config.run), list[Mirror]()
     if config.log.wandb != "off":
-        mirrors.append(wandb_mirror(folder, folder.name, wandb_id(folder), config.log, config, alarm))
+        mirrors.append(
+            wandb_mirror(
+                folder,
+                name=folder.name,
+                run_id=wandb_id(folder),
+                mirrored=config.log,
+                config=config,
+                alarm=alarm,
+            )
+        )
     if config.log.tensorboard:
         mirrors.append(Mirror("TensorBoard", lambda: TensorBoard(folder, resume_step), alarm))
     return mirrors
 
 
 def wandb_mirror(
-    folder: Path, name: str, run_id: str, mirrored: Mirrored, config: BaseModel, alarm: Alarm
+    folder: Path, *, name: str, run_id: str, mirrored: Mirrored, config: BaseModel, alarm: Alarm
 ) -> Mirror:
-    """A mirror on Weights & Biases, see `Wandb`."""
+    """Open a mirror on W&B, see `Wandb`."""
     tree = config.model_dump(mode="json")
     return Mirror("wandb", lambda: Wandb(folder, name, run_id, mirrored, tree), alarm)
 
 
 def wandb_id(folder: Path) -> str:
-    """The id under which the run in this folder began, also if it has moved since; a new one of its path."""
+    """Return the W&B id of the run in this folder, even if it has moved; if it has none, a new one."""
     known = (_WANDB_FOLDER.fullmatch(path.name) for path in (folder / "wandb").glob("*run-*"))
-    if begun := sorted(match.groups() for match in known if match):
-        return str(begun[-1][1])
+    if created := sorted(match.groups() for match in known if match):
+        return str(created[-1][1])
     return wandb_id_of(os.path.abspath(folder))
 
 
 def wandb_id_of(place: str) -> str:
-    """An id for what lies at this path or url, unlike that of anything else."""
+    """Return a unique W&B id for this path or URL."""
     digest = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9_.]+", "-", place).strip("-")[-100:] + f"-{digest}"

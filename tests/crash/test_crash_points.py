@@ -21,8 +21,9 @@ import pytest
 
 from dit_scale.checkpoint import attempts, rankfile, writer
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
-from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, Manifest, name_of, step_and_attempt
+from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, CheckpointId, Manifest
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.errors import CheckpointError
 from dit_scale.storage import Storage, open_storage
 from tests.support.faults.power_loss import Disk, Tree
@@ -61,27 +62,23 @@ def values(step: int, kind: str, parameter: str) -> np.ndarray:
     return np.arange(start, start + np.prod(SHAPES[parameter]), dtype="<f4")
 
 
-def snapshot(step: int, rank: int) -> tuple[np.ndarray, list[writer.Source]]:
+def snapshot(step: int, rank: int) -> tuple[np.ndarray, list[tuple[str, ParameterSlice]]]:
     """The memory that a rank shares with its writer, and what lies in it."""
-    parts, sources, offset = [], [], 0
+    parts, slices, offset = [], list[tuple[str, ParameterSlice]](), 0
     for kind in KINDS:
         for parameter, edges in RANKS.items():
             start, end = edges[rank], edges[rank + 1]
             parts.append(values(step, kind, parameter)[start:end])
-            source = writer.Source(
-                kind=kind, parameter=parameter, start=start, length=end - start, memory_offset=offset
-            )
-            sources.append(source)
-            offset += 4 * (end - start)
-    return np.concatenate(parts).view(np.uint8), sources
+            slices.append((kind, ParameterSlice(parameter, start, end - start, offset)))
+            offset += end - start
+    return np.concatenate(parts).view(np.uint8), slices
 
 
 def save(root: Storage, step: int, attempt: int, keep: int, averages: bool = False) -> None:
     """All of one save, as the writers of two ranks do it."""
-    name = name_of(step, attempt)
-    folders: dict[str, tuple[str, ...]] = {f"{EMA}/{name}": ("ema.wide",)} if averages else {}
-    folders[f"{CHECKPOINTS}/{name}"] = KINDS
-    request = writer.Write(folders=folders)
+    folders: dict[str, tuple[str, ...]] = {EMA: ("ema.wide",)} if averages else {}
+    folders[CHECKPOINTS] = KINDS
+    request = writer.Write(checkpoint=CheckpointId(step, attempt), folders=folders)
     ranks = [writer.write(root, rank, *snapshot(step, rank), request).files for rank in (0, 1)]
     manifest = Manifest(
         step=step,
@@ -135,7 +132,7 @@ def record(folder: Path) -> History:
         did("save", 10)
         save(root, 20, attempt=1, keep=2)
         did("save", 20)
-        attempts.claim(root, AttemptRecord(2, f"{CHECKPOINTS}/{name_of(20, 1)}"))
+        attempts.claim(root, AttemptRecord(2, CheckpointId(20, 1)))
         did("attempt", 2)
         save(root, 30, attempt=2, keep=2)
         did("save", 30)
@@ -161,10 +158,10 @@ class Found:
     attempt: int
 
 
-def problem_of(root: Storage, path: str) -> str:
+def problem_of(root: Storage, checkpoint_id: CheckpointId, folder: str) -> str:
     """Why a checkpoint cannot be read; empty when every value of it is as it was saved."""
     try:
-        checkpoint = Checkpoint(root, path)
+        checkpoint = Checkpoint(root, checkpoint_id, folder)
         checkpoint.verify()
         for kind in checkpoint.kinds():
             for parameter, tensor in checkpoint.read_whole(kind).items():
@@ -219,14 +216,15 @@ class Shelf:
         damaged: list[str] = []
         steps: dict[str, list[int]] = {CHECKPOINTS: [], EMA: []}
         for folder, whole in steps.items():
-            for path in committed(root, folder):
+            for checkpoint_id in committed(root, folder):
+                path = checkpoint_id.path(folder)
                 digest = _digest({name: content for name, content in tree.items() if name.startswith(path)})
                 if digest not in self._problems:
-                    self._problems[digest] = problem_of(root, path)
+                    self._problems[digest] = problem_of(root, checkpoint_id, folder)
                 if problem := self._problems[digest]:
                     damaged.append(problem)
                 else:
-                    whole.append(step_and_attempt(path)[0])
+                    whole.append(checkpoint_id.step)
         latest = attempts.newest(root)
         step = next(iter(steps[CHECKPOINTS]), None)
         return Found(step, tuple(damaged), tuple(steps[EMA]), latest.number if latest else 0)

@@ -12,9 +12,10 @@ import torch
 
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
-from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, name_of
-from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
+from dit_scale.checkpoint.manifest import EMA, CheckpointId
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.cli import main
 from dit_scale.config import EncodeConfig, TrainConfig, dump
 from dit_scale.data.shards import Quarantined, VaeIdentity
@@ -22,7 +23,7 @@ from dit_scale.data.verify import verify
 from dit_scale.dist import World
 from dit_scale.errors import DataError
 from dit_scale.storage import open_storage
-from dit_scale.train.run_folder import find_checkpoint
+from dit_scale.train.restore import find_checkpoint
 from dit_scale_pipeline import output
 from dit_scale_pipeline.inputs import Listing
 from dit_scale_pipeline.inputs.base import Archive
@@ -117,18 +118,17 @@ def test_the_job_that_goes_on_names_it_too(data: Path) -> None:
 
 SHAPES = {"w": (30, 20), "b": (20,)}
 KINDS = (*OPTIMIZER_KINDS, "ema.power")
-NEWEST, OLDER, AVERAGE = (
-    f"{CHECKPOINTS}/{name_of(40, 2)}",
-    f"{CHECKPOINTS}/{name_of(30, 1)}",
-    f"{EMA}/{name_of(40, 2)}",
-)
+NEWEST, OLDER = CheckpointId(40, 2), CheckpointId(30, 1)
 DATA_SHA256 = "1" * 64
 
 
 def owned(step: int) -> list[Partition]:
     numbers = torch.Generator().manual_seed(step)
     return [
-        Partition({kind: torch.randn(size, generator=numbers) for kind in KINDS}, (Extent(name, 0, size, 0),))
+        Partition(
+            {kind: torch.randn(size, generator=numbers) for kind in KINDS},
+            (ParameterSlice(name, 0, size, 0),),
+        )
         for name, size in ((name, int(np.prod(shape))) for name, shape in SHAPES.items())
     ]
 
@@ -143,10 +143,10 @@ def run(tmp_path: Path) -> TrainConfig:
         "data_sha256": DATA_SHA256,
         "model_shapes": SHAPES,
     }
-    for number, path, before in ((1, OLDER, None), (2, NEWEST, OLDER)):
+    for number, checkpoint_id, before in ((1, OLDER, None), (2, NEWEST, OLDER)):
         attempts.claim(root, AttemptRecord(number, before))
-        checkpoints.write(root, path, [owned(30 + 10 * (number - 1))], **fields)
-    checkpoints.write(root, AVERAGE, [owned(40)], **fields)
+        checkpoints.write(root, checkpoint_id, [owned(30 + 10 * (number - 1))], **fields)
+    checkpoints.write(root, NEWEST, [owned(40)], EMA, **fields)
     root.write("config.yaml", dump(config).encode())
     return config
 
@@ -156,7 +156,7 @@ def test_a_flipped_bit_of_any_file_of_a_run_is_named_or_changes_nothing(
 ) -> None:
     root = open_storage(run.run)
 
-    def resume() -> tuple[str, dict[str, bytes], list[str]]:
+    def resume() -> tuple[CheckpointId, dict[str, bytes], list[str]]:
         """The checkpoint that the run would go on from, all its values, and what is said."""
         notes: list[str] = []
         values: dict[str, bytes] = {}
@@ -168,7 +168,7 @@ def test_a_flipped_bit_of_any_file_of_a_run_is_named_or_changes_nothing(
 
         found = find_checkpoint(run, DATA_SHA256, world, fill, notes.append)
         assert found is not None
-        return found.name, values, notes
+        return found.id, values, notes
 
     sound = resume()
     assert sound[::2] == (NEWEST, [])
@@ -177,13 +177,13 @@ def test_a_flipped_bit_of_any_file_of_a_run_is_named_or_changes_nothing(
     for path in files:
         key = str(path.relative_to(run.run))
         for place in flips(path, num=10, last=8):
-            name, values, notes = resume()
-            if name == NEWEST:
+            found, values, notes = resume()
+            if found == NEWEST:
                 assert (values, notes) == sound[1:], (key, place)
             else:
-                assert name == OLDER
-                assert key.startswith(NEWEST)
-                assert f"passing over checkpoint {NEWEST}: " in notes[0]
+                assert found == OLDER
+                assert key.startswith(NEWEST.path())
+                assert f"skipping checkpoint {NEWEST.path()}: " in notes[0]
             if key != "config.yaml":
                 assert main(["checkpoint", "verify", run.run]) == 1, (key, place)
                 assert path.name in capsys.readouterr().out

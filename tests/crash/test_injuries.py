@@ -14,9 +14,10 @@ import torch
 
 from dit_scale.checkpoint import attempts, rankfile
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
-from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, MANIFEST, name_of
-from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
+from dit_scale.checkpoint.manifest import ATTEMPTS, MANIFEST, CheckpointId
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice, StoredSlice
 from dit_scale.config import TrainConfig
 from dit_scale.data import files, shards
 from dit_scale.data.shards import LatentDataset
@@ -24,7 +25,7 @@ from dit_scale.data.verify import verify
 from dit_scale.dist import World
 from dit_scale.errors import CheckpointError, DataError
 from dit_scale.storage import Storage, open_storage
-from dit_scale.train.run_folder import find_checkpoint
+from dit_scale.train.restore import find_checkpoint
 from tests.support import checkpoints
 from tests.support.latents import write_latents
 
@@ -35,7 +36,7 @@ BLOCK_BYTES = 2048
 SAMPLES, SHARD_SAMPLES = 20, 8
 
 SHAPES = {"blocks.0.weight": (50, 60), "blocks.0.bias": (60,), "final.weight": (40, 30)}
-NEWEST, OLDER = f"{CHECKPOINTS}/{name_of(40, 2)}", f"{CHECKPOINTS}/{name_of(30, 1)}"
+NEWEST, OLDER = CheckpointId(40, 2), CheckpointId(30, 1)
 DATA_SHA256 = "1" * 64
 
 
@@ -93,7 +94,7 @@ def ranks(step: int) -> list[list[Partition]]:
         [
             Partition(
                 {kind: values(step, kind, name).flatten().chunk(3)[rank] for kind in OPTIMIZER_KINDS},
-                (Extent(name, rank * size // 3, size // 3, 0),),
+                (ParameterSlice(name, rank * size // 3, size // 3, 0),),
             )
             for name, size in ((name, int(np.prod(shape))) for name, shape in SHAPES.items())
         ]
@@ -103,10 +104,12 @@ def ranks(step: int) -> list[list[Partition]]:
 
 def write_checkpoints(root: Storage, config: TrainConfig) -> None:
     """Two attempts with a checkpoint each."""
-    for number, path, before in ((1, OLDER, None), (2, NEWEST, OLDER)):
+    for number, checkpoint_id, before in ((1, OLDER, None), (2, NEWEST, OLDER)):
         attempts.claim(root, AttemptRecord(number, before))
         fields = {"config": config.model_dump(mode="json"), "data_sha256": DATA_SHA256}
-        checkpoints.write(root, path, ranks(30 if number == 1 else 40), model_shapes=SHAPES, **fields)
+        checkpoints.write(
+            root, checkpoint_id, ranks(30 if number == 1 else 40), model_shapes=SHAPES, **fields
+        )
 
 
 def read_all(checkpoint: Checkpoint) -> None:
@@ -124,27 +127,27 @@ def problems(root: Storage) -> list[str]:
             attempts.read(root, number)
         except CheckpointError as error:
             found.append(str(error))
-    for path in committed(root):
+    for checkpoint_id in committed(root):
         try:
-            Checkpoint(root, path).verify()
+            Checkpoint(root, checkpoint_id).verify()
         except CheckpointError as error:
             found.append(str(error))
     return found
 
 
-def expected(
-    root: Storage, key: str, injury: Injury, whole: tuple[rankfile.StoredPiece, ...]
-) -> tuple[str, ...]:
+def expected(root: Storage, key: str, injury: Injury, whole: tuple[StoredSlice, ...]) -> tuple[str, ...]:
     """How messages for this injury may begin: of several tensors that are hit any may be found first."""
     where = f"{root.url}/{key}"
     if not whole:
         return (f"{where} is damaged",)
     if injury.kind == "end":
         return (f"{where}: expected ",)
-    if injury.changed[0] < whole[0].offset:
+    if injury.changed[0] < whole[0].byte_offset:
         return (f"{where}: its header is damaged",)
-    hit = [p for p in whole if ((injury.changed >= p.offset) & (injury.changed < p.offset + p.bytes)).any()]
-    return tuple(f"{where}: {piece.kind} of {piece.parameter} is damaged" for piece in hit)
+    hit = [
+        s for s in whole if any(s.byte_offset <= byte < s.byte_offset + s.bytes for byte in injury.changed)
+    ]
+    return tuple(f"{where}: {stored.kind} of {stored.parameter} is damaged" for stored in hit)
 
 
 def test_injuries_of_checkpoints(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,27 +155,27 @@ def test_injuries_of_checkpoints(tmp_path: Path, world: World, monkeypatch: pyte
     root, config = open_storage(tmp_path), TrainConfig(run=str(tmp_path))
     write_checkpoints(root, config)
     assert problems(root) == []
-    pieces = {
-        f"{path}/{file.key}": rankfile.open_file(root, path, file)
-        for path in (NEWEST, OLDER)
-        for file in Checkpoint(root, path).manifest.files
+    slices = {
+        f"{checkpoint_id.path()}/{file.key}": rankfile.open_file(root, checkpoint_id.path(), file)
+        for checkpoint_id in (NEWEST, OLDER)
+        for file in Checkpoint(root, checkpoint_id).manifest.files
     }
-    keys = [*pieces, *(f"{path}/{MANIFEST}" for path in (NEWEST, OLDER))]
+    keys = [*slices, *(f"{one.path()}/{MANIFEST}" for one in (NEWEST, OLDER))]
     keys += [f"{ATTEMPTS}/{number:04d}.json" for number in (1, 2)]
     counts = Counter[tuple[str, ...]]()
     for key, injury in injured(tmp_path, keys, INJURIES):
-        messages = expected(root, key, injury, pieces.get(key, ()))
+        messages = expected(root, key, injury, slices.get(key, ()))
         (problem,) = problems(root)
         assert problem.startswith(messages)
         notes: list[str] = []
         found = find_checkpoint(config, DATA_SHA256, world, read_all, notes.append)
         assert found is not None
-        if key.startswith(NEWEST):
+        if key.startswith(NEWEST.path()):
             (note,) = notes
-            assert found.name == OLDER
-            assert note.startswith(tuple(f"passing over checkpoint {NEWEST}: {text}" for text in messages))
+            assert found.id == OLDER
+            assert note.startswith(tuple(f"skipping checkpoint {NEWEST.path()}: {text}" for text in messages))
         else:
-            assert (found.name, notes) == (NEWEST, [])
+            assert (found.id, notes) == (NEWEST, [])
         part = "header" if "header" in problem else "tensor" if " of " in problem else "whole"
         counts[key.split("/")[0 if key.startswith(ATTEMPTS) else -1].split("-")[0], part, injury.kind] += 1
     tell("checkpoints", counts)

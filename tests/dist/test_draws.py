@@ -1,4 +1,4 @@
-"""What reaches the model in a real run: every draw is a function of seed and position, whatever the rank."""
+"""The model's inputs in a real run: every draw is a function of seed and position, whatever the rank."""
 
 import math
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from dit_scale.config import TrainConfig
-from dit_scale.data.loader import Batch
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.order import sample_ids
 from dit_scale.data.shards import LatentDataset
 from dit_scale.train import loop
 from dit_scale.train.engine import Engine
 from dit_scale.train.objective import SampleLosses
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.trainer import Trainer
 from tests.support import philox
 from tests.support.latents import write_latents
 from tests.support.ranks import jobs
@@ -28,22 +28,22 @@ WORLD, STEPS, SEED, NUM, NUM_CLASSES = 2, 3, 5, 40, 10
 LABEL_DROPOUT, SCALE, TIMESTEPS = 0.4, 0.5, 1000
 
 Given = tuple[int, int, int, np.ndarray]
-"""Position, timestep, label and noised latent of a sample, as the model was given them."""
+"""Position, timestep, label and noised latent of a sample, as the model received them."""
 
 
-def train_and_tell(config: TrainConfig) -> list[Given]:
-    """One rank of a training run; what its model was given, but for fillers."""
+def train_and_report(config: TrainConfig) -> list[Given]:
+    """Train as one rank; return what the model received, without fillers."""
     given: list[Given] = []
     last: tuple[torch.Tensor, ...] = ()
-    accumulate, call = TrainingStep.accumulate, Engine.__call__
+    accumulate, call = Trainer.accumulate, Engine.__call__
 
     def call_and_keep(self: Engine, *inputs: torch.Tensor) -> torch.Tensor:
         nonlocal last
         last = inputs
         return call(self, *inputs)
 
-    def accumulate_and_tell(self: TrainingStep, batches: Iterator[Batch]) -> torch.Tensor:
-        def tell(batch: Batch, _: SampleLosses) -> None:
+    def accumulate_and_tell(self: Trainer, batches: Iterator[MicroBatch]) -> torch.Tensor:
+        def tell(batch: MicroBatch, _: SampleLosses) -> None:
             x_BCHW, t_B, y_B = last
             for i in batch.weight_B.nonzero().flatten():
                 given.append((int(batch.position_B[i]), int(t_B[i]), int(y_B[i]), x_BCHW[i].numpy()))
@@ -52,20 +52,20 @@ def train_and_tell(config: TrainConfig) -> list[Given]:
 
     with (
         patch.object(Engine, "__call__", call_and_keep),
-        patch.object(TrainingStep, "accumulate", accumulate_and_tell),
+        patch.object(Trainer, "accumulate", accumulate_and_tell),
     ):
         assert loop.train(config) == 0
     return given
 
 
-def test_what_the_model_is_given(tmp_path: Path) -> None:
+def test_inputs_of_the_model(tmp_path: Path) -> None:
     data = tmp_path / "latents"
     write_latents(data, num=NUM, num_classes=NUM_CLASSES)
     dataset = LatentDataset.open(data)
     config = jobs.saving(jobs.small_config(tmp_path / "run", data), steps=STEPS)
     diffusion = config.diffusion.model_copy(update={"label_dropout": LABEL_DROPOUT})
     config = config.model_copy(update={"seed": SEED, "diffusion": diffusion})
-    ranks = run(WORLD, train_and_tell, config)
+    ranks = run(WORLD, train_and_report, config)
     samples = sorted((sample for rank in ranks for sample in rank), key=lambda sample: sample[0])
     assert [sample[0] for sample in samples] == list(range(STEPS * config.global_batch))
 

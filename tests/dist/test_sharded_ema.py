@@ -1,4 +1,4 @@
-"""Averages kept in shards, each rank those of what it owns, are bitwise those of one replica."""
+"""Sharded EMA, where each rank averages what it owns, equals one replica bit for bit."""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EmaProfile, TrainConfig
-from dit_scale.train import loop, session
+from dit_scale.train import loop
 from dit_scale.train.ema import Ema, ema_kind
 from dit_scale.train.run_folder import root_of
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.trainer import Trainer
 from tests.support.latents import write_latents
 from tests.support.ranks import jobs
 from tests.support.ranks.processes import run
@@ -30,39 +31,39 @@ Weights = list[tuple[str, int, np.ndarray]]
 
 
 def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
-    """One rank of a training run; its masters at the start and behind every step."""
+    """Train as one rank; return its masters at the start and after every step."""
     kept: list[Weights] = []
 
-    def keep(step: TrainingStep) -> None:
+    def keep(trainer: Trainer) -> None:
         kept.append(
             [
                 (e.parameter, e.start, part.buffers[MASTER].detach().numpy()[e.offset :][: e.length].copy())
-                for part in step.engine.owned
-                for e in part.extents
+                for part in trainer.engine.owned
+                for e in part.slices
             ]
         )
 
-    update, begin = TrainingStep.update, session.Session.begin
+    update, start = Trainer.update, Trainer.start
 
-    def begin_and_keep(run: session.Session) -> None:
-        begin(run)
-        keep(run.step)
+    def start_and_keep(trainer: Trainer) -> None:
+        start(trainer)
+        keep(trainer)
 
-    def update_and_keep(step: TrainingStep, sums: Tensor, number: int) -> Tensor:
-        row = update(step, sums, number)
-        keep(step)
+    def update_and_keep(trainer: Trainer, sums: Tensor, step: int) -> Tensor:
+        row = update(trainer, sums, step)
+        keep(trainer)
         return row
 
     with (
-        patch.object(TrainingStep, "update", update_and_keep),
-        patch.object(session.Session, "begin", begin_and_keep),
+        patch.object(Trainer, "update", update_and_keep),
+        patch.object(Trainer, "start", start_and_keep),
     ):
         assert loop.train(config) == 0
     return kept
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "fp32"), (3, "fp32")])
-def test_sharded_is_replicated(tmp_path: Path, stage: int, precision: str) -> None:
+def test_sharded_averages_equal_replicated_ones(tmp_path: Path, stage: int, precision: str) -> None:
     write_latents(tmp_path / "data", num=40)
     config = jobs.small_config(tmp_path / "run", tmp_path / "data", zero_stage=stage, precision=precision)
     config = jobs.saving(config, steps=6, every_steps=6).model_copy(update={"ema": PROFILES})
@@ -73,7 +74,7 @@ def test_sharded_is_replicated(tmp_path: Path, stage: int, precision: str) -> No
     offsets = dict(zip(sizes, torch.tensor([0, *sizes.values()]).cumsum(0).tolist(), strict=False))
     replica = Partition(
         {MASTER: torch.full((sum(sizes.values()),), torch.nan)},
-        tuple(Extent(name, 0, size, offsets[name]) for name, size in sizes.items()),
+        tuple(ParameterSlice(name, 0, size, offsets[name]) for name, size in sizes.items()),
     )
     ema = Ema(PROFILES, (replica,))
     for step, parts in enumerate(zip(*ranks, strict=True)):

@@ -13,9 +13,10 @@ import torch
 from dit_scale import rng
 from dit_scale.checkpoint import attempts, rankfile
 from dit_scale.checkpoint.attempts import AttemptRecord
-from dit_scale.checkpoint.manifest import Manifest, name_of
+from dit_scale.checkpoint.manifest import CheckpointId, Manifest
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.checkpoint.writer import put_manifest
+from dit_scale.checkpoint.slices import ParameterSlice
+from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.data.order import Order, permute, positions_of, round_keys, sample_ids
 from dit_scale.data.shards import encode_sample
 from dit_scale.rng import Purpose
@@ -165,7 +166,8 @@ def test_index_bytes_of_a_shard_of_two() -> None:
 
 
 def test_checkpoint_names() -> None:
-    assert name_of(400_000, 3) == "0000400000-0003"
+    assert CheckpointId(400_000, 3).name == "0000400000-0003"
+    assert CheckpointId.parse("0000400000-0003") == CheckpointId(400_000, 3)
 
 
 RANK_HEADER = """\
@@ -183,7 +185,7 @@ FILE_RECORD = """\
 {"key":"rank-00000.safetensors","bytes":144,"header_bytes":136,
 "header_sha256":"d4febef18ccaa7150efca01514db4d9baf1f607fed02e06aabc43853d2bfda08"}
 """
-CHECKPOINT = "checkpoints/0000000003-0001"
+CHECKPOINT, CHECKPOINT_ID = "checkpoints/0000000003-0001", CheckpointId(3, 1)
 MANIFEST = (
     '{"format":"dit-scale checkpoint","version":2,"step":3,"samples":768,"attempt":1,"config":{},'
     '"data_sha256":"d","vae_sha256":"v","model_shapes":{"w":[6]},"optimizer_groups":[],'
@@ -214,9 +216,9 @@ def test_a_checkpoint_of_version_2_stays_readable(
     root.write(f"{CHECKPOINT}/MANIFEST.json", text.encode())
     root.write("attempts/0001.json", sealed({"attempt": 1, "resumed_from": None, "excluded_positions": []}))
     root.write("attempts/0002.json", ATTEMPT.replace("\n", "").encode())
-    assert attempts.newest(root) == AttemptRecord(2, CHECKPOINT, ((256, 512),))
-    assert attempts.committed(root) == [CHECKPOINT]
-    checkpoint = Checkpoint(root, CHECKPOINT)
+    assert attempts.newest(root) == AttemptRecord(2, CHECKPOINT_ID, ((256, 512),))
+    assert attempts.committed(root) == [CHECKPOINT_ID]
+    checkpoint = Checkpoint(root, CHECKPOINT_ID)
     manifest = checkpoint.manifest
     assert (manifest.step, manifest.samples, manifest.guard) == (3, 768, {"updates": 2.0})
     assert (manifest.skipped_steps, manifest.quarantined) == ((2,), {7: "unreadable"})
@@ -226,11 +228,11 @@ def test_a_checkpoint_of_version_2_stays_readable(
 
 def test_bytes_of_a_checkpoint(tmp_path: Path) -> None:
     root, values = open_storage(tmp_path), np.array([1.5, -2.0], "<f4")
-    pieces = [(rankfile.Piece("master", "w", 4, 2), values.view(np.uint8))]
-    record = rankfile.write(root, f"{CHECKPOINT}/rank-00000.safetensors", pieces)
+    slices = [("master", ParameterSlice("w", start=4, length=2, offset=0))]
+    record = rankfile.write(root, f"{CHECKPOINT}/rank-00000.safetensors", values.view(np.uint8), slices)
     assert root.read(f"{CHECKPOINT}/rank-00000.safetensors") == RANK_FILE
     assert record == Manifest.model_validate_json(MANIFEST).files[0]
-    put_manifest(root, CHECKPOINT, Manifest.model_validate_json(MANIFEST))
+    write_manifest(root, Manifest.model_validate_json(MANIFEST))
     assert root.read(f"{CHECKPOINT}/MANIFEST.json") == MANIFEST.encode()
 
 

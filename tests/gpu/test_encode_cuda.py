@@ -1,4 +1,4 @@
-"""Encoding on CUDA: the same bits in every process, and the latents of the CPU within stated tolerances."""
+"""Encoding on CUDA: the same bits in every process, and the CPU's latents within stated tolerances."""
 
 import multiprocessing
 import subprocess
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dit_scale.config import EncodeConfig
-from dit_scale.vae_files import find
+from dit_scale.vae_files import find_vae
 from dit_scale_pipeline.encoder import Encoder
 from tests.support.encoding import clean_environment, job_command, objects, write_images
 from tests.support.tiny_vae import save_full_vae, save_tiny_vae
@@ -24,7 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compiled": {"precision": "bf16", "channels_last": True, "compile": True},
 }
 TOLERANCES = {"fp32": 2e-3, "bf16": 0.1, "compiled": 0.1}
-"""Largest difference of a moment to the CPU's in fp32, as a share of the deviation of all moments."""
+"""Largest difference to the CPU's fp32 moments, relative to the standard deviation of all moments."""
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,9 +38,9 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def moments(vae: str, device: str, setting: dict[str, Any]) -> npt.NDArray[np.float16]:
-    """Two crops of 256 pixels, encoded in this process."""
+    """Return two crops of 256 pixels, encoded in this process."""
     config = EncodeConfig(vae=vae, image_size=256, vae_batch=2, threads_per_encoder=2, **setting)
-    encoder = Encoder(config, find(vae).identity, device)
+    encoder = Encoder(config, find_vae(vae).identity, device)
     draws = np.random.default_rng(0)
     small = draws.integers(0, 256, (2, 9, 9, 3), dtype=np.uint8)
     crops = [np.asarray(Image.fromarray(image).resize((256, 256))) for image in small]
@@ -53,7 +53,7 @@ def on_cpu(vae: str) -> npt.NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_make_the_same_bits_and_those_of_the_cpu_within_a_tolerance(
+def test_processes_agree_on_bits_and_with_the_cpu_within_tolerance(
     name: str, vae: str, on_cpu: npt.NDArray[np.float32]
 ) -> None:
     found = []

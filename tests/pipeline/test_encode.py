@@ -318,7 +318,7 @@ def test_verify_finds_labels_counts_and_statistics(
     info = read_info(open_storage(latents)).model_dump(mode="json")
     changes = (
         ({"quarantined": []}, "do not make up the 39 files"),
-        ({"class_names": ["empty", "n0"]}, "label 2 of 2 classes"),
+        ({"class_names": ["empty", "n0"]}, "expected a label below 2, got 2"),
         ({"channel_mean": [0.0] * 4}, "channel mean"),
     )
     copy = Path(shutil.copytree(latents, tmp_path / "copy"))

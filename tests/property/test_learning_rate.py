@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step: warm-up, peak, decay, the value of the last step."""
+"""The learning rate is a function of the step: warm-up, peak, decay, final value."""
 
 import math
 from itertools import pairwise
@@ -45,7 +45,7 @@ def test_the_warm_up_is_the_same_and_the_last_step_has_the_final_value(
 def test_after_the_warm_up_it_only_falls_and_by_no_more_than_the_steepest_slope(
     lr: float, warmup: int, after: int, decay: str, final: float
 ) -> None:
-    """Continuous also at the end of the warm-up, where the first step down is no larger than any other."""
+    """Also at the end of warm-up: the first step down is no larger than any other."""
     falling = rates(lr, warmup, warmup + after, decay=decay, final_lr_fraction=final)[max(1, warmup) - 1 :]
     slope = (math.pi / 2 if decay == "cosine" else 1.0) * lr * (1.0 - final) / max(1, len(falling) - 1)
     for before, behind in pairwise(falling):

@@ -11,29 +11,20 @@ from hypothesis import strategies as st
 
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
-from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, MANIFEST, name_of, read_manifest
+from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, MANIFEST, CheckpointId, read_manifest
 from dit_scale.errors import CheckpointError, SupersededError
 from dit_scale.storage import Storage, open_storage
 from tests.support import checkpoints
 
 
-def path_of(step: int, attempt: int, folder: str = CHECKPOINTS) -> str:
-    return f"{folder}/{name_of(step, attempt)}"
-
-
-def put(root: Storage, *paths: str) -> None:
+def put(root: Storage, *ids: CheckpointId, folder: str = CHECKPOINTS) -> None:
     """Manifests that nobody opens here; put as by an attempt that asked `check_current` long ago."""
-    for path in paths:
-        root.write(f"{path}/{MANIFEST}", b"")
+    for checkpoint_id in ids:
+        root.write(f"{checkpoint_id.path(folder)}/{MANIFEST}", b"")
 
 
-def claim(root: Storage, number: int, resumed_from: str | None = None) -> None:
+def claim(root: Storage, number: int, resumed_from: CheckpointId | None = None) -> None:
     attempts.claim(root, AttemptRecord(number, resumed_from))
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Storage:
-    return open_storage(tmp_path)
 
 
 # Records
@@ -43,7 +34,7 @@ def test_a_record_comes_back_as_it_was_claimed(root: Storage) -> None:
     assert attempts.numbers(root) == []
     assert attempts.newest(root) is None
     one = AttemptRecord(1)
-    two = AttemptRecord(2, path_of(30, 1), ((0, 4), (8, 20)))
+    two = AttemptRecord(2, CheckpointId(30, 1), ((0, 4), (8, 20)))
     for attempt in (one, two):
         attempts.claim(root, attempt)
     assert attempts.numbers(root) == [1, 2]
@@ -98,9 +89,7 @@ def test_an_attempt_is_current_until_the_next_one(root: Storage) -> None:
     attempts.check_current(root, 1)
     claim(root, 2)
     attempts.check_current(root, 2)
-    with pytest.raises(
-        SupersededError, match="attempt 2 of this run has begun; attempt 1 may change nothing"
-    ):
+    with pytest.raises(SupersededError, match="attempt 2 of this run has started; attempt 1 is superseded"):
         attempts.check_current(root, 1)
 
 
@@ -109,160 +98,167 @@ def test_an_attempt_is_current_until_the_next_one(root: Storage) -> None:
 
 def test_names_are_listed_newest_first(root: Storage) -> None:
     put(
-        root, *(path_of(step, attempt) for step, attempt in ((9, 1), (100, 1), (10, 1), (10, 2), (10, 10000)))
+        root,
+        *(CheckpointId(step, attempt) for step, attempt in ((9, 1), (100, 1), (10, 1), (10, 2), (10, 10000))),
     )
     assert committed(root) == [
-        path_of(100, 1),
-        path_of(10, 10000),
-        path_of(10, 2),
-        path_of(10, 1),
-        path_of(9, 1),
+        CheckpointId(100, 1),
+        CheckpointId(10, 10000),
+        CheckpointId(10, 2),
+        CheckpointId(10, 1),
+        CheckpointId(9, 1),
     ]
 
 
 def test_only_folders_of_the_format_are_listed(root: Storage) -> None:
-    name = name_of(10, 1)
-    put(root, "checkpoints/best", f"checkpoints/old/{name}", f"checkpoints/{name}/old", f"old/{name}", name)
-    root.write(f"checkpoints/{MANIFEST}", b"")
-    root.write(f"{path_of(20, 1)}/rank-00000.safetensors", b"")
+    name = CheckpointId(10, 1).name
+    for path in ("best", f"old/{name}", f"{name}/old"):
+        root.write(f"checkpoints/{path}/{MANIFEST}", b"")
+    for path in ("checkpoints", f"old/{name}", name):
+        root.write(f"{path}/{MANIFEST}", b"")
+    root.write(f"{CheckpointId(20, 1).path()}/rank-00000.safetensors", b"")
     assert committed(root) == []
 
 
 def test_without_a_record_all_count(root: Storage) -> None:
-    paths = [path_of(20, 2), path_of(10, 1)]
-    put(root, *paths)
-    assert committed(root) == paths
+    ids = [CheckpointId(20, 2), CheckpointId(10, 1)]
+    put(root, *ids)
+    assert committed(root) == ids
 
 
 def test_what_an_old_attempt_puts_later_does_not_count(root: Storage) -> None:
     claim(root, 1)
-    put(root, path_of(10, 1), path_of(20, 1))
-    claim(root, 2, path_of(20, 1))
-    put(root, path_of(30, 1), path_of(40, 1), path_of(30, 1, EMA))
-    assert committed(root) == [path_of(20, 1), path_of(10, 1)]
-    put(root, path_of(30, 2), path_of(20, 1, EMA), path_of(30, 2, EMA))
-    assert committed(root) == [path_of(30, 2), path_of(20, 1), path_of(10, 1)]
-    assert committed(root, EMA) == [path_of(30, 2, EMA), path_of(20, 1, EMA)]
+    put(root, CheckpointId(10, 1), CheckpointId(20, 1))
+    claim(root, 2, CheckpointId(20, 1))
+    put(root, CheckpointId(30, 1), CheckpointId(40, 1))
+    put(root, CheckpointId(30, 1), folder=EMA)
+    assert committed(root) == [CheckpointId(20, 1), CheckpointId(10, 1)]
+    put(root, CheckpointId(30, 2))
+    put(root, CheckpointId(20, 1), CheckpointId(30, 2), folder=EMA)
+    assert committed(root) == [CheckpointId(30, 2), CheckpointId(20, 1), CheckpointId(10, 1)]
+    assert committed(root, EMA) == [CheckpointId(30, 2), CheckpointId(20, 1)]
 
 
 def test_a_damaged_one_that_was_passed_over_does_not_count(root: Storage) -> None:
     claim(root, 1)
-    put(root, path_of(10, 1), path_of(20, 1))
-    claim(root, 2, path_of(10, 1))
-    assert committed(root) == [path_of(10, 1)]
-    put(root, path_of(20, 2))
-    assert committed(root) == [path_of(20, 2), path_of(10, 1)]
+    put(root, CheckpointId(10, 1), CheckpointId(20, 1))
+    claim(root, 2, CheckpointId(10, 1))
+    assert committed(root) == [CheckpointId(10, 1)]
+    put(root, CheckpointId(20, 2))
+    assert committed(root) == [CheckpointId(20, 2), CheckpointId(10, 1)]
 
 
 def test_an_attempt_of_which_nothing_was_taken_is_off_the_chain(root: Storage) -> None:
     claim(root, 1)
-    put(root, path_of(10, 1))
-    claim(root, 2, path_of(10, 1))
-    put(root, path_of(20, 2))
-    claim(root, 3, path_of(10, 1))
-    assert committed(root) == [path_of(10, 1)]
+    put(root, CheckpointId(10, 1))
+    claim(root, 2, CheckpointId(10, 1))
+    put(root, CheckpointId(20, 2))
+    claim(root, 3, CheckpointId(10, 1))
+    assert committed(root) == [CheckpointId(10, 1)]
 
 
 def test_a_start_from_nothing_has_no_past(root: Storage) -> None:
     claim(root, 1)
-    put(root, path_of(10, 1))
+    put(root, CheckpointId(10, 1))
     claim(root, 2)
     assert committed(root) == []
-    put(root, path_of(5, 2))
-    assert committed(root) == [path_of(5, 2)]
+    put(root, CheckpointId(5, 2))
+    assert committed(root) == [CheckpointId(5, 2)]
 
 
 def test_a_damaged_record_is_named_and_passed_over(root: Storage, tmp_path: Path) -> None:
     claim(root, 1)
-    attempts.claim(root, AttemptRecord(2, path_of(10, 1), ((0, 8),)))
-    claim(root, 3, path_of(20, 2))
+    attempts.claim(root, AttemptRecord(2, CheckpointId(10, 1), ((0, 8),)))
+    claim(root, 3, CheckpointId(20, 2))
     record = tmp_path / ATTEMPTS / "0003.json"
     record.write_bytes(record.read_bytes().replace(b"20-0002", b"20-0001"))
     with pytest.raises(CheckpointError, match=f"{ATTEMPTS}/0003.json is damaged"):
         attempts.read(root, 3)
-    assert attempts.newest(root) == AttemptRecord(2, path_of(10, 1), ((0, 8),))
+    assert attempts.newest(root) == AttemptRecord(2, CheckpointId(10, 1), ((0, 8),))
     assert attempts.numbers(root) == [1, 2, 3], "its number stays taken"
 
 
 @pytest.mark.parametrize("damaged", [1, 2, 3])
 def test_a_damaged_record_loses_no_checkpoint(root: Storage, damaged: int) -> None:
-    paths = [path_of(30, 3), path_of(20, 2), path_of(10, 1)]
-    for number, resumed_from in ((1, None), (2, path_of(10, 1)), (3, path_of(20, 2))):
+    ids = [CheckpointId(30, 3), CheckpointId(20, 2), CheckpointId(10, 1)]
+    for number, resumed_from in ((1, None), (2, CheckpointId(10, 1)), (3, CheckpointId(20, 2))):
         claim(root, number, resumed_from)
-        put(root, paths[-number])
+        put(root, ids[-number])
     root.write(f"{ATTEMPTS}/{damaged:04d}.json", b"")
-    assert committed(root) == paths
+    assert committed(root) == ids
 
 
 # Records that are gone
 
 
-def save(root: Storage, *paths: str) -> None:
+def save(root: Storage, *ids: CheckpointId, folder: str = CHECKPOINTS) -> None:
     """Commit checkpoints without tensors, as their attempts do."""
-    for path in paths:
-        checkpoints.write(root, path, [])
+    for checkpoint_id in ids:
+        checkpoints.write(root, checkpoint_id, [], folder)
 
 
 def test_the_newest_record_is_gone(root: Storage) -> None:
     claim(root, 1)
-    save(root, path_of(10, 1), path_of(20, 1))
-    claim(root, 2, path_of(10, 1))
-    save(root, path_of(15, 2))
+    save(root, CheckpointId(10, 1), CheckpointId(20, 1))
+    claim(root, 2, CheckpointId(10, 1))
+    save(root, CheckpointId(15, 2))
     root.delete(f"{ATTEMPTS}/0002.json")
     assert attempts.numbers(root) == [1, 2], "its folder says that the number is taken"
     assert attempts.unrecorded(root) == [2]
     assert attempts.newest(root) == AttemptRecord(1)
-    assert committed(root) == [path_of(15, 2), path_of(10, 1)], "20 was left behind"
+    assert committed(root) == [CheckpointId(15, 2), CheckpointId(10, 1)], "20 was left behind"
     (problem,) = attempts.problems(root)
-    assert problem.startswith(f"{root.url}/attempts/0002.json is missing; checkpoints of attempt 2 count as")
-    claim(root, 3, path_of(15, 2))
-    save(root, path_of(16, 3))
-    assert committed(root) == [path_of(16, 3), path_of(15, 2), path_of(10, 1)]
+    assert problem.startswith(
+        f"{root.url}/attempts/0002.json is missing; all readable checkpoints of attempt 2 count"
+    )
+    claim(root, 3, CheckpointId(15, 2))
+    save(root, CheckpointId(16, 3))
+    assert committed(root) == [CheckpointId(16, 3), CheckpointId(15, 2), CheckpointId(10, 1)]
 
 
 def test_an_average_alone_takes_its_number(root: Storage) -> None:
     claim(root, 1)
-    save(root, path_of(10, 2, EMA))
+    save(root, CheckpointId(10, 2), folder=EMA)
     assert attempts.numbers(root) == [1, 2]
 
 
 def test_all_records_are_gone(root: Storage) -> None:
-    save(root, path_of(10, 1), path_of(20, 3))
+    save(root, CheckpointId(10, 1), CheckpointId(20, 3))
     assert attempts.numbers(root) == [1, 3]
     assert attempts.unrecorded(root) == attempts.problems(root) == []
-    claim(root, 4, path_of(20, 3))
-    assert committed(root) == [path_of(20, 3), path_of(10, 1)]
+    claim(root, 4, CheckpointId(20, 3))
+    assert committed(root) == [CheckpointId(20, 3), CheckpointId(10, 1)]
 
 
 def test_a_checkpoint_whose_attempt_left_nothing_else(root: Storage) -> None:
     """Attempt 2 went on from attempt 1; of attempt 2, neither record nor checkpoint is left."""
     claim(root, 1)
-    save(root, path_of(10, 1))
-    claim(root, 3, path_of(20, 2))
-    assert committed(root) == [path_of(10, 1)]
+    save(root, CheckpointId(10, 1))
+    claim(root, 3, CheckpointId(20, 2))
+    assert committed(root) == [CheckpointId(10, 1)]
 
 
 def test_numbers_with_gaps_keep_old_attempts_out(root: Storage) -> None:
     claim(root, 1)
     claim(root, 4)
-    with pytest.raises(SupersededError, match="attempt 4 of this run has begun; attempt 1 may change"):
+    with pytest.raises(SupersededError, match="attempt 4 of this run has started; attempt 1 is superseded"):
         attempts.check_current(root, 1)
-    with pytest.raises(SupersededError, match="attempt 4 of this run has begun; attempt 2 may change"):
+    with pytest.raises(SupersededError, match="attempt 4 of this run has started; attempt 2 is superseded"):
         claim(root, 2)
     assert attempts.numbers(root) == [1, 4]
 
 
 def test_a_record_under_another_name(root: Storage, tmp_path: Path) -> None:
     claim(root, 1)
-    save(root, path_of(10, 1))
-    claim(root, 2, path_of(10, 1))
-    save(root, path_of(20, 2))
+    save(root, CheckpointId(10, 1))
+    claim(root, 2, CheckpointId(10, 1))
+    save(root, CheckpointId(20, 2))
     (tmp_path / ATTEMPTS / "0002.json").write_bytes((tmp_path / ATTEMPTS / "0001.json").read_bytes())
     with pytest.raises(
-        CheckpointError, match=r"0002\.json is the record of attempt 1: it was copied or renamed"
+        CheckpointError, match=r"0002\.json holds the record of attempt 1: it was copied or renamed"
     ):
         attempts.read(root, 2)
-    assert committed(root) == [path_of(20, 2), path_of(10, 1)]
+    assert committed(root) == [CheckpointId(20, 2), CheckpointId(10, 1)]
 
 
 # Checkpoints under wrong names
@@ -270,23 +266,23 @@ def test_a_record_under_another_name(root: Storage, tmp_path: Path) -> None:
 
 def test_a_checkpoint_under_another_name_is_not_read(root: Storage, tmp_path: Path) -> None:
     claim(root, 1)
-    save(root, path_of(6, 1), path_of(9, 1))
-    (tmp_path / path_of(6, 1)).rename(tmp_path / path_of(12, 2))
+    save(root, CheckpointId(6, 1), CheckpointId(9, 1))
+    (tmp_path / CheckpointId(6, 1).path()).rename(tmp_path / CheckpointId(12, 2).path())
     with pytest.raises(CheckpointError) as caught:
-        read_manifest(root, path_of(12, 2))
+        read_manifest(root, CheckpointId(12, 2))
     assert str(caught.value) == (
-        f"{root.url}/{path_of(12, 2)} holds step 6 of attempt 1: it was copied or renamed; its name is "
-        "0000000006-0001"
+        f"{root.url}/{CheckpointId(12, 2).path()} holds step 6 of attempt 1: it was copied or renamed; "
+        "its own name is 0000000006-0001"
     )
-    assert [path for path in committed(root) if attempts.is_readable(root, path)] == [path_of(9, 1)]
+    assert [one for one in committed(root) if attempts.is_readable(root, one)] == [CheckpointId(9, 1)]
 
 
 def test_a_folder_that_was_moved_is_read(root: Storage, tmp_path: Path) -> None:
     claim(root, 1)
-    save(root, path_of(6, 1))
+    save(root, CheckpointId(6, 1))
     (tmp_path / CHECKPOINTS).rename(tmp_path / "elsewhere")
-    assert read_manifest(root, f"elsewhere/{name_of(6, 1)}").step == 6
-    assert read_manifest(open_storage(tmp_path / "elsewhere"), name_of(6, 1)).step == 6
+    assert read_manifest(root, CheckpointId(6, 1), "elsewhere").step == 6
+    assert read_manifest(open_storage(tmp_path / "elsewhere"), CheckpointId(6, 1), folder="").step == 6
 
 
 # Any run
@@ -308,23 +304,24 @@ def test_any_records_may_go(tmp_path_factory: pytest.TempPathFactory, data: st.D
         number = max(attempts.numbers(root), default=0) + 1
         assert number not in steps
         claim(root, number, resumed_from)
-        at = steps[number] = int(resumed_from.split("/")[1].split("-")[0]) if resumed_from else 0
+        at = steps[number] = resumed_from.step if resumed_from else 0
         for writer in [number, *data.draw(st.lists(st.sampled_from([number, *steps]), max_size=4), "saves")]:
             steps[writer] += data.draw(st.integers(1, 3), "steps")
-            path = path_of(steps[writer], writer)
+            saved = CheckpointId(steps[writer], writer)
             if writer == number:
-                save(root, path)
+                save(root, saved)
                 at = steps[writer]
                 continue
             with pytest.raises(SupersededError):
-                save(root, path)
-            save(elsewhere, path)  # the chain was asked long ago
-            root.write(f"{path}/{MANIFEST}", elsewhere.read(f"{path}/{MANIFEST}"))
+                save(root, saved)
+            save(elsewhere, saved)  # the chain was asked long ago
+            key = f"{saved.path()}/{MANIFEST}"
+            root.write(key, elsewhere.read(key))
         records = [key for key, _ in root.list(f"{ATTEMPTS}/")]
         for key in data.draw(st.lists(st.sampled_from(records), unique=True), "deleted"):
             if len(root.list(f"{ATTEMPTS}/")) > 1:
                 root.delete(key)
-        assert committed(root)[0] == path_of(at, number)
+        assert committed(root)[0] == CheckpointId(at, number)
 
 
 @given(st.data())
@@ -334,16 +331,16 @@ def test_the_list_is_the_past_of_the_newest_attempt(
 ) -> None:
     """Any starts, saves and late saves, against a list that each start cuts and each save makes longer."""
     root = open_storage(tmp_path_factory.mktemp("run"))
-    past: list[str] = []
+    past: list[CheckpointId] = []
     steps: dict[int, int] = {}  # attempt => step that it is at
     for number in range(1, data.draw(st.integers(1, 5), "attempts") + 1):
         resumed_from = data.draw(st.sampled_from([None, *past]), "resumed from")
         past = past[: past.index(resumed_from) + 1] if resumed_from else []
         claim(root, number, resumed_from)
-        steps[number] = int(resumed_from.split("/")[1].split("-")[0]) if resumed_from else 0
+        steps[number] = resumed_from.step if resumed_from else 0
         for writer in data.draw(st.lists(st.sampled_from([number, *steps]), max_size=5), "saves of"):
             steps[writer] += data.draw(st.integers(1, 3), "steps")
-            put(root, path_of(steps[writer], writer))
+            put(root, CheckpointId(steps[writer], writer))
             if writer == number:
-                past.append(path_of(steps[writer], writer))
+                past.append(CheckpointId(steps[writer], writer))
         assert committed(root) == past[::-1]

@@ -43,5 +43,5 @@ def test_a_plan_holds_its_samples_and_little_more(global_batch: int, micro_batch
 
 
 def test_more_processes_than_samples_is_refused() -> None:
-    with pytest.raises(ConfigError, match="global_batch=3 is smaller than the 4 processes"):
+    with pytest.raises(ConfigError, match="global_batch=3 is smaller than the world size of 4"):
         batch_plan(3, 1, 4)

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from dit_scale.checkpoint import attempts, rankfile, writer
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
-from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, FileRecord, Manifest, name_of
-from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, Extent, Partition
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId, FileRecord, Manifest
+from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint, fill
 from dit_scale.checkpoint.saver import Snapshot
+from dit_scale.checkpoint.slices import ParameterSlice, StoredSlice
 from dit_scale.errors import CheckpointError, SupersededError
 from dit_scale.storage import DiskStorage, Storage, open_storage
 from tests.support import checkpoints
@@ -34,7 +35,8 @@ WEIGHT, BIAS, LAST = "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias", "fina
 SHAPES = {WEIGHT: (9, 7), BIAS: (9,), LAST: (2, 3, 5)}
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ, "ema.paper")
 TOTAL = sum(math.prod(shape) for shape in SHAPES.values())
-PATH = f"{CHECKPOINTS}/{name_of(30, 2)}"
+ID = CheckpointId(30, 2)
+PATH = ID.path()
 
 
 def numbers(kind: str, parameter: str) -> Tensor:
@@ -46,47 +48,47 @@ def numbers(kind: str, parameter: str) -> Tensor:
 def layout(cuts: list[int], padding: int = 0) -> list[tuple[Partition, ...]]:
     """ZeRO 1 and 2: all parameters in one row, cut at these places; each piece is a rank's partition."""
     edges = [0, *sorted(cuts), TOTAL]
-    return [(_partition(_extents(low, high), high - low + padding),) for low, high in pairwise(edges)]
+    return [(_partition(_slices(low, high), high - low + padding),) for low, high in pairwise(edges)]
 
 
 def layout_by_parameter(world: int) -> list[tuple[Partition, ...]]:
     """ZeRO 3: every parameter cut in `world` equal parts, the last ones short or empty."""
     ranks: list[tuple[Partition, ...]] = []
     for rank in range(world):
-        extents, offset = [], 0
+        slices, offset = [], 0
         for name, shape in SHAPES.items():
             share = -(-math.prod(shape) // world)
             length = min(share, math.prod(shape) - rank * share)
             if length > 0:
-                extents.append(Extent(name, rank * share, length, offset))
+                slices.append(ParameterSlice(name, rank * share, length, offset))
             offset += share
-        ranks.append((_partition(extents, offset),))
+        ranks.append((_partition(slices, offset),))
     return ranks
 
 
-def _extents(low: int, high: int) -> list[Extent]:
-    extents, first = [], 0
+def _slices(low: int, high: int) -> list[ParameterSlice]:
+    slices, first = [], 0
     for name, shape in SHAPES.items():
         start, end = max(low, first), min(high, first + math.prod(shape))
         if start < end:
-            extents.append(Extent(name, start - first, end - start, start - low))
+            slices.append(ParameterSlice(name, start - first, end - start, start - low))
         first += math.prod(shape)
-    return extents
+    return slices
 
 
-def _partition(extents: list[Extent], size: int) -> Partition:
-    partition = blank(Partition({kind: torch.empty(size) for kind in KINDS}, tuple(extents)))
+def _partition(slices: list[ParameterSlice], size: int) -> Partition:
+    partition = blank(Partition({kind: torch.empty(size) for kind in KINDS}, tuple(slices)))
     fill([partition], KINDS, lambda kind, name, start, n: numbers(kind, name)[start : start + n])
     return partition
 
 
 def blank(partition: Partition) -> Partition:
-    return Partition({k: torch.full_like(v, -1.0) for k, v in partition.buffers.items()}, partition.extents)
+    return Partition({k: torch.full_like(v, -1.0) for k, v in partition.buffers.items()}, partition.slices)
 
 
-def write(root: Storage, ranks: checkpoints.Ranks, path: str = PATH, **fields: Any) -> Manifest:
+def write(root: Storage, ranks: checkpoints.Ranks, **fields: Any) -> Manifest:
     rows = ((0.1, 0.2, 1e-3, 1 / 3, 0.0),)
-    return checkpoints.write(root, path, ranks, **{"model_shapes": SHAPES, "pending_metrics": rows, **fields})
+    return checkpoints.write(root, ID, ranks, **{"model_shapes": SHAPES, "pending_metrics": rows, **fields})
 
 
 def assert_whole(checkpoint: Checkpoint) -> None:
@@ -96,11 +98,6 @@ def assert_whole(checkpoint: Checkpoint) -> None:
         for name, tensor in whole.items():
             assert tensor.dtype == torch.float32
             assert torch.equal(tensor.flatten(), numbers(kind, name))
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Storage:
-    return open_storage(tmp_path)
 
 
 @pytest.fixture
@@ -122,7 +119,7 @@ LAYOUTS = {
 @pytest.mark.usefixtures("small_blocks")
 def test_any_split_reads_what_any_split_wrote(root: Storage, written: str) -> None:
     manifest = write(root, LAYOUTS[written])
-    checkpoint = Checkpoint(root, PATH)
+    checkpoint = Checkpoint(root, ID)
     assert checkpoint.manifest == manifest
     assert checkpoint.kinds() == set(KINDS)
     assert checkpoint.bytes == sum(size for key, size in root.list() if not key.endswith(MANIFEST))
@@ -150,7 +147,7 @@ def test_any_range_of_a_parameter(
         patch.setattr(rankfile, "BLOCK_BYTES", 4 * block_elements)
         root = open_storage(folder)
         write(root, layout(cuts))
-        checkpoint = Checkpoint(root, PATH)
+        checkpoint = Checkpoint(root, ID)
         values = numbers(MASTER, parameter)
         for start, length in ranges:
             start = start % len(values)
@@ -163,10 +160,12 @@ def test_blocks_of_the_real_size(root: Storage) -> None:
     elements = rankfile.BLOCK_BYTES // 4
     size = 2 * elements + 5
     values = torch.arange(size).float()
-    manifest = checkpoints.write(root, PATH, [[Partition({MASTER: values}, (Extent("w", 0, size, 0),))]])
-    (piece,) = rankfile.open_file(root, PATH, manifest.files[0])
-    assert len(piece.crc32c) == 3
-    checkpoint = Checkpoint(root, PATH)
+    manifest = checkpoints.write(
+        root, ID, [[Partition({MASTER: values}, (ParameterSlice("w", 0, size, 0),))]]
+    )
+    (stored,) = rankfile.open_file(root, PATH, manifest.files[0])
+    assert len(stored.crc32c) == 3
+    checkpoint = Checkpoint(root, ID)
     for start, end in pairwise((0, 1, elements - 1, elements, elements + 1, 2 * elements, 2 * elements + 5)):
         assert torch.equal(checkpoint.read(MASTER, "w", start, end - start), values[start:end])
     assert torch.equal(checkpoint.read(MASTER, "w", 0, size), values)
@@ -177,7 +176,7 @@ def test_only_the_blocks_of_a_range_are_read(
     root: Storage, monkeypatch: pytest.MonkeyPatch, small_blocks: None
 ) -> None:
     write(root, layout([]))
-    checkpoint = Checkpoint(root, PATH)
+    checkpoint = Checkpoint(root, ID)
     ranges: list[int] = []
     read_range = DiskStorage.read_range
 
@@ -195,8 +194,10 @@ def test_verify_asks_for_as_many_blocks_at_once_as_fit(
 ) -> None:
     monkeypatch.setattr(rankfile, "RUN_BYTES", 4 * 64)
     sizes = {"a": 9 * 16 + 5, "b": 3}  # ten blocks of one tensor, the last one short; one of the other
-    ranks = [[Partition({MASTER: torch.ones(n)}, (Extent(name, 0, n, 0),)) for name, n in sizes.items()]]
-    file = checkpoints.write(root, PATH, ranks).files[0]
+    ranks = [
+        [Partition({MASTER: torch.ones(n)}, (ParameterSlice(name, 0, n, 0),)) for name, n in sizes.items()]
+    ]
+    file = checkpoints.write(root, ID, ranks).files[0]
     ranges: list[tuple[int, int]] = []
     read_range = DiskStorage.read_range
 
@@ -253,7 +254,7 @@ def mended(finished: Path, small_blocks: None) -> Iterator[Path]:
 
 
 def read_all(folder: Path) -> None:
-    assert_whole(Checkpoint(open_storage(folder), PATH))
+    assert_whole(Checkpoint(open_storage(folder), ID))
 
 
 def damage(data: bytes, at: int, new: bytes) -> bytes:
@@ -262,21 +263,21 @@ def damage(data: bytes, at: int, new: bytes) -> bytes:
 
 def rank_file(folder: Path, rank: int) -> tuple[Path, bytes, int]:
     """Path, content and the first byte behind the header."""
-    path = folder / PATH / rankfile.name_of_rank(rank)
+    path = folder / PATH / rankfile.file_name(rank)
     data = path.read_bytes()
     return path, data, 8 + int.from_bytes(data[:8], "little")
 
 
-def pieces_of(folder: Path, rank: int) -> tuple[rankfile.StoredPiece, ...]:
+def slices_of(folder: Path, rank: int) -> tuple[StoredSlice, ...]:
     root = open_storage(folder)
-    return rankfile.open_file(root, PATH, Checkpoint(root, PATH).manifest.files[rank])
+    return rankfile.open_file(root, PATH, Checkpoint(root, ID).manifest.files[rank])
 
 
 def tensor_at(folder: Path, rank: int, byte: int) -> str:
     """ "kind of parameter" of the tensor that holds this byte of a rank's file."""
-    for piece in pieces_of(folder, rank):
-        if piece.offset <= byte < piece.offset + piece.bytes:
-            return f"{piece.kind} of {piece.parameter}"
+    for stored in slices_of(folder, rank):
+        if stored.byte_offset <= byte < stored.byte_offset + stored.bytes:
+            return f"{stored.kind} of {stored.parameter}"
     raise AssertionError(f"byte {byte} belongs to no tensor")
 
 
@@ -287,7 +288,7 @@ def test_a_flipped_bit_of_the_data_is_named(mended: Path, rank: int) -> None:
     for at in draws.integers(body, len(data), 60):
         expected = tensor_at(mended, rank, int(at))
         path.write_bytes(damage(data, at, bytes([data[at] ^ (1 << draws.integers(8))])))
-        for look in (read_all, lambda folder: Checkpoint(open_storage(folder), PATH).verify()):
+        for look in (read_all, lambda folder: Checkpoint(open_storage(folder), ID).verify()):
             with pytest.raises(CheckpointError) as caught:
                 look(mended)
             assert f"{PATH}/rank-{rank:05d}.safetensors: {expected} is damaged" in str(caught.value)
@@ -296,15 +297,15 @@ def test_a_flipped_bit_of_the_data_is_named(mended: Path, rank: int) -> None:
 
 def test_the_elements_of_a_damaged_block_are_named(mended: Path) -> None:
     path, data, _ = rank_file(mended, 1)
-    checkpoint = Checkpoint(open_storage(mended), PATH)
-    piece = next(piece for piece in pieces_of(mended, 1) if piece.start == 40)
-    at = piece.offset + 4 * 20  # element 60 of the parameter, in the second block of 16 elements
+    checkpoint = Checkpoint(open_storage(mended), ID)
+    stored = next(stored for stored in slices_of(mended, 1) if stored.start == 40)
+    at = stored.byte_offset + 4 * 20  # element 60 of the parameter, in the second block of 16 elements
     path.write_bytes(damage(data, at, b"\xff"))
-    assert checkpoint.read(piece.kind, piece.parameter, 40, 16).tolist() == [
-        *numbers(piece.kind, piece.parameter)[40:56]
+    assert checkpoint.read(stored.kind, stored.parameter, 40, 16).tolist() == [
+        *numbers(stored.kind, stored.parameter)[40:56]
     ]
     with pytest.raises(CheckpointError, match=r"CRC-32C of elements 56 to 63\b"):
-        checkpoint.read(piece.kind, piece.parameter, 58, 1)
+        checkpoint.read(stored.kind, stored.parameter, 58, 1)
 
 
 def test_a_flipped_bit_of_a_header_is_named(mended: Path) -> None:
@@ -312,7 +313,7 @@ def test_a_flipped_bit_of_a_header_is_named(mended: Path) -> None:
     for at in range(0, body, 9):
         path.write_bytes(damage(data, at, bytes([data[at] ^ 1])))
         with pytest.raises(CheckpointError, match=r"rank-00000.safetensors: its header is damaged"):
-            Checkpoint(open_storage(mended), PATH)
+            Checkpoint(open_storage(mended), ID)
 
 
 def test_a_flipped_bit_of_the_manifest_is_found(mended: Path) -> None:
@@ -322,7 +323,7 @@ def test_a_flipped_bit_of_the_manifest_is_found(mended: Path) -> None:
     for at in (0, 1, len(data) - 1, len(data) - 10, len(data) - 70, *draws.integers(0, len(data), 120)):
         path.write_bytes(damage(data, at, bytes([data[at] ^ (1 << draws.integers(8))])))
         with pytest.raises(CheckpointError, match=f"{PATH}/{MANIFEST} is damaged"):
-            Checkpoint(open_storage(mended), PATH)
+            Checkpoint(open_storage(mended), ID)
 
 
 @pytest.mark.parametrize("rank", range(3))
@@ -341,7 +342,7 @@ def test_a_truncated_file_is_named_before_anything_is_read(mended: Path, keep: i
     path.write_bytes(data[:keep])
     expected = f"rank-00001.safetensors: expected {len(data)} bytes, got {len(data[:keep])}"
     with pytest.raises(CheckpointError, match=expected):
-        Checkpoint(open_storage(mended), PATH)
+        Checkpoint(open_storage(mended), ID)
 
 
 @pytest.mark.parametrize("more", [1, 8, 4096])
@@ -350,7 +351,7 @@ def test_a_file_that_is_too_long_is_named_before_anything_is_read(mended: Path, 
     path.write_bytes(data + bytes(more))
     expected = f"rank-00001.safetensors: expected {len(data)} bytes, got {len(data) + more}"
     with pytest.raises(CheckpointError, match=expected):
-        Checkpoint(open_storage(mended), PATH)
+        Checkpoint(open_storage(mended), ID)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 500, -1])
@@ -358,11 +359,11 @@ def test_a_truncated_manifest_is_named(mended: Path, keep: int) -> None:
     path = mended / PATH / MANIFEST
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=MANIFEST):
-        Checkpoint(open_storage(mended), PATH)
+        Checkpoint(open_storage(mended), ID)
 
 
 def test_a_file_that_shrinks_while_it_is_read(mended: Path) -> None:
-    checkpoint = Checkpoint(open_storage(mended), PATH)
+    checkpoint = Checkpoint(open_storage(mended), ID)
     path, data, _ = rank_file(mended, 2)
     path.write_bytes(data[:-200])
     with pytest.raises(CheckpointError, match=r"of .*rank-00002.safetensors at .* expected \d+ bytes"):
@@ -386,21 +387,21 @@ class FlippingDisk(DiskStorage):
 
 def test_bits_that_flip_on_their_way_are_no_damage(finished: Path, small_blocks: None) -> None:
     """Four answers are looked at: three wrong ones in a row are no damage, a fourth is."""
-    assert_whole(Checkpoint(FlippingDisk(finished, wrong_answers=3), PATH))
+    assert_whole(Checkpoint(FlippingDisk(finished, wrong_answers=3), ID))
     with pytest.raises(CheckpointError, match="its header is damaged"):
-        Checkpoint(FlippingDisk(finished, wrong_answers=4), PATH)
+        Checkpoint(FlippingDisk(finished, wrong_answers=4), ID)
 
 
 def test_a_missing_file_is_named(root: Storage) -> None:
     write(root, layout([40]))
     root.delete(f"{PATH}/rank-00001.safetensors")
-    with pytest.raises(CheckpointError, match=f"{PATH}/rank-00001.safetensors: there is nothing"):
-        Checkpoint(root, PATH)
+    with pytest.raises(CheckpointError, match=f"{PATH}/rank-00001.safetensors: not found"):
+        Checkpoint(root, ID)
 
 
 def test_what_it_does_not_hold_is_named(root: Storage) -> None:
     write(root, layout([40]))
-    checkpoint = Checkpoint(root, PATH)
+    checkpoint = Checkpoint(root, ID)
     with pytest.raises(CheckpointError, match=f"ema.other of {BIAS} has 0 of 9 elements"):
         checkpoint.read("ema.other", BIAS, 0, 9)
     with pytest.raises(CheckpointError, match=f"master of {BIAS} has 4 of 9 elements"):
@@ -408,21 +409,23 @@ def test_what_it_does_not_hold_is_named(root: Storage) -> None:
 
 
 @pytest.mark.parametrize(
-    "extents",
+    "slices",
     [[(0, 5)], [(0, 4), (5, 4)], [(0, 5), (4, 4)], [(0, 4), (0, 5)], [(0, 9), (9, 1)]],
     ids=["too short", "a hole", "an overlap", "twice the same", "too long"],
 )
-def test_a_parameter_that_is_not_there_whole_and_once(root: Storage, extents: list[tuple[int, int]]) -> None:
-    ranks = [[Partition({MASTER: torch.ones(n)}, (Extent(BIAS, start, n, 0),))] for start, n in extents]
-    checkpoints.write(root, PATH, ranks, model_shapes={BIAS: (9,)})
-    with pytest.raises(CheckpointError, match=f"master of {BIAS} is not whole"):
-        Checkpoint(root, PATH).verify()
+def test_a_parameter_that_is_not_there_whole_and_once(root: Storage, slices: list[tuple[int, int]]) -> None:
+    ranks = [
+        [Partition({MASTER: torch.ones(n)}, (ParameterSlice(BIAS, start, n, 0),))] for start, n in slices
+    ]
+    checkpoints.write(root, ID, ranks, model_shapes={BIAS: (9,)})
+    with pytest.raises(CheckpointError, match=f"master of {BIAS} has missing or overlapping slices"):
+        Checkpoint(root, ID).verify()
 
 
 def test_a_loss_that_is_not_finite_is_kept_too(root: Storage) -> None:
     rows = ((math.nan, math.inf, -math.inf, 1.0),)
     write(root, [], pending_metrics=rows, guard={"mean": math.inf})
-    manifest = Checkpoint(root, PATH).manifest
+    manifest = Checkpoint(root, ID).manifest
     assert repr(manifest.pending_metrics) == repr(rows)
     assert manifest.guard == {"mean": math.inf}
 
@@ -431,26 +434,26 @@ def test_a_loss_that_is_not_finite_is_kept_too(root: Storage) -> None:
 def test_another_format_is_refused(root: Storage, other: dict[str, Any]) -> None:
     write(root, [], **other)
     with pytest.raises(CheckpointError, match="this program reads dit-scale checkpoint version 2"):
-        Checkpoint(root, PATH)
+        Checkpoint(root, ID)
 
 
 def test_a_configuration_of_another_version_is_refused(root: Storage) -> None:
     write(root, [], config={"new_knob": 1})
-    with pytest.raises(CheckpointError, match=r"is of another version of this program: .*\n.*new_knob"):
-        _ = Checkpoint(root, PATH).config
+    with pytest.raises(
+        CheckpointError, match=r"was written by another version of this program: .*\n.*new_knob"
+    ):
+        _ = Checkpoint(root, ID).config
 
 
 @pytest.mark.parametrize(
     ("record", "field"),
     [
-        (Extent("w", 0, 4, 0), "offset"),
-        (Partition({}, ()), "extents"),
-        (rankfile.Piece(MASTER, "w", 0, 4), "start"),
-        (rankfile.StoredPiece(MASTER, "w", 0, 4, 8, ()), "offset"),
+        (ParameterSlice("w", 0, 4, 0), "offset"),
+        (Partition({}, ()), "slices"),
+        (StoredSlice(MASTER, "w", 0, 4, 8, ()), "byte_offset"),
         (AttemptRecord(1), "resumed_from"),
         (FileRecord(key="k", bytes=8, header_bytes=8, header_sha256=""), "bytes"),
         (writer.Reply(), "problem"),
-        (writer.Source(kind=MASTER, parameter="w", start=0, length=4, memory_offset=0), "start"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -464,18 +467,18 @@ def test_a_record_cannot_be_changed(record: Any, field: str) -> None:
 
 def test_nothing_exists_before_its_manifest(root: Storage) -> None:
     assert committed(root) == []
-    checkpoints.write_rank(root, PATH, 0, layout([])[0])
+    checkpoints.write_rank(root, ID, 0, layout([])[0])
     assert committed(root) == []
     with pytest.raises(CheckpointError, match=MANIFEST):
-        Checkpoint(root, PATH)
+        Checkpoint(root, ID)
 
 
 def test_a_checkpoint_is_committed_once(root: Storage) -> None:
     manifest = write(root, layout([]))
     before = root.read(f"{PATH}/{MANIFEST}")
     with pytest.raises(CheckpointError, match="has a manifest already: another process writes to this run"):
-        writer.put_manifest(root, PATH, manifest.model_copy(update={"samples": 0}))
-    writer.put_manifest(root, PATH, manifest)  # a commit whose answer was lost is tried again
+        writer.write_manifest(root, manifest.model_copy(update={"samples": 0}))
+    writer.write_manifest(root, manifest)  # a commit whose answer was lost is tried again
     assert root.read(f"{PATH}/{MANIFEST}") == before
 
 
@@ -498,7 +501,8 @@ def written(
     snapshot.take()
     with open(snapshot.file, "rb") as file:
         memory = np.frombuffer(file.read(), np.uint8)
-    return writer.write(root, rank, memory, snapshot.sources, writer.Write(folders=folders)).files
+    request = writer.Write(checkpoint=ID, folders=folders)
+    return writer.write(root, rank, memory, snapshot.slices, request).files
 
 
 def commit(root: Storage, ranks: list[dict[str, FileRecord]], **fields: Any) -> writer.Reply:
@@ -509,16 +513,13 @@ def commit(root: Storage, ranks: list[dict[str, FileRecord]], **fields: Any) -> 
     return writer.commit(root, writer.Commit(files=files, manifest=manifest, keep=1, keep_every_steps=0))
 
 
-AVERAGES = f"{EMA}/{name_of(30, 2)}"
-
-
 @pytest.mark.parametrize("split", LAYOUTS)
 def test_what_writers_write(root: Storage, split: str) -> None:
     ranks = LAYOUTS[split]
-    folders = {AVERAGES: ("ema.paper",), PATH: KINDS}
+    folders = {EMA: ("ema.paper",), CHECKPOINTS: KINDS}
     files = [written(root, owned, rank, folders) for rank, owned in enumerate(ranks)]
     assert commit(root, files) == writer.Reply()
-    checkpoint, averages = Checkpoint(root, PATH), Checkpoint(root, AVERAGES)
+    checkpoint, averages = Checkpoint(root, ID), Checkpoint(root, ID, EMA)
     assert_whole(checkpoint)
     checkpoint.verify()
     averages.verify()
@@ -541,15 +542,13 @@ def test_a_disk_that_writes_something_else_is_found(
 
     monkeypatch.setattr(DiskStorage, "write_stream", write_wrongly)
     with pytest.raises(CheckpointError, match=r"rank-00000.safetensors: .* is damaged"):
-        written(root, layout([])[0], 0, {PATH: KINDS})
+        written(root, layout([])[0], 0, {CHECKPOINTS: KINDS})
 
 
 def test_an_old_attempt_commits_nothing(root: Storage) -> None:
     for number in (2, 3):
         attempts.claim(root, AttemptRecord(number))
-    files = written(root, layout([])[0], 0, {PATH: KINDS})
-    with pytest.raises(
-        SupersededError, match="attempt 3 of this run has begun; attempt 2 may change nothing"
-    ):
+    files = written(root, layout([])[0], 0, {CHECKPOINTS: KINDS})
+    with pytest.raises(SupersededError, match="attempt 3 of this run has started; attempt 2 is superseded"):
         commit(root, [files])
     assert not root.exists(f"{PATH}/{MANIFEST}")

@@ -15,19 +15,19 @@ import torch
 
 from dit_scale import cli, recipes
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
+from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, CheckpointId
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.checkpoint.writer import put_manifest
+from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.data.shards import INFO_KEY
 from dit_scale.inference.sources import open_source
 from dit_scale.storage import open_storage
 from tests.support.latents import write_latents
 from tests.support.tiny_run import STEP, write_run
-from tests.support.tiny_vae import save_tiny_vae
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMANDS = cli._parser()[1]
-NEWEST = name_of(STEP, 1)
+NEWEST_ID = CheckpointId(STEP, 1)
+NEWEST = NEWEST_ID.name
 
 HEAVY = ("torch", "deepspeed", "diffusers", "numpy", "scipy", "pydantic", "yaml", "boto3", "rich", "PIL")
 
@@ -37,11 +37,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latents")
     write_latents(folder, num=8, shard_samples=4, num_classes=5)
     return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture
@@ -205,7 +200,7 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, data: Path, capsys: pytest.Cap
         ),
         (["global_batch=99999999999999999999"], "global_batch: Input should be less than 2147483648"),
         (["engine.zero_stage=0"], "engine.zero_stage: Input should be 1, 2 or 3, got 0"),
-        (["--dry-run", "--world", "3"], "global_batch=2 is smaller than the 3 processes"),
+        (["--dry-run", "--world", "3"], "global_batch=2 is smaller than the world size of 3"),
         (
             ["--dry-run", "model.image_size=40"],
             "image_size 40 does not fit DiT-Ti/2: expected a multiple of 16",
@@ -239,7 +234,7 @@ def test_a_device_that_is_not_there(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = refused(capsys, *small(tmp_path, data), "engine.device=cuda")
-    assert "device=cuda was asked for and no CUDA device is visible; use device=auto or cpu" in said
+    assert "device=cuda, but no CUDA device is visible; use device=auto or device=cpu" in said
 
 
 @pytest.mark.usefixtures("same_process")
@@ -253,15 +248,15 @@ def test_a_data_set_that_is_not_finished(tmp_path: Path, capsys: pytest.CaptureF
     write_latents(tmp_path / "data", num=4)
     (tmp_path / "data" / INFO_KEY).rename(tmp_path / "data" / "encode.json")
     said = refused(capsys, *small(tmp_path, tmp_path / "data"))
-    assert "its encoding has not finished; start the same encoding command again" in said
+    assert "its encoding has not finished; run the same encoding command again" in said
 
 
 @pytest.mark.usefixtures("same_process")
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.image_size=64", "holds latents of 32 px images, model.image_size is 64"),
-        ("model.num_classes=4", "has 5 classes, model.num_classes is 4"),
+        ("model.image_size=64", "holds latents of 32 px images, but model.image_size is 64"),
+        ("model.num_classes=4", "has 5 classes, but model.num_classes is 4"),
     ],
 )
 def test_a_data_set_of_another_kind(
@@ -285,7 +280,7 @@ def test_a_launcher_that_says_half(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     said = refused(capsys, *small(tmp_path, data))
-    assert "RANK is set but WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: use the deepspeed launcher" in said
+    assert "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; use the deepspeed launcher" in said
 
 
 def test_other_errors_are_bugs_and_show_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +330,7 @@ def test_samples_that_cannot_be_drawn(
 
 def test_sources_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "sample", str(tmp_path))
-    assert f"{tmp_path}: expected a run's folder, a checkpoint's folder, or a" in said
+    assert f"{tmp_path}: expected a run folder, a checkpoint folder, or a" in said
 
 
 def test_a_bare_weights_file_needs_a_vae(
@@ -348,10 +343,10 @@ def test_a_bare_weights_file_needs_a_vae(
 
 def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, folder = open_storage(run), run / CHECKPOINTS
-    whole = Checkpoint(root, f"{CHECKPOINTS}/{NEWEST}")
-    next_name, damaged_name = name_of(STEP + 1, 1), name_of(STEP + 2, 1)
+    whole = Checkpoint(root, NEWEST_ID)
+    next_name, damaged_name = CheckpointId(STEP + 1, 1).name, CheckpointId(STEP + 2, 1).name
     shutil.copytree(folder / NEWEST, folder / next_name, ignore=shutil.ignore_patterns(MANIFEST))
-    put_manifest(root, f"{CHECKPOINTS}/{next_name}", whole.manifest.model_copy(update={"step": STEP + 1}))
+    write_manifest(root, whole.manifest.model_copy(update={"step": STEP + 1}))
     root.write(f"{CHECKPOINTS}/{damaged_name}/{MANIFEST}", b"{}")
     assert cli.main(["checkpoint", "list", str(run), "--json"]) == 0
     damaged, *rows = json.loads(capsys.readouterr().out)
@@ -367,7 +362,7 @@ def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_checkpoint_list_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "expected a run's folder" in refused(capsys, "checkpoint", "list", str(tmp_path))
+    assert "expected a run folder" in refused(capsys, "checkpoint", "list", str(tmp_path))
 
 
 def damage(file: Path) -> None:
@@ -378,7 +373,7 @@ def damage(file: Path) -> None:
 
 def test_checkpoint_verify(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:
     write_run(run, tiny_vae, STEP + 1)
-    newest, older = name_of(STEP + 1, 1), NEWEST
+    newest, older = CheckpointId(STEP + 1, 1).name, NEWEST
     assert cli.main(["checkpoint", "verify", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"{CHECKPOINTS}/{newest}", f"{CHECKPOINTS}/{older}"]
@@ -392,7 +387,7 @@ def test_checkpoint_verify(run: Path, capsys: pytest.CaptureFixture[str], tiny_v
     assert "is damaged (CRC-32C of elements" in damaged
     folder = run / CHECKPOINTS
     assert cli.main(["checkpoint", "verify", str(folder / newest)]) == 0
-    assert capsys.readouterr().out.startswith(f"{folder / newest}: whole, ")
+    assert capsys.readouterr().out.startswith(f"{folder / newest}: intact, ")
     assert cli.main(["checkpoint", "verify", str(folder / older)]) == 1
     assert f"{file}: ema.second of" in capsys.readouterr().out
 
@@ -400,15 +395,15 @@ def test_checkpoint_verify(run: Path, capsys: pytest.CaptureFixture[str], tiny_v
 def test_checkpoint_prune(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:
     for step in (STEP + 1, STEP + 2, STEP + 3):
         write_run(run, tiny_vae, step)
-    oldest, old, next_newest, newest = (f"{CHECKPOINTS}/{name_of(STEP + n, 1)}" for n in range(4))
+    oldest, old, next_newest, newest = (CheckpointId(STEP + n, 1) for n in range(4))
     root = open_storage(run)
     assert cli.main(["checkpoint", "prune", str(run)]) == 0
-    assert capsys.readouterr().out == f"{oldest}: would be deleted\n{old}: would be deleted\n"
+    assert capsys.readouterr().out == f"{oldest.path()}: would be deleted\n{old.path()}: would be deleted\n"
     assert committed(root) == [newest, next_newest, old, oldest]
     assert cli.main(["checkpoint", "prune", str(run), "--yes"]) == 0
-    assert capsys.readouterr().out == f"{oldest}: deleted\n{old}: deleted\n"
+    assert capsys.readouterr().out == f"{oldest.path()}: deleted\n{old.path()}: deleted\n"
     assert cli.main(["checkpoint", "prune", str(run), "--yes", "--keep", "1"]) == 0
-    assert capsys.readouterr().out == f"{next_newest}: deleted\n"
+    assert capsys.readouterr().out == f"{next_newest.path()}: deleted\n"
     assert committed(root) == [newest]
 
 
@@ -421,31 +416,29 @@ def test_prune_says_where_the_configuration_was_edited(
     (run / "config.yaml").write_text(text.replace("  keep: 2\n", "  keep: 1\n"))
     assert cli.main(["checkpoint", "prune", str(run)]) == 0
     note, gone = capsys.readouterr().out.splitlines()
-    assert (
-        note
-        == f"note: config.yaml is not as in {CHECKPOINTS}/{name_of(STEP + 1, 1)}: checkpoint.keep: 2 -> 1"
-    )
+    newest = CheckpointId(STEP + 1, 1).path()
+    assert note == f"note: config.yaml differs from {newest}: checkpoint.keep: 2 -> 1"
     assert gone == f"{CHECKPOINTS}/{NEWEST}: would be deleted"
 
 
 def test_checkpoint_keep(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:
     write_run(run, tiny_vae, STEP + 1)
     assert cli.main(["checkpoint", "keep", str(run), NEWEST]) == 0
-    assert capsys.readouterr().out == f"{CHECKPOINTS}/{NEWEST} stays for good\n"
+    assert capsys.readouterr().out == f"{CHECKPOINTS}/{NEWEST} is kept permanently\n"
     assert cli.main(["checkpoint", "prune", str(run), "--yes", "--keep", "1"]) == 0
     assert capsys.readouterr().out == ""
     assert cli.main(["checkpoint", "verify", str(run)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
-    for name in (name_of(STEP + 2, 1), "latest"):
+    for name in (CheckpointId(STEP + 2, 1).name, "latest"):
         said = refused(capsys, "checkpoint", "keep", str(run), name)
-        assert f"{run} has no checkpoint {name}; `dit-scale checkpoint list` shows them" in said
+        assert f"{run} has no checkpoint {name}; `dit-scale checkpoint list` prints their names" in said
 
 
 def test_nothing_is_pruned_when_the_newest_is_damaged(
     run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str
 ) -> None:
     write_run(run, tiny_vae, STEP + 1)
-    damage(run / CHECKPOINTS / name_of(STEP + 1, 1) / "rank-00000.safetensors")
+    damage(run / CheckpointId(STEP + 1, 1).path() / "rank-00000.safetensors")
     assert "is damaged" in refused(capsys, "checkpoint", "prune", str(run), "--yes", "--keep", "1")
     assert len(committed(open_storage(run))) == 2
 
@@ -463,11 +456,11 @@ def test_a_run_without_power_function_averages(
     assert json.loads(capsys.readouterr().out) == []
     out = tmp_path / "weights.safetensors"
     said = refused(capsys, "ema", "reconstruct", str(run), "--sigma-rel", "0.1", "--out", str(out))
-    assert "holds no power-function average; it takes an ema profile with sigma_rel" in said
+    assert "has no power-function average; set checkpoint.ema_every_steps and an ema profile" in said
 
 
 def test_averages_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "expected a run's folder" in refused(capsys, "ema", "list", str(tmp_path))
+    assert "expected a run folder" in refused(capsys, "ema", "list", str(tmp_path))
 
 
 def test_checkpoint_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

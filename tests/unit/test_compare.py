@@ -16,7 +16,7 @@ from demo import digits
 from dit_scale import cli, vae
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import LatentDataset
-from dit_scale.inference.pictures import decode, random_ids
+from dit_scale.inference.preview import decode, random_ids
 from dit_scale.storage import open_storage
 from dit_scale_pipeline import output
 from dit_scale_pipeline.compare import psnr

@@ -1,4 +1,4 @@
-"""YAML files and overrides: values are what people mean by them, and mistakes are named with their place."""
+"""YAML files and overrides: values mean what the user meant, and errors name their origin."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dit_scale.config import EmaProfile, EncodeConfig, TrainConfig, dump, load
 from dit_scale.errors import ConfigError
-from dit_scale.paths import located
+from dit_scale.paths import with_absolute_paths
 
 
 def of_file(folder: Path, text: str | bytes, *overrides: str) -> TrainConfig:
@@ -63,7 +63,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", [*NAMES, "true", "null", "~", "a: b", "a #1", "'", '"', "d\u00e4ta \u96ea"])
 def test_text_is_text_whatever_it_looks_like(tmp_path: Path, name: str) -> None:
-    """In a file as the program writes it, and in an override: quoted where YAML would not give it back."""
+    """In a file that the program wrote, and in an override, quoted where YAML needs quotes."""
     config = TrainConfig(ema=(EmaProfile(name=name, decay=0.5),))
     assert of_file(tmp_path, dump(config)).ema[0].name == name
     quoted = f"'{name.replace(chr(39), 2 * chr(39))}'"
@@ -84,7 +84,7 @@ def test_a_choice_may_be_called_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["model:", "model: ~", "ema:", "log: {}", "", "# nothing", "---"])
 def test_an_empty_section_is_an_absent_one(tmp_path: Path, text: str) -> None:
-    assert of_file(tmp_path, text) == located(TrainConfig())
+    assert of_file(tmp_path, text) == with_absolute_paths(TrainConfig())
     assert of_file(tmp_path, text, "model.name=DiT-S/8", "ema.0.decay=0.5").model.name == "DiT-S/8"
 
 
@@ -116,7 +116,7 @@ def test_an_item_of_a_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", ["1", "-1", "x"])
 def test_an_item_that_is_not_there(number: str) -> None:
     with pytest.raises(
-        ConfigError, match=rf"expected a number below 1 behind ema, got '{number}'; ema=\[...\]"
+        ConfigError, match=rf"expected an index below 1 after ema, got '{number}'; ema=\[...\]"
     ):
         load(TrainConfig, None, ["ema.0.decay=0.5", f"ema.{number}.decay=0.5"])
 
@@ -139,9 +139,7 @@ def test_a_mistake_is_blamed_on_where_it_stands(tmp_path: Path) -> None:
 def test_a_section_that_both_have_part_in(tmp_path: Path) -> None:
     text = "optimizer: {final_lr_fraction: 0.5, decay: cosine}"
     said = refused(tmp_path, text, "optimizer.decay=none")
-    assert said.startswith(
-        "config.yaml and command line: optimizer: final_lr_fraction=0.5 with decay=none has"
-    )
+    assert said.startswith("config.yaml and command line: optimizer: final_lr_fraction=0.5 has no effect")
 
 
 def test_an_unknown_key_of_an_item(tmp_path: Path) -> None:
@@ -152,9 +150,9 @@ def test_an_unknown_key_of_an_item(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("steps: 7\nseed: 1\nsteps: 8", "the key 'steps' is there twice, on line 1 and on line 3; keep one"),
-        ("optimizer:\n  lr: 1\n  lr: 2", "the key 'lr' is there twice, on line 2 and on line 3; keep one"),
-        ("optimizer: {lr: 1, lr: 1}", "the key 'lr' is there twice, on line 1 and on line 1; keep one"),
+        ("steps: 7\nseed: 1\nsteps: 8", "duplicate key 'steps' on line 1 and on line 3; remove one"),
+        ("optimizer:\n  lr: 1\n  lr: 2", "duplicate key 'lr' on line 2 and on line 3; remove one"),
+        ("optimizer: {lr: 1, lr: 1}", "duplicate key 'lr' on line 1 and on line 1; remove one"),
         ("steps: 1\n---\nsteps: 2", "expected a single document"),
         ("data:\n\turl: x", "found character '\\t' that cannot start any token"),
         (b"run: caf\xe9", "unacceptable character"),
@@ -169,10 +167,10 @@ def test_no_yaml(tmp_path: Path, text: str | bytes, said: str) -> None:
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is a folder, expected a YAML file or the name of a recipe$"):
+    with pytest.raises(ConfigError, match=r"is a folder; expected a YAML file or a recipe name$"):
         load(TrainConfig, tmp_path)
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(ConfigError, match=rf"; {tmp_path}/config.yaml is one$"):
+    with pytest.raises(ConfigError, match=rf"; did you mean {tmp_path}/config.yaml\?$"):
         load(TrainConfig, tmp_path)
 
 
@@ -204,7 +202,7 @@ ENCODE = st.fixed_dictionaries({"wandb_project": TEXT, "ray_address": TEXT, "max
 def test_a_dumped_run_is_the_same_run(
     tmp_path_factory: pytest.TempPathFactory, tree: dict[str, object]
 ) -> None:
-    config = located(TrainConfig.model_validate(tree))
+    config = with_absolute_paths(TrainConfig.model_validate(tree))
     path = tmp_path_factory.getbasetemp() / "train.yaml"
     path.write_text(dump(config))
     assert load(TrainConfig, path) == config
@@ -214,7 +212,7 @@ def test_a_dumped_run_is_the_same_run(
 def test_a_dumped_job_is_the_same_job(
     tmp_path_factory: pytest.TempPathFactory, tree: dict[str, object]
 ) -> None:
-    config = located(EncodeConfig.model_validate(tree))
+    config = with_absolute_paths(EncodeConfig.model_validate(tree))
     path = tmp_path_factory.getbasetemp() / "encode.yaml"
     path.write_text(dump(config))
     assert load(EncodeConfig, path) == config

@@ -1,4 +1,4 @@
-"""The transformer: its start, its four designs against plain float64, types, casts and compilation."""
+"""The transformer: initialisation, its four designs against plain float64, types, casts and compilation."""
 
 import copy
 import zlib
@@ -6,6 +6,7 @@ import zlib
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_scale.config import ModelConfig
@@ -22,7 +23,7 @@ def small_config(conditioning="adaln_zero", **knobs):
 
 
 def random_model(conditioning="adaln_zero", seed=0, **knobs):
-    """A model whose every parameter is random: at initialisation most of it would not show."""
+    """Build a model with random parameters: at initialisation most of them have no effect."""
     model = build(small_config(conditioning, **knobs), seed=0)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -104,7 +105,7 @@ def test_initial_bits_are_the_same_on_every_machine():
 
 
 def plain_forward(state, shape, x, t, y):
-    """The model from its definition, one operation at a time, in float64; weights by their names."""
+    """Compute the model from its definition in float64, with weights looked up by name."""
 
     def linear(name, x):
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
@@ -116,7 +117,7 @@ def plain_forward(state, shape, x, t, y):
         return x.reshape(*x.shape[:2], shape.heads, -1)
 
     def attend(q, k, v):
-        scores = torch.einsum("bqhk,bthk->bhqt", heads(q), heads(k)) * shape.head_dim**-0.5
+        scores = torch.einsum("bqhk,bthk->bhqt", heads(q), heads(k)) * (shape.width // shape.heads) ** -0.5
         return torch.einsum("bhqt,bthk->bqhk", scores.softmax(-1), heads(v)).flatten(2)
 
     def self_attention(name, x):
@@ -280,7 +281,7 @@ def test_timesteps_may_be_floats():
 
 
 class HostReads(TorchDispatchMode):
-    """Counts operations that make the host wait for the device."""
+    """Count operations that make the host wait for the device."""
 
     count = 0
 
@@ -308,20 +309,24 @@ def test_model_knows_its_attention_backend():
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_blocks_share_one_compilation(conditioning):
-    """A backend that only counts: what compiles here in a moment takes minutes on a GPU."""
+def test_blocks_share_one_compilation(conditioning, monkeypatch):
+    """The compiler backend only counts graphs: real compilation takes minutes on a GPU."""
     graphs = []
 
     def counting_backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda block: compile_module(block, backend=counting_backend, fullgraph=True)
+    )
     torch._dynamo.reset()
     model, batch = random_model(conditioning), draw_batch()
     names = list(model.state_dict())
     with torch.no_grad():
         eager = model(*batch)
-        model.compile_blocks(backend=counting_backend, fullgraph=True)
+        model.compile_blocks()
         compiled = model(*batch)
     torch._dynamo.reset()
     assert len(graphs) == 1

@@ -16,7 +16,7 @@ from dit_scale.data.shards import Quarantined, VaeIdentity
 from dit_scale.errors import ConfigError, DataError, DeviceError, WeightsError
 from dit_scale.storage import Storage, open_storage
 from dit_scale.storage.disk import DiskStorage
-from dit_scale.vae_files import find
+from dit_scale.vae_files import find_vae
 from dit_scale_pipeline import output
 from dit_scale_pipeline.decoder import DecodedBatch
 from dit_scale_pipeline.encoder import Encoder
@@ -354,7 +354,7 @@ def test_rows_that_cannot_be_put_stop_no_job(tmp_path: Path) -> None:
 
 def tiny_encoder(folder: Path, **setting: object) -> tuple[Encoder, dict[str, str]]:
     vae = save_tiny_vae(folder / "vae")
-    encoder = Encoder(config(vae=vae, vae_batch=4, **setting), find(vae).identity, "cpu")
+    encoder = Encoder(config(vae=vae, vae_batch=4, **setting), find_vae(vae).identity, "cpu")
     return encoder, encoder.runtime()
 
 

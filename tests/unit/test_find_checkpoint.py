@@ -11,23 +11,25 @@ from pydantic import BaseModel
 
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord
-from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, name_of
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.manifest import MANIFEST, CheckpointId
+from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import CheckpointConfig, TrainConfig
 from dit_scale.dist import World
-from dit_scale.elastic.launch import committed_step
+from dit_scale.elastic.run_progress import committed_step
 from dit_scale.errors import ConfigError
-from dit_scale.paths import located
+from dit_scale.paths import with_absolute_paths
 from dit_scale.storage import Storage, UnavailableError, open_storage, s3
 from dit_scale.train.changes import say_changes
-from dit_scale.train.run_folder import find_checkpoint, root_of
+from dit_scale.train.restore import find_checkpoint
+from dit_scale.train.run_folder import root_of
 from tests.support import checkpoints
 from tests.support.faults.proxy import FaultProxy
 from tests.support.s3 import BUCKET, s3_server
 
 STEPS = (40, 30, 20)
-NEWEST, OLDER, OLDEST = (f"{CHECKPOINTS}/{name_of(step, 1)}" for step in STEPS)
+NEWEST, OLDER, OLDEST = (CheckpointId(step, 1) for step in STEPS)
 WEIGHT, SIZE = "final_layer.linear.weight", 6
 DATA_SHA256 = "1" * 64
 
@@ -47,7 +49,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
         yield proxy
 
 
-RATE = "the learning rate of step 41 is {}; as saved it would be 5.96e-05"
+RATE = "the learning rate of step 41 is {}; with the saved values it would be 5.96e-05"
 
 
 @pytest.mark.parametrize(
@@ -74,21 +76,21 @@ RATE = "the learning rate of step 41 is {}; as saved it would be 5.96e-05"
 )
 def test_all_that_changed_is_said(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
     saved = {"steps": 100, "optimizer": {"decay": "linear"}}
-    owned = [Partition({MASTER: torch.zeros(SIZE)}, (Extent(WEIGHT, 0, SIZE, 0),))]
+    owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice(WEIGHT, 0, SIZE, 0),))]
     config = TrainConfig.model_validate(saved).model_dump(mode="json")
     checkpoints.write(open_storage(tmp_path), NEWEST, [owned], config=config)
     notes: list[str] = []
     checkpoint = Checkpoint(open_storage(tmp_path), NEWEST)
-    say_changes(located(TrainConfig.model_validate(saved | changes)), checkpoint, notes.append)
+    say_changes(with_absolute_paths(TrainConfig.model_validate(saved | changes)), checkpoint, notes.append)
     assert notes == said
 
 
-def write(root: Storage, config: TrainConfig, *paths: str, **fields: Any) -> None:
+def write(root: Storage, config: TrainConfig, *ids: CheckpointId, **fields: Any) -> None:
     """Checkpoints of one small tensor, of a run with this configuration."""
-    for path in paths:
-        owned = [Partition({MASTER: torch.zeros(SIZE)}, (Extent(WEIGHT, 0, SIZE, 0),))]
+    for checkpoint_id in ids:
+        owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice(WEIGHT, 0, SIZE, 0),))]
         known = {"config": config.model_dump(mode="json"), "data_sha256": DATA_SHA256}
-        checkpoints.write(root, path, [owned], **known, **fields)
+        checkpoints.write(root, checkpoint_id, [owned], **known, **fields)
 
 
 def read(checkpoint: Checkpoint) -> None:
@@ -109,53 +111,55 @@ def test_a_server_that_does_not_answer_is_no_damage(proxy: FaultProxy, world: Wo
         return find_checkpoint(config, DATA_SHA256, world, fill, notes.append)
 
     def assert_it_stops(fill: Callable[[Checkpoint], None]) -> None:
-        with pytest.raises(UnavailableError, match=f"checkpoint {NEWEST} may be whole, .* tried 20 times"):
+        with pytest.raises(
+            UnavailableError, match=f"checkpoint {NEWEST.path()} may be intact, .* tried 20 times"
+        ):
             find(fill)
         proxy.calm()
 
     for key in (MANIFEST, "rank-"):
-        proxy.set({"error": 1.0}, only=f"{NEWEST}/{key}")
+        proxy.set({"error": 1.0}, only=f"{NEWEST.path()}/{key}")
         assert_it_stops(read)
     assert_it_stops(read_too_late)
     assert notes == []
-    assert str(find(read)) == f"{root.url}/{NEWEST}"
-    root.delete(f"{NEWEST}/rank-00000.safetensors")
-    assert str(find(read)) == f"{root.url}/{OLDER}"
-    assert [note.startswith(f"passing over checkpoint {NEWEST}: ") for note in notes] == [True]
+    assert str(find(read)) == f"{root.url}/{NEWEST.path()}"
+    root.delete(f"{NEWEST.path()}/rank-00000.safetensors")
+    assert str(find(read)) == f"{root.url}/{OLDER.path()}"
+    assert [note.startswith(f"skipping checkpoint {NEWEST.path()}: ") for note in notes] == [True]
 
 
 @pytest.mark.parametrize(
-    ("at_most_step", "name"),
+    ("at_most_step", "expected"),
     [(41, NEWEST), (40, NEWEST), (39, OLDER), (30, OLDER), (29, OLDEST), (20, OLDEST), (19, None), (0, None)],
 )
 def test_the_newest_up_to_a_step_is_taken_that_of_the_step_too(
-    tmp_path: Path, world: World, at_most_step: int, name: str | None
+    tmp_path: Path, world: World, at_most_step: int, expected: CheckpointId | None
 ) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, *(NEWEST, OLDER, OLDEST))
     notes: list[str] = []
-    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append, at_most_step)
-    assert (found.name if found else None, notes) == (name, [])
+    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append, at_most_step=at_most_step)
+    assert (found.id if found else None, notes) == (expected, [])
 
 
 def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world: World) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, NEWEST, OLDER)
-    wrong = f"{CHECKPOINTS}/{name_of(90, 1)}"
-    shutil.copytree(tmp_path / OLDER, tmp_path / wrong)
+    wrong = CheckpointId(90, 1).path()
+    shutil.copytree(tmp_path / OLDER.path(), tmp_path / wrong)
     notes: list[str] = []
     found = find_checkpoint(config, DATA_SHA256, world, read, notes.append)
     assert found is not None
-    assert found.name == NEWEST
+    assert found.id == NEWEST
     assert notes == [
-        f"passing over checkpoint {wrong}: {tmp_path}/{wrong} holds step 30 of attempt 1: it was copied or "
-        "renamed; its name is 0000000030-0001"
+        f"skipping checkpoint {wrong}: {tmp_path}/{wrong} holds step 30 of attempt 1: it was copied or "
+        "renamed; its own name is 0000000030-0001"
     ]
     assert committed_step(root_of(config)) == 40
 
 
 def test_a_run_whose_newest_record_is_gone_says_so_and_goes_on(tmp_path: Path, world: World) -> None:
-    config, newest = TrainConfig(run=str(tmp_path)), f"{CHECKPOINTS}/{name_of(35, 2)}"
+    config, newest = TrainConfig(run=str(tmp_path)), CheckpointId(35, 2)
     root = root_of(config)
     attempts.claim(root, AttemptRecord(1))
     write(root, config, NEWEST, OLDER)
@@ -165,8 +169,8 @@ def test_a_run_whose_newest_record_is_gone_says_so_and_goes_on(tmp_path: Path, w
     notes: list[str] = []
     found = find_checkpoint(config, DATA_SHA256, world, read, notes.append)
     assert found is not None
-    assert found.name == newest
-    assert notes == ["attempts/0002.json is missing; attempt 2 counts as far as it can be read"]
+    assert found.id == newest
+    assert notes == ["attempts/0002.json is missing; the readable checkpoints of attempt 2 count"]
 
 
 # One run, one identity
@@ -231,7 +235,7 @@ def test_a_run_keeps_what_decides_its_numbers(tmp_path: Path, world: World, key:
     write(root_of(config), config, NEWEST)
     other = changed(config, key, BOUND[key])
     assert other != config
-    with pytest.raises(ConfigError, match=rf"is a run of another configuration: {key} was "):
+    with pytest.raises(ConfigError, match=rf"holds a run with another configuration: {key} was "):
         find_checkpoint(other, DATA_SHA256, world, read, print)
 
 
@@ -257,11 +261,13 @@ def test_a_run_may_change_the_rest(tmp_path: Path, world: World, key: str) -> No
     assert other != config
     found = find_checkpoint(other, DATA_SHA256, world, read, print)
     assert found is not None
-    assert found.name == NEWEST
+    assert found.id == NEWEST
 
 
 def test_a_run_keeps_its_data_set(tmp_path: Path, world: World) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, NEWEST)
-    with pytest.raises(ConfigError, match=r"another configuration: data\.url holds another latent data set"):
+    with pytest.raises(
+        ConfigError, match=r"another configuration: data\.url leads to another latent data set"
+    ):
         find_checkpoint(config, "2" * 64, world, read, print)

@@ -1,4 +1,4 @@
-"""A file of lines on disks that are full, fail, or lose it."""
+"""Append-only files of lines on a disk that is full or fails, and when the file is removed."""
 
 import resource
 import shutil
@@ -12,7 +12,7 @@ from dit_scale.lines import LineFile
 from tests.support.faults.small_disk import fill, small_disk
 
 LONG = "x" * 1000
-"""A line; four and a bit fill a page."""
+"""A line; a page holds about four of them."""
 
 
 @pytest.fixture
@@ -42,23 +42,25 @@ def test_a_line_is_in_the_file_when_append_returns(tmp_path: Path, alarms: list[
     assert (file.close(), alarms) == ("", [])
 
 
-def test_lines_wait_while_the_disk_is_full(disk: Path, alarms: list[str]) -> None:
+def test_lines_are_buffered_while_the_disk_is_full(disk: Path, alarms: list[str]) -> None:
     path = disk / "events.jsonl"
     file = LineFile(path, alarms.append)
     file.append("first")
     filler = fill(disk)
     for line in numbered(20):
         file.append(line)
-    assert not file.is_whole
-    assert len(read(path)) < 10, "some of them fitted into the last page, one of them in part"
+    assert not file.is_complete
+    assert len(read(path)) < 10, "the last page had room for some of them, and for part of one"
     assert not path.read_text().endswith("\n")
     (alarm,) = alarms
-    assert "events.jsonl cannot be written: No space left on device; its lines are kept in memory" in alarm
+    assert (
+        "events.jsonl cannot be written: No space left on device; its lines are buffered in memory" in alarm
+    )
     filler.unlink()
     file.append("last")
-    assert file.is_whole
+    assert file.is_complete
     assert read(path) == ["first", *numbered(20), "last", ""]
-    assert "written again, and has the lines that were kept" in alarms[1]
+    assert "can be written again; all buffered lines are written" in alarms[1]
     assert (file.close(), len(alarms)) == ("", 2)
 
 
@@ -74,10 +76,10 @@ def test_a_second_outage_has_its_own_alarm(disk: Path, alarms: list[str]) -> Non
     assert len(alarms) == 6
 
 
-def test_what_waits_is_bounded_and_what_is_lost_is_counted(
+def test_the_buffer_is_bounded_and_dropped_lines_are_counted(
     disk: Path, alarms: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines, "KEPT_BYTES", 10 * len(numbered(1)[0]) + 50)
+    monkeypatch.setattr(lines, "MAX_BUFFERED_BYTES", 10 * len(numbered(1)[0]) + 50)
     filler = fill(disk)
     file = LineFile(disk / "events.jsonl", alarms.append)
     for line in numbered(15):
@@ -85,20 +87,20 @@ def test_what_waits_is_bounded_and_what_is_lost_is_counted(
     filler.unlink()
     file.append("last")
     assert read(file.path)[:10] == numbered(10)
-    assert "but for 5 lines" in alarms[1] or "but for 6 lines" in alarms[1]
-    assert file.close().startswith(f"{file.path} lacks {file.lost} lines")
+    assert "except 5 dropped" in alarms[1] or "except 6 dropped" in alarms[1]
+    assert file.close().startswith(f"{file.path} is missing {file.dropped} lines")
 
 
-def test_what_could_not_be_written_to_the_end_is_said(disk: Path, alarms: list[str]) -> None:
+def test_close_reports_the_lines_that_could_not_be_written(disk: Path, alarms: list[str]) -> None:
     fill(disk)
     file = LineFile(disk / "events.jsonl", alarms.append)
     for line in numbered(8):
         file.append(line)
-    assert file.close() == f"{file.path} lacks 8 lines: No space left on device"
+    assert file.close() == f"{file.path} is missing 8 lines: No space left on device"
 
 
-def test_a_file_that_may_not_grow(tmp_path: Path, alarms: list[str]) -> None:
-    """Another error than that of a full disk, by a real limit: EFBIG."""
+def test_a_file_that_must_not_grow(tmp_path: Path, alarms: list[str]) -> None:
+    """A real limit gives another error than a full disk: EFBIG."""
     file = LineFile(tmp_path / "events.jsonl", alarms.append)
     file.append("first")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -115,7 +117,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path, alarms: list[str]) -> None:
     assert read(file.path) == ["first", *numbered(8), "last", ""]
 
 
-def test_a_folder_in_whose_place_there_is_a_file(tmp_path: Path, alarms: list[str]) -> None:
+def test_a_folder_that_was_replaced_by_a_file(tmp_path: Path, alarms: list[str]) -> None:
     folder = tmp_path / "run"
     file = LineFile(folder / "events.jsonl", alarms.append)
     file.append("first")
@@ -129,9 +131,7 @@ def test_a_folder_in_whose_place_there_is_a_file(tmp_path: Path, alarms: list[st
     assert file.close() == ""
 
 
-def test_a_folder_that_was_removed_is_made_again_with_what_was_in_the_file(
-    tmp_path: Path, alarms: list[str]
-) -> None:
+def test_a_removed_folder_is_created_again_with_the_earlier_lines(tmp_path: Path, alarms: list[str]) -> None:
     file = LineFile(tmp_path / "run" / "events.jsonl", alarms.append)
     for line in numbered(3):
         file.append(line)
@@ -139,7 +139,7 @@ def test_a_folder_that_was_removed_is_made_again_with_what_was_in_the_file(
     file.append("next")
     assert read(file.path) == [*numbered(3), "next", ""]
     (alarm,) = alarms
-    assert "was removed or replaced, and is written anew" in alarm
+    assert "was removed or replaced; writing continues in a new file" in alarm
 
 
 def test_a_folder_is_removed_while_the_disk_is_full(disk: Path, alarms: list[str]) -> None:
@@ -156,7 +156,7 @@ def test_a_folder_is_removed_while_the_disk_is_full(disk: Path, alarms: list[str
     assert file.close() == ""
 
 
-def test_a_file_that_a_person_replaced_is_gone_on_with(tmp_path: Path, alarms: list[str]) -> None:
+def test_writing_continues_in_a_file_that_was_replaced(tmp_path: Path, alarms: list[str]) -> None:
     file = LineFile(tmp_path / "events.jsonl", alarms.append)
     file.append("first")
     (tmp_path / "edited").write_text("edited\n")
@@ -165,8 +165,8 @@ def test_a_file_that_a_person_replaced_is_gone_on_with(tmp_path: Path, alarms: l
     assert read(file.path) == ["edited", "next", ""]
 
 
-def test_two_processes_that_append_take_nothing_from_each_other(tmp_path: Path, alarms: list[str]) -> None:
-    """And nothing from a third that was killed in the middle of a line."""
+def test_two_processes_can_append_to_one_file(tmp_path: Path, alarms: list[str]) -> None:
+    """Also after a third one that was killed in the middle of a line."""
     path = tmp_path / "events.jsonl"
     live = LineFile(path, alarms.append)
     live.append("first")
@@ -181,7 +181,7 @@ def test_two_processes_that_append_take_nothing_from_each_other(tmp_path: Path, 
     live.close()
 
 
-def test_half_a_line_gets_its_end(tmp_path: Path, alarms: list[str]) -> None:
+def test_half_a_line_gets_its_newline(tmp_path: Path, alarms: list[str]) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text("first\nhal")
     file = LineFile(path, alarms.append)

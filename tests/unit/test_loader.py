@@ -15,12 +15,14 @@ import torch
 from dit_scale.config import DataConfig
 from dit_scale.data import files
 from dit_scale.data.batch_plan import BatchPlan, batch_plan
-from dit_scale.data.loader import BLOCK_SAMPLES, Batch, Loader, draw_latents, read_batch
+from dit_scale.data.loader import BLOCK_SAMPLES, Loader
+from dit_scale.data.micro_batch import MicroBatch, draw_latents
 from dit_scale.data.order import Order, Ranges, positions_of, sample_ids
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import ConfigError, DataError
 from tests.support import philox
 from tests.support.latents import write_latents
+from tests.support.micro_batches import read_micro_batch
 
 NUM, SEED = 40, 7
 
@@ -48,14 +50,23 @@ def loading(
     **config: object,
 ) -> Iterator[Loader]:
     knobs = DataConfig.model_validate(config)
-    loader = Loader(dataset, knobs, plan, rank, SEED, first_step, excluded, quarantined)
+    loader = Loader(
+        dataset,
+        knobs,
+        plan,
+        rank=rank,
+        seed=SEED,
+        first_step=first_step,
+        excluded=excluded,
+        quarantined=quarantined,
+    )
     try:
         yield loader
     finally:
         loader.close()
 
 
-def take(loader: Loader, count: int) -> list[Batch]:
+def take(loader: Loader, count: int) -> list[MicroBatch]:
     return list(itertools.islice(loader, count))
 
 
@@ -63,7 +74,7 @@ def views_at(positions: np.ndarray) -> list[int]:
     return [philox.words(SEED, philox.VIEW, position, 1)[0] * 2 >> 32 for position in positions.tolist()]
 
 
-def assert_same(one: Batch, other: Batch) -> None:
+def assert_same(one: MicroBatch, other: MicroBatch) -> None:
     for a, b in zip(vars(one).values(), vars(other).values(), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
@@ -112,7 +123,7 @@ def test_reading_ahead_changes_nothing(dataset: LatentDataset, prefetch: int) ->
     with loading(dataset, plan, prefetch_batches=prefetch) as loader:
         batches = take(loader, 12)
     for batch, positions in zip(batches, np.arange(24).reshape(12, 2), strict=True):
-        assert_same(batch, read_batch(dataset, positions, 2, SEED, flip=True))
+        assert_same(batch, read_micro_batch(dataset, positions, 2, SEED, flip=True))
 
 
 def test_a_later_start_goes_on_where_an_earlier_one_would_be(dataset: LatentDataset) -> None:
@@ -156,7 +167,7 @@ def test_the_mirrored_view_is_drawn_half_of_the_time(
     dataset: LatentDataset, flip: bool, low: int, high: int
 ) -> None:
     positions = np.arange(1000)
-    batch = read_batch(dataset, positions, 1000, SEED, flip)
+    batch = read_micro_batch(dataset, positions, 1000, SEED, flip)
     ids = sample_ids(positions, NUM, SEED)
     mirrored = 0
     for i, sample_id in enumerate(ids):
@@ -168,19 +179,19 @@ def test_the_mirrored_view_is_drawn_half_of_the_time(
 
 
 def test_latents_are_drawn_from_each_samples_posterior(dataset: LatentDataset) -> None:
-    batch = read_batch(dataset, np.arange(100, 108), 8, SEED, flip=True)
+    batch = read_micro_batch(dataset, np.arange(100, 108), 8, SEED, flip=True)
     z_BCHW = draw_latents(batch, SEED, scale=0.5)
     mean, std = batch.moments_B2CHW.double().chunk(2, dim=1)
     drawn = [philox.normals(SEED, philox.POSTERIOR, position, 64) for position in range(100, 108)]
     noise = torch.tensor(drawn, dtype=torch.float64).reshape(8, 4, 4, 4)
     assert z_BCHW.dtype == torch.float32
     torch.testing.assert_close(z_BCHW.double(), 0.5 * (mean + std * noise), rtol=1e-6, atol=1e-6)
-    alone = read_batch(dataset, np.array([103]), 1, SEED, flip=True)
+    alone = read_micro_batch(dataset, np.array([103]), 1, SEED, flip=True)
     assert torch.equal(draw_latents(alone, SEED, 0.5)[0], z_BCHW[3])
 
 
 def test_a_batch_moves_whole(dataset: LatentDataset) -> None:
-    batch = read_batch(dataset, np.arange(4), 3, SEED, flip=True)
+    batch = read_micro_batch(dataset, np.arange(4), 3, SEED, flip=True)
     assert_same(batch.to(torch.device("cpu")), batch)
     assert {tensor.device.type for tensor in vars(batch.to(torch.device("meta"))).values()} == {"meta"}
 
@@ -197,7 +208,7 @@ def test_excluded_positions_are_stepped_over(dataset: LatentDataset, world: int)
                 for i in np.flatnonzero(batch.weight_B.numpy()):
                     seen[int(batch.position_B[i])] = batch.moments_B2CHW[i]
     assert sorted(seen) == positions.tolist()
-    alone = read_batch(dataset, positions, 36, SEED, flip=True)
+    alone = read_micro_batch(dataset, positions, 36, SEED, flip=True)
     for position, moments in zip(positions.tolist(), alone.moments_B2CHW, strict=True):
         assert torch.equal(seen[position], moments)
 
@@ -227,7 +238,7 @@ def test_views_that_are_not_there_are_not_drawn(tmp_path: Path) -> None:
     write_latents(tmp_path, num=4, views=1)
     dataset = LatentDataset.open(tmp_path)
     with pytest.raises(ConfigError, match=r"has no mirrored views: set data.horizontal_flip=false"):
-        Loader(dataset, DataConfig(), batch_plan(2, 2, 1), 0, SEED, 0)
+        Loader(dataset, DataConfig(), batch_plan(2, 2, 1), rank=0, seed=SEED, first_step=0)
     with loading(dataset, batch_plan(2, 2, 1), horizontal_flip=False) as loader:
         batch = next(loader)
     ids = sample_ids(np.arange(2), 4, SEED)
@@ -342,8 +353,8 @@ def test_much_known_damage_is_an_error_at_once(
     dataset: LatentDataset, damaged: Literal["stop", "quarantine"]
 ) -> None:
     config = DataConfig(damaged=damaged)
-    with pytest.raises(DataError, match=r"11 of 40 samples are damaged, at most 10 may be"):
-        Loader(dataset, config, batch_plan(4, 4, 1), 0, SEED, 0, quarantined=range(11))
+    with pytest.raises(DataError, match=r"11 of 40 samples are damaged, and at most 10 may be"):
+        Loader(dataset, config, batch_plan(4, 4, 1), rank=0, seed=SEED, first_step=0, quarantined=range(11))
 
 
 def test_a_batch_that_does_not_come_is_an_error_that_says_what_is_missing(
@@ -369,7 +380,9 @@ def test_a_batch_that_does_not_come_is_an_error_that_says_what_is_missing(
 
 @pytest.mark.parametrize("consume", [lambda _: None, next], ids=["queue full", "after one"])
 def test_close_ends_the_thread(dataset: LatentDataset, consume: Callable[[Loader], object]) -> None:
-    loader = Loader(dataset, DataConfig(prefetch_batches=1), batch_plan(4, 2, 1), 0, SEED, 0)
+    loader = Loader(
+        dataset, DataConfig(prefetch_batches=1), batch_plan(4, 2, 1), rank=0, seed=SEED, first_step=0
+    )
     consume(loader)
     loader.close()
-    assert not loader._thread.is_alive()
+    assert not loader._prefetch._thread.is_alive()

@@ -15,12 +15,14 @@ from dit_scale.config import DataConfig
 from dit_scale.data import download, files
 from dit_scale.data.batch_plan import batch_plan
 from dit_scale.data.cache import ShardFile
-from dit_scale.data.loader import Batch, Loader, read_batch
+from dit_scale.data.loader import Loader
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.order import Order
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import DataError
 from dit_scale.storage import open_storage
 from tests.support.latents import write_latents
+from tests.support.micro_batches import read_micro_batch
 from tests.support.s3 import BUCKET, s3_server
 from tests.support.speed import scaled
 
@@ -59,7 +61,7 @@ def remote(server: None, tmp_path: Path) -> LatentDataset:
 
 @contextmanager
 def loading(dataset: LatentDataset, **config: object) -> Iterator[Loader]:
-    loader = Loader(dataset, DataConfig.model_validate(config), PLAN, 0, SEED, 0)
+    loader = Loader(dataset, DataConfig.model_validate(config), PLAN, rank=0, seed=SEED, first_step=0)
     try:
         yield loader
     finally:
@@ -87,9 +89,9 @@ class Requests(list[tuple[str, int]]):
         return sum(length < self._shard_bytes for _, length in self)
 
 
-def assert_right(batches: list[Batch], dataset: LatentDataset) -> None:
+def assert_right(batches: list[MicroBatch], dataset: LatentDataset) -> None:
     for step, batch in enumerate(batches):
-        expected = read_batch(dataset, np.arange(4 * step, 4 * step + 4), 4, SEED, flip=True)
+        expected = read_micro_batch(dataset, np.arange(4 * step, 4 * step + 4), 4, SEED, flip=True)
         assert torch.equal(batch.moments_B2CHW, expected.moments_B2CHW)
         assert torch.equal(batch.y_B, expected.y_B)
 
@@ -136,7 +138,7 @@ def test_batches_come_before_any_shard_is_whole_and_then_from_the_cache(
 def test_samples_of_a_batch_are_asked_for_together(remote: LatentDataset, folder: Path) -> None:
     together = threading.Barrier(4)  # of the four samples of a batch
     Requests(remote, lambda *_: together.wait(60))
-    batch = read_batch(remote, np.arange(4), 4, SEED, flip=True)
+    batch = read_micro_batch(remote, np.arange(4), 4, SEED, flip=True)
     assert_right([batch], LatentDataset.open(folder))
 
 
@@ -197,7 +199,7 @@ def test_a_cache_too_small_for_two_windows_says_so_and_costs_no_sample(
     dataset = LatentDataset.open(f"s3://{BUCKET}/set", tmp_path, 3 * shard_bytes)
     with loading(dataset, window_shards=2) as loader:
         (note,) = loader.notes()
-        assert f"data.cache_bytes={3 * shard_bytes} does not hold two windows of 2 shards" in note
+        assert f"data.cache_bytes={3 * shard_bytes} is too small for two windows of 2 shards" in note
         order = Order(NUM, SEED, SIZES, 2)
         labels = torch.cat([next(loader).y_B for _ in range(20)])
         assert labels.tolist() == (order.ids(np.arange(80)) % 10).tolist()
@@ -216,7 +218,7 @@ def test_a_cache_without_room_says_so_once_and_costs_no_sample(
         notes += loader.notes()
     assert len(notes) == 1
     assert "no room for shard 00002" in notes[0]
-    assert "read sample by sample" in notes[0]
+    assert "read from the storage one by one" in notes[0]
     assert requests.whole() == [0, 1]  # what is there is not evicted for what is not
 
 

@@ -1,4 +1,4 @@
-"""Rows of steps between log points: their order, their means, and what skipped steps do to them."""
+"""Rows of steps between log points: their order, their means, and the effect of skipped steps."""
 
 from math import inf, nan
 

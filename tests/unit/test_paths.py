@@ -1,4 +1,4 @@
-"""Paths of a configuration: absolute once they are read, so true from any folder; refused when empty."""
+"""Paths of a configuration: absolute after reading, valid from any folder, rejected when empty."""
 
 import os
 from pathlib import Path
@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_scale import cli
-from dit_scale.checkpoint.manifest import CHECKPOINTS, name_of
-from dit_scale.config import EncodeConfig, TrainConfig, dump, load, load_to_train, moved
+from dit_scale.checkpoint.manifest import CheckpointId
+from dit_scale.config import EncodeConfig, TrainConfig, dump, load, load_for_training, relocated
 from dit_scale.data.cache import NoRoomError, ShardCache, ShardFile
 from dit_scale.elastic.launch import digest
 from dit_scale.errors import ConfigError
@@ -39,7 +39,7 @@ def read(root: Any, key: str, text: str) -> Any:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, which is the home as well, with a folder `a`."""
+    """The working directory, which is also the home directory, with a folder `a`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     Path("a").mkdir()
@@ -107,7 +107,7 @@ def test_without_a_home_only_what_is_needed_is_refused(
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without an entry
     config = load(TrainConfig, None)
     assert config.data.cache_dir == "~/.cache/dit_scale/shards"
-    with pytest.raises(ConfigError, match=r"run is ~/x: no home directory is known"):
+    with pytest.raises(ConfigError, match=r"run is ~/x: its home directory is unknown"):
         read(TrainConfig, "run", "~/x")
     cache = ShardCache(open_storage(tmp_path), config.data.cache_dir)
     with pytest.raises(NoRoomError, match=r"no home directory is known for ~/.cache.*; set data.cache_dir"):
@@ -135,8 +135,8 @@ def test_a_run_is_found_from_any_folder_and_where_it_moved(
     assert config_of_folder("a/y").run == f"{here}/a/y"
     monkeypatch.chdir(here / "runs")
     assert cli.main(["checkpoint", "list", "../a/y"]) == 0
-    assert capsys.readouterr().out.startswith(name_of(STEP, ATTEMPT))
-    assert root_of_folder("../a/y").exists(f"{CHECKPOINTS}/{name_of(STEP, ATTEMPT)}/MANIFEST.json")
+    assert capsys.readouterr().out.startswith(CheckpointId(STEP, ATTEMPT).name)
+    assert root_of_folder("../a/y").exists(f"{CheckpointId(STEP, ATTEMPT).path()}/MANIFEST.json")
 
 
 def test_a_run_that_moved_does_not_begin_anew_in_the_old_place(
@@ -150,7 +150,7 @@ def test_a_run_that_moved_does_not_begin_anew_in_the_old_place(
     Path("new/events.jsonl").touch()
     assert cli.main(arguments) == 2
     said = (
-        f"new/config.yaml is of a run that was in {here}/old: run={here}/new goes on with it here, any other"
+        f"new/config.yaml belongs to a run that was in {here}/old; pass run={here}/new to resume it here, or"
     )
     assert said in capsys.readouterr().err
     for run in ("new", "another"):
@@ -175,9 +175,9 @@ def test_a_run_that_moved_goes_on_from_the_checkpoints_that_moved_with_it(
     saved = load(TrainConfig, None, ["run=old", f"checkpoint.url={url}"])
     Path("new/config.yaml").write_text(dump(saved))
     Path("new/events.jsonl").touch()
-    config = load_to_train("new/config.yaml", ["run=new", *more])
+    config = load_for_training("new/config.yaml", ["run=new", *more])
     assert (config.run, config.checkpoint.url) == (f"{here}/new", f"{here}/{found}")
-    assert load_to_train("new/config.yaml", ["run=another"]).checkpoint == saved.checkpoint
+    assert load_for_training("new/config.yaml", ["run=another"]).checkpoint == saved.checkpoint
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_run_that_moved_goes_on_from_the_checkpoints_that_moved_with_it(
 )
 def test_checkpoints_below_a_run_move_with_it(url: str, found: str) -> None:
     tree = {"run": "/old/run", "checkpoint": {"url": url}}
-    config = moved(TrainConfig.model_validate(tree), "/new/run")
+    config = relocated(TrainConfig.model_validate(tree), "/new/run")
     assert (config.run, config.checkpoint.url) == ("/new/run", found)
 
 

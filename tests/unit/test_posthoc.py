@@ -1,4 +1,4 @@
-"""Post-hoc EMA: the formulas against quadrature, and rebuilt averages against ones that were tracked."""
+"""Post-hoc EMA: the formulas against quadrature, and reconstructed averages against tracked ones."""
 
 import json
 from collections.abc import Sequence
@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from dit_scale import cli, weights
 from dit_scale.checkpoint import rankfile
-from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, Manifest, name_of
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
-from dit_scale.checkpoint.writer import put_manifest
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId, Manifest
+from dit_scale.checkpoint.partition import MASTER, Partition
+from dit_scale.checkpoint.slices import ParameterSlice
+from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.config import EmaProfile, TrainConfig, dump
 from dit_scale.errors import CheckpointError
-from dit_scale.inference.posthoc import MAX_ERROR, Profile, fit, lengths, overlaps
+from dit_scale.inference.posthoc import MAX_ERROR, PowerProfile, fit, lengths, overlaps
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.models.zoo import shape_of
 from dit_scale.storage import Storage, open_storage
@@ -27,15 +28,15 @@ from dit_scale.train.ema import Ema, ema_kind, power_gamma
 STORED_WIDTHS = (0.05, 0.10)
 STEPS, STORE_EVERY, SIZE = 2000, 80, 64
 
-PROFILES = st.builds(Profile, st.floats(0.002, 0.288), st.integers(1, 10**8))
+PROFILES = st.builds(PowerProfile, st.floats(0.002, 0.288), st.integers(1, 10**8))
 
 
-def stored_at(steps: Sequence[int], widths: Sequence[float] = STORED_WIDTHS) -> list[Profile]:
-    return [Profile(width, step) for step in steps for width in widths]
+def stored_at(steps: Sequence[int], widths: Sequence[float] = STORED_WIDTHS) -> list[PowerProfile]:
+    return [PowerProfile(width, step) for step in steps for width in widths]
 
 
-def weights_of_steps(profile: Profile, num_steps: int) -> np.ndarray:
-    """What the weights of steps 1 to `num_steps` count in an average, from the decays alone."""
+def weights_of_steps(profile: PowerProfile, num_steps: int) -> np.ndarray:
+    """Return the coefficients of steps 1 to `num_steps` in an average, computed from the decays."""
     weights = np.zeros(num_steps)
     for step in range(1, profile.step + 1):
         decay = (1 - 1 / step) ** (power_gamma(profile.sigma_rel) + 1)
@@ -50,18 +51,18 @@ def weights_of_steps(profile: Profile, num_steps: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (Profile(0.05, 900), Profile(0.1, 1000)),
-        (Profile(0.1, 900), Profile(0.05, 1000)),
-        (Profile(0.2, 300), Profile(0.28, 300)),
-        (Profile(0.01, 990), Profile(0.01, 1000)),
-        (Profile(0.05, 1), Profile(0.28, 5)),
+        (PowerProfile(0.05, 900), PowerProfile(0.1, 1000)),
+        (PowerProfile(0.1, 900), PowerProfile(0.05, 1000)),
+        (PowerProfile(0.2, 300), PowerProfile(0.28, 300)),
+        (PowerProfile(0.01, 990), PowerProfile(0.01, 1000)),
+        (PowerProfile(0.05, 1), PowerProfile(0.28, 5)),
     ],
 )
-def test_overlaps_and_lengths_are_integrals(one: Profile, other: Profile) -> None:
+def test_overlaps_and_lengths_are_integrals(one: PowerProfile, other: PowerProfile) -> None:
     edges = np.linspace(0, max(one.step, other.step), 2_000_001)
     tau = (edges[1:] + edges[:-1]) / 2
 
-    def heights(profile: Profile) -> np.ndarray:
+    def heights(profile: PowerProfile) -> np.ndarray:
         gamma = power_gamma(profile.sigma_rel)
         inside = np.minimum(tau / profile.step, 1)
         return np.where(tau <= profile.step, (gamma + 1) * inside**gamma / profile.step, 0)
@@ -75,7 +76,9 @@ def test_overlaps_and_lengths_are_integrals(one: Profile, other: Profile) -> Non
 
 
 @given(st.lists(PROFILES, min_size=1, max_size=8), st.lists(PROFILES, min_size=1, max_size=3))
-def test_overlaps_are_cosines_at_any_width_and_step(rows: list[Profile], columns: list[Profile]) -> None:
+def test_overlaps_are_cosines_at_any_width_and_step(
+    rows: list[PowerProfile], columns: list[PowerProfile]
+) -> None:
     cosines = overlaps(rows, columns)
     assert cosines.shape == (len(rows), len(columns))
     assert np.all((cosines >= 0) & (cosines <= 1 + 1e-12))
@@ -87,8 +90,10 @@ def test_overlaps_are_cosines_at_any_width_and_step(rows: list[Profile], columns
 # Fits
 
 
-@pytest.mark.parametrize("target", [Profile(0.07, 1000), Profile(0.03, 1000), Profile(0.2, 600)])
-def test_the_error_is_that_of_what_each_step_counts(target: Profile) -> None:
+@pytest.mark.parametrize(
+    "target", [PowerProfile(0.07, 1000), PowerProfile(0.03, 1000), PowerProfile(0.2, 600)]
+)
+def test_the_error_is_that_of_what_each_step_counts(target: PowerProfile) -> None:
     stored = [profile for profile in stored_at(range(40, 1001, 40)) if profile.step <= target.step]
     found = fit(stored, target)
     assert sum(found.weights) == pytest.approx(1, abs=1e-12)
@@ -100,8 +105,8 @@ def test_the_error_is_that_of_what_each_step_counts(target: Profile) -> None:
     assert found.error == pytest.approx(np.linalg.norm(rebuilt - wanted) / np.linalg.norm(wanted), rel=0.05)
 
 
-@pytest.mark.parametrize("target", [Profile(0.05, 1000), Profile(0.1, 700)])
-def test_a_stored_average_is_its_own_fit(target: Profile) -> None:
+@pytest.mark.parametrize("target", [PowerProfile(0.05, 1000), PowerProfile(0.1, 700)])
+def test_a_stored_average_is_its_own_fit(target: PowerProfile) -> None:
     stored = stored_at(range(100, target.step + 1, 100))
     found = fit(stored, target)
     assert found.error < 1e-6
@@ -111,7 +116,8 @@ def test_a_stored_average_is_its_own_fit(target: Profile) -> None:
 
 def test_more_stored_steps_fit_better() -> None:
     errors = [
-        fit(stored_at(range(every, 1001, every)), Profile(0.07, 1000)).error for every in (200, 100, 50, 25)
+        fit(stored_at(range(every, 1001, every)), PowerProfile(0.07, 1000)).error
+        for every in (200, 100, 50, 25)
     ]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 40 * errors[-1]
@@ -120,40 +126,40 @@ def test_more_stored_steps_fit_better() -> None:
 def test_many_stored_averages_are_combined_without_large_weights() -> None:
     stored = stored_at(range(10_000, 3_000_001, 10_000))
     for sigma_rel in (0.03, 0.07, 0.2):
-        assert np.abs(fit(stored, Profile(sigma_rel, 3_000_000)).weights).sum() < 20
+        assert np.abs(fit(stored, PowerProfile(sigma_rel, 3_000_000)).weights).sum() < 20
 
 
 @pytest.mark.parametrize(
     ("target", "said"),
     [
         (
-            Profile(0.01, 2000),
-            "the average of sigma_rel 0.01 at step 2000 would be off by 30.0%, expected at most 5%, from "
-            "the 40 stored ones of sigma_rel 0.05, 0.1 at steps 100 to 2000; ask for a sigma_rel nearer to",
+            PowerProfile(0.01, 2000),
+            "reconstructing sigma_rel 0.01 at step 2000 has an error of 30.0%, expected at most 5%; 40 "
+            "averages of sigma_rel 0.05, 0.1 are stored at steps 100 to 2000; choose a sigma_rel",
         ),
-        (Profile(0.08, 1950), "ask for a step at which there are some, as 1900 or 2000"),
-        (Profile(0.08, 2500), "ask for a step at which there are some, as 2000 or 1900"),
+        (PowerProfile(0.08, 1950), "choose a step with stored averages, for example 1900 or 2000"),
+        (PowerProfile(0.08, 2500), "choose a step with stored averages, for example 2000 or 1900"),
     ],
 )
-def test_a_bad_fit_is_refused(target: Profile, said: str) -> None:
+def test_a_bad_fit_is_refused(target: PowerProfile, said: str) -> None:
     with pytest.raises(CheckpointError) as refused:
         fit(stored_at(range(100, 2001, 100)), target)
     assert said in str(refused.value)
 
 
 def test_nothing_stored() -> None:
-    with pytest.raises(CheckpointError, match="no power-function average is stored up to step 100"):
-        fit([], Profile(0.1, 100))
+    with pytest.raises(CheckpointError, match="no power-function average is stored at or before step 100"):
+        fit([], PowerProfile(0.1, 100))
 
 
 # Against direct tracking
 
 
 @cache
-def tracked(widths: tuple[float, ...]) -> tuple[torch.Tensor, dict[Profile, torch.Tensor]]:
-    """Weights that wander away from where they begin; the averages of all widths at every stored step."""
+def tracked(widths: tuple[float, ...]) -> tuple[torch.Tensor, dict[PowerProfile, torch.Tensor]]:
+    """Return the start of a random walk, and its averages of all widths at every stored step."""
     profiles = tuple(EmaProfile(name=str(width), sigma_rel=width) for width in widths)
-    partition = Partition({MASTER: torch.zeros(SIZE)}, (Extent("w", 0, SIZE, 0),))
+    partition = Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice("w", 0, SIZE, 0),))
     ema = Ema(profiles, (partition,))
     generator = torch.Generator().manual_seed(1)
     begin = 10 * torch.randn(SIZE, generator=generator)
@@ -166,7 +172,7 @@ def tracked(widths: tuple[float, ...]) -> tuple[torch.Tensor, dict[Profile, torc
         ema.update(step)
         if step % STORE_EVERY == 0:
             for width, profile in zip(widths, profiles, strict=True):
-                averages[Profile(width, step)] = partition.buffers[ema_kind(profile.name)].clone()
+                averages[PowerProfile(width, step)] = partition.buffers[ema_kind(profile.name)].clone()
     return begin, averages
 
 
@@ -176,14 +182,14 @@ TARGET_WIDTHS = (0.03, 0.04, 0.07, 0.12, 0.15, 0.20)
 @pytest.mark.parametrize("step", [STEPS, STEPS - 4 * STORE_EVERY])
 @pytest.mark.parametrize("sigma_rel", TARGET_WIDTHS)
 def test_a_rebuilt_average_is_the_tracked_one(sigma_rel: float, step: int) -> None:
-    """To 1e-3 of how far the average has come from where the weights began, and better of the whole."""
+    """Within 1e-3 of the distance that the average moved, and within 1e-4 of its norm."""
     begin, averages = tracked((*STORED_WIDTHS, *TARGET_WIDTHS))
     stored = [profile for profile in averages if profile.sigma_rel in STORED_WIDTHS and profile.step <= step]
-    found = fit(stored, Profile(sigma_rel, step))
+    found = fit(stored, PowerProfile(sigma_rel, step))
     rebuilt = sum(
         weight * averages[profile].double() for weight, profile in zip(found.weights, stored, strict=True)
     )
-    wanted = averages[Profile(sigma_rel, step)].double()
+    wanted = averages[PowerProfile(sigma_rel, step)].double()
     off = float((rebuilt - wanted).norm())
     of_whole, of_change = off / float(wanted.norm()), off / float((wanted - begin).norm())
     print(f"sigma_rel {sigma_rel} at {step}: {of_whole:.1e} of all, {of_change:.1e} of the change")
@@ -196,21 +202,23 @@ def test_a_rebuilt_average_is_the_tracked_one(sigma_rel: float, step: int) -> No
 
 SHAPES = {"head.weight": (5, 8), "head.bias": (SIZE - 40,)}
 RANKS = ((0, 25), (25, SIZE))
-"""Elements of the flat parameters that each of two ranks owns: the first parameter is cut."""
+"""Elements of the flat parameters that each of two ranks owns; both own part of the first parameter."""
 
 
 def store(root: Storage, config: TrainConfig, folder: str, step: int, kinds: dict[str, torch.Tensor]) -> None:
-    """A checkpoint with these kinds of flat fp32 state, by two ranks."""
-    path, files = f"{folder}/{name_of(step, 1)}", []
+    """Write a checkpoint with these kinds of flat fp32 state, from two ranks."""
+    path, files = CheckpointId(step, 1).path(folder), []
     for rank, (low, high) in enumerate(RANKS):
-        pieces = []
+        values, slices, offset = list[torch.Tensor](), list[tuple[str, ParameterSlice]](), 0
         for kind, flat in kinds.items():
             for parameter, begin, end in (("head.weight", 0, 40), ("head.bias", 40, SIZE)):
                 first, last = max(low, begin), min(high, end)
                 if first < last:
-                    piece = rankfile.Piece(kind, parameter, first - begin, last - first)
-                    pieces.append((piece, flat[first:last].numpy().view(np.uint8)))
-        files.append(rankfile.write(root, f"{path}/{rankfile.name_of_rank(rank)}", pieces))
+                    values.append(flat[first:last])
+                    slices.append((kind, ParameterSlice(parameter, first - begin, last - first, offset)))
+                    offset += last - first
+        memory = torch.cat(values).numpy().view(np.uint8)
+        files.append(rankfile.write(root, f"{path}/{rankfile.file_name(rank)}", memory, slices))
     manifest = Manifest(
         step=step,
         samples=step * config.global_batch,
@@ -222,12 +230,12 @@ def store(root: Storage, config: TrainConfig, folder: str, step: int, kinds: dic
         optimizer_groups=(),
         files=tuple(files),
     )
-    put_manifest(root, path, manifest)
+    write_manifest(root, manifest, folder)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that stored averages as it went, and whose last checkpoint is still there."""
+    """A run with averages stored during training, and its last checkpoint."""
     folder = tmp_path / "run"
     config = TrainConfig.model_validate(
         {
@@ -244,7 +252,7 @@ def run(tmp_path: Path) -> Path:
     root.write("config.yaml", dump(config).encode())
     _, averages = tracked((*STORED_WIDTHS, *TARGET_WIDTHS))
     for step in range(STORE_EVERY, STEPS + 1, STORE_EVERY):
-        narrow, wide = (averages[Profile(width, step)] for width in STORED_WIDTHS)
+        narrow, wide = (averages[PowerProfile(width, step)] for width in STORED_WIDTHS)
         kinds = {"ema.narrow": narrow, "ema.wide": wide}
         if step < STEPS:
             store(root, config, EMA, step, kinds)
@@ -266,10 +274,10 @@ def test_reconstruct_writes_the_tracked_average(
     assert cli.main(["ema", "reconstruct", str(run), "--sigma-rel", "0.07", *more, "--out", str(out)]) == 0
     num_stored = 2 * step // STORE_EVERY
     assert capsys.readouterr().out.startswith(
-        f"EMA of sigma_rel 0.07 at step {step}, rebuilt from {num_stored} stored averages of {run} (predicted"
+        f"EMA of sigma_rel 0.07 at step {step}, reconstructed from {num_stored} stored averages of {run} ("
     )
     begin, averages = tracked((*STORED_WIDTHS, *TARGET_WIDTHS))
-    wanted = averages[Profile(0.07, step)]
+    wanted = averages[PowerProfile(0.07, step)]
     assert (flat(out) - wanted).norm() < 1e-3 * (wanted - begin).norm()
 
 
@@ -287,7 +295,9 @@ def test_a_reconstructed_file_says_what_it_is(run: Path) -> None:
     stored = [
         (name, step) for step in range(STORE_EVERY, STEPS + 1, STORE_EVERY) for name in ("narrow", "wide")
     ]
-    places = [f"{run}/{EMA if step < STEPS else CHECKPOINTS}/{name_of(step, 1)}" for _, step in stored]
+    places = [
+        f"{run}/{CheckpointId(step, 1).path(EMA if step < STEPS else CHECKPOINTS)}" for _, step in stored
+    ]
     assert [(part["profile"], part["checkpoint"]) for part in parts] == [
         (name, place) for (name, _), place in zip(stored, places, strict=True)
     ]
@@ -303,35 +313,36 @@ def test_what_a_run_has_stored_is_listed(run: Path, capsys: pytest.CaptureFixtur
             "step": 80,
             "sigma_rel": sigma_rel,
             "profile": profile,
-            "checkpoint": f"{EMA}/{name_of(80, 1)}",
+            "checkpoint": CheckpointId(80, 1).path(EMA),
             "since_step": 0,
             "flaw": "",
         }
         for profile, sigma_rel in (("narrow", 0.05), ("wide", 0.1))
     ]
-    assert rows[-1]["checkpoint"] == f"{CHECKPOINTS}/{name_of(STEPS, 1)}"
+    assert rows[-1]["checkpoint"] == CheckpointId(STEPS, 1).path()
     assert cli.main(["ema", "list", str(run)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    header, _, *lines = filter(str.strip, capsys.readouterr().out.splitlines())
+    assert header.split() == ["step", "sigma_rel", "profile", "checkpoint", "note"]
     assert len(lines) == len(rows)
-    assert lines[0].split() == ["step", "80", "sigma_rel", "0.05", "narrow", rows[0]["checkpoint"]]
+    assert lines[0].split() == ["80", "0.05", "narrow", rows[0]["checkpoint"]]
 
 
-def test_a_manifest_that_is_damaged_is_passed_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / EMA / name_of(800, 1) / MANIFEST).write_bytes(b"{}")
+def test_a_damaged_manifest_is_skipped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / CheckpointId(800, 1).path(EMA) / MANIFEST).write_bytes(b"{}")
     out = run / "between.safetensors"
     assert cli.main(["ema", "reconstruct", str(run), "--sigma-rel", "0.07", "--out", str(out)]) == 0
     printed = capsys.readouterr()
-    assert f"rebuilt from {2 * STEPS // STORE_EVERY - 2} stored averages" in printed.out
-    assert printed.err.startswith(f"passing over {run}/{EMA}/{name_of(800, 1)}/{MANIFEST} is damaged")
+    assert f"reconstructed from {2 * STEPS // STORE_EVERY - 2} stored averages" in printed.out
+    assert printed.err.startswith(f"skipping {run}/{CheckpointId(800, 1).path(EMA)}/{MANIFEST} is damaged")
     begin, averages = tracked((*STORED_WIDTHS, *TARGET_WIDTHS))
-    wanted = averages[Profile(0.07, STEPS)]
+    wanted = averages[PowerProfile(0.07, STEPS)]
     assert (flat(out) - wanted).norm() < 1e-3 * (wanted - begin).norm()
     assert cli.main(["ema", "list", str(run), "--json"]) == 0
     assert "is damaged" in json.loads(capsys.readouterr().out)[-1]["problem"]
 
 
 def test_a_tensor_that_is_damaged_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = run / EMA / name_of(800, 1) / rankfile.name_of_rank(1)
+    file = run / CheckpointId(800, 1).path(EMA) / rankfile.file_name(1)
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
@@ -344,12 +355,12 @@ def test_a_tensor_that_is_damaged_is_named(run: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--sigma-rel", "0.01"], "ask for a sigma_rel nearer to theirs"),
-        (["--sigma-rel", "0.07", "--step", "1990"], "as 2000 or 1920"),
-        (["--sigma-rel", "0.07", "--step", "79"], "no power-function average is stored up to step 79"),
+        (["--sigma-rel", "0.01"], "choose a sigma_rel closer to theirs"),
+        (["--sigma-rel", "0.07", "--step", "1990"], "for example 2000 or 1920"),
+        (["--sigma-rel", "0.07", "--step", "79"], "no power-function average is stored at or before step 79"),
     ],
 )
-def test_what_cannot_be_rebuilt_is_refused(
+def test_an_average_that_cannot_be_reconstructed_is_refused(
     run: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = run / "out.safetensors"

@@ -1,4 +1,4 @@
-"""What a run shows of its steps: in a log file one line per log point, on a terminal a bar."""
+"""Progress of a run: one line per log point in a log file, a bar on a terminal."""
 
 import io
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ RECORD = {"loss": 0.18125, "grad_norm": 0.25, "lr": 1e-4, "images_per_s": 1234.5
 
 
 class Screen:
-    """A log file or a terminal, and the clocks that a status line reads."""
+    """A log file or a terminal, and the clocks that the status line reads."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, width: int = 120) -> None:
         self.now_s = 1000.0

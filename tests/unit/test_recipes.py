@@ -1,4 +1,4 @@
-"""Recipes by name and by path, and what is said when there is none."""
+"""Recipes by name and by path, and the error for a missing one."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_a_file_wins_over_a_recipe_and_a_folder_does_not(
         ("dit_xl2_265", r"did you mean 'dit_xl2_256'\? recipes: demo, design_space, "),
         ("configs/dit_xl2_51.yaml", r"no configuration file at configs/dit_xl2_51.yaml.*'dit_xl2_512'\?"),
         ("../configs/demo", r"did you mean 'demo'\?"),
-        ("zzz", r"no configuration file at zzz, and no recipe of that name; recipes: demo, design_space, "),
+        ("zzz", r"no configuration file at zzz, and no recipe with that name; recipes: demo, design_space, "),
     ],
 )
 def test_a_missing_one_names_those_there_are(

@@ -9,38 +9,40 @@ import torch
 
 from dit_scale.checkpoint import attempts, retention, writer
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
-from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, name_of
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId
+from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.errors import CheckpointError, StorageError, SupersededError
 from dit_scale.storage import DiskStorage, Storage, open_storage
 from tests.support import checkpoints
 
-RANKS = [[Partition({MASTER: torch.arange(4).float()}, (Extent("w", start, 4, 0),))] for start in (0, 4)]
+RANKS = [
+    [Partition({MASTER: torch.arange(4).float()}, (ParameterSlice("w", start, 4, 0),))] for start in (0, 4)
+]
+
+
+def id_of(step: int, attempt: int = 1) -> CheckpointId:
+    return CheckpointId(step, attempt)
 
 
 def path_of(step: int, attempt: int = 1, folder: str = CHECKPOINTS) -> str:
-    return f"{folder}/{name_of(step, attempt)}"
+    return CheckpointId(step, attempt).path(folder)
 
 
-def put(root: Storage, *paths: str) -> None:
+def put(root: Storage, *ids: CheckpointId, folder: str = CHECKPOINTS) -> None:
     """Checkpoints of two ranks each."""
-    for path in paths:
-        checkpoints.write(root, path, RANKS)
+    for checkpoint_id in ids:
+        checkpoints.write(root, checkpoint_id, RANKS, folder)
 
 
-def start(root: Storage, number: int, resumed_from: str | None = None) -> None:
+def start(root: Storage, number: int, resumed_from: CheckpointId | None = None) -> None:
     attempts.claim(root, AttemptRecord(number, resumed_from))
 
 
 def folders(root: Storage) -> list[str]:
     """All that holds something, newest first."""
     return sorted({key.rpartition("/")[0] for key, _ in root.list()} - {"attempts"}, reverse=True)
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Storage:
-    return open_storage(tmp_path)
 
 
 @pytest.fixture
@@ -77,40 +79,43 @@ def test_the_newest_and_the_first_of_every_so_many_steps(
     root: Storage, keep: int, keep_every_steps: int, left: list[int]
 ) -> None:
     start(root, 1)
-    put(root, *map(path_of, range(10, 70, 10)))
-    gone = retention.prune(root, 1, path_of(60), keep, keep_every_steps)
-    stay = [path_of(step) for step in left]
-    assert committed(root) == folders(root) == stay
-    assert gone == sorted({*map(path_of, range(10, 70, 10))} - {*stay})
-    for path in stay:
-        Checkpoint(root, path).verify()
+    put(root, *map(id_of, range(10, 70, 10)))
+    gone = retention.prune(root, 1, id_of(60), keep, keep_every_steps)
+    assert committed(root) == [id_of(step) for step in left]
+    assert folders(root) == [path_of(step) for step in left]
+    assert gone == [path_of(step) for step in range(10, 70, 10) if step not in left]
+    for step in left:
+        Checkpoint(root, id_of(step)).verify()
 
 
 def test_the_same_stay_whether_it_passes_often_or_once(tmp_path: Path) -> None:
     often, once = open_storage(tmp_path / "often"), open_storage(tmp_path / "once")
     for step in range(7, 130, 7):
         for root in (often, once):
-            put(root, path_of(step))
-        retention.prune(often, 1, path_of(step), 2, 25)
-    retention.prune(once, 1, path_of(126), 2, 25)
-    assert committed(often) == committed(once) == [path_of(s) for s in (126, 119, 105, 77, 56, 28)]
+            put(root, id_of(step))
+        retention.prune(often, 1, id_of(step), 2, 25)
+    retention.prune(once, 1, id_of(126), 2, 25)
+    assert committed(often) == committed(once) == [id_of(s) for s in (126, 119, 105, 77, 56, 28)]
 
 
 def test_what_is_tagged_stays(root: Storage) -> None:
     start(root, 1)
-    put(root, *map(path_of, (10, 20, 30)))
+    put(root, *map(id_of, (10, 20, 30)))
     root.write(f"{path_of(10)}/{retention.TAG}", b"")
-    retention.prune(root, 1, path_of(30), 1, 0)
-    assert committed(root) == folders(root) == [path_of(30), path_of(10)]
+    retention.prune(root, 1, id_of(30), 1, 0)
+    assert committed(root) == [id_of(30), id_of(10)]
+    assert folders(root) == [path_of(30), path_of(10)]
 
 
 def test_stored_averages_stay_when_they_are_on_the_chain(root: Storage) -> None:
     start(root, 1)
-    put(root, *(path_of(step, 1, folder) for step in (10, 20, 30) for folder in (EMA, CHECKPOINTS)))
-    start(root, 2, path_of(20))
-    put(root, path_of(40, 2, EMA), path_of(40, 2))
-    retention.prune(root, 2, path_of(40, 2), 1, 0)
-    assert committed(root) == [path_of(40, 2)]
+    for folder in (EMA, CHECKPOINTS):
+        put(root, *map(id_of, (10, 20, 30)), folder=folder)
+    start(root, 2, id_of(20))
+    put(root, id_of(40, 2), folder=EMA)
+    put(root, id_of(40, 2))
+    retention.prune(root, 2, id_of(40, 2), 1, 0)
+    assert committed(root) == [id_of(40, 2)]
     assert folders(root) == [path_of(40, 2, EMA), path_of(20, 1, EMA), path_of(10, 1, EMA), path_of(40, 2)]
 
 
@@ -118,43 +123,43 @@ def test_stored_averages_stay_when_they_are_on_the_chain(root: Storage) -> None:
 def test_a_damaged_one_that_the_run_passed_over_does_not_count(root: Storage, keep: int) -> None:
     """Attempt 2 went on from step 20 because step 40 of attempt 1 had lost a file."""
     start(root, 1)
-    put(root, *map(path_of, (10, 20, 40)))
+    put(root, *map(id_of, (10, 20, 40)))
     root.delete(f"{path_of(40)}/rank-00000.safetensors")
-    start(root, 2, path_of(20))
-    put(root, path_of(30, 2))
-    retention.prune(root, 2, path_of(30, 2), keep, 0)
-    assert committed(root) == [path_of(30, 2), path_of(20)][:keep]
-    put(root, path_of(40, 2), path_of(50, 2))
-    retention.prune(root, 2, path_of(50, 2), keep, 0)
+    start(root, 2, id_of(20))
+    put(root, id_of(30, 2))
+    retention.prune(root, 2, id_of(30, 2), keep, 0)
+    assert committed(root) == [id_of(30, 2), id_of(20)][:keep]
+    put(root, id_of(40, 2), id_of(50, 2))
+    retention.prune(root, 2, id_of(50, 2), keep, 0)
     assert folders(root) == [path_of(50, 2), path_of(40, 2)][:keep]
 
 
 def test_a_copy_under_another_name_takes_no_place(root: Storage, tmp_path: Path) -> None:
     start(root, 1)
-    put(root, *map(path_of, (10, 20, 30, 50)))
+    put(root, *map(id_of, (10, 20, 30, 50)))
     (tmp_path / path_of(10)).rename(tmp_path / path_of(40))
-    assert retention.prune(root, 1, path_of(50), 2, 0) == [path_of(20)]
+    assert retention.prune(root, 1, id_of(50), 2, 0) == [path_of(20)]
     assert folders(root) == [path_of(50), path_of(40), path_of(30)]
 
 
 def test_what_killed_saves_left_behind_goes(root: Storage, tmp_path: Path) -> None:
     """Also the part of a file that its writer was killed in."""
     start(root, 1)
-    for path in (path_of(5), path_of(5, 1, EMA), path_of(20)):
-        checkpoints.write_rank(root, path, 0, RANKS[0])
+    for step, folder in ((5, CHECKPOINTS), (5, EMA), (20, CHECKPOINTS)):
+        checkpoints.write_rank(root, id_of(step), 0, RANKS[0], folder)
     half = path_of(6), path_of(7, 1, EMA), path_of(10)
     for path in half:
         (tmp_path / path).mkdir(parents=True)
         (tmp_path / path / f".rank-00000.safetensors.{0:016x}.tmp").write_bytes(b"half")
-    put(root, path_of(10))
+    put(root, id_of(10))
     root.write("checkpoints/notes/readme", b"a user's")
-    root.write(f"checkpoints/backup/{name_of(5, 1)}/{MANIFEST}", b"a user's")
-    gone = retention.prune(root, 1, path_of(10), 2, 0)
+    root.write(f"checkpoints/backup/{id_of(5)}/{MANIFEST}", b"a user's")
+    gone = retention.prune(root, 1, id_of(10), 2, 0)
     assert gone == [path_of(5), path_of(6), path_of(5, 1, EMA), path_of(7, 1, EMA)]
     assert not any((tmp_path / path).exists() for path in gone)
     assert folders(root) == [
         "checkpoints/notes",
-        f"checkpoints/backup/{name_of(5, 1)}",
+        f"checkpoints/backup/{id_of(5)}",
         path_of(20),
         path_of(10),
     ]
@@ -165,8 +170,8 @@ def test_what_killed_saves_left_behind_goes(root: Storage, tmp_path: Path) -> No
 
 
 def test_the_manifest_goes_first(root: Storage, deleted: list[str]) -> None:
-    put(root, path_of(10), path_of(20))
-    retention.prune(root, 1, path_of(20), 1, 0)
+    put(root, id_of(10), id_of(20))
+    retention.prune(root, 1, id_of(20), 1, 0)
     files = [MANIFEST, "rank-00000.safetensors", "rank-00001.safetensors"]
     assert deleted == [f"{path_of(10)}/{file}" for file in files]
 
@@ -177,37 +182,37 @@ def test_a_later_attempt_stops_it_before_the_next_delete(
 ) -> None:
     """Attempt 2 begins while attempt 1 deletes two checkpoints of three objects each."""
     start(root, 1)
-    put(root, *map(path_of, (10, 20, 30)))
+    put(root, *map(id_of, (10, 20, 30)))
     check_current, asked = attempts.check_current, list[Any]()
 
     def check(*arguments: Any) -> None:
-        if len(asked) == before_delete:
-            start(root, 2, path_of(30))
         asked.append(arguments)
+        if len(asked) == before_delete + 1:
+            start(root, 2, id_of(30))
         check_current(*arguments)
 
     monkeypatch.setattr(attempts, "check_current", check)
-    with pytest.raises(SupersededError, match="attempt 2 of this run has begun"):
-        retention.prune(root, 1, path_of(30), 1, 0)
+    with pytest.raises(SupersededError, match="attempt 2 of this run has started"):
+        retention.prune(root, 1, id_of(30), 1, 0)
     assert len(deleted) == before_delete
-    Checkpoint(root, path_of(30)).verify()
+    Checkpoint(root, id_of(30)).verify()
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}"])
 def test_nothing_goes_when_the_newest_manifest_is_damaged(root: Storage, damage: bytes) -> None:
-    put(root, path_of(10), path_of(20))
+    put(root, id_of(10), id_of(20))
     root.write(f"{path_of(20)}/{MANIFEST}", damage)
     with pytest.raises(CheckpointError, match=f"{path_of(20)}/{MANIFEST} is damaged"):
-        retention.prune(root, 1, path_of(20), 1, 0)
-    Checkpoint(root, path_of(10)).verify()
+        retention.prune(root, 1, id_of(20), 1, 0)
+    Checkpoint(root, id_of(10)).verify()
 
 
 def test_a_commit_whose_retention_fails_is_a_commit(root: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     start(root, 1)
-    put(root, path_of(10))
-    manifest = checkpoints.write(open_storage(Path(root.url) / "elsewhere"), path_of(20), [])
+    put(root, id_of(10))
+    manifest = checkpoints.write(open_storage(Path(root.url) / "elsewhere"), id_of(20), [])
     ranks = enumerate(RANKS)
-    files = {path_of(20): tuple(checkpoints.write_rank(root, path_of(20), *rank) for rank in ranks)}
+    files = {CHECKPOINTS: tuple(checkpoints.write_rank(root, id_of(20), *rank) for rank in ranks)}
     request = writer.Commit(files=files, manifest=manifest, keep=1, keep_every_steps=0)
 
     def refuse(self: DiskStorage, key: str) -> None:
@@ -216,7 +221,7 @@ def test_a_commit_whose_retention_fails_is_a_commit(root: Storage, monkeypatch: 
     monkeypatch.setattr(DiskStorage, "delete", refuse)
     reply = writer.commit(root, request)
     assert reply == writer.Reply(retention_problem=f"cannot delete {path_of(10)}/{MANIFEST}")
-    assert committed(root) == [path_of(20), path_of(10)]
+    assert committed(root) == [id_of(20), id_of(10)]
 
 
 def test_a_commit_whose_retention_meets_a_later_attempt_is_superseded(
@@ -224,23 +229,23 @@ def test_a_commit_whose_retention_meets_a_later_attempt_is_superseded(
 ) -> None:
     """Attempt 2 begins when the manifest is there and the first delete is asked for."""
     start(root, 1)
-    put(root, path_of(10))
-    manifest = checkpoints.write(open_storage(Path(root.url) / "elsewhere"), path_of(20), [])
-    files = {path_of(20): (checkpoints.write_rank(root, path_of(20), 0, RANKS[0]),)}
+    put(root, id_of(10))
+    manifest = checkpoints.write(open_storage(Path(root.url) / "elsewhere"), id_of(20), [])
+    files = {CHECKPOINTS: (checkpoints.write_rank(root, id_of(20), 0, RANKS[0]),)}
     read_manifest = retention.read_manifest
 
-    def begin_then_read(storage: Storage, name: str) -> Any:
-        start(root, 2, path_of(20))
-        return read_manifest(storage, name)
+    def begin_then_read(storage: Storage, checkpoint_id: CheckpointId) -> Any:
+        start(root, 2, id_of(20))
+        return read_manifest(storage, checkpoint_id)
 
     monkeypatch.setattr(retention, "read_manifest", begin_then_read)
-    with pytest.raises(SupersededError, match="attempt 2 of this run has begun"):
+    with pytest.raises(SupersededError, match="attempt 2 of this run has started"):
         writer.commit(root, writer.Commit(files=files, manifest=manifest, keep=1, keep_every_steps=0))
 
 
 def test_a_run_can_be_listed_while_it_deletes(root: Storage) -> None:
     """Folders vanish under the reader."""
-    put(root, path_of(900))
+    put(root, id_of(900))
     done = threading.Event()
 
     def save_and_delete() -> None:
@@ -255,4 +260,4 @@ def test_a_run_can_be_listed_while_it_deletes(root: Storage) -> None:
     while not done.is_set():
         lists.append(committed(root))
     saving.join()
-    assert lists == [[path_of(900)]] * len(lists)
+    assert lists == [[id_of(900)]] * len(lists)

@@ -1,4 +1,4 @@
-"""The record of an attempt: what it goes on from, its lines, and the names under which people find it."""
+"""The record of an attempt: the rows it starts with, its own rows, and the links of the run's folder."""
 
 import json
 import os
@@ -26,7 +26,7 @@ class Run:
         self.claimed = 0
 
     def claim(self) -> int:
-        """Begin another attempt; its number."""
+        """Start another attempt and return its number."""
         self.claimed += 1
         claim(self.root, AttemptRecord(self.claimed))
         return self.claimed
@@ -34,13 +34,13 @@ class Run:
     def open(self, attempt: int, resume_step: int = 0) -> Record:
         rows = rows_up_to(resume_step, rows_before(self.folder, attempt))
         config = f"attempt: {attempt}\n"
-        return Record(self.folder, self.root, attempt, config, rows, self.alarms.append)
+        return Record(self.folder, self.root, attempt, config=config, rows=rows, alarm=self.alarms.append)
 
     def begin(self, resume_step: int = 0) -> Record:
         return self.open(self.claim(), resume_step)
 
     def write(self, resume_step: int, *steps: int) -> None:
-        """An attempt from its begin to its end."""
+        """Write the record of a complete attempt."""
         one = self.begin(resume_step)
         write_steps(one, steps)
         assert one.close() == ""
@@ -107,15 +107,15 @@ def test_a_torn_last_line_counts_as_never_written(run: Run, torn: bytes) -> None
     assert run.steps == [100, 200, 300, 400]
 
 
-def test_a_run_without_records_goes_on_from_its_metrics(run: Run) -> None:
-    """As one that was written before each attempt had a record of its own."""
+def test_a_run_without_records_resumes_from_its_metrics(run: Run) -> None:
+    """Runs of an earlier version have one metrics.jsonl for all attempts."""
     run.folder.mkdir()
     run.metrics.write_text('{"step": 100}\n{"step": 200}')
     run.write(200, 300)
     assert run.steps == [100, 200, 300]
 
 
-def test_only_this_record_and_the_one_before_it_are_kept(run: Run) -> None:
+def test_only_the_last_two_records_are_kept(run: Run) -> None:
     for step in range(5):
         run.write(step, step + 1)
     assert recorded(run.folder) == [4, 5]
@@ -128,7 +128,7 @@ def test_only_this_record_and_the_one_before_it_are_kept(run: Run) -> None:
 
 
 @pytest.mark.parametrize("rows", ["", '{"step": 1, "lo'])
-def test_an_attempt_that_was_killed_while_it_began_its_record(run: Run, rows: str) -> None:
+def test_an_attempt_that_was_killed_while_it_started_its_record(run: Run, rows: str) -> None:
     run.write(0, 1, 2)
     for _ in range(2):
         own_path(run.folder, run.claim(), "metrics.jsonl").write_text(rows)
@@ -143,7 +143,7 @@ def test_an_attempt_that_was_killed_while_it_began_its_record(run: Run, rows: st
     assert recorded(run.folder) == [4, 5]
 
 
-def test_a_folder_that_another_run_had_is_begun_anew(run: Run) -> None:
+def test_a_folder_of_an_earlier_run_starts_with_an_empty_record(run: Run) -> None:
     for _ in range(3):
         run.write(0, 100)
     shutil.rmtree(run.folder / "attempts")
@@ -154,8 +154,8 @@ def test_a_folder_that_another_run_had_is_begun_anew(run: Run) -> None:
     assert run.config == "attempt: 2\n"
 
 
-def test_a_copied_folder_goes_on(run: Run, tmp_path: Path) -> None:
-    """A copy has files where there were two names of one."""
+def test_a_copied_folder_resumes(run: Run, tmp_path: Path) -> None:
+    """A copy has two files instead of two links to one."""
     run.write(0, 1, 2)
     copy = Run(Path(shutil.copytree(run.folder, tmp_path / "copy")))
     copy.claimed = 1
@@ -164,7 +164,7 @@ def test_a_copied_folder_goes_on(run: Run, tmp_path: Path) -> None:
     assert run.steps == [1, 2]
 
 
-def test_a_late_attempt_leaves_the_names_to_the_later_one(run: Run) -> None:
+def test_a_stale_attempt_does_not_take_the_links_from_a_later_one(run: Run) -> None:
     old = run.claim()
     live = run.begin()
     write_steps(live, [1, 2])
@@ -178,7 +178,7 @@ def test_a_late_attempt_leaves_the_names_to_the_later_one(run: Run) -> None:
     assert run.config == "attempt: 2\n"
 
 
-def test_names_set_by_an_attempt_that_then_died_are_mended_by_the_next_line(run: Run) -> None:
+def test_the_next_line_repairs_links_that_a_stale_attempt_has_set(run: Run) -> None:
     old = run.begin()
     live = run.begin()
     for name in ("metrics.jsonl", "config.yaml"):
@@ -222,7 +222,7 @@ def test_a_full_disk(tmp_path: Path, where: str) -> None:
         assert len(run.alarms) == 2
 
 
-def test_a_folder_that_is_removed_has_all_of_it_again(run: Run) -> None:
+def test_a_removed_folder_is_restored_with_all_rows(run: Run) -> None:
     one = run.begin()
     write_steps(one, [1, 2])
     shutil.rmtree(run.folder)
@@ -251,12 +251,20 @@ def test_a_file_system_without_hard_links(run: Run, monkeypatch: pytest.MonkeyPa
     assert (moved / "metrics.jsonl").is_file()
 
 
-def test_a_damaged_line_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_damaged_line_is_left_out_and_reported(tmp_path: Path) -> None:
     config = TrainConfig(run=str(tmp_path))
     lines = ['{"step": 1, "loss": 0.5}', '{"step": 2, "lo\x12s": 0.5}', '{"step": 3, "loss": 0.5}', '{"step']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    said: list[str] = []
+    messages: list[str] = []
     carried = carried_over(config, None, 1)
-    Logbook(config, open_storage(tmp_path), 1, carried, lambda: 3, said.append).close()
-    assert said == [f"ALARM: {tmp_path}/metrics.jsonl: 1 damaged lines are left out from now on"]
+    logbook = Logbook(
+        config=config,
+        root=open_storage(tmp_path),
+        attempt=1,
+        carried=carried,
+        step=lambda: 3,
+        say=messages.append,
+    )
+    logbook.close()
+    assert messages == [f"ALARM: {tmp_path}/metrics.jsonl: dropped 1 damaged lines"]
     assert carried.damaged == 1, "the torn last line was never written"

@@ -1,4 +1,4 @@
-"""Pictures: what each depends on, the files, and the places that weights come from."""
+"""Sampling: what each image depends on, the files, and the sources of weights."""
 
 from pathlib import Path
 
@@ -10,20 +10,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dit_scale import dist, rng, vae
-from dit_scale.checkpoint.manifest import CHECKPOINTS, name_of
+from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EngineConfig, ModelConfig
 from dit_scale.diffusion.schedule import Schedule, linear, respace
 from dit_scale.errors import CheckpointError, ConfigError, DeviceError, WeightsError
+from dit_scale.inference.image_files import write_grid, write_npz
 from dit_scale.inference.sample import (
-    Settings,
+    SamplingSettings,
     balanced_labels,
-    check_vae,
     generate,
     sample,
     sample_latents,
-    write_grid,
-    write_npz,
 )
 from dit_scale.inference.sources import WeightsSource, build_model, export, open_source
 from dit_scale.models.dit import DiT
@@ -34,14 +32,9 @@ from tests.support import checkpoints
 from tests.support.tiny_run import PROFILES, STEP, write_run
 from tests.support.tiny_vae import save_tiny_vae
 
-SETTINGS = Settings(seed=3, steps="6", guidance=2.0, batch=4)
+SETTINGS = SamplingSettings(seed=3, steps="6", guidance=2.0, batch=4)
 LABELS = [0, 1, 2, 3, 4, 0, 1]
 CPU = EngineConfig(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +64,9 @@ def decoder(tiny_vae: str) -> vae.Vae:
     return vae.load(tiny_vae)
 
 
-def latents(model: DiT, schedule: Schedule, images: list[int], settings: Settings = SETTINGS) -> Tensor:
+def latents(
+    model: DiT, schedule: Schedule, images: list[int], settings: SamplingSettings = SETTINGS
+) -> Tensor:
     y_B = torch.tensor([LABELS[image] for image in images])
     (*_, z_BCHW) = sample_latents(model, schedule, y_B, torch.tensor(images), settings)
     return z_BCHW
@@ -79,7 +74,7 @@ def latents(model: DiT, schedule: Schedule, images: list[int], settings: Setting
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
 def test_an_image_depends_on_its_number_and_class_alone(model: DiT, schedule: Schedule, method: str) -> None:
-    settings = Settings(seed=3, method=method, guidance=2.0)
+    settings = SamplingSettings(seed=3, method=method, guidance=2.0)
     together = latents(model, schedule, [0, 1, 2, 3, 4], settings)
     alone = latents(model, schedule, [3], settings)
     shuffled = latents(model, schedule, [4, 3, 0], settings)
@@ -94,10 +89,10 @@ def test_number_class_seed_and_guidance_all_matter(model: DiT, schedule: Schedul
     first = latents(model, schedule, [0])
     others = [
         latents(model, schedule, [5]),  # the same class
-        latents(model, schedule, [0], Settings(seed=4, guidance=2.0)),
-        latents(model, schedule, [0], Settings(seed=3, guidance=1.0)),
-        latents(model, schedule, [0], Settings(seed=3, guidance=2.0, guidance_channels="all")),
-        latents(model, schedule, [0], Settings(seed=3, guidance=2.0, method="ddim")),
+        latents(model, schedule, [0], SamplingSettings(seed=4, guidance=2.0)),
+        latents(model, schedule, [0], SamplingSettings(seed=3, guidance=1.0)),
+        latents(model, schedule, [0], SamplingSettings(seed=3, guidance=2.0, guidance_channels="all")),
+        latents(model, schedule, [0], SamplingSettings(seed=3, guidance=2.0, method="ddim")),
     ]
     for other in others:
         assert (first - other).abs().max() > 1e-3
@@ -132,8 +127,16 @@ def test_batches_and_processes_do_not_show(model: DiT, schedule: Schedule, decod
     steps: list[int] = []
 
     def draw(images: range, batch: int) -> np.ndarray:
-        settings = Settings(seed=3, guidance=2.0, batch=batch)
-        return generate(model, decoder, schedule, LABELS, images, settings, lambda: steps.append(1))
+        settings = SamplingSettings(seed=3, guidance=2.0, batch=batch)
+        return generate(
+            model,
+            decoder,
+            schedule,
+            labels=LABELS,
+            images=images,
+            settings=settings,
+            advance=lambda: steps.append(1),
+        )
 
     whole = draw(range(7), 7)
     assert whole.shape == (7, 32, 32, 3)
@@ -152,7 +155,7 @@ def test_batches_and_processes_do_not_show(model: DiT, schedule: Schedule, decod
 
 def test_sample_writes_a_grid_and_an_npz(source: WeightsSource, tiny_vae: str, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    sample(source, tiny_vae, LABELS, SETTINGS, tmp_path / "out", CPU)
+    sample(source, LABELS, SETTINGS, vae_name=tiny_vae, out=tmp_path / "out", engine=CPU)
     torch.set_num_threads(threads)
     with np.load(tmp_path / "out" / "samples.npz", allow_pickle=False) as file:
         images, labels = file["arr_0"], file["arr_1"]
@@ -199,10 +202,10 @@ def test_classes_come_in_turn() -> None:
 def test_another_vae_is_refused(source: WeightsSource, tmp_path: Path) -> None:
     other = save_tiny_vae(tmp_path / "other", seed=1)
     with pytest.raises(WeightsError, match=r"this VAE \(other, sha256 .*\) did not make the latents"):
-        sample(source, other, LABELS, SETTINGS, tmp_path / "out", CPU)
+        sample(source, LABELS, SETTINGS, vae_name=other, out=tmp_path / "out", engine=CPU)
     assert not (tmp_path / "out").exists()
     assert not torch.distributed.is_initialized()
-    check_vae(vae.load(other), None)  # a weights file that does not know its VAE takes any
+    vae.load(other).require_weights(None)  # a weights file that does not know its VAE takes any
 
 
 @pytest.mark.parametrize("label", [-1, 5, 1000])
@@ -210,14 +213,14 @@ def test_a_class_that_is_not_there_is_refused(
     source: WeightsSource, tiny_vae: str, tmp_path: Path, label: int
 ) -> None:
     with pytest.raises(ConfigError, match=f"class {label}: expected 0 to 4"):
-        sample(source, tiny_vae, [0, label], SETTINGS, tmp_path, CPU)
+        sample(source, [0, label], SETTINGS, vae_name=tiny_vae, out=tmp_path, engine=CPU)
 
 
 def test_more_steps_than_the_diffusion_has_are_refused(
     source: WeightsSource, tiny_vae: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="has 100 of the 100 timesteps"):
-        sample(source, tiny_vae, [0], Settings(steps="250"), tmp_path, CPU)
+        sample(source, [0], SamplingSettings(steps="250"), vae_name=tiny_vae, out=tmp_path, engine=CPU)
     assert not torch.distributed.is_initialized()
 
 
@@ -247,7 +250,7 @@ def test_a_run_gives_its_first_profile_by_published_names(tmp_path: Path, tiny_v
         assert torch.equal(source.state[name], tensor)
     assert source.timesteps == 100
     assert source.vae == tiny_vae
-    assert source.description == f"EMA first of {tmp_path}/checkpoints/{name_of(STEP, 1)}"
+    assert source.description == f"EMA first of {tmp_path}/{CheckpointId(STEP, 1).path()}"
 
 
 def test_any_profile_can_be_chosen(run: Path, source: WeightsSource) -> None:
@@ -267,7 +270,7 @@ def test_the_position_embedding_is_the_formula_to_the_bit(run: Path, model: DiT,
 
 
 def test_a_checkpoints_folder_is_a_source(run: Path, source: WeightsSource) -> None:
-    folder = run / CHECKPOINTS / name_of(STEP, 1)
+    folder = run / CheckpointId(STEP, 1).path()
     assert_same_weights(open_source(str(folder)), source)
 
 
@@ -286,7 +289,7 @@ def test_an_export_that_was_damaged_is_refused(source: WeightsSource, tmp_path: 
     data = bytearray(path.read_bytes())
     data[-1 if part == "weights" else data.index(b'"timesteps":"') + len(b'"timesteps":"')] ^= 1
     path.write_bytes(data)
-    with pytest.raises(WeightsError, match=r"weights\.safetensors is damaged \(its SHA-256 does not fit\)"):
+    with pytest.raises(WeightsError, match=r"weights\.safetensors is damaged \(SHA-256 mismatch\)"):
         open_source(str(path))
 
 
@@ -296,23 +299,33 @@ def test_a_bare_weights_file_takes_the_model_it_is_told(source: WeightsSource, t
     opened = open_source(str(path), model=source.model)
     assert (opened.timesteps, opened.vae, opened.vae_sha256) == (1000, None, None)
     build_model(opened, torch.device("cpu"), torch.bfloat16)
-    with pytest.raises(WeightsError, match="weights do not fit the model"):
+    with pytest.raises(WeightsError, match="weights do not match the model"):
         build_model(
             open_source(str(path), model=ModelConfig(name="DiT-S/8")), torch.device("cpu"), torch.float32
         )
 
 
+def test_a_source_that_defines_its_model_accepts_no_other(
+    run: Path, source: WeightsSource, tmp_path: Path
+) -> None:
+    exported = tmp_path / "weights.safetensors"
+    export(source, exported)
+    for path in (run, run / CheckpointId(STEP, 1).path(), exported):
+        with pytest.raises(ConfigError, match=f"^{path} defines its own model; omit --model, --image-size"):
+            open_source(str(path), model=source.model)
+
+
 def test_the_newest_checkpoint_is_taken(tiny_vae: str, tmp_path: Path) -> None:
     for step in (STEP, STEP + 1, STEP - 1):
         write_run(tmp_path, tiny_vae, step)
-    assert open_source(str(tmp_path)).description.endswith(name_of(STEP + 1, 1))
+    assert open_source(str(tmp_path)).description.endswith(CheckpointId(STEP + 1, 1).name)
 
 
 @pytest.mark.parametrize("made", [[], ["config.yaml"]])
 def test_a_place_without_weights(tmp_path: Path, made: list[str]) -> None:
     for name in made:
         (tmp_path / name).touch()
-    expected = "no committed checkpoint yet" if made else "expected a run's folder, a checkpoint's folder"
+    expected = "no committed checkpoint yet" if made else "expected a run folder, a checkpoint folder"
     with pytest.raises((CheckpointError, WeightsError), match=expected):
         open_source(str(tmp_path))
 
@@ -320,7 +333,7 @@ def test_a_place_without_weights(tmp_path: Path, made: list[str]) -> None:
 def test_a_checkpoint_of_another_version_is_named(tiny_vae: str, tmp_path: Path) -> None:
     write_run(tmp_path, tiny_vae)
     root = open_storage(tmp_path)
-    config = Checkpoint(root, f"{CHECKPOINTS}/{name_of(STEP, 1)}").manifest.config
-    checkpoints.write(root, f"{CHECKPOINTS}/{name_of(STEP + 1, 1)}", [], config={**config, "new_knob": 1})
+    config = Checkpoint(root, CheckpointId(STEP, 1)).manifest.config
+    checkpoints.write(root, CheckpointId(STEP + 1, 1), [], config={**config, "new_knob": 1})
     with pytest.raises(CheckpointError, match=r"is of another version of this program: .*\n.*new_knob"):
         open_source(str(tmp_path))

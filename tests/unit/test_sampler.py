@@ -1,4 +1,4 @@
-"""The samplers against diffusers' schedulers, against a case solved on paper, and guidance by hand."""
+"""The samplers against diffusers and an analytical solution; guidance against hand-computed values."""
 
 import math
 
@@ -22,7 +22,7 @@ def step_noise(step):
 
 
 class RandomModel:
-    """Outputs that depend on the timestep alone, and a record of what was asked."""
+    """A model whose output depends only on the timestep; it records the timesteps."""
 
     def __init__(self):
         self.timesteps = []
@@ -41,7 +41,7 @@ def last(steps):
 
 
 def with_our_tables(scheduler):
-    """diffusers sums up its tables in fp32; with float64 ones, only the sampler's own formulas differ."""
+    """Replace diffusers' fp32 tables by float64 ones, so that only the sampler's formulas can differ."""
     scheduler.alphas_cumprod = torch.from_numpy(float64_tables(FULL.betas_float64)["alphas_cumprod"])
     return scheduler
 
@@ -68,13 +68,12 @@ def test_ddpm_takes_the_steps_of_diffusers(spec, monkeypatch):
         torch.testing.assert_close(ours[step], x_BCHW.float(), rtol=0, atol=1e-5 * float(x_BCHW.abs().max()))
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("num_steps", [50, 100])
-def test_ddim_takes_the_steps_of_diffusers(num_steps, eta):
+def test_ddim_takes_the_steps_of_diffusers(num_steps):
     from diffusers import DDIMScheduler
 
     schedule, model = respace(FULL, f"ddim{num_steps}"), RandomModel()
-    ours = list(ddim(model, schedule, randn(*LATENTS), step_noise, eta))
+    ours = list(ddim(model, schedule, randn(*LATENTS)))
 
     theirs = with_our_tables(
         DDIMScheduler(
@@ -86,13 +85,11 @@ def test_ddim_takes_the_steps_of_diffusers(num_steps, eta):
     x_BCHW = randn(*LATENTS)
     for step, t in enumerate(theirs.timesteps):
         eps_BCHW = model(x_BCHW, t.expand(2))[:, :4]
-        noise = step_noise(step) if eta else None
-        x_BCHW = theirs.step(eps_BCHW, int(t), x_BCHW, eta=eta, variance_noise=noise).prev_sample
+        x_BCHW = theirs.step(eps_BCHW, int(t), x_BCHW).prev_sample
         torch.testing.assert_close(ours[step], x_BCHW.float(), rtol=0, atol=1e-5 * float(x_BCHW.abs().max()))
 
 
-@pytest.mark.parametrize("sampler", [ddpm, lambda *args: ddim(*args, eta=1.0)], ids=["ddpm", "ddim"])
-def test_noise_is_asked_once_for_each_step_but_the_last(sampler):
+def test_ddpm_requests_noise_once_for_each_step_except_the_last():
     asked = []
 
     def noise(step):
@@ -100,26 +97,11 @@ def test_noise_is_asked_once_for_each_step_but_the_last(sampler):
         return step_noise(step)
 
     schedule = respace(FULL, "10")
-    assert len(list(sampler(RandomModel(), schedule, randn(*LATENTS), noise))) == 10
+    assert len(list(ddpm(RandomModel(), schedule, randn(*LATENTS), noise))) == 10
     assert asked == list(range(9))
 
 
-def test_deterministic_ddim_asks_for_no_noise():
-    def noise(step):
-        raise AssertionError("eta 0 has no noise")
-
-    schedule = respace(FULL, "ddim10")
-    with_source = last(ddim(RandomModel(), schedule, randn(*LATENTS), noise))
-    assert torch.equal(with_source, last(ddim(RandomModel(), schedule, randn(*LATENTS))))
-
-
-@pytest.mark.parametrize("eta", [-0.1, 1.1])
-def test_ddim_refuses_other_eta(eta):
-    with pytest.raises(ConfigError, match="expected 0"):
-        next(ddim(RandomModel(), respace(FULL, "ddim10"), randn(*LATENTS), step_noise, eta))
-
-
-@pytest.mark.parametrize("sampler", [ddpm, ddim])
+@pytest.mark.parametrize("sampler", [lambda *args: ddpm(*args, step_noise), ddim], ids=["ddpm", "ddim"])
 def test_sampling_keeps_fp32_no_graph_and_its_input(sampler):
     weight = torch.ones((), requires_grad=True)
 
@@ -127,7 +109,7 @@ def test_sampling_keeps_fp32_no_graph_and_its_input(sampler):
         return (weight * torch.cat([x_BCHW, x_BCHW], dim=1)).bfloat16()
 
     x_T = randn(*LATENTS)
-    for x_BCHW in sampler(predict, respace(FULL, "10"), x_T, step_noise):
+    for x_BCHW in sampler(predict, respace(FULL, "10"), x_T):
         assert x_BCHW.dtype == torch.float32
         assert not x_BCHW.requires_grad
         assert torch.is_grad_enabled()  # the caller's own state, between steps
@@ -140,7 +122,7 @@ MANY = (64, 4, 16, 16)
 
 
 def optimal_model(schedule):
-    """The exact E[noise | x_t] and, as v, the exact variance of x_{t-1} given x_t."""
+    """Return the exact E[noise | x_t] and, as v, the exact variance of x_{t-1} given x_t."""
     tables = {name: torch.from_numpy(table) for name, table in float64_tables(schedule.betas_float64).items()}
     index_of = {int(t): index for index, t in enumerate(schedule.timesteps)}
 
@@ -189,7 +171,7 @@ NULL_CLASS = 1000
 
 
 class LabelledModel:
-    """Outputs that depend on x, t and y in every channel; keeps its calls."""
+    """A model whose output depends on x, t and y in every channel; it records its calls."""
 
     def __init__(self):
         self.calls = []
@@ -241,7 +223,7 @@ def test_guidance_refuses_other_channels():
 
 
 def test_guided_sampling_gives_each_sample_its_own_class():
-    """Labels of a batch do not mix: sampled together or alone, a sample is the same."""
+    """Samples of a batch are independent: sampled together or alone, each is the same."""
     schedule, y = respace(FULL, "10"), torch.tensor([1, 5])
 
     def model(x_BCHW, timestep_B, y_B):

@@ -11,25 +11,26 @@ import torch
 
 from dit_scale.checkpoint import saver as savers
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.manifest import CHECKPOINTS, Manifest, name_of
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.manifest import CHECKPOINTS, CheckpointId, Manifest
+from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Saver, SaveResult
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import CheckpointConfig
 from dit_scale.dist import World
 from dit_scale.storage import open_storage
 
 
-def path_of(step: int) -> str:
-    return f"{CHECKPOINTS}/{name_of(step, attempt=1)}"
+def id_of(step: int) -> CheckpointId:
+    return CheckpointId(step, attempt=1)
 
 
-PATH = path_of(3)
-FOLDERS = {PATH: (MASTER,)}
+CHECKPOINT = id_of(3)
+FOLDERS = {CHECKPOINTS: (MASTER,)}
 
 
 def partition() -> Partition:
-    return Partition({MASTER: torch.arange(6.0)}, (Extent("w", 0, 6, 0),))
+    return Partition({MASTER: torch.arange(6.0)}, (ParameterSlice("w", 0, 6, 0),))
 
 
 def manifest(step: int = 3) -> Manifest:
@@ -46,7 +47,7 @@ def manifest(step: int = 3) -> Manifest:
 
 
 def saved(saver: Saver, step: int = 3) -> SaveResult:
-    saver.begin(manifest(step), {path_of(step): (MASTER,)})
+    saver.begin(manifest(step), FOLDERS)
     outcome = saver.wait()
     assert outcome is not None
     return outcome
@@ -61,8 +62,8 @@ def test_a_save_is_what_was_there_when_it_began(world: World, tmp_path: Path) ->
     assert outcome is not None
     assert (outcome.problem, outcome.dropped) == ("", ())
     root = open_storage(tmp_path)
-    assert committed(root) == [PATH]
-    assert Checkpoint(root, PATH).read(MASTER, "w", 0, 6).tolist() == [0, 1, 2, 3, 4, 5]
+    assert committed(root) == [CHECKPOINT]
+    assert Checkpoint(root, CHECKPOINT).read(MASTER, "w", 0, 6).tolist() == [0, 1, 2, 3, 4, 5]
     saver.close()
 
 
@@ -71,12 +72,12 @@ def test_retention_keeps_what_the_configuration_says(world: World, tmp_path: Pat
     saver = Saver(world, str(tmp_path), [partition()], config)
     dropped: list[str] = []
     for step in range(3, 22, 3):
-        saver.begin(manifest(step), {path_of(step): (MASTER,)})
+        saver.begin(manifest(step), FOLDERS)
         outcome = saver.wait()
         assert outcome is not None
         dropped += outcome.dropped
-    assert committed(open_storage(tmp_path)) == [path_of(step) for step in (21, 18, 9)]
-    assert dropped == [path_of(step) for step in (3, 6, 12, 15)]
+    assert committed(open_storage(tmp_path)) == [id_of(step) for step in (21, 18, 9)]
+    assert dropped == [id_of(step).path() for step in (3, 6, 12, 15)]
     saver.close()
 
 
@@ -94,12 +95,12 @@ def test_a_checkpoint_takes_the_record_along(world: World, tmp_path: Path) -> No
     record.write_text('{"step": 3}\n')
     saver = Saver(world, str(tmp_path / "root"), [partition()], CheckpointConfig(), [record])
     assert saved(saver).problem == ""
-    (path,) = committed(open_storage(tmp_path / "root"))
-    assert (tmp_path / "root" / path / "metrics.jsonl").read_text() == '{"step": 3}\n'
+    (first,) = committed(open_storage(tmp_path / "root"))
+    assert (tmp_path / "root" / first.path() / "metrics.jsonl").read_text() == '{"step": 3}\n'
     record.unlink()
     assert saved(saver, 6).problem == ""
-    (path,) = {*committed(open_storage(tmp_path / "root"))} - {path}
-    assert not (tmp_path / "root" / path / "metrics.jsonl").exists()
+    (second,) = {*committed(open_storage(tmp_path / "root"))} - {first}
+    assert not (tmp_path / "root" / second.path() / "metrics.jsonl").exists()
     saver.close()
 
 
@@ -137,7 +138,7 @@ def test_a_writer_that_died_before_it_was_asked_costs_the_save_alone(
         assert saver._writer is not None
         os.waitid(os.P_PID, saver._writer.pid, os.WEXITED | os.WNOWAIT)
         assert saved(saver).problem == (
-            "rank 0: its writer process ended with 7; the next save starts another"
+            "rank 0: its writer process exited with 7; the next save starts a new one"
         )
     assert saved(saver).problem == ""
     saver.close()
@@ -152,10 +153,10 @@ def test_a_writer_that_does_not_start_costs_the_save_alone(
         patch.setattr(savers, "WRITER", command)
         saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
         for _ in range(2):
-            assert "its writer process ended with 7" in saved(saver).problem
+            assert "its writer process exited with 7" in saved(saver).problem
             time.sleep(0.1)
     assert saved(saver).problem == ""
-    assert committed(open_storage(tmp_path)) == [PATH]
+    assert committed(open_storage(tmp_path)) == [CHECKPOINT]
     saver.close()
 
 
@@ -174,16 +175,16 @@ def test_a_name_that_another_process_took_is_left_as_it_is(world: World, tmp_pat
     theirs = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
     assert saved(theirs).problem == ""
     theirs.close()
-    before = {path: path.read_bytes() for path in (tmp_path / PATH).iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / CHECKPOINT.path()).iterdir()}
     ours = partition()
     saver = Saver(world, str(tmp_path), [ours], CheckpointConfig())
     assert (saved(saver).problem, saved(saver).is_final) == ("", False), "the same one again is ours"
     ours.buffers[MASTER].fill_(-1)
     outcome = saved(saver)
     assert outcome.is_final
-    assert outcome.problem.startswith(f"rank 0: {tmp_path}/{PATH} has a manifest already")
-    assert {path: path.read_bytes() for path in (tmp_path / PATH).iterdir()} == before
-    saver.begin(manifest(6), {path_of(6): (MASTER,)})
+    assert outcome.problem.startswith(f"rank 0: {tmp_path}/{CHECKPOINT.path()} has a manifest already")
+    assert {path: path.read_bytes() for path in (tmp_path / CHECKPOINT.path()).iterdir()} == before
+    saver.begin(manifest(6), FOLDERS)
     outcome = saver.wait()
     assert outcome is not None
     assert (outcome.problem, outcome.is_final) == ("", False)

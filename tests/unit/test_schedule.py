@@ -136,10 +136,10 @@ def test_respacing_twice_still_names_original_timesteps():
         ("1001", "has 1000 of the 1000 timesteps"),
         ("10,501", "section 2 of 2 has 500"),
         ("400,10,10", "section 1 of 3 has 334"),
-        ("1", "2 steps or more"),
-        ("ddim1", "no whole stride"),
-        ("ddim999", "no whole stride"),
-        ("ddim1001", "no whole stride"),
+        ("1", "2 or more steps"),
+        ("ddim1", "no integer stride"),
+        ("ddim999", "no integer stride"),
+        ("ddim1001", "no integer stride"),
         ("", "expected a number of steps"),
         ("0", "expected a number of steps"),
         ("-5", "expected a number of steps"),
@@ -170,7 +170,7 @@ def test_a_schedule_cannot_be_changed():
 
 @st.composite
 def sections(draw):
-    """(timesteps, counts): a respacing that can be met."""
+    """Draw (timesteps, counts) of a possible respacing."""
     num_timesteps = draw(st.integers(2, 1500))
     num_sections = draw(st.integers(1, min(6, num_timesteps // 2)))
     counts = draw(

@@ -1,4 +1,4 @@
-"""The mirrors of the record, and the journal."""
+"""Mirrors of the record, and the journal."""
 
 import json
 import threading
@@ -29,7 +29,7 @@ def test_mirrors_only_when_asked_for(alarms: list[str]) -> None:
     assert open_mirrors(TrainConfig(), 0, alarms.append) == []
 
 
-def test_the_package_of_a_mirror_that_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_package_of_a_requested_mirror_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_installed(TrainConfig().log)
     for key, value, name in (("wandb", "offline", "wandb"), ("tensorboard", True, "tensorboard")):
@@ -38,7 +38,7 @@ def test_the_package_of_a_mirror_that_is_asked_for_must_be_there(monkeypatch: py
             check_installed(log)
 
 
-class Breaking:
+class FailingSink:
     """A sink that fails from its n-th call on."""
 
     def __init__(self, calls: int) -> None:
@@ -60,15 +60,15 @@ class Breaking:
 
 
 @pytest.mark.parametrize(
-    ("calls", "what"), [(0, "did not start"), (2, "broke"), (4, "did not finish"), (5, "")]
+    ("calls", "what"), [(0, "failed to start"), (2, "failed"), (4, "failed to finish"), (5, "")]
 )
-def test_a_mirror_that_breaks_costs_one_alarm(alarms: list[str], calls: int, what: str) -> None:
-    mirror = Mirror("wandb", lambda: Breaking(calls), alarms.append)
+def test_a_mirror_that_fails_costs_one_alarm(alarms: list[str], calls: int, what: str) -> None:
+    mirror = Mirror("wandb", lambda: FailingSink(calls), alarms.append)
     for step in (1, 2, 3):
         mirror.write(step, {"loss": 1.0})
     mirror.close()
     mirror.close()
-    text = f"wandb {what} and gets no more rows, metrics.jsonl has them all: its process is gone"
+    text = f"wandb {what} and gets no more rows; metrics.jsonl has all of them: its process is gone"
     assert alarms == ([text] if what else [])
 
 
@@ -83,7 +83,7 @@ def test_tensorboard_files_hold_the_numbers(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     loss = [(event.step, event.value) for event in events.Scalars("loss")]
-    # Step 300 of the first attempt was taken again: the second one purged it.
+    # The second attempt took step 300 again and purged that of the first.
     assert loss == [(100, 25.0), (200, 50.0), (300, 275.0), (400, 300.0)]
 
 
@@ -102,7 +102,7 @@ def test_wandb_offline_writes_a_run(
     for step in (100, 200):
         mirror.write(step, {"loss": 0.123456789})
     mirror.close()
-    wandb.teardown()  # waits for wandb's own process, which writes the file, as the end of a run does
+    wandb.teardown()  # as at the end of a run: waits for wandb's own process, which writes the file
     (written,) = (folder / "wandb").glob(f"offline-run-*/run-{wandb_id(folder)}.wandb")
     data = written.read_bytes()
     assert b"loss" in data
@@ -110,15 +110,15 @@ def test_wandb_offline_writes_a_run(
     assert alarms == []
 
 
-def test_a_disk_that_is_full_under_tensorboard(
+def test_tensorboard_on_a_full_disk(
     tmp_path: Path, alarms: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its thread meets the error some rows later; neither rows nor the end wait for that thread for ever."""
+    """TensorBoard's thread fails some rows later; neither `write` nor `close` may wait for it forever."""
     run = tmp_path / "run"
     run.mkdir()
     config = TrainConfig.model_validate({"run": str(run), "log": {"tensorboard": True}})
     before = set(threading.enumerate())
-    monkeypatch.setattr(threading, "excepthook", lambda raised: None)  # its thread ends with the error, too
+    monkeypatch.setattr(threading, "excepthook", lambda raised: None)  # the thread raises the error as well
     with small_disk(tmp_path / "disk", 4096) as disk:
         (run / "tensorboard").symlink_to(disk)
         (mirror,) = open_mirrors(config, 0, alarms.append)
@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_under_tensorboard(
     assert "No space left on device" in alarm
 
 
-def test_a_run_keeps_its_wandb_id_where_it_moves(tmp_path: Path) -> None:
+def test_a_run_that_moves_keeps_its_wandb_id(tmp_path: Path) -> None:
     first = wandb_id(tmp_path / "a")
     assert first.startswith(str(tmp_path / "a").strip("/").replace("/", "-"))
     assert first not in {wandb_id(tmp_path / "b"), wandb_id(tmp_path / "a" / "a")}
@@ -144,7 +144,7 @@ def test_a_run_keeps_its_wandb_id_where_it_moves(tmp_path: Path) -> None:
     assert wandb_id(tmp_path / "moved") == "runs-a"
 
 
-def test_the_journal_only_grows(tmp_path: Path, alarms: list[str]) -> None:
+def test_the_journal_is_append_only(tmp_path: Path, alarms: list[str]) -> None:
     path = tmp_path / "events.jsonl"
     for event in ("start", "checkpoint"):
         journal = Journal(path, alarms.append)

@@ -86,17 +86,17 @@ def test_a_flipped_bit_of_a_label(copy: Path) -> None:
     flip_bit(copy / "shards/00001.tar", int(record["offset"]) - 1024)
     digest, members = problems(copy)
     assert digest == "shards/00001.tar: its SHA-256 is not the one in dataset.json"
-    assert "members do not fit the index: 12, expected 12" in members
-    assert members.endswith("first wrong ('00000008.cls', None, b'9')")
+    assert "its members do not match the index: expected 12, got 12" in members
+    assert members.endswith("first mismatch ('00000008.cls', None, b'9')")
 
 
 def test_a_tar_that_ends_early(copy: Path) -> None:
     path = copy / "shards/00003.tar"
     path.write_bytes(path.read_bytes()[:1400])
     size, digest, members, *samples = problems(copy)
-    assert size == "shards/00003.tar: 1400 bytes, dataset.json says 10240"
+    assert size == "shards/00003.tar: expected 10240 bytes as in dataset.json, got 1400"
     assert digest.startswith("shards/00003.tar: its SHA-256")
-    assert members == "shards/00003.tar: members do not fit the index: 1, expected 4"
+    assert members == "shards/00003.tar: its members do not match the index: expected 4, got 1"
     assert [sample.partition(":")[0] for sample in samples] == [
         f"shards/00003.tar, sample with key {key:08d}" for key in (18, 19)
     ]
@@ -105,26 +105,29 @@ def test_a_tar_that_ends_early(copy: Path) -> None:
 @pytest.mark.parametrize("name", ["00002.tar", "00002.idx"])
 def test_a_missing_file_is_named_once(copy: Path, name: str) -> None:
     (copy / "shards" / name).unlink()
-    assert problems(copy) == [f"cannot read {copy}/shards/{name}: there is nothing"]
+    assert problems(copy) == [f"cannot read {copy}/shards/{name}: not found"]
 
 
 def test_an_index_of_another_shard(copy: Path) -> None:
     shutil.copy(copy / "shards/00003.idx", copy / "shards/00001.idx")
     digest, count, *rest = problems(copy)
     assert digest == "shards/00001.idx: its SHA-256 is not the one in dataset.json"
-    assert count == "shards/00001.idx: 2 records, dataset.json says 6"
-    assert "keys: expected every one once and in the order of the listing" in rest
+    assert count == "shards/00001.idx: expected 6 records as in dataset.json, got 2"
+    assert "keys: expected every key once and in the order of the listing" in rest
+
+
+TOO_LARGE = "expected a label below 2, got 2"
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"class_names": ["0", "1"]}, "shards/00000.tar, sample with key 00000002: label 2 of 2 classes"),
-        ({"channel_mean": [0.0] * 4}, "channel mean: ("),
-        ({"channel_std": [1.0] * 3}, "channel std: ("),
-        ({"image_size": 64}, "dataset.json: latent_shape (2, 8, 4, 4) does not fit 2 views of 64 px images"),
-        ({"views": ["image"]}, "dataset.json: latent_shape (2, 8, 4, 4) does not fit 1 views"),
-        ({"latent_shape": [2, 8, 2, 8]}, "dataset.json: latent_shape (2, 8, 2, 8) does not fit"),
+        ({"class_names": ["0", "1"]}, f"shards/00000.tar, sample with key 00000002: {TOO_LARGE}"),
+        ({"channel_mean": [0.0] * 4}, "channel mean: expected (0.0, 0.0, 0.0, 0.0) as in dataset.json, got"),
+        ({"channel_std": [1.0] * 3}, "channel std: expected (1.0, 1.0, 1.0) as in dataset.json, got"),
+        ({"image_size": 64}, "dataset.json: latent_shape (2, 8, 4, 4) does not match 2 views of 64 px"),
+        ({"views": ["image"]}, "dataset.json: latent_shape (2, 8, 4, 4) does not match 1 views"),
+        ({"latent_shape": [2, 8, 2, 8]}, "dataset.json: latent_shape (2, 8, 2, 8) does not match"),
         (
             {"quarantined": [{"key": 20, "path": "a", "reason": "b"}]},
             "count: 20 samples and 1 quarantined inputs do not make up the 20 files of the source",
@@ -150,12 +153,12 @@ def test_every_input_has_a_sample_or_a_reason_and_none_has_both(copy: Path, keys
 def test_shards_out_of_order(copy: Path) -> None:
     info = json.loads((copy / INFO_KEY).read_text())
     edit_info(copy, shards=[info["shards"][number] for number in (1, 0, 2, 3)])
-    assert problems(copy) == ["keys: expected every one once and in the order of the listing"]
+    assert problems(copy) == ["keys: expected every key once and in the order of the listing"]
 
 
 def test_no_sample_at_all(tmp_path: Path) -> None:
     write_latents(tmp_path, num=0)
-    assert problems(tmp_path) == ["count: no sample"]
+    assert problems(tmp_path) == ["count: no samples"]
 
 
 def test_a_flipped_bit_of_dataset_json_is_refused(copy: Path) -> None:

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of every model of the paper, and what a wrong name is told."""
+"""Parameters and multiply-adds of every model of the paper, and errors for unknown names."""
 
 import json
 import subprocess
@@ -88,15 +88,15 @@ def test_formulas_equal_the_model_outside_the_paper(name, image_size, conditioni
 
 def test_shape_of_parses_row_and_patch():
     shape = shape_of(ModelConfig(name="DiT-XL/4", image_size=512, num_classes=7))
-    assert (shape.depth, shape.width, shape.heads, shape.head_dim) == (28, 1152, 16, 72)
+    assert (shape.depth, shape.width, shape.heads) == (28, 1152, 16)
     assert (shape.latent_size, shape.grid, shape.tokens, shape.patch_channels) == (64, 16, 256, 64)
-    assert (shape.num_classes, shape.in_channels, shape.out_channels) == (7, 4, 8)
+    assert (shape.num_classes, shape.in_channels) == (7, 4)
 
 
 @pytest.mark.parametrize("name", ["DiT-M/2", "XL/2", "DiT-XL", "DiT-XL/0", "DiT-XL/-2", "dit-xl/2"])
 def test_unknown_name_lists_the_rows(name):
     with pytest.raises(
-        ConfigError, match=r"unknown model .*DiT-XL/2; rows are DiT-Nano, DiT-Ti, DiT-S, DiT-B, DiT-L, DiT-XL"
+        ConfigError, match=r"unknown model .*DiT-XL/2; sizes: DiT-Nano, DiT-Ti, DiT-S, DiT-B, DiT-L, DiT-XL"
     ):
         shape_of(ModelConfig(name=name))
 
@@ -105,7 +105,7 @@ def test_unknown_name_lists_the_rows(name):
     ("name", "image_size", "advice"),
     [
         ("DiT-XL/2", 250, "image_size 250 does not fit DiT-XL/2: expected a multiple of 16 .* 240 or 256"),
-        ("DiT-S/8", 32, "expected a multiple of 64 .* near it is 64"),
+        ("DiT-S/8", 32, "expected a multiple of 64 .* for example 64"),
     ],
 )
 def test_image_that_patches_do_not_fill(name, image_size, advice):
@@ -119,7 +119,7 @@ def test_zoo_imports_no_torch():
 
 
 def test_run_prints_a_table_that_fits_80_columns(capsys):
-    table.run(json_output=False, names=["DiT-S/8"])
+    table.print_table(as_json=False, names=["DiT-S/8"])
     lines = capsys.readouterr().out.splitlines()
     [line] = [line for line in lines if "256" in line and "adaln_zero" in line]
     names = ["model", "px", "conditioning", "tokens", "parameters", "GMACs", "formula", "paper"]
@@ -134,7 +134,7 @@ def test_run_prints_a_table_that_fits_80_columns(capsys):
 
 
 def test_run_prints_json(capsys):
-    table.run(json_output=True, names=["DiT-Ti/8"])
+    table.print_table(as_json=True, names=["DiT-Ti/8"])
     rows = json.loads(capsys.readouterr().out)
     assert [(row["image_size"], row["conditioning"]) for row in rows] == [
         (size, conditioning) for size in (256, 512) for conditioning in zoo.CONDITIONINGS
@@ -147,7 +147,7 @@ def test_run_prints_json(capsys):
 def test_run_says_when_a_count_is_not_that_of_the_formula(counted, capsys, monkeypatch):
     row = table.count(ModelConfig(name="DiT-Ti/8"))
     monkeypatch.setattr(table, "rows", lambda names: iter([{**row, counted: row[counted] + 1}, row]))
-    table.run(json_output=False, names=None)
+    table.print_table(as_json=False, names=None)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[6] for line in lines if "DiT-Ti/8" in line] == ["DIFFERS", "same"]
 
@@ -156,7 +156,7 @@ def test_progress_on_a_terminal_is_no_part_of_the_output(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
     row = table.count(ModelConfig(name="DiT-Ti/8"))
     monkeypatch.setattr(table, "rows", lambda names: iter([row]))
-    table.run(json_output=True, names=None)
+    table.print_table(as_json=True, names=None)
     out, err = capsys.readouterr()
     assert json.loads(out) == [row]
     assert "counting" in err
@@ -169,5 +169,5 @@ def test_rows_refuses_an_unknown_name_before_counting():
 
 def test_run_refuses_an_unknown_name_before_printing(capsys):
     with pytest.raises(ConfigError, match="unknown model 'DiT-M/2'"):
-        table.run(json_output=True, names=["DiT-Ti/8", "DiT-M/2"])
+        table.print_table(as_json=True, names=["DiT-Ti/8", "DiT-M/2"])
     assert capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""Jobs of the tests of the guard: a step that fails in each way there is, and what it leaves behind."""
+"""Jobs for the tests of the guard: a step that fails in every possible way, and what it leaves behind."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,39 +13,40 @@ from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
 from dit_scale.checkpoint.reader import fill
 from dit_scale.config import TrainConfig
 from dit_scale.data.batch_plan import batch_plan
-from dit_scale.data.loader import Batch, Loader
+from dit_scale.data.loader import Loader
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.shards import LatentDataset
 from dit_scale.models import dit
 from dit_scale.train import engine as engines
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.trainer import Trainer
 from tests.support.ranks import jobs
 
 BAD_SAMPLE = 4
-"""Of the 7 samples of a step: on the last of 2 ranks, on the middle one of 3."""
+"""One of the 7 samples of a step: on the last of 2 ranks, on the middle one of 3."""
 
 Bits = dict[tuple[str, str, int], torch.Tensor]
 """(kind, parameter, start) => a copy of what this rank owns; padding has no defined value."""
 
-Harm = Callable[[Batch, torch.Tensor], Batch]
+Harm = Callable[[MicroBatch, torch.Tensor], MicroBatch]
 """(batch, mask of the bad sample (B,)) => what the step gets instead."""
 
 
-def no_harm(batch: Batch, bad_B: torch.Tensor) -> Batch:
+def no_harm(batch: MicroBatch, bad_B: torch.Tensor) -> MicroBatch:
     return batch
 
 
-def nan_in_the_latent(batch: Batch, bad_B: torch.Tensor) -> Batch:
+def nan_in_the_latent(batch: MicroBatch, bad_B: torch.Tensor) -> MicroBatch:
     return replace(batch, moments_B2CHW=batch.moments_B2CHW.masked_fill(bad_B.view(-1, 1, 1, 1), torch.nan))
 
 
-def heavy_sample(batch: Batch, bad_B: torch.Tensor) -> Batch:
-    """Loss and gradient are finite, and far above their means."""
+def heavy_sample(batch: MicroBatch, bad_B: torch.Tensor) -> MicroBatch:
+    """Make a step whose loss and gradient are finite and far above their means."""
     return replace(batch, weight_B=batch.weight_B.masked_fill(bad_B, 1000.0))
 
 
 @contextmanager
-def infinite_gradient(step: TrainingStep) -> Iterator[None]:
-    """One parameter's gradient on this rank; the loss is what it would be."""
+def infinite_gradient(step: Trainer) -> Iterator[None]:
+    """Damage one parameter's gradient on this rank; the loss stays the same."""
     bias = step.engine.module.final_layer.linear.bias
     handle = bias.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     yield
@@ -53,13 +54,13 @@ def infinite_gradient(step: TrainingStep) -> Iterator[None]:
 
 
 class Outcome(NamedTuple):
-    """What one rank saw."""
+    """What one rank observed."""
 
     rows: list[list[float]]
-    """Of a good step, of a NaN, an infinite gradient and a spike, and of a good step again."""
+    """A good step, a NaN, an infinite gradient, a spike, and a good step again."""
     guard: dict[str, float]
     weights: bytes
-    """Of the whole model, as the forward pass reads them."""
+    """The weights of the complete model, as the forward pass reads them."""
     groups: int
     """Calls of the optimizer in a step."""
 
@@ -92,11 +93,11 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
 
     plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
     dataset = LatentDataset.open(config.data.url)
-    step = TrainingStep(config, world, plan, dataset.info.vae.scale)
+    step = Trainer(config, world, plan, dataset.info.vae.scale)
     step.start()
 
     def take(number: int, harm: Harm = no_harm) -> list[float]:
-        loader = Loader(dataset, config.data, plan, world.rank, config.seed, number)
+        loader = Loader(dataset, config.data, plan, rank=world.rank, seed=config.seed, first_step=number)
         bad = number * config.global_batch + BAD_SAMPLE
         batches = (harm(batch, (batch.position_B == bad) & (batch.weight_B > 0)) for batch in loader)
         row: list[float] = step.take(batches, number).tolist()
@@ -106,14 +107,14 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
     def take_failing(harm: Harm = no_harm) -> list[float]:
         before, updates_before = owned_bits(step), updates(step)
         row = take(1, harm)
-        behind = owned_bits(step)
-        assert same_optimizer_state(behind, before)
+        after = owned_bits(step)
+        assert same_optimizer_state(after, before)
         assert updates(step) == updates_before
-        for kind, *extent in before:
+        for kind, *where in before:
             if kind == MASTER:
-                masters, averages = before[MASTER, *extent], before["ema.constant", *extent]
+                masters, averages = before[MASTER, *where], before["ema.constant", *where]
                 torch._foreach_lerp_((averages,), (masters,), 1.0 - 0.9)
-                assert torch.equal(behind["ema.constant", *extent], averages)
+                assert torch.equal(after["ema.constant", *where], averages)
         return row
 
     first = take(0)
@@ -128,27 +129,27 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
     with infinite_gradient(step) if world.rank == world.size - 1 else nullcontext():
         failed.append(take_failing())
     failed.append(take_failing(heavy_sample))
-    behind = take(1)
-    assert behind == alone
+    after = take(1)
+    assert after == alone
     assert same_optimizer_state(owned_bits(step), end)
     assert updates(step) == {2.0}
     parameters = list(step.engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters):
         weights = torch.cat([parameter.detach().float().flatten() for parameter in parameters])
     return Outcome(
-        [first, *failed, behind],
+        [first, *failed, after],
         step.guard.state(),
         weights.cpu().numpy().tobytes(),
         groups=len(step.engine.owned),
     )
 
 
-def owned_bits(step: TrainingStep) -> Bits:
+def owned_bits(step: Trainer) -> Bits:
     return {
-        (kind, extent.parameter, extent.start): buffer.detach()[extent.offset :][: extent.length].clone()
+        (kind, slice_.parameter, slice_.start): buffer.detach()[slice_.offset :][: slice_.length].clone()
         for partition in step.engine.owned
         for kind, buffer in partition.buffers.items()
-        for extent in partition.extents
+        for slice_ in partition.slices
     }
 
 
@@ -157,7 +158,7 @@ def same_optimizer_state(got: Bits, expected: Bits) -> bool:
     return all(torch.equal(got[key], expected[key]) for key in got if key[0] in OPTIMIZER_KINDS)
 
 
-def updates(step: TrainingStep) -> set[float]:
-    """AdamW's count, of all partitions."""
+def updates(step: Trainer) -> set[float]:
+    """Return AdamW's step count of all partitions."""
     state = step.engine._optimizer.state
     return {state[partition.buffers[MASTER]]["step"].item() for partition in step.engine.owned}

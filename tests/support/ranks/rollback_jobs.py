@@ -1,4 +1,4 @@
-"""Samples that spoil a step or cannot be read, and a run that tells which samples it was fed."""
+"""Samples that spoil a step or cannot be read, and a run that reports the samples it was given."""
 
 import hashlib
 from collections.abc import Collection, Iterator
@@ -10,25 +10,25 @@ import numpy as np
 import torch
 
 from dit_scale.config import TrainConfig
-from dit_scale.data.loader import Batch
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.order import Order
 from dit_scale.data.shards import LATENT_DTYPE, LatentDataset, encode_sample, write_index
 from dit_scale.train import loop
 from dit_scale.train.objective import SampleLosses
-from dit_scale.train.step import TrainingStep
+from dit_scale.train.trainer import Trainer
 from tests.support.latents import edit_info
 from tests.support.ranks import jobs
 
 Fed = dict[int, list[tuple[int, int]]]
-"""Step, counted from 1 => (position, label) of the samples of one rank, or of all."""
+"""Step, counted from 1 => (position, label) of the samples of one rank, or of all ranks."""
 
 
 WORLD, BATCH, STEPS, NUM = 2, 7, 12, 200
-"""No sample comes twice: NUM is more than all steps need, those that are left out included."""
+"""No sample occurs twice: NUM exceeds what all steps need, including the excluded samples."""
 
 
 def sample_of(step: int, place: int) -> int:
-    """The id of a sample in a step, counted from 1, of a run that leaves nothing out."""
+    """Return the id of a sample in a step, counted from 1, of a run that excludes nothing."""
     return int(ids_at(np.array([(step - 1) * BATCH + place]))[0])
 
 
@@ -50,7 +50,7 @@ def config_of(
 
 
 def spoil(folder: Path, sample_ids: Collection[int]) -> None:
-    """Make the latents of these samples NaN; all checksums fit."""
+    """Make the latents of these samples NaN, with valid checksums."""
     dataset = LatentDataset.open(folder)
     npy = encode_sample(np.full(dataset.info.latent_shape, np.nan, LATENT_DTYPE))
     shards = list(dataset.info.shards)
@@ -73,7 +73,7 @@ def spoil(folder: Path, sample_ids: Collection[int]) -> None:
 
 
 def damage(folder: Path, sample_id: int) -> None:
-    """Flip a bit of a sample: its checksum does not fit any more."""
+    """Flip a bit of a sample, so that its checksum does not match."""
     dataset = LatentDataset.open(folder)
     at = dataset.locate(sample_id)
     path = folder / dataset.info.shards[at.shard].tar_key
@@ -82,33 +82,33 @@ def damage(folder: Path, sample_id: int) -> None:
     path.write_bytes(tar)
 
 
-def train_and_tell(config: TrainConfig) -> Fed:
-    """One rank of a training run; a step that was taken twice tells of the second time."""
+def train_and_report(config: TrainConfig) -> Fed:
+    """Train as one rank; a step that was taken twice is reported the second time."""
     fed: Fed = {}
     samples: list[tuple[int, int]] = []
-    accumulate, update = TrainingStep.accumulate, TrainingStep.update
+    accumulate, update = Trainer.accumulate, Trainer.update
 
-    def accumulate_and_tell(self: TrainingStep, batches: Iterator[Batch]) -> torch.Tensor:
+    def accumulate_and_tell(self: Trainer, batches: Iterator[MicroBatch]) -> torch.Tensor:
         samples.clear()
 
-        def tell(batch: Batch, _: SampleLosses) -> None:
+        def tell(batch: MicroBatch, _: SampleLosses) -> None:
             real = batch.weight_B > 0
             samples.extend(zip(batch.position_B[real].tolist(), batch.y_B[real].tolist(), strict=True))
 
         return accumulate(self, batches, tell)
 
-    def update_and_tell(self: TrainingStep, sums: torch.Tensor, step: int) -> torch.Tensor:
+    def update_and_tell(self: Trainer, sums: torch.Tensor, step: int) -> torch.Tensor:
         fed[step + 1] = samples.copy()
         return update(self, sums, step)
 
     with (
-        patch.object(TrainingStep, "accumulate", accumulate_and_tell),
-        patch.object(TrainingStep, "update", update_and_tell),
+        patch.object(Trainer, "accumulate", accumulate_and_tell),
+        patch.object(Trainer, "update", update_and_tell),
     ):
         assert loop.train(config) == 0
     return fed
 
 
 def of_all(ranks: list[Fed]) -> Fed:
-    """What all ranks were fed, in the order of positions."""
+    """Return the samples that all ranks were given, in order of position."""
     return {step: sorted(sample for fed in ranks for sample in fed[step]) for step in ranks[0]}
