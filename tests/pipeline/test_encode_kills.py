@@ -159,7 +159,7 @@ def test_the_whole_cluster_dies(hunt: Hunt) -> None:
     assert driver.wait(RUN_S) == 2, hunt.said()
     assert "Traceback" not in hunt.said()
     last = hunt.said().splitlines()[-1]
-    assert last.startswith("dit-scale encode: the Ray cluster at ")
+    assert last.startswith("dit-scale encode: lost the Ray cluster at ")
     assert last.endswith("Restart it and run the same command again; finished shards are kept")
     hunt.look()
     hunt.grounds.nodes.start(HEAD)
