@@ -6,6 +6,7 @@ A terminal gets a progress bar; elsewhere (a log file, `ray job logs`) each fini
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -77,6 +78,14 @@ def summary(info: DatasetInfo) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _LoggedRow:
+    """The newest row of metrics: its time and the images seen until then."""
+
+    time_s: float
+    num_seen: int = 0
+
+
 class JobProgress:
     """Progress of a job: bar, rate and remaining time, metrics, and the limit of quarantined inputs."""
 
@@ -88,16 +97,14 @@ class JobProgress:
         console: Console,
         metrics: Metrics,
     ) -> None:
-        self._total, self._console, self._metrics = total, console, metrics
-        self._max_quarantined, self._shard_samples = config.max_quarantined, config.shard_samples
-        self._log_every_s = config.log_every_s
+        self._total, self._config, self._console, self._metrics = total, config, console, metrics
         records = list(done)
         self._quarantined = {item.key: item for record in records for item in record.quarantined}
         self._num_before = sum(record.samples + len(record.quarantined) for record in records)
         self._num_shards = len(records)
         self._num_seen = 0
-        self._started_s = self._logged_s = time.monotonic()
-        self._num_logged = 0
+        self._started_s = time.monotonic()
+        self._logged = _LoggedRow(self._started_s)
         self._bar = Progress(
             TextColumn("encoding"),
             BarColumn(),
@@ -120,7 +127,8 @@ class JobProgress:
 
     def start(self) -> None:
         """Start the clock and the bar; call it when the encoders are ready."""
-        self._started_s = self._logged_s = time.monotonic()
+        self._started_s = time.monotonic()
+        self._logged = _LoggedRow(self._started_s)
         self._bar.start()
 
     def batch_done(self, batch: DecodedBatch) -> None:
@@ -130,7 +138,7 @@ class JobProgress:
             self._quarantined[entry.key] = Quarantined(key=entry.key, path=to_utf8(entry.path), reason=reason)
         self._bar.update(self._task, advance=len(batch), rate=self._rate())
         self._check()
-        if time.monotonic() - self._logged_s >= self._log_every_s:
+        if time.monotonic() - self._logged.time_s >= self._config.log_every_s:
             self._log()
 
     def shard_done(self, record: ShardRecord) -> None:
@@ -153,8 +161,8 @@ class JobProgress:
 
     def _log(self) -> None:
         now_s = time.monotonic()
-        images_per_s = (self._num_seen - self._num_logged) / max(now_s - self._logged_s, 1e-9)
-        self._logged_s, self._num_logged = now_s, self._num_seen
+        images_per_s = (self._num_seen - self._logged.num_seen) / max(now_s - self._logged.time_s, 1e-9)
+        self._logged = _LoggedRow(now_s, self._num_seen)
         self._metrics.write(
             self._num_before + self._num_seen,
             {
@@ -168,14 +176,16 @@ class JobProgress:
 
     def _shards(self) -> list[str]:
         """Return the files to delete so that quarantined inputs are read again."""
-        return sorted({f"shards/{shard_name(key // self._shard_samples)}.*" for key in self._quarantined})
+        return sorted(
+            {f"shards/{shard_name(key // self._config.shard_samples)}.*" for key in self._quarantined}
+        )
 
     def _check(self) -> None:
-        allowed = int(self._max_quarantined * self._total)
+        allowed = int(self._config.max_quarantined * self._total)
         if len(self._quarantined) > allowed:
             raise DataError(
                 f"{len(self._quarantined)} of {self._total} inputs are quarantined, max_quarantined="
-                f"{self._max_quarantined:g} allows {allowed}: "
+                f"{self._config.max_quarantined:g} allows {allowed}: "
                 f"{few(map(_describe, self._quarantined.values()))}. Repair them and delete their shards, if "
                 f"they exist ({few(self._shards())}), or raise max_quarantined. Then start again; finished "
                 "shards are kept"
