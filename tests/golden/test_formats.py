@@ -1,7 +1,7 @@
-"""What is on disks and in old runs already: these literals may never change.
+"""Formats that exist on disk and in old runs: these literals must never change.
 
-A change that breaks one of them changes the order of samples, the draws, or bytes that must stay readable
-under runs that exist: it needs a new format version, not a new literal. docs/formats.md quotes them.
+A change that breaks one of them changes the sample order, the random draws, or bytes of existing runs that
+must stay readable: it needs a new format version, not a new literal. docs/formats.md quotes them.
 """
 
 from pathlib import Path
@@ -105,7 +105,7 @@ WORDS = {
     Purpose.SAMPLE_START: "1657b92c 3984bdc7 493a7ae7 8803a121 ede8eb21 0f16bfbe",
     Purpose.SAMPLE_STEP: "456a9d19 fe96eab4 9ab22796 1c635dbd 8c64cf3f fcf32ba8",
 }
-"""Of seed 42 at position 2^32 + 5, stream 0."""
+"""Words of seed 42 at position 2^32 + 5, stream 0."""
 
 
 def test_every_purpose_has_its_words() -> None:

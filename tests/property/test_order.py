@@ -1,4 +1,4 @@
-"""The order of samples is a permutation of every epoch, whatever the data set, batch and world."""
+"""The sample order is a permutation of every epoch, for any data set, batch and world size."""
 
 import numpy as np
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""The chain of attempts: which checkpoints a reader takes, and who may still write."""
+"""The chain of attempts: which checkpoints a reader accepts, and which attempts may still write."""
 
 import multiprocessing
 from multiprocessing.connection import Connection
@@ -18,7 +18,7 @@ from tests.support import checkpoints
 
 
 def put(root: Storage, *ids: CheckpointId, folder: str = CHECKPOINTS) -> None:
-    """Manifests that nobody opens here; put as by an attempt that asked `check_current` long ago."""
+    """Write manifests that no test opens, like a stale process that called `check_current` long ago."""
     for checkpoint_id in ids:
         root.write(f"{checkpoint_id.path(folder)}/{MANIFEST}", b"")
 
@@ -54,7 +54,7 @@ CLAIMERS, ROUNDS = 3, 20
 
 
 def claimer(folder: Path, barrier: Barrier, answers: Connection) -> None:
-    """One of several processes that start the same run, at the same moment, again and again."""
+    """One of several processes that repeatedly start the same run at the same moment."""
     root = open_storage(folder)
     for number in range(1, ROUNDS + 1):
         barrier.wait()
@@ -73,7 +73,7 @@ def test_of_many_claimers_one_wins(tmp_path: Path) -> None:
     ]
     for process, (_, there) in zip(started, pipes, strict=True):
         process.start()
-        there.close()  # so that its end is seen here
+        there.close()  # so that this process sees EOF when the child exits
     for number in range(1, ROUNDS + 1):
         won, *lost = sorted(here.recv() for here, _ in pipes)
         assert won == ""
@@ -188,7 +188,7 @@ def test_a_damaged_record_loses_no_checkpoint(root: Storage, damaged: int) -> No
     assert committed(root) == ids
 
 
-# Records that are gone
+# Missing records
 
 
 def save(root: Storage, *ids: CheckpointId, folder: str = CHECKPOINTS) -> None:
@@ -231,7 +231,7 @@ def test_all_records_are_gone(root: Storage) -> None:
 
 
 def test_a_checkpoint_whose_attempt_left_nothing_else(root: Storage) -> None:
-    """Attempt 2 went on from attempt 1; of attempt 2, neither record nor checkpoint is left."""
+    """Attempt 3 resumed from attempt 2, whose record and checkpoints are missing."""
     claim(root, 1)
     save(root, CheckpointId(10, 1))
     claim(root, 3, CheckpointId(20, 2))
@@ -291,14 +291,14 @@ def test_a_folder_that_was_moved_is_read(root: Storage, tmp_path: Path) -> None:
 @given(st.data())
 @settings(max_examples=15, deadline=None)
 def test_any_records_may_go(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Starts, saves, late saves and deleted records, in any order.
+    """Attempts, saves, saves of stale processes and deleted records, in any order.
 
-    The newest checkpoint stays the newest, no number is used twice, the running attempt can save, and none
-    that has a recorded successor can.
+    The newest checkpoint stays the newest, no number is used twice, the current attempt can save, and no
+    attempt with a recorded successor can.
     """
     root = open_storage(tmp_path_factory.mktemp("run"))
     elsewhere = open_storage(tmp_path_factory.mktemp("elsewhere"))
-    steps: dict[int, int] = {}  # attempt => step that it is at
+    steps: dict[int, int] = {}  # attempt => its current step
     for _ in range(data.draw(st.integers(1, 5), "attempts")):
         resumed_from = next(iter(committed(root)), None)
         number = max(attempts.numbers(root), default=0) + 1
@@ -314,7 +314,7 @@ def test_any_records_may_go(tmp_path_factory: pytest.TempPathFactory, data: st.D
                 continue
             with pytest.raises(SupersededError):
                 save(root, saved)
-            save(elsewhere, saved)  # the chain was asked long ago
+            save(elsewhere, saved)  # by a stale process that checked the chain long ago
             key = f"{saved.path()}/{MANIFEST}"
             root.write(key, elsewhere.read(key))
         records = [key for key, _ in root.list(f"{ATTEMPTS}/")]
@@ -329,10 +329,10 @@ def test_any_records_may_go(tmp_path_factory: pytest.TempPathFactory, data: st.D
 def test_the_list_is_the_past_of_the_newest_attempt(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Any starts, saves and late saves, against a list that each start cuts and each save makes longer."""
+    """Compare with a list that each attempt truncates, each save extends, and no stale process changes."""
     root = open_storage(tmp_path_factory.mktemp("run"))
     past: list[CheckpointId] = []
-    steps: dict[int, int] = {}  # attempt => step that it is at
+    steps: dict[int, int] = {}  # attempt => its current step
     for number in range(1, data.draw(st.integers(1, 5), "attempts") + 1):
         resumed_from = data.draw(st.sampled_from([None, *past]), "resumed from")
         past = past[: past.index(resumed_from) + 1] if resumed_from else []

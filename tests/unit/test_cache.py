@@ -1,4 +1,4 @@
-"""The node's cache of shards: verified, downloaded once by many processes, within its budget."""
+"""The shard cache of a node: verified, downloaded once by several processes, within its budget."""
 
 import hashlib
 import multiprocessing
@@ -75,7 +75,7 @@ def reading(shards: ShardCache, file: ShardFile) -> Iterator[int]:
 
 
 def when_reading(storage: Storage, change: Callable[[bytes], bytes]) -> list[tuple[str, int]]:
-    """Let `change` see whatever is read of the storage from now on; returns the growing list of requests."""
+    """Pass all reads from the storage through `change`. Returns the growing list of requests."""
     requests: list[tuple[str, int]] = []
     read = storage.read_range
 
@@ -107,7 +107,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-# What other processes do
+# Other processes
 
 
 def fetch_all(folder: Path, log: Path, barrier: Barrier) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: any split writes, any split reads, damage is named, each exists once."""
+"""Checkpoints on disk: any layout reads what any other wrote, errors name damage, commits are idempotent."""
 
 import hashlib
 import json
@@ -40,19 +40,19 @@ PATH = ID.path()
 
 
 def numbers(kind: str, parameter: str) -> Tensor:
-    """What a kind of a parameter holds, flattened; no two elements of a checkpoint are alike."""
+    """The flattened values of one kind of a parameter; no two elements of a checkpoint are equal."""
     start = 1000 * (10 * KINDS.index(kind) + list(SHAPES).index(parameter)) + 1
     return torch.arange(start, start + math.prod(SHAPES[parameter])).float()
 
 
 def layout(cuts: list[int], padding: int = 0) -> list[tuple[Partition, ...]]:
-    """ZeRO 1 and 2: all parameters in one row, cut at these places; each piece is a rank's partition."""
+    """ZeRO-1 and 2: all parameters concatenated and cut at these elements, one partition per rank."""
     edges = [0, *sorted(cuts), TOTAL]
     return [(_partition(_slices(low, high), high - low + padding),) for low, high in pairwise(edges)]
 
 
 def layout_by_parameter(world: int) -> list[tuple[Partition, ...]]:
-    """ZeRO 3: every parameter cut in `world` equal parts, the last ones short or empty."""
+    """ZeRO-3: every parameter cut into `world` equal slices; the last ones are short or empty."""
     ranks: list[tuple[Partition, ...]] = []
     for rank in range(world):
         slices, offset = [], 0
@@ -156,7 +156,7 @@ def test_any_range_of_a_parameter(
 
 
 def test_blocks_of_the_real_size(root: Storage) -> None:
-    """Three blocks, the last one short; ranges within, across and at the ends of blocks."""
+    """Three blocks, the last one short; ranges within blocks, across them and at their ends."""
     elements = rankfile.BLOCK_BYTES // 4
     size = 2 * elements + 5
     values = torch.arange(size).float()
@@ -193,7 +193,10 @@ def test_verify_asks_for_as_many_blocks_at_once_as_fit(
     root: Storage, monkeypatch: pytest.MonkeyPatch, small_blocks: None
 ) -> None:
     monkeypatch.setattr(rankfile, "RUN_BYTES", 4 * 64)
-    sizes = {"a": 9 * 16 + 5, "b": 3}  # ten blocks of one tensor, the last one short; one of the other
+    sizes = {
+        "a": 9 * 16 + 5,
+        "b": 3,
+    }  # ten blocks of one tensor, the last one short, and one block of the other
     ranks = [
         [Partition({MASTER: torch.ones(n)}, (ParameterSlice(name, 0, n, 0),)) for name, n in sizes.items()]
     ]
@@ -246,7 +249,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mended(finished: Path, small_blocks: None) -> Iterator[Path]:
-    """The root; whatever a test does to the checkpoint's files is undone."""
+    """The root; all changes of a test to the checkpoint's files are undone."""
     files = {path: path.read_bytes() for path in (finished / PATH).iterdir()}
     yield finished
     for path, data in files.items():
@@ -262,7 +265,7 @@ def damage(data: bytes, at: int, new: bytes) -> bytes:
 
 
 def rank_file(folder: Path, rank: int) -> tuple[Path, bytes, int]:
-    """Path, content and the first byte behind the header."""
+    """Return the path, the content and the first byte after the header."""
     path = folder / PATH / rankfile.file_name(rank)
     data = path.read_bytes()
     return path, data, 8 + int.from_bytes(data[:8], "little")
@@ -274,7 +277,7 @@ def slices_of(folder: Path, rank: int) -> tuple[StoredSlice, ...]:
 
 
 def tensor_at(folder: Path, rank: int, byte: int) -> str:
-    """ "kind of parameter" of the tensor that holds this byte of a rank's file."""
+    """Return "KIND of PARAMETER" for the tensor that holds this byte of a rank's file."""
     for stored in slices_of(folder, rank):
         if stored.byte_offset <= byte < stored.byte_offset + stored.bytes:
             return f"{stored.kind} of {stored.parameter}"
@@ -371,7 +374,7 @@ def test_a_file_that_shrinks_while_it_is_read(mended: Path) -> None:
 
 
 class FlippingDisk(DiskStorage):
-    """The first answers to every range have a wrong bit."""
+    """A disk whose first answers for every range have a flipped bit."""
 
     def __init__(self, folder: Path, wrong_answers: int) -> None:
         super().__init__(folder)
@@ -386,7 +389,7 @@ class FlippingDisk(DiskStorage):
 
 
 def test_bits_that_flip_on_their_way_are_no_damage(finished: Path, small_blocks: None) -> None:
-    """Four answers are looked at: three wrong ones in a row are no damage, a fourth is."""
+    """Three wrong answers in a row are retried; the fourth counts as damage."""
     assert_whole(Checkpoint(FlippingDisk(finished, wrong_answers=3), ID))
     with pytest.raises(CheckpointError, match="its header is damaged"):
         Checkpoint(FlippingDisk(finished, wrong_answers=4), ID)
@@ -478,7 +481,7 @@ def test_a_checkpoint_is_committed_once(root: Storage) -> None:
     before = root.read(f"{PATH}/{MANIFEST}")
     with pytest.raises(CheckpointError, match="has a manifest already: another process writes to this run"):
         writer.write_manifest(root, manifest.model_copy(update={"samples": 0}))
-    writer.write_manifest(root, manifest)  # a commit whose answer was lost is tried again
+    writer.write_manifest(root, manifest)  # retry of a commit whose answer was lost
     assert root.read(f"{PATH}/{MANIFEST}") == before
 
 
@@ -490,13 +493,13 @@ def test_the_manifest_is_json_sealed_by_its_last_key(root: Storage) -> None:
     assert tree["sha256"] == hashlib.sha256(data[: data.rindex(b',"sha256"')]).hexdigest()
 
 
-# The writer's part: the memory that a rank shares with it
+# The writer: the memory that a rank shares with it
 
 
 def written(
     root: Storage, owned: tuple[Partition, ...], rank: int, folders: dict[str, tuple[str, ...]]
 ) -> dict[str, FileRecord]:
-    """Have a rank's snapshot written, as the process beside it does."""
+    """Write a rank's snapshot as its writer process does."""
     snapshot = Snapshot(owned)
     snapshot.take()
     with open(snapshot.file, "rb") as file:
@@ -506,7 +509,7 @@ def written(
 
 
 def commit(root: Storage, ranks: list[dict[str, FileRecord]], **fields: Any) -> writer.Reply:
-    """Commit what these ranks have written."""
+    """Commit the files of these ranks."""
     with tempfile.TemporaryDirectory() as elsewhere:
         manifest = write(open_storage(elsewhere), [], **fields)
     files = {folder: tuple(rank[folder] for rank in ranks) for folder in ranks[0]}

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it is one of the same run, and what is said of changes."""
+"""Which checkpoint a run resumes from, whether it belongs to the same run, and which changes are reported."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ DATA_SHA256 = "1" * 64
 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The way to a server that this process knows."""
+    """A proxy between this process and its server."""
     monkeypatch.setattr(s3, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(s3, "LONGEST_PAUSE_S", 0.01)
     with (
@@ -66,10 +66,10 @@ RATE = "the learning rate of step 41 is {}; as saved it would be 5.96e-05"
                 RATE.format("0.001"),
             ],
         ),
-        ({"steps": 40}, ["steps: 100 -> 40"]),  # no step is left
+        ({"steps": 40}, ["steps: 100 -> 40"]),  # no steps remain
         ({"checkpoint": {"url": "s3://a/b"}}, ['checkpoint.url: "" -> s3://a/b']),
         ({"log": {"tensorboard": True}}, ["log.tensorboard: false -> true"]),
-        ({"ema": [{"name": "new", "sigma_rel": 0.1}]}, []),  # told when its averages are restored
+        ({"ema": [{"name": "new", "sigma_rel": 0.1}]}, []),  # reported when the averages are restored
         ({"run": str(Path("runs/dit_xl2_256").absolute())}, []),  # the same as in an older checkpoint
         ({"data": {"url": "/elsewhere"}}, [f"data.url: {Path('data/imagenet256').absolute()} -> /elsewhere"]),
     ],
@@ -86,7 +86,7 @@ def test_all_that_changed_is_said(tmp_path: Path, changes: dict[str, Any], said:
 
 
 def write(root: Storage, config: TrainConfig, *ids: CheckpointId, **fields: Any) -> None:
-    """Checkpoints of one small tensor, of a run with this configuration."""
+    """Write checkpoints of one small tensor, of a run with this configuration."""
     for checkpoint_id in ids:
         owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice(WEIGHT, 0, SIZE, 0),))]
         known = {"config": config.model_dump(mode="json"), "data_sha256": DATA_SHA256}
@@ -188,7 +188,7 @@ FREE = {
     "data.damaged",
     "ema",
 }
-"""Keys that may change within a run (docs/determinism.md), beside those of whole sections."""
+"""Keys that may change within a run (docs/determinism.md), in addition to entire sections."""
 FREE_SECTIONS = ("optimizer", "engine", "checkpoint", "guard", "log")
 BOUND: dict[str, object] = {
     "seed": 1,
@@ -202,7 +202,7 @@ BOUND: dict[str, object] = {
     "diffusion.timesteps": 999,
     "diffusion.label_dropout": 0.2,
 }
-"""Keys that may not, each with another value than the default."""
+"""Keys that must not change, each with a value other than the default."""
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

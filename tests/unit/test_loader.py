@@ -1,4 +1,4 @@
-"""Micro-batches of a rank: which samples, which views, and what happens when reading fails."""
+"""Micro-batches of a rank: which samples, which views, and what happens if a read fails."""
 
 import itertools
 import shutil
@@ -103,7 +103,9 @@ def test_a_step_is_its_positions_whatever_the_world(dataset: LatentDataset, worl
 
 
 def test_fillers_weigh_nothing(dataset: LatentDataset) -> None:
-    plan = batch_plan(global_batch=7, micro_batch=2, world=3)  # shares 3, 2, 2 in two passes of two
+    plan = batch_plan(
+        global_batch=7, micro_batch=2, world=3
+    )  # shares of 3, 2 and 2 samples in two micro-steps of two
     weights = []
     for rank in range(3):
         with loading(dataset, plan, rank) as loader:
@@ -140,7 +142,7 @@ def test_a_later_start_goes_on_where_an_earlier_one_would_be(dataset: LatentData
 def test_no_step_is_left_out_or_repeated_where_a_block_ends(
     dataset: LatentDataset, global_batch: int, micro_batch: int, world: int
 ) -> None:
-    """Several blocks of what is computed at once, from the first step and from one inside a block."""
+    """Several blocks of BLOCK_SAMPLES, from the first step and from a step inside a block."""
     plan = batch_plan(global_batch, micro_batch, world)
     rank, share = world - 1, -(-global_batch // world)
     mine = np.arange(global_batch - global_batch // world, global_batch)
@@ -254,7 +256,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def damage(folder: Path, *sample_ids: int) -> LatentDataset:
-    """The data set in this folder, after a bit of each of these samples was flipped."""
+    """Flip a bit of each of these samples and open the data set in this folder."""
     whole = LatentDataset.open(folder)
     for sample_id in sample_ids:
         at = whole.locate(sample_id)
@@ -274,7 +276,7 @@ def test_damage_reaches_the_next_that_would_have_returned_it(copy: Path, no_paus
     position = int(np.flatnonzero(sample_ids(np.arange(NUM), NUM, SEED) == 21)[0])
     with loading(damage(copy, 21), batch_plan(1, 1, 1)) as loader:
         assert [int(batch.position_B[0]) for batch in take(loader, position)] == list(range(position))
-        for _ in range(2):  # it stays an error
+        for _ in range(2):  # the error is raised again
             with pytest.raises(DataError, match=r"shard 00001, sample 21: .* or set data.damaged=quarantine"):
                 next(loader)
 
@@ -288,7 +290,7 @@ def test_a_missing_shard_is_an_error_too(copy: Path) -> None:
 
 
 DAMAGED = {21: 22, 6: 8, 7: 8, 39: 1, 0: 1}
-"""Sample id => the one that stands in for it: the next that is whole, and 0 comes after 39."""
+"""Sample id => its replacement: the next intact sample, where 0 follows 39."""
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -297,7 +299,7 @@ def test_damaged_samples_are_replaced_by_the_next_whole_one(
     dataset: LatentDataset, copy: Path, no_pauses: None, world: int, known: tuple[int, ...]
 ) -> None:
     plan = batch_plan(global_batch=7, micro_batch=2, world=world)
-    steps = 12  # two epochs and a bit
+    steps = 12  # a little more than two epochs
     positions = np.arange(7 * steps)
     ids = [DAMAGED.get(int(sample_id), int(sample_id)) for sample_id in sample_ids(positions, NUM, SEED)]
     views = views_at(positions)
@@ -374,7 +376,7 @@ def test_a_batch_that_does_not_come_is_an_error_that_says_what_is_missing(
         with pytest.raises(DataError, match=message):
             next(loader)
         answers.set()
-        with pytest.raises(DataError, match=message):  # it stays an error
+        with pytest.raises(DataError, match=message):  # the error is raised again
             next(loader)
 
 

@@ -1,4 +1,4 @@
-"""The order of samples at the size of ImageNet, far into a run, and how random it looks."""
+"""The sample order at the size of ImageNet, far into a run, and how random it looks."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ def first_epoch() -> np.ndarray:
 
 
 def python_permute(index: int, num_samples: int, seed: int, epoch: int, *branch: int) -> int:
-    """The permutation as docs/formats.md states it, in Python's own integers."""
+    """The permutation as docs/formats.md defines it, in Python integers."""
     low = 2**64 - 1
 
     def mix(value: int) -> int:
@@ -49,7 +49,7 @@ def python_permute(index: int, num_samples: int, seed: int, epoch: int, *branch:
 
 
 def python_windows(sizes: list[int], window_shards: int, seed: int, epoch: int) -> list[int]:
-    """An epoch of windows as docs/formats.md states it."""
+    """An epoch of windows as docs/formats.md defines it."""
     shards = [python_permute(i, len(sizes), seed, epoch, 0) for i in range(len(sizes))]
     ids = []
     for window, first in enumerate(range(0, len(sizes), window_shards)):
@@ -186,8 +186,8 @@ def test_work_does_not_grow_with_the_position(monkeypatch: pytest.MonkeyPatch) -
         for first in (0, 10**6, 10**9, 10**12, 10**15):
             worked.clear()
             one.ids(np.arange(first, first + 1000))
-            # Cycle walking sends a value through less than 4 times on average, wherever it is; a windowed
-            # epoch (two, across a border) begins with a permutation of 313 shards.
+            # Cycle walking permutes a value less than 4 times on average, at any position; a windowed
+            # epoch (two, across a border) starts with a permutation of 313 shards.
             assert sum(worked) < 1.2 * 4 * (1000 + 2 * 313)
 
 

@@ -1,4 +1,4 @@
-"""Output files: looked at before the work, replaced whole, and left as they were when the disk is full."""
+"""Output files: checked before the work, replaced atomically, and unchanged if the disk is full."""
 
 import resource
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ LIMIT_BYTES = 4096
 
 @contextmanager
 def little_room() -> Iterator[None]:
-    """No file of this process may become longer than LIMIT_BYTES: a write fails in the middle."""
+    """Limit files of this process to LIMIT_BYTES, so that a write fails in the middle."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES, hard))
     try:
@@ -117,7 +117,7 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
 def test_commands_look_at_their_output_first(
     tmp_path: Path, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """There is no run and no data set, and still it is the output that they name."""
+    """The error names the output although run and data set do not exist either."""
     (tmp_path / "file").touch()
     for suffix in (".safetensors", ".png"):
         (tmp_path / f"folder{suffix}").mkdir()

@@ -1,4 +1,4 @@
-"""The rank's side of a save: a writer that does not start costs the save, not the run."""
+"""The rank's side of a save: a failed writer fails the save, not the run."""
 
 import os
 import sys
@@ -57,7 +57,7 @@ def test_a_save_is_what_was_there_when_it_began(world: World, tmp_path: Path) ->
     owned = partition()
     saver = Saver(world, str(tmp_path), [owned], CheckpointConfig())
     saver.begin(manifest(), FOLDERS)
-    owned.buffers[MASTER].fill_(-1)  # training goes on
+    owned.buffers[MASTER].fill_(-1)  # training continues
     outcome = saver.wait()
     assert outcome is not None
     assert (outcome.problem, outcome.dropped) == ("", ())
@@ -171,7 +171,7 @@ def test_a_save_that_takes_too_long_has_failed(
 
 
 def test_a_name_that_another_process_took_is_left_as_it_is(world: World, tmp_path: Path) -> None:
-    """Told as final: to try the same name again would fail again, and the next step has another one."""
+    """The result is final: a retry under the same name would fail again, but the next step has a new name."""
     theirs = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
     assert saved(theirs).problem == ""
     theirs.close()

@@ -1,4 +1,4 @@
-"""JSON with a digest of itself: its bytes, what is refused, and what earlier versions wrote."""
+"""JSON with a digest of itself: its bytes, what is refused, and files of earlier versions."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def test_what_was_never_sealed_is_read_where_it_may_be(tree: dict[str, object]) 
 
 
 def test_a_sealed_file_that_was_edited_is_refused() -> None:
-    """Also when an editor has put it into another form."""
+    """Even if an editor has reformatted it."""
     tree = json.loads(sealed({"scale": 1.0})) | {"scale": 2.0}
     for text in (
         json.dumps(tree),
@@ -71,7 +71,7 @@ def test_what_is_no_object_is_refused(data: bytes) -> None:
 
 
 def test_the_bytes_of_a_listing() -> None:
-    """The digest of the arrays, made again as docs/formats.md describes it."""
+    """The digest of the arrays, recomputed as docs/formats.md describes it."""
     arrays = {"b": np.array([1, 2, 3, 4], np.int64), "a": np.array([5], np.uint8)}
     data = pack({"kind": "x"}, arrays)
     digest = hashlib.sha256(b"a\0|u1\0(1,)\0" + b"\5" + b"b\0<i8\0(4,)\0" + arrays["b"].tobytes()).hexdigest()

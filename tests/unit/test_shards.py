@@ -1,4 +1,4 @@
-"""The latent data set's bytes: indexes, samples, ids, damage that is found, the cache of remote shards."""
+"""The bytes of a latent data set: indexes, samples, ids, detected damage, the cache of remote shards."""
 
 import hashlib
 import json
@@ -254,7 +254,7 @@ Change = Callable[[int, bytes], bytes]
 
 
 def when_reading(storage: Storage, change: Change, method: str) -> list[str]:
-    """Let `change` see each answer and its number; returns the growing list of keys that were asked for."""
+    """Pass each answer and its number through `change`. Returns the growing list of requested keys."""
     keys: list[str] = []
     real = getattr(storage, method)
 
@@ -365,7 +365,7 @@ def test_damaged_samples_among_many_are_named(copy: Path, no_pauses: None) -> No
 
 
 def test_an_array_with_another_header_is_read_all_the_same(tmp_path: Path) -> None:
-    """Other programs may write the same array with more padding, or with its keys in another order."""
+    """Other programs may write the same array with more padding or another order of the keys."""
     moments = np.arange(2 * 8 * 4 * 4).reshape(2, 8, 4, 4).astype("<f2")
     header = "{'shape': (2, 8, 4, 4), 'fortran_order': False, 'descr': '<f2'}"
     npys = [

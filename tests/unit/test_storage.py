@@ -1,4 +1,4 @@
-"""Storage on disk and on S3: the same behaviour, whole objects, one winner, clear errors."""
+"""Storage on disk and on S3: same behaviour, atomic writes, one winner, clear errors."""
 
 import os
 import subprocess
@@ -148,7 +148,7 @@ def test_a_writer_in_progress_is_not_listed(tmp_path: Path) -> None:
 
 
 class _FaultyS3(BaseHTTPRequestHandler):
-    """Answers every GET with 1000 bytes, but breaks the first `faults` bodies off in the middle."""
+    """Answers every GET with 1000 bytes, but cuts off the first `faults` bodies in the middle."""
 
     body = bytes(1000)
     faults = 0

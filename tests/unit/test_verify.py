@@ -1,4 +1,4 @@
-"""Verification of a data set: what is sound, every kind of damage by its name, and what it takes."""
+"""Verification of a data set: sound data, every kind of damage, and the memory that it needs."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def test_statistics_are_those_of_all_samples_at_once(finished: Path) -> None:
     moments = np.stack([dataset.read(sample_id)[0] for sample_id in range(len(dataset))])
     mean, std = np.split(moments.astype(np.float64), 2, axis=2)
     axes = (0, 1, 3, 4)
-    # the variance of means that differ, and that of each posterior
+    # the variance of the means plus that of each posterior
     variance = mean.var(axis=axes) + (std**2).mean(axis=axes)
     assert np.allclose(dataset.info.channel_mean, mean.mean(axis=axes), rtol=0, atol=1e-8)
     assert np.allclose(dataset.info.channel_std, np.sqrt(variance), rtol=0, atol=1e-8)
@@ -190,7 +190,7 @@ def test_what_is_no_finished_data_set(copy: Path) -> None:
 
 
 class Refusing(DiskStorage):
-    """A storage that gives no answer for one key."""
+    """A storage that does not answer for one key."""
 
     def read(self, key: str) -> bytes:
         if key == "shards/00002.idx":
@@ -203,11 +203,11 @@ def test_a_storage_that_does_not_answer_is_no_damage(finished: Path) -> None:
         verify(Refusing(finished), 2)
 
 
-# What it takes
+# Resources
 
 
 class Counted(bytes):
-    """Bytes of a tar; how many of them are in memory."""
+    """The bytes of a tar, counting the instances in memory."""
 
     lock = threading.Lock()
     alive = most = 0
@@ -223,7 +223,7 @@ class Counted(bytes):
 
 
 class Counting(DiskStorage):
-    """A folder that counts the tars in memory, read when as many threads want one as there are."""
+    """A folder that counts the tars in memory; reads wait until every thread wants one."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         super().__init__(folder)

@@ -1,4 +1,4 @@
-"""The writer's requests and replies: what fails is told to the rank, which decides."""
+"""Requests and replies of the writer: it reports failures to the rank, which decides how to react."""
 
 import io
 import json
@@ -22,7 +22,7 @@ REQUEST = {"do": "write", "checkpoint": asdict(CHECKPOINT), "folders": {CHECKPOI
 
 
 class FailingDisk(DiskStorage):
-    """The first file does not come to be."""
+    """A disk on which the first writes fail."""
 
     def __init__(self, folder: Path, errors: list[BaseException]) -> None:
         super().__init__(folder)
