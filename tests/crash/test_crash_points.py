@@ -274,7 +274,7 @@ def read_all(history: History, shelf: Shelf, samples: int, from_call: int = 0) -
 # Tests
 
 
-def test_every_state_after_a_power_cut_is_read(place: Path) -> None:
+def test_every_state_after_a_power_cut_is_readable(place: Path) -> None:
     history, shelf = record(place / "run"), Shelf(place / "shelf")
     outcomes = Counter[str]()
     for name, problem in read_all(history, shelf, SAMPLES):
@@ -286,7 +286,7 @@ def test_every_state_after_a_power_cut_is_read(place: Path) -> None:
     assert {found.step for found in shelf.found.values()} == {None, 10, 20, 30, 40}
 
 
-def test_the_record_explains_the_folder(place: Path) -> None:
+def test_replaying_the_calls_gives_the_folder(place: Path) -> None:
     history, run, disk = record(place / "run"), place / "run", Disk()
     for call in history.calls:
         disk.apply(call)
@@ -308,7 +308,7 @@ def test_the_record_explains_the_folder(place: Path) -> None:
         ("sync folder", "$"),
     ],
 )
-def test_a_sync_that_is_missing_is_found(place: Path, kind: str, below: str) -> None:
+def test_a_missing_sync_is_detected(place: Path, kind: str, below: str) -> None:
     """The first test would fail for code without this sync."""
     history = record(place / "run").without(
         lambda call: call.kind == kind and bool(re.match(below, call.path))
@@ -316,7 +316,7 @@ def test_a_sync_that_is_missing_is_found(place: Path, kind: str, below: str) -> 
     assert any(problem for _, problem in read_all(history, Shelf(place / "shelf"), samples=2))
 
 
-def test_a_save_that_was_killed_and_tried_again(place: Path) -> None:
+def test_a_killed_save_and_its_retry(place: Path) -> None:
     """Killed at every call; the retry finds folders that were never synced."""
 
     def first(root: Storage) -> None:

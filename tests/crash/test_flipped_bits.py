@@ -94,7 +94,7 @@ def test_a_flipped_bit_of_any_file_of_a_data_set_is_named(data: Path) -> None:
     assert problems(data) == []
 
 
-def test_the_job_that_goes_on_names_it_too(data: Path) -> None:
+def test_a_resumed_encoding_job_names_it(data: Path) -> None:
     storage = open_storage(data)
 
     def start_again() -> None:

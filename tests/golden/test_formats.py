@@ -59,7 +59,7 @@ def test_order_in_windows(seed: int, epoch: int, expected: str) -> None:
     assert ids.tolist() == [int(sample_id) for sample_id in expected.split()]
 
 
-def test_positions_left_out() -> None:
+def test_excluded_positions() -> None:
     excluded = [(2, 4), (4, 5), (7, 100)]
     assert positions_of(np.arange(6), excluded).tolist() == [0, 1, 5, 6, 100, 101]
 
@@ -208,9 +208,7 @@ ATTEMPT = """\
 @pytest.mark.parametrize(
     ("text", "ema_since"), [(MANIFEST, {"late": 2}), (MANIFEST_WITHOUT_EMA_SINCE, {})], ids=["now", "before"]
 )
-def test_a_checkpoint_of_version_2_stays_readable(
-    tmp_path: Path, text: str, ema_since: dict[str, int]
-) -> None:
+def test_a_checkpoint_of_version_2_can_be_read(tmp_path: Path, text: str, ema_since: dict[str, int]) -> None:
     root = open_storage(tmp_path)
     root.write(f"{CHECKPOINT}/rank-00000.safetensors", RANK_FILE)
     root.write(f"{CHECKPOINT}/MANIFEST.json", text.encode())

@@ -30,7 +30,7 @@ def claim(root: Storage, number: int, resumed_from: CheckpointId | None = None) 
 # Records
 
 
-def test_a_record_comes_back_as_it_was_claimed(root: Storage) -> None:
+def test_a_record_round_trip(root: Storage) -> None:
     assert attempts.numbers(root) == []
     assert attempts.newest(root) is None
     one = AttemptRecord(1)
@@ -42,7 +42,7 @@ def test_a_record_comes_back_as_it_was_claimed(root: Storage) -> None:
     assert attempts.newest(root) == attempts.read(root, 2) == two
 
 
-def test_numbers_have_no_largest(root: Storage) -> None:
+def test_attempt_numbers_are_unbounded(root: Storage) -> None:
     for number in (9999, 10000):
         claim(root, number)
     root.write(f"{ATTEMPTS}/notes.json", b"a user's")
@@ -65,7 +65,7 @@ def claimer(folder: Path, barrier: Barrier, answers: Connection) -> None:
             answers.send(str(error))
 
 
-def test_of_many_claimers_one_wins(tmp_path: Path) -> None:
+def test_one_of_many_claims_wins(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, pipes = context.Barrier(CLAIMERS), [context.Pipe() for _ in range(CLAIMERS)]
     started = [
@@ -96,7 +96,7 @@ def test_an_attempt_is_current_until_the_next_one(root: Storage) -> None:
 # The chain
 
 
-def test_names_are_listed_newest_first(root: Storage) -> None:
+def test_checkpoints_are_listed_newest_first(root: Storage) -> None:
     put(
         root,
         *(CheckpointId(step, attempt) for step, attempt in ((9, 1), (100, 1), (10, 1), (10, 2), (10, 10000))),
@@ -110,7 +110,7 @@ def test_names_are_listed_newest_first(root: Storage) -> None:
     ]
 
 
-def test_only_folders_of_the_format_are_listed(root: Storage) -> None:
+def test_other_folders_are_not_listed(root: Storage) -> None:
     name = CheckpointId(10, 1).name
     for path in ("best", f"old/{name}", f"{name}/old"):
         root.write(f"checkpoints/{path}/{MANIFEST}", b"")
@@ -120,13 +120,13 @@ def test_only_folders_of_the_format_are_listed(root: Storage) -> None:
     assert committed(root) == []
 
 
-def test_without_a_record_all_count(root: Storage) -> None:
+def test_without_records_all_checkpoints_count(root: Storage) -> None:
     ids = [CheckpointId(20, 2), CheckpointId(10, 1)]
     put(root, *ids)
     assert committed(root) == ids
 
 
-def test_what_an_old_attempt_puts_later_does_not_count(root: Storage) -> None:
+def test_late_commits_of_a_superseded_attempt_do_not_count(root: Storage) -> None:
     claim(root, 1)
     put(root, CheckpointId(10, 1), CheckpointId(20, 1))
     claim(root, 2, CheckpointId(20, 1))
@@ -139,7 +139,7 @@ def test_what_an_old_attempt_puts_later_does_not_count(root: Storage) -> None:
     assert committed(root, EMA) == [CheckpointId(30, 2), CheckpointId(20, 1)]
 
 
-def test_a_damaged_one_that_was_passed_over_does_not_count(root: Storage) -> None:
+def test_a_checkpoint_that_was_passed_over_does_not_count(root: Storage) -> None:
     claim(root, 1)
     put(root, CheckpointId(10, 1), CheckpointId(20, 1))
     claim(root, 2, CheckpointId(10, 1))
@@ -148,7 +148,7 @@ def test_a_damaged_one_that_was_passed_over_does_not_count(root: Storage) -> Non
     assert committed(root) == [CheckpointId(20, 2), CheckpointId(10, 1)]
 
 
-def test_an_attempt_of_which_nothing_was_taken_is_off_the_chain(root: Storage) -> None:
+def test_an_attempt_that_no_other_resumed_from_is_off_the_chain(root: Storage) -> None:
     claim(root, 1)
     put(root, CheckpointId(10, 1))
     claim(root, 2, CheckpointId(10, 1))
@@ -157,7 +157,7 @@ def test_an_attempt_of_which_nothing_was_taken_is_off_the_chain(root: Storage) -
     assert committed(root) == [CheckpointId(10, 1)]
 
 
-def test_a_start_from_nothing_has_no_past(root: Storage) -> None:
+def test_a_start_from_step_0_has_no_past(root: Storage) -> None:
     claim(root, 1)
     put(root, CheckpointId(10, 1))
     claim(root, 2)
@@ -179,7 +179,7 @@ def test_a_damaged_record_is_named_and_passed_over(root: Storage, tmp_path: Path
 
 
 @pytest.mark.parametrize("damaged", [1, 2, 3])
-def test_a_damaged_record_loses_no_checkpoint(root: Storage, damaged: int) -> None:
+def test_a_damaged_record_invalidates_no_checkpoint(root: Storage, damaged: int) -> None:
     ids = [CheckpointId(30, 3), CheckpointId(20, 2), CheckpointId(10, 1)]
     for number, resumed_from in ((1, None), (2, CheckpointId(10, 1)), (3, CheckpointId(20, 2))):
         claim(root, number, resumed_from)
@@ -197,7 +197,7 @@ def save(root: Storage, *ids: CheckpointId, folder: str = CHECKPOINTS) -> None:
         checkpoints.write(root, checkpoint_id, [], folder)
 
 
-def test_the_newest_record_is_gone(root: Storage) -> None:
+def test_the_newest_record_is_missing(root: Storage) -> None:
     claim(root, 1)
     save(root, CheckpointId(10, 1), CheckpointId(20, 1))
     claim(root, 2, CheckpointId(10, 1))
@@ -216,13 +216,13 @@ def test_the_newest_record_is_gone(root: Storage) -> None:
     assert committed(root) == [CheckpointId(16, 3), CheckpointId(15, 2), CheckpointId(10, 1)]
 
 
-def test_an_average_alone_takes_its_number(root: Storage) -> None:
+def test_a_stored_average_without_a_checkpoint_takes_its_number(root: Storage) -> None:
     claim(root, 1)
     save(root, CheckpointId(10, 2), folder=EMA)
     assert attempts.numbers(root) == [1, 2]
 
 
-def test_all_records_are_gone(root: Storage) -> None:
+def test_all_records_are_missing(root: Storage) -> None:
     save(root, CheckpointId(10, 1), CheckpointId(20, 3))
     assert attempts.numbers(root) == [1, 3]
     assert attempts.unrecorded(root) == attempts.problems(root) == []
@@ -230,7 +230,7 @@ def test_all_records_are_gone(root: Storage) -> None:
     assert committed(root) == [CheckpointId(20, 3), CheckpointId(10, 1)]
 
 
-def test_a_checkpoint_whose_attempt_left_nothing_else(root: Storage) -> None:
+def test_an_attempt_without_record_and_checkpoints(root: Storage) -> None:
     """Attempt 3 resumed from attempt 2, whose record and checkpoints are missing."""
     claim(root, 1)
     save(root, CheckpointId(10, 1))
@@ -238,7 +238,7 @@ def test_a_checkpoint_whose_attempt_left_nothing_else(root: Storage) -> None:
     assert committed(root) == [CheckpointId(10, 1)]
 
 
-def test_numbers_with_gaps_keep_old_attempts_out(root: Storage) -> None:
+def test_gaps_in_the_numbers_do_not_admit_superseded_attempts(root: Storage) -> None:
     claim(root, 1)
     claim(root, 4)
     with pytest.raises(SupersededError, match="attempt 4 of this run has started; attempt 1 is superseded"):
@@ -277,7 +277,7 @@ def test_a_checkpoint_under_another_name_is_not_read(root: Storage, tmp_path: Pa
     assert [one for one in committed(root) if attempts.is_readable(root, one)] == [CheckpointId(9, 1)]
 
 
-def test_a_folder_that_was_moved_is_read(root: Storage, tmp_path: Path) -> None:
+def test_a_moved_folder_can_be_read(root: Storage, tmp_path: Path) -> None:
     claim(root, 1)
     save(root, CheckpointId(6, 1))
     (tmp_path / CHECKPOINTS).rename(tmp_path / "elsewhere")
@@ -290,7 +290,7 @@ def test_a_folder_that_was_moved_is_read(root: Storage, tmp_path: Path) -> None:
 
 @given(st.data())
 @settings(max_examples=15, deadline=None)
-def test_any_records_may_go(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_any_records_may_be_deleted(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Attempts, saves, saves of stale processes and deleted records, in any order.
 
     The newest checkpoint stays the newest, no number is used twice, the current attempt can save, and no

@@ -31,7 +31,7 @@ def test_known_plans(
 
 
 @given(st.integers(1, 5000), st.integers(1, 300), st.integers(1, 300))
-def test_a_plan_holds_its_samples_and_little_more(global_batch: int, micro_batch: int, world: int) -> None:
+def test_a_plan_has_all_samples_and_little_padding(global_batch: int, micro_batch: int, world: int) -> None:
     world = min(world, global_batch)
     plan = batch_plan(global_batch, micro_batch, world)
     shares = [len(plan.rank_samples(rank)) for rank in range(world)]

@@ -117,7 +117,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("written", LAYOUTS)
 @pytest.mark.usefixtures("small_blocks")
-def test_any_split_reads_what_any_split_wrote(root: Storage, written: str) -> None:
+def test_any_layout_reads_what_any_other_wrote(root: Storage, written: str) -> None:
     manifest = write(root, LAYOUTS[written])
     checkpoint = Checkpoint(root, ID)
     assert checkpoint.manifest == manifest
@@ -155,7 +155,7 @@ def test_any_range_of_a_parameter(
             assert torch.equal(checkpoint.read(MASTER, parameter, start, end - start), values[start:end])
 
 
-def test_blocks_of_the_real_size(root: Storage) -> None:
+def test_blocks_of_the_default_size(root: Storage) -> None:
     """Three blocks, the last one short; ranges within blocks, across them and at their ends."""
     elements = rankfile.BLOCK_BYTES // 4
     size = 2 * elements + 5
@@ -189,7 +189,7 @@ def test_only_the_blocks_of_a_range_are_read(
     assert ranges == [64]
 
 
-def test_verify_asks_for_as_many_blocks_at_once_as_fit(
+def test_verify_reads_as_many_blocks_per_request_as_fit(
     root: Storage, monkeypatch: pytest.MonkeyPatch, small_blocks: None
 ) -> None:
     monkeypatch.setattr(rankfile, "RUN_BYTES", 4 * 64)
@@ -226,7 +226,7 @@ def test_rank_files_are_plain_safetensors(root: Storage, tmp_path: Path) -> None
         assert torch.equal(tensor, numbers(kind, parameter)[int(start) : int(start) + len(tensor)])
 
 
-def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_states_are_written_as_equal_bytes(tmp_path: Path) -> None:
     written = []
     for place in ("a", "b"):
         root = open_storage(tmp_path / place)
@@ -319,7 +319,7 @@ def test_a_flipped_bit_of_a_header_is_named(mended: Path) -> None:
             Checkpoint(open_storage(mended), ID)
 
 
-def test_a_flipped_bit_of_the_manifest_is_found(mended: Path) -> None:
+def test_a_flipped_bit_of_the_manifest_is_detected(mended: Path) -> None:
     path = mended / PATH / MANIFEST
     data = path.read_bytes()
     draws = np.random.default_rng(5)
@@ -330,7 +330,7 @@ def test_a_flipped_bit_of_the_manifest_is_found(mended: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", range(3))
-def test_zeroed_pages_are_found(mended: Path, rank: int) -> None:
+def test_zeroed_pages_are_detected(mended: Path, rank: int) -> None:
     path, data, body = rank_file(mended, rank)
     for start in range(0, len(data), 64):
         path.write_bytes(damage(data, start, bytes(min(64, len(data) - start))))
@@ -388,7 +388,7 @@ class FlippingDisk(DiskStorage):
         return damage(data, length // 2, bytes([data[length // 2] ^ 1])) if wrong else data
 
 
-def test_bits_that_flip_on_their_way_are_no_damage(finished: Path, small_blocks: None) -> None:
+def test_bits_flipped_in_transit_are_no_damage(finished: Path, small_blocks: None) -> None:
     """Three wrong answers in a row are retried; the fourth counts as damage."""
     assert_whole(Checkpoint(FlippingDisk(finished, wrong_answers=3), ID))
     with pytest.raises(CheckpointError, match="its header is damaged"):
@@ -402,7 +402,7 @@ def test_a_missing_file_is_named(root: Storage) -> None:
         Checkpoint(root, ID)
 
 
-def test_what_it_does_not_hold_is_named(root: Storage) -> None:
+def test_a_missing_kind_or_parameter_is_named(root: Storage) -> None:
     write(root, layout([40]))
     checkpoint = Checkpoint(root, ID)
     with pytest.raises(CheckpointError, match=f"ema.other of {BIAS} has 0 of 9 elements"):
@@ -416,7 +416,7 @@ def test_what_it_does_not_hold_is_named(root: Storage) -> None:
     [[(0, 5)], [(0, 4), (5, 4)], [(0, 5), (4, 4)], [(0, 4), (0, 5)], [(0, 9), (9, 1)]],
     ids=["too short", "a hole", "an overlap", "twice the same", "too long"],
 )
-def test_a_parameter_that_is_not_there_whole_and_once(root: Storage, slices: list[tuple[int, int]]) -> None:
+def test_missing_and_overlapping_slices_are_named(root: Storage, slices: list[tuple[int, int]]) -> None:
     ranks = [
         [Partition({MASTER: torch.ones(n)}, (ParameterSlice(BIAS, start, n, 0),))] for start, n in slices
     ]
@@ -425,7 +425,7 @@ def test_a_parameter_that_is_not_there_whole_and_once(root: Storage, slices: lis
         Checkpoint(root, ID).verify()
 
 
-def test_a_loss_that_is_not_finite_is_kept_too(root: Storage) -> None:
+def test_losses_that_are_not_finite_round_trip(root: Storage) -> None:
     rows = ((math.nan, math.inf, -math.inf, 1.0),)
     write(root, [], pending_metrics=rows, guard={"mean": math.inf})
     manifest = Checkpoint(root, ID).manifest
@@ -517,7 +517,7 @@ def commit(root: Storage, ranks: list[dict[str, FileRecord]], **fields: Any) -> 
 
 
 @pytest.mark.parametrize("split", LAYOUTS)
-def test_what_writers_write(root: Storage, split: str) -> None:
+def test_a_commit_of_several_writers(root: Storage, split: str) -> None:
     ranks = LAYOUTS[split]
     folders = {EMA: ("ema.paper",), CHECKPOINTS: KINDS}
     files = [written(root, owned, rank, folders) for rank, owned in enumerate(ranks)]
@@ -532,7 +532,7 @@ def test_what_writers_write(root: Storage, split: str) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.9, 1.0], ids=lambda share: f"at {share:.0%}")
-def test_a_disk_that_writes_something_else_is_found(
+def test_a_disk_that_corrupts_writes_is_detected(
     root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     real = DiskStorage.write_stream
@@ -548,7 +548,7 @@ def test_a_disk_that_writes_something_else_is_found(
         written(root, layout([])[0], 0, {CHECKPOINTS: KINDS})
 
 
-def test_an_old_attempt_commits_nothing(root: Storage) -> None:
+def test_a_superseded_attempt_commits_nothing(root: Storage) -> None:
     for number in (2, 3):
         attempts.claim(root, AttemptRecord(number))
     files = written(root, layout([])[0], 0, {CHECKPOINTS: KINDS})

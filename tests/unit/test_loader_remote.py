@@ -115,7 +115,7 @@ def bytes_in(folder: Path) -> int:
     return total
 
 
-def test_batches_come_before_any_shard_is_whole_and_then_from_the_cache(
+def test_micro_batches_come_before_any_shard_is_cached_and_then_from_the_cache(
     remote: LatentDataset, folder: Path
 ) -> None:
     may_download = threading.Event()
@@ -135,7 +135,7 @@ def test_batches_come_before_any_shard_is_whole_and_then_from_the_cache(
     assert_right(batches, LatentDataset.open(folder))
 
 
-def test_samples_of_a_batch_are_asked_for_together(remote: LatentDataset, folder: Path) -> None:
+def test_samples_of_a_micro_batch_are_requested_concurrently(remote: LatentDataset, folder: Path) -> None:
     together = threading.Barrier(4)  # of the four samples of a batch
     Requests(remote, lambda *_: together.wait(60))
     batch = read_micro_batch(remote, np.arange(4), 4, SEED, flip=True)
@@ -152,7 +152,7 @@ def test_a_later_run_finds_the_cache_filled(remote: LatentDataset, folder: Path)
     assert requests == []
 
 
-def test_a_damaged_copy_is_replaced_behind_the_readers_back(remote: LatentDataset, folder: Path) -> None:
+def test_a_damaged_cached_copy_is_replaced(remote: LatentDataset, folder: Path) -> None:
     with loading(remote) as loader:
         wait_until(lambda: all_cached(remote))
         for path in remote.cache.folder.iterdir():
@@ -170,7 +170,7 @@ def test_a_damaged_copy_is_replaced_behind_the_readers_back(remote: LatentDatase
 
 
 @pytest.mark.parametrize("budget_shards", [4, 0])
-def test_windows_are_fetched_in_their_order_within_the_budget(
+def test_windows_are_fetched_in_order_within_the_budget(
     server: None, folder: Path, tmp_path: Path, budget_shards: int
 ) -> None:
     limit = budget_shards * LatentDataset.open(folder).info.shards[0].bytes
@@ -192,7 +192,7 @@ def test_windows_are_fetched_in_their_order_within_the_budget(
     assert (len(requests.whole()) > 5) == bool(limit)
 
 
-def test_a_cache_too_small_for_two_windows_says_so_and_costs_no_sample(
+def test_a_cache_too_small_for_two_windows_is_reported_and_loses_no_sample(
     server: None, folder: Path, tmp_path: Path
 ) -> None:
     shard_bytes = LatentDataset.open(folder).info.shards[0].bytes
@@ -205,7 +205,7 @@ def test_a_cache_too_small_for_two_windows_says_so_and_costs_no_sample(
         assert labels.tolist() == (order.ids(np.arange(80)) % 10).tolist()
 
 
-def test_a_cache_without_room_says_so_once_and_costs_no_sample(
+def test_a_full_cache_is_reported_once_and_loses_no_sample(
     server: None, folder: Path, tmp_path: Path
 ) -> None:
     shard_bytes = LatentDataset.open(folder).info.shards[0].bytes
@@ -222,7 +222,7 @@ def test_a_cache_without_room_says_so_once_and_costs_no_sample(
     assert requests.whole() == [0, 1]  # wanted shards are not evicted for each other
 
 
-def test_a_folder_that_cannot_be_used_costs_no_sample(server: None, folder: Path, tmp_path: Path) -> None:
+def test_an_unusable_cache_folder_loses_no_sample(server: None, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     dataset = LatentDataset.open(f"s3://{BUCKET}/set", tmp_path / "file")
     notes: list[str] = []
@@ -232,7 +232,7 @@ def test_a_folder_that_cannot_be_used_costs_no_sample(server: None, folder: Path
     assert "cannot keep shard 00000" in notes[0]
 
 
-def test_a_shard_that_stays_wrong_is_read_by_samples_and_the_others_cached(
+def test_a_damaged_shard_is_read_by_sample_and_the_others_are_cached(
     server: None, folder: Path, tmp_path: Path
 ) -> None:
     """A byte between the samples is wrong: so is the shard's digest, but no checksum of a sample."""

@@ -75,7 +75,7 @@ def deleted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (1, 1, [60, 50, 40, 30, 20, 10]),
     ],
 )
-def test_the_newest_and_the_first_of_every_so_many_steps(
+def test_the_newest_and_the_first_of_every_window_are_kept(
     root: Storage, keep: int, keep_every_steps: int, left: list[int]
 ) -> None:
     start(root, 1)
@@ -88,7 +88,7 @@ def test_the_newest_and_the_first_of_every_so_many_steps(
         Checkpoint(root, id_of(step)).verify()
 
 
-def test_the_same_stay_whether_it_passes_often_or_once(tmp_path: Path) -> None:
+def test_pruning_often_or_once_keeps_the_same(tmp_path: Path) -> None:
     often, once = open_storage(tmp_path / "often"), open_storage(tmp_path / "once")
     for step in range(7, 130, 7):
         for root in (often, once):
@@ -98,7 +98,7 @@ def test_the_same_stay_whether_it_passes_often_or_once(tmp_path: Path) -> None:
     assert committed(often) == committed(once) == [id_of(s) for s in (126, 119, 105, 77, 56, 28)]
 
 
-def test_what_is_tagged_stays(root: Storage) -> None:
+def test_tagged_checkpoints_are_kept(root: Storage) -> None:
     start(root, 1)
     put(root, *map(id_of, (10, 20, 30)))
     root.write(f"{path_of(10)}/{retention.TAG}", b"")
@@ -107,7 +107,7 @@ def test_what_is_tagged_stays(root: Storage) -> None:
     assert folders(root) == [path_of(30), path_of(10)]
 
 
-def test_stored_averages_stay_when_they_are_on_the_chain(root: Storage) -> None:
+def test_stored_averages_on_the_chain_are_kept(root: Storage) -> None:
     start(root, 1)
     for folder in (EMA, CHECKPOINTS):
         put(root, *map(id_of, (10, 20, 30)), folder=folder)
@@ -120,7 +120,7 @@ def test_stored_averages_stay_when_they_are_on_the_chain(root: Storage) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_damaged_one_that_the_run_passed_over_does_not_count(root: Storage, keep: int) -> None:
+def test_a_damaged_checkpoint_that_the_run_passed_over_is_not_counted(root: Storage, keep: int) -> None:
     """Attempt 2 resumed from step 20 because a file of step 40 of attempt 1 was missing."""
     start(root, 1)
     put(root, *map(id_of, (10, 20, 40)))
@@ -134,7 +134,7 @@ def test_a_damaged_one_that_the_run_passed_over_does_not_count(root: Storage, ke
     assert folders(root) == [path_of(50, 2), path_of(40, 2)][:keep]
 
 
-def test_a_copy_under_another_name_takes_no_place(root: Storage, tmp_path: Path) -> None:
+def test_a_copy_under_another_name_is_not_counted(root: Storage, tmp_path: Path) -> None:
     start(root, 1)
     put(root, *map(id_of, (10, 20, 30, 50)))
     (tmp_path / path_of(10)).rename(tmp_path / path_of(40))
@@ -142,7 +142,7 @@ def test_a_copy_under_another_name_takes_no_place(root: Storage, tmp_path: Path)
     assert folders(root) == [path_of(50), path_of(40), path_of(30)]
 
 
-def test_what_killed_saves_left_behind_goes(root: Storage, tmp_path: Path) -> None:
+def test_leftovers_of_killed_saves_are_deleted(root: Storage, tmp_path: Path) -> None:
     """Also partial files of killed writers."""
     start(root, 1)
     for step, folder in ((5, CHECKPOINTS), (5, EMA), (20, CHECKPOINTS)):
@@ -169,7 +169,7 @@ def test_what_killed_saves_left_behind_goes(root: Storage, tmp_path: Path) -> No
 # How it is deleted
 
 
-def test_the_manifest_goes_first(root: Storage, deleted: list[str]) -> None:
+def test_the_manifest_is_deleted_first(root: Storage, deleted: list[str]) -> None:
     put(root, id_of(10), id_of(20))
     retention.prune(root, 1, id_of(20), 1, 0)
     files = [MANIFEST, "rank-00000.safetensors", "rank-00001.safetensors"]
@@ -199,7 +199,7 @@ def test_a_later_attempt_stops_it_before_the_next_delete(
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}"])
-def test_nothing_goes_when_the_newest_manifest_is_damaged(root: Storage, damage: bytes) -> None:
+def test_nothing_is_deleted_if_the_newest_manifest_is_damaged(root: Storage, damage: bytes) -> None:
     put(root, id_of(10), id_of(20))
     root.write(f"{path_of(20)}/{MANIFEST}", damage)
     with pytest.raises(CheckpointError, match=f"{path_of(20)}/{MANIFEST} is damaged"):

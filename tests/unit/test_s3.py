@@ -128,7 +128,7 @@ OPERATIONS = (read, read_range, write, write_stream, write_new, exists, size, li
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_operation_outlives_every_fault(
+def test_every_operation_survives_every_fault(
     kind: str, s3: S3Storage, proxy: FaultProxy, impatient: None
 ) -> None:
     s3.write("there", FEW)
@@ -160,7 +160,7 @@ def test_a_lost_answer_to_the_last_request_of_an_upload(kind: str, s3: S3Storage
     assert s3.read("key") == DATA
 
 
-def test_an_upload_that_the_server_knows_no_more(s3: S3Storage, proxy: FaultProxy) -> None:
+def test_an_upload_that_the_server_has_forgotten(s3: S3Storage, proxy: FaultProxy) -> None:
     """The upload is complete, or another client aborted it: an object of the right size proves nothing."""
     proxy.errors = [("404 Not Found", "NoSuchUpload")]
     proxy.set({"late_error": 1.0}, only="POST .*uploadId=", at_most=1)
@@ -174,7 +174,7 @@ def test_an_upload_that_the_server_knows_no_more(s3: S3Storage, proxy: FaultProx
 
 
 @pytest.mark.parametrize("kind", ["drop_reply", "late_error"])
-def test_write_new_knows_its_own_object(kind: str, s3: S3Storage, proxy: FaultProxy) -> None:
+def test_write_new_recognises_its_own_object(kind: str, s3: S3Storage, proxy: FaultProxy) -> None:
     proxy.set({kind: 1.0}, only="PUT ", at_most=1)
     assert s3.write_new("key", b"the same bytes")
     proxy.set({"error": 1.0}, only="PUT ", at_most=1)
@@ -182,7 +182,7 @@ def test_write_new_knows_its_own_object(kind: str, s3: S3Storage, proxy: FaultPr
     assert proxy.injected == {kind: 1, "error": 1}
 
 
-def test_a_list_is_whole_across_pages(
+def test_a_list_is_complete_across_pages(
     s3: S3Storage, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
@@ -194,7 +194,7 @@ def test_a_list_is_whole_across_pages(
     assert proxy.injected["short"] + proxy.injected["error"] > 0
 
 
-def test_bytes_that_others_checked_in_are_checked(s3: S3Storage, direct: Any, proxy: FaultProxy) -> None:
+def test_checksums_of_other_clients_are_verified(s3: S3Storage, direct: Any, proxy: FaultProxy) -> None:
     """Objects with a checksum of S3, which boto3 adds by default."""
     direct.put_object(Bucket=BUCKET, Key=f"{s3.prefix}key", Body=FEW)
     proxy.set({"flip": 1.0}, at_most=2)
@@ -202,7 +202,7 @@ def test_bytes_that_others_checked_in_are_checked(s3: S3Storage, direct: Any, pr
     assert proxy.injected["flip"] == 2
 
 
-def test_an_etag_of_another_kind_is_believed(s3: S3Storage, direct: Any) -> None:
+def test_an_etag_of_unknown_parts_is_accepted(s3: S3Storage, direct: Any) -> None:
     upload = {"Bucket": BUCKET, "Key": f"{s3.prefix}key"}
     upload["UploadId"] = direct.create_multipart_upload(**upload)["UploadId"]
     cut = PART + 1000
@@ -245,7 +245,9 @@ def test_an_etag_that_is_no_md5_costs_no_second_request(
 
 
 @pytest.mark.parametrize("size", [len(FEW), len(DATA)])
-def test_an_etag_that_is_the_md5_of_our_parts_is_checked(size: int, s3: S3Storage, proxy: FaultProxy) -> None:
+def test_an_etag_that_is_the_md5_of_our_parts_is_verified(
+    size: int, s3: S3Storage, proxy: FaultProxy
+) -> None:
     s3.write("key", DATA[:size])
     for _ in range(3):
         proxy.set({"flip": 1.0}, at_most=1)
@@ -362,7 +364,7 @@ def clock(environment: None, monkeypatch: pytest.MonkeyPatch) -> Clock:
         (10**6, 20, 71),  # MAX_TRIES
     ],
 )
-def test_retries_end_at_the_deadline_and_at_the_largest_number(
+def test_retries_stop_at_the_deadline_or_after_max_tries(
     s3: S3Storage,
     proxy: FaultProxy,
     clock: Clock,
@@ -379,7 +381,7 @@ def test_retries_end_at_the_deadline_and_at_the_largest_number(
     assert proxy.requests == proxy.injected["error"] == tries
 
 
-def test_an_upload_that_failed_is_not_aborted_forever(s3: S3Storage, proxy: FaultProxy, clock: Clock) -> None:
+def test_aborting_a_failed_upload_has_a_deadline(s3: S3Storage, proxy: FaultProxy, clock: Clock) -> None:
     def failing() -> Iterator[memoryview]:
         yield from pieces(DATA[:PART], PART)
         raise ValueError("no more")
@@ -459,7 +461,7 @@ def self_signed(folder: Path) -> Path:
     return file
 
 
-def test_mistakes_are_not_repeated(s3: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_errors_are_not_retried(s3: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_module, "FIRST_PAUSE_S", 10**6)
     with pytest.raises(StorageError, match="there is no bucket"):
         S3Storage("no-such-bucket", "").write_stream("key", pieces(DATA, PART), len(DATA))
@@ -470,7 +472,7 @@ def test_mistakes_are_not_repeated(s3: S3Storage, monkeypatch: pytest.MonkeyPatc
 # Objects in parts
 
 
-def test_an_upload_holds_one_part_and_shows_nothing_before_its_end(s3: S3Storage, direct: Any) -> None:
+def test_an_upload_holds_one_part_and_is_invisible_until_complete(s3: S3Storage, direct: Any) -> None:
     def watched() -> Iterator[memoryview]:
         for number, piece in enumerate(pieces(DATA, PART)):
             assert not s3.exists("key")
@@ -485,7 +487,7 @@ def test_an_upload_holds_one_part_and_shows_nothing_before_its_end(s3: S3Storage
     assert unfinished(direct, s3) == []
 
 
-def test_a_buffer_that_is_used_again(s3: S3Storage) -> None:
+def test_chunks_may_share_a_buffer(s3: S3Storage) -> None:
     buffer = bytearray(1_000_003)
 
     def reused() -> Iterator[memoryview]:
@@ -497,7 +499,7 @@ def test_a_buffer_that_is_used_again(s3: S3Storage) -> None:
     assert s3.read("key") == DATA
 
 
-def test_pieces_may_hold_numbers(s3: S3Storage) -> None:
+def test_chunks_may_hold_numbers(s3: S3Storage) -> None:
     values = np.arange(PART // 4 + 5, dtype=np.float32)
     s3.write_stream("key", [values[:7].data, values[7:].data], values.nbytes)
     assert s3.read("key") == values.tobytes()
@@ -521,7 +523,7 @@ def test_an_upload_whose_source_fails_is_aborted(end: BaseException, s3: S3Stora
 
 @pytest.mark.parametrize("size", [10, len(DATA)])
 @pytest.mark.parametrize("too_much", [-1, 1])
-def test_pieces_that_do_not_add_up(size: int, too_much: int, s3: S3Storage, direct: Any) -> None:
+def test_chunks_that_do_not_add_up(size: int, too_much: int, s3: S3Storage, direct: Any) -> None:
     data = DATA[: size - 1] + bytes(1 + too_much)
     hold = "more" if too_much == 1 else str(size - 1)
     with pytest.raises(StorageError, match=f"key: expected {size} bytes, the chunks hold {hold}"):

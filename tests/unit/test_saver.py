@@ -53,7 +53,7 @@ def saved(saver: Saver, step: int = 3) -> SaveResult:
     return outcome
 
 
-def test_a_save_is_what_was_there_when_it_began(world: World, tmp_path: Path) -> None:
+def test_a_save_holds_the_state_at_its_start(world: World, tmp_path: Path) -> None:
     owned = partition()
     saver = Saver(world, str(tmp_path), [owned], CheckpointConfig())
     saver.begin(manifest(), FOLDERS)
@@ -89,7 +89,7 @@ def test_a_snapshot_has_room_for_every_element_in_fp32(world: World, tmp_path: P
     saver.close()
 
 
-def test_a_checkpoint_takes_the_record_along(world: World, tmp_path: Path) -> None:
+def test_a_checkpoint_carries_the_record(world: World, tmp_path: Path) -> None:
     record = tmp_path / "run" / "metrics.jsonl"
     record.parent.mkdir()
     record.write_text('{"step": 3}\n')
@@ -104,7 +104,7 @@ def test_a_checkpoint_takes_the_record_along(world: World, tmp_path: Path) -> No
     saver.close()
 
 
-def test_a_rank_without_a_save_says_that_nothing_is_at_work(world: World, tmp_path: Path) -> None:
+def test_a_rank_without_a_save_is_not_busy(world: World, tmp_path: Path) -> None:
     saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
     assert saver.flags() == (False, False)
     assert saved(saver).problem == ""
@@ -112,7 +112,7 @@ def test_a_rank_without_a_save_says_that_nothing_is_at_work(world: World, tmp_pa
     saver.close()
 
 
-def test_a_rank_does_not_wait_for_its_writer_when_it_votes(
+def test_a_rank_votes_without_waiting_for_its_writer(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits_s: list[float] = []
@@ -129,7 +129,7 @@ def test_a_rank_does_not_wait_for_its_writer_when_it_votes(
     saver.close()
 
 
-def test_a_writer_that_died_before_it_was_asked_costs_the_save_alone(
+def test_a_writer_that_died_before_the_request_fails_only_the_save(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -145,7 +145,7 @@ def test_a_writer_that_died_before_it_was_asked_costs_the_save_alone(
 
 
 @pytest.mark.parametrize("lives_s", [0, 0.5])
-def test_a_writer_that_does_not_start_costs_the_save_alone(
+def test_a_writer_that_does_not_start_fails_only_the_save(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives_s: float
 ) -> None:
     with monkeypatch.context() as patch:
@@ -160,9 +160,7 @@ def test_a_writer_that_does_not_start_costs_the_save_alone(
     saver.close()
 
 
-def test_a_save_that_takes_too_long_has_failed(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_fails_at_its_deadline(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(savers, "WRITER", (sys.executable, "-c", "import time; time.sleep(1000)"))
         saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig(deadline_s=0.2))
@@ -170,7 +168,7 @@ def test_a_save_that_takes_too_long_has_failed(
     saver.close()
 
 
-def test_a_name_that_another_process_took_is_left_as_it_is(world: World, tmp_path: Path) -> None:
+def test_a_name_taken_by_another_process_is_not_overwritten(world: World, tmp_path: Path) -> None:
     """The result is final: a retry under the same name would fail again, but the next step has a new name."""
     theirs = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
     assert saved(theirs).problem == ""
