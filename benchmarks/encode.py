@@ -1,16 +1,18 @@
-"""How fast images become latents: decoding, the pipeline around the VAE, the VAE itself.
+"""Benchmark encoding: image decoding, the pipeline around the VAE, and the VAE.
 
     python benchmarks/encode.py
     python benchmarks/encode.py --vae stabilityai/sd-vae-ft-ema --image-sizes 256 512    # with CUDA
     python benchmarks/encode.py --smoke
 
-- `decode`: images/s of a decoding task in one process, beside a plain loop over Pillow (open, convert,
-  the same crop, array), on JPEGs of ImageNet's usual size, in turns; medians over the rounds.
-- `pipeline`: images/s of the job with an encoder that takes a fixed time per image and does nothing, from
-  the first task to the last shard on disk, over images/s of that encoder alone. Ray is running already.
-- `encoder`: images/s of an encoder, both views, from crops in host memory to latents in host memory, for
-  each arithmetic and layout, beside a plain loop over diffusers' AutoencoderKL on the same crops, in
-  turns. The share is of a bf16 matrix product measured in the same process (docs/performance.md).
+- `decode`: images/s of a decoding task in one process, compared to a plain Pillow loop (open, convert,
+  the same crop, array) on JPEGs of ImageNet's typical size. Both alternate; figures are medians over the
+  rounds.
+- `pipeline`: images/s of the job with a stub encoder that sleeps for a fixed time per image, from the
+  first task to the last shard on disk, divided by images/s of that stub alone. Ray is already running.
+- `encoder`: images/s of an encoder for both views, from crops in host memory to latents in host memory,
+  for each precision and layout, compared to a plain loop over diffusers' AutoencoderKL on the same crops.
+  They alternate. The share is relative to a bf16 matrix product in the same process
+  (docs/performance.md).
 """
 
 import argparse
@@ -24,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# Found also where the packages are not installed; as a script, Python looks beside this file only.
+# The packages may not be installed, and Python adds only the folder of a script to its path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_pipeline"))
 
@@ -49,7 +51,7 @@ from dit_scale_pipeline.shards_writer import ShardRecord
 from tests.support.tiny_vae import save_full_vae, save_tiny_vae
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
-"""Of ImageNet's usual JPEG, about 110 KB."""
+"""Of a typical ImageNet JPEG, about 110 kB."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "bf16": {"precision": "bf16"},
@@ -64,7 +66,7 @@ Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what was asked for, print a line each."""
+    """Measure the requested parts and print one line per row."""
     args = _parser().parse_args(argv)
     if args.smoke:
         args.images, args.rounds, args.batches, args.vae_batch = 8, 1, 4, 2
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
-    """The rows of all parts."""
+    """Yield the rows of the requested parts."""
     if "decode" in args.parts:
         for size in args.image_sizes:
             yield decode(folder / "images", size, args.rounds)
@@ -94,7 +96,7 @@ def measure(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def write_images(folder: Path, number: int) -> None:
-    """Smooth pictures with noise of two grains, in two classes."""
+    """Write smooth images with noise at two scales, in two classes."""
     draws = np.random.default_rng(0)
     for index in range(number):
         picture = np.zeros((HEIGHT, WIDTH, 3))
@@ -108,7 +110,7 @@ def write_images(folder: Path, number: int) -> None:
 
 
 def decode(images: Path, size: int, rounds: int) -> Row:
-    """A decoding task beside Pillow alone."""
+    """Compare a decoding task to plain Pillow."""
     listing = open_input(str(images)).list()
     paths = [images / path for path in listing.paths]
 
@@ -118,7 +120,7 @@ def decode(images: Path, size: int, rounds: int) -> Row:
     def task() -> Pixels:
         return read_batch(str(images), listing.kind, listing.entries(), size)[0]
 
-    assert np.array_equal(plain(), task()), "both make the same crops"
+    assert np.array_equal(plain(), task()), "both must produce the same crops"
     times = [(_seconds(task), _seconds(plain)) for _ in range(rounds)]
     task_s, plain_s = (median(column) for column in zip(*times, strict=True))
     num_bytes = sum(path.stat().st_size for path in paths) / len(paths)
@@ -144,7 +146,7 @@ def _plain_crop(image: Image.Image, size: int) -> Pixels:
 
 
 def stub_of(images_per_s: float) -> type[Encoder]:
-    """A kind of encoder that sleeps as long as a VAE of this speed would work."""
+    """Make an encoder class that sleeps for as long as a VAE of this speed takes."""
 
     class Stub(Encoder):
         def runtime(self) -> dict[str, str]:
@@ -159,7 +161,7 @@ def stub_of(images_per_s: float) -> type[Encoder]:
 
 
 def pipeline(folder: Path, args: argparse.Namespace) -> Row:
-    """The job around a stub, beside the stub alone."""
+    """Compare the job with a stub encoder to the stub alone."""
     config = EncodeConfig(
         source=str(folder / "images"),
         output=str(folder / "out"),
@@ -209,11 +211,13 @@ def pipeline(folder: Path, args: argparse.Namespace) -> Row:
 
 
 def encoder(vae: str, size: int, args: argparse.Namespace) -> Iterator[Row]:
-    """Every setting beside the plain loops, which take their turns in the same rounds."""
+    """Compare every setting to plain loops, alternating within each round."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     crops = np.random.default_rng(0).integers(0, 256, (args.vae_batch, size, size, 3), dtype=np.uint8)
     settings = SETTINGS
-    if device.type == "cpu":  # the others have no hardware there, and compiling takes longer than encoding
+    if (
+        device.type == "cpu"
+    ):  # a CPU lacks hardware for the others, and compilation takes longer than encoding
         settings = {"fp32": SETTINGS["fp32"]}
     ways: dict[str, Callable[[], object]] = {}
     for name, setting in settings.items():
@@ -265,7 +269,7 @@ def _plain_loop(vae: str, dtype: torch.dtype, device: torch.device, crops: Pixel
 
 
 def _flops_per_image(vae: str, size: int, device: torch.device) -> float:
-    """FLOP of both views of an image, as counted by torch."""
+    """Count the FLOP of both views of an image with torch."""
     from diffusers import AutoencoderKL
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -303,21 +307,30 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--parts", nargs="+", default=["decode", "pipeline", "encoder"], metavar="PART")
+    parser.add_argument(
+        "--parts", nargs="+", default=["decode", "pipeline", "encoder"], metavar="PART", help="(default: all)"
+    )
     parser.add_argument("--vae", help="folder or hub name (default: random weights of the real size)")
     parser.add_argument("--image-sizes", nargs="+", type=int, default=[256, 512], metavar="SIZE")
-    parser.add_argument("--images", type=int, default=256, help="JPEGs that are made (default 256)")
-    parser.add_argument("--vae-batch", type=int, help="default 64 with CUDA, 2 without")
-    parser.add_argument("--batches", type=int, default=128, help="of 32 images through the pipeline")
+    parser.add_argument("--images", type=int, default=256, help="JPEGs to generate (default 256)")
+    parser.add_argument("--vae-batch", type=int, help="images per VAE pass (default 64 with CUDA, else 2)")
     parser.add_argument(
-        "--stub-images-per-s", type=float, default=100.0, help="of the pipeline's encoder (default 100)"
+        "--batches", type=int, default=128, help="pipeline batches of 32 images (default 128)"
     )
     parser.add_argument(
-        "--matmul-side", type=int, help="of the matrix product (default 8192 on CUDA, 1024 on a CPU)"
+        "--stub-images-per-s",
+        type=float,
+        default=100.0,
+        help="speed of the pipeline's stub encoder (default 100)",
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--matmul-side", type=int, help="side of the matrices (default 8192 on CUDA, 1024 on a CPU)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per median (default 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
-    parser.add_argument("--smoke", action="store_true", help="tiny, in seconds: does it run?")
+    parser.add_argument(
+        "--smoke", action="store_true", help="run with tiny inputs to check that the benchmark works"
+    )
     return parser
 
 

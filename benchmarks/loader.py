@@ -1,19 +1,19 @@
-"""Speed of the data loader: samples/s on one core beside stock webdataset, order, resume, a cold cache.
+"""Benchmark the data loader: samples/s on one core compared to webdataset, order, resume, cold cache.
 
     python benchmarks/loader.py
     python benchmarks/loader.py --smoke
 
-Data sets are random numbers in the real format, written to a temporary folder; they stay in the
-system's page cache, so that what is measured is the reading program and not the disk.
+Data sets are random numbers in the real format, in a temporary folder. They stay in the page cache, so
+the benchmark measures the reading program and not the disk.
 
-- `read`: the Loader as training uses it, its thread included, in order of training (every sample
-  from another place) and checksums verified, against `wds.WebDataset(...).decode()` front to back,
-  one process without workers. Each has a process of its own, both are tied to the same core and take
-  turns; figures are medians over the rounds, without a first one that warms up. Real records hold two
-  views of which one is drawn; with one view nothing is read that is not used, as in webdataset.
-- `order`: sample ids/s at the size of ImageNet, in blocks as the Loader asks for them.
-- `resume`: from nothing to the first micro-batch, at the start of a run and far into one.
-- `cold`: the same from an S3 server on this machine with an empty cache, and until all is cached.
+- `read`: the Loader as in training, including its thread, in training order (every sample at a random
+  place) and with checksums verified, compared to `wds.WebDataset(...).decode()`, which reads sequentially
+  in one process without workers. Each runs in its own process; both are pinned to the same core and
+  alternate. Figures are medians over the rounds after a warm-up round. Real records hold two views, one
+  of which is drawn; records with one view contain only data that is used, as in webdataset.
+- `order`: sample ids/s for a data set of the size of ImageNet, in blocks as the Loader requests them.
+- `resume`: time to open the data set and read the first micro-batch, at the start of a run and far into it.
+- `cold`: the same from a local S3 server with an empty cache, and the time until all shards are cached.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# Found also where the package is not installed; as a script, Python looks beside this file only.
+# The package may not be installed, and Python adds only the folder of a script to its path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
@@ -51,23 +51,25 @@ from tests.support.latents import write_latents
 IMAGENET_SHARDS = (*[4096] * 312, 3215)
 """1,281,167 samples."""
 RECORDS = ((256, 1), (512, 1), (256, 2), (512, 2))
-"""Image size and views: 16, 64, 32 and 128 KiB."""
+"""(image size, views): records of 16, 64, 32 and 128 KiB."""
 FAR = 10**12
-"""A position that no run reaches."""
+"""A position beyond the end of any real run."""
 
 Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure everything, print a line each."""
+    """Measure everything and print one line per row."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--smoke", action="store_true", help="a few small samples: does it run?")
+    parser.add_argument(
+        "--smoke", action="store_true", help="read a few small samples to check that the benchmark works"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--megabytes", type=int, default=128, help="size of each data set")
-    parser.add_argument("--micro-batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per median (default 5)")
+    parser.add_argument("--megabytes", type=int, default=128, help="MiB per data set (default 128)")
+    parser.add_argument("--micro-batch", type=int, default=32, help="samples (default 32)")
     args = parser.parse_args(argv)
     if args.smoke:
         args.rounds, args.megabytes, args.micro_batch = 1, 1, 4
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
-    """All rows, each as soon as it is there."""
+    """Yield each row as soon as it is measured."""
     sets = {}
     for image_size, views in RECORDS:
         sets[image_size, views] = folder / f"{image_size}-{views}"
@@ -117,14 +119,14 @@ def measure(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def record_bytes(image_size: int, views: int) -> int:
-    """Bytes of a sample's latents, in fp16."""
+    """Bytes of a sample's fp16 latents."""
     return views * 8 * (image_size // 8) ** 2 * 2
 
 
 def loader_rate(path: Path, micro_batch: int, epochs: int = 4) -> float:
-    """Samples/s of a Loader, from its start."""
+    """Samples/s of a Loader, including its start."""
     dataset = LatentDataset.open(path)
-    dataset.labels()  # reads the indexes, which happens once in a run
+    dataset.labels()  # reads the indexes, once per run
     plan = batch_plan(micro_batch, micro_batch, 1)
     num_batches = epochs * len(dataset) // micro_batch
     flip = len(dataset.info.views) == 2
@@ -137,7 +139,7 @@ def loader_rate(path: Path, micro_batch: int, epochs: int = 4) -> float:
 
 
 def webdataset_rate(path: Path) -> float:
-    """Samples/s of webdataset, from its start."""
+    """Samples/s of webdataset, including its start."""
     import webdataset
 
     tars = sorted(str(tar) for tar in (path / "shards").glob("*.tar"))
@@ -160,7 +162,7 @@ def ids_per_s(window_shards: int, first: int, num_blocks: int = 64) -> float:
 
 
 def first_batch_s(url: str | Path, position: int, micro_batch: int) -> float:
-    """Seconds from nothing to the first micro-batch."""
+    """Seconds to open the data set, start a Loader and read the first micro-batch."""
     start = time.perf_counter()
     dataset = LatentDataset.open(url)
     plan = batch_plan(micro_batch, micro_batch, 1)
@@ -172,7 +174,7 @@ def first_batch_s(url: str | Path, position: int, micro_batch: int) -> float:
 
 
 def cold(path: Path, folder: Path, micro_batch: int) -> Row:
-    """The first micro-batch from S3 with nothing cached, beside the time until all shards are."""
+    """Time to the first micro-batch from S3 with an empty cache, and until all shards are cached."""
     from tests.support.s3 import BUCKET, s3_server
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line per request
@@ -186,7 +188,7 @@ def cold(path: Path, folder: Path, micro_batch: int) -> Row:
 
 
 def cold_start(url: str, cache_dir: Path, micro_batch: int) -> Row:
-    """Figures of a Loader whose cache is empty."""
+    """Measure a Loader with an empty cache."""
     start = time.perf_counter()
     dataset = LatentDataset.open(url, cache_dir)
     plan = batch_plan(micro_batch, micro_batch, 1)
@@ -211,32 +213,32 @@ def cold_start(url: str, cache_dir: Path, micro_batch: int) -> Row:
 
 @contextmanager
 def one_core() -> Iterator[ProcessPoolExecutor]:
-    """A process tied to the last core of those that this one may use."""
+    """Provide a process that is pinned to the last core available to this one."""
     spawn = multiprocessing.get_context("spawn")
     core = max(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_settle, initargs=(core,)) as pool:
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_pin_to_core, initargs=(core,)) as pool:
         yield pool
 
 
-def _settle(core: int) -> None:
+def _pin_to_core(core: int) -> None:
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
 
 
 def versions() -> dict[str, str]:
-    """Programs that the figures depend on."""
+    """Versions of the packages that affect the figures."""
     packages = ("numpy", "torch", "webdataset", "google-crc32c")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
 def text(row: Row) -> str:
-    """A row for people."""
+    """Format a row for people."""
     match row["what"]:
         case "read":
             return (
                 f"read    {row['image_size']} px, {row['views']} view(s), {row['record_bytes'] // 1024} KiB: "
                 f"{row['samples_per_s']:,.0f} samples/s, webdataset {row['webdataset_samples_per_s']:,.0f}, "
-                f"{row['ratio']:.1f} times"
+                f"ratio {row['ratio']:.1f}"
             )
         case "order":
             return f"order   windows of {row['window_shards']} shards: {row['ids_per_s']:,.0f} ids/s"

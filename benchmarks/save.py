@@ -1,23 +1,24 @@
-"""What saving costs and how fast resuming is: the stall of the loop, write speed beside dd, state filled in.
+"""Benchmark checkpoints: stall of the training loop, write speed compared to dd, and time to resume.
 
     python benchmarks/save.py --folder /where/checkpoints/go
     python benchmarks/save.py --smoke
 
-One process trains a real run on random latents, saves it and resumes it; the state is fp32: masters, both
-moments, one moving average. Figures are medians over the rounds, and what is compared takes turns.
+One process trains a real run on random latents, saves it and resumes it. The state is fp32: master
+weights, both moments and one moving average. Figures are medians over the rounds; compared operations
+alternate.
 
-- `stall`: the copy of the state into memory shared with the writer, for which the loop stops, beside a
-  copy of the same buffers into plain memory that was touched before (on CUDA: pinned).
-- `step`: a turn of the training loop without a save, one with the begin of a save, and those until the
-  loop knows of its commit. On a CPU the writer and the step compete for cores and memory. The device is
-  waited for after each turn, which training itself does not do.
-- `write`: a rank's file from checksums to fsync, as the writer puts it, beside
-  `dd bs=4M conv=fsync` of the same memory into the same folder, each after a `sync`. `verified` is the
-  time until every byte was read again.
-- `resume`: a new process, its imports done except DeepSpeed's, until the first micro-batch. Nothing
-  of checkpoint and data is in the system's page cache.
-- `fill`: a checkpoint opened, read, verified and copied into the buffers of its owners, from the
-  device or from the page cache; at a world of 3 the shares of its ranks one after the other.
+- `stall`: the copy of the state to memory shared with the writer, which pauses the loop, compared to a
+  copy of the same buffers to ordinary memory that was touched before (pinned memory on CUDA).
+- `step`: an iteration of the training loop without a save, one that starts a save, and those until the
+  loop sees the commit. On a CPU, the writer and the step compete for cores and memory. Each iteration
+  ends with a device synchronization, which training does not have.
+- `write`: a rank's file as the writer writes it, from checksums to fsync, compared to `dd bs=4M
+  conv=fsync` from the same memory to the same folder, each after a `sync`. `verified` includes reading
+  every byte back.
+- `resume`: the time from a new process, with all imports done except DeepSpeed's, to the first
+  micro-batch. Neither the checkpoint nor the data is in the page cache.
+- `fill`: the time to open, read and verify a checkpoint and copy it to its owners' buffers, from the disk
+  or from the page cache; at world size 3, the shares of the ranks one after the other.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# Found also where the package is not installed; as a script, Python looks beside this file only.
+# The package may not be installed, and Python adds only the folder of a script to its path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
@@ -53,7 +54,8 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Snapshot
 from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, ModelConfig, TrainConfig
-from dit_scale.heartbeat import Heart
+from dit_scale.dist import World
+from dit_scale.heartbeat import Heart, Phase
 from dit_scale.storage import Storage, open_storage
 from dit_scale.train import determinism
 from dit_scale.train.session import Session
@@ -63,24 +65,37 @@ WARMUP_STEPS = 3
 STEPS_BETWEEN_SAVES = 3
 OTHER_WORLD = 3
 FILLS = ((1, False), (1, True), (OTHER_WORLD, True))
-"""World size of the reader, and whether the checkpoint lies in the page cache."""
+"""(world size of the reader, whether the checkpoint is in the page cache)."""
 NEVER = 10**6
-"""Steps: saves and log points come when they are asked for."""
+"""Interval in steps that is never reached: the benchmark triggers saves itself."""
 PACKAGES = ("dit-scale", "torch", "deepspeed", "numpy", "google-crc32c")
 SMOKE = {"model": "DiT-Ti/2", "image_size": 32, "micro_batch": 2, "rounds": 1, "device": "cpu"}
 
 Row = dict[str, Any]
 
 
+class RestoreClock(Heart):
+    """Notes when the restore starts, by time.perf_counter."""
+
+    def __init__(self, rank: int) -> None:
+        self.restore_s = 0.0
+        super().__init__(rank)
+
+    def beat(self, section: Phase, step: int) -> None:
+        if section is Phase.RESTORE and not self.restore_s:
+            self.restore_s = time.perf_counter()
+        super().beat(section, step)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure everything, print a line each."""
+    """Measure everything and print one line per row."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.smoke:
         parser.set_defaults(**SMOKE)
         args = parser.parse_args(argv)
     if args.folder and not args.folder.is_dir():
-        parser.error(f"--folder {args.folder}: expected a folder")
+        parser.error(f"--folder {args.folder}: expected an existing folder")
     settings = {
         "model": args.model,
         "image_size": args.image_size,
@@ -97,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
-    """All rows: those of a process that trains, then those of the processes that resume its run."""
+    """Yield the rows of a process that trains, then those of processes that resume its run."""
     config = _config(folder, args)
     write_latents(config.data.url, 16 * args.micro_batch, args.image_size, config.model.num_classes)
     with _process() as process:
@@ -117,26 +132,25 @@ def measure(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def saving(config: TrainConfig, folder: Path, rounds: int) -> list[Row]:
-    """Train and save in this process; the newest checkpoint stays. The rows `stall`, `step` and `write`."""
+    """Train and save, keep the newest checkpoint, and return the rows `stall`, `step` and `write`."""
     determinism.pin(config.engine)
     world = dist.start(config.engine)
     with ExitStack() as stack:
         stack.callback(dist.stop)
-        run = Session(config, world, stack, Heart(world.rank))
-        run.begin()
+        run = Session(config, world, Heart(world.rank), stack)
         for _ in range(WARMUP_STEPS):
-            turn(run)
+            turn(run, world)
         shared = {"device": _device_name(world.device), "state_bytes": run.saver.snapshot.bytes}
         rows = [
             stall(run.saver.snapshot, run.trainer.engine.owned, rounds),
-            step(run, rounds),
+            step(run, world, rounds),
             write(run.saver.snapshot, open_storage(folder / "write"), folder / "dd", rounds),
         ]
     return [row | shared for row in rows]
 
 
 def stall(snapshot: Snapshot, owned: Iterable[Partition], rounds: int) -> Row:
-    """The copy that a save stops for, beside a plain one."""
+    """Compare the copy that pauses the loop to a plain copy."""
     buffers = [buffer.detach().flatten() for partition in owned for buffer in partition.buffers.values()]
     plain = [torch.empty(b.shape, dtype=b.dtype, pin_memory=b.is_cuda).zero_() for b in buffers]
 
@@ -156,19 +170,19 @@ def stall(snapshot: Snapshot, owned: Iterable[Partition], rounds: int) -> Row:
     }
 
 
-def step(run: Session, rounds: int) -> Row:
+def step(run: Session, world: World, rounds: int) -> Row:
     """Turns of the loop without a save, with one that begins, and with one in flight."""
     seconds: dict[str, list[float]] = {
         name: [] for name in ("quiet", "beginning", "save", "writing", "committed")
     }
     for _ in range(rounds):
-        seconds["quiet"] += [_seconds(lambda: turn(run)) for _ in range(STEPS_BETWEEN_SAVES)]
-        turn_s, save_s = _seconds(lambda: turn(run)), _seconds(run.save)
+        seconds["quiet"] += [_seconds(lambda: turn(run, world)) for _ in range(STEPS_BETWEEN_SAVES)]
+        turn_s, save_s = _seconds(lambda: turn(run, world)), _seconds(run.saves.save)
         seconds["beginning"].append(turn_s + save_s)
         seconds["save"].append(save_s)
         writing = []
         while run.saver.in_flight:
-            writing.append(_seconds(lambda: turn(run)))
+            writing.append(_seconds(lambda: turn(run, world)))
         seconds["writing"] += writing
         seconds["committed"].append(save_s + sum(writing))
     return {
@@ -178,19 +192,19 @@ def step(run: Session, rounds: int) -> Row:
     }
 
 
-def turn(run: Session) -> None:
+def turn(run: Session, world: World) -> None:
     """One turn of the training loop, as `dit_scale.train.loop` has it between two saves and log points."""
-    sums = run.trainer.accumulate(run.loader)
-    vote = run.world.start_vote(*run.saver.flags())
+    sums = run.trainer.accumulate(run.attempt.loader)
+    vote = world.start_vote(*run.saves.flags())
     row = run.trainer.update(sums, run.state.step)
     run.state.step += 1
-    run.meters.add(row)
-    run.follow_save(*vote.result())
-    _wait(run.world.device)
+    run.attempt.meters.add(row)
+    run.saves.follow(*vote.result())
+    _wait(world.device)
 
 
 def write(snapshot: Snapshot, storage: Storage, dd_file: Path, rounds: int) -> Row:
-    """A rank's file from the snapshot, beside dd."""
+    """Compare writing a rank's file from the snapshot to dd."""
     memory = np.frombuffer(mmap.mmap(snapshot.file, snapshot.bytes), np.uint8)
     dd = ["dd", f"if=/dev/fd/{snapshot.file}", f"of={dd_file}", "bs=4M", "conv=fsync", "status=none"]
     key = f"checkpoint/{rankfile.file_name(0)}"
@@ -219,7 +233,7 @@ def write(snapshot: Snapshot, storage: Storage, dd_file: Path, rounds: int) -> R
 
 
 def resuming(config: TrainConfig) -> tuple[float, ...]:
-    """Seconds for what it takes to run (built, filled in, first micro-batch), then for three ways to fill."""
+    """Return the seconds of the phases of a resume (build, fill, first micro-batch), then of three fills."""
     root = Path(config.run)
     _drop_cached(root, Path(config.data.url))
     determinism.pin(config.engine)
@@ -227,12 +241,11 @@ def resuming(config: TrainConfig) -> tuple[float, ...]:
     with ExitStack() as stack:
         world = dist.start(config.engine)
         stack.callback(dist.stop)
-        run = Session(config, world, stack, Heart(world.rank))
-        marks.append(time.perf_counter())
-        run.begin()
+        clock = RestoreClock(world.rank)
+        run = Session(config, world, clock, stack)
         _wait(world.device)
-        marks.append(time.perf_counter())
-        next(run.loader)
+        marks += [clock.restore_s, time.perf_counter()]
+        next(run.attempt.loader)
         marks.append(time.perf_counter())
         owned = run.trainer.engine.owned
         _drop_cached(root)
@@ -245,7 +258,7 @@ def resuming(config: TrainConfig) -> tuple[float, ...]:
 
 
 def fill(root: Path, owned: Sequence[Partition]) -> None:
-    """Fill in the newest checkpoint of a run."""
+    """Read the newest checkpoint of a run into the owners' buffers."""
     storage = open_storage(root)
     found = Checkpoint(storage, attempts.committed(storage)[0])
     reader.fill(owned, owned[0].buffers, found.read)
@@ -253,7 +266,7 @@ def fill(root: Path, owned: Sequence[Partition]) -> None:
 
 
 def share_of(owned: Iterable[Partition], rank: int, world: int) -> tuple[Partition, ...]:
-    """What a rank would own of this state in another world: an equal run of each flat buffer."""
+    """Return what a rank would own at another world size: an equal part of each flat buffer."""
     shares = []
     for partition in owned:
         kinds, whole = tuple(partition.buffers), next(iter(partition.buffers.values()))
@@ -270,7 +283,7 @@ def share_of(owned: Iterable[Partition], rank: int, world: int) -> tuple[Partiti
 
 
 def _drop_cached(*folders: Path) -> None:
-    """Take these files, which were synced, out of the page cache."""
+    """Drop files that were synced from the page cache."""
     for folder in folders:
         for path in folder.rglob("*"):
             if path.is_file():
@@ -291,14 +304,14 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def _process() -> Iterator[ProcessPoolExecutor]:
-    """A new process: DeepSpeed does not start twice in one."""
+    """Provide a new process, because DeepSpeed cannot start twice in one process."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_print_to_stderr) as pool:
         yield pool
 
 
 def _print_to_stderr() -> None:
-    """Standard output is for rows; libraries print to it as well."""
+    """Redirect standard output, which is reserved for rows, because libraries print to it."""
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 
@@ -332,7 +345,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _text(row: Row) -> str:
-    """A row for people."""
+    """Format a row for people."""
     ms = {key: f"{value * 1e3:,.0f} ms" for key, value in row.items() if key.endswith("_s")}
     gb = {key: f"{value / 1e9:.2f} GB" for key, value in row.items() if "bytes" in key}
     match row["what"]:
@@ -343,8 +356,8 @@ def _text(row: Row) -> str:
             )
         case "step":
             return (
-                f"step    {ms['quiet_s']}; {ms['beginning_s']} with the begin of a save ({ms['save_s']}), "
-                f"{ms['writing_s']} in the {row['steps_writing']:.1f} steps until its commit, after "
+                f"step    {ms['quiet_s']}; {ms['beginning_s']} with the start of a save ({ms['save_s']}), "
+                f"{ms['writing_s']} in the {row['steps_writing']:.1f} steps until its commit after "
                 f"{ms['committed_s']}"
             )
         case "write":
@@ -357,7 +370,7 @@ def _text(row: Row) -> str:
                 f"resume  {ms['built_s']} for model, engine and writer, {ms['filled_s']} for the state, "
                 f"{ms['first_batch_s']} for the first batch"
             )
-    source = "the page cache" if row["cached"] else "the device"
+    source = "the page cache" if row["cached"] else "the disk"
     return f"fill    world {row['world']}, from {source}: {ms['fill_s']}, {gb['bytes_per_s']}/s"
 
 
@@ -365,18 +378,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", default="DiT-B/2", help="default DiT-B/2: 2.09 GB of state")
-    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--model", default="DiT-B/2", help="(default DiT-B/2, with 2.09 GB of state)")
+    parser.add_argument("--image-size", type=int, default=256, help="pixels (default 256)")
     parser.add_argument("--micro-batch", type=int, default=1, help="images per step (default 1)")
     parser.add_argument(
         "--folder",
         type=Path,
-        help="on the device to measure; two states must fit (default: of temporary files)",
+        help="folder on the disk to measure, with room for two states (default: the temporary folder)",
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per median (default 5)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model on a CPU: does it run?")
+    parser.add_argument(
+        "--smoke", action="store_true", help="run a tiny model on a CPU to check that the benchmark works"
+    )
     return parser
 
 

@@ -1,11 +1,12 @@
-"""Where the time of a training step goes on a CPU: by part of the step, and by operator.
+"""Break down the time of a training step on a CPU, by part of the step and by operator.
 
     python benchmarks/step_parts.py configs/demo.yaml --processes 2
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/step_parts.py configs/demo.yaml
 
-Real processes take the steps of training on random latents, as in benchmarks/train_step.py; the clock is
-read around each part of the step. A CPU does one thing after the other, so the parts add up. Figures are
-medians over the steps of rank 0. The operators are those of a torch profile of further steps.
+It runs real training steps on random latents, as benchmarks/train_step.py does, and times each part of
+the step with the host clock. A CPU executes the parts one after the other, so they add up to the step.
+Figures are medians over the steps of rank 0. The operator times come from a torch profile of additional
+steps.
 """
 
 import argparse
@@ -47,24 +48,24 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "AdamW, new weights to all ranks": ((Engine, "step"),),
     "moving averages": ((Ema, "update"),),
 }
-"""Part => the functions whose time it is; none of them calls another one."""
+"""Part => functions whose time it contains; none of them calls another."""
 WARMUP_STEPS, SHOWN_OPERATORS = 5, 12
 
 Times = dict[str, list[float]]
 """Part => seconds in each step."""
 Operators = dict[str, float]
-"""Operator => seconds per step, without the operators that it calls."""
+"""Operator => seconds per step, excluding the operators that it calls."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("config", help="YAML file of a run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("config", help="recipe name or YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
+    parser.add_argument("--processes", type=int, default=1, help="(default 1)")
     parser.add_argument(
-        "--steps", type=int, default=30, help="timed steps, and as many under the profiler (default 30)"
+        "--steps", type=int, default=30, help="timed steps; as many are profiled (default 30)"
     )
     args = parser.parse_args()
     config = load(TrainConfig, args.config, [*args.overrides, "engine.device=cpu"])
@@ -81,7 +82,7 @@ def main() -> int:
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on."""
+    """Return a free TCP port of this host."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -91,7 +92,7 @@ def free_port() -> int:
 def measure(
     rank: int, num_ranks: int, port: int, config: TrainConfig, steps: int
 ) -> tuple[str, Times, Operators]:
-    """Take the steps as one of the ranks; returns the precision and what was measured."""
+    """Run the steps as one rank; return the precision, the times of the parts and those of the operators."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     determinism.pin(config.engine)
@@ -101,26 +102,26 @@ def measure(
         engine = config.engine.model_copy(update={"precision": precision})
         config = config.model_copy(update={"engine": engine})
         plan, shape = plan_of(config, world.size), shape_of(config.model)
-        step = Trainer(config, world, plan, LATENT_SCALE)
-        step.start()
+        trainer = Trainer(config, world, plan, LATENT_SCALE)
+        trainer.start()
         batches = cycle([random_batch(shape, plan.micro_batch, i) for i in range(plan.micro_steps)])
         for number in range(WARMUP_STEPS):
-            step.take(batches, number)
+            trainer.take(batches, number)
         times: Times = defaultdict(list)
         for number in range(steps):
             with timed(times):
-                step.take(batches, number)
-        return precision, dict(times), profiled(lambda: step.take(batches, 0), steps)
+                trainer.take(batches, number)
+        return precision, dict(times), profiled(lambda: trainer.take(batches, 0), steps)
     finally:
         dist.stop()
 
 
 @contextmanager
 def timed(times: Times) -> Iterator[None]:
-    """Add the seconds of the whole and of each part within to the lists."""
+    """Measure the step inside the context, and append its seconds and those of each part to `times`."""
     spent: dict[str, float] = defaultdict(float)
 
-    def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed_part(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **keywords: Any) -> Any:
             started = time.perf_counter()
             try:
@@ -133,7 +134,7 @@ def timed(times: Times) -> Iterator[None]:
     with ExitStack() as stack:
         for part, functions in PARTS.items():
             for owner, name in functions:
-                stack.enter_context(patch.object(owner, name, watched(part, getattr(owner, name))))
+                stack.enter_context(patch.object(owner, name, timed_part(part, getattr(owner, name))))
         started = time.perf_counter()
         yield
         times["step"].append(time.perf_counter() - started)
@@ -142,12 +143,12 @@ def timed(times: Times) -> Iterator[None]:
 
 
 def profiled(take: Callable[[], object], steps: int) -> Operators:
-    """Seconds per step of each operator, the longest first."""
+    """Profile steps and return each operator's seconds per step, longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(steps):
             take()
-    found = {row.key: row.self_cpu_time_total / 1e6 / steps for row in profile.key_averages()}
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    seconds = {row.key: row.self_cpu_time_total / 1e6 / steps for row in profile.key_averages()}
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def show(title: str, times: Times, operators: Operators) -> None:

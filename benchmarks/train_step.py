@@ -1,19 +1,19 @@
-"""Speed of a training step: images/s, model FLOP/s, and their share of a matrix product timed beside it.
+"""Benchmark a training step: images/s, model FLOP/s, and their ratio to a measured matrix product.
 
     python benchmarks/train_step.py --model DiT-XL/2 --image-size 256 --compile --attention all
     python benchmarks/train_step.py --smoke
 
-One device, and the step of training itself: draws, noising, the model under the engine, backward pass,
-guard, AdamW, moving averages, meters; the copy of each micro-batch to the device is part of it. Latents are
-random numbers that lie ready in host memory: reading them, log points and checkpoints are left out.
+It runs the step of real training on one device: copy of the micro-batch to the device, draws, noising,
+forward and backward pass, guard, AdamW, moving averages and meters. Latents are random numbers in host
+memory; reading data, logging and checkpoints are excluded.
 
-A figure is the median over steps, between marks set after each one: events in the device's stream on
-CUDA, the host's clock on a CPU. Model FLOPs are 6 x the multiply-adds of one forward pass, so work that
-is done twice to save memory does not count. The matrix product, 8192^3 of random numbers in the same
-type (1024^3 on a CPU), is timed in the same process right after the steps, on a device as warm.
+Every figure is a median over the steps, measured between marks after each step: CUDA events on a GPU, the
+host clock on a CPU. Model FLOPs are 6 x the multiply-adds of one forward pass, so recomputation does not
+count. The matrix product, 8192^3 random numbers of the same type (1024^3 on a CPU), is measured in the
+same process immediately after the steps, while the device is warm.
 
-Each row has a process of its own: DeepSpeed does not start twice in one, what an earlier row compiled
-and allocated would colour the next, and one that runs out of memory takes no other with it.
+Each row runs in its own process: DeepSpeed cannot start twice in one process, compiled code and
+allocations of one row would affect the next, and a row that runs out of memory must not abort the others.
 """
 
 import argparse
@@ -67,11 +67,11 @@ SMOKE = {
 }
 
 Row = dict[str, Any]
-"""What was measured and how; on failure `problem` says why, and there are no figures."""
+"""Settings and figures of one measurement; on failure, `problem` has the reason and there are no figures."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure every row that the arguments ask for; 0 when at least one of them has figures."""
+    """Measure and print all requested rows. Returns 0 if at least one row has figures, else 1."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.smoke:
@@ -80,10 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = _available_backends() if args.attention == "all" else args.attention.split(",")
     unknown = [name for name in names if name not in attention.BACKENDS]
     if unknown:
-        parser.error(f"--attention {unknown[0]}: expected all, or some of {', '.join(attention.BACKENDS)}")
+        parser.error(
+            f"--attention {unknown[0]}: expected `all`, or a list of {', '.join(attention.BACKENDS)}"
+        )
     rows = []
     for name in names:
-        row = _measure_apart(_config(args, name), args.warmup, args.matmul_side)
+        row = _measure_in_process(_config(args, name), args.warmup, args.matmul_side)
         rows.append(row)
         if args.json:
             print(json.dumps(row), flush=True)
@@ -98,10 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
-    """The figures of a configuration, made in this process; an error becomes the row's `problem`."""
+    """Measure a configuration in this process; an exception becomes the row's `problem`."""
     try:
         return _figures(config, warmup, matmul_side)
-    except Exception as error:  # whatever this row suffers from, the others are still to be measured
+    except Exception as error:  # any failure of this row must not abort the others
         return {"problem": "".join(traceback.format_exception_only(error)).splitlines()[0]}
 
 
@@ -111,14 +113,14 @@ def _figures(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
     device = world.device
     try:
         plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
-        step = Trainer(config, world, plan, LATENT_SCALE)
-        step.start()
+        trainer = Trainer(config, world, plan, LATENT_SCALE)
+        trainer.start()
         meters = Meters(config.global_batch)
         shape = shape_of(config.model)
         batches = cycle([random_batch(shape, plan.micro_batch, i) for i in range(plan.micro_steps)])
 
         def take() -> None:
-            meters.add(step.take(batches, 0))
+            meters.add(trainer.take(batches, 0))
 
         step_s = median_s(take, warmup, config.steps, device)
         on_cuda = device.type == "cuda"
@@ -142,7 +144,7 @@ def _figures(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
 
 
 def random_batch(shape: Shape, micro_batch: int, index: int) -> MicroBatch:
-    """A micro-batch as the loader makes them: moments about as large as those of images, any classes."""
+    """Make a micro-batch like the loader's: moments of realistic magnitude and random classes."""
     generator = torch.Generator().manual_seed(index)
     size = (micro_batch, shape.in_channels, shape.latent_size, shape.latent_size)
     mean_BCHW = 5 * torch.randn(size, generator=generator)
@@ -156,7 +158,7 @@ def random_batch(shape: Shape, micro_batch: int, index: int) -> MicroBatch:
 
 
 def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, side: int | None = None) -> float:
-    """FLOP/s of a product of two square matrices of normal numbers: the yardstick."""
+    """Measure the FLOP/s of a product of two square matrices of normal random numbers."""
     side = side or MATMUL_SIDE[device.type]
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
@@ -165,7 +167,7 @@ def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, side: int | Non
 
 
 def median_s(work: Callable[[], object], warmup: int, repeats: int, device: torch.device) -> float:
-    """Median seconds of one call; on CUDA the host may run ahead, only the device is timed."""
+    """Median seconds per call. On CUDA this is device time; the host may run ahead."""
     for _ in range(warmup):
         work()
     if device.type == "cpu":
@@ -189,7 +191,7 @@ def _cuda_event() -> torch.cuda.Event:
     return event
 
 
-def _measure_apart(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
+def _measure_in_process(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
     settings: Row = {
         "model": config.model.name,
         "image_size": config.model.image_size,
@@ -207,11 +209,11 @@ def _measure_apart(config: TrainConfig, warmup: int, matmul_side: int | None) ->
         try:
             return settings | pool.submit(measure, config, warmup, matmul_side).result()
         except BrokenProcessPool:
-            return settings | {"problem": "its process was killed; out of host memory?"}
+            return settings | {"problem": "the process was killed, possibly because host memory ran out"}
 
 
 def _print_to_stderr() -> None:
-    """Standard output is for rows; libraries print to it as well."""
+    """Redirect standard output, which is reserved for rows, because libraries print to it."""
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 
@@ -237,14 +239,14 @@ def _available_backends() -> list[str]:
         try:
             attention.choose(name)
         except DeviceError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"skipping {name}: {error}", file=sys.stderr)
         else:
             names.append(name)
     return names
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of Python, of the packages that are installed, of CUDA."""
+    """Versions of Python, the installed packages and CUDA."""
     installed = {name: _version(name) for name in packages}
     found = {name: version for name, version in installed.items() if version}
     return {"python": platform.python_version(), **found, "cuda": torch.version.cuda or "none"}
@@ -258,7 +260,7 @@ def _version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """Of the processor, and how many of its threads torch uses."""
+    """CPU model and number of torch threads."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -303,30 +305,34 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", default="DiT-XL/2")
-    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--model", default="DiT-XL/2", help="(default DiT-XL/2)")
+    parser.add_argument("--image-size", type=int, default=256, help="pixels (default 256)")
     parser.add_argument("--micro-batch", type=int, default=32, help="images per forward pass (default 32)")
     parser.add_argument("--micro-steps", type=int, default=1, help="forward passes per step (default 1)")
     parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--determinism", choices=("strict", "fast"), default="strict")
-    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile")
     parser.add_argument(
-        "--attention", default="sdpa", help="backends, a comma list; `all` is those that can be chosen here"
+        "--attention", default="sdpa", help="comma-separated backends, or `all` that this machine can run"
     )
     parser.add_argument("--steps", type=int, default=30, help="timed steps (default 30)")
     parser.add_argument(
         "--warmup",
         type=int,
         default=10,
-        help="steps before (default 10); the first ones also leave the zero weights of the start behind",
+        help="warm-up steps (default 10); they also move the weights away from their initial zeros",
     )
     parser.add_argument(
-        "--matmul-side", type=int, help="of the matrix product (default 8192 on CUDA, 1024 on a CPU)"
+        "--matmul-side", type=int, help="side of the matrices (default 8192 on CUDA, 1024 on a CPU)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", action="store_true", help="one object per row; the table goes to stderr")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model on a CPU, to see that it works")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per row, and the table to standard error"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="run a tiny model on a CPU to check that the benchmark works"
+    )
     return parser
 
 

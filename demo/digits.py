@@ -2,8 +2,8 @@
 
     python demo/digits.py FOLDER
 
-writes them as PNG class folders, 0/ to 9/, at their own size; the encoding job's crop enlarges them.
-Digits are in the order of those files, class by class, everywhere in the demo.
+writes them at their original size as PNG files in class folders 0/ to 9/; the encoding job's crop
+enlarges them. Everywhere in the demo, digits are in the order of those files, class by class.
 
 Shapes: N digits, S side of a crop in pixels.
 """
@@ -25,11 +25,11 @@ from dit_scale_pipeline.inputs import open_input
 
 SIDE = 8
 LEVELS = 16
-"""Ink of a full pixel; 0 is none."""
+"""Grey level of a black pixel; white is 0."""
 
 
 def load() -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """uint8 grey pixels (N, 8, 8), labels (N,), and relative paths in bytewise order."""
+    """Return uint8 grey pixels (N, 8, 8), labels (N,), and relative paths in bytewise order."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -41,9 +41,9 @@ def load() -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def write_images(folder: str | Path) -> Path:
-    """Write all digits as <class>/<number>.png; a folder that is finished is kept as it is.
+    """Write all digits as <class>/<number>.png, unless the folder is already complete.
 
-    The folder appears whole or not at all. DataError when something else is in its place.
+    The folder appears atomically. Raises DataError if something else exists at its path.
     """
     folder = Path(folder)
     pixels_N88, _, paths = load()
@@ -56,12 +56,12 @@ def write_images(folder: str | Path) -> Path:
             (part / path).parent.mkdir(exist_ok=True)
             Image.fromarray(pixels_88).save(part / path)
         part.chmod(0o755)
-        os.rename(part, folder)  # succeeds only where there is nothing, or an empty folder
+        os.rename(part, folder)  # succeeds only if the target is missing or an empty folder
     except OSError as error:
-        if not _is_finished(folder, paths):  # else another process was quicker
+        if not _is_finished(folder, paths):  # else another process finished first
             raise DataError(
-                f"cannot write the digits to {folder} ({error.strerror}): expected nothing there, or the "
-                "folder that an earlier call finished; remove it, or choose another folder"
+                f"cannot write the digits to {folder} ({error.strerror}): expected no such path, or a folder "
+                "from an earlier call; remove it, or choose another folder"
             ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -74,9 +74,9 @@ def _is_finished(folder: Path, paths: list[str]) -> bool:
 
 
 def crops(size: int, folder: str | Path | None = None) -> tuple[Pixels, np.ndarray]:
-    """What the VAE sees: RGB uint8 (N, S, S, 3) after the encoding job's crop, and labels (N,).
+    """Return the VAE's input, RGB uint8 (N, S, S, 3) after the encoding job's crop, and labels (N,).
 
-    From scikit-learn, or from the PNG files of a folder that `write_images` made; both are equal.
+    The digits come from scikit-learn, or from a folder that `write_images` made; the result is the same.
     """
     if folder is not None:
         listing = open_input(str(folder)).list()
@@ -90,7 +90,7 @@ def crops(size: int, folder: str | Path | None = None) -> tuple[Pixels, np.ndarr
 
 
 def to_levels(images_NSS3: Pixels) -> np.ndarray:
-    """RGB uint8 (N, S, S, 3) => float ink (N, 8, 8) in 0..16: the mean of each of the 8 x 8 boxes."""
+    """Average each of the 8 x 8 boxes: RGB uint8 (N, S, S, 3) => float grey levels (N, 8, 8) in 0..16."""
     num_images, side = images_NSS3.shape[:2]
     box = side // SIDE
     boxes = images_NSS3.reshape(num_images, SIDE, box, SIDE, box, 3)
@@ -98,7 +98,7 @@ def to_levels(images_NSS3: Pixels) -> np.ndarray:
 
 
 def split(labels_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the digits to fit on (80 %) and of those held out (20 %), the same share of each class."""
+    """Split digit numbers into a training set (80 %) and a held-out set (20 %), stratified by class."""
     from sklearn.model_selection import train_test_split
 
     numbers = np.arange(len(labels_N))
@@ -108,7 +108,7 @@ def split(labels_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write the 1,797 digits as PNG class folders.")
-    parser.add_argument("folder", help="the folder to make")
+    parser.add_argument("folder", help="folder to create")
     try:
         folder = write_images(parser.parse_args().folder)
     except DitScaleError as error:

@@ -1,15 +1,15 @@
-"""How good the demo's samples are: are they the digits asked for, and are they new ones?
+"""Score the demo's samples: do they show the requested digits, and are they new?
 
     python demo/score.py runs/demo/samples/samples.npz --at-least 0.95
 
-A classifier (an SVM on 8 x 8 pixels) learns from real digits which went through the same enlarging as
-the training images, and must know 97 % of the held-out ones, else its word is worth nothing. Printed
-and written to score.json beside the samples: the share of samples that it recognises as the class
-asked for, the same with the labels shuffled (chance: 10 %), and how far samples are from the nearest
-digit that the model was trained on, beside how far real digits are from each other. A model that
-only repeats its training set would score well on the first and show in the last.
+A classifier (an SVM on 8 x 8 pixels) is trained on real digits that were enlarged like the training
+images. It must recognise 97 % of the held-out digits, or the score would be meaningless. The score is
+printed and written to score.json in the folder of the samples: the share of samples that the classifier
+recognises as the requested class, the same with shuffled labels (chance: 10 %), and the distance of
+samples to the nearest training image, compared to the distances between real digits. A model that only
+memorised its training set would do well on the first and fail the last.
 
-Shapes: N samples, M real digits, S side of an image in pixels; 8 x 8 ink levels in 0..16.
+Shapes: N samples, M real digits, S side of an image in pixels; 8 x 8 grey levels in 0..16.
 """
 
 import argparse
@@ -28,36 +28,36 @@ from rich.table import Table
 from dit_scale.errors import DataError, DitScaleError
 
 MIN_HELD_OUT = 0.97
-"""A classifier that knows fewer of the held-out real digits is no judge."""
+"""Minimum accuracy of the classifier on held-out real digits."""
 COPY_PERCENTILE = 1
-"""Samples nearer to a training image than this percentile of real digits to each other count as copies."""
+"""A sample is a copy if its distance to a training image is below this percentile between real digits."""
 SHUFFLE_SEED = 0
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """An SVM over the 64 ink levels."""
+    """An SVM on the 64 grey levels."""
 
     svm: Any
 
     def __call__(self, levels_N88: np.ndarray) -> np.ndarray:
-        """Ink levels => classes (N,)."""
+        """Classify grey levels => (N,)."""
         return self.svm.predict(levels_N88.reshape(len(levels_N88), -1))
 
     def share_recognised(self, levels_N88: np.ndarray, labels_N: np.ndarray) -> float:
-        """Share of images whose class is the label."""
+        """Share of images that are classified as their label."""
         return float(np.mean(self(levels_N88) == labels_N))
 
 
 def fit_classifier(levels_M88: np.ndarray, labels_M: np.ndarray) -> Classifier:
-    """Learn the classes of real digits."""
+    """Train the classifier on real digits."""
     from sklearn.svm import SVC
 
     return Classifier(SVC(C=10.0, gamma="scale").fit(levels_M88.reshape(len(levels_M88), -1), labels_M))
 
 
 def nearest(levels_N88: np.ndarray, levels_M88: np.ndarray, num_skipped: int = 0) -> np.ndarray:
-    """Euclidean distance (N,) of each image to the nearest of the others, after the `num_skipped` nearest."""
+    """Distance of each image to the nearest of the others, skipping the `num_skipped` nearest => (N,)."""
     a_N64, b_M64 = levels_N88.reshape(-1, SIDE * SIDE), levels_M88.reshape(-1, SIDE * SIDE)
     square_NM = (a_N64**2).sum(1)[:, None] + (b_M64**2).sum(1) - 2 * a_N64 @ b_M64.T
     square_N = np.partition(square_NM, num_skipped, axis=1)[:, num_skipped]
@@ -65,7 +65,7 @@ def nearest(levels_N88: np.ndarray, levels_M88: np.ndarray, num_skipped: int = 0
 
 
 def read_samples(npz_path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (N, S, S, 3) and the classes asked for (N,); DataError says what is wrong with the file."""
+    """Read uint8 images (N, S, S, 3) and requested classes (N,). Raises DataError for an invalid file."""
     try:
         with np.load(npz_path) as arrays:
             images_NSS3, labels_N = arrays["arr_0"], arrays["arr_1"]
@@ -84,10 +84,10 @@ def read_samples(npz_path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score(npz_path: str | Path, image_folder: str | Path | None = None) -> dict[str, Any]:
-    """Judge a file of samples; the real digits come from `image_folder`, or from scikit-learn.
+    """Score a file of samples, with real digits from `image_folder` or scikit-learn.
 
-    Writes score.json beside the samples and returns what it holds. DataError when the samples cannot be
-    read, or the classifier knows fewer than 97 % of the held-out real digits.
+    Writes the score to score.json in the folder of the samples and returns it. Raises DataError if the
+    samples cannot be read, or the classifier recognises less than 97 % of the held-out real digits.
     """
     npz_path = Path(npz_path)
     images_NSS3, labels_N = read_samples(npz_path)
@@ -98,8 +98,8 @@ def score(npz_path: str | Path, image_folder: str | Path | None = None) -> dict[
     accuracy = classifier.share_recognised(real_M88[held_out], real_labels_M[held_out])
     if accuracy < MIN_HELD_OUT:
         raise DataError(
-            f"the classifier knows {accuracy:.1%} of {len(held_out)} held-out real digits, expected "
-            f"{MIN_HELD_OUT:.0%} or more: are the images in {image_folder} those of demo/digits.py?"
+            f"the classifier recognises {accuracy:.1%} of {len(held_out)} held-out real digits, expected "
+            f"{MIN_HELD_OUT:.0%} or more; check that the images in {image_folder} are those of demo/digits.py"
         )
     is_right_N = classifier(levels_N88) == labels_N
     shuffled_N = np.random.default_rng(SHUFFLE_SEED).permutation(labels_N)
@@ -118,12 +118,12 @@ def score(npz_path: str | Path, image_folder: str | Path | None = None) -> dict[
 
 
 def distances(levels_N88: np.ndarray, real_M88: np.ndarray) -> dict[str, Any]:
-    """How far samples are from the nearest real digit, and real digits from the nearest other one.
+    """Measure the distance of samples to the nearest real digit, and of each real digit to the nearest other.
 
-    The model trained on all of the digits, so the real side holds out each in turn against all others.
+    The model was trained on all digits, so each real digit is compared to all others.
     """
     sample_N = nearest(levels_N88, real_M88)
-    real_M = nearest(real_M88, real_M88, num_skipped=1)  # the nearest one is itself
+    real_M = nearest(real_M88, real_M88, num_skipped=1)  # the nearest one is the digit itself
     threshold = float(np.percentile(real_M, COPY_PERCENTILE))
     return {
         "distance_samples": _spread(sample_N),
@@ -142,14 +142,14 @@ def _spread(distance_N: np.ndarray) -> dict[str, float]:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print the result as tables."""
+    """Print the score as tables."""
     table = Table(title=f"{result['samples']} samples", title_justify="left")
     table.add_column("recognised by the classifier")
     table.add_column("share", justify="right")
-    table.add_row("held-out real digits (the classifier's worth)", f"{result['classifier_held_out']:.1%}")
+    table.add_row("held-out real digits (accuracy of the classifier)", f"{result['classifier_held_out']:.1%}")
     for label, share in result["recognised_per_class"].items():
         table.add_row(f"  samples of class {label}", f"{share:.1%}")
-    table.add_row("samples, as the class asked for", f"{result['recognised']:.1%}", style="bold")
+    table.add_row("samples, as the requested class", f"{result['recognised']:.1%}", style="bold")
     table.add_row("samples, labels shuffled (control)", f"{result['recognised_shuffled_labels']:.1%}")
     console.print(table)
     table = Table("distance to the nearest training image", "median", "5 %", "min")
@@ -161,17 +161,21 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(name, *(f"{spread[part]:.1f}" for part in ("median", "percentile_5", "min")))
     console.print(table)
     console.print(
-        f"copies: {result['copies']} of {result['samples']} samples are nearer than "
-        f"{result['copy_threshold']:.1f} to a training image; {COPY_PERCENTILE} % of real digits are so near "
-        "to another one"
+        f"copies: {result['copies']} of {result['samples']} samples are closer than "
+        f"{result['copy_threshold']:.1f} to a training image, as are {COPY_PERCENTILE} % of real digits to "
+        "another one"
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Score the demo's samples.")
     parser.add_argument("samples", type=Path, help="samples.npz of `dit-scale sample`")
-    parser.add_argument("--images", type=Path, help="folder of demo/digits.py; default: from scikit-learn")
-    parser.add_argument("--at-least", type=float, default=0.0, help="share recognised below which to exit 1")
+    parser.add_argument(
+        "--images", type=Path, help="folder of demo/digits.py (default: load from scikit-learn)"
+    )
+    parser.add_argument(
+        "--at-least", type=float, default=0.0, help="exit with 1 if the recognised share is lower"
+    )
     arguments = parser.parse_args()
     try:
         result = score(arguments.samples, arguments.images)
@@ -181,7 +185,7 @@ def main() -> int:
     show(result, Console())
     if result["recognised"] < arguments.at_least:
         print(
-            f"error: {result['recognised']:.1%} of the samples are recognised as asked for, expected "
+            f"error: {result['recognised']:.1%} of the samples show the requested class, expected "
             f"{arguments.at_least:.1%} or more",
             file=sys.stderr,
         )

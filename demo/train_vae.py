@@ -1,14 +1,14 @@
-"""Train the demo's autoencoder: an AutoencoderKL like Stable Diffusion's, f8 with 4 channels, but tiny.
+"""Train the demo's VAE: a tiny AutoencoderKL that, like Stable Diffusion's, downsamples by 8 to 4 channels.
 
     python demo/train_vae.py
 
-rewrites demo/vae, which ships trained, so nobody needs to run this; one core, several minutes.
-The same seed on the same kind of machine gives the same weights. One run sees 80 % of the digits,
-plainly and mirrored; what it prints at the end is measured on the other 20 %. Rows of originals over
-their reconstructions go to runs/vae/reconstructions.png. One of the four channels carries the
-digit, the others little: one number per 8 x 8 pixels says all there is in an enlarged digit.
+rewrites demo/vae, which ships trained, so you do not need to run this. It takes several minutes on one
+core. The same seed on the same type of machine gives the same weights. Training uses 80 % of the digits,
+original and mirrored; the final report uses the other 20 %. Rows of originals above their reconstructions
+are written to runs/vae/reconstructions.png. One of the four channels carries the digit and the others
+little, because one number per 8 x 8 pixels describes an enlarged digit completely.
 
-Loss, each term a mean over its elements: |x - x'|^2 + KL_WEIGHT * KL(posterior || N(0, 1)).
+The loss is |x - x'|^2 + KL_WEIGHT * KL(posterior || N(0, 1)), each term averaged over its elements.
 
 Shapes: B images, C latent channels, H W pixels, h w = H/8 W/8 latents.
 """
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE = 64
 WIDTHS = (8, 8, 16, 32)
-"""Channels from 64 x 64 down to 8 x 8; four levels divide the image by 8."""
+"""Channels per level, from 64 x 64 to 8 x 8; four levels downsample by 8."""
 KL_WEIGHT = 1e-5
-"""Small enough that channels without information are nearly constant, not noise: a diffusion model would
-spend most of its loss on channels that are noise, and needs longer to learn the digits."""
+"""Small enough that channels without information are nearly constant instead of noise: otherwise a diffusion
+model would spend most of its loss on noise and take longer to learn the digits."""
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 50
 BATCH = 16
 MAX_BYTES = 1_000_000
-"""The weights live in the repository."""
+"""Limit on the size of demo/vae, which is part of the repository."""
 
 console = Console(markup=False, emoji=False)
 
 
 def build() -> "AutoencoderKL":
-    """A fresh autoencoder."""
+    """Create an untrained VAE."""
     from diffusers import AutoencoderKL
 
     levels = len(WIDTHS)
@@ -68,18 +68,18 @@ def build() -> "AutoencoderKL":
 
 
 def to_input(pixels_BHW3: Pixels) -> Tensor:
-    """uint8 => [-1, 1] (B, 3, H, W)."""
+    """Convert uint8 pixels (B, H, W, 3) => (B, 3, H, W) fp32 in [-1, 1]."""
     return torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+    """Linear warm-up, then cosine decay to zero."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
     return LEARNING_RATE * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def train(model: "AutoencoderKL", x_N3HW: Tensor, steps: int) -> None:
-    """Fit in place on batches drawn with replacement, half of their images mirrored."""
+    """Train in place on batches drawn with replacement; each image is mirrored with probability 1/2."""
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
     started = time.monotonic()
     for step in range(steps):
@@ -104,7 +104,7 @@ def train(model: "AutoencoderKL", x_N3HW: Tensor, steps: int) -> None:
 
 @torch.no_grad()
 def latent_std(model: "AutoencoderKL", x_N3HW: Tensor) -> float:
-    """Standard deviation of posterior samples over all images, channels and places."""
+    """Standard deviation of posterior samples over all images, channels and positions."""
     moments = [model.encode(x_B3HW).latent_dist for x_B3HW in x_N3HW.split(64)]
     mean = torch.cat([posterior.mean for posterior in moments])
     std = torch.cat([posterior.std for posterior in moments])
@@ -112,16 +112,16 @@ def latent_std(model: "AutoencoderKL", x_N3HW: Tensor) -> float:
 
 
 def save(model: "AutoencoderKL", folder: Path) -> None:
-    """config.json and the safetensors weights; refuses what is too large for the repository."""
+    """Write config.json and safetensors weights, and check that they fit into the repository."""
     model.save_pretrained(folder, safe_serialization=True)
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"{folder}: {num_bytes:,} bytes, {num_parameters:,} parameters")
-    assert num_bytes < MAX_BYTES, f"{num_bytes} bytes; choose smaller WIDTHS"
+    assert num_bytes < MAX_BYTES, f"{num_bytes} bytes is more than {MAX_BYTES}; choose smaller WIDTHS"
 
 
 def round_trip(autoencoder: vae.Vae, pixels_NHW3: Pixels) -> tuple[Pixels, Tensor]:
-    """Encode and decode the posterior means => pixels, and moments (N, 2C, h, w); prints the seconds."""
+    """Encode, and decode the posterior means => pixels and moments (N, 2C, h, w); print the times."""
     started = time.monotonic()
     moments = torch.cat([autoencoder.encode(x_B3HW) for x_B3HW in to_input(pixels_NHW3).split(32)])
     encoded = time.monotonic()
@@ -135,7 +135,7 @@ def round_trip(autoencoder: vae.Vae, pixels_NHW3: Pixels) -> tuple[Pixels, Tenso
 
 
 def report(folder: Path, pixels_NHW3: Pixels, labels_N: np.ndarray, picture: Path) -> None:
-    """Load what was saved the way the pipeline does, and say how good it is on held-out digits."""
+    """Load the saved VAE as the pipeline does, and report its quality on held-out digits."""
     autoencoder = vae.load(folder)
     rebuilt_NHW3, moments = round_trip(autoencoder, pixels_NHW3)
     fit, held_out = split(labels_N)
@@ -154,18 +154,27 @@ def report(folder: Path, pixels_NHW3: Pixels, labels_N: np.ndarray, picture: Pat
         console.print(f"latent {name} per channel: " + " ".join(f"{value:.3f}" for value in values.tolist()))
     shown = held_out[:: len(held_out) // 50][:50].reshape(5, 10)
     write_grid(np.concatenate([part[row] for row in shown for part in (pixels_NHW3, rebuilt_NHW3)]), picture)
-    console.print(f"originals over reconstructions: {picture}")
+    console.print(f"originals above reconstructions: {picture}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train the small autoencoder of the demo on the digits.")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "vae", help="where it goes")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of 16 images")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, default=Path("runs/vae/reconstructions.png"))
-    parser.add_argument("--report-only", action="store_true", help="measure what is there, train nothing")
+    parser = argparse.ArgumentParser(description="Train the demo's small VAE on the digits.")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(__file__).parent / "vae", help="output folder (default demo/vae)"
+    )
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of 16 images (default 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        default=Path("runs/vae/reconstructions.png"),
+        help="image of originals and reconstructions (default runs/vae/reconstructions.png)",
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="report on the existing VAE without training"
+    )
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # part of what the weights depend on
+    torch.set_num_threads(1)  # the weights depend on the number of threads
     pixels_NHW3, labels_N = crops(IMAGE_SIZE)
     try:
         if not arguments.report_only:

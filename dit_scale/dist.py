@@ -1,8 +1,8 @@
-"""Who am I among the processes of this run, and the few collectives that the code above needs.
+"""The process group: rank, world size, device, and the few collectives that training needs.
 
-A process is started plainly (world of one) or by a launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR and MASTER_PORT (deepspeed, torchrun). NCCL carries tensors on CUDA, gloo on CPU; a gloo
-group beside it carries small host values, so that agreeing on them never waits for the device.
+A process starts alone (world size 1) or from a launcher such as deepspeed or torchrun, which sets RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Tensors travel over NCCL on CUDA and over gloo on a
+CPU. Small host values always travel over gloo, so agreeing on them never waits for the device.
 """
 
 import os
@@ -14,8 +14,8 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-# Its functions keep the group that is there when they are defined. Loaded later, as by torch._dynamo, they
-# would keep gloo's threads alive in a process that ends, and what is left to a thread then may abort it.
+# This module's functions capture the process group that exists at import time. If torch._dynamo imported them
+# later, they would keep gloo's threads alive while the process exits, and such a thread can abort it.
 import torch.distributed.nn.functional
 from torch import Tensor
 
@@ -28,7 +28,7 @@ _TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. Made by `start`, ended by `stop`."""
+    """The process group as this process sees it. `start` creates it and `stop` leaves it."""
 
     rank: int
     size: int
@@ -37,26 +37,27 @@ class World:
 
     @property
     def is_first(self) -> bool:
+        """Whether this process is rank 0."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, in place, on the device."""
+        """Sum a device tensor over all ranks, in place, and return it."""
         dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's picklable host value, in rank order, on all ranks."""
+        """Gather a picklable host value from every rank, in rank order, on all ranks."""
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value, group=self.host_group)
         return [value for value in values if value is not None]
 
-    def broadcast(self, say: Callable[[], T]) -> T:
-        """Call `say` on rank 0 alone; its value, or its error, reaches all ranks."""
+    def broadcast(self, compute: Callable[[], T]) -> T:
+        """Call `compute` on rank 0 and return its value, or raise its exception, on all ranks."""
         answer: list[tuple[T | None, Exception | None]] = [(None, None)]
         if self.is_first:
             try:
-                answer = [(say(), None)]
-            except Exception as error:  # carried to the other ranks and raised on all of them
+                answer = [(compute(), None)]
+            except Exception as error:  # raised on all ranks below
                 answer = [(None, error)]
         dist.broadcast_object_list(answer, src=0, group=self.host_group)
         value, problem = answer[0]
@@ -65,32 +66,34 @@ class World:
         return value  # type: ignore[return-value]
 
     def start_vote(self, *flags: bool) -> "Vote":
-        """Start asking, of each flag, whether any rank has it up; the answers are read later."""
-        vote = torch.tensor([int(flag) for flag in flags])
-        return Vote(vote, dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True))
+        """Start an asynchronous vote: for each flag, whether it is set on any rank."""
+        values = torch.tensor([int(flag) for flag in flags])
+        work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True)
+        return Vote(values, work)
 
     def barrier(self) -> None:
+        """Wait until all ranks have arrived."""
         dist.barrier(group=self.host_group)
 
 
 @dataclass(frozen=True)
 class Vote:
-    """A vote under way."""
+    """An asynchronous vote that `World.start_vote` started."""
 
-    vote: Tensor
+    flags: Tensor
     work: dist.Work
 
     def result(self) -> tuple[bool, ...]:
-        """One answer per flag, the same on all ranks."""
+        """Wait for the vote and return one answer per flag, the same on all ranks."""
         self.work.wait()
-        return tuple(bool(flag) for flag in self.vote.tolist())
+        return tuple(bool(flag) for flag in self.flags.tolist())
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes this process's CUDA device when there is one. Raises DeviceError for a missing one."""
+    """Return the device for a name; `auto` prefers CUDA. Raises DeviceError if CUDA is unavailable."""
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
-        raise DeviceError("device=cuda was asked for and no CUDA device is visible; use device=auto or cpu")
+        raise DeviceError("device=cuda, but no CUDA device is visible; use device=auto or device=cpu")
     if name == "cpu" or not has_cuda:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -99,41 +102,42 @@ def choose_device(name: str) -> torch.device:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device has matrix instructions for bf16: CUDA from capability 8.0 on, AMX or AVX512-BF16 and
-    their like on a CPU. Elsewhere torch converts to fp32 and back, 8 to 10 times slower than fp32 alone."""
+    """Whether the device has bf16 matrix instructions: CUDA capability 8.0 or later, or a CPU with AMX,
+    AVX512-BF16 or similar. Without them, torch converts to fp32 and back, 8 to 10 times slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # oneDNN says what it may use (ONEDNN_MAX_CPU_ISA can forbid it), but counts emulation on AVX512, too.
+    # oneDNN respects ONEDNN_MAX_CPU_ISA, but it also reports emulation on AVX512 as support.
     capabilities = torch.cpu.get_capabilities()
     has_instructions = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return has_instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def choose_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]:
-    """`auto` takes bf16 where the device multiplies it in hardware, else fp32."""
+    """Resolve a precision; `auto` is bf16 if the device multiplies it in hardware, else fp32."""
     if name == "auto":
         return "bf16" if multiplies_bf16(device) else "fp32"
     return "bf16" if name == "bf16" else "fp32"
 
 
-SLOW_BF16 = "this CPU has no bf16 instructions: 8 to 10 times slower than fp32; auto would take fp32"
-"""What to say when bf16 was asked for and `multiplies_bf16` is false."""
+SLOW_BF16 = "this CPU has no bf16 instructions, so bf16 is 8 to 10 times slower than fp32; auto selects fp32"
+"""Warning when bf16 is requested and `multiplies_bf16` is false."""
 
 
 def start(config: EngineConfig) -> World:
-    """Join the process group.
+    """Join the process group and return it.
 
-    Raises DeviceError, also for a port that is taken, or ConfigError for a half-set launcher environment.
+    Raises DeviceError if the device is unavailable or the rendezvous port is in use, and ConfigError if the
+    launcher's environment variables are incomplete.
     """
     device = choose_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.cpu_threads)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        needed = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if needed:
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
             raise ConfigError(
-                f"RANK is set but {', '.join(needed)} not: use the deepspeed launcher, or unset RANK"
+                f"RANK is set, but not {', '.join(missing)}; use the deepspeed launcher, or unset RANK"
             )
         try:
             dist.init_process_group(backend, timeout=_TIMEOUT)
@@ -141,9 +145,9 @@ def start(config: EngineConfig) -> World:
             if "EADDRINUSE" not in str(error):
                 raise
             raise DeviceError(
-                f"port {os.environ['MASTER_PORT']} of this machine is taken (EADDRINUSE), expected it free "
-                "for the ranks to meet: does another run use it? Give the launcher another one, `deepspeed "
-                "--master_port NUMBER`; `dit-scale launch` takes one that is free at every try"
+                f"port {os.environ['MASTER_PORT']} is in use (EADDRINUSE), possibly by another run; pass "
+                "another one with `deepspeed --master_port NUMBER`, or use `dit-scale launch`, which picks "
+                "a free port for every start"
             ) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -153,6 +157,6 @@ def start(config: EngineConfig) -> World:
 
 
 def stop() -> None:
-    """Leave the process group; safe to call when none was joined."""
+    """Leave the process group, if this process joined one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,11 +1,11 @@
-"""Position-keyed random draws: Philox4x32-10 on the device, no state anywhere.
+"""Stateless random draws, keyed by position: Philox4x32-10, computed on the device.
 
-Every draw of training and sampling is a pure function of (seed, purpose, position): the key is
-(seed, purpose), the counter (position, block). So a draw does not depend on rank, world size,
-micro-batch, or on what was drawn before, and nothing has to be saved to resume.
+Every draw of training and sampling is a pure function of (seed, purpose, position): the Philox key is
+(seed, purpose) and the counter is (position, block, stream). A draw therefore does not depend on the rank,
+the world size, the micro-batch or earlier draws, and a checkpoint needs no random state.
 
-Integers and uniforms are exact on every device. Normals are computed in float64 and rounded once
-to fp32: two devices may differ by one fp32 ulp where their float64 libm differ.
+Integers and uniforms are exact on every device. Normals are computed in float64 and rounded once to fp32, so
+two devices differ by at most one fp32 ulp, where their float64 math libraries differ.
 
 Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 
@@ -24,7 +24,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 class Purpose(enum.IntEnum):
-    """What a draw is for; the second key word. The numbers are part of the format: never reuse one."""
+    """What a draw is for: the second key word. The numbers are part of the file format; never reuse one."""
 
     TIMESTEP = 0
     NOISE = 1
@@ -36,10 +36,10 @@ class Purpose(enum.IntEnum):
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32 over int64 tensors that hold 32-bit words.
+    """Apply ten rounds of Philox4x32 to int64 tensors of 32-bit words (Salmon et al. 2011, Section 3.3).
 
-    Products are taken modulo 2^64 in int64, whose two's complement bits are the unsigned ones, so
-    the high word is right after masking.
+    Products wrap modulo 2^64. In two's complement their bits equal those of the unsigned product, so the
+    high word is correct after masking.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -56,10 +56,10 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def words(seed: int, purpose: Purpose, position_N: Tensor, num_words: int, stream: int = 0) -> Tensor:
-    """The first `num_words` 32-bit words of each position's stream, as int64 of shape (N, num_words).
+    """Return the first `num_words` 32-bit words of each position => (N, num_words) int64.
 
-    The counter is (position low, position high, block, stream): block i gives words 4i to 4i+3.
-    `stream` separates draws of one purpose at one position, such as the steps of a sampler.
+    The counter is (position low, position high, block, stream); block i yields words 4i to 4i + 3. `stream`
+    separates draws with the same purpose and position, such as the steps of a sampler.
     """
     position_N1 = position_N.to(torch.int64).unsqueeze(1)
     block_1B = torch.arange((num_words + 3) // 4, device=position_N.device, dtype=torch.int64).unsqueeze(0)
@@ -74,22 +74,22 @@ def words(seed: int, purpose: Purpose, position_N: Tensor, num_words: int, strea
 
 
 def integers(seed: int, purpose: Purpose, position_N: Tensor, high: int) -> Tensor:
-    """One integer in [0, high) per position, int64 of shape (N,): floor(word * high / 2^32)."""
+    """Draw one integer in [0, high) per position => (N,) int64: floor(word * high / 2^32)."""
     return (words(seed, purpose, position_N, 1)[:, 0] * high) >> 32
 
 
 def uniforms(seed: int, purpose: Purpose, position_N: Tensor) -> Tensor:
-    """One number in [0, 1) per position, float64 of shape (N,): word / 2^32, exact."""
+    """Draw one number in [0, 1) per position => (N,) float64: word / 2^32, exactly."""
     return words(seed, purpose, position_N, 1)[:, 0].to(torch.float64) * 2.0**-32
 
 
 def normals(
     seed: int, purpose: Purpose, position_N: Tensor, shape: tuple[int, ...], stream: int = 0
 ) -> Tensor:
-    """Standard normals, fp32 of shape (N, *shape), by Box-Muller on consecutive pairs of words.
+    """Draw standard normals => (N, *shape) fp32, with the Box-Muller transform of consecutive word pairs.
 
-    With u1 = (w0 + 1/2) / 2^32 and u2 = w1 / 2^32: sqrt(-2 ln u1) times cos(2 pi u2) is the even
-    element, times sin(2 pi u2) the odd one.
+    With u1 = (w0 + 1/2) / 2^32 and u2 = w1 / 2^32, the even element is sqrt(-2 ln u1) cos(2 pi u2) and the
+    odd element is sqrt(-2 ln u1) sin(2 pi u2).
     """
     count = math.prod(shape)
     pairs_NP2 = words(seed, purpose, position_N, count + count % 2, stream).unflatten(1, (-1, 2))

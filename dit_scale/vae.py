@@ -1,7 +1,9 @@
-"""The door to diffusers' AutoencoderKL: pixels to latents and back, without autocast.
+"""Encode pixels to latents and decode latents to pixels with diffusers' AutoencoderKL, without autocast.
 
-Shapes: B batch, C latent channels, H W pixels, h w = H/8 W/8 latents. Images are RGB in [-1, 1];
-latents inside the diffusion model are scaled, z = scale * latent (0.18215 for Stable Diffusion's).
+Images are RGB in [-1, 1]. The diffusion model sees scaled latents, z = scale * latent, with scale 0.18215 for
+the VAE of Stable Diffusion.
+
+Shapes: B batch, C latent channels, H W pixels, h w = H/8 W/8 latents.
 """
 
 from typing import Any
@@ -14,19 +16,20 @@ from dit_scale.errors import WeightsError
 from dit_scale.vae_files import VaeFiles, find_vae
 
 LOGVAR_RANGE = (-30.0, 20.0)
-"""The posterior's log variance is clamped so by every Stable Diffusion encoder."""
+"""Clamp of the posterior's log variance, as in every Stable Diffusion encoder."""
 
 
 class Vae:
-    """A frozen autoencoder on a device; batches go through as they are, nothing is random."""
+    """A frozen VAE on a device. It processes each batch as one pass, without sampling."""
 
     def __init__(
         self,
         files: VaeFiles,
         device: torch.device | str,
         dtype: torch.dtype,
-        channels_last: bool = False,
-        compile: bool = False,
+        *,
+        channels_last: bool,
+        compile: bool,
     ) -> None:
         from diffusers import AutoencoderKL
 
@@ -64,7 +67,7 @@ class Vae:
 
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
-        """Images in [-1, 1] => posterior mean, then standard deviation (B, 2C, h, w); fp32, unscaled."""
+        """Encode images in [-1, 1] => posterior mean, then std (B, 2C, h, w), fp32 and unscaled."""
         with _plain_convolutions():
             x_B3HW = images_B3HW.to(self.device, self.dtype, memory_format=self._format)
             posterior = self._model.encode(x_B3HW).latent_dist
@@ -74,7 +77,7 @@ class Vae:
 
     @torch.no_grad()
     def decode(self, z_BChw: Tensor) -> Tensor:
-        """Scaled latents => uint8 images (B, H, W, 3): clamp(127.5 x + 128, 0, 255), truncated."""
+        """Decode scaled latents => (B, H, W, 3) uint8 images: clamp(127.5 x + 128, 0, 255), truncated."""
         with _plain_convolutions():
             x_B3HW = self._model.decode((z_BChw / self.scale).to(self.device, self.dtype)).sample
         pixels = (127.5 * x_B3HW.float() + 128.0).clamp(0, 255).to(torch.uint8)
@@ -88,21 +91,22 @@ def load(
     channels_last: bool = False,
     compile: bool = False,
 ) -> Vae:
-    """The autoencoder in a folder or under a hub name; safetensors only.
+    """Load a VAE from a folder or a hub name; safetensors only.
 
-    `channels_last` is the layout that tensor cores read without a copy; `compile` compiles the encoder
-    for the shape of its first batch. Either changes the last bits of latents.
+    `channels_last` selects the layout that tensor cores read without a copy; `compile` compiles the encoder
+    for the shape of its first batch. Both change the last bits of latents. Raises WeightsError if the VAE is
+    missing or cannot be loaded.
     """
-    return Vae(find_vae(name_or_folder), device, dtype, channels_last, compile)
+    return Vae(find_vae(name_or_folder), device, dtype, channels_last=channels_last, compile=compile)
 
 
 def device_kind(device: torch.device | str) -> str:
-    """What makes the arithmetic of a device: the GPU's name, or the CPU's vector instructions."""
+    """Return what determines a device's arithmetic: the GPU model, or the CPU's vector instructions."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _plain_convolutions() -> Any:
-    """No algorithm search and no TF32: on CUDA the same batch then gives the same bits in every process."""
+    """Disable algorithm search and TF32, so that every CUDA process computes the same bits."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

@@ -1,4 +1,4 @@
-"""The files of an AutoencoderKL: found in a folder or on the hub, checked, identified; imports no torch."""
+"""Locate, check and identify the files of an AutoencoderKL, in a folder or on the hub, without torch."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class VaeFiles:
-    """An AutoencoderKL on disk, not built yet."""
+    """The configuration and weights file of an AutoencoderKL on disk."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.folder = folder
@@ -24,10 +24,10 @@ class VaeFiles:
         except ValueError as error:
             raise WeightsError(f"{folder / CONFIG} is not JSON: {error}") from None
         if self.config.get("_class_name") != "AutoencoderKL":
-            found = self.config.get("_class_name", "nothing of the kind")
-            raise WeightsError(f"{folder / CONFIG}: expected an AutoencoderKL, got {found}")
+            got = self.config.get("_class_name", "no _class_name")
+            raise WeightsError(f"{folder / CONFIG}: expected an AutoencoderKL, got {got}")
         if self.config.get("shift_factor") is not None:
-            raise WeightsError(f"{folder}: its latents are shifted; expected one of Stable Diffusion's kind")
+            raise WeightsError(f"{folder}: expected a VAE without shift_factor, as in Stable Diffusion")
 
     @cached_property
     def identity(self) -> VaeIdentity:
@@ -44,18 +44,19 @@ class VaeFiles:
 
 
 def find_vae(name_or_folder: str) -> VaeFiles:
-    """The files of a folder, or of a hub name (cached or downloaded); WeightsError says what lacks.
+    """Locate a VAE in a folder, or under a hub name (cached or downloaded).
 
-    A folder goes by its last component, so that a data set does not remember one machine's paths.
+    The identity of a VAE in a folder has only the last path component as its name, so that a data set does
+    not contain paths of one machine. Raises WeightsError if a file is missing or not an AutoencoderKL.
     """
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
         if missing:
             raise WeightsError(
-                f"the VAE folder {folder} has no {' and no '.join(missing)}; expected what "
-                "AutoencoderKL.save_pretrained(folder, safe_serialization=True) writes "
-                "(in a pipeline's download that is its vae/ folder; .bin and .ckpt are not read)"
+                f"the VAE folder {folder} has no {' and no '.join(missing)}; expected the files that "
+                "AutoencoderKL.save_pretrained(folder, safe_serialization=True) writes; in a downloaded "
+                "pipeline, use its vae/ subfolder (.bin and .ckpt files are not supported)"
             )
         return VaeFiles(folder.absolute().name, folder)
     return VaeFiles(name_or_folder, _download(name_or_folder))
@@ -72,14 +73,14 @@ def _download(name: str) -> Path:
             files = [Path(hf_hub_download(name, file)) for file in (CONFIG, WEIGHTS)]
     except HFValidationError:
         raise WeightsError(
-            f"no VAE at {name!r}: neither a folder nor a hub name like 'stabilityai/sd-vae-ft-ema'"
+            f"no VAE at {name!r}: neither a folder nor a hub name such as 'stabilityai/sd-vae-ft-ema'"
         ) from None
     except Exception as error:
-        # The hub's client raises many kinds: no network, no such repository, no such file, no permission.
+        # The hub client has many exceptions: no network, no such repository or file, no permission.
         raise WeightsError(
-            f"no VAE at {name!r}: not a folder, and the hub did not give {CONFIG} and {WEIGHTS} "
-            f"({type(error).__name__}). Without network: run "
-            f"`hf download {name} {CONFIG} {WEIGHTS} --local-dir DIR` where there is one, "
+            f"no VAE at {name!r}: not a folder, and {CONFIG} and {WEIGHTS} cannot be downloaded from the hub "
+            f"({type(error).__name__}). Without a network connection: run "
+            f"`hf download {name} {CONFIG} {WEIGHTS} --local-dir DIR` on another machine, "
             "copy DIR here and set vae=DIR"
         ) from error
     return files[0].parent

@@ -1,9 +1,9 @@
-"""Weights as other programs have them: read, checked, written, and renamed for diffusers.
+"""Read, check and write weights files, and convert parameter names to and from diffusers.
 
-`read` takes a safetensors file or a `.pt` file with a flat state dict (as DiT's authors publish
-theirs) or with one of their training checkpoints; nothing in a file is ever run. `write` makes a
-safetensors file in fp32. Names are those of `dit_scale.models.dit.DiT`, which are the published ones;
-`to_diffusers` and `from_diffusers` translate to and from diffusers' DiTTransformer2DModel.
+`read` accepts a safetensors file, or a `.pt` file with a flat state dict (the published DiT weights) or with
+a training checkpoint of the published code; it never executes code from a file. `write` creates an fp32
+safetensors file. Parameter names are the published ones, as in `dit_scale.models.dit.DiT`; `to_diffusers`
+and `from_diffusers` convert to and from diffusers' DiTTransformer2DModel.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from dit_scale.storage.outputs import new_file
 StateDict = dict[str, Tensor]
 
 _NUM_NAMED = 3
-"""Tensors that an error names of each kind; a wrong model would list hundreds."""
+"""Maximum number of tensors that an error names per problem; a wrong model has hundreds."""
 
 
 def read(path: str | Path) -> StateDict:
-    """The tensors of a weights file by name, on the CPU and in the type they were saved in.
+    """Read the tensors of a weights file by name, on the CPU and in their stored type.
 
-    Of a training checkpoint with "model", "ema" and "opt" it takes "ema". Raises WeightsError for a
-    file that is missing, damaged, of another kind, or that would have to run code to be read.
+    From a training checkpoint with "model", "ema" and "opt" it reads "ema". Raises WeightsError if the file
+    is missing, damaged, of another format, or cannot be read without executing code from it.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,35 +48,39 @@ def read(path: str | Path) -> StateDict:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file says about itself; empty for one that says nothing and for a `.pt`."""
+    """Return the metadata of a safetensors file; empty if it has none, and for a `.pt` file."""
     if Path(path).suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})
     except SafetensorError as error:
-        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from None
+        raise WeightsError(
+            f"{path} is damaged or not a safetensors file ({error}); download it again"
+        ) from None
 
 
 def _read_safetensors(path: Path) -> StateDict:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from None
+        raise WeightsError(
+            f"{path} is damaged or not a safetensors file ({error}); download it again"
+        ) from None
 
 
 def _read_pickle(path: Path) -> object:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            # Memory-mapped where the format allows: "model" and "opt" of a checkpoint are never read.
+            # Memory-mapped if the format allows it, so "model" and "opt" of a checkpoint are never read.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign is None:
-            raise WeightsError(f"{path} is damaged or no file of torch.save; fetch it again") from error
+            raise WeightsError(f"{path} is damaged or not a torch.save file; download it again") from error
         raise WeightsError(
-            f"{path}: expected tensors alone, got {foreign[1]}, and reading that would run code from the "
-            "file; where it came from, save the state dict alone, best as safetensors"
+            f"{path}: expected only tensors, got {foreign[1]}, which cannot be read without executing code "
+            "from the file; save only the state dict, preferably as safetensors"
         ) from None
 
 
@@ -95,10 +99,10 @@ def _tensors_of(content: object, path: Path) -> StateDict:
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put every tensor of `state` into `model`, and none else.
+    """Load `state` into `model`; names and shapes must match exactly.
 
-    A model on the meta device takes the tensors themselves; any other copies them and keeps its type
-    and device. Raises WeightsError that names what is missing, unexpected or of another shape.
+    A model on the meta device adopts the tensors; any other model copies them and keeps its type and device.
+    Raises WeightsError that names missing and unexpected tensors and those with another shape.
     """
     own = model.state_dict()
     shapes = [
@@ -111,43 +115,44 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         for kind, names in (
             ("missing", [name for name in own if name not in state]),
             ("unexpected", [name for name in state if name not in own]),
-            ("of another shape", shapes),
+            ("with another shape", shapes),
         )
         if names
     ]
     if problems:
         raise WeightsError(
-            f"weights do not fit the model; {'; '.join(problems)}; "
-            "the name, image size, conditioning and number of classes must be those it was trained with"
+            f"weights do not match the model; {'; '.join(problems)}; "
+            "model name, image size, conditioning and number of classes must be those of the training run"
         )
     model.load_state_dict(state, strict=True, assign=any(tensor.is_meta for tensor in own.values()))
 
 
 def write(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors as fp32 safetensors; `path` appears complete or not at all. Raises StorageError."""
+    """Write tensors as fp32 safetensors, atomically. Raises StorageError if they cannot be written."""
     tensors = {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in state.items()}
     with new_file(Path(path)) as temporary:
         try:
             save_file(tensors, temporary, metadata=dict(metadata))
-        except SafetensorError as error:  # its only word for a full disk
-            raise StorageError(f"cannot write {path}: {error}; what was there before is intact") from None
+        except SafetensorError as error:  # also raised when the disk is full
+            raise StorageError(f"cannot write {path}: {error}; an existing file is unchanged") from None
 
 
 def digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of what a safetensors file holds and says, for one that carries it along."""
-    found = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    """Compute the SHA-256 of tensors and metadata, to store in a safetensors file's metadata."""
+    sha256 = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
-        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha256.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha256.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def to_diffusers(state: Mapping[str, Tensor], shape: Shape) -> StateDict:
-    """Published names => names of diffusers' DiTTransformer2DModel.
+    """Convert published names to those of diffusers' DiTTransformer2DModel.
 
-    It splits qkv in three, keeps copies of the timestep and class embedders in every block, and
-    computes the position embedding itself. The weights are the same, the model is not quite: its
-    timestep frequencies are 10000**(-i / 127), where the paper's code has 10000**(-i / 128).
+    diffusers splits qkv in three, has copies of the timestep and class embedders in every block, and computes
+    the position embedding itself. The weights are interchangeable, but the models differ slightly: diffusers'
+    timestep frequencies are 10000**(-i / 127), those of the paper's code are 10000**(-i / 128). Raises
+    WeightsError for other conditioning than adaLN-Zero, or a missing tensor.
     """
     _require_adaln_zero(shape)
     out: StateDict = {}
@@ -161,9 +166,10 @@ def to_diffusers(state: Mapping[str, Tensor], shape: Shape) -> StateDict:
 
 
 def from_diffusers(state: Mapping[str, Tensor], shape: Shape) -> StateDict:
-    """Names of diffusers' DiTTransformer2DModel => published names, the inverse of `to_diffusers`.
+    """Convert names of diffusers' DiTTransformer2DModel to the published names; inverse of `to_diffusers`.
 
-    Raises WeightsError where the embedders of two blocks differ: such a model has no published form.
+    Raises WeightsError if the embedders of two blocks differ, because such a model has no published form, and
+    for other conditioning than adaLN-Zero or tensors that do not match the shape.
     """
     _require_adaln_zero(shape)
     out = {"pos_embed": sincos_pos_embed(shape.width, shape.grid)}
@@ -173,7 +179,7 @@ def from_diffusers(state: Mapping[str, Tensor], shape: Shape) -> StateDict:
         for copy, tensor in zip(copies, tensors, strict=True):
             if not torch.equal(tensor, tensors[0]):
                 raise WeightsError(
-                    f"{copy} differs from {copies[0]}; expected one embedder copied into all blocks"
+                    f"{copy} differs from {copies[0]}; expected the same embedder in all blocks"
                 )
         out[name] = tensors[0]
         num_read += len(copies)
@@ -190,19 +196,19 @@ def from_diffusers(state: Mapping[str, Tensor], shape: Shape) -> StateDict:
 
 def _require_adaln_zero(shape: Shape) -> None:
     if shape.conditioning != "adaln_zero":
-        raise WeightsError(f"diffusers has adaln_zero only, got conditioning {shape.conditioning!r}")
+        raise WeightsError(f"diffusers supports only conditioning adaln_zero, got {shape.conditioning!r}")
 
 
 def _take(state: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in state:
         raise WeightsError(
-            f"expected a tensor {name!r}, got {len(state)} others; is the model the right one?"
+            f"missing tensor {name!r} among {len(state)} tensors; check the model name and conditioning"
         )
     return state[name]
 
 
 def _renamed(depth: int) -> Iterator[tuple[str, list[str]]]:
-    """Published name and its copies in diffusers, for all tensors but qkv."""
+    """Yield each published name and its copies in diffusers, for all tensors except qkv."""
     outside = {
         "x_embedder.proj": "pos_embed.proj",
         "final_layer.adaLN_modulation.1": "proj_out_1",
@@ -232,7 +238,7 @@ def _renamed(depth: int) -> Iterator[tuple[str, list[str]]]:
 
 
 def _split(depth: int) -> Iterator[tuple[str, list[str]]]:
-    """Published name of a packed qkv tensor and its three parts in diffusers."""
+    """Yield the published name of each packed qkv tensor and its three parts in diffusers."""
     for i in range(depth):
         for kind in ("weight", "bias"):
             parts = [f"transformer_blocks.{i}.attn1.{part}.{kind}" for part in ("to_q", "to_k", "to_v")]

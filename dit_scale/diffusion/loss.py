@@ -1,6 +1,7 @@
 """The training loss: mean squared error of the noise, plus the variational bound that trains the variance.
 
-    loss = hybrid_loss(schedule, model(x_t, t_B, y_B), x_start, x_t, noise, t_B)
+    output_B2CHW = model(x_t, t_B, y_B)
+    loss = hybrid_loss(schedule, output_B2CHW, x_start_BCHW=x_start, x_t_BCHW=x_t, noise_BCHW=noise, t_B=t_B)
     loss.total_B.mean().backward()
 
 Shapes: B batch, C latent channels, H W latent height and width, 2C eps then v channels.
@@ -35,6 +36,7 @@ class HybridLoss(NamedTuple):
 def hybrid_loss(
     schedule: Schedule,
     output_B2CHW: Tensor,
+    *,
     x_start_BCHW: Tensor,
     x_t_BCHW: Tensor,
     noise_BCHW: Tensor,
@@ -48,7 +50,9 @@ def hybrid_loss(
     eps_BCHW, v_BCHW = split_output(output_B2CHW)
     # Ho et al. 2020, eq. 14.
     mse_B = (noise_BCHW - eps_BCHW).square().mean(dim=(1, 2, 3))
-    vb_B = variational_bound(schedule, eps_BCHW.detach(), v_BCHW, x_start_BCHW, x_t_BCHW, t_B)
+    vb_B = variational_bound(
+        schedule, eps_BCHW.detach(), v_BCHW, x_start_BCHW=x_start_BCHW, x_t_BCHW=x_t_BCHW, t_B=t_B
+    )
     # Nichol & Dhariwal 2021, eq. 16, with lambda = 1.
     return HybridLoss(mse_B + vb_B, mse_B, vb_B)
 
@@ -57,6 +61,7 @@ def variational_bound(
     schedule: Schedule,
     eps_BCHW: Tensor,
     v_BCHW: Tensor,
+    *,
     x_start_BCHW: Tensor,
     x_t_BCHW: Tensor,
     t_B: Tensor,

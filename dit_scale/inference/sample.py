@@ -1,12 +1,11 @@
-"""Pictures from a trained model: guided DDPM or DDIM sampling, a grid PNG and an npz.
+"""Sample images from a trained model: guided DDPM or DDIM, one image per label.
 
     dit-scale sample runs/dit_xl2_256 --images 16 --guidance 4
 
-Image i is a pure function of (weights, seed, i, class): each has its own noise, keyed by its number,
-so pictures do not depend on the batch size or the number of processes beyond the rounding of the
-matrix products.
+Image i is a pure function of (weights, seed, i, class). Each image has its own noise, keyed by its number,
+so the batch size and the number of processes affect it only through the rounding of matrix products.
 
-Shapes: B images at once, C latent channels, H and W latent sides.
+Shapes: B images per batch, N images, C latent channels, h w latent sides, H W pixels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,28 +30,31 @@ from dit_scale.models.dit import DiT
 from dit_scale.rng import Purpose
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How to draw; the defaults are the paper's protocol but for the guidance, which it varies."""
+    """How to sample. The defaults are the paper's protocol for guided samples."""
 
     seed: int = 0
     steps: str = "250"
-    """Respacing: a number of steps, "ddim50", or a comma list."""
+    """Respacing: a number of steps, "ddim50", or comma-separated numbers per section."""
     method: str = "ddpm"
+    """Sampler: "ddpm" or "ddim"."""
     guidance: float = 1.5
+    """Classifier-free guidance scale; 1 disables guidance."""
     guidance_channels: sampler.GuidanceChannels = "first3"
     batch: int = 32
+    """Images per batch."""
 
 
 def sample_latents(
     model: DiT, schedule: Schedule, y_B: Tensor, image_B: Tensor, settings: SamplingSettings
 ) -> Iterator[Tensor]:
-    """Yield z_BCHW after each denoising step; the last is the sample, scaled as in training.
+    """Yield z_BChw (fp32) after each denoising step; the last one is the sample, scaled as in training.
 
-    `image_B` are the images' numbers, which key their noise; `schedule` is the respaced one.
+    y_B: class numbers, int64. image_B: image numbers, int64, which key the noise. `schedule` is respaced.
     """
     latent_shape = (model.shape.in_channels, model.shape.latent_size, model.shape.latent_size)
-    start_BCHW = rng.normals(settings.seed, Purpose.SAMPLE_START, image_B, latent_shape)
+    start_BChw = rng.normals(settings.seed, Purpose.SAMPLE_START, image_B, latent_shape)
 
     def step_noise(step: int) -> Tensor:
         return rng.normals(settings.seed, Purpose.SAMPLE_STEP, image_B, latent_shape, stream=step)
@@ -61,49 +63,51 @@ def sample_latents(
         model, y_B, model.shape.num_classes, settings.guidance, settings.guidance_channels
     )
     if settings.method == "ddim":
-        return sampler.ddim(predict, schedule, start_BCHW)
-    return sampler.ddpm(predict, schedule, start_BCHW, step_noise)
+        return sampler.ddim(predict, schedule, start_BChw)
+    return sampler.ddpm(predict, schedule, start_BChw, step_noise)
 
 
 def generate(
     model: DiT,
     decoder: vae.Vae,
     schedule: Schedule,
+    *,
     labels: Sequence[int],
     images: range,
     settings: SamplingSettings,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], None],
 ) -> np.ndarray:
-    """Draw the images of these numbers => uint8 (N, height, width, 3); `labels[i]` is image i's class.
+    """Sample and decode the images with these numbers => (N, H, W, 3) uint8; image i has class labels[i].
 
-    A last batch that is short is filled up, so that all batches have one shape. `advance` is called
-    after each denoising step of each batch.
+    The last batch is padded, so all batches have the same shape. `advance` is called after each denoising
+    step of each batch.
     """
     device, side = schedule.timesteps.device, model.shape.image_size
-    parts = [np.empty((0, side, side, 3), dtype=np.uint8)]  # a process may have no image to draw
+    parts = [np.empty((0, side, side, 3), dtype=np.uint8)]  # a process may have no images to sample
     for start in range(images.start, images.stop, settings.batch):
-        real = min(settings.batch, images.stop - start)
+        num_real = min(settings.batch, images.stop - start)
         numbers = [min(start + i, images.stop - 1) for i in range(settings.batch)]
         image_B = torch.tensor(numbers, device=device)
         y_B = torch.tensor([labels[number] for number in numbers], device=device)
-        for z_BCHW in sample_latents(model, schedule, y_B, image_B, settings):  # noqa: B007
+        for z_BChw in sample_latents(model, schedule, y_B, image_B, settings):  # noqa: B007
             advance()
-        parts.append(decoder.decode(z_BCHW[:real]).cpu().numpy())
+        parts.append(decoder.decode(z_BChw[:num_real]).cpu().numpy())
     return np.concatenate(parts)
 
 
 def sample(
     source: WeightsSource,
-    vae_name: str,
     labels: Sequence[int],
     settings: SamplingSettings,
+    *,
+    vae_name: str,
     out: Path,
     engine: EngineConfig,
 ) -> bool:
-    """Draw one image per label, spread over the processes; rank 0 writes grid.png and samples.npz.
+    """Sample one image per label on all processes; rank 0 writes grid.png and samples.npz to `out`.
 
-    Returns whether this process is the one that wrote them. Raises DitScaleError for what does not fit:
-    weights, VAE, classes, respacing.
+    Returns whether this process wrote them. Raises DitScaleError if the weights, VAE, classes or respacing
+    do not match.
     """
     bad = [label for label in labels if not 0 <= label < source.model.num_classes]
     if bad:
@@ -116,23 +120,31 @@ def sample(
         decoder = vae.load(vae_name, world.device)
         decoder.require_weights(source.vae_sha256)
         schedule = respace(linear(source.timesteps), settings.steps).to(world.device)
-        mine = rank_slice(len(labels), world.rank, world.size)
-        total = -(-len(mine) // settings.batch) * len(schedule)
+        own_images = rank_slice(len(labels), world.rank, world.size)
+        num_steps = -(-len(own_images) // settings.batch) * len(schedule)
         with Progress(console=Console(stderr=True), disable=not world.is_first) as bar:
-            task = bar.add_task(f"{len(labels)} images, guidance {settings.guidance}", total=total)
-            images = generate(model, decoder, schedule, labels, mine, settings, lambda: bar.advance(task))
-        parts = world.gather(images)
+            task = bar.add_task(f"{len(labels)} images, guidance {settings.guidance}", total=num_steps)
+            own_NHW3 = generate(
+                model,
+                decoder,
+                schedule,
+                labels=labels,
+                images=own_images,
+                settings=settings,
+                advance=lambda: bar.advance(task),
+            )
+        parts = world.gather(own_NHW3)
         if world.is_first:
-            whole = np.concatenate(parts)
-            write_npz(whole, np.asarray(labels), out / "samples.npz")
-            write_grid(whole, out / "grid.png")
+            images_NHW3 = np.concatenate(parts)
+            write_npz(images_NHW3, np.asarray(labels), out / "samples.npz")
+            write_grid(images_NHW3, out / "grid.png")
         return world.is_first
     finally:
         dist.stop()
 
 
 def balanced_labels(classes: Sequence[int], num: int) -> list[int]:
-    """Classes in turn: image i shows classes[i mod len]."""
+    """Cycle through the classes: image i gets classes[i mod len(classes)]."""
     if not classes:
         raise ConfigError("no classes to sample")
     return [classes[i % len(classes)] for i in range(num)]

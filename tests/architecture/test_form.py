@@ -30,16 +30,13 @@ MAX_POSITIONAL = 5
 NO_LIMIT = 1_000
 
 OPEN = {
-    "Session": "split by lifetime in progress",
     "Supervisor": "split by lifetime in progress",
     "LaunchedGroup": "split by lifetime in progress",
-    "Simulation": "split in progress",
-    "Job": "split in progress",
     "Loader": "split in progress",
     "Flow": "split in progress",
     "JobProgress": "split in progress",
 }
-OPEN_FILES = ("dit_scale.storage.s3", "dit_scale.train.session")
+OPEN_FILES = ("dit_scale.storage.s3",)
 OPEN_CALLS = True
 
 
@@ -238,18 +235,18 @@ def calls_by_position(path: Path) -> Iterator[str]:
 def test_calls_by_position_are_recognised(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text(
-        "from dit_scale.diffusion import loss\n"
+        "from tests.architecture import source\n"
         "from dit_scale_pipeline.inputs import Entry\n"
         "from tests.support.ranks.processes import start\n"
         "Entry(1, 2, 3, 4, 5, 6)\n"
         "Entry(1, 2, 3, 4, 5, key=6)\n"
-        "loss.hybrid_loss(1, 2, 3, 4, 5, 6)\n"
+        "source.Import(1, 2, 3, 4, 5, 6)\n"
         "start(2, print, 3, 4, 5, 6)\n"
         "path.permute(1, 2, 3, 4, 5, 6)\n"
     )
     assert [call.partition(":")[2] for call in calls_by_position(path)] == [
         "4 dit_scale_pipeline.inputs.base.Entry",
-        "6 dit_scale.diffusion.loss.hybrid_loss",
+        "6 tests.architecture.source.Import",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of encoding runs, and what it prints hangs together; how fast anything is, is not tested."""
+"""The encoding benchmark runs and its figures are consistent; speed is not tested."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The loader's benchmark runs, and what it prints hangs together; how fast anything is, is not tested."""
+"""The loader benchmark runs and its figures are consistent; speed is not tested."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The benchmark of saving runs, and what it prints hangs together; how fast anything is, is not tested."""
+"""The checkpoint benchmark runs and its figures are consistent; speed is not tested."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from tests.support.speed import scaled
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "save.py"
 COPIES = 4
-"""Masters, two moments, one moving average."""
+"""Master weights, two moments, one moving average."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_steps_with_and_without_a_save_are_there(rows: list[dict[str, Any]]) -> 
     row = of_kind(rows, "step")
     assert row["quiet_s"] > 0
     assert 0 < row["save_s"] < row["beginning_s"]
-    assert row["steps_writing"] >= 2, "one until all have written, one until the manifest is put"
+    assert row["steps_writing"] >= 2, "one until all ranks have written, one until the manifest is written"
     assert row["committed_s"] >= row["save_s"] + row["writing_s"]
 
 
@@ -74,7 +74,7 @@ def test_a_run_is_resumed_and_filled_in_at_two_world_sizes(rows: list[dict[str, 
 
 
 def test_shares_of_ranks_are_the_whole() -> None:
-    """Also where a parameter is cut twice, and where the last rank has less."""
+    """Also if a parameter is split twice, and if the last rank owns less."""
     slices = (ParameterSlice("a", 5, 2, 0), ParameterSlice("b", 0, 7, 2), ParameterSlice("c", 3, 1, 9))
     whole = Partition({MASTER: torch.zeros(10)}, slices)
     elements = []
@@ -103,4 +103,4 @@ def test_a_folder_that_is_not_there_is_refused() -> None:
     command = [sys.executable, str(SCRIPT), "--smoke", "--folder", "/nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0))
     assert done.returncode == 2
-    assert "--folder /nowhere: expected a folder" in done.stderr
+    assert "--folder /nowhere: expected an existing folder" in done.stderr

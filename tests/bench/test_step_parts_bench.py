@@ -1,4 +1,4 @@
-"""The benchmark of a step's parts runs on real ranks, and its parts add up to the step."""
+"""The step-parts benchmark runs on real ranks, and the parts add up to the step."""
 
 import re
 import subprocess

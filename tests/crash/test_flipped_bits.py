@@ -180,7 +180,7 @@ def test_a_flipped_bit_of_any_file_of_a_run_is_named_or_changes_nothing(
             else:
                 assert found == OLDER
                 assert key.startswith(NEWEST.path())
-                assert f"passing over checkpoint {NEWEST.path()}: " in notes[0]
+                assert f"skipping checkpoint {NEWEST.path()}: " in notes[0]
             if key != "config.yaml":
                 assert main(["checkpoint", "verify", run.run]) == 1, (key, place)
                 assert path.name in capsys.readouterr().out

@@ -173,9 +173,7 @@ def test_injuries_of_checkpoints(tmp_path: Path, world: World, monkeypatch: pyte
         if key.startswith(NEWEST.path()):
             (note,) = notes
             assert found.id == OLDER
-            assert note.startswith(
-                tuple(f"passing over checkpoint {NEWEST.path()}: {text}" for text in messages)
-            )
+            assert note.startswith(tuple(f"skipping checkpoint {NEWEST.path()}: {text}" for text in messages))
         else:
             assert (found.id, notes) == (NEWEST, [])
         part = "header" if "header" in problem else "tensor" if " of " in problem else "whole"

@@ -1,9 +1,9 @@
-"""Mutation testing of the pure layers: small changes of a file that its tests must notice.
+"""Mutation testing of the pure layers: apply small changes to a file that its tests must detect.
 
     make mutants
     python -m tests.mutants --seed 1
 
-Leaves with 1 when fewer than 95 % are killed, the mutants of equivalent.txt not counted.
+Exits with 1 if fewer than 95 % of the mutants are killed, not counting those in equivalent.txt.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from tests.mutants.trial import Bench, Trial, Verdict
 ROOT = Path(__file__).parents[2]
 COUNT = 100
 """Mutants in the sample."""
-LEAST = 0.95
-"""Share of the mutants that must be killed."""
+MIN_KILLED = 0.95
+"""Minimum share of killed mutants."""
 
-KILLED, CUT_OFF, SURVIVED = "killed", "killed: the tests took too long", "survived"
+KILLED, TIMED_OUT, SURVIVED = "killed", "killed: the tests timed out", "survived"
 EQUIVALENT, STALE = "survived, listed as equivalent", "killed, but listed as equivalent"
-"""What can become of a mutant."""
+"""Possible outcomes of a mutant."""
 
 TESTS = {
     "models/attention.py": "unit/test_attention unit/test_dit",
@@ -55,53 +55,53 @@ TESTS = {
     "rng.py": "golden/test_formats unit/test_rng",
     "train/objective.py": "unit/test_objective",
 }
-"""A file of dit_scale => the tests that can see a change of it, those of the file itself first."""
+"""File of dit_scale => tests that can detect a change of it, its own tests first."""
 
 
 def tests_of(file: str) -> tuple[str, ...]:
-    """The test files that a mutant of this file, a path below the root, has to pass."""
+    """Return the test files for a mutant of `file`, a path relative to the root."""
     return tuple(f"tests/{name}.py" for name in TESTS[file.removeprefix("dit_scale/")].split())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="another sample (default 0)")
-    parser.add_argument("--jobs", type=int, default=2, help="trials side by side (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel trials (default 2)")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the copies go then too
-    began_s = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the copies are removed
+    started_s = time.monotonic()
     mutants = sample.choose(ROOT, [f"dit_scale/{file}" for file in TESTS], COUNT, args.seed)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         bench = Bench(ROOT, Path(folder), args.jobs)
         seconds = durations(bench, sorted({file for mutant in mutants for file in tests_of(mutant.file)}))
         trials = [trial_of(mutant, seconds) for mutant in mutants]
         verdicts = run(bench, trials, f"mutants of seed {args.seed}")
-    minutes = (time.monotonic() - began_s) / 60
+    minutes = (time.monotonic() - started_s) / 60
     text, passed = report(mutants, verdicts, equivalent.read(equivalent.LIST.read_text()))
     print(f"{text}\nseed {args.seed}, {minutes:.1f} minutes")
     return 0 if passed else 1
 
 
 def durations(bench: Bench, files: Sequence[str]) -> dict[str, float]:
-    """Seconds that each test file takes without a mutant. Leaves with a message when one does not pass."""
+    """Return each test file's seconds without a mutant. Exits with a message if one fails."""
     verdicts = run(bench, [Trial((file,), 600) for file in files], "unchanged")
     for file, verdict in zip(files, verdicts, strict=True):
         if verdict.exit_code != 0:
-            sys.exit(f"{verdict.output}\n{file} does not pass without a mutant; mend that first")
+            sys.exit(f"{verdict.output}\n{file} fails without a mutant; fix that first")
     return {file: verdict.seconds for file, verdict in zip(files, verdicts, strict=True)}
 
 
 def trial_of(mutant: Mutant, seconds: dict[str, float]) -> Trial:
-    """The tests of a mutant, with several times the time that they take without it."""
+    """Make the trial of a mutant; its limit is several times the duration without a mutant."""
     tests = tests_of(mutant.file)
     return Trial(tests, 30 + 5 * sum(seconds[file] for file in tests), mutant.file, mutant.source)
 
 
 def run(bench: Bench, trials: Sequence[Trial], what: str) -> list[Verdict]:
-    """The verdicts of all, in their order; shows how far it is."""
+    """Run all trials with a progress bar and return their verdicts in order."""
     verdicts: dict[int, Verdict] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    # Without a thread of its own: a lock that it holds would stay locked in a fork.
+    # No refresh thread: a lock that it holds would stay locked in a forked process.
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
         task = progress.add_task(what, total=len(trials))
         for number, verdict in bench.run(trials):
@@ -113,32 +113,32 @@ def run(bench: Bench, trials: Sequence[Trial], what: str) -> list[Verdict]:
 def report(
     mutants: Sequence[Mutant], verdicts: Sequence[Verdict], reasons: dict[equivalent.Name, str]
 ) -> tuple[str, bool]:
-    """What happened, in words, and whether it is good enough."""
+    """Return a report, and whether enough mutants were killed."""
     lines: list[str] = []
     count = Counter[str]()
     for mutant, verdict in zip(mutants, verdicts, strict=True):
-        word = fate(verdict, mutant.name in reasons)
+        word = outcome_of(verdict, mutant.name in reasons)
         count[word] += 1
         if word != KILLED:
             lines += [f"{mutant.file}:{mutant.line}: {word}", mutant.text, ""]
-    killed = count[KILLED] + count[CUT_OFF] + count[STALE]
+    killed = count[KILLED] + count[TIMED_OUT] + count[STALE]
     share = killed / max(killed + count[SURVIVED], 1)
     lines.append(
-        f"{killed} killed ({count[CUT_OFF]} cut off), {count[SURVIVED]} survived, "
-        f"{count[EQUIVALENT]} equivalent: {share:.1%}, expected {LEAST:.0%} or more"
+        f"{killed} killed ({count[TIMED_OUT]} timed out), {count[SURVIVED]} survived, "
+        f"{count[EQUIVALENT]} equivalent: {share:.1%}, expected {MIN_KILLED:.0%} or more"
     )
     if count[STALE]:
-        lines.append("some that equivalent.txt lists are killed: take them out of it")
-    return "\n".join(lines), share >= LEAST and not count[STALE]
+        lines.append("some mutants in equivalent.txt are killed; remove them from the file")
+    return "\n".join(lines), share >= MIN_KILLED and not count[STALE]
 
 
-def fate(verdict: Verdict, listed: bool) -> str:
-    """What became of a mutant, in a word or two."""
+def outcome_of(verdict: Verdict, listed: bool) -> str:
+    """Return the outcome of a mutant."""
     if verdict.exit_code == 0:
         return EQUIVALENT if listed else SURVIVED
     if listed:
         return STALE
-    return CUT_OFF if verdict.exit_code is None else KILLED
+    return TIMED_OUT if verdict.exit_code is None else KILLED
 
 
 if __name__ == "__main__":

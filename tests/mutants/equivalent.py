@@ -1,25 +1,25 @@
-"""The list of mutants that change nothing that anyone could see: equivalent.txt, a paragraph for each.
+"""Read equivalent.txt, the list of mutants without an observable effect, one paragraph each:
 
     file, function or class
-    - the line as it is
-    + the line as the mutant has it
-    the reason
+    - original line
+    + mutated line
+    reason
 
-Both lines are as a report prints them. Lines that begin with # are comments.
+Both lines have the format of the report. Lines that start with # are comments.
 """
 
 import re
 from pathlib import Path
 
 Name = tuple[str, str, str, str]
-"""Of a mutant: file, definition, the line as it is, the line as the mutant has it."""
+"""(file, definition, original line, mutated line) of a mutant."""
 
 LIST = Path(__file__).with_name("equivalent.txt")
 _ENTRY = re.compile(r"(\S+),(?: (\S+))?\n- ([^\n]*)\n\+ ?([^\n]*)\n(\S.*)", re.DOTALL)
 
 
 def read(text: str) -> dict[Name, str]:
-    """The reason of each. Raises ValueError that quotes a paragraph which it cannot read."""
+    """Return the reason by mutant. Raises ValueError that quotes an invalid paragraph."""
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     reasons: dict[Name, str] = {}
     for paragraph in filter(None, (part.strip() for part in "\n".join(lines).split("\n\n"))):

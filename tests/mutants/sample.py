@@ -1,7 +1,7 @@
-"""Which mutants are tried: a sample of all that cosmic-ray can make of these files, spread over them.
+"""Choose a sample of the mutants that cosmic-ray can make, spread over the files.
 
-The choice hangs on the text of a line and on the seed, not on line numbers: an edit changes the mutants
-of what it touches, and few others.
+The choice depends on the text of a line and the seed, not on line numbers, so an edit changes the mutants of
+the lines that it touches and few others.
 """
 
 import ast
@@ -22,29 +22,29 @@ LEFT_OUT = re.compile(
     rf"core/(ReplaceBinaryOperator_(({_ARITHMETIC})_({_BITWISE})|({_BITWISE})_({_ARITHMETIC}))"
     r"|ReplaceComparisonOperator_(?!Is)\w+_Is(Not)?|Variable.*)"
 )
-"""Operators that are not used: arithmetic as bit arithmetic and back, which tensors refuse anyway; `==` or
-`<` as `is`, which makes no difference to interned values; and those that need arguments."""
+"""Excluded operators: arithmetic to bitwise operators and back, which tensors reject anyway; `==` or `<` to
+`is`, which is equivalent for interned values; and operators that need arguments."""
 AT_LEAST = 2
-"""Mutants of every file that has so many places for one."""
+"""Minimum number of mutants per file, if it has that many places."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A piece of a file's text that operators can change."""
+    """A span of a file's text that operators can change."""
 
     file: str
     definition: str
-    """Name of the function or class around it; empty in the module's body."""
+    """Name of the enclosing function or class; empty at module level."""
     line: int
     column: int
     text: str
     """The whole line."""
     changes: tuple[tuple[str, int], ...]
-    """(name of an operator, occurrence): the mutants of this place."""
+    """(operator name, occurrence) of each mutant of this place."""
 
     @property
     def where(self) -> tuple[str, str, str, int]:
-        """What tells it from others, but for the same line twice in a function."""
+        """Identity of the place, unique except for equal lines in one function."""
         return self.file, self.definition, self.text, self.column
 
 
@@ -56,24 +56,25 @@ class Mutant:
     definition: str
     line: int
     source: str
-    """Of the whole file, changed."""
+    """Source of the changed file."""
     removed: str
-    """The changed lines as they were, on one line."""
+    """The original lines, joined into one."""
     added: str
-    """The same lines after the change."""
+    """The changed lines, joined into one."""
 
     @property
     def name(self) -> tuple[str, str, str, str]:
+        """Identity of the mutant, as in equivalent.txt."""
         return self.file, self.definition, self.removed, self.added
 
     @property
     def text(self) -> str:
-        """The same as equivalent.txt has it."""
+        """Format the mutant as in equivalent.txt."""
         return f"{self.file}, {self.definition}".rstrip() + f"\n- {self.removed}\n+ {self.added}".rstrip()
 
 
 def choose(root: Path, files: Sequence[str], count: int, seed: int) -> list[Mutant]:
-    """`count` mutants of these files below `root`, file by file, line by line: the same for the same seed."""
+    """Choose `count` mutants of these files below `root`, sorted by file and line; deterministic per seed."""
     sources = {file: (root / file).read_text() for file in files}
     places = {file: places_of(file, source) for file, source in sources.items()}
     shares = shares_of({file: len(found) for file, found in places.items()}, count)
@@ -87,7 +88,7 @@ def choose(root: Path, files: Sequence[str], count: int, seed: int) -> list[Muta
 
 
 def shares_of(sizes: dict[str, int], count: int) -> dict[str, int]:
-    """How many of `count` each file gets, given its number of places: AT_LEAST, the rest in proportion."""
+    """Divide `count` among files with these numbers of places: AT_LEAST each, the rest in proportion."""
     least = {file: min(AT_LEAST, size) for file, size in sizes.items()}
     left = {file: size - least[file] for file, size in sizes.items()}
     rest, total = count - sum(least.values()), sum(left.values())
@@ -100,7 +101,7 @@ def shares_of(sizes: dict[str, int], count: int) -> dict[str, int]:
 
 
 def places_of(file: str, source: str) -> list[Place]:
-    """All places of a file."""
+    """Return all places of a file."""
     lines, tree = source.splitlines(), get_ast(source)
     nodes = list(ast_nodes(tree))
     found: dict[tuple[tuple[int, int], tuple[int, int]], tuple[str, list[tuple[str, int]]]] = {}
@@ -119,10 +120,10 @@ def places_of(file: str, source: str) -> list[Place]:
 
 
 def essence(source: str) -> str:
-    """What of a module can change what it does. Raises SyntaxError.
+    """Return the parts of a module that affect its behaviour. Raises SyntaxError.
 
-    Without annotations, assertions (they tell mypy and us what is so anyway), the text of errors, comments
-    and layout.
+    It drops annotations, assertions, which only state what is true anyway, error messages, comments and
+    layout.
     """
     return ast.dump(_Essence().visit(ast.parse(source)))
 
@@ -151,7 +152,7 @@ class _Essence(ast.NodeTransformer):
 
 
 def _first(source: str, place: Place, seed: int) -> Iterator[Mutant]:
-    """The first mutant of a place, in the order of the seed, that parses and can change what is done."""
+    """Yield the first mutant of a place, in seed order, that parses and can affect behaviour."""
     original = essence(source)
     for name, occurrence in sorted(place.changes, key=lambda change: _rank(seed, *place.where, change[0])):
         changed = mutate_code(source, get_operator(name)(), occurrence)

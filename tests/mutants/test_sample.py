@@ -1,4 +1,4 @@
-"""Which mutants are tried, and how what is no mutant is told from them."""
+"""The choice of mutants, and the exclusion of changes without effect."""
 
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def test_enough_must_be_killed(survivors: int, passed: bool) -> None:
     reasons = {some[0].name: "nobody reads x", some[1].name: "the same"}
     text, enough = mutants.report(some, verdicts, reasons)
     assert enough == passed
-    assert f"{100 - survivors} killed (1 cut off), {survivors} survived, 2 equivalent" in text
+    assert f"{100 - survivors} killed (1 timed out), {survivors} survived, 2 equivalent" in text
     assert "a.py:1: survived, listed as equivalent\na.py, area\n- x = 1\n+ x = 0\n" in text
     assert "a.py:3: survived\n" in text
 
@@ -119,4 +119,4 @@ def test_a_killed_mutant_is_no_equivalent() -> None:
     mutant = Mutant("a.py", "area", 1, "", "x = 1", "x = 0")
     text, enough = mutants.report([mutant], [Verdict(1, 1.0, "")], {mutant.name: "nobody reads x"})
     assert not enough
-    assert "take them out" in text
+    assert "remove them from the file" in text

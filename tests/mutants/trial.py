@@ -1,7 +1,7 @@
-"""Trials: a copy of the tree with one mutant in it, and pytest in a process of its own.
+"""Trials: run pytest in its own process, on a copy of the tree with one mutant.
 
-The process is a fork of one that has imported torch and its like, but nothing of the project; so a trial
-costs what its tests cost. Nothing is written outside of the copies.
+The process is forked from one that has imported torch and similar packages, but no module of the project,
+so a trial costs only its tests. Trials write only to the copies.
 """
 
 import gc
@@ -25,14 +25,14 @@ PRELOADED = (
     *("hypothesis.strategies", "numpy", "pydantic", "safetensors.torch", "scipy.stats"),
     *("torch._dynamo", "torch.utils.flop_counter", "xdist.remote", "xdist.scheduler"),
 )
-"""What most trials import."""
+"""Packages that most trials import."""
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "runs")
 _FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Tests of the tree, with `source` in the place of one file."""
+    """Tests to run with `source` in place of one file."""
 
     tests: tuple[str, ...]
     limit_s: float
@@ -42,24 +42,24 @@ class Trial:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a trial."""
+    """Result of a trial."""
 
     exit_code: int | None
-    """pytest's: 1 when a test failed, 2 when one did not import; below 0 after a crash. None: cut off."""
+    """Exit code of pytest: 1: failed test; 2: failed import; negative: crash. None: timed out."""
     seconds: float
     output: str
 
 
 @dataclass
 class _Slot:
-    """A copy of the tree, and the process that works in it."""
+    """A copy of the tree and the process that runs in it."""
 
     tree: Path
     number: int = 0
-    """Of the trial."""
+    """Number of the trial."""
     trial: Trial | None = None
     process: ForkProcess | None = None
-    began_s: float = field(default=0.0)
+    started_s: float = field(default=0.0)
 
     @property
     def log(self) -> Path:
@@ -67,19 +67,19 @@ class _Slot:
 
 
 class Bench:
-    """Some copies of a tree below `folder`, in which trials run side by side."""
+    """Copies of a tree below `folder`, in which trials run in parallel."""
 
     def __init__(self, root: Path, folder: Path, jobs: int) -> None:
         for name in PRELOADED:
             importlib.import_module(name)
-        gc.freeze()  # a collection in a fork then looks at what is its own
+        gc.freeze()  # so that garbage collection in a fork does not touch shared pages
         self._root = root
         self._slots = [_Slot(folder / f"tree{job}") for job in range(jobs)]
         for slot in self._slots:
             shutil.copytree(root, slot.tree, ignore=NOT_COPIED)
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Verdict]]:
-        """The number and the verdict of each trial, as they end."""
+        """Yield number and verdict of each trial as it finishes."""
         waiting = list(enumerate(trials))[::-1]
         try:
             while waiting or any(slot.process for slot in self._slots):
@@ -99,7 +99,7 @@ class Bench:
     def _start(self, slot: _Slot, number: int, trial: Trial) -> None:
         if trial.file:
             (slot.tree / trial.file).write_text(trial.source)
-        slot.number, slot.trial, slot.began_s = number, trial, time.monotonic()
+        slot.number, slot.trial, slot.started_s = number, trial, time.monotonic()
         slot.process = _FORK.Process(target=_run_tests, args=(slot.tree, slot.log, trial.tests))
         slot.process.start()
 
@@ -107,7 +107,7 @@ class Bench:
         if slot.process is None:
             return None
         assert slot.trial is not None
-        seconds = time.monotonic() - slot.began_s
+        seconds = time.monotonic() - slot.started_s
         exit_code = slot.process.exitcode
         if exit_code is None and seconds < slot.trial.limit_s:
             return None
@@ -115,12 +115,12 @@ class Bench:
         return Verdict(exit_code, seconds, slot.log.read_text(errors="replace"))
 
     def _end(self, slot: _Slot) -> None:
-        """Kill what is left of a trial, and take its mutant back."""
+        """Kill the processes of a trial and restore the original file."""
         assert slot.process is not None
         assert slot.trial is not None
         with suppress(ProcessLookupError):
             os.killpg(slot.process.pid or 0, signal.SIGKILL)
-        slot.process.kill()  # it may not have had the time to begin a group
+        slot.process.kill()  # it may not have created its process group yet
         slot.process.join()
         slot.process = None
         if slot.trial.file:
@@ -134,14 +134,14 @@ def _run_tests(tree: Path, log: Path, tests: Sequence[str]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(tree)
-    # What runs here is the copy, in this process and in those that it starts. Two mutants of one second
-    # and one size would pass for each other in a bytecode cache.
+    # This process and its children must import the copy. A bytecode cache would confuse two mutants that have
+    # the same size and the same modification time in seconds.
     os.environ.update(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1")
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(tree))
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
     options = ("-x", "-q", "--no-header", "-p", "no:cacheprovider", f"--basetemp={tree.with_suffix('.tmp')}")
-    # because hypothesis, which is a plugin, is imported already
+    # hypothesis, a pytest plugin, is already imported
     warnings = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
     sys.exit(pytest.main([*options, *warnings, *tests]))

@@ -56,7 +56,7 @@ def write_rank(
 
 
 def flat(owned: Iterable[Partition]) -> tuple[Bytes, list[tuple[str, ParameterSlice]]]:
-    """Everything that a rank owns in one flat memory, and the layout of that memory."""
+    """Return everything that a rank owns as one flat array, and the layout of the array."""
     values, slices, first = [np.empty(0, np.float32)], list[tuple[str, ParameterSlice]](), 0
     for partition in owned:
         for kind, buffer in partition.buffers.items():

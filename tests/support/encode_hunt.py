@@ -15,8 +15,8 @@ from unittest.mock import patch
 
 from dit_scale import cli
 from dit_scale.storage import open_storage
-from dit_scale_pipeline.flow import MAX_LOSSES
 from dit_scale_pipeline.metrics import METRICS_KEY
+from dit_scale_pipeline.tasks import MAX_LOSSES
 from tests.support.encoding import clean_environment, job_command, objects, write_images
 from tests.support.faults.ceph import CephServer
 from tests.support.faults.proxy import FaultProxy

@@ -234,7 +234,7 @@ def test_a_device_that_is_not_there(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = refused(capsys, *small(tmp_path, data), "engine.device=cuda")
-    assert "device=cuda was asked for and no CUDA device is visible; use device=auto or cpu" in said
+    assert "device=cuda, but no CUDA device is visible; use device=auto or device=cpu" in said
 
 
 @pytest.mark.usefixtures("same_process")
@@ -255,8 +255,8 @@ def test_a_data_set_that_is_not_finished(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.image_size=64", "holds latents of 32 px images, model.image_size is 64"),
-        ("model.num_classes=4", "has 5 classes, model.num_classes is 4"),
+        ("model.image_size=64", "holds latents of 32 px images, but model.image_size is 64"),
+        ("model.num_classes=4", "has 5 classes, but model.num_classes is 4"),
     ],
 )
 def test_a_data_set_of_another_kind(
@@ -280,7 +280,7 @@ def test_a_launcher_that_says_half(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     said = refused(capsys, *small(tmp_path, data))
-    assert "RANK is set but WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: use the deepspeed launcher" in said
+    assert "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; use the deepspeed launcher" in said
 
 
 def test_other_errors_are_bugs_and_show_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ def test_samples_that_cannot_be_drawn(
 
 def test_sources_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "sample", str(tmp_path))
-    assert f"{tmp_path}: expected a run's folder, a checkpoint's folder, or a" in said
+    assert f"{tmp_path}: expected a run folder, a checkpoint folder, or a" in said
 
 
 def test_a_bare_weights_file_needs_a_vae(
@@ -362,7 +362,7 @@ def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_checkpoint_list_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "expected a run's folder" in refused(capsys, "checkpoint", "list", str(tmp_path))
+    assert "expected a run folder" in refused(capsys, "checkpoint", "list", str(tmp_path))
 
 
 def damage(file: Path) -> None:
@@ -456,11 +456,11 @@ def test_a_run_without_power_function_averages(
     assert json.loads(capsys.readouterr().out) == []
     out = tmp_path / "weights.safetensors"
     said = refused(capsys, "ema", "reconstruct", str(run), "--sigma-rel", "0.1", "--out", str(out))
-    assert "holds no power-function average; it takes an ema profile with sigma_rel" in said
+    assert "has no power-function average; set checkpoint.ema_every_steps and an ema profile" in said
 
 
 def test_averages_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "expected a run's folder" in refused(capsys, "ema", "list", str(tmp_path))
+    assert "expected a run folder" in refused(capsys, "ema", "list", str(tmp_path))
 
 
 def test_checkpoint_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The demo's parts: the digits on disk, the autoencoder that ships, and the judge of samples."""
+"""The parts of the demo: the digits on disk, the shipped VAE, and the score of samples."""
 
 import os
 import sys
@@ -87,7 +87,7 @@ def test_split_holds_out_a_fifth_of_each_class(crops):
 
 @pytest.fixture(scope="module")
 def round_trip(crops):
-    """Fifty held-out digits, five of each class: pixels, labels, reconstructions and latents."""
+    """Return pixels, labels, reconstructions and latents of fifty held-out digits, five per class."""
     autoencoder = vae.load(DEMO / "vae")
     _, held_out = digits.split(crops[1])
     chosen = np.concatenate([held_out[crops[1][held_out] == label][:5] for label in range(10)])
@@ -99,7 +99,7 @@ def round_trip(crops):
 
 def test_vae_ships_small_and_is_of_stable_diffusions_kind(round_trip):
     assert sum(path.stat().st_size for path in (DEMO / "vae").iterdir()) < train_vae.MAX_BYTES
-    identity = vae.find(str(DEMO / "vae")).identity
+    identity = vae.find_vae(str(DEMO / "vae")).identity
     assert (identity.downsample, identity.latent_channels) == (8, 4)
     assert round_trip[3].shape == (50, 4, 8, 8)
 
@@ -131,7 +131,7 @@ def test_real_digits_score_high_and_are_all_copies(crops, folder, write):
 
 
 def test_reconstructions_count_as_copies(round_trip, write):
-    """A model that repeats its training set through the autoencoder is found out."""
+    """The score detects a model that memorised its training set."""
     _, labels, rebuilt, _ = round_trip
     result = score.score(write(rebuilt, labels))
     assert result["copies"] == len(labels)
@@ -184,7 +184,7 @@ def test_no_samples_are_refused(tmp_path):
 def test_a_poor_classifier_is_no_judge(crops, write, monkeypatch):
     shuffled = np.random.default_rng(0).permutation(crops[1])
     monkeypatch.setattr(score, "crops", lambda size, folder: (crops[0], shuffled))
-    with pytest.raises(DataError, match="the classifier knows"):
+    with pytest.raises(DataError, match="the classifier recognises"):
         score.score(write(*crops))
 
 

@@ -1,4 +1,4 @@
-"""The transformer: its start, its four designs against plain float64, types, casts and compilation."""
+"""The transformer: initialisation, its four designs against plain float64, types, casts and compilation."""
 
 import copy
 import zlib
@@ -23,7 +23,7 @@ def small_config(conditioning="adaln_zero", **knobs):
 
 
 def random_model(conditioning="adaln_zero", seed=0, **knobs):
-    """A model whose every parameter is random: at initialisation most of it would not show."""
+    """Build a model with random parameters: at initialisation most of them have no effect."""
     model = build(small_config(conditioning, **knobs), seed=0)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_initial_bits_are_the_same_on_every_machine():
 
 
 def plain_forward(state, shape, x, t, y):
-    """The model from its definition, one operation at a time, in float64; weights by their names."""
+    """Compute the model from its definition in float64, with weights looked up by name."""
 
     def linear(name, x):
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
@@ -281,7 +281,7 @@ def test_timesteps_may_be_floats():
 
 
 class HostReads(TorchDispatchMode):
-    """Counts operations that make the host wait for the device."""
+    """Count operations that make the host wait for the device."""
 
     count = 0
 
@@ -310,7 +310,7 @@ def test_model_knows_its_attention_backend():
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_blocks_share_one_compilation(conditioning, monkeypatch):
-    """A backend that only counts: what compiles here in a moment takes minutes on a GPU."""
+    """The compiler backend only counts graphs: real compilation takes minutes on a GPU."""
     graphs = []
 
     def counting_backend(graph, inputs):

@@ -82,7 +82,7 @@ def test_timestep_sinusoid_equals_float64():
 
 
 def test_timesteps_stay_apart_under_bf16_weights():
-    """The sinusoid is fp32 whatever the weights are: as bf16, 998 and 999 would be one number."""
+    """The sinusoid is fp32 for any type of weights: in bf16, 998 and 999 would be the same number."""
     embedder = TimestepEmbedder(32).bfloat16()
     first, last = embedder(torch.tensor([998, 999]), torch.bfloat16)
     assert first.dtype == torch.bfloat16

@@ -179,23 +179,25 @@ def test_labels_that_an_empty_class_moves_are_refused(storage: Storage) -> None:
     now = Listing("class_folders", ("a", "b"), ["b/1.png"], np.array([1], np.int32))
     assert before.sha256 == now.sha256
     wanted = output.identity(config(), before, VAE)
-    with pytest.raises(ConfigError, match=r"classes without an image are new \(a\), and labels count them"):
+    with pytest.raises(
+        ConfigError, match=r"classes without an image are new \(a\), which changes the labels"
+    ):
         output.check_identity(storage, wanted, output.identity(config(), now, VAE), now, before)
 
 
 @pytest.mark.parametrize(
     ("source", "where", "how"),
     [
-        ("x", "x", "is where the source is"),
-        ("x", "x/latents", "lies inside the source"),
-        ("x", "link/latents", "lies inside the source"),
-        ("link", "x/latents", "lies inside the source"),
-        ("x/n01", "x", "holds the source"),
-        ("x/train-*.tar", "x", "is where the source is"),
-        ("x/train.tar", ".", "holds the source"),
-        ("s3://b/x", "s3://b/x/", "is where the source is"),
-        ("s3://b", "s3://b/latents", "lies inside the source"),
-        ("s3://b/x/train.tar", "s3://b", "holds the source"),
+        ("x", "x", "is the same place as the source"),
+        ("x", "x/latents", "is inside the source"),
+        ("x", "link/latents", "is inside the source"),
+        ("link", "x/latents", "is inside the source"),
+        ("x/n01", "x", "contains the source"),
+        ("x/train-*.tar", "x", "is the same place as the source"),
+        ("x/train.tar", ".", "contains the source"),
+        ("s3://b/x", "s3://b/x/", "is the same place as the source"),
+        ("s3://b", "s3://b/latents", "is inside the source"),
+        ("s3://b/x/train.tar", "s3://b", "contains the source"),
         ("x", "y", ""),
         ("x", "x2", ""),
         ("x/train-*.tar", "x/latents", ""),
@@ -212,7 +214,7 @@ def test_an_output_that_would_be_listed_is_refused(
     monkeypatch.chdir(tmp_path)
     job = load(EncodeConfig, None, [f"source={source}", f"output={where}"])
     if how:
-        with pytest.raises(ConfigError, match=rf"output=.* {how}.*Choose another output"):
+        with pytest.raises(ConfigError, match=rf"output=.* {how}.*choose an output"):
             output.refuse_overlap(job, open_storage(job.output))
     else:
         output.refuse_overlap(job, open_storage(job.output))
@@ -277,7 +279,7 @@ def test_what_was_damaged_after_it_was_finished_is_named(
     storage.write(key, data)
     with pytest.raises(DataError, match=rf"{key}.* damaged.*elete .*start again"):
         output.finished_shards(storage)
-    with pytest.raises(DataError, match=rf"{key} is there with other bytes .* Delete it"):
+    with pytest.raises(DataError, match=rf"{key} exists with SHA-256 .* Delete it"):
         shard.write(storage)
     for name in ("tar", "json"):
         storage.delete(f"shards/00000.{name}")

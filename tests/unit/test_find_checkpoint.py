@@ -49,7 +49,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
         yield proxy
 
 
-RATE = "the learning rate of step 41 is {}; as saved it would be 5.96e-05"
+RATE = "the learning rate of step 41 is {}; with the saved values it would be 5.96e-05"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_an_unavailable_server_is_no_damage(proxy: FaultProxy, world: World) -> 
 
     def assert_it_stops(fill: Callable[[Checkpoint], None]) -> None:
         with pytest.raises(
-            UnavailableError, match=f"checkpoint {NEWEST.path()} may be whole, .* tried 20 times"
+            UnavailableError, match=f"checkpoint {NEWEST.path()} may be intact, .* tried 20 times"
         ):
             find(fill)
         proxy.calm()
@@ -125,7 +125,7 @@ def test_an_unavailable_server_is_no_damage(proxy: FaultProxy, world: World) -> 
     assert str(find(read)) == f"{root.url}/{NEWEST.path()}"
     root.delete(f"{NEWEST.path()}/rank-00000.safetensors")
     assert str(find(read)) == f"{root.url}/{OLDER.path()}"
-    assert [note.startswith(f"passing over checkpoint {NEWEST.path()}: ") for note in notes] == [True]
+    assert [note.startswith(f"skipping checkpoint {NEWEST.path()}: ") for note in notes] == [True]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_newest_checkpoint_up_to_a_step_is_chosen(
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, *(NEWEST, OLDER, OLDEST))
     notes: list[str] = []
-    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append, at_most_step)
+    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append, at_most_step=at_most_step)
     assert (found.id if found else None, notes) == (expected, [])
 
 
@@ -152,7 +152,7 @@ def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world
     assert found is not None
     assert found.id == NEWEST
     assert notes == [
-        f"passing over checkpoint {wrong}: {tmp_path}/{wrong} holds step 30 of attempt 1: it was copied or "
+        f"skipping checkpoint {wrong}: {tmp_path}/{wrong} holds step 30 of attempt 1: it was copied or "
         "renamed; its own name is 0000000030-0001"
     ]
     assert committed_step(root_of(config)) == 40
@@ -170,7 +170,7 @@ def test_a_run_reports_a_missing_newest_record_and_resumes(tmp_path: Path, world
     found = find_checkpoint(config, DATA_SHA256, world, read, notes.append)
     assert found is not None
     assert found.id == newest
-    assert notes == ["attempts/0002.json is missing; attempt 2 counts as far as it can be read"]
+    assert notes == ["attempts/0002.json is missing; the readable checkpoints of attempt 2 count"]
 
 
 # One run, one identity
@@ -235,7 +235,7 @@ def test_keys_that_determine_the_numbers_must_not_change(tmp_path: Path, world: 
     write(root_of(config), config, NEWEST)
     other = changed(config, key, BOUND[key])
     assert other != config
-    with pytest.raises(ConfigError, match=rf"is a run of another configuration: {key} was "):
+    with pytest.raises(ConfigError, match=rf"holds a run with another configuration: {key} was "):
         find_checkpoint(other, DATA_SHA256, world, read, print)
 
 
@@ -267,5 +267,7 @@ def test_other_keys_may_change(tmp_path: Path, world: World, key: str) -> None:
 def test_a_run_keeps_its_data_set(tmp_path: Path, world: World) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, NEWEST)
-    with pytest.raises(ConfigError, match=r"another configuration: data\.url holds another latent data set"):
+    with pytest.raises(
+        ConfigError, match=r"another configuration: data\.url leads to another latent data set"
+    ):
         find_checkpoint(config, "2" * 64, world, read, print)

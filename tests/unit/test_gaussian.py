@@ -161,7 +161,7 @@ def test_normal_kl_is_that_of_torch(mean_q, log_variance_q, mean_p, log_variance
 
 
 def test_normal_kl_keeps_its_digits_between_near_equals():
-    """KL of variances that differ by a factor of exp(d) is about d^2 / 4, far below fp32 rounding of 1."""
+    """KL of variances that differ by a factor of exp(d) is about d^2 / 4, below the fp32 rounding of 1."""
     d = 2**-13
     kl = normal_kl(Gaussian(torch.zeros(()), torch.tensor(0.0)), Gaussian(torch.zeros(()), torch.tensor(d)))
     assert kl.item() == pytest.approx(d**2 / 4, rel=0.05)
@@ -177,7 +177,7 @@ def test_the_bins_of_all_pixels_hold_probability_one(mean, log_variance):
 
 
 def test_log_likelihood_is_the_integral_over_the_bin():
-    """Within the 2e-4 of the tanh approximation; outermost bins are open, latents beyond 1 too."""
+    """Within the 2e-4 of the tanh approximation; the outermost bins are open, also for latents beyond 1."""
     x = torch.tensor([-2.0, -1.0, -0.3, 0.0, 0.31, 1.0, 1.7], dtype=torch.float64)
     mean, std = 0.1, 0.6
     p = Gaussian(torch.full_like(x, mean), torch.full_like(x, 2 * np.log(std)))

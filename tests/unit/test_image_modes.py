@@ -122,7 +122,7 @@ def test_floats_from_0_to_1(kind: str) -> None:
 @pytest.mark.parametrize("wrong", [-0.001, 1.001, 255.0, float("nan"), float("inf")])
 def test_other_floats_are_refused(wrong: float) -> None:
     values = np.array([[0, wrong, 1]], np.float32)
-    with pytest.raises(InputError, match=r"^floats from .* to .*, expected 0 to 1"):
+    with pytest.raises(InputError, match=r"^floats from .* to .*; expected 0 to 1"):
         decode(encoded(Image.fromarray(values), "TIFF"))
 
 

@@ -1,4 +1,4 @@
-"""Set-up on a machine without a GPU asks for torch's CPU build where its index can be reached."""
+"""On a machine without a GPU, set-up installs torch's CPU build if its index is reachable."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def index(tmp_path: Path) -> Iterator[str]:
-    """A package index with a page for torch."""
+    """Serve a package index with a page for torch."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "index.html").write_text("<!DOCTYPE html><title>torch</title>")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
@@ -35,7 +35,7 @@ def index(tmp_path: Path) -> Iterator[str]:
 
 
 def asked_of_pip(index: str) -> str:
-    """What the script says, then the arguments with which it starts pip: `echo` stands in its place."""
+    """Return the script's output, then the arguments of pip, which `echo` replaces."""
     done = subprocess.run(
         ["bash", str(SCRIPT), "echo"],
         env={**os.environ, "TORCH_CPU_INDEX": index, "no_proxy": "127.0.0.1"},

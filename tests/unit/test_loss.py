@@ -1,4 +1,4 @@
-"""The hybrid loss against an independent float64 statement of the formulas, and where its gradients go."""
+"""The hybrid loss against an independent float64 implementation, and where its gradients flow."""
 
 import math
 
@@ -20,7 +20,7 @@ def randn(*shape, seed=0):
 
 
 def example(schedule, t_B, output_scale, seed=0):
-    """(output_B2CHW, x_start, x_t, noise, t_B): noised latents and an imperfect prediction."""
+    """Return (output_B2CHW, x_start, x_t, noise, t_B): noised latents and an imperfect prediction."""
     batch = len(t_B)
     x_start, noise = randn(batch, 4, 3, 3, seed=seed), randn(batch, 4, 3, 3, seed=seed + 1)
     v = randn(batch, 4, 3, 3, seed=seed + 2)
@@ -28,15 +28,19 @@ def example(schedule, t_B, output_scale, seed=0):
     return torch.cat([eps, v], dim=1), x_start, q_sample(schedule, x_start, t_B, noise), noise, t_B
 
 
-def float64_loss(betas, output, x_start, x_t, noise, t):
-    """(mse, bits) of one sample, from variances instead of their logs and from means as in eq. 11.
+def loss_of(schedule, output, x_start, x_t, noise, t_B):
+    return hybrid_loss(schedule, output, x_start_BCHW=x_start, x_t_BCHW=x_t, noise_BCHW=noise, t_B=t_B)
 
-    Everything is derived anew from the betas; nothing of the package is used.
+
+def float64_loss(betas, output, x_start, x_t, noise, t):
+    """Return (mse, bits) of one sample, from variances instead of their logs and from the means of eq. 11.
+
+    Everything is derived from the betas, without the package.
     """
     output, x_start, x_t, noise = (tensor.double().numpy() for tensor in (output, x_start, x_t, noise))
     eps, v = output[:4], output[4:]
     alpha_bars = np.cumprod(1 - betas)
-    s = max(t, 1)  # the posterior of t = 0 has no variance; that of t = 1 stands in
+    s = max(t, 1)  # the posterior variance at t = 0 is 0, so t = 1 replaces it
     posterior_variance = betas[s] * (1 - alpha_bars[s - 1]) / (1 - alpha_bars[s])
     variance_p = betas[t] ** ((v + 1) / 2) * posterior_variance ** ((1 - v) / 2)
 
@@ -69,7 +73,7 @@ def float64_loss(betas, output, x_start, x_t, noise, t):
 def test_loss_is_the_float64_statement_at_every_timestep(schedule, output_scale):
     t_B = torch.arange(len(schedule))
     batch = example(schedule, t_B, output_scale)
-    loss = hybrid_loss(schedule, *batch)
+    loss = loss_of(schedule, *batch)
     rows = [float64_loss(schedule.betas_float64, *row[:-1], int(row[-1])) for row in zip(*batch, strict=True)]
     mse_B, vb_B = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
     torch.testing.assert_close(loss.mse_B.double(), mse_B, rtol=1e-5, atol=1e-7)
@@ -83,7 +87,7 @@ def test_a_model_at_its_initial_zero_loses_1_016():
     """The published runs start at 1.016: the mean square of the noise, and 0.016 bits over uniform t."""
     t_B = torch.arange(1000).repeat(8)
     _, x_start, x_t, noise, _ = example(FULL, t_B, 0.0)
-    loss = hybrid_loss(FULL, torch.zeros(8000, 8, 3, 3), x_start, x_t, noise, t_B)
+    loss = loss_of(FULL, torch.zeros(8000, 8, 3, 3), x_start, x_t, noise, t_B)
     assert loss.mse_B.mean().item() == pytest.approx(1.0, abs=0.01)
     assert loss.vb_B.mean().item() == pytest.approx(0.016, abs=0.001)
     assert loss.total_B.mean().item() == pytest.approx(1.016, abs=0.01)
@@ -96,14 +100,14 @@ def test_the_bound_is_not_rescaled():
     output[:, 4:] = 1.0
     ratio = 5.4531876613e-05 / FULL.betas_float64[1]
     bits = 0.5 * (ratio - 1 - math.log(ratio)) / math.log(2)
-    assert hybrid_loss(FULL, output, *rest).vb_B.item() == pytest.approx(bits, rel=1e-5)
+    assert loss_of(FULL, output, *rest).vb_B.item() == pytest.approx(bits, rel=1e-5)
 
 
 def test_perfect_prediction_loses_nothing_but_the_decoder_term():
     t_B = torch.tensor([0, 1, 500, 999])
     output, *rest = example(FULL, t_B, 0.0)
     output[:, 4:] = -1.0
-    loss = hybrid_loss(FULL, output, *rest)
+    loss = loss_of(FULL, output, *rest)
     assert loss.mse_B.tolist() == [0, 0, 0, 0]
     assert loss.vb_B[0] > 0.1
     torch.testing.assert_close(loss.vb_B[1:], torch.zeros(3), rtol=0, atol=1e-5)
@@ -115,7 +119,7 @@ def test_each_term_moves_its_own_channels_only(t):
 
     def gradient_of(term):
         leaf = output.clone().requires_grad_()
-        getattr(hybrid_loss(FULL, leaf, *rest), term).mean().backward()
+        getattr(loss_of(FULL, leaf, *rest), term).mean().backward()
         return leaf.grad
 
     mse, vb, total = (gradient_of(term) for term in ("mse_B", "vb_B", "total_B"))
@@ -132,11 +136,11 @@ def test_gradient_of_the_bound_is_its_slope():
     t_B = torch.tensor([3, 500])
     output, *rest = example(FULL, t_B, 0.3)
     leaf = output.clone().requires_grad_()
-    hybrid_loss(FULL, leaf, *rest).vb_B.sum().backward()
+    loss_of(FULL, leaf, *rest).vb_B.sum().backward()
     step = torch.zeros_like(output)
     step[:, 4:] = 1e-2
-    higher = hybrid_loss(FULL, output + step, *rest).vb_B.sum()
-    lower = hybrid_loss(FULL, output - step, *rest).vb_B.sum()
+    higher = loss_of(FULL, output + step, *rest).vb_B.sum()
+    lower = loss_of(FULL, output - step, *rest).vb_B.sum()
     slope = ((higher - lower) / 2e-2).item()
     assert leaf.grad[:, 4:].sum().item() == pytest.approx(slope, rel=2e-3)
 
@@ -145,15 +149,15 @@ def test_a_wild_early_prediction_has_finite_gradients():
     t_B = torch.tensor([0, 1, 999])
     output, *rest = example(FULL, t_B, 30.0)
     leaf = output.clone().requires_grad_()
-    hybrid_loss(FULL, leaf, *rest).total_B.sum().backward()
+    loss_of(FULL, leaf, *rest).total_B.sum().backward()
     assert torch.isfinite(leaf.grad).all()
 
 
 def test_samples_do_not_see_each_other():
     t_B = torch.tensor([0, 7, 999])
     batch = example(FULL, t_B, 0.5)
-    together = hybrid_loss(FULL, *batch)
-    alone = [hybrid_loss(FULL, *(tensor[i : i + 1] for tensor in batch)) for i in range(3)]
+    together = loss_of(FULL, *batch)
+    alone = [loss_of(FULL, *(tensor[i : i + 1] for tensor in batch)) for i in range(3)]
     expected = HybridLoss(*(torch.cat(parts) for parts in zip(*alone, strict=True)))
     torch.testing.assert_close(together, expected, rtol=1e-6, atol=1e-7)
 
@@ -161,9 +165,9 @@ def test_samples_do_not_see_each_other():
 def test_a_bf16_output_is_reduced_in_fp32():
     t_B = torch.tensor([0, 7, 999])
     output, *rest = example(FULL, t_B, 0.5)
-    loss = hybrid_loss(FULL, output.bfloat16(), *rest)
+    loss = loss_of(FULL, output.bfloat16(), *rest)
     assert all(part.dtype == torch.float32 for part in loss)
-    torch.testing.assert_close(loss, hybrid_loss(FULL, output.bfloat16().float(), *rest), rtol=0, atol=0)
+    torch.testing.assert_close(loss, loss_of(FULL, output.bfloat16().float(), *rest), rtol=0, atol=0)
 
 
 class CountHostReads(TorchDispatchMode):
@@ -183,7 +187,7 @@ def test_the_loss_and_its_gradient_read_nothing_back():
     output, *rest = example(FULL, t_B, 0.5)
     leaf = output.clone().requires_grad_()
     with CountHostReads() as counter:
-        hybrid_loss(FULL, leaf, *rest).total_B.mean().backward()
+        loss_of(FULL, leaf, *rest).total_B.mean().backward()
         assert counter.reads == 0
         t_B[0].item()
         assert counter.reads == 1

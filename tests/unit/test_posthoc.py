@@ -1,4 +1,4 @@
-"""Post-hoc EMA: the formulas against quadrature, and rebuilt averages against ones that were tracked."""
+"""Post-hoc EMA: the formulas against quadrature, and reconstructed averages against tracked ones."""
 
 import json
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def stored_at(steps: Sequence[int], widths: Sequence[float] = STORED_WIDTHS) -> 
 
 
 def weights_of_steps(profile: PowerProfile, num_steps: int) -> np.ndarray:
-    """What the weights of steps 1 to `num_steps` count in an average, from the decays alone."""
+    """Return the coefficients of steps 1 to `num_steps` in an average, computed from the decays."""
     weights = np.zeros(num_steps)
     for step in range(1, profile.step + 1):
         decay = (1 - 1 / step) ** (power_gamma(profile.sigma_rel) + 1)
@@ -134,11 +134,11 @@ def test_many_stored_averages_are_combined_without_large_weights() -> None:
     [
         (
             PowerProfile(0.01, 2000),
-            "the average of sigma_rel 0.01 at step 2000 would be off by 30.0%, expected at most 5%, from "
-            "the 40 stored ones of sigma_rel 0.05, 0.1 at steps 100 to 2000; ask for a sigma_rel nearer to",
+            "reconstructing sigma_rel 0.01 at step 2000 has an error of 30.0%, expected at most 5%; 40 "
+            "averages of sigma_rel 0.05, 0.1 are stored at steps 100 to 2000; choose a sigma_rel",
         ),
-        (PowerProfile(0.08, 1950), "ask for a step at which there are some, as 1900 or 2000"),
-        (PowerProfile(0.08, 2500), "ask for a step at which there are some, as 2000 or 1900"),
+        (PowerProfile(0.08, 1950), "choose a step with stored averages, for example 1900 or 2000"),
+        (PowerProfile(0.08, 2500), "choose a step with stored averages, for example 2000 or 1900"),
     ],
 )
 def test_a_bad_fit_is_refused(target: PowerProfile, said: str) -> None:
@@ -148,7 +148,7 @@ def test_a_bad_fit_is_refused(target: PowerProfile, said: str) -> None:
 
 
 def test_nothing_stored() -> None:
-    with pytest.raises(CheckpointError, match="no power-function average is stored up to step 100"):
+    with pytest.raises(CheckpointError, match="no power-function average is stored at or before step 100"):
         fit([], PowerProfile(0.1, 100))
 
 
@@ -157,7 +157,7 @@ def test_nothing_stored() -> None:
 
 @cache
 def tracked(widths: tuple[float, ...]) -> tuple[torch.Tensor, dict[PowerProfile, torch.Tensor]]:
-    """Weights that wander away from where they begin; the averages of all widths at every stored step."""
+    """Return the start of a random walk, and its averages of all widths at every stored step."""
     profiles = tuple(EmaProfile(name=str(width), sigma_rel=width) for width in widths)
     partition = Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice("w", 0, SIZE, 0),))
     ema = Ema(profiles, (partition,))
@@ -182,7 +182,7 @@ TARGET_WIDTHS = (0.03, 0.04, 0.07, 0.12, 0.15, 0.20)
 @pytest.mark.parametrize("step", [STEPS, STEPS - 4 * STORE_EVERY])
 @pytest.mark.parametrize("sigma_rel", TARGET_WIDTHS)
 def test_a_rebuilt_average_is_the_tracked_one(sigma_rel: float, step: int) -> None:
-    """To 1e-3 of how far the average has come from where the weights began, and better of the whole."""
+    """Within 1e-3 of the distance that the average moved, and within 1e-4 of its norm."""
     begin, averages = tracked((*STORED_WIDTHS, *TARGET_WIDTHS))
     stored = [profile for profile in averages if profile.sigma_rel in STORED_WIDTHS and profile.step <= step]
     found = fit(stored, PowerProfile(sigma_rel, step))
@@ -202,11 +202,11 @@ def test_a_rebuilt_average_is_the_tracked_one(sigma_rel: float, step: int) -> No
 
 SHAPES = {"head.weight": (5, 8), "head.bias": (SIZE - 40,)}
 RANKS = ((0, 25), (25, SIZE))
-"""Elements of the flat parameters that each of two ranks owns: the first parameter is cut."""
+"""Elements of the flat parameters that each of two ranks owns; both own part of the first parameter."""
 
 
 def store(root: Storage, config: TrainConfig, folder: str, step: int, kinds: dict[str, torch.Tensor]) -> None:
-    """A checkpoint with these kinds of flat fp32 state, by two ranks."""
+    """Write a checkpoint with these kinds of flat fp32 state, from two ranks."""
     path, files = CheckpointId(step, 1).path(folder), []
     for rank, (low, high) in enumerate(RANKS):
         values, slices, offset = list[torch.Tensor](), list[tuple[str, ParameterSlice]](), 0
@@ -235,7 +235,7 @@ def store(root: Storage, config: TrainConfig, folder: str, step: int, kinds: dic
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that stored averages as it went, and whose last checkpoint is still there."""
+    """A run with averages stored during training, and its last checkpoint."""
     folder = tmp_path / "run"
     config = TrainConfig.model_validate(
         {
@@ -274,7 +274,7 @@ def test_reconstruct_writes_the_tracked_average(
     assert cli.main(["ema", "reconstruct", str(run), "--sigma-rel", "0.07", *more, "--out", str(out)]) == 0
     num_stored = 2 * step // STORE_EVERY
     assert capsys.readouterr().out.startswith(
-        f"EMA of sigma_rel 0.07 at step {step}, rebuilt from {num_stored} stored averages of {run} (predicted"
+        f"EMA of sigma_rel 0.07 at step {step}, reconstructed from {num_stored} stored averages of {run} ("
     )
     begin, averages = tracked((*STORED_WIDTHS, *TARGET_WIDTHS))
     wanted = averages[PowerProfile(0.07, step)]
@@ -321,20 +321,19 @@ def test_what_a_run_has_stored_is_listed(run: Path, capsys: pytest.CaptureFixtur
     ]
     assert rows[-1]["checkpoint"] == CheckpointId(STEPS, 1).path()
     assert cli.main(["ema", "list", str(run)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    header, _, *lines = filter(str.strip, capsys.readouterr().out.splitlines())
+    assert header.split() == ["step", "sigma_rel", "profile", "checkpoint", "note"]
     assert len(lines) == len(rows)
-    assert lines[0].split() == ["step", "80", "sigma_rel", "0.05", "narrow", rows[0]["checkpoint"]]
+    assert lines[0].split() == ["80", "0.05", "narrow", rows[0]["checkpoint"]]
 
 
-def test_a_manifest_that_is_damaged_is_passed_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_manifest_is_skipped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / CheckpointId(800, 1).path(EMA) / MANIFEST).write_bytes(b"{}")
     out = run / "between.safetensors"
     assert cli.main(["ema", "reconstruct", str(run), "--sigma-rel", "0.07", "--out", str(out)]) == 0
     printed = capsys.readouterr()
-    assert f"rebuilt from {2 * STEPS // STORE_EVERY - 2} stored averages" in printed.out
-    assert printed.err.startswith(
-        f"passing over {run}/{CheckpointId(800, 1).path(EMA)}/{MANIFEST} is damaged"
-    )
+    assert f"reconstructed from {2 * STEPS // STORE_EVERY - 2} stored averages" in printed.out
+    assert printed.err.startswith(f"skipping {run}/{CheckpointId(800, 1).path(EMA)}/{MANIFEST} is damaged")
     begin, averages = tracked((*STORED_WIDTHS, *TARGET_WIDTHS))
     wanted = averages[PowerProfile(0.07, STEPS)]
     assert (flat(out) - wanted).norm() < 1e-3 * (wanted - begin).norm()
@@ -356,12 +355,12 @@ def test_a_tensor_that_is_damaged_is_named(run: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--sigma-rel", "0.01"], "ask for a sigma_rel nearer to theirs"),
-        (["--sigma-rel", "0.07", "--step", "1990"], "as 2000 or 1920"),
-        (["--sigma-rel", "0.07", "--step", "79"], "no power-function average is stored up to step 79"),
+        (["--sigma-rel", "0.01"], "choose a sigma_rel closer to theirs"),
+        (["--sigma-rel", "0.07", "--step", "1990"], "for example 2000 or 1920"),
+        (["--sigma-rel", "0.07", "--step", "79"], "no power-function average is stored at or before step 79"),
     ],
 )
-def test_what_cannot_be_rebuilt_is_refused(
+def test_an_average_that_cannot_be_reconstructed_is_refused(
     run: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = run / "out.safetensors"

@@ -1,4 +1,4 @@
-"""Which arithmetic `precision: auto` takes, and that a run keeps it."""
+"""Which precision `auto` selects, and that a run keeps it."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ SAY = "import torch; from dit_scale import dist; print(dist.choose_precision('au
 
 
 def has_instructions() -> bool:
-    """What the kernel says of this processor."""
+    """Return the CPU flags that the kernel reports."""
     flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))
 
@@ -61,7 +61,10 @@ def test_a_run_keeps_what_it_began_with_unless_told(tmp_path: Path, world: World
     written = config_of(tmp_path, begun).model_dump(mode="json")
     checkpoints.write(open_storage(tmp_path), CheckpointId(40, 1), [[]], config=written)
     config, note = choose_precision(config_of(tmp_path, "auto"), world)
-    assert (config.engine.precision, note) == (begun, f"precision auto: {begun}, as the run began")
+    assert (config.engine.precision, note) == (
+        begun,
+        f"precision auto: {begun}, the precision of the newest checkpoint",
+    )
     told = "fp32" if begun == "bf16" else "bf16"
     assert choose_precision(config_of(tmp_path, told), world)[0].engine.precision == told
 

@@ -1,4 +1,4 @@
-"""Pictures of latents: which samples, by which VAE, and what of each is decoded."""
+"""Previews of latents: which samples, which VAE, and what is decoded."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_vae: str) -> LatentDa
 
 
 def named(folder: Path, tiny_vae: str, **changes: object) -> None:
-    """Let dataset.json name this VAE."""
+    """Make dataset.json name this VAE."""
     edit_info(folder, vae=vae.load(tiny_vae).identity().model_dump(mode="json") | changes)
 
 
@@ -72,13 +72,13 @@ def test_the_vae_is_looked_for_under_its_name(
     assert load_decoder(dataset, None, CPU).identity() == dataset.info.vae
 
 
-def test_a_folder_that_is_not_here_is_not_asked_for_on_the_network(
+def test_a_missing_vae_folder_is_not_looked_up_on_the_hub(
     dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(vae, "find_vae", lambda name: pytest.fail(f"looked for {name}"))
     with pytest.raises(
-        WeightsError, match=r"made by a VAE in a folder 'tiny' .* pass that folder with --vae"
+        WeightsError, match=r"made by a VAE in a folder named 'tiny' .* pass that folder with --vae"
     ):
         load_decoder(dataset, None, CPU)
 

@@ -1,4 +1,4 @@
-"""Draws keyed by position: Philox against its published answers, and what the laws of chance ask of it."""
+"""Position-keyed draws: Philox against published test vectors, and statistical tests."""
 
 import math
 

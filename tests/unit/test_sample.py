@@ -1,4 +1,4 @@
-"""Pictures: what each depends on, the files, and the places that weights come from."""
+"""Sampling: what each image depends on, the files, and the sources of weights."""
 
 from pathlib import Path
 
@@ -128,7 +128,15 @@ def test_batches_and_processes_do_not_show(model: DiT, schedule: Schedule, decod
 
     def draw(images: range, batch: int) -> np.ndarray:
         settings = SamplingSettings(seed=3, guidance=2.0, batch=batch)
-        return generate(model, decoder, schedule, LABELS, images, settings, lambda: steps.append(1))
+        return generate(
+            model,
+            decoder,
+            schedule,
+            labels=LABELS,
+            images=images,
+            settings=settings,
+            advance=lambda: steps.append(1),
+        )
 
     whole = draw(range(7), 7)
     assert whole.shape == (7, 32, 32, 3)
@@ -147,7 +155,7 @@ def test_batches_and_processes_do_not_show(model: DiT, schedule: Schedule, decod
 
 def test_sample_writes_a_grid_and_an_npz(source: WeightsSource, tiny_vae: str, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    sample(source, tiny_vae, LABELS, SETTINGS, tmp_path / "out", CPU)
+    sample(source, LABELS, SETTINGS, vae_name=tiny_vae, out=tmp_path / "out", engine=CPU)
     torch.set_num_threads(threads)
     with np.load(tmp_path / "out" / "samples.npz", allow_pickle=False) as file:
         images, labels = file["arr_0"], file["arr_1"]
@@ -194,7 +202,7 @@ def test_classes_come_in_turn() -> None:
 def test_another_vae_is_refused(source: WeightsSource, tmp_path: Path) -> None:
     other = save_tiny_vae(tmp_path / "other", seed=1)
     with pytest.raises(WeightsError, match=r"this VAE \(other, sha256 .*\) did not make the latents"):
-        sample(source, other, LABELS, SETTINGS, tmp_path / "out", CPU)
+        sample(source, LABELS, SETTINGS, vae_name=other, out=tmp_path / "out", engine=CPU)
     assert not (tmp_path / "out").exists()
     assert not torch.distributed.is_initialized()
     vae.load(other).require_weights(None)  # a weights file that does not know its VAE takes any
@@ -205,14 +213,14 @@ def test_a_class_that_is_not_there_is_refused(
     source: WeightsSource, tiny_vae: str, tmp_path: Path, label: int
 ) -> None:
     with pytest.raises(ConfigError, match=f"class {label}: expected 0 to 4"):
-        sample(source, tiny_vae, [0, label], SETTINGS, tmp_path, CPU)
+        sample(source, [0, label], SETTINGS, vae_name=tiny_vae, out=tmp_path, engine=CPU)
 
 
 def test_more_steps_than_the_diffusion_has_are_refused(
     source: WeightsSource, tiny_vae: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="has 100 of the 100 timesteps"):
-        sample(source, tiny_vae, [0], SamplingSettings(steps="250"), tmp_path, CPU)
+        sample(source, [0], SamplingSettings(steps="250"), vae_name=tiny_vae, out=tmp_path, engine=CPU)
     assert not torch.distributed.is_initialized()
 
 
@@ -281,7 +289,7 @@ def test_an_export_that_was_damaged_is_refused(source: WeightsSource, tmp_path: 
     data = bytearray(path.read_bytes())
     data[-1 if part == "weights" else data.index(b'"timesteps":"') + len(b'"timesteps":"')] ^= 1
     path.write_bytes(data)
-    with pytest.raises(WeightsError, match=r"weights\.safetensors is damaged \(its SHA-256 does not fit\)"):
+    with pytest.raises(WeightsError, match=r"weights\.safetensors is damaged \(SHA-256 mismatch\)"):
         open_source(str(path))
 
 
@@ -291,10 +299,20 @@ def test_a_bare_weights_file_takes_the_model_it_is_told(source: WeightsSource, t
     opened = open_source(str(path), model=source.model)
     assert (opened.timesteps, opened.vae, opened.vae_sha256) == (1000, None, None)
     build_model(opened, torch.device("cpu"), torch.bfloat16)
-    with pytest.raises(WeightsError, match="weights do not fit the model"):
+    with pytest.raises(WeightsError, match="weights do not match the model"):
         build_model(
             open_source(str(path), model=ModelConfig(name="DiT-S/8")), torch.device("cpu"), torch.float32
         )
+
+
+def test_a_source_that_defines_its_model_accepts_no_other(
+    run: Path, source: WeightsSource, tmp_path: Path
+) -> None:
+    exported = tmp_path / "weights.safetensors"
+    export(source, exported)
+    for path in (run, run / CheckpointId(STEP, 1).path(), exported):
+        with pytest.raises(ConfigError, match=f"^{path} defines its own model; omit --model, --image-size"):
+            open_source(str(path), model=source.model)
 
 
 def test_the_newest_checkpoint_is_taken(tiny_vae: str, tmp_path: Path) -> None:
@@ -307,7 +325,7 @@ def test_the_newest_checkpoint_is_taken(tiny_vae: str, tmp_path: Path) -> None:
 def test_a_place_without_weights(tmp_path: Path, made: list[str]) -> None:
     for name in made:
         (tmp_path / name).touch()
-    expected = "no committed checkpoint yet" if made else "expected a run's folder, a checkpoint's folder"
+    expected = "no committed checkpoint yet" if made else "expected a run folder, a checkpoint folder"
     with pytest.raises((CheckpointError, WeightsError), match=expected):
         open_source(str(tmp_path))
 

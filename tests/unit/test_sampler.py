@@ -1,4 +1,4 @@
-"""The samplers against diffusers' schedulers, against a case solved on paper, and guidance by hand."""
+"""The samplers against diffusers and an analytical solution; guidance against hand-computed values."""
 
 import math
 
@@ -22,7 +22,7 @@ def step_noise(step):
 
 
 class RandomModel:
-    """Outputs that depend on the timestep alone, and a record of what was asked."""
+    """A model whose output depends only on the timestep; it records the timesteps."""
 
     def __init__(self):
         self.timesteps = []
@@ -41,7 +41,7 @@ def last(steps):
 
 
 def with_our_tables(scheduler):
-    """diffusers sums up its tables in fp32; with float64 ones, only the sampler's own formulas differ."""
+    """Replace diffusers' fp32 tables by float64 ones, so that only the sampler's formulas can differ."""
     scheduler.alphas_cumprod = torch.from_numpy(float64_tables(FULL.betas_float64)["alphas_cumprod"])
     return scheduler
 
@@ -122,7 +122,7 @@ MANY = (64, 4, 16, 16)
 
 
 def optimal_model(schedule):
-    """The exact E[noise | x_t] and, as v, the exact variance of x_{t-1} given x_t."""
+    """Return the exact E[noise | x_t] and, as v, the exact variance of x_{t-1} given x_t."""
     tables = {name: torch.from_numpy(table) for name, table in float64_tables(schedule.betas_float64).items()}
     index_of = {int(t): index for index, t in enumerate(schedule.timesteps)}
 
@@ -171,7 +171,7 @@ NULL_CLASS = 1000
 
 
 class LabelledModel:
-    """Outputs that depend on x, t and y in every channel; keeps its calls."""
+    """A model whose output depends on x, t and y in every channel; it records its calls."""
 
     def __init__(self):
         self.calls = []
@@ -223,7 +223,7 @@ def test_guidance_refuses_other_channels():
 
 
 def test_guided_sampling_gives_each_sample_its_own_class():
-    """Labels of a batch do not mix: sampled together or alone, a sample is the same."""
+    """Samples of a batch are independent: sampled together or alone, each is the same."""
     schedule, y = respace(FULL, "10"), torch.tensor([1, 5])
 
     def model(x_BCHW, timestep_B, y_B):

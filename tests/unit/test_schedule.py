@@ -170,7 +170,7 @@ def test_a_schedule_cannot_be_changed():
 
 @st.composite
 def sections(draw):
-    """(timesteps, counts): a respacing that can be met."""
+    """Draw (timesteps, counts) of a possible respacing."""
     num_timesteps = draw(st.integers(2, 1500))
     num_sections = draw(st.integers(1, min(6, num_timesteps // 2)))
     counts = draw(

@@ -1,4 +1,4 @@
-"""The door to diffusers: moments, pixels, identity, and errors that say what lacks."""
+"""The VAE: moments, pixels, identity, and errors that name what is missing."""
 
 import hashlib
 import json
@@ -84,7 +84,9 @@ def test_what_is_no_vae_says_so(folder: Path, tmp_path: Path, monkeypatch: pytes
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(WeightsError, match=r"(?s)stabilityai/none.*Without network: run `hf download"):
+    with pytest.raises(
+        WeightsError, match=r"(?s)stabilityai/none.*Without a network connection: run `hf download"
+    ):
         vae.load("stabilityai/none")
     with pytest.raises(WeightsError, match="neither a folder nor a hub name"):
         vae.load("no such/place/at all")
@@ -94,7 +96,7 @@ def test_what_is_no_vae_says_so(folder: Path, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
     for change, message in (
         ({"_class_name": "VQModel"}, "expected an AutoencoderKL, got VQModel"),
-        ({"shift_factor": 0.1}, "its latents are shifted"),
+        ({"shift_factor": 0.1}, "expected a VAE without shift_factor"),
         ({}, "cannot load the VAE"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))

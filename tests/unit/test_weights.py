@@ -1,4 +1,4 @@
-"""Weights in and out: the published names, foreign files, and diffusers' model on the same weights."""
+"""Weights files: published names, other formats, and diffusers' model with the same weights."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ SMALL = ModelConfig(name="DiT-Ti/2", image_size=64, num_classes=10)
 
 
 def published_shapes(tokens):
-    """Names and shapes of the 292 tensors of DiT-XL-2-256x256.pt and DiT-XL-2-512x512.pt."""
+    """Return names and shapes of the 292 tensors of DiT-XL-2-256x256.pt and DiT-XL-2-512x512.pt."""
     d = 1152
 
     def linear(name, num_out, num_in):
@@ -43,12 +43,12 @@ def published_shapes(tokens):
 
 
 def write_hollow_pt(path, shapes):
-    """A .pt file of the full shapes in kilobytes: each tensor is one number, repeated by its strides."""
+    """Write a .pt file with the full shapes in a few kilobytes: each tensor has zero strides."""
     torch.save({name: torch.full((1,), 0.5).expand(shape) for name, shape in shapes.items()}, path)
 
 
 def write_hollow_safetensors(path, shapes):
-    """A safetensors file of the full shapes whose numbers are a hole in the file, read as zeros."""
+    """Write a safetensors file with the full shapes whose data is a sparse hole that reads as zeros."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * torch.Size(shape).numel()
@@ -136,7 +136,7 @@ def test_old_torch_format_is_read(tmp_path):
 
 
 class Trap:
-    """Pickles to a call that would leave a file behind."""
+    """Unpickling it would call a function that creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -148,7 +148,8 @@ class Trap:
 def test_file_that_would_run_code_is_refused(tmp_path):
     torch.save({"a": torch.zeros(1), "trap": Trap(tmp_path / "sprung")}, tmp_path / "trap.pt")
     with pytest.raises(
-        WeightsError, match=r"got io.open, and reading that would run code.*save the state dict alone"
+        WeightsError,
+        match=r"got io.open, which cannot be read without executing code.*save only the state dict",
     ):
         weights.read(tmp_path / "trap.pt")
     assert not (tmp_path / "sprung").exists()
@@ -179,7 +180,7 @@ def test_damaged_file(suffix, keep, tmp_path):
         save_file(random_model().state_dict(), path)
     content = path.read_bytes()
     path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
-    with pytest.raises(WeightsError, match=r"weights\.\w+ is damaged or no"):
+    with pytest.raises(WeightsError, match=r"weights\.\w+ is damaged or not"):
         weights.read(path)
 
 
@@ -206,11 +207,11 @@ def test_weights_of_another_model_are_named():
     with pytest.raises(WeightsError) as caught:
         weights.load_into(model, state)
     assert str(caught.value) == (
-        "weights do not fit the model; "
+        "weights do not match the model; "
         "4 missing: blocks.0.mlp.fc1.bias, blocks.1.mlp.fc1.bias, blocks.2.mlp.fc1.bias, ...; "
         "1 unexpected: head.weight; "
-        "1 of another shape: pos_embed (got (1, 64, 128), expected (1, 16, 128)); "
-        "the name, image size, conditioning and number of classes must be those it was trained with"
+        "1 with another shape: pos_embed (got (1, 64, 128), expected (1, 16, 128)); "
+        "model name, image size, conditioning and number of classes must be those of the training run"
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -236,7 +237,7 @@ def test_written_file_is_fp32_with_metadata_and_nothing_beside_it(tmp_path):
 
 @pytest.fixture(scope="module")
 def their_model():
-    """diffusers' model of the small shape, with the paper's timestep frequencies."""
+    """Build diffusers' model of the small shape, with the paper's timestep frequencies."""
     from diffusers import models
     from diffusers.models.embeddings import Timesteps
 
@@ -305,12 +306,14 @@ def test_diffusers_states_without_a_published_form():
         weights.from_diffusers(
             {**state, "transformer_blocks.6.norm1.linear.bias": torch.zeros(1)}, ours.shape
         )
-    with pytest.raises(WeightsError, match=r"expected a tensor 'pos_embed.proj.weight', got 72 others"):
+    with pytest.raises(WeightsError, match=r"missing tensor 'pos_embed.proj.weight' among 72 tensors"):
         weights.from_diffusers(ours.state_dict(), ours.shape)
 
 
 @pytest.mark.parametrize("convert", [weights.to_diffusers, weights.from_diffusers])
 def test_diffusers_has_one_design_only(convert):
     shape = shape_of(SMALL.model_copy(update={"conditioning": "in_context"}))
-    with pytest.raises(WeightsError, match="diffusers has adaln_zero only, got conditioning 'in_context'"):
+    with pytest.raises(
+        WeightsError, match="diffusers supports only conditioning adaln_zero, got 'in_context'"
+    ):
         convert({}, shape)

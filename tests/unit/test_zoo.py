@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of every model of the paper, and what a wrong name is told."""
+"""Parameters and multiply-adds of every model of the paper, and errors for unknown names."""
 
 import json
 import subprocess

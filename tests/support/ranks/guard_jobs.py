@@ -107,14 +107,14 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
     def take_failing(harm: Harm = no_harm) -> list[float]:
         before, updates_before = owned_bits(step), updates(step)
         row = take(1, harm)
-        behind = owned_bits(step)
-        assert same_optimizer_state(behind, before)
+        after = owned_bits(step)
+        assert same_optimizer_state(after, before)
         assert updates(step) == updates_before
         for kind, *where in before:
             if kind == MASTER:
                 masters, averages = before[MASTER, *where], before["ema.constant", *where]
                 torch._foreach_lerp_((averages,), (masters,), 1.0 - 0.9)
-                assert torch.equal(behind["ema.constant", *where], averages)
+                assert torch.equal(after["ema.constant", *where], averages)
         return row
 
     first = take(0)
@@ -129,15 +129,15 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
     with infinite_gradient(step) if world.rank == world.size - 1 else nullcontext():
         failed.append(take_failing())
     failed.append(take_failing(heavy_sample))
-    behind = take(1)
-    assert behind == alone
+    after = take(1)
+    assert after == alone
     assert same_optimizer_state(owned_bits(step), end)
     assert updates(step) == {2.0}
     parameters = list(step.engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters):
         weights = torch.cat([parameter.detach().float().flatten() for parameter in parameters])
     return Outcome(
-        [first, *failed, behind],
+        [first, *failed, after],
         step.guard.state(),
         weights.cpu().numpy().tobytes(),
         groups=len(step.engine.owned),
