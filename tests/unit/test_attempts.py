@@ -13,6 +13,7 @@ from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, MANIFEST, CheckpointId, read_manifest
 from dit_scale.errors import CheckpointError, SupersededError
+from dit_scale.sealed import sealed
 from dit_scale.storage import Storage, open_storage
 from tests.support import checkpoints
 
@@ -259,6 +260,38 @@ def test_a_record_under_another_name(root: Storage, tmp_path: Path) -> None:
     ):
         attempts.read(root, 2)
     assert committed(root) == [CheckpointId(20, 2), CheckpointId(10, 1)]
+
+
+def test_a_record_that_resumed_from_something_else(root: Storage) -> None:
+    tree = {"attempt": 2, "resumed_from": "checkpoints/latest", "excluded_positions": []}
+    root.write(f"{ATTEMPTS}/0002.json", sealed(tree))
+    with pytest.raises(CheckpointError, match=r"0002\.json: expected the path of .*, got checkpoints/latest"):
+        attempts.read(root, 2)
+
+
+# Checkpoint ids
+
+
+def test_ids_and_their_names_sort_alike() -> None:
+    ids = [CheckpointId(step, attempt) for step in (0, 9, 10, 123) for attempt in (1, 2, 10)]
+    assert sorted(ids, reverse=True) == ids[::-1]
+    assert sorted(checkpoint_id.name for checkpoint_id in ids) == [str(one) for one in ids]
+
+
+def test_an_id_has_a_name_and_a_path() -> None:
+    checkpoint_id = CheckpointId(30, 2)
+    assert checkpoint_id.name == str(checkpoint_id) == "0000000030-0002"
+    assert checkpoint_id.path() == "checkpoints/0000000030-0002"
+    assert checkpoint_id.path(EMA) == "ema/0000000030-0002"
+    assert checkpoint_id.path("") == "0000000030-0002"
+    assert CheckpointId.parse(CheckpointId(30, 12345).name) == CheckpointId(30, 12345)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "best", "30-2", "0000000030-002", "00000000030-0002", "0000000030-0002x", "x0000000030-0002"]
+)
+def test_other_names_are_no_ids(name: str) -> None:
+    assert CheckpointId.parse(name) is None
 
 
 # Checkpoints under wrong names
