@@ -140,7 +140,7 @@ def test_late_commits_of_a_superseded_attempt_do_not_count(root: Storage) -> Non
     assert committed(root, EMA) == [CheckpointId(30, 2), CheckpointId(20, 1)]
 
 
-def test_a_checkpoint_that_was_passed_over_does_not_count(root: Storage) -> None:
+def test_a_checkpoint_that_was_skipped_does_not_count(root: Storage) -> None:
     claim(root, 1)
     put(root, CheckpointId(10, 1), CheckpointId(20, 1))
     claim(root, 2, CheckpointId(10, 1))
@@ -167,7 +167,7 @@ def test_a_start_from_step_0_has_no_past(root: Storage) -> None:
     assert committed(root) == [CheckpointId(5, 2)]
 
 
-def test_a_damaged_record_is_named_and_passed_over(root: Storage, tmp_path: Path) -> None:
+def test_a_damaged_record_is_named_and_skipped(root: Storage, tmp_path: Path) -> None:
     claim(root, 1)
     attempts.claim(root, AttemptRecord(2, CheckpointId(10, 1), ((0, 8),)))
     claim(root, 3, CheckpointId(20, 2))

@@ -142,7 +142,7 @@ def test_the_newest_checkpoint_up_to_a_step_is_chosen(
     assert (found.id if found else None, notes) == (expected, [])
 
 
-def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world: World) -> None:
+def test_an_older_one_under_the_newest_name_is_skipped(tmp_path: Path, world: World) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, NEWEST, OLDER)
     wrong = CheckpointId(90, 1).path()

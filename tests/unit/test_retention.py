@@ -120,7 +120,7 @@ def test_stored_averages_on_the_chain_are_kept(root: Storage) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_damaged_checkpoint_that_the_run_passed_over_is_not_counted(root: Storage, keep: int) -> None:
+def test_a_damaged_checkpoint_that_the_run_skipped_is_not_counted(root: Storage, keep: int) -> None:
     """Attempt 2 resumed from step 20 because a file of step 40 of attempt 1 was missing."""
     start(root, 1)
     put(root, *map(id_of, (10, 20, 40)))

@@ -48,9 +48,9 @@ def manifest(step: int = 3) -> Manifest:
 
 def saved(saver: Saver, step: int = 3) -> SaveResult:
     saver.begin(manifest(step), FOLDERS)
-    outcome = saver.wait()
-    assert outcome is not None
-    return outcome
+    result = saver.wait()
+    assert result is not None
+    return result
 
 
 def test_a_save_holds_the_state_at_its_start(world: World, tmp_path: Path) -> None:
@@ -58,9 +58,9 @@ def test_a_save_holds_the_state_at_its_start(world: World, tmp_path: Path) -> No
     saver = Saver(world, str(tmp_path), [owned], CheckpointConfig())
     saver.begin(manifest(), FOLDERS)
     owned.buffers[MASTER].fill_(-1)  # training continues
-    outcome = saver.wait()
-    assert outcome is not None
-    assert (outcome.problem, outcome.dropped) == ("", ())
+    result = saver.wait()
+    assert result is not None
+    assert (result.problem, result.dropped) == ("", ())
     root = open_storage(tmp_path)
     assert committed(root) == [CHECKPOINT]
     assert Checkpoint(root, CHECKPOINT).read(MASTER, "w", 0, 6).tolist() == [0, 1, 2, 3, 4, 5]
@@ -73,9 +73,9 @@ def test_retention_keeps_what_the_configuration_says(world: World, tmp_path: Pat
     dropped: list[str] = []
     for step in range(3, 22, 3):
         saver.begin(manifest(step), FOLDERS)
-        outcome = saver.wait()
-        assert outcome is not None
-        dropped += outcome.dropped
+        result = saver.wait()
+        assert result is not None
+        dropped += result.dropped
     assert committed(open_storage(tmp_path)) == [id_of(step) for step in (21, 18, 9)]
     assert dropped == [id_of(step).path() for step in (3, 6, 12, 15)]
     saver.close()
@@ -178,12 +178,12 @@ def test_a_name_taken_by_another_process_is_not_overwritten(world: World, tmp_pa
     saver = Saver(world, str(tmp_path), [ours], CheckpointConfig())
     assert (saved(saver).problem, saved(saver).is_final) == ("", False), "the same one again is ours"
     ours.buffers[MASTER].fill_(-1)
-    outcome = saved(saver)
-    assert outcome.is_final
-    assert outcome.problem.startswith(f"rank 0: {tmp_path}/{CHECKPOINT.path()} has a manifest already")
+    result = saved(saver)
+    assert result.is_final
+    assert result.problem.startswith(f"rank 0: {tmp_path}/{CHECKPOINT.path()} has a manifest already")
     assert {path: path.read_bytes() for path in (tmp_path / CHECKPOINT.path()).iterdir()} == before
     saver.begin(manifest(6), FOLDERS)
-    outcome = saver.wait()
-    assert outcome is not None
-    assert (outcome.problem, outcome.is_final) == ("", False)
+    result = saver.wait()
+    assert result is not None
+    assert (result.problem, result.is_final) == ("", False)
     saver.close()
