@@ -1,24 +1,24 @@
-# One command each: `make demo`, `make test`, `make check`. All set-up is theirs: a virtual environment
-# in .venv with the versions that constraints.txt pins. Set PYTHON to choose an interpreter (3.11, 3.12).
+# Every target sets up what it needs: a virtual environment in .venv with the versions pinned in
+# constraints.txt. Set PYTHON to choose an interpreter (3.11 or 3.12). `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Only the CPU kernels of the tests and the demo need this; CUDA machines run as they are.
+# For the CPU kernels of the tests and the demo; it does not affect CUDA.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test test-quick mutants chaos check bench clean
 
 help:
-	@echo "make demo        train on real digits and draw them, from images to a score (2 to 5 minutes)"
-	@echo "make test        lint, type check and run the tests (about 15 minutes on 2 cores)"
-	@echo "make test-quick  the unit, property and golden tests alone (2 to 3 minutes)"
-	@echo "make mutants     100 small changes of the pure layers that their tests must notice"
-	@echo "make chaos       kill, stop and preempt training, encoding, SLURM nodes and pods (about three hours)"
-	@echo "make check       ruff and mypy"
-	@echo "make bench       the benchmarks of encoding, training, saving and loading, in small (about a minute)"
-	@echo "make clean       remove the virtual environment and the demo's run"
+	@echo "make demo        encode, train, sample and score on handwritten digits (2 to 5 minutes)"
+	@echo "make test        lint, check types, and run all tests (about 15 minutes on 2 cores)"
+	@echo "make test-quick  run the unit, property, golden and architecture tests only (2 to 3 minutes)"
+	@echo "make mutants     mutation testing: apply 100 small changes that the tests must detect"
+	@echo "make chaos       long fault-injection campaigns: training, encoding, SLURM, pods (about 3 hours)"
+	@echo "make check       run ruff and mypy"
+	@echo "make bench       run the benchmarks in their short form (about a minute)"
+	@echo "make clean       remove the virtual environment and the demo run"
 
 $(VENV)/torch: constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON): install Python 3.11 or 3.12, or set PYTHON="; exit 1; }
@@ -30,14 +30,14 @@ $(VENV)/torch: constraints.txt
 	@bash demo/install_torch.sh $(BIN)/pip
 	@touch $@
 
-# What the demo needs; `ready` adds what the tests need.
+# Dependencies of the demo; `ready` adds those of the tests.
 $(VENV)/demo: $(VENV)/torch pyproject.toml
 	@echo "set-up 2/3: DeepSpeed, Ray, diffusers and their dependencies (about 300 MB)"
 	@$(BIN)/pip install --quiet --editable '.[demo]'
 	@touch $@
 
 $(VENV)/ready: $(VENV)/demo
-	@echo "set-up 3/3: what the tests need besides (about 100 MB)"
+	@echo "set-up 3/3: additional dependencies of the tests (about 100 MB)"
 	@$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
@@ -49,7 +49,7 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# In three processes, because many tests wait most of the time; tests/conftest.py says which run side by side.
+# Three processes, because many tests mostly wait; tests/support/scheduling.py decides which run in parallel.
 test: check
 	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 

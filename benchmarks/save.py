@@ -49,8 +49,7 @@ import torch
 
 from dit_scale import dist
 from dit_scale.checkpoint import attempts, rankfile, reader
-from dit_scale.checkpoint.partition import Extent, Partition
-from dit_scale.checkpoint.rankfile import Piece
+from dit_scale.checkpoint.partition import ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Snapshot
 from dit_scale.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, ModelConfig, TrainConfig
@@ -193,15 +192,8 @@ def turn(run: Session) -> None:
 def write(snapshot: Snapshot, storage: Storage, dd_file: Path, rounds: int) -> Row:
     """Compare writing a rank's file from the snapshot to dd."""
     memory = np.frombuffer(mmap.mmap(snapshot.file, snapshot.bytes), np.uint8)
-    pieces = [
-        (
-            Piece(s.kind, s.parameter, s.start, s.length),
-            memory[s.memory_offset : s.memory_offset + 4 * s.length],
-        )
-        for s in snapshot.sources
-    ]
     dd = ["dd", f"if=/dev/fd/{snapshot.file}", f"of={dd_file}", "bs=4M", "conv=fsync", "status=none"]
-    key = f"checkpoint/{rankfile.name_of_rank(0)}"
+    key = f"checkpoint/{rankfile.file_name(0)}"
     times = []
     for _ in range(rounds):
         os.sync()
@@ -209,7 +201,7 @@ def write(snapshot: Snapshot, storage: Storage, dd_file: Path, rounds: int) -> R
         dd_file.unlink()
         os.sync()
         begin = time.perf_counter()
-        record = rankfile.write(storage, key, pieces)
+        record = rankfile.write(storage, key, memory, snapshot.slices)
         write_s = time.perf_counter() - begin
         rankfile.verify(storage, "checkpoint", record)
         times.append((dd_s, write_s, time.perf_counter() - begin))
@@ -267,13 +259,13 @@ def share_of(owned: Iterable[Partition], rank: int, world: int) -> tuple[Partiti
         kinds, whole = tuple(partition.buffers), next(iter(partition.buffers.values()))
         length = -(-whole.numel() // world)
         begin = rank * length
-        extents = []
-        for e in partition.extents:
+        slices = []
+        for e in partition.slices:
             low, high = max(begin, e.offset), min(begin + length, e.offset + e.length)
             if low < high:
-                extents.append(Extent(e.parameter, e.start + low - e.offset, high - low, low - begin))
+                slices.append(ParameterSlice(e.parameter, e.start + low - e.offset, high - low, low - begin))
         buffers = {kind: torch.empty(length, device=whole.device).zero_() for kind in kinds}
-        shares.append(Partition(buffers, tuple(extents)))
+        shares.append(Partition(buffers, tuple(slices)))
     return tuple(shares)
 
 

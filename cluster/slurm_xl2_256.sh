@@ -4,8 +4,8 @@
 #   sbatch cluster/slurm_xl2_256.sh data.url=s3://bucket/imagenet256 run=/shared/runs/xl2_256
 #   sbatch --nodes=2-2 --partition=h200 --time=2-0 cluster/slurm_xl2_256.sh run=/shared/runs/xl2_256 optimizer.lr=2e-4
 #
-# The options below are defaults: those given to sbatch win. cluster/slurm_train.sh tells the rest: modules,
-# containers, what happens at the time limit and when nodes are lost. It queues itself again until the run is done.
+# The options below are defaults; options of sbatch override them. cluster/slurm_train.sh describes the rest:
+# modules, containers, the time limit, and lost nodes. The job requeues itself until the run is done.
 
 #SBATCH --job-name=dit-xl2-256
 #SBATCH --output=dit-xl2-256-%j.log

@@ -4,8 +4,8 @@
 #   sbatch cluster/slurm_xl2_512.sh data.url=s3://bucket/imagenet512 run=/shared/runs/xl2_512
 #   sbatch --nodes=2-4 --partition=h200 --time=2-0 cluster/slurm_xl2_512.sh run=/shared/runs/xl2_512 optimizer.lr=2e-4
 #
-# The options below are defaults: those given to sbatch win. cluster/slurm_train.sh tells the rest: modules,
-# containers, what happens at the time limit and when nodes are lost. It queues itself again until the run is done.
+# The options below are defaults; options of sbatch override them. cluster/slurm_train.sh describes the rest:
+# modules, containers, the time limit, and lost nodes. The job requeues itself until the run is done.
 
 #SBATCH --job-name=dit-xl2-512
 #SBATCH --output=dit-xl2-512-%j.log

@@ -1,8 +1,8 @@
-"""The signals that ask a process to save and leave: a flag, read where there is something to save.
+"""The signals that ask a process to save and exit. They set a flag, which is read where a save is possible.
 
-SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGXCPU (a limit of CPU time) always count. SIGHUP (a closed terminal),
-SIGQUIT (Ctrl-\\) and SIGUSR2 count unless they were ignored when the process started: `nohup` works, and so
-does a supervisor, which has its ranks asked by SIGUSR1.
+SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGXCPU (a CPU time limit) always count. SIGHUP (a closed terminal),
+SIGQUIT (Ctrl-\\) and SIGUSR2 count unless they were ignored when the process started. So `nohup` works, and
+so does a supervisor, which asks its ranks by SIGUSR1.
 """
 
 import os
@@ -12,21 +12,21 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 REQUEUE_EXIT_CODE = 75
-"""Leaves with this when it was asked to stop and has saved: start the same command again to go on."""
+"""Exit code of a process that was asked to stop and has saved: run the same command again to resume."""
 
 ALWAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGXCPU)
 UNLESS_IGNORED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
 ALL = (*ALWAYS, *UNLESS_IGNORED)
 KEYS = (signal.SIGINT, signal.SIGQUIT)
-"""What a person types on a terminal: the second time it is meant."""
+"""Signals typed on a terminal. The second one interrupts immediately."""
 
 
 class StopRequest:
-    """Up once a signal came; a second Ctrl-C interrupts at once."""
+    """Whether a signal has asked for a stop. A second Ctrl-C raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.wanted = False
-        # A supervisor starts the launcher with these blocked, which is inherited; they are for ranks.
+        # A supervisor starts the launcher with these signals blocked, and children inherit that.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ALWAYS)
         for number in caught():
             signal.signal(number, self._ask)
@@ -38,15 +38,15 @@ class StopRequest:
 
 
 def caught() -> list[signal.Signals]:
-    """The signals that count in this process."""
+    """Return the signals that count in this process."""
     return [*ALWAYS, *(number for number in UNLESS_IGNORED if signal.getsignal(number) != signal.SIG_IGN)]
 
 
 def leave_until_ready(message: str) -> None:
-    """Until other handlers are set, as by StopRequest, a signal ends the process with code 75.
+    """Make signals end the process with code 75 until other handlers are set, as by StopRequest.
 
-    For the time of imports, in which there is nothing to save. The process ends on the spot: an exception
-    could be caught by a module that is just being imported.
+    This is for the time of imports, when there is nothing to save. The process exits without an exception,
+    which a module that is being imported could catch.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -59,14 +59,14 @@ def leave_until_ready(message: str) -> None:
 
 
 def interrupt() -> None:
-    """Have all of them interrupt this process as Ctrl-C does."""
+    """Make all of these signals interrupt the process like Ctrl-C."""
     for number in caught():
         signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """Within the block, new processes get none of these signals: they stay blocked in them."""
+    """Block these signals in processes that are started within the `with` block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ALL)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Settings of all tests."""
+"""Settings and fixtures for all tests."""
 
 import signal
 from collections.abc import Iterator
@@ -6,30 +6,30 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # pytest-xdist is optional: `-p no:xdist` works
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
+
     from dit_scale.dist import World
 
-# The same examples every time, and no test fails because a machine was slow.
+# Hypothesis generates the same examples in every run, and no test fails because a machine was slow.
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("repeatable")
 
-# A shell starts what runs in its background deaf to these keys, as `nohup` does to SIGHUP; so would be every
-# process that a test starts.
+# A shell starts background jobs with SIGINT and SIGQUIT ignored, and `nohup` ignores SIGHUP. The processes
+# that tests start would inherit this.
 for number in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(number, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-STREAMS = ("tests/elastic/", "tests/cluster/", "tests/storm/")
-"""Folders of tests that wait for deadlines, leases and servers most of the time, and start many processes."""
-
-FIRST = (
-    *STREAMS,
+SLOW_FIRST = (
+    "tests/elastic/",
+    "tests/cluster/",
+    "tests/storm/",
     "tests/pipeline/test_encode_kills.py",
     "tests/pipeline/",
     "tests/dist/test_kills.py",
@@ -37,33 +37,28 @@ FIRST = (
     "tests/bench/",
     "tests/crash/",
 )
-"""What takes long begins early, so that no process is left alone with it at the end."""
+"""Slow tests start first, so that the last minutes of a parallel run keep all processes busy."""
 
 
-class Streams(LoadScopeScheduling):
-    """With `-n 3`, tests of a folder of STREAMS run one after the other, and files of others beside them."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadScopeScheduling":
+    from tests.support.scheduling import FolderScheduling
 
-    def _split_scope(self, nodeid: str) -> str:
-        files = nodeid.partition("::")[0]
-        return next((folder for folder in STREAMS if nodeid.startswith(folder)), files)
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Streams:
-    return Streams(config, log)
+    return FolderScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_rank)  # stable: within a folder the order stays
+    items.sort(key=_rank)  # a stable sort: the order within a folder stays
 
 
 def _rank(item: pytest.Item) -> int:
-    ranks = (rank for rank, start in enumerate(FIRST) if item.nodeid.startswith(start))
-    return next(ranks, len(FIRST))
+    ranks = (rank for rank, start in enumerate(SLOW_FIRST) if item.nodeid.startswith(start))
+    return next(ranks, len(SLOW_FIRST))
 
 
 @pytest.fixture
 def world() -> "Iterator[World]":
-    """A world of one process, on the CPU."""
+    """A world of one process on the CPU."""
     import torch
 
     from dit_scale import dist
@@ -73,3 +68,12 @@ def world() -> "Iterator[World]":
     yield dist.start(EngineConfig(device="cpu"))
     dist.stop()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    """The environment variables that point boto3 at an S3 server with an empty bucket."""
+    from tests.support.s3 import s3_server
+
+    with s3_server() as environment:
+        yield environment

@@ -1,13 +1,13 @@
-"""The chain of attempts: which start of the run counts, and which checkpoints belong to its past. No torch.
+"""The chain of attempts: which attempt is current, and which checkpoints belong to its past. No torch.
 
-Every start claims the next number by a conditional put of `attempts/<n>.json` that names the checkpoint
-it goes on from. A manifest counts when its attempt is the newest one, or when a later attempt on the
-chain went on from it or from a later checkpoint of the same attempt. So an old attempt that wakes up
-after the next one began can put a manifest, but no reader takes it; and `check_current`, asked before
-every commit and every delete, tells it so.
+Every attempt claims the next number by creating `attempts/<n>.json`, which names the checkpoint that it
+resumes from; only one writer can create it. A manifest counts if its attempt is the newest one, or if a later
+attempt on the chain resumed from it or from a later checkpoint of the same attempt. So a stale process of a
+superseded attempt may still write a manifest, but no reader accepts it; and `check_current`, which runs
+before every commit and every delete, stops the process.
 
-A record that is damaged or gone takes nothing with it: the names of folders give its number as well, which
-is not used again, and its checkpoints count.
+A damaged or missing record invalidates nothing: its number is still known from the names of folders, so that
+it is not reused, and its checkpoints count.
 """
 
 import secrets
@@ -31,25 +31,25 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class AttemptRecord:
-    """One start of the run."""
+    """One attempt: a start of training within the run, or a rollback."""
 
     number: int
     resumed_from: CheckpointId | None = None
-    """None for a start from nothing."""
+    """None for an attempt that starts at step 0."""
     excluded_positions: Ranges = field(default=())
-    """Ranges of positions that the run leaves out from here on, all of them so far."""
+    """All ranges of positions that the run skips from here on."""
 
 
 def claim(root: Storage, attempt: AttemptRecord) -> None:
-    """Begin this attempt. Raises SupersededError when another process was faster, or has a later one."""
+    """Start this attempt. Raises SupersededError if another process claimed its number or a later one."""
     key = _key(attempt.number)
     if not root.exists(key):
-        _refuse_old(root, attempt.number)  # numbers may have gaps
+        check_current(root, attempt.number)  # numbers may have gaps
     tree = {
         "attempt": attempt.number,
         "resumed_from": attempt.resumed_from and attempt.resumed_from.path(),
         "excluded_positions": attempt.excluded_positions,
-        "nonce": secrets.token_hex(16),  # two starts never put the same bytes, so one of them loses
+        "nonce": secrets.token_hex(16),  # two attempts never write the same bytes, so one of them loses
     }
     if not root.write_new(key, sealed(tree)):
         raise SupersededError(
@@ -58,18 +58,18 @@ def claim(root: Storage, attempt: AttemptRecord) -> None:
 
 
 def numbers(root: Storage) -> list[int]:
-    """The numbers of all attempts, ascending: of those with a record, and of those that left a folder."""
+    """Return the numbers of all attempts that have a record or left a folder, ascending."""
     return sorted(_recorded(root) | _with_folders(root, CHECKPOINTS) | _with_folders(root, EMA))
 
 
 def unrecorded(root: Storage) -> list[int]:
-    """The numbers above that of the newest record; none where there is no record at all."""
+    """Return the numbers above the newest record; none if there is no record at all."""
     newest_recorded = max(_recorded(root), default=float("inf"))
     return [number for number in numbers(root) if number > newest_recorded]
 
 
 def problems(root: Storage) -> list[str]:
-    """Which records of attempts are missing, damaged or under a wrong name."""
+    """Describe all records of attempts that are missing, damaged or under a wrong name."""
     found = []
     for number in numbers(root) if _recorded(root) else ():
         try:
@@ -80,17 +80,19 @@ def problems(root: Storage) -> list[str]:
 
 
 def read(root: Storage, number: int) -> AttemptRecord:
-    """The record of an attempt. Raises CheckpointError, naming it, when it is damaged or not there."""
+    """Read the record of an attempt. Raises CheckpointError that names it if it is damaged or missing."""
     key = _key(number)
     where = f"{root.url}/{key}"
     try:
         tree = unseal(root.read(key), where, CheckpointError)
     except MissingKeyError:
         raise CheckpointError(
-            f"{where} is missing; checkpoints of attempt {number} count as far as they can be read"
+            f"{where} is missing; all readable checkpoints of attempt {number} count"
         ) from None
     if tree["attempt"] != number:
-        raise CheckpointError(f"{where} is the record of attempt {tree['attempt']}: it was copied or renamed")
+        raise CheckpointError(
+            f"{where} holds the record of attempt {tree['attempt']}: it was copied or renamed"
+        )
     excluded = tuple((int(low), int(high)) for low, high in tree["excluded_positions"])
     return AttemptRecord(number, _parsed(tree["resumed_from"], where), excluded)
 
@@ -101,13 +103,13 @@ def _parsed(resumed_from: str | None, where: str) -> CheckpointId | None:
     checkpoint_id = CheckpointId.parse(resumed_from.removeprefix(f"{CHECKPOINTS}/"))
     if checkpoint_id is None:
         raise CheckpointError(
-            f"{where}: expected resumed_from to be the path of a checkpoint, got {resumed_from}"
+            f"{where}: expected the path of a checkpoint in resumed_from, got {resumed_from}"
         )
     return checkpoint_id
 
 
 def newest(root: Storage) -> AttemptRecord | None:
-    """The newest attempt whose record is whole; None when there is none."""
+    """Return the newest attempt with an intact record, or None."""
     for number in reversed(numbers(root)):
         try:
             return read(root, number)
@@ -117,20 +119,17 @@ def newest(root: Storage) -> AttemptRecord | None:
 
 
 def check_current(root: Storage, attempt: int) -> None:
-    """Raises SupersededError when a later attempt has begun."""
-    _refuse_old(root, attempt)
-
-
-def _refuse_old(root: Storage, attempt: int) -> None:
+    """Raise SupersededError if a later attempt has started."""
     later = [number for number in _recorded(root) if number > attempt]
     if later:
         raise SupersededError(
-            f"{root.url}: attempt {min(later)} of this run has begun; attempt {attempt} may change nothing"
+            f"{root.url}: attempt {min(later)} of this run has started; attempt {attempt} is superseded and "
+            "must not change anything"
         )
 
 
 def committed(root: Storage, folder: str = CHECKPOINTS) -> list[CheckpointId]:
-    """The checkpoints on the chain that have a manifest, newest first."""
+    """Return the checkpoints on the chain that have a manifest, newest first."""
     names = (
         key.removeprefix(f"{folder}/").removesuffix(f"/{MANIFEST}")
         for key, _ in root.list(f"{folder}/")
@@ -142,7 +141,7 @@ def committed(root: Storage, folder: str = CHECKPOINTS) -> list[CheckpointId]:
 
 
 def is_readable(root: Storage, checkpoint_id: CheckpointId) -> bool:
-    """Whether a checkpoint has a manifest that is whole and its own."""
+    """Whether a checkpoint has an intact manifest of its own."""
     try:
         read_manifest(root, checkpoint_id)
     except CheckpointError:
@@ -155,36 +154,38 @@ def _counts(checkpoint_id: CheckpointId, limits: dict[int, float] | None) -> boo
 
 
 def _limits(root: Storage) -> dict[int, float] | None:
-    """Attempt => last step of it that counts. None where no attempt is recorded: then all do."""
+    """Return the last step that counts per attempt on the chain; None without records: then all count."""
     recorded = _recorded(root)
     if not recorded:
         return None
-    left = sorted(recorded | _with_folders(root, CHECKPOINTS))
-    limits: dict[int, float] = {left[-1]: float("inf")}
-    while left:
-        number = left.pop()
+    pending = sorted(recorded | _with_folders(root, CHECKPOINTS))
+    limits: dict[int, float] = {pending[-1]: float("inf")}
+    while pending:
+        number = pending.pop()
         if number not in limits:
             continue
         try:
             before = read(root, number).resumed_from
         except CheckpointError:
-            # Where it went on from is unknown, but it was no later step than its own first one. Up to there,
-            # what its predecessor committed is sound, late or not.
-            if left:
-                limits.setdefault(left[-1], min(limits[number], _first_step(root, number)))
+            # The checkpoint it resumed from is unknown, but no later than its own first one. Up to that step,
+            # every commit of its predecessor is valid, even a late one.
+            if pending:
+                limits.setdefault(pending[-1], min(limits[number], _first_step(root, number)))
             continue
         if before is not None:
             limits[before.attempt] = before.step
-            left = sorted({*left, before.attempt})  # nothing of it may be left
+            pending = sorted({*pending, before.attempt})  # its record and folders may be missing
     return limits
 
 
 def _first_step(root: Storage, number: int) -> float:
-    """Step of the first checkpoint of an attempt that is there; infinite when there is none."""
+    """Return the step of the first readable checkpoint of an attempt; infinity if there is none."""
     steps = []
     for checkpoint_id in _ids(root, CHECKPOINTS):
         if checkpoint_id.attempt == number:
-            with suppress(CheckpointError):  # damaged, or another attempt's under a wrong name
+            with suppress(
+                CheckpointError
+            ):  # damaged, or the checkpoint of another attempt under a wrong name
                 steps.append(read_manifest(root, checkpoint_id).step)
     return min(steps, default=float("inf"))
 
@@ -199,7 +200,7 @@ def _with_folders(root: Storage, folder: str) -> set[int]:
 
 
 def _ids(root: Storage, folder: str) -> set[CheckpointId]:
-    """The checkpoints below a folder, committed or not."""
+    """Return the checkpoints below a folder, committed or not."""
     names = {key.split("/")[1] for key, _ in root.list(f"{folder}/")}
     return set(filter(None, map(CheckpointId.parse, names)))
 

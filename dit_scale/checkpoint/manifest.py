@@ -1,9 +1,9 @@
-"""What a checkpoint says about itself: MANIFEST.json, the commit mark, and the names around it. No torch.
+"""MANIFEST.json, which commits a checkpoint and describes it, and the names of checkpoints. No torch.
 
-    <root>/attempts/0003.json                                 one per start of the run: the chain
-    <root>/checkpoints/<step>-<attempt>/rank-00000.safetensors  what each rank owned, immutable
+    <root>/attempts/0003.json                                   one per attempt: the chain
+    <root>/checkpoints/<step>-<attempt>/rank-00000.safetensors  what each rank owns, immutable
     <root>/checkpoints/<step>-<attempt>/MANIFEST.json           written last
-    <root>/ema/<step>-<attempt>/...                             stored averages alone, in the same form
+    <root>/ema/<step>-<attempt>/...                             only stored averages, in the same format
 
 docs/formats.md describes the files.
 """
@@ -29,7 +29,7 @@ _NAME = re.compile(r"(\d{10})-(\d{4,})")
 
 @dataclass(frozen=True, order=True)
 class CheckpointId:
-    """Which checkpoint of a run: ids sort by step, then by attempt, and so do their names."""
+    """Identifies a checkpoint of a run. Ids and their names sort by step, then by attempt."""
 
     step: int
     attempt: int
@@ -44,7 +44,7 @@ class CheckpointId:
         return f"{self.step:010d}-{self.attempt:04d}"
 
     def path(self, folder: str = CHECKPOINTS) -> str:
-        """Path of the checkpoint's folder; pass "" if the storage itself is the folder of checkpoints."""
+        """Path of the checkpoint's folder below `folder`; pass "" if the storage itself is that folder."""
         return f"{folder}/{self.name}" if folder else self.name
 
     @classmethod
@@ -55,55 +55,55 @@ class CheckpointId:
 
 
 class _Record(BaseModel):
-    # A later writer may add keys; what this version needs must be there and of the right kind.
+    # Later versions may add keys; the keys that this version needs must exist with the right type.
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
 
 
 class FileRecord(_Record):
-    """One rank's file; its header names the tensors and the checksums of their blocks."""
+    """One rank's file; its header has the names of the tensors and the checksums of their blocks."""
 
     key: str
-    """Below the checkpoint's folder."""
+    """Name below the checkpoint's folder."""
     bytes: int
     header_bytes: int
-    """Of the safetensors header with the eight bytes of its length."""
+    """Size of the safetensors header, including the eight bytes of its length."""
     header_sha256: str
 
 
 class Manifest(_Record):
-    """MANIFEST.json: which moment of which run this is, and the files that hold it."""
+    """MANIFEST.json: the state of a run at one step, and the files that hold its tensors."""
 
     format: str = FORMAT
     version: int = FORMAT_VERSION
     step: int
-    """Steps taken, the skipped ones among them."""
+    """Steps taken, including skipped steps."""
     samples: int
-    """step * global batch: how far the order of samples was consumed."""
+    """step * global batch: how far the sample order was consumed."""
     attempt: int
     config: dict[str, Any]
-    """The resolved configuration of the run that wrote this."""
+    """Resolved configuration of the run that wrote the checkpoint."""
     data_sha256: str
-    """Of the latent data set's dataset.json."""
+    """SHA-256 of the latent data set's dataset.json."""
     vae_sha256: str
-    """Of the weights of the autoencoder that made the latents."""
+    """SHA-256 of the weights of the autoencoder that made the latents."""
     model_shapes: dict[str, tuple[int, ...]]
     """Full shape of every trainable parameter."""
     optimizer_groups: tuple[dict[str, Any], ...]
     pending_metrics: tuple[tuple[float, ...], ...] = ()
-    """Rows of the steps since the last log point, so that the log goes on unbroken."""
+    """Rows of the steps since the last log point, so that the record continues without a gap."""
     guard: dict[str, float] = {}
-    """The running means that spikes are judged by, and the current streak of failures."""
+    """State of the guard: the running means by which it detects spikes, and the streak of failures."""
     skipped_steps: tuple[int, ...] = ()
-    """Steps, counted from 1, whose update was left out: AdamW has seen `step` minus these."""
+    """Skipped steps, counted from 1; AdamW has seen `step` minus these updates."""
     excluded_positions: tuple[tuple[int, int], ...] = ()
-    """Half-open ranges of positions that the run leaves out since a rollback."""
+    """Half-open ranges of positions that the run skips since a rollback."""
     quarantined: dict[int, str] = {}
-    """Sample id => why it cannot be read; it is replaced by the next one."""
+    """Sample id => why it cannot be read; the next sample replaces it."""
     ema_since: dict[str, int] = {}
-    """Profile => step since which its average is tracked; 0 for the run's start, absent where unknown."""
+    """EMA profile => step since which its average is tracked; 0 for the run's start, absent if unknown."""
     versions: dict[str, str] = {}
     written_by: dict[str, int] = {}
-    """World size and ZeRO stage of the writer; of interest to people only."""
+    """World size and ZeRO stage of the writer; informational."""
     files: tuple[FileRecord, ...] = ()
 
     @property
@@ -114,7 +114,7 @@ class Manifest(_Record):
 def read_manifest(storage: Storage, checkpoint_id: CheckpointId, folder: str = CHECKPOINTS) -> Manifest:
     """Read the manifest of the checkpoint with this id below a folder.
 
-    Raises CheckpointError when it is missing, damaged, of another kind, or under another checkpoint's name.
+    Raises CheckpointError if it is missing, damaged, of another format, or of another checkpoint.
     """
     path = checkpoint_id.path(folder)
     where = f"{storage.url}/{path}/{MANIFEST}"
@@ -122,7 +122,7 @@ def read_manifest(storage: Storage, checkpoint_id: CheckpointId, folder: str = C
         tree = unseal(storage.read(f"{path}/{MANIFEST}"), where, CheckpointError)
         if (tree.get("format"), tree.get("version")) != (FORMAT, FORMAT_VERSION):
             raise CheckpointError(
-                f"{where}: {tree.get('format')} version {tree.get('version')}, "
+                f"{where}: got {tree.get('format')} version {tree.get('version')}, "
                 f"this program reads {FORMAT} version {FORMAT_VERSION}"
             )
         manifest = Manifest.model_validate(tree)
@@ -133,6 +133,6 @@ def read_manifest(storage: Storage, checkpoint_id: CheckpointId, folder: str = C
     if manifest.id != checkpoint_id:
         raise CheckpointError(
             f"{storage.url}/{path} holds step {manifest.step} of attempt {manifest.attempt}: it was copied "
-            f"or renamed; its name is {manifest.id}"
+            f"or renamed; its own name is {manifest.id}"
         )
     return manifest

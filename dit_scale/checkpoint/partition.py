@@ -1,28 +1,36 @@
-"""What a rank owns of a run's state: flat buffers, and which runs of which parameters lie in them."""
+"""What a rank owns of a run's state: flat buffers and the slices of parameters in them. Loads no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 OPTIMIZER_KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 
 
 @dataclass(frozen=True)
-class Extent:
-    """A run of elements of one flattened parameter, and where it lies in a partition's flat buffers."""
+class ParameterSlice:
+    """A run of elements of one flattened parameter, and its place in flat fp32 memory."""
 
     parameter: str
     start: int
     """First element within the flattened parameter."""
     length: int
+    """Number of elements."""
     offset: int
-    """First element within the flat buffers."""
+    """First element within the flat memory: a buffer of a partition, or a snapshot."""
+
+
+StateSlices = Sequence[tuple[str, ParameterSlice]]
+"""The state in one flat memory: (kind, slice)."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """What this rank owns of one optimizer group: flat fp32 buffers of the same layout, by kind."""
+    """What a rank owns of one optimizer group: flat fp32 buffers, one per kind, with the same layout."""
 
-    buffers: dict[str, Tensor]
-    extents: tuple[Extent, ...]
+    buffers: "dict[str, Tensor]"
+    slices: tuple[ParameterSlice, ...]

@@ -1,10 +1,10 @@
-"""One rank's file of a checkpoint: a safetensors file that carries the checksums of its own blocks. No torch.
+"""One rank's file of a checkpoint: safetensors with a checksum for every block. No torch.
 
-    <8 bytes: length of the header> <header: JSON> <tensors, one behind the other>
+    <8 bytes: length of the header> <header: JSON> <tensors, back to back>
 
-A tensor is a run of elements of one flattened parameter: fp32, 1-D, named `<kind>/<parameter>@<start>`.
-The header's `__metadata__` has the CRC-32C of every block of every tensor; the manifest has the
-SHA-256 of the header. So every byte of the file is covered, and any range can be read and checked alone.
+A tensor is a slice of one flattened parameter: fp32, 1-D, named `<kind>/<parameter>@<start>`.
+The header's `__metadata__` has the CRC-32C of every block of every tensor; the manifest has the SHA-256 of
+the header. So every byte of the file is covered, and any range can be read and verified on its own.
 """
 
 import hashlib
@@ -19,15 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_scale.checkpoint.manifest import FileRecord
+from dit_scale.checkpoint.partition import ParameterSlice, StateSlices
 from dit_scale.errors import CheckpointError, StorageError
 from dit_scale.storage import Storage, UnavailableError
 
 BLOCK_BYTES = 4 * 2**20
 """Bytes of a tensor under one checksum; a multiple of 4."""
 RUN_BYTES = 4 * BLOCK_BYTES
-"""Bytes that `verify` asks for at once: tensors may be small and many, and every request takes its time."""
+"""Bytes that `verify` reads per request: a file may have many small tensors, and each request has latency."""
 READS = 4
-"""Times that bytes are asked for whose checksum is wrong: those of a range may change on their way."""
+"""Reads before a wrong checksum counts as damage: bytes of a range may be corrupted in transit."""
 _LENGTH_BYTES = 8
 
 Bytes = NDArray[np.uint8]
@@ -35,146 +36,134 @@ Fault = TypeVar("Fault", bool, list[int])
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One tensor of a rank's file."""
+class StoredSlice:
+    """One tensor of a rank file: a run of elements of one kind of state of one flattened parameter."""
 
     kind: str
     parameter: str
     start: int
     """First element within the flattened parameter."""
     length: int
-    """Elements."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}/{self.parameter}@{self.start}"
+    """Number of elements."""
+    byte_offset: int
+    """First byte within the file."""
+    crc32c: tuple[int, ...]
+    """CRC-32C of each block of `BLOCK_BYTES`; the last block may be shorter."""
 
     @property
     def bytes(self) -> int:
         return 4 * self.length
 
 
-@dataclass(frozen=True)
-class StoredPiece(Piece):
-    """Where it lies, and what its blocks add up to."""
-
-    offset: int
-    """First byte within the file."""
-    crc32c: tuple[int, ...]
-    """Of every block of `BLOCK_BYTES`, the last one shorter."""
-
-
-@dataclass(frozen=True)
-class _Block:
-    """The run of bytes of a piece that has a checksum."""
-
-    piece: StoredPiece
-    start: int
-    """First element within the piece."""
-    length: int
-    """Elements."""
-    crc32c: int
-
-    @property
-    def offset(self) -> int:
-        """First byte within the file."""
-        return self.piece.offset + 4 * self.start
-
-
-def name_of_rank(rank: int) -> str:
-    """The file that a rank writes, below the checkpoint's folder."""
+def file_name(rank: int) -> str:
+    """Name of a rank's file in the checkpoint's folder."""
     return f"rank-{rank:05d}.safetensors"
 
 
-def write(storage: Storage, key: str, pieces: Sequence[tuple[Piece, Bytes]]) -> FileRecord:
-    """Put these pieces as one file. Nothing is copied: the data may be shared memory."""
-    header = _header(pieces)
-    record = _record(key, header, pieces)
-    chunks = (block.data for _, data in pieces for block in blocks(data))
+def write(storage: Storage, key: str, memory: Bytes, slices: StateSlices) -> FileRecord:
+    """Write these slices of a flat memory as one file, without copying them."""
+    header = _header(memory, slices)
+    record = _record(key, header, slices)
+    chunks = (block.data for _, slice_ in slices for block in _blocks(_data(memory, slice_)))
     storage.write_stream(key, _chain(memoryview(header), chunks), record.bytes)
     return record
 
 
-def record_of(key: str, pieces: Sequence[tuple[Piece, Bytes]]) -> FileRecord:
-    """What `write` returns: it covers every byte of the file."""
-    return _record(key, _header(pieces), pieces)
+def record_of(key: str, memory: Bytes, slices: StateSlices) -> FileRecord:
+    """Return the record that `write` would return; it covers every byte of the file."""
+    return _record(key, _header(memory, slices), slices)
 
 
-def open_file(storage: Storage, folder: str, file: FileRecord) -> tuple[StoredPiece, ...]:
-    """The pieces of a file, its size and header checked. Raises CheckpointError that names the file."""
-    key = f"{folder}/{file.key}"
+def open_file(storage: Storage, path: str, file: FileRecord) -> tuple[StoredSlice, ...]:
+    """Return the slices of a file in the checkpoint at `path`, after checking the file's size and header.
+
+    Raises CheckpointError that names the file.
+    """
+    key = f"{path}/{file.key}"
     where = f"{storage.url}/{key}"
-    with _damage_told():
+    with _missing_is_damage():
         size = storage.size(key)
         if size != file.bytes:
             raise CheckpointError(f"{where}: expected {file.bytes} bytes, got {size}")
-        header, damaged = _read_again_if(
+        header, damaged = _read_until_sound(
             lambda data: hashlib.sha256(data).hexdigest() != file.header_sha256,
             lambda: storage.read_range(key, 0, file.header_bytes),
         )
     if damaged:
         raise CheckpointError(f"{where}: its header is damaged (SHA-256)")
-    return tuple(_pieces(header))
+    return tuple(_stored_slices(header))
 
 
-def read(storage: Storage, key: str, piece: StoredPiece, start: int, length: int) -> NDArray[np.float32]:
-    """Elements [start, start + length) of a piece, every block around them checked."""
+def read(storage: Storage, key: str, stored: StoredSlice, start: int, length: int) -> NDArray[np.float32]:
+    """Read elements [start, start + length) of a slice, verifying every block that they touch."""
     first, last = 4 * start // BLOCK_BYTES, (4 * (start + length) - 1) // BLOCK_BYTES
-    begin, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, piece.bytes)
-    crcs = piece.crc32c[first : last + 1]
-    with _damage_told(f"{piece.kind} of {piece.parameter}: "):
-        data, bad = _read_again_if(
+    low, high = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, stored.bytes)
+    crcs = stored.crc32c[first : last + 1]
+    with _missing_is_damage(f"{stored.kind} of {stored.parameter}: "):
+        data, bad = _read_until_sound(
             lambda data: _bad_blocks(data, crcs),
-            lambda: storage.read_range(key, piece.offset + begin, end - begin),
+            lambda: storage.read_range(key, stored.byte_offset + low, high - low),
         )
     for number in bad:
-        low = piece.start + (first + number) * BLOCK_BYTES // 4
+        element = stored.start + (first + number) * BLOCK_BYTES // 4
+        end = min(element + BLOCK_BYTES // 4, stored.start + stored.length)
         raise CheckpointError(
-            f"{storage.url}/{key}: {piece.kind} of {piece.parameter} is damaged "
-            f"(CRC-32C of elements {low} to {min(low + BLOCK_BYTES // 4, piece.start + piece.length)})"
+            f"{storage.url}/{key}: {stored.kind} of {stored.parameter} is damaged "
+            f"(CRC-32C of elements {element} to {end})"
         )
-    skip = start - begin // 4
+    skip = start - low // 4
     return np.frombuffer(data, "<f4")[skip : skip + length]
 
 
-def verify(storage: Storage, folder: str, file: FileRecord) -> None:
-    """Read every byte of a file. Raises CheckpointError that names the file, and the tensor if it is one."""
-    key = f"{folder}/{file.key}"
-    for run in _runs(open_file(storage, folder, file)):
-        begin = run[0].offset
-        with _damage_told():
-            data = storage.read_range(key, begin, 4 * sum(block.length for block in run))
+def verify(storage: Storage, path: str, file: FileRecord) -> None:
+    """Read every byte of a file. Raises CheckpointError that names the file, and the damaged tensor."""
+    key = f"{path}/{file.key}"
+    for run in _runs(open_file(storage, path, file)):
+        first = run[0].byte_offset
+        with _missing_is_damage():
+            data = storage.read_range(key, first, sum(block.bytes for block in run))
         for block in run:
-            low = block.offset - begin
-            found = np.frombuffer(data, np.uint8, 4 * block.length, low)
-            if google_crc32c.value(found) != block.crc32c:
-                read(storage, key, block.piece, block.start, block.length)  # alone: it may come whole now
+            found = np.frombuffer(data, np.uint8, block.bytes, block.byte_offset - first)
+            if google_crc32c.value(found) != block.crc32c[0]:
+                read(storage, key, block, 0, block.length)  # raises unless the block is sound when read alone
 
 
-def blocks(data: Bytes) -> Iterator[Bytes]:
-    """The runs of bytes that have a checksum each."""
+def _blocks(data: Bytes) -> Iterator[Bytes]:
+    """Split bytes into the blocks that have one checksum each."""
     return (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
 
 
-def _runs(pieces: Iterable[StoredPiece]) -> Iterator[list[_Block]]:
-    """The blocks of pieces that lie one behind the other, as many together as fit into RUN_BYTES."""
-    run: list[_Block] = []
+def _stored_blocks(slices: Iterable[StoredSlice]) -> Iterator[StoredSlice]:
+    """Split slices into slices of one block each."""
     elements = BLOCK_BYTES // 4
-    for piece in pieces:
-        for number, crc in enumerate(piece.crc32c):
-            start = number * elements
-            block = _Block(piece, start, min(elements, piece.length - start), crc)
-            if run and block.offset + 4 * block.length - run[0].offset > RUN_BYTES:
-                yield run
-                run = []
-            run.append(block)
+    for stored in slices:
+        for number, crc in enumerate(stored.crc32c):
+            skip = number * elements
+            yield StoredSlice(
+                kind=stored.kind,
+                parameter=stored.parameter,
+                start=stored.start + skip,
+                length=min(elements, stored.length - skip),
+                byte_offset=stored.byte_offset + 4 * skip,
+                crc32c=(crc,),
+            )
+
+
+def _runs(slices: Iterable[StoredSlice]) -> Iterator[list[StoredSlice]]:
+    """Group the blocks of adjacent slices, as many together as fit into RUN_BYTES."""
+    run: list[StoredSlice] = []
+    for block in _stored_blocks(slices):
+        if run and block.byte_offset + block.bytes - run[0].byte_offset > RUN_BYTES:
+            yield run
+            run = []
+        run.append(block)
     if run:
         yield run
 
 
 @contextmanager
-def _damage_told(what: str = "") -> Iterator[None]:
-    """A file that is not there, or short, is a damaged checkpoint; a storage without an answer is not."""
+def _missing_is_damage(what: str = "") -> Iterator[None]:
+    """Turn a missing or short file into CheckpointError; a storage that does not answer proves no damage."""
     try:
         yield
     except UnavailableError:
@@ -183,8 +172,8 @@ def _damage_told(what: str = "") -> Iterator[None]:
         raise CheckpointError(f"{what}{error}") from None
 
 
-def _read_again_if(fault_of: Callable[[bytes], Fault], get: Callable[[], bytes]) -> tuple[bytes, Fault]:
-    """What a storage holds, and its fault; asked for up to READS times while there is one."""
+def _read_until_sound(fault_of: Callable[[bytes], Fault], get: Callable[[], bytes]) -> tuple[bytes, Fault]:
+    """Read up to READS times until there is no fault. Returns the last bytes and their fault."""
     for _ in range(READS):
         data = get()
         fault = fault_of(data)
@@ -194,18 +183,22 @@ def _read_again_if(fault_of: Callable[[bytes], Fault], get: Callable[[], bytes])
 
 
 def _bad_blocks(data: bytes, crcs: Sequence[int]) -> list[int]:
-    """Which blocks do not have their checksum."""
-    found = enumerate(zip(blocks(np.frombuffer(data, np.uint8)), crcs, strict=True))
+    """Return the numbers of the blocks whose checksum is wrong."""
+    found = enumerate(zip(_blocks(np.frombuffer(data, np.uint8)), crcs, strict=True))
     return [number for number, (block, crc) in found if google_crc32c.value(block) != crc]
 
 
-def _header(pieces: Sequence[tuple[Piece, Bytes]]) -> bytes:
+def _data(memory: Bytes, slice_: ParameterSlice) -> Bytes:
+    return memory[4 * slice_.offset : 4 * (slice_.offset + slice_.length)]
+
+
+def _header(memory: Bytes, slices: StateSlices) -> bytes:
     tree: dict[str, object] = {}
     checksums, offset = {}, 0
-    for piece, data in pieces:
-        end = offset + piece.bytes
-        tree[piece.name] = {"dtype": "F32", "shape": [piece.length], "data_offsets": [offset, end]}
-        checksums[piece.name] = [google_crc32c.value(block) for block in blocks(data)]
+    for kind, slice_ in slices:
+        name, end = f"{kind}/{slice_.parameter}@{slice_.start}", offset + 4 * slice_.length
+        tree[name] = {"dtype": "F32", "shape": [slice_.length], "data_offsets": [offset, end]}
+        checksums[name] = [google_crc32c.value(block) for block in _blocks(_data(memory, slice_))]
         offset = end
     metadata = {"crc32c": json.dumps(checksums, separators=(",", ":"))}
     body = json.dumps({"__metadata__": metadata, **tree}, separators=(",", ":")).encode()
@@ -213,24 +206,30 @@ def _header(pieces: Sequence[tuple[Piece, Bytes]]) -> bytes:
     return len(body).to_bytes(_LENGTH_BYTES, "little") + body
 
 
-def _record(key: str, header: bytes, pieces: Sequence[tuple[Piece, Bytes]]) -> FileRecord:
+def _record(key: str, header: bytes, slices: StateSlices) -> FileRecord:
     return FileRecord(
         key=key.rpartition("/")[2],
-        bytes=len(header) + sum(piece.bytes for piece, _ in pieces),
+        bytes=len(header) + sum(4 * slice_.length for _, slice_ in slices),
         header_bytes=len(header),
         header_sha256=hashlib.sha256(header).hexdigest(),
     )
 
 
-def _pieces(header: bytes) -> Iterator[StoredPiece]:
+def _stored_slices(header: bytes) -> Iterator[StoredSlice]:
     tree = json.loads(header[_LENGTH_BYTES:])
     checksums = json.loads(tree.pop("__metadata__")["crc32c"])
     for name, entry in tree.items():
-        kind, _, place = name.partition("/")
-        parameter, _, start = place.rpartition("@")
-        begin, end = entry["data_offsets"]
-        crcs = tuple(checksums[name])
-        yield StoredPiece(kind, parameter, int(start), (end - begin) // 4, len(header) + begin, crcs)
+        kind, _, rest = name.partition("/")
+        parameter, _, start = rest.rpartition("@")
+        first, end = entry["data_offsets"]
+        yield StoredSlice(
+            kind=kind,
+            parameter=parameter,
+            start=int(start),
+            length=(end - first) // 4,
+            byte_offset=len(header) + first,
+            crc32c=tuple(checksums[name]),
+        )
 
 
 def _chain(first: memoryview, rest: Iterable[memoryview]) -> Iterator[memoryview]:

@@ -1,7 +1,7 @@
-"""Reads checkpoints, at any world size and any ZeRO stage, and fills in what a rank owns.
+"""Reading checkpoints at any world size and any ZeRO stage, and filling in what a rank owns.
 
-A reader trusts manifests only, newest first (`attempts.committed`); it reads the byte ranges that it needs,
-checks their blocks, and falls back to the one before when anything does not fit.
+A reader trusts only manifests, newest first (`attempts.committed`). It reads the byte ranges that it needs
+and verifies their blocks; if anything is wrong, its caller falls back to the checkpoint before.
 `saver` and `writer` make checkpoints; docs/formats.md describes the files.
 """
 
@@ -16,28 +16,28 @@ from torch import Tensor
 from dit_scale.checkpoint import rankfile
 from dit_scale.checkpoint.manifest import CHECKPOINTS, CheckpointId, FileRecord, read_manifest
 from dit_scale.checkpoint.partition import Partition
-from dit_scale.checkpoint.rankfile import StoredPiece
+from dit_scale.checkpoint.rankfile import StoredSlice
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError
 from dit_scale.storage import Storage
 
-ReadExtent = Callable[[str, str, int, int], Tensor]
+ReadSlice = Callable[[str, str, int, int], Tensor]
 """(kind, parameter, start, length) => fp32 tensor of `length` elements."""
 
 
 class Checkpoint:
-    """A committed checkpoint: a folder below a storage.
+    """A committed checkpoint in a folder of a storage.
 
-    Raises CheckpointError, naming object and tensor, for whatever does not fit.
+    Raises CheckpointError that names the object and the tensor if anything is damaged or missing.
     """
 
     def __init__(self, storage: Storage, checkpoint_id: CheckpointId, folder: str = CHECKPOINTS) -> None:
         self.storage, self.path = storage, checkpoint_id.path(folder)
         self.manifest = read_manifest(storage, checkpoint_id, folder)
-        self._pieces: dict[tuple[str, str], list[tuple[FileRecord, StoredPiece]]] = {}
+        self._slices: dict[tuple[str, str], list[tuple[FileRecord, StoredSlice]]] = {}
         for file in self.manifest.files:
-            for piece in rankfile.open_file(storage, self.path, file):
-                self._pieces.setdefault((piece.kind, piece.parameter), []).append((file, piece))
+            for stored in rankfile.open_file(storage, self.path, file):
+                self._slices.setdefault((stored.kind, stored.parameter), []).append((file, stored))
 
     def __str__(self) -> str:
         return f"{self.storage.url}/{self.path}"
@@ -48,31 +48,31 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Of all files beside the manifest."""
+        """Size of all rank files."""
         return sum(file.bytes for file in self.manifest.files)
 
     @cached_property
     def config(self) -> TrainConfig:
-        """The configuration of the run that wrote it."""
+        """Configuration of the run that wrote the checkpoint."""
         try:
             return TrainConfig.model_validate(self.manifest.config)
         except ValidationError as error:
-            raise CheckpointError(f"{self} is of another version of this program: {error}") from None
+            raise CheckpointError(f"{self} was written by another version of this program: {error}") from None
 
     def kinds(self) -> set[str]:
-        """The kinds of state that it holds."""
-        return {kind for kind, _ in self._pieces}
+        """Return the kinds of state in the checkpoint."""
+        return {kind for kind, _ in self._slices}
 
     def read(self, kind: str, parameter: str, start: int, length: int) -> Tensor:
-        """Elements [start, start + length) of a flattened parameter, fp32, every block checked."""
+        """Read elements [start, start + length) of a flattened parameter, fp32, verifying every block."""
         out = np.empty(length, dtype="<f4")
         filled = 0
-        for file, piece in self._pieces.get((kind, parameter), ()):
-            low, high = max(start, piece.start), min(start + length, piece.start + piece.length)
+        for file, stored in self._slices.get((kind, parameter), ()):
+            low, high = max(start, stored.start), min(start + length, stored.start + stored.length)
             if low < high:
                 key = f"{self.path}/{file.key}"
                 out[low - start : high - start] = rankfile.read(
-                    self.storage, key, piece, low - piece.start, high - low
+                    self.storage, key, stored, low - stored.start, high - low
                 )
                 filled += high - low
         if filled != length:
@@ -80,7 +80,7 @@ class Checkpoint:
         return torch.from_numpy(out)
 
     def read_whole(self, kind: str) -> dict[str, Tensor]:
-        """Every parameter of a kind in its full shape, by name."""
+        """Read every parameter of a kind in its full shape, by name."""
         shapes = self.manifest.model_shapes
         return {
             name: self.read(kind, name, 0, int(np.prod(shape, dtype=np.int64))).reshape(shape)
@@ -88,25 +88,25 @@ class Checkpoint:
         }
 
     def verify(self) -> None:
-        """Read every byte, and see that each parameter is there whole, in every kind."""
+        """Read every byte, and check that every kind has all elements of every parameter exactly once."""
         for file in self.manifest.files:
             rankfile.verify(self.storage, self.path, file)
         for kind in self.kinds():
             for parameter, shape in self.manifest.model_shapes.items():
-                pieces = [piece for _, piece in self._pieces.get((kind, parameter), ())]
+                slices = [stored for _, stored in self._slices.get((kind, parameter), ())]
                 end = 0
-                for piece in sorted(pieces, key=lambda piece: piece.start):
-                    end = end + piece.length if piece.start == end else -1
+                for stored in sorted(slices, key=lambda stored: stored.start):
+                    end = end + stored.length if stored.start == end else -1
                 if end != int(np.prod(shape, dtype=np.int64)):
-                    raise CheckpointError(f"{self}: {kind} of {parameter} is not whole")
+                    raise CheckpointError(f"{self}: {kind} of {parameter} has missing or overlapping slices")
 
 
-def fill(owned: Iterable[Partition], kinds: Iterable[str], read: ReadExtent) -> None:
+def fill(owned: Iterable[Partition], kinds: Iterable[str], read: ReadSlice) -> None:
     """Copy these kinds of state into the flat buffers that this rank owns."""
     wanted = tuple(kinds)
     for partition in owned:
         for kind in wanted:
             buffer = partition.buffers[kind].detach()
-            for extent in partition.extents:
-                values = read(kind, extent.parameter, extent.start, extent.length)
-                buffer[extent.offset : extent.offset + extent.length].copy_(values)
+            for slice_ in partition.slices:
+                values = read(kind, slice_.parameter, slice_.start, slice_.length)
+                buffer[slice_.offset : slice_.offset + slice_.length].copy_(values)

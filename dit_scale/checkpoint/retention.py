@@ -1,15 +1,15 @@
-"""Which checkpoints stay, and how the others go. No torch."""
+"""Which checkpoints retention keeps, and how it deletes the others. No torch."""
 
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId, read_manifest
 from dit_scale.storage import Storage
 
 TAG = "KEEP"
-"""An object of this name in a checkpoint's folder keeps it for good."""
+"""An object with this name in a checkpoint's folder keeps the checkpoint permanently."""
 
 
 def kept(ids: list[CheckpointId], keep: int, keep_every_steps: int) -> set[CheckpointId]:
-    """From checkpoints (newest first), the newest `keep`, and the first of every so many steps."""
+    """Of these checkpoints (newest first), keep the newest `keep` and the first of every N-step window."""
     stay = set(ids[:keep])
     if keep_every_steps:
         first = {checkpoint_id.step // keep_every_steps: checkpoint_id for checkpoint_id in ids}
@@ -18,11 +18,10 @@ def kept(ids: list[CheckpointId], keep: int, keep_every_steps: int) -> set[Check
 
 
 def superfluous(root: Storage, newest: CheckpointId, keep: int, keep_every_steps: int) -> list[str]:
-    """Folders that do not stay.
+    """Return the paths of the folders to delete.
 
-    It counts down from `newest`. What sorts above it does not count: the run has passed over it.
-    Folders below it that are no checkpoint, or none on the chain, are what kills and old attempts left
-    behind; they go too.
+    Checkpoints newer than `newest` do not count: the run has passed over them. Older folders that have no
+    manifest or are not on the chain are leftovers of kills and superseded attempts; they are deleted too.
     """
     on_chain = [checkpoint_id for checkpoint_id in attempts.committed(root) if checkpoint_id <= newest]
     recent = kept(on_chain, _window(root, on_chain, keep), keep_every_steps)
@@ -36,7 +35,7 @@ def superfluous(root: Storage, newest: CheckpointId, keep: int, keep_every_steps
 
 
 def _window(root: Storage, ids: list[CheckpointId], keep: int) -> int:
-    """How many of the newest have `keep` among them whose manifests can be read."""
+    """Return how many of the newest checkpoints contain `keep` readable ones."""
     readable = 0
     for number, checkpoint_id in enumerate(ids):
         if readable == keep:
@@ -46,37 +45,38 @@ def _window(root: Storage, ids: list[CheckpointId], keep: int) -> int:
 
 
 def prune(root: Storage, attempt: int, newest: CheckpointId, keep: int, keep_every_steps: int) -> list[str]:
-    """Delete what does not stay, manifests first, and name it.
+    """Delete what retention does not keep, manifests first, and return its paths.
 
-    `newest` is a checkpoint whose files were read again; its manifest is read again here. Before each
-    delete the chain is asked: SupersededError, and nothing more goes, once a later attempt has begun.
+    The files of `newest` were read back before; its manifest is read back here. Checks the chain before each
+    delete: raises SupersededError and deletes nothing more once a later attempt has started.
     """
     read_manifest(root, newest)
-    gone = superfluous(root, newest, keep, keep_every_steps)
-    for folder in gone:
-        delete(root, attempt, folder)
-    return gone
+    paths = superfluous(root, newest, keep, keep_every_steps)
+    for path in paths:
+        delete(root, attempt, path)
+    return paths
 
 
-def delete(root: Storage, attempt: int, folder: str) -> None:
-    """Delete a checkpoint, manifest first. Raises SupersededError once a later attempt began."""
-    for key in sorted(_keys(root, folder), key=lambda key: (key != f"{folder}/{MANIFEST}", key)):
+def delete(root: Storage, attempt: int, path: str) -> None:
+    """Delete a checkpoint, manifest first. Raises SupersededError if a later attempt has started."""
+    for key in sorted(_keys(root, path), key=lambda key: (key != f"{path}/{MANIFEST}", key)):
         attempts.check_current(root, attempt)
         root.delete(key)
 
 
 def _folders(root: Storage, folder: str, newest: CheckpointId) -> set[str]:
-    """Paths of the checkpoints below a folder that are older than `newest`, committed or not."""
+    """Return the paths of all checkpoints below a folder that are older than `newest`, committed or not."""
     names = {key.split("/")[1] for key in _keys(root, folder)}
     ids = filter(None, map(CheckpointId.parse, names))
     return {checkpoint_id.path(folder) for checkpoint_id in ids if checkpoint_id < newest}
 
 
 def _keys(root: Storage, folder: str) -> list[str]:
-    """All that lies in a folder, also what killed writers left there."""
+    """Return all keys in a folder, including leftovers of killed writers."""
     return [key for key, _ in root.list(f"{folder}/")] + [*root.leftovers(f"{folder}/")]
 
 
 def _tagged(root: Storage) -> set[str]:
-    ending = f"/{TAG}"
-    return {key.removesuffix(ending) for key, _ in root.list(f"{CHECKPOINTS}/") if key.endswith(ending)}
+    """Return the paths of the checkpoints that a user keeps."""
+    suffix = f"/{TAG}"
+    return {key.removesuffix(suffix) for key, _ in root.list(f"{CHECKPOINTS}/") if key.endswith(suffix)}

@@ -1,15 +1,14 @@
-"""Saves a run while it trains: a snapshot into host memory, a writer process beside each rank, a commit.
+"""Asynchronous saves: a snapshot in host memory, a writer process next to each rank, then a commit.
 
-    begin    every rank copies what it owns into memory that it shares with its writer: the only stop
-    writing  the writers put their files and read them again
-    commit   when all have, rank 0's writer puts the manifest, and retention passes
+    begin       every rank copies what it owns into memory shared with its writer; only this pauses training
+    writing     the writers write their files and read them back
+    committing  when all writers are done, rank 0's writer writes the manifest and prunes
 
-The ranks never wait for one another's storage: whether all writers are done is part of the vote that
-they hold at every step anyway. One save is in flight; a failed one leaves nothing that a reader takes, is
-reported, and the run goes on to the next.
+Ranks never wait for each other's storage: whether all writers are done is part of the vote that the ranks
+hold at every step anyway. At most one save is in flight. A failed save leaves nothing that a reader accepts;
+it is reported, and training continues.
 """
 
-import json
 import mmap
 import os
 import select
@@ -18,15 +17,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from dit_scale.checkpoint.manifest import Manifest
-from dit_scale.checkpoint.partition import Partition
-from dit_scale.checkpoint.writer import Commit, Reply, Source, Write
+from dit_scale.checkpoint.partition import ParameterSlice, Partition
+from dit_scale.checkpoint.writer import SLICES, Commit, Reply, Write
 from dit_scale.config import CheckpointConfig
 from dit_scale.dist import World
 from dit_scale.errors import SupersededError
@@ -38,68 +37,61 @@ _POLL_S = 0.005
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How a save ended: equal on all ranks."""
+    """The result of a save: the same on all ranks."""
 
     manifest: Manifest
     problem: str
-    """Empty when it is committed."""
+    """Why the save failed; empty when it is committed."""
     dropped: tuple[str, ...]
     """Checkpoints that retention deleted."""
     retention_problem: str
     is_final: bool
-    """Whether another try under the same name would fail as well."""
+    """Whether a retry under the same name would fail as well."""
     seconds: float
-    """From the snapshot to the commit, retention included."""
+    """Time from the snapshot to the end of the commit, including retention."""
 
 
 class Snapshot:
-    """Host memory, shared with the writer, that holds a copy of all that a rank owns."""
+    """A copy of everything that a rank owns, in host memory shared with its writer."""
 
     def __init__(self, owned: Iterable[Partition]) -> None:
         self._owned = tuple(owned)
         self.bytes = sum(4 * b.numel() for part in self._owned for b in part.buffers.values())
-        self.file = os.memfd_create(
-            "snapshot"
-        )  # belongs to the processes that hold it: nothing is left behind
+        # The kernel frees an anonymous file when the last process that holds it exits.
+        self.file = os.memfd_create("snapshot")
         os.ftruncate(self.file, max(self.bytes, 1))
         memory = torch.frombuffer(mmap.mmap(self.file, max(self.bytes, 1)), dtype=torch.uint8)
-        memory.zero_()  # makes the pages, so that the first copy takes no longer than later ones
+        memory.zero_()  # allocates the pages now, not during the first snapshot
         self._pin(memory)
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.sources: list[Source] = []
-        offset = 0
+        self.slices: list[tuple[str, ParameterSlice]] = []
+        """The layout of the memory: (kind, slice)."""
+        first = 0
         for partition in self._owned:
             for kind, buffer in partition.buffers.items():
-                size = 4 * buffer.numel()
-                self._copies.append((memory[offset : offset + size].view(torch.float32), buffer.detach()))
-                self.sources += [
-                    Source(
-                        kind=kind,
-                        parameter=extent.parameter,
-                        start=extent.start,
-                        length=extent.length,
-                        memory_offset=offset + 4 * extent.offset,
-                    )
-                    for extent in partition.extents
+                end = first + buffer.numel()
+                self._copies.append((memory[4 * first : 4 * end].view(torch.float32), buffer.detach()))
+                self.slices += [
+                    (kind, replace(slice_, offset=first + slice_.offset)) for slice_ in partition.slices
                 ]
-                offset += size
+                first = end
 
     @torch.no_grad()
     def take(self) -> None:
-        """Copy; returns when the copy is whole."""
+        """Copy everything; returns when the copy is complete."""
         for host, buffer in self._copies:
             host.copy_(buffer.flatten(), non_blocking=True)
         if any(buffer.is_cuda for _, buffer in self._copies):
             torch.cuda.synchronize()
 
     def _pin(self, memory: torch.Tensor) -> None:
-        """Lock the memory for copies at the full speed of the bus."""
+        """Page-lock the memory, so that copies from the GPU run at the full speed of the bus."""
         if any(b.is_cuda for part in self._owned for b in part.buffers.values()):
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
 
 
 class Saver:
-    """One rank's side of all saves. Every method but `close` is called by all ranks at the same step."""
+    """One rank's side of all saves. All ranks call every method except `close` at the same step."""
 
     def __init__(
         self,
@@ -109,14 +101,14 @@ class Saver:
         config: CheckpointConfig,
         record: Iterable[Path] = (),
     ) -> None:
-        """`record` are files of this machine that each checkpoint takes along, as they are at its commit."""
+        """`record` names local files that each checkpoint carries along, as they are at its commit."""
         self._world, self._root, self._config = world, root, config
         self._record = tuple(map(str, record))
         self.snapshot = Snapshot(owned)
         self._writer: subprocess.Popen[bytes] | None = None
         self._phase: Literal["idle", "writing", "committing"] = "idle"
         self._awaiting = False
-        """Whether this rank's writer owes an answer."""
+        """Whether this rank's writer owes a reply."""
         self._reply = Reply()
         self._since_s = 0.0
         self._folders: dict[str, tuple[str, ...]] = {}
@@ -128,7 +120,7 @@ class Saver:
         return self._phase != "idle"
 
     def begin(self, manifest: Manifest, folders: dict[str, tuple[str, ...]]) -> None:
-        """Take a snapshot and have it written below these folders, with the kinds that belong in each."""
+        """Take a snapshot and start to write it. `folders` maps CHECKPOINTS or EMA to the kinds in there."""
         assert not self.in_flight
         self._manifest, self._folders, self._since_s = manifest, folders, time.monotonic()
         self.snapshot.take()
@@ -136,21 +128,21 @@ class Saver:
         self._ask("write", Write(checkpoint=manifest.id, folders=folders))
 
     def flags(self) -> tuple[bool, bool]:
-        """(this rank's writer is at work, its work has failed): what the rank says in the vote."""
+        """Return this rank's part of the vote: (its writer is busy, its writer failed)."""
         if self._awaiting:
-            self._look()
+            self._poll()
         return self._awaiting, bool(self._reply.problem)
 
-    def advance(self, any_at_work: bool, any_failed: bool) -> SaveResult | None:
-        """Take the next step, given the vote of all ranks. Returns how the save ended, once it has.
+    def advance(self, any_busy: bool, any_failed: bool) -> SaveResult | None:
+        """Move the save forward, given the vote of all ranks. Returns its result once it has one.
 
-        Raises SupersededError, on all ranks, when a later attempt of the run has begun.
+        Raises SupersededError, on all ranks, when a later attempt of the run has started.
         """
-        if not self.in_flight or any_at_work:
+        if not self.in_flight or any_busy:
             return None
         replies = self._world.gather(self._reply)
         if any_failed or self._phase == "committing":
-            return self._end(replies)
+            return self._finish(replies)
         self._phase = "committing"
         if self._world.is_first:
             assert self._manifest is not None
@@ -166,23 +158,23 @@ class Saver:
         return None
 
     def wait(self, voted: Callable[[], None] = lambda: None) -> SaveResult | None:
-        """Stay until the save in flight has ended; None when there is none. `voted` hears that all live."""
+        """Wait for the save in flight; None if there is none. Calls `voted` before every vote."""
         while self.in_flight:
             voted()
-            outcome = self.advance(*self._world.start_vote(*self.flags()).result())
-            if outcome is not None:
-                return outcome
+            result = self.advance(*self._world.start_vote(*self.flags()).result())
+            if result is not None:
+                return result
             time.sleep(_POLL_S)
         return None
 
     def close(self) -> None:
-        """End the writer; a save in flight is given up."""
+        """Kill the writer; a save in flight is abandoned."""
         if self._writer is not None:
             self._writer.kill()
             self._forget_writer()
         os.close(self.snapshot.file)
 
-    def _end(self, replies: list[Reply]) -> SaveResult:
+    def _finish(self, replies: list[Reply]) -> SaveResult:
         assert self._manifest is not None
         bad = [(rank, reply) for rank, reply in enumerate(replies) if reply.problem]
         manifest, self._manifest = self._manifest, None
@@ -212,7 +204,7 @@ class Saver:
                 stdout=subprocess.PIPE,
                 pass_fds=[self.snapshot.file],
             )
-        self._send(json.dumps([source.model_dump() for source in self.snapshot.sources]))
+        self._send(SLICES.dump_json(self.snapshot.slices).decode())
 
     def _ask(self, what: str, request: Write | Commit) -> None:
         self._reply, self._awaiting = Reply(), True
@@ -221,7 +213,7 @@ class Saver:
         self._send(f'{{"do":"{what}",{request.model_dump_json()[1:]}')
 
     def _send(self, line: str) -> None:
-        if self._writer is None:  # it has just died, and the reply says so
+        if self._writer is None:  # died just now; the reply says so
             return
         assert self._writer.stdin is not None
         try:
@@ -230,8 +222,8 @@ class Saver:
         except BrokenPipeError:
             self._reply = Reply(problem=self._writer_died())
 
-    def _look(self) -> None:
-        """Take the answer if there is one."""
+    def _poll(self) -> None:
+        """Take the writer's reply if there is one, or give up at the deadline."""
         if self._writer is None:
             self._awaiting = False
             return
@@ -252,13 +244,13 @@ class Saver:
         assert self._writer is not None
         code = self._writer.wait()
         self._forget_writer()
-        return f"its writer process ended with {code}; the next save starts another"
+        return f"its writer process exited with {code}; the next save starts a new one"
 
     def _forget_writer(self) -> None:
         assert self._writer is not None
         self._writer.wait()
         for pipe in (self._writer.stdin, self._writer.stdout):
             if pipe is not None:
-                with suppress(BrokenPipeError):  # a request that it did not live to read
+                with suppress(BrokenPipeError):  # a request that it never read
                     pipe.close()
         self._writer = None

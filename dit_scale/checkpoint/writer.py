@@ -1,13 +1,13 @@
-"""The process beside each rank that writes its part of a checkpoint while training goes on. No torch.
+"""The process next to each rank that writes its part of a checkpoint while training continues. No torch.
 
-Started by `dit_scale.checkpoint.saver`, which shares a memory file with it: there lies the snapshot. Requests
+`dit_scale.checkpoint.saver` starts it and shares a memory file with it that holds the snapshot. Requests
 and replies are lines of JSON on stdin and stdout.
 
-    {"do": "write", ...}    put this rank's files, read them again, answer when every block was right
-    {"do": "commit", ...}   on rank 0, when all have written: put the manifests, then let retention pass
+    {"do": "write", ...}    write this rank's files, read them back, reply when every block is right
+    {"do": "commit", ...}   on rank 0, after all ranks have written: write the manifests, then prune
 
-Signals to stop are for ranks, who decide whether this save is still wanted: they start the writer with
-them blocked. It ends with its rank: at the end of its input, or by the kernel when the rank was killed.
+Stop signals are for the ranks, which decide whether this save is still needed: the writer starts with them
+blocked. It exits with its rank: at the end of its input, or through the kernel when the rank is killed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from dit_scale.checkpoint import attempts, rankfile, retention
 from dit_scale.checkpoint.manifest import (
@@ -32,115 +32,99 @@ from dit_scale.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
-from dit_scale.checkpoint.rankfile import Bytes, Piece
+from dit_scale.checkpoint.partition import ParameterSlice, StateSlices
+from dit_scale.checkpoint.rankfile import Bytes
 from dit_scale.errors import CheckpointError, DitScaleError, SupersededError, TakenError
 from dit_scale.sealed import sealed
 from dit_scale.storage import Storage, open_storage
 
 _PR_SET_PDEATHSIG = 1
 
+SLICES = TypeAdapter(list[tuple[str, ParameterSlice]])
+"""The first line of the input: the layout of the snapshot in the shared memory."""
+
 
 class _Message(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Source(_Message):
-    """A piece of the snapshot: one tensor, and where its bytes lie in the shared memory."""
-
-    kind: str
-    parameter: str
-    start: int
-    length: int
-    memory_offset: int
-    """Bytes."""
-
-
 class Write(_Message):
-    """Put a file of this rank into a checkpoint below each folder, with the kinds that belong there."""
+    """Write a file of this rank into the checkpoint below each folder."""
 
     checkpoint: CheckpointId
     folders: dict[str, tuple[str, ...]]
-    """Folder, CHECKPOINTS or EMA => kinds."""
+    """Folder, CHECKPOINTS or EMA => kinds of state that belong there."""
 
 
 class Commit(_Message):
-    """Put the record beside the checkpoint, then the manifest of each folder, then let retention pass."""
+    """Write the record into the checkpoint, then the manifest below each folder, then prune."""
 
     files: dict[str, tuple[FileRecord, ...]]
-    """Folder => what every rank has put there."""
+    """Folder => the file of every rank."""
     manifest: Manifest
     record: tuple[str, ...] = ()
-    """Files of this machine that the checkpoint takes along: see dit_scale.train.run_folder."""
+    """Local files that the checkpoint carries along: see dit_scale.train.run_folder."""
     keep: int
     keep_every_steps: int
 
 
 class Reply(_Message):
-    """How it went."""
+    """The result of a request."""
 
     problem: str = ""
     superseded: bool = False
     taken: bool = False
-    """Another try would end the same way: the name is taken."""
+    """Whether the checkpoint's name is taken, so that a retry would fail as well."""
     files: dict[str, FileRecord] = {}
-    """Folder => the file that this rank has put there."""
+    """Folder => the file that this rank wrote."""
     dropped: tuple[str, ...] = ()
     """Checkpoints that retention deleted."""
     retention_problem: str = ""
     """Why retention stopped; the checkpoint itself is committed."""
 
 
-def write(root: Storage, rank: int, memory: Bytes, sources: list[Source], request: Write) -> Reply:
-    """Put this rank's files and read them again. Raises TakenError, CheckpointError or StorageError."""
+def write(root: Storage, rank: int, memory: Bytes, slices: StateSlices, request: Write) -> Reply:
+    """Write this rank's files and read them back. Raises TakenError, CheckpointError or StorageError."""
     files = {}
     for folder, kinds in request.folders.items():
-        pieces = [
-            (
-                Piece(s.kind, s.parameter, s.start, s.length),
-                memory[s.memory_offset : s.memory_offset + 4 * s.length],
-            )
-            for s in sources
-            if s.kind in kinds
-        ]
-        path = request.checkpoint.path(folder)
-        key = f"{path}/{rankfile.name_of_rank(rank)}"
-        _check_free(root, request.checkpoint, folder, rankfile.record_of(key, pieces))
-        files[folder] = rankfile.write(root, key, pieces)
+        path, wanted = request.checkpoint.path(folder), [pair for pair in slices if pair[0] in kinds]
+        key = f"{path}/{rankfile.file_name(rank)}"
+        if root.exists(f"{path}/{MANIFEST}"):
+            # A retry of our own commit finds this very file; any other file belongs to another process.
+            file = rankfile.record_of(key, memory, wanted)
+            if file not in _committed_files(root, request.checkpoint, folder):
+                raise _taken(root, path)
+        files[folder] = rankfile.write(root, key, memory, wanted)
         rankfile.verify(root, path, files[folder])
     return Reply(files=files)
 
 
-def _check_free(root: Storage, checkpoint_id: CheckpointId, folder: str, file: FileRecord) -> None:
-    """Raises TakenError when the checkpoint is committed with another file; with this very one it is ours."""
-    path = checkpoint_id.path(folder)
-    if not root.exists(f"{path}/{MANIFEST}"):
-        return
+def _committed_files(root: Storage, checkpoint_id: CheckpointId, folder: str) -> tuple[FileRecord, ...]:
     try:
-        is_ours = file in read_manifest(root, checkpoint_id, folder).files
+        return read_manifest(root, checkpoint_id, folder).files
     except CheckpointError:
-        is_ours = False
-    if not is_ours:
-        raise _taken(root, path)
+        return ()
 
 
 def _taken(root: Storage, path: str) -> TakenError:
     return TakenError(
-        f"{root.url}/{path} has a manifest already: another process writes to this run, or it was copied "
-        "there; nothing in it was changed. A new start takes another number"
+        f"{root.url}/{path} has a manifest already: another process writes to this run, or the checkpoint "
+        "was copied there. Nothing in it was changed; a restart takes another number"
     )
 
 
 def commit(root: Storage, request: Commit) -> Reply:
-    """Make the checkpoint exist, then delete what retention does not keep.
+    """Commit the checkpoint, then delete what retention does not keep.
 
-    Raises SupersededError when a later attempt has begun, CheckpointError or StorageError otherwise.
+    Raises SupersededError when a later attempt has started, CheckpointError or StorageError otherwise.
     """
     newest = request.manifest.id
     for path in map(Path, request.record):
-        with suppress(OSError):  # the rank that writes it raises the alarm; a save does not depend on it
+        # The rank that writes the record raises the alarm; a save does not depend on it.
+        with suppress(OSError):
             root.write(f"{newest.path()}/{path.name}", path.read_bytes())
     for folder, files in request.files.items():
-        put_manifest(root, request.manifest.model_copy(update={"files": files}), folder)
+        write_manifest(root, request.manifest.model_copy(update={"files": files}), folder)
     try:
         dropped = retention.prune(
             root, request.manifest.attempt, newest, request.keep, request.keep_every_steps
@@ -152,26 +136,27 @@ def commit(root: Storage, request: Commit) -> Reply:
     return Reply(dropped=tuple(dropped))
 
 
-def put_manifest(root: Storage, manifest: Manifest, folder: str = CHECKPOINTS) -> None:
-    """Put the manifest, once: from here on the checkpoint exists. That this very one is there is fine."""
+def write_manifest(root: Storage, manifest: Manifest, folder: str = CHECKPOINTS) -> None:
+    """Commit the checkpoint. Idempotent; raises TakenError if there is another manifest."""
     path = manifest.id.path(folder)
     key, data = f"{path}/{MANIFEST}", sealed(json.loads(manifest.model_dump_json()))
     attempts.check_current(root, manifest.attempt)
     if not root.write_new(key, data) and root.read(key) != data:
         raise _taken(root, path)
-    attempts.check_current(root, manifest.attempt)  # one that was stopped in between does not count
+    # A process that was suspended since the first check has committed nothing that counts.
+    attempts.check_current(root, manifest.attempt)
 
 
-def serve(root: Storage, rank: int, memory: Bytes, sources: list[Source]) -> None:
+def serve(root: Storage, rank: int, memory: Bytes, slices: StateSlices) -> None:
     """Answer requests until the input ends."""
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if request["do"] == "write":
-                reply = write(root, rank, memory, sources, Write.model_validate(request))
+                reply = write(root, rank, memory, slices, Write.model_validate(request))
             else:
                 reply = commit(root, Commit.model_validate(request))
-        except (DitScaleError, OSError, MemoryError) as error:  # the rank decides what becomes of the run
+        except (DitScaleError, OSError, MemoryError) as error:  # the rank decides how the run reacts
             reply = Reply(
                 problem=str(error),
                 superseded=isinstance(error, SupersededError),
@@ -181,21 +166,21 @@ def serve(root: Storage, rank: int, memory: Bytes, sources: list[Source]) -> Non
 
 
 def main() -> None:
-    """Serve the rank that started this process, until it ends."""
+    """Serve the rank that started this process until the rank exits."""
     parser = argparse.ArgumentParser(description="Started by a rank of a training run, never by hand.")
     for name in ("--rank", "--memory", "--memory-bytes", "--parent"):
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--root", required=True)
     args = parser.parse_args()
     _die_with(args.parent)
-    sources = [Source.model_validate(entry) for entry in json.loads(sys.stdin.readline())]
+    slices = SLICES.validate_json(sys.stdin.readline())
     memory = np.frombuffer(mmap.mmap(args.memory, args.memory_bytes), np.uint8)
-    serve(open_storage(args.root), args.rank, memory, sources)
+    serve(open_storage(args.root), args.rank, memory, slices)
 
 
 def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the kernel was told
+    if os.getppid() != parent:  # the parent died before the call took effect
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""`dit-scale checkpoint ACTION`: what the checkpoints of a run hold."""
+"""`dit-scale checkpoint ACTION`: list, verify, export, keep and prune checkpoints."""
 
 import argparse
 from typing import Any
@@ -22,16 +22,17 @@ def add(commands: Any) -> None:
         example="dit-scale checkpoint list runs/dit_xl2_256",
     )
     listing.add_argument("run", help="the run's folder")
-    listing.add_argument("--json", action="store_true", help="a list of objects, for machines")
+    listing.add_argument("--json", action="store_true", help="print a JSON list of objects")
     verify = add_command(
         actions,
         "verify",
         _verify,
-        "read every byte and name what is damaged; code 1 if anything is",
+        "read every byte and report damage; exits with 1 if there is any",
         example="dit-scale checkpoint verify runs/dit_xl2_256",
     )
     verify.add_argument(
-        "source", help="run folder (all its checkpoints, stored averages and attempts) or checkpoint folder"
+        "source",
+        help="run folder (verifies all checkpoints, stored averages and attempts) or checkpoint folder",
     )
     export = add_command(
         actions,
@@ -40,9 +41,9 @@ def add(commands: Any) -> None:
         "write EMA weights as one safetensors file with the published names",
         example="dit-scale checkpoint export runs/dit_xl2_256 dit_xl2_256.safetensors",
     )
-    export.add_argument("source", help="run folder (its newest checkpoint) or checkpoint folder")
+    export.add_argument("source", help="run folder (exports its newest checkpoint) or checkpoint folder")
     export.add_argument("out", type=weights_file, help="the .safetensors file to write")
-    export.add_argument("--ema", default=None, help="EMA profile (default: the first of the run)")
+    export.add_argument("--ema", default=None, help="EMA profile (default: the first one of the run)")
     _add_retention(actions)
 
 
@@ -51,27 +52,30 @@ def _add_retention(actions: Any) -> None:
         actions,
         "keep",
         _keep,
-        "keep one checkpoint for good, whatever retention would do",
+        "keep one checkpoint permanently, regardless of retention",
         example="dit-scale checkpoint keep runs/dit_xl2_256 0000400000-0003",
     )
     keep.add_argument("run", help="the run's folder")
     keep.add_argument(
-        "checkpoint", metavar="NAME", help="as `checkpoint list` names it, for example 0000400000-0003"
+        "checkpoint", metavar="NAME", help="name as printed by `checkpoint list`, for example 0000400000-0003"
     )
     prune = add_command(
         actions,
         "prune",
         _prune,
-        "delete checkpoints that retention would not keep; says which, and deletes with --yes",
-        description="""Delete old checkpoints of a run that is not running.
-Says which would go; deletes them with --yes, after the newest was verified.""",
+        "delete checkpoints that retention does not keep; a dry run without --yes",
+        description="""Delete checkpoints that retention does not keep. The run must not be running.
+Without --yes, only prints what would be deleted. With --yes, verifies the newest checkpoint first.""",
         example="dit-scale checkpoint prune runs/dit_xl2_256 --keep 2 --yes",
     )
     prune.add_argument("run", help="the run's folder")
     prune.add_argument(
-        "--keep", type=int_between(1), default=None, help="newest that stay (default: as configured)"
+        "--keep",
+        type=int_between(1),
+        default=None,
+        help="number of newest checkpoints to keep (default: as configured)",
     )
-    prune.add_argument("--yes", action="store_true", help="delete them")
+    prune.add_argument("--yes", action="store_true", help="delete the checkpoints")
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -123,20 +127,22 @@ def _verify(args: argparse.Namespace) -> int:
         for problem in attempts.problems(root):
             damaged = True
             print(problem)
-        _say_if_edited(args.source)
+        _print_edits(args.source)
     for path, opened in to_verify:
         try:
             checkpoint = opened()
             checkpoint.verify()
-            print(f"{path}: whole, {checkpoint.bytes / 1e6:.1f} MB in {len(checkpoint.manifest.files)} files")
+            print(
+                f"{path}: intact, {checkpoint.bytes / 1e6:.1f} MB in {len(checkpoint.manifest.files)} files"
+            )
         except CheckpointError as error:
             damaged = True
             print(f"{path}: {error}")
     return int(damaged)
 
 
-def _say_if_edited(run: str) -> None:
-    """Name what differs between config.yaml, which has no digest, and the configuration in a manifest."""
+def _print_edits(run: str) -> None:
+    """Print how config.yaml, which has no digest, differs from the configuration in the newest manifest."""
     from contextlib import suppress
 
     from dit_scale.checkpoint.attempts import committed
@@ -150,7 +156,7 @@ def _say_if_edited(run: str) -> None:
         with suppress(CheckpointError):
             saved = Checkpoint(root, checkpoint_id).config
             for line in differences(saved.model_copy(update={"run": config.run}), config):
-                print(f"note: config.yaml is not as in {checkpoint_id.path()}: {line}")
+                print(f"note: config.yaml differs from {checkpoint_id.path()}: {line}")
             return
 
 
@@ -178,10 +184,10 @@ def _keep(args: argparse.Namespace) -> int:
     checkpoint_id = CheckpointId.parse(args.checkpoint)
     if checkpoint_id is None or checkpoint_id not in committed(root):
         raise CheckpointError(
-            f"{args.run} has no checkpoint {args.checkpoint}; `dit-scale checkpoint list` shows them"
+            f"{args.run} has no checkpoint {args.checkpoint}; `dit-scale checkpoint list` prints their names"
         )
     root.write(f"{checkpoint_id.path()}/{TAG}", b"")
-    print(f"{checkpoint_id.path()} stays for good")
+    print(f"{checkpoint_id.path()} is kept permanently")
     return 0
 
 
@@ -192,17 +198,17 @@ def _prune(args: argparse.Namespace) -> int:
     from dit_scale.train.run_folder import config_of_folder, root_of_folder
 
     config, root = config_of_folder(args.run).checkpoint, root_of_folder(args.run)
-    ids, current = attempts.committed(root), attempts.numbers(root)
+    ids, numbers = attempts.committed(root), attempts.numbers(root)
     if not ids:
         raise CheckpointError(f"{args.run} has no committed checkpoint")
-    _say_if_edited(args.run)
+    _print_edits(args.run)
     keep = args.keep or config.keep
     rule = (ids[0], keep, config.keep_every_steps)
     if args.yes:
         Checkpoint(root, ids[0]).verify()
-        gone = retention.prune(root, current[-1] if current else 0, *rule)
+        paths = retention.prune(root, numbers[-1] if numbers else 0, *rule)
     else:
-        gone = retention.superfluous(root, *rule)
-    for folder in gone:
-        print(f"{folder}: {'deleted' if args.yes else 'would be deleted'}")
+        paths = retention.superfluous(root, *rule)
+    for path in paths:
+        print(f"{path}: {'deleted' if args.yes else 'would be deleted'}")
     return 0

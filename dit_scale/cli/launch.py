@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from dit_scale.cli.arguments import CONFIG_HELP, add_command, int_between, non_negative_float, positive_float
-from dit_scale.errors import DitScaleError
+from dit_scale.errors import ConfigError, DitScaleError
 
 
 def add(commands: Any) -> None:
@@ -14,40 +14,46 @@ def add(commands: Any) -> None:
         commands,
         "launch",
         _run,
-        "train on this node and others, and start again whatever fails",
-        description="""Supervise the ranks of this node: one such command on every node of the run. They find
-each other through the run's folder (or checkpoint.url), start the deepspeed launcher, watch the ranks, and
-start again with the nodes that are left when one fails.
+        "train on this node and others, with automatic restart after failures",
+        description="""Supervise the ranks of this node. Run the same command on every node of the run. The
+supervisors find each other through the run folder (or checkpoint.url), start the deepspeed launcher, watch
+the ranks, and restart with the remaining nodes when one fails.
 
   dit-scale launch dit_xl2_256 --nodes 2:4 run=/shared/xl2        (on each node)
 
-Exit codes: 0 done, 75 stopped on request and saved (start again to go on), 93 (2 for an option) another start
-would end in the same way, 1 anything else.""",
+Exit codes: 0 done, 75 stopped on request and saved (run the same command again to resume), 93 (2 for a bad
+option) a restart would fail the same way, 1 any other failure.""",
     )
     parser.add_argument("config", help=f"{CONFIG_HELP}; the same on all nodes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="the same on all nodes")
-    parser.add_argument("--nodes", default="1", help="how many, or least:most (default 1)")
-    parser.add_argument("--slots", type=int_between(1), help="ranks of this node (default: its GPUs, or 1)")
-    parser.add_argument("--node", help="name of this node, unlike all others (default: its host name)")
-    parser.add_argument("--address", help="where the others reach it (default: its host name)")
+    parser.add_argument("--nodes", default="1", help="number of nodes, or LEAST:MOST (default: 1)")
+    parser.add_argument("--slots", type=int_between(1), help="ranks on this node (default: its GPUs, or 1)")
+    parser.add_argument("--node", help="unique name of this node (default: its host name)")
+    parser.add_argument("--address", help="address at which other nodes reach it (default: its host name)")
     parser.add_argument(
         "--start",
         type=int_between(0, 2**53),
         default=0,
         metavar="NUMBER",
-        help="of this start of the job, the same on all nodes; one with a larger number takes over",
+        help="number of this start of the job, the same on all nodes; larger numbers supersede smaller ones",
     )
     parser.add_argument(
-        "--lease-s", type=positive_float, default=15.0, help="silence that means a node is lost"
+        "--lease-s",
+        type=positive_float,
+        default=15.0,
+        help="seconds without a lease renewal after which a node is lost (default: 15)",
     )
     parser.add_argument(
-        "--gather-s", type=positive_float, default=3600.0, help="longest wait for the least number of nodes"
+        "--gather-s",
+        type=positive_float,
+        default=3600.0,
+        help="longest wait for LEAST nodes, in seconds (default: 3600)",
     )
     parser.add_argument(
         "--grow-s",
         type=non_negative_float,
         default=60.0,
-        help="a round lasts so long before it lets nodes in",
+        help="shortest duration of a round that waiting nodes interrupt, in seconds (default: 60)",
     )
 
 
@@ -65,13 +71,27 @@ def _launch(args: argparse.Namespace) -> int:
     import socket
 
     from dit_scale.config import load_for_training
-    from dit_scale.elastic.launch import launch, node_range, num_devices
-    from dit_scale.elastic.supervisor import Policy
+    from dit_scale.elastic.launch import launch
+    from dit_scale.elastic.node.gpus import num_devices
+    from dit_scale.elastic.policy import Policy
 
     config = load_for_training(args.config, args.overrides)
     least, most = node_range(args.nodes)
-    policy = Policy(least, most, lease_s=args.lease_s, gather_s=args.gather_s, grow_s=args.grow_s)
     host = socket.gethostname()
-    arguments = [args.config, *args.overrides]
-    slots = args.slots or num_devices()
-    return launch(config, arguments, policy, args.node or host, args.address or host, slots, args.start)
+    return launch(
+        config,
+        [args.config, *args.overrides],
+        Policy(least, most, lease_s=args.lease_s, gather_s=args.gather_s, grow_s=args.grow_s),
+        node=args.node or host,
+        address=args.address or host,
+        slots=args.slots or num_devices(),
+        start=args.start,
+    )
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """Parse `4` or `2:4`: the smallest and the largest number of nodes."""
+    least, _, most = text.partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+        raise ConfigError(f"--nodes {text}: expected a number of nodes or LEAST:MOST, for example 2:4")
+    return int(least), int(most or least)

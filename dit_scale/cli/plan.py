@@ -168,7 +168,7 @@ def _measured(path: str, model: str, image_size: int) -> float:
 
 
 def _simulate(args: argparse.Namespace, machines: "Machines", work: "Work") -> "SimulationResult":
-    from dit_scale.elastic.supervisor import Policy
+    from dit_scale.elastic.policy import Policy
     from dit_scale.forecast import simulate
     from dit_scale.forecast.timeline import FailureKind
 

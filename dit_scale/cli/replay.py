@@ -62,20 +62,20 @@ def tree(found: "Replay", count: int) -> dict[str, Any]:
 
     from dit_scale.telemetry.meters import COLUMNS
 
-    past = found.past
-    recorded = past.recorded and {
-        "where": past.recorded.where,
-        **dict(zip(COLUMNS, past.recorded.row, strict=True)),
+    history = found.history
+    recorded = history.recorded and {
+        "where": history.recorded.where,
+        **dict(zip(COLUMNS, history.recorded.row, strict=True)),
     }
     return _finite(
         {
             "run": found.run,
             "step": found.step,
-            "attempt": past.attempt.number,
+            "attempt": history.attempt.number,
             "checkpoint": found.checkpoint,
             "world": found.world,
-            "world_of_the_run": past.world,
-            "rolled_back_in_attempts": past.rolled_back,
+            "world_of_the_run": history.world,
+            "rolled_back_in_attempts": history.rolled_back,
             **dict(zip(COLUMNS, found.row, strict=True)),
             "recorded": recorded,
             "differences": found.differences(),
@@ -89,15 +89,15 @@ def text(found: "Replay", count: int) -> str:
     """All of it for people, `count` samples at most."""
     from dit_scale.telemetry.meters import COLUMNS
 
-    past = found.past
+    history = found.history
     *numbers, skipped = zip(COLUMNS, found.row, strict=True)
     row = "  ".join(f"{name} {value:.6g}" for name, value in numbers)
     lines = [
-        f"step {found.step} of {found.run}, attempt {past.attempt.number}",
+        f"step {found.step} of {found.run}, attempt {history.attempt.number}",
         f"{row}{'  skipped' if skipped[1] else ''}",
         _compared(found),
     ]
-    for attempt in past.rolled_back:
+    for attempt in history.rolled_back:
         lines.append(
             f"attempt {attempt} failed at this step and was rolled back: --attempt {attempt} shows it"
         )
@@ -115,14 +115,14 @@ def text(found: "Replay", count: int) -> str:
 
 
 def _compared(found: "Replay") -> str:
-    past, differences = found.past, found.differences()
-    world = f"processes: {found.world}, of the run: {'unknown' if past.world is None else past.world}"
-    if past.recorded is None:
+    history, differences = found.history, found.differences()
+    world = f"processes: {found.world}, of the run: {'unknown' if history.world is None else history.world}"
+    if history.recorded is None:
         return f"{world}; the run wrote down nothing of this step alone"
     if not differences:
-        return f"{world}; equal to the bit to what {past.recorded.where} says"
+        return f"{world}; equal to the bit to what {history.recorded.where} says"
     apart = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-    return f"{world}; relative difference to what {past.recorded.where} says: {apart}"
+    return f"{world}; relative difference to what {history.recorded.where} says: {apart}"
 
 
 def _finite(value: Any) -> Any:

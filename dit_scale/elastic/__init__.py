@@ -1,1 +1,1 @@
-"""One supervisor per node: who takes part, when a part of the run has failed, and what follows. No torch."""
+"""One supervisor per node. Together they form rounds, watch the ranks, and restart after failures."""

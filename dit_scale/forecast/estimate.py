@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import ceil, exp, sqrt
 
 from dit_scale.elastic.node.deadlines import SHORTEST_S, TIMES_P99
-from dit_scale.elastic.supervisor import Policy
+from dit_scale.elastic.policy import Policy
 from dit_scale.forecast.timeline import Costs
 
 DAY_S = 86400.0

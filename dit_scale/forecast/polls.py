@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from dit_scale.elastic.node.exits import Exit
-from dit_scale.elastic.supervisor import Policy, Wait
+from dit_scale.elastic.policy import Policy
+from dit_scale.elastic.supervisor import Wait
 from dit_scale.forecast.timeline import SECOND, ticks
 
 NEVER = 2**62

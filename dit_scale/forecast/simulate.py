@@ -10,9 +10,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dit_scale.elastic.board import Ending, Member, Reason, Round
+from dit_scale.elastic.local_node import Dependencies
 from dit_scale.elastic.node.deadlines import Deadlines
 from dit_scale.elastic.node.exits import Exit
-from dit_scale.elastic.supervisor import Dependencies, Policy, Supervisor
+from dit_scale.elastic.policy import Policy
+from dit_scale.elastic.supervisor import Supervisor
 from dit_scale.forecast.polls import EventQueue, Node, Polls
 from dit_scale.forecast.timeline import SECOND, Costs, FailureKind, Halt, Job, Schedule, ticks
 from dit_scale.forecast.virtual import VirtualBoard, VirtualGroup, last_beat
@@ -208,10 +210,22 @@ class Simulation:
             spent[heading] += time
 
     def _boot(self, node: Node, at: int) -> None:
-        member = Member(node.name, str(node.boots + 1), node.name, 1, 1, "")
-        dependencies = Dependencies(self.queue.seconds, self.committed_step, lambda: False, lambda text: None)
-        group = VirtualGroup(self, node.name, self._setup.deadlines)
-        supervisor = Supervisor(member, self._board, group, self._setup.policy, dependencies)
+        member = Member(
+            node=node.name,
+            boot=str(node.boots + 1),
+            address=node.name,
+            port=1,
+            slots=1,
+            config_sha256="",
+        )
+        dependencies = Dependencies(
+            clock=self.queue.seconds,
+            committed_step=self.committed_step,
+            is_wanted_back=lambda: False,
+            start_group=lambda round_, index: VirtualGroup(self, node.name, index, self._setup.deadlines),
+            say=lambda text: None,
+        )
+        supervisor = Supervisor(member, self._board, self._setup.policy, dependencies)
         self.polls.start(node, supervisor.run(), at)
 
     def _exited(self, node: Node, code: Exit) -> None:

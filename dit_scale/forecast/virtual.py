@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from dit_scale.elastic.board import Board, Ending, Joined, Member, Reason, Round
 from dit_scale.elastic.hearing import JUDGES
 from dit_scale.elastic.node.deadlines import Deadlines, Standing
-from dit_scale.elastic.node.group import GroupOutcome
+from dit_scale.elastic.node.outcomes import GroupOutcome
 from dit_scale.forecast.polls import EventQueue, Polls, TimedWait
 from dit_scale.forecast.timeline import SECOND, FailureKind, Job
 from dit_scale.heartbeat import MEASURED_STEPS, Beat, Phase
@@ -132,16 +132,13 @@ class VirtualBoard(Board):
 
 
 class VirtualGroup:
-    """The ranks of one node."""
+    """The ranks of one node in one round; they start when it is made."""
 
-    def __init__(self, cluster: VirtualCluster, node: str, deadlines: Deadlines) -> None:
-        self._cluster, self._polls, self._node, self._deadlines = cluster, cluster.polls, node, deadlines
-        self._job: Job | None = None
-        self._hearing = TimedWait.HEARING
-
-    def start(self, round_: Round, index: int) -> None:
-        self._job = job = self._cluster.job
+    def __init__(self, cluster: VirtualCluster, node: str, index: int, deadlines: Deadlines) -> None:
+        job = cluster.job
         assert job is not None
+        self._cluster, self._polls, self._node, self._deadlines = cluster, cluster.polls, node, deadlines
+        self._job: Job | None = job
         self._hearing = TimedWait.HEARING if index < JUDGES else TimedWait.LATE_HEARING
         self._polls.acts()
         if index == 0:
@@ -206,7 +203,16 @@ class VirtualGroup:
         stopped = job.halt.kind == FailureKind.STOP and job.halt.node == self._node
         quiet_s = self._deadlines.quiet(beat)
         limit_s = quiet_s if stopped else self._deadlines.of(beat)
-        return Standing(0, beat.pid, beat.section, beat.step, age_s, limit_s, quiet_s, stopped)
+        return Standing(
+            rank=0,
+            pid=beat.pid,
+            phase=beat.phase,
+            step=beat.step,
+            age_s=age_s,
+            limit_s=limit_s,
+            quiet_s=quiet_s,
+            stopped=stopped,
+        )
 
     def _expect_end(self, job: Job) -> None:
         if job.over_at is not None:

@@ -1,4 +1,4 @@
-"""How a run came to a step: which attempt took it, from where it can be reached, what was written of it."""
+"""The history of a step: the attempt that took it, the checkpoints before it, and what was recorded of it."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,39 +19,41 @@ from dit_scale.telemetry.meters import COLUMNS, StepRow
 from dit_scale.train.run_folder import root_of
 
 Line = dict[str, Any]
-"""Of the journal or the record."""
+"""A line of the journal or the record."""
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """What the run wrote down of one step alone."""
+class RecordedStep:
+    """The measurements of a single step, as the run recorded them."""
 
     row: StepRow
     where: str
+    """The file or checkpoint that contains them."""
 
 
 @dataclass(frozen=True)
-class Past:
-    """How a run came to a step."""
+class StepHistory:
+    """How a run reached a step."""
 
     attempt: AttemptRecord
-    """The one that took the step."""
+    """The attempt that took the step."""
     at_most_step: int
-    """Checkpoints up to here, those that count today, are on the way to the step."""
-    recorded: Recorded | None
+    """Committed checkpoints up to this step precede the step in this history."""
+    recorded: RecordedStep | None
+    """None if the run recorded nothing for this step alone."""
     quarantined: tuple[int, ...]
-    """Samples that the attempt found damaged, up to the step."""
+    """Samples that the attempt had quarantined up to the step."""
     world: int | None
-    """Processes of the attempt; None when the journal does not say."""
+    """World size of the attempt; None if the journal does not record it."""
     rolled_back: tuple[int, ...]
     """Other attempts that failed at this step and were rolled back."""
 
 
-def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
-    """The past of a step (counted from 1), of the run as it is now, or as it was in `attempt`.
+def history_of(config: TrainConfig, step: int, attempt: int | None) -> StepHistory:
+    """Return the history of a step (counted from 1) of the run as it is now, or as it was in `attempt`.
 
-    Raises ConfigError for a step that the run has not come to, CheckpointError for an attempt that it has
-    not seen or whose record is damaged.
+    Raises ConfigError if the run has not reached the step, CheckpointError if there is no such attempt or its
+    record is damaged.
     """
     root, folder = root_of(config), Path(config.run)
     journal = read_objects(folder / "events.jsonl", "event", "attempt", "step")
@@ -61,20 +63,20 @@ def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
         [line["step"] for line in (*journal, *record)] + [checkpoint.step for checkpoint in committed],
         default=0,
     )
-    # behind what is written down some more steps may be taken, but steps may also have been lowered since
+    # The run may have taken some steps since its last entry, but `steps` may also have been lowered since.
     if step > max(reached, min(reached + config.log.every_steps, config.steps)):
-        raise ConfigError(f"{config.run}: step {step} was not taken yet, the run has come to about {reached}")
+        raise ConfigError(f"{config.run}: step {step} is not taken yet; the run has reached about {reached}")
     taker = _taker(root, step, attempt)
     later = [number for number in attempts.numbers(root) if number > taker.number]
-    begun_at = min((_begun_at(attempts.read(root, number)) for number in later), default=step)
+    resumed_at = min((_resumed_at(attempts.read(root, number)) for number in later), default=step)
     of_taker = [event for event in journal if event["attempt"] == taker.number]
     damage = [event for event in of_taker if event["event"] == Event.QUARANTINED]
-    return Past(
+    return StepHistory(
         attempt=taker,
-        at_most_step=min(step - 1, begun_at),
+        at_most_step=min(step - 1, resumed_at),
         recorded=_skipped(of_taker, step)
-        or (None if begun_at < step else _line(record, step) or _pending(root, committed, step)),
-        # a sample is noted one step after the one that it was first needed for, at the latest
+        or (None if resumed_at < step else _logged(record, step) or _pending(root, committed, step)),
+        # A sample is journaled at most one step after the step that first needed it.
         quarantined=tuple(event["sample_id"] for event in damage if event["step"] <= step + 1),
         world=next((event["world"] for event in of_taker if event["event"] == Event.START), None),
         rolled_back=tuple(
@@ -87,9 +89,9 @@ def past_of(config: TrainConfig, step: int, attempt: int | None) -> Past:
 
 
 def as_taken(config: TrainConfig, attempt: AttemptRecord) -> TrainConfig:
-    """The configuration with what an attempt computed by, as its checkpoints say, if one is left.
+    """Return the configuration with the settings of an attempt, if one of its checkpoints is left.
 
-    Where things are, and the device, stay as they are now.
+    Paths and device stay as they are now.
     """
     root = root_of(config)
     candidates = [(one, folder) for folder in (CHECKPOINTS, EMA) for one in attempts.committed(root, folder)]
@@ -111,46 +113,46 @@ def as_taken(config: TrainConfig, attempt: AttemptRecord) -> TrainConfig:
 
 
 def _taker(root: Storage, step: int, attempt: int | None) -> AttemptRecord:
-    """The attempt that took a step, on the chain that ends with `attempt` (None: the newest)."""
+    """Return the attempt that took a step, on the chain that ends with `attempt` (None: the newest)."""
     numbers = attempts.numbers(root)
     if not numbers:
-        raise CheckpointError(f"{root.url}: no attempt of this run has begun")
+        raise CheckpointError(f"{root.url}: this run has no attempt yet")
     if attempt is not None and attempt not in numbers:
         raise CheckpointError(f"{root.url}: expected an attempt from 1 to {numbers[-1]}, got {attempt}")
     found = attempts.read(root, attempt or numbers[-1])
-    while _begun_at(found) >= step:
+    while _resumed_at(found) >= step:
         assert found.resumed_from is not None
         found = attempts.read(root, found.resumed_from.attempt)
     return found
 
 
-def _begun_at(attempt: AttemptRecord) -> int:
-    """Steps that it found taken."""
+def _resumed_at(attempt: AttemptRecord) -> int:
+    """Return the step from which an attempt resumed."""
     return attempt.resumed_from.step if attempt.resumed_from else 0
 
 
-def _skipped(events: list[Line], step: int) -> Recorded | None:
-    """A skipped step is in the journal with all its digits."""
+def _skipped(events: list[Line], step: int) -> RecordedStep | None:
+    """Find a skipped step in the journal, which records all its digits."""
     for event in events:
         if event["event"] == Event.SKIPPED_STEP and event["skipped_step"] == step:
-            return Recorded((*(float(event[name]) for name in COLUMNS[:-1]), 1.0), "events.jsonl")
+            return RecordedStep((*(float(event[name]) for name in COLUMNS[:-1]), 1.0), "events.jsonl")
     return None
 
 
-def _line(record: list[Line], step: int) -> Recorded | None:
-    """A line of metrics.jsonl has the means since the line before it, of the steps that were not skipped."""
+def _logged(record: list[Line], step: int) -> RecordedStep | None:
+    """Find a line of metrics.jsonl that covers this step alone; others have means over several steps."""
     for before, line in zip([{"step": 0}, *record], record, strict=False):
         if before["step"] == step - 1 and line["step"] == step and not line["skipped"]:
-            return Recorded((*(line[name] for name in COLUMNS[:-1]), 0.0), "metrics.jsonl")
+            return RecordedStep((*(line[name] for name in COLUMNS[:-1]), 0.0), "metrics.jsonl")
     return None
 
 
-def _pending(root: Storage, committed: list[CheckpointId], step: int) -> Recorded | None:
-    """A checkpoint has the rows of the steps since the last log point."""
+def _pending(root: Storage, committed: list[CheckpointId], step: int) -> RecordedStep | None:
+    """Find the step in a checkpoint, which contains the rows since the last log point."""
     for checkpoint_id in committed:
         with suppress(CheckpointError):
             manifest = read_manifest(root, checkpoint_id)
             later_rows = manifest.step - step
             if 0 <= later_rows < len(manifest.pending_metrics):
-                return Recorded(tuple(manifest.pending_metrics[-1 - later_rows]), checkpoint_id.path())
+                return RecordedStep(tuple(manifest.pending_metrics[-1 - later_rows]), checkpoint_id.path())
     return None

@@ -1,7 +1,7 @@
-"""One step of a run, taken once more: what each of its samples contributed.
+"""Take one step of a run again, and report what each of its samples contributed.
 
-From the newest checkpoint before the step, or from nothing, all steps up to it are taken as the run took
-them. The run's folder is read, never written.
+Training starts from the newest checkpoint before the step, or from step 0, and takes all steps as the run
+did. Nothing is written to the run's folder.
 """
 
 import math
@@ -20,7 +20,7 @@ from dit_scale.data.loader import Batch, Loader
 from dit_scale.data.order import positions_of
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
-from dit_scale.report.history import Past, as_taken, past_of
+from dit_scale.report.history import StepHistory, as_taken, history_of
 from dit_scale.telemetry.meters import COLUMNS, Meters, StepRow
 from dit_scale.telemetry.progress import StatusLine
 from dit_scale.train import determinism
@@ -35,7 +35,7 @@ from dit_scale.train.trainer import Trainer
 
 @dataclass(frozen=True)
 class ReplayedSample:
-    """What one sample contributed to the step."""
+    """The contribution of one sample to the step."""
 
     position: int
     sample_id: int
@@ -54,53 +54,64 @@ class ReplayedSample:
 
 @dataclass(frozen=True)
 class Replay:
-    """A step once more."""
+    """A step that was taken again."""
 
     run: str
     step: int
-    past: Past
+    history: StepHistory
     checkpoint: str | None
-    """Where the replay began; None for the start of the run."""
+    """The checkpoint from which the replay started; None for step 0."""
     world: int
     row: StepRow
-    """The numbers of the step, by `COLUMNS`."""
+    """Measurements of the step, by `COLUMNS`."""
     samples: tuple[ReplayedSample, ...]
-    """Of the whole step: those that are not finite, then the others by falling loss."""
+    """All samples of the global batch: those that are not finite first, then by decreasing loss."""
 
     def differences(self) -> dict[str, float] | None:
-        """Relative difference to the record by column, of those that are not equal to the bit.
+        """Return the relative difference to the record for each column that is not bit-identical.
 
-        None when the record has no row of this step. NaN is equal to itself here.
+        None if the run recorded nothing for this step alone. NaN equals itself here.
         """
-        if self.past.recorded is None:
+        if self.history.recorded is None:
             return None
-        columns = zip(COLUMNS, self.row, self.past.recorded.row, strict=True)
-        return {name: _apart(got, wanted) for name, got, wanted in columns if repr(got) != repr(wanted)}
+        columns = zip(COLUMNS, self.row, self.history.recorded.row, strict=True)
+        return {
+            name: _relative_difference(got, wanted)
+            for name, got, wanted in columns
+            if repr(got) != repr(wanted)
+        }
 
 
 def replay(run: str, step: int, attempt: int | None) -> Replay | None:
     """Take a step (counted from 1) of the run in this folder again; all ranks call this.
 
-    It is the step of the run as it is now, or as it was in `attempt`. Returns None on all ranks but the
-    first. Raises ConfigError for a folder that is no run and a step that was not taken, CheckpointError
-    for an unknown attempt, and what training raises.
+    It is the step of the run as it is now, or as it was in `attempt`. Returns None on all ranks except the
+    first. Raises ConfigError if the folder contains no run or the step is not taken yet, CheckpointError for
+    an unknown attempt, and whatever training raises.
     """
     asked = config_of_folder(run)
     determinism.pin(asked.engine)
     world = dist.start(asked.engine)
     with ExitStack() as stack:
         stack.callback(dist.stop)
-        past = world.broadcast(lambda: past_of(asked, step, attempt))
-        config = world.broadcast(lambda: as_taken(asked, past.attempt))
+        history = world.broadcast(lambda: history_of(asked, step, attempt))
+        config = world.broadcast(lambda: as_taken(asked, history.attempt))
         dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
         check_dataset(config, dataset)
         plan = plan_of(config, world.size)
-        # without averages: the steps do not depend on them
+        # Steps do not depend on weight averages.
         training = Trainer(config.model_copy(update={"ema": ()}), world, plan, dataset.info.vae.scale)
         notes: list[str] = []
-        found = _fill(config, dataset, world, training, past, notes.append)
-        excluded = past.attempt.excluded_positions
-        state = RunState.of(found.manifest, excluded) if found else RunState(excluded=excluded)
+        checkpoint = _restore(
+            config,
+            dataset=dataset,
+            world=world,
+            training=training,
+            history=history,
+            say=notes.append,
+        )
+        excluded = history.attempt.excluded_positions
+        state = RunState.of(checkpoint.manifest, excluded) if checkpoint else RunState(excluded=excluded)
         status = StatusLine(step, state.step, shown=world.is_first)
         stack.callback(status.close)
         for note in notes:
@@ -109,11 +120,11 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
             dataset,
             config.data,
             plan,
-            world.rank,
-            config.seed,
-            state.step,
-            state.excluded,
-            {*state.quarantined, *past.quarantined},
+            rank=world.rank,
+            seed=config.seed,
+            first_step=state.step,
+            excluded=state.excluded,
+            quarantined={*state.quarantined, *history.quarantined},
         )
         stack.callback(loader.close)
         _advance(config, training, loader, status, range(state.step, step - 1))
@@ -122,37 +133,47 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
     if not world.is_first:
         return None
     samples.sort(key=lambda sample: (sample.finite, -sample.loss if sample.finite else 0.0, sample.position))
-    return Replay(run, step, past, found.path if found else None, world.size, row, tuple(samples))
+    return Replay(
+        run=run,
+        step=step,
+        history=history,
+        checkpoint=checkpoint.path if checkpoint else None,
+        world=world.size,
+        row=row,
+        samples=tuple(samples),
+    )
 
 
-def _fill(
+def _restore(
     config: TrainConfig,
+    *,
     dataset: LatentDataset,
     world: World,
     training: Trainer,
-    past: Past,
+    history: StepHistory,
     say: Callable[[str], None],
 ) -> Checkpoint | None:
-    """Stand at the newest checkpoint on the way to the step; None for the start of the run."""
+    """Restore the newest checkpoint before the step and return it; None if training starts from step 0."""
 
-    def fill(found: Checkpoint) -> None:
-        reader.fill(training.engine.owned, OPTIMIZER_KINDS, found.read)
+    def fill(candidate: Checkpoint) -> None:
+        reader.fill(training.engine.owned, OPTIMIZER_KINDS, candidate.read)
 
-    found = find_checkpoint(config, data_digest(dataset), world, fill, say, past.at_most_step)
-    if found is None:
+    data_sha256 = data_digest(dataset)
+    checkpoint = find_checkpoint(config, data_sha256, world, fill, say, at_most_step=history.at_most_step)
+    if checkpoint is None:
         training.start()
-        say("from the start of the run: it has no checkpoint before this step")
+        say("starting from step 0: the run has no checkpoint before this step")
         return None
-    training.resume(found.manifest.guard)
-    say(f"from {found}")
-    return found
+    training.resume(checkpoint.manifest.guard)
+    say(f"starting from {checkpoint}")
+    return checkpoint
 
 
 def _advance(
     config: TrainConfig, training: Trainer, loader: Loader, status: StatusLine, steps: range
 ) -> None:
-    """Take these steps (counted from 0)."""
-    status.say(f"steps to take again before it: {len(steps)}")
+    """Take these steps (counted from 0) and show their progress."""
+    status.say(f"steps to replay first: {len(steps)}")
     meters = Meters(config.global_batch)
     for step in steps:
         meters.add(training.take(loader, step))
@@ -168,27 +189,29 @@ def _take(
     excluded: tuple[tuple[int, int], ...],
     step: int,
 ) -> tuple[StepRow, list[ReplayedSample]]:
-    """Take a step (counted from 0): its row, and the samples of this rank."""
-    seen: list[tuple[Batch, SampleLosses]] = []
-    row = tuple(training.take(loader, step, lambda *shown: seen.append(shown)).tolist())
+    """Take a step (counted from 0); return its row and the samples of this rank."""
+    taken: list[tuple[Batch, SampleLosses]] = []
+    row = tuple(training.take(loader, step, lambda *batch: taken.append(batch)).tolist())
     indices = step * config.global_batch + np.arange(config.global_batch)
     positions = positions_of(indices, excluded).tolist()
     ids = dict(zip(positions, loader.sample_ids(step).tolist(), strict=True))
     null, share = config.model.num_classes, config.diffusion.label_dropout
     samples = []
-    for batch, losses in seen:
+    for batch, losses in taken:
         y_B = drop_labels(batch.y_B, batch.position_B, null, share, config.seed)
         dropped_B = y_B != batch.y_B
         columns = (batch.position_B, batch.y_B, dropped_B, losses.t_B, *losses[:3], batch.weight_B)
-        for position, *numbers, weight in zip(*(column.tolist() for column in columns), strict=True):
+        for position, *values, weight in zip(*(column.tolist() for column in columns), strict=True):
             if weight > 0:
-                label, dropped, t, loss, mse, vb = numbers
-                samples.append(ReplayedSample(position, ids[position], label, dropped, t, loss, mse, vb))
+                values_by_name = dict(
+                    zip(("label", "dropped", "t", "loss", "mse", "vb"), values, strict=True)
+                )
+                samples.append(ReplayedSample(position, ids[position], **values_by_name))
     return row, samples
 
 
-def _apart(got: float, wanted: float) -> float:
-    """Relative difference; infinite where there is none."""
+def _relative_difference(got: float, wanted: float) -> float:
+    """Return the relative difference; infinite if it is undefined."""
     if not (math.isfinite(got) and math.isfinite(wanted) and wanted):
         return math.inf
     return abs(got / wanted - 1)

@@ -161,9 +161,8 @@ def _look(run: str, now_s: float) -> _Seen:
     journal = read_journal(folder / "events.jsonl")
     supervisors = {path.stem: read_journal(path) for path in journals}
     rounds = rounds_of(supervisors)
-    if (
-        rounds and not rounds[-1].ending
-    ):  # a node that waits for the round to end says nothing about its members
+    if rounds and not rounds[-1].ending:
+        # Nodes that wait for the round to end are no evidence that its members are alive.
         others = supervisors.keys() - _members(supervisors)
         files = [path for path in files if path.stem not in others]
     checkpoint, joined, problem = _stored(root)

@@ -1,10 +1,10 @@
-"""The one door to folders and S3: objects under keys, written whole, never half.
+"""The only interface to folders and S3: objects under keys, written atomically.
 
     storage = open_storage("s3://bucket/imagenet256")    # or a folder, or file:///folder
     storage.write("dataset.json", data)
 
-Keys are relative to the url, use "/" and cannot leave it. A write is seen completely or not at all.
-`disk` and `s3` have the two kinds; boto3 is imported in `s3` alone.
+Keys are relative to the url, use "/", and cannot point outside it. Readers see a complete write or none.
+`disk` and `s3` implement the two kinds; only `s3` imports boto3.
 """
 
 from pathlib import Path
@@ -26,14 +26,14 @@ __all__ = [
 
 
 def open_storage(url: str | Path) -> Storage:
-    """The storage behind a folder's path, `file:///folder` or `s3://bucket/prefix`; touches nothing yet."""
+    """Return the storage for a folder's path, `file:///folder` or `s3://bucket/prefix`, without any I/O."""
     text = str(url)
     scheme, separator, rest = text.partition("://")
     if not separator:
         try:
             return DiskStorage(Path(text).expanduser())
         except RuntimeError:
-            raise StorageError(f"{text}: no home directory is known for it; give an absolute path") from None
+            raise StorageError(f"{text}: no home directory is known; use an absolute path") from None
     if scheme == "file" and rest.startswith("/"):
         return DiskStorage(Path(rest))
     if scheme == "s3" and rest.strip("/"):

@@ -11,7 +11,7 @@ from dit_scale.errors import StorageError
 from dit_scale.storage.base import DiskFullError, MissingKeyError, Storage, check_complete, check_key
 
 _WINDOW_BYTES = 256 * 2**20
-"""The end of a growing file whose pages leave memory as soon as the device has them: each look walks them."""
+"""Size of the tail of a growing file that may stay in the page cache. Bounded: each fadvise call walks it."""
 
 
 class DiskStorage(Storage):
@@ -48,7 +48,7 @@ class DiskStorage(Storage):
             try:
                 os.link(tmp, path)
             except FileExistsError:
-                # NFS may repeat a link() that had succeeded: then our own file has two names.
+                # NFS may repeat a link() that has already succeeded: then our own file has two names.
                 if tmp.stat().st_nlink != 2:
                     return False
             self._sync_folders(path.parent)
@@ -66,7 +66,7 @@ class DiskStorage(Storage):
         with disk_errors(self, "list", prefix):
             for key in self._walk(prefix):
                 if not _is_temporary(key):
-                    with suppress(FileNotFoundError):  # deleted since, or a dangling link
+                    with suppress(FileNotFoundError):  # deleted in the meantime, or a dangling link
                         found.append((key, os.stat(self.folder / key).st_size))
         return sorted(found)
 
@@ -80,7 +80,7 @@ class DiskStorage(Storage):
             path.unlink()
             _sync_folder(path.parent)
             if path.parent != self.folder:
-                with suppress(OSError):  # holds more
+                with suppress(OSError):  # not empty
                     path.parent.rmdir()
 
     def local_path(self, key: str) -> Path | None:
@@ -90,14 +90,14 @@ class DiskStorage(Storage):
         return self.folder / check_key(key)
 
     def _walk(self, prefix: str) -> Iterator[str]:
-        """Every key that starts with `prefix`, also those of temporary files."""
+        """Yield every key that starts with `prefix`, including temporary files."""
         top = self.folder / check_key(prefix.rpartition("/")[0]) if "/" in prefix else self.folder
-        for folder, _, names in os.walk(top, onerror=_raise_unless_gone, followlinks=True):
+        for folder, _, names in os.walk(top, onerror=_raise_unless_missing, followlinks=True):
             keys = (os.path.relpath(os.path.join(folder, name), self.folder) for name in names)
             yield from (key for key in keys if key.startswith(prefix))
 
     def _sync_folders(self, folder: Path) -> None:
-        """Make the entries of a folder durable, and those above it: whoever made it may have been killed."""
+        """Make the entries of a folder and of its parents durable: their creator may have been killed."""
         while folder != self.folder:
             _sync_folder(folder)
             folder = folder.parent
@@ -105,7 +105,7 @@ class DiskStorage(Storage):
 
     @contextmanager
     def _temporary(self, path: Path, chunks: Iterable[memoryview]) -> Iterator[Path]:
-        """A synced file with these pieces beside `path`, gone afterwards unless it was renamed."""
+        """Write a synced temporary file next to `path`; it is deleted afterwards unless renamed."""
         _make_folder(path.parent)
         tmp = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
         try:
@@ -115,10 +115,10 @@ class DiskStorage(Storage):
                 for chunk in chunks:
                     _write_all(descriptor, chunk)
                     size += len(chunk)
-                    # The device begins now and not at the sync; the pages that it has are used again.
+                    # Start writeback now, not at the sync, and free the pages that are on the device.
                     os.posix_fadvise(descriptor, max(0, size - _WINDOW_BYTES), 0, os.POSIX_FADV_DONTNEED)
                 os.fsync(descriptor)
-                # Whoever reads it back sees what the device holds, and it takes no memory from others.
+                # A read-back then comes from the device, and the file takes no memory from others.
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
@@ -132,8 +132,8 @@ def _write_all(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _raise_unless_gone(error: OSError) -> None:
-    """A folder that is not there holds nothing; another process may delete meanwhile."""
+def _raise_unless_missing(error: OSError) -> None:
+    """Treat a missing folder as empty: another process may delete it at any time."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 
@@ -160,19 +160,20 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(storage: Storage, verb: str, key: str) -> Iterator[None]:
+    """Turn OSError into StorageError that says what failed and what to do."""
     where = f"{storage.url}/{key}"
     try:
         yield
     except FileNotFoundError:
-        raise MissingKeyError(f"cannot {verb} {where}: there is nothing") from None
+        raise MissingKeyError(f"cannot {verb} {where}: not found") from None
     except OSError as error:
         advice = {
-            errno.ENOSPC: "; free some space, what was written before is intact",
-            errno.EDQUOT: "; the quota is used up, what was written before is intact",
-            errno.EACCES: "; check the owner and the mode of the folder",
-            errno.EROFS: "; choose a folder that can be written",
-            errno.EPERM: "; if this file system has no hard links, choose another or s3://",
-            errno.ENOTSUP: "; if this file system has no hard links, choose another or s3://",
+            errno.ENOSPC: "; free some space, data already written is intact",
+            errno.EDQUOT: "; raise the quota or free some space, data already written is intact",
+            errno.EACCES: "; check the owner and mode of the folder",
+            errno.EROFS: "; choose a writable folder",
+            errno.EPERM: "; if this file system does not support hard links, choose another or s3://",
+            errno.ENOTSUP: "; if this file system does not support hard links, choose another or s3://",
         }.get(error.errno or 0, "")
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         kind = DiskFullError if is_full else StorageError

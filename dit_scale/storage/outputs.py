@@ -1,4 +1,4 @@
-"""Files that commands write where a person says: looked at before the work, and whole after it or absent."""
+"""Output files of commands: checked before the work starts, and either complete or absent after it."""
 
 import os
 import secrets
@@ -11,9 +11,9 @@ from dit_scale.storage.disk import DiskStorage, disk_errors
 
 
 def check_output(path: str | Path, suffix: str = "") -> None:
-    """See that a file of this name can be written; makes nothing. Missing folders above it are fine.
+    """Check that a file of this name can be written, without creating it. Missing parent folders are fine.
 
-    Raises StorageError for a folder, a url, another suffix, or where nothing may be written.
+    Raises StorageError for a folder, a url, another suffix, or a folder without write permission.
     """
     text, path = str(path), Path(path)
     if "://" in text:
@@ -35,10 +35,9 @@ def check_output(path: str | Path, suffix: str = "") -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; at the end of the block it becomes `path`, durable.
+    """Yield a temporary path to write to; at the end of the block it atomically becomes `path`, durable.
 
-    After an error `path` is as it was, and nothing is left beside it. Raises StorageError for what the disk
-    refuses.
+    After an error `path` is unchanged and the temporary file is deleted. Raises StorageError for disk errors.
     """
     with disk_errors(DiskStorage(path.parent), "write", path.name):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,22 +1,21 @@
-"""A prefix of a bucket on S3, or on a server that speaks its protocol: the one door to boto3.
+"""A prefix of a bucket on S3, or on a server that speaks its protocol: the only module that imports boto3.
 
 Credentials and endpoint come from where boto3 looks for them (AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL, instance roles); none appear in a message.
+AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL, instance roles); no message contains them.
 
-A request that fails for a reason that may pass (no connection, 5xx, a body that breaks off or crawls)
-is made again, with growing pauses, until ATTEMPTS or DEADLINE_S. Any attempt may have reached the server
-although its answer did not reach us; every operation gives the right result all the same. After a
-StorageError, what was to be written may be there or not.
+A request that fails for a transient reason (no connection, 5xx, a body that breaks off or stalls) is
+retried with exponential backoff, up to MAX_TRIES times or DEADLINE_S. Any try may have reached the server
+although its answer was lost; every operation is correct all the same. After a StorageError, the object of a
+write may or may not exist.
 
-Bytes that change on their way are noticed in uploads, and in `read` where the server sends a checksum or an
-ETag that is the MD5. It is not where the server encrypts with managed keys, or others chose the sizes of
-parts; and S3 has no checksum of a range. So what is read should carry its own checksum.
+Bytes corrupted in transit are detected in uploads, and in `read` if the server sends a checksum or if the
+ETag is the MD5. The ETag is not if the server encrypts with managed keys or if the sizes of the parts are
+unknown; and S3 has no checksum of a range. So the objects themselves should carry checksums.
 
-A process that dies in a large write leaves parts that nobody sees but that take room: give the bucket
-a lifecycle rule that aborts incomplete multipart uploads.
+A process that dies during a large write leaves invisible parts that take up space: give the bucket a
+lifecycle rule that aborts incomplete multipart uploads.
 """
 
-import hashlib
 import os
 import secrets
 import threading
@@ -29,34 +28,35 @@ from typing import Any, TypeVar
 import dit_scale.storage.transfer as transfer
 from dit_scale.errors import StorageError
 from dit_scale.storage.base import MissingKeyError, Storage, UnavailableError, check_complete, check_key
+from dit_scale.storage.etags import etag_of, is_md5
 from dit_scale.storage.transfer import BrokenError, TransferProgress
 
-ATTEMPTS = 20
-"""Times that one request is made. Where 3 of 10 fail, one request in 3e10 fails as often as this."""
-SURE_ATTEMPTS = 3
-"""Times that it is made at least, whatever the clock says: a long body may break off late."""
+MAX_TRIES = 20
+"""Tries per request. If 3 of 10 requests fail, one request in 3e10 fails this many times in a row."""
+MIN_TRIES = 3
+"""Tries that a request gets regardless of the deadline: a long body may break off late."""
 DEADLINE_S = 120.0
-"""Time in which one request must succeed; no attempt begins in its last `transfer.STALL_S`."""
+"""Seconds within which a request must succeed; no try starts in the last `transfer.STALL_S` of them."""
 FIRST_PAUSE_S = 0.2
-"""Pause before the second attempt; it doubles with each further one."""
+"""Pause before the second try; it doubles with every further try."""
 LONGEST_PAUSE_S = 8.0
 
 PART_BYTES = 16 * 2**20
-"""Larger objects are uploaded in parts of this size, or of the size that makes MAX_PARTS of them."""
+"""Larger objects are uploaded in parts of this size, or larger ones if there would be more than MAX_PARTS."""
 MIN_PART_BYTES = 5 * 2**20
-"""Limit of S3, as the next two are; only the last part may be smaller."""
+"""Limit of S3, like the next two; only the last part may be smaller."""
 MAX_PARTS = 10_000
 MAX_OBJECT_BYTES = 5 * 2**40
 
 _WRITER = "writer"
-"""Name of the object metadata that tells who put it."""
-_PASSING_STATUS = (409, 429)
-"""Two operations met; too many of them."""
-_PASSING_CODES = ("BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch")
-"""Errors that a body which was cut off or damaged on its way causes, and the request to slow down."""
+"""Key of the object metadata that identifies the writer."""
+_TRANSIENT_STATUS = (409, 429)
+"""Conflicting operations; too many requests."""
+_TRANSIENT_CODES = ("BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown", "XAmzContentSHA256Mismatch")
+"""Errors of bodies that were cut off or corrupted in transit, and the request to slow down."""
 _MISSING_CODES = ("NoSuchKey", "404")
 _DENIED = "the credentials do not permit this; check the bucket's policy, and that the key is still valid"
-"""Ceph also says so of a key that was taken away, as long as only one of its two records of it is gone."""
+"""Ceph also answers this for a revoked key, while only one of its two records of the key is deleted."""
 
 T = TypeVar("T")
 
@@ -72,23 +72,24 @@ class S3Storage(Storage):
         self._client_pid = 0
         self._client_lock = threading.Lock()
         self._etags_are_md5 = True
-        """Until one turns out to be something else."""
+        """Assumed until one ETag turns out to be something else."""
 
     def read(self, key: str) -> bytes:
-        where = self._where(key)
+        target = self._target(key)
         doubted = set()
 
-        def get(s3: Any, watch: TransferProgress) -> bytes:
-            answer = s3.get_object(**where)
-            data = _receive(answer, watch)
-            if not self._etags_are_md5 or not _has_md5(answer):
+        def get(s3: Any, progress: TransferProgress) -> bytes:
+            answer = s3.get_object(**target)
+            data = _receive(answer, progress)
+            known_parts = _WRITER in answer.get("Metadata", {})
+            if not self._etags_are_md5 or not is_md5(answer, known_parts):
                 return data
-            etag, mine = answer["ETag"].strip('"'), _etag(data)
-            if etag != mine and mine not in doubted:
-                doubted.add(mine)
-                raise BrokenError(f"the bytes that came should have ETag {mine}, theirs is {etag}")
-            # Bytes that come twice are right: then this server's ETags are something else.
-            self._etags_are_md5 = etag == mine
+            theirs, ours = answer["ETag"].strip('"'), etag_of(data, _part_bytes(len(data)))
+            if theirs != ours and ours not in doubted:
+                doubted.add(ours)
+                raise BrokenError(f"the bytes received should have ETag {ours}, theirs is {theirs}")
+            # The same bytes twice are right: then the ETags of this server are not MD5.
+            self._etags_are_md5 = theirs == ours
             return data
 
         return self._call("read", key, get)
@@ -96,8 +97,8 @@ class S3Storage(Storage):
     def read_range(self, key: str, start: int, length: int) -> bytes:
         if length == 0:
             return b""
-        wanted = {**self._where(key), "Range": f"bytes={start}-{start + length - 1}"}
-        data = self._call("read", key, lambda s3, watch: _receive(s3.get_object(**wanted), watch))
+        target = {**self._target(key), "Range": f"bytes={start}-{start + length - 1}"}
+        data = self._call("read", key, lambda s3, progress: _receive(s3.get_object(**target), progress))
         check_complete(len(data), length, f"{self.url}/{key} at {start}")
         return data
 
@@ -109,37 +110,42 @@ class S3Storage(Storage):
         if size > MAX_OBJECT_BYTES:
             raise StorageError(
                 f"cannot write {self.url}/{key}: {size} bytes, and S3 takes at most {MAX_OBJECT_BYTES}; "
-                "divide the object"
+                "split the object"
             )
-        where = self._where(key)
+        target = self._target(key)
         exact = transfer.exactly(chunks, size, f"{self.url}/{key}")
         part_bytes = _part_bytes(size)
         if size > part_bytes:
             self._upload(key, transfer.parts(exact, part_bytes))
         else:
             data = b"".join(exact)
-            self._call("write", key, lambda s3, watch: s3.put_object(**where, Body=_body(data, watch)))
+            self._call(
+                "write",
+                key,
+                lambda s3, progress: s3.put_object(**target, Body=transfer.body(data, progress)),
+            )
 
     def write_new(self, key: str, data: bytes) -> bool:
-        """Like `Storage.write_new`, also for writers of the same bytes.
+        """Like `Storage.write_new`, also if several writers write the same bytes.
 
-        The object carries a name of its writer that nobody else has. When the key is taken, perhaps by
-        an attempt of ours whose answer was lost, that name tells who won.
+        The object carries a unique name of its writer. If the key is taken, perhaps by a try of ours whose
+        answer was lost, that name tells which writer won.
         """
         from botocore.exceptions import ClientError
 
-        where, writer = self._where(key), secrets.token_hex(16)
+        target, writer = self._target(key), secrets.token_hex(16)
 
-        def put(s3: Any, watch: TransferProgress) -> bool:
+        def put(s3: Any, progress: TransferProgress) -> bool:
+            body = transfer.body(data, progress)
             try:
-                s3.put_object(**where, Body=_body(data, watch), IfNoneMatch="*", Metadata={_WRITER: writer})
+                s3.put_object(**target, Body=body, IfNoneMatch="*", Metadata={_WRITER: writer})
             except ClientError as error:
                 if _status(error) != 412:
                     raise
                 return False
             return True
 
-        return self._call("write", key, put) or self._was_put_by(key, writer)
+        return self._call("write", key, put) or self._was_written_by(key, writer)
 
     def exists(self, key: str) -> bool:
         try:
@@ -149,35 +155,35 @@ class S3Storage(Storage):
         return True
 
     def size(self, key: str) -> int:
-        where = self._where(key)
-        return self._call("read", key, lambda s3, _: s3.head_object(**where)["ContentLength"])
+        target = self._target(key)
+        return self._call("read", key, lambda s3, _: s3.head_object(**target)["ContentLength"])
 
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        wanted = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
+        target = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
         entries: Any = []
         truncated = True
         while truncated:
             page = self._call(
-                "list", prefix, lambda s3, _: _with("IsTruncated", s3.list_objects_v2(**wanted))
+                "list", prefix, lambda s3, _: _require("IsTruncated", s3.list_objects_v2(**target))
             )
             entries += page.get("Contents", ())
             if truncated := page["IsTruncated"]:
-                wanted["ContinuationToken"] = page["NextContinuationToken"]
+                target["ContinuationToken"] = page["NextContinuationToken"]
         return sorted((entry["Key"][len(self.prefix) :], entry["Size"]) for entry in entries)
 
     def delete(self, key: str) -> None:
-        where = self._where(key)
-        self._call("delete", key, lambda s3, _: s3.delete_object(**where))
+        target = self._target(key)
+        self._call("delete", key, lambda s3, _: s3.delete_object(**target))
 
     def local_path(self, key: str) -> Path | None:
         check_key(key)
         return None
 
-    def _where(self, key: str) -> dict[str, str]:
+    def _target(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + check_key(key)}
 
     def _client_here(self) -> Any:
-        """This process's client: a forked child must not share its parent's connections."""
+        """Return this process's client: a forked child must not share its parent's connections."""
         with self._client_lock:
             if self._client_pid != os.getpid():
                 self._client = _connect()
@@ -185,14 +191,14 @@ class S3Storage(Storage):
         return self._client
 
     def _upload(self, key: str, parts: Iterable[bytearray]) -> None:
-        """Put an object in parts; nobody sees it before all of them are there."""
-        where, writer = self._where(key), secrets.token_hex(16)
+        """Upload an object in parts; it becomes visible with the last request."""
+        target, writer = self._target(key), secrets.token_hex(16)
 
-        def begin(s3: Any, _: TransferProgress) -> dict[str, Any]:
-            return _with("UploadId", s3.create_multipart_upload(**where, Metadata={_WRITER: writer}))
+        def start(s3: Any, _: TransferProgress) -> dict[str, Any]:
+            answer = s3.create_multipart_upload(**target, Metadata={_WRITER: writer})
+            return _require("UploadId", answer)
 
-        begun = self._call("write", key, begin)
-        upload = {**where, "UploadId": begun["UploadId"]}
+        upload = {**target, "UploadId": self._call("write", key, start)["UploadId"]}
         try:
             sent = [self._send_part(key, upload, number, part) for number, part in enumerate(parts, 1)]
             self._complete(key, upload, sent, writer)
@@ -204,12 +210,10 @@ class S3Storage(Storage):
             raise
 
     def _send_part(self, key: str, upload: dict[str, str], number: int, part: bytearray) -> dict[str, Any]:
-        answer = self._call(
-            "write",
-            key,
-            lambda s3, watch: s3.upload_part(**upload, PartNumber=number, Body=_body(part, watch)),
-        )
-        return {"PartNumber": number, "ETag": answer["ETag"]}
+        def send(s3: Any, progress: TransferProgress) -> Any:
+            return s3.upload_part(**upload, PartNumber=number, Body=transfer.body(part, progress))
+
+        return {"PartNumber": number, "ETag": self._call("write", key, send)["ETag"]}
 
     def _complete(
         self, key: str, upload: dict[str, str], sent: Sequence[dict[str, Any]], writer: str
@@ -218,22 +222,22 @@ class S3Storage(Storage):
 
         def complete(s3: Any, _: TransferProgress) -> bool:
             try:
-                _with("ETag", s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": sent}))
+                _require("ETag", s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": sent}))
             except ClientError as error:
                 if _status(error) != 404:
                     raise
                 return False
             return True
 
-        # The server knows an upload no more that an attempt of ours completed whose answer was lost.
-        if not (self._call("write", key, complete) or self._was_put_by(key, writer)):
-            raise StorageError(f"cannot write {self.url}/{key}: somebody aborted the upload; write it again")
+        # The server has forgotten an upload that a try of ours completed although the answer was lost.
+        if not (self._call("write", key, complete) or self._was_written_by(key, writer)):
+            raise StorageError(f"cannot write {self.url}/{key}: the upload was aborted; write it again")
 
-    def _was_put_by(self, key: str, writer: str) -> bool:
-        """Whether the object that lies there carries this writer's name."""
-        where = self._where(key)
+    def _was_written_by(self, key: str, writer: str) -> bool:
+        """Whether the object under this key carries this writer's name."""
+        target = self._target(key)
         try:
-            head = self._call("read", key, lambda s3, _: s3.head_object(**where))
+            head = self._call("read", key, lambda s3, _: s3.head_object(**target))
         except MissingKeyError:
             return False
         return head["Metadata"].get(_WRITER) == writer
@@ -245,26 +249,25 @@ class S3Storage(Storage):
         action: Callable[[Any, TransferProgress], T],
         deadline_s: float | None = None,
     ) -> T:
-        """What `action` gives when no passing fault meets it any more; `deadline_s` is DEADLINE_S if None."""
+        """Return the result of `action`, retried after transient errors. Default deadline: DEADLINE_S."""
         last_start_s = (DEADLINE_S if deadline_s is None else deadline_s) - transfer.STALL_S
         where = f"cannot {verb} {self.url}/{key}"
-        begin_s = time.monotonic()
-        attempt = 0
+        start_s = time.monotonic()
+        tries = 0
         while True:
-            attempt += 1
+            tries += 1
             try:
-                return transfer.attempt(lambda watch: action(self._client_here(), watch))
+                return transfer.run_watched(lambda progress: action(self._client_here(), progress))
             except StorageError:
                 raise
             except Exception as error:
-                if not _passes(error):
+                if not _is_transient(error):
                     raise self._explain(where, error) from error
-                pause_s = _pause_s(attempt)
-                spent_s = time.monotonic() - begin_s
-                too_late = spent_s + pause_s > last_start_s and attempt >= SURE_ATTEMPTS
-                if too_late or attempt >= ATTEMPTS:
-                    tried = f"{where}, tried {attempt} times in {spent_s:.0f} s"
-                    raise self._explain(tried, error) from error
+                pause_s = _pause_s(tries)
+                spent_s = time.monotonic() - start_s
+                too_late = spent_s + pause_s > last_start_s and tries >= MIN_TRIES
+                if too_late or tries >= MAX_TRIES:
+                    raise self._explain(f"{where}, tried {tries} times in {spent_s:.0f} s", error) from error
             time.sleep(pause_s)
 
     def _explain(self, where: str, error: Exception) -> StorageError:
@@ -287,70 +290,40 @@ class S3Storage(Storage):
             return UnavailableError(f"{where}: {type(error).__name__}: {error}")
         code = _code(error)
         if code in _MISSING_CODES:
-            return MissingKeyError(f"{where}: there is nothing")
+            return MissingKeyError(f"{where}: not found")
         advice = {
             "NoSuchBucket": f"there is no bucket {self.bucket!r}; create it, or correct the url",
-            "InvalidRange": "the object is shorter than that",
+            "InvalidRange": "the object is truncated",
             "AccessDenied": _DENIED,
             "403": _DENIED,
             "SignatureDoesNotMatch": "the server does not accept the secret key",
             "InvalidAccessKeyId": "the server does not know the access key",
-            "QuotaExceeded": "the quota of the bucket or of its owner is used up; raise it, or make room: "
-            "what was written before is intact",
-            "ExpiredToken": "the session token has expired; fetch new credentials",
+            "QuotaExceeded": "the quota of the bucket or of its owner is used up; raise it, or free some "
+            "space: data already written is intact",
+            "ExpiredToken": "the session token has expired; get new credentials",
         }.get(code, error.response["Error"].get("Message", ""))
         kind = StorageError if code == "InvalidRange" else UnavailableError
         return kind(f"{where}: {code}: {advice}")
-
-
-def _body(data: bytes | bytearray, watch: TransferProgress) -> bytes | transfer.WatchedBody:
-    """What boto3 sends: few bytes as they are, for even at the slowest rate they are gone in STALL_S."""
-    few = transfer.STALL_S * transfer.SLOWEST_BYTES_PER_S
-    return bytes(data) if len(data) <= few else transfer.WatchedBody(data, watch)
 
 
 def _part_bytes(size: int) -> int:
     return max(PART_BYTES, MIN_PART_BYTES, -(-size // MAX_PARTS))
 
 
-def _has_md5(answer: dict[str, Any]) -> bool:
-    """Whether the ETag of an object should be what `_etag` computes.
-
-    It is another one where keys are managed elsewhere, and where others chose the sizes of its parts.
-    """
-    etag, encryption = answer.get("ETag", "").strip('"'), answer.get("ServerSideEncryption", "AES256")
-    known_parts = "-" not in etag or _WRITER in answer.get("Metadata", {})
-    return bool(etag) and known_parts and encryption == "AES256" and "SSECustomerAlgorithm" not in answer
-
-
-def _etag(data: bytes) -> str:
-    """The ETag of an object that was put as this module puts it: MD5, or MD5 of the parts' MD5s."""
-
-    def md5(piece: bytes | memoryview) -> Any:
-        return hashlib.md5(piece, usedforsecurity=False)
-
-    part_bytes = _part_bytes(len(data))
-    if len(data) <= part_bytes:
-        return md5(data).hexdigest()
-    starts = range(0, len(data), part_bytes)
-    digests = b"".join(md5(memoryview(data)[start : start + part_bytes]).digest() for start in starts)
-    return f"{md5(digests).hexdigest()}-{len(starts)}"
-
-
-def _receive(answer: dict[str, Any], watch: TransferProgress) -> bytes:
+def _receive(answer: dict[str, Any], progress: TransferProgress) -> bytes:
     with closing(answer["Body"]) as body:
-        return transfer.receive(body.read, watch)
+        return transfer.receive(body.read, progress)
 
 
-def _with(field: str, answer: dict[str, Any]) -> dict[str, Any]:
-    """The answer itself. boto3 takes one that broke off before its body for an empty one."""
+def _require(field: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer if it has the field: boto3 accepts an answer that broke off before its body."""
     if field not in answer:
         raise BrokenError(f"an answer without {field}")
     return answer
 
 
 def _status(error: Any) -> int:
-    """Of HTTP: it comes with the head, and is known when the body with the code was lost."""
+    """HTTP status, which is known even if the body with the error code was lost."""
     return error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
 
 
@@ -358,18 +331,18 @@ def _code(error: Any) -> str:
     return error.response["Error"].get("Code", "unknown error")
 
 
-def _passes(error: Exception) -> bool:
-    """Whether another attempt may succeed."""
+def _is_transient(error: Exception) -> bool:
+    """Whether a retry may succeed."""
     from botocore import exceptions
     from botocore.parsers import ResponseParserError
 
     if isinstance(error, exceptions.ClientError):
         status = _status(error)
-        passing = status in _PASSING_STATUS or (status >= 500 and status != 501)
-        return passing or _code(error) in _PASSING_CODES
+        is_server_error = status >= 500 and status != 501  # 501: the server does not implement the request
+        return is_server_error or status in _TRANSIENT_STATUS or _code(error) in _TRANSIENT_CODES
     if isinstance(error, exceptions.SSLError):
         return "CERTIFICATE_VERIFY_FAILED" not in str(error)
-    passing_types = (
+    transient_types = (
         BrokenError,
         ResponseParserError,
         exceptions.ConnectionError,
@@ -377,7 +350,7 @@ def _passes(error: Exception) -> bool:
         exceptions.HTTPClientError,
         exceptions.IncompleteReadError,
     )
-    return isinstance(error, passing_types)
+    return isinstance(error, transient_types)
 
 
 def _connect() -> Any:
@@ -385,19 +358,19 @@ def _connect() -> Any:
     from botocore.config import Config
 
     config = Config(
-        # All attempts are made in one place, which knows the deadline: boto3's would multiply with them.
+        # All retries happen in `_call`, which knows the deadline: boto3's would multiply with them.
         retries={"mode": "standard", "total_max_attempts": 1},
         connect_timeout=transfer.STALL_S,
         read_timeout=transfer.STALL_S,
-        # Servers other than Amazon's rarely answer to bucket.host names.
+        # Servers other than Amazon's rarely resolve bucket.host names.
         s3={"addressing_style": "path" if os.environ.get("AWS_ENDPOINT_URL") else "auto"},
-        # The checksums that boto3 adds by itself are sent as trailers over TLS, which servers from before
-        # them, Ceph 16 among these, refuse. Without them the SHA-256 of every body is signed instead.
+        # By default boto3 sends checksums as trailers over TLS, which older servers, such as Ceph 16, refuse.
+        # Without them the SHA-256 of every body is signed instead.
         request_checksum_calculation="when_required",
     )
     return boto3.session.Session().client("s3", config=config)
 
 
-def _pause_s(attempt: int) -> float:
-    """Growing, and with jitter so that many processes do not march in step."""
-    return min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S) * (0.5 + secrets.randbelow(1000) / 1000)
+def _pause_s(tries: int) -> float:
+    """Exponential backoff, with jitter so that many processes do not retry in lockstep."""
+    return min(FIRST_PAUSE_S * 2 ** (tries - 1), LONGEST_PAUSE_S) * (0.5 + secrets.randbelow(1000) / 1000)

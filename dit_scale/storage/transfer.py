@@ -1,7 +1,7 @@
-"""Attempts at a transfer that are given up when nothing moves any more, and objects in parts.
+"""Transfers that are abandoned once they stall, and objects split into parts.
 
-The timeout of a connection begins anew with every byte, and covers no name server and no handshake.
-So an attempt runs in a thread of its own, and whoever waits for it looks at what has moved.
+A socket timeout restarts with every byte, and covers neither the name server nor the TLS handshake. So each
+try runs in a thread of its own, and the caller watches how many bytes it moves.
 """
 
 import io
@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from dit_scale.errors import StorageError
 
 STALL_S = 20.0
-"""Time after which an attempt without progress is given up."""
+"""Seconds without progress after which a try is abandoned."""
 SLOWEST_BYTES_PER_S = 64 * 1024
-"""A body that moves slower than this, averaged over STALL_S, makes no progress."""
+"""Rate, averaged over STALL_S, below which a body counts as making no progress."""
 
 _RECEIVE_BYTES = 64 * 1024
 
@@ -24,54 +24,54 @@ T = TypeVar("T")
 
 
 class BrokenError(Exception):
-    """A transfer that did not go as it should; another attempt may do better."""
+    """A transfer failed in a way that a retry may fix."""
 
 
 class TransferProgress:
-    """What one attempt has moved; ends it, when it moves more after it was given up, with BrokenError."""
+    """The bytes that one try has moved. Once the try is abandoned, moving more raises BrokenError."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.given_up = False
+        self.abandoned = False
 
     def moved(self, num_bytes: int) -> None:
-        """So many bytes more."""
-        if self.given_up:
-            raise BrokenError("given up")
+        """Count these bytes."""
+        if self.abandoned:
+            raise BrokenError("abandoned")
         self.bytes += num_bytes
 
 
-def attempt(action: Callable[[TransferProgress], T]) -> T:
-    """What `action` returns or raises. Raises BrokenError when it stalls; its thread may then live on."""
-    watch = TransferProgress()
-    outcome: Future[T] = Future()
+def run_watched(action: Callable[[TransferProgress], T]) -> T:
+    """Return or raise what `action` does; BrokenError if it stalls. Its thread may outlive the call."""
+    progress = TransferProgress()
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
-            outcome.set_result(action(watch))
+            result.set_result(action(progress))
         except BaseException as error:
-            outcome.set_exception(error)
+            result.set_exception(error)
 
     threading.Thread(target=run, name="transfer", daemon=True).start()
     try:
         before = 0
-        while not wait([outcome], timeout=STALL_S).done:
-            moved = watch.bytes - before
+        while not wait([result], timeout=STALL_S).done:
+            moved = progress.bytes - before
             if moved < STALL_S * SLOWEST_BYTES_PER_S:
                 raise BrokenError(f"no answer in {STALL_S:g} s, in which {moved} bytes of a body moved")
             before += moved
     finally:
-        watch.given_up = True
-    return outcome.result()
+        progress.abandoned = True
+    return result.result()
 
 
 class WatchedBody(io.RawIOBase):
-    """A file over bytes in memory, which it does not copy, and whose reading is watched."""
+    """A file over bytes in memory, without a copy, that counts what is read from it."""
 
-    def __init__(self, data: bytes | bytearray, watch: TransferProgress) -> None:
+    def __init__(self, data: bytes | bytearray, progress: TransferProgress) -> None:
         self._data = memoryview(data)
-        self._watch = watch
-        self._at = 0
+        self._progress = progress
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -80,44 +80,50 @@ class WatchedBody(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._data)}[whence]
-        self._at = base + offset
-        return self._at
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: len(self._data)}[whence]
+        self._position = base + offset
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        piece = self._data[self._at : self._at + len(buffer)]
-        self._watch.moved(len(piece))
-        buffer[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
+        chunk = self._data[self._position : self._position + len(buffer)]
+        self._progress.moved(len(chunk))
+        buffer[: len(chunk)] = chunk
+        self._position += len(chunk)
+        return len(chunk)
 
 
-def receive(read: Callable[[int], bytes], watch: TransferProgress) -> bytes:
-    """The whole body behind `read`, which gives at most as many bytes as it is asked for."""
+def body(data: bytes | bytearray, progress: TransferProgress) -> bytes | WatchedBody:
+    """Return the body to send. A short one is not watched: even a slow one takes less than STALL_S."""
+    is_short = len(data) <= STALL_S * SLOWEST_BYTES_PER_S
+    return bytes(data) if is_short else WatchedBody(data, progress)
+
+
+def receive(read: Callable[[int], bytes], progress: TransferProgress) -> bytes:
+    """Read a body to its end; `read` returns at most as many bytes as it is asked for."""
     received = io.BytesIO()
-    while piece := read(_RECEIVE_BYTES):
-        watch.moved(len(piece))
-        received.write(piece)
+    while chunk := read(_RECEIVE_BYTES):
+        progress.moved(len(chunk))
+        received.write(chunk)
     return received.getvalue()
 
 
 def exactly(chunks: Iterable[memoryview], size: int, where: str) -> Iterator[memoryview]:
-    """The pieces themselves. Raises StorageError when they are not `size` bytes in all."""
+    """Pass the chunks through. Raises StorageError if they are not `size` bytes in total."""
     got = 0
     for chunk in chunks:
         got += chunk.nbytes
         if got > size:
-            raise StorageError(f"cannot write {where}: expected {size} bytes, the pieces hold more")
+            raise StorageError(f"cannot write {where}: expected {size} bytes, the chunks hold more")
         yield chunk
     if got < size:
-        raise StorageError(f"cannot write {where}: expected {size} bytes, the pieces hold {got}")
+        raise StorageError(f"cannot write {where}: expected {size} bytes, the chunks hold {got}")
 
 
 def parts(chunks: Iterable[memoryview], part_bytes: int) -> Iterator[bytearray]:
-    """The pieces' bytes in parts of this size, the last one shorter."""
+    """Regroup the bytes of the chunks into parts of this size; the last part may be shorter."""
     part = bytearray()
     for chunk in chunks:
         rest = chunk.cast("B")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, ParameterSlice, Partition
 from dit_scale.config import EngineConfig, OptimizerConfig
 from dit_scale.data.batch_plan import BatchPlan
 from dit_scale.dist import World
@@ -152,16 +152,16 @@ class Engine:
     def _partitions(self) -> Iterator[Partition]:
         if self._stage == 3:
             groups, masters = self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat
-            extents_of = _extents_stage_3
+            slices_of = _slices_stage_3
         elif hasattr(self._zero, "bf16_groups"):
             groups, masters = self._zero.bf16_groups, self._zero.fp32_groups_flat_partition
-            extents_of = _extents_stage_1_and_2
+            slices_of = _slices_stage_1_and_2
         else:
             groups, masters = self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups
-            extents_of = _extents_stage_1_and_2
+            slices_of = _slices_stage_1_and_2
         for parameters, master in zip(groups, masters, strict=True):
-            extents = tuple(extents_of(parameters, self._zero.param_names))
-            yield Partition({MASTER: master, **self._moments(master)}, extents)
+            slices = tuple(slices_of(parameters, self._zero.param_names))
+            yield Partition({MASTER: master, **self._moments(master)}, slices)
 
     def _moments(self, master: Tensor) -> dict[str, Tensor]:
         """Both moments of a flat master, made here when AdamW has not made them yet."""
@@ -230,17 +230,19 @@ def _silent(*_: object, **__: object) -> None:
     """Takes the place of a debug print."""
 
 
-def _extents_stage_1_and_2(
+def _slices_stage_1_and_2(
     parameters: list[nn.Parameter], names: dict[nn.Parameter, str]
-) -> Iterator[Extent]:
+) -> Iterator[ParameterSlice]:
     for parameter in parameters:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is not None:
             piece, place = mapping.lp_fragment_address, mapping.hp_fragment_address
-            yield Extent(names[parameter], piece.start, piece.numel, place.start)
+            yield ParameterSlice(names[parameter], piece.start, piece.numel, place.start)
 
 
-def _extents_stage_3(parameters: list[nn.Parameter], names: dict[nn.Parameter, str]) -> Iterator[Extent]:
+def _slices_stage_3(
+    parameters: list[nn.Parameter], names: dict[nn.Parameter, str]
+) -> Iterator[ParameterSlice]:
     offset = 0
     rank = torch.distributed.get_rank()
     for parameter in parameters:
@@ -248,5 +250,5 @@ def _extents_stage_3(parameters: list[nn.Parameter], names: dict[nn.Parameter, s
         start = rank * share
         real = min(share, parameter.ds_numel - start)  # type: ignore[attr-defined]
         if real > 0:
-            yield Extent(names[parameter], start, real, offset)
+            yield ParameterSlice(names[parameter], start, real, offset)
         offset += share

@@ -258,7 +258,7 @@ class Session:
 
         try:
             reader.fill(owned, (*OPTIMIZER_KINDS, *old), read)
-            reader.fill(owned, new, lambda _, *extent: read(MASTER, *extent))
+            reader.fill(owned, new, lambda _, *where: read(MASTER, *where))
         finally:
             self._heart.beat(Phase.RESTORED, self.state.step)
         notes += said

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.save import share_of
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.config import ModelConfig
 from dit_scale.models.zoo import num_parameters, shape_of
 from tests.support.speed import scaled
@@ -74,15 +74,15 @@ def test_a_run_is_resumed_and_filled_in_at_two_world_sizes(rows: list[dict[str, 
 
 def test_shares_of_ranks_are_the_whole() -> None:
     """Also if a parameter is split twice, and if the last rank owns less."""
-    extents = (Extent("a", 5, 2, 0), Extent("b", 0, 7, 2), Extent("c", 3, 1, 9))
-    whole = Partition({MASTER: torch.zeros(10)}, extents)
+    slices = (ParameterSlice("a", 5, 2, 0), ParameterSlice("b", 0, 7, 2), ParameterSlice("c", 3, 1, 9))
+    whole = Partition({MASTER: torch.zeros(10)}, slices)
     elements = []
     for rank in range(3):
         (share,) = share_of([whole], rank, 3)
         assert share.buffers[MASTER].numel() == 4
-        for e in share.extents:
+        for e in share.slices:
             elements += [(4 * rank + e.offset + i, e.parameter, e.start + i) for i in range(e.length)]
-    assert elements == [(e.offset + i, e.parameter, e.start + i) for e in extents for i in range(e.length)]
+    assert elements == [(e.offset + i, e.parameter, e.start + i) for e in slices for i in range(e.length)]
 
 
 def test_settings_and_versions_are_in_each_row(rows: list[dict[str, Any]]) -> None:

@@ -1,10 +1,10 @@
-"""Kills a training run at random, hundreds of times, and compares what comes of it with a run left alone.
+"""Kill a training run at random hundreds of times and compare the result with an undisturbed run.
 
     make chaos
     python -m tests.chaos.campaign --kills 200 --seed 0 --out runs/chaos
 
-A part of the kills goes to each ZeRO stage. Leaves with 1 when a bit differs, when a run fails by itself,
-or when less than a quarter of the kills fell inside a save. The report is in OUT/report.md and report.json.
+Each ZeRO stage gets a share of the kills. Exits with 1 when a bit differs, when a run fails on its own, or
+when less than a quarter of the kills hit a save. The report is in OUT/report.md and OUT/report.json.
 """
 
 import argparse
@@ -30,28 +30,28 @@ from tests.support.ranks import jobs, record
 
 STAGES = (1, 2, 3)
 STEPS_PER_KILL = 6
-"""More than a cycle gets on by, in the mean."""
+"""A cycle progresses less than this on average."""
 
 Say = Callable[[str], None]
 
 
 def new_stage(stage: int, kills: int) -> StageResult:
-    """Nothing is done of it yet."""
+    """Return an empty result for one ZeRO stage."""
     return StageResult(stage, steps=STEPS_PER_KILL * kills + 20, wanted=kills)
 
 
 def run_stage(result: StageResult, draws: random.Random, folder: Path, say: Say) -> None:
-    """Kill a run as often as wanted, let it end, and compare. `say` is told of every kill."""
+    """Kill a run as often as asked, let it finish, and compare. `say` is called for every kill."""
     shutil.rmtree(folder, ignore_errors=True)
     write_latents(folder / "data", num=40)
     straight = config_of(folder, "straight", result)
     output = folder / "output.log"
     try:
-        say("the run that nobody disturbs")
+        say("undisturbed run")
         undisturbed(straight, output)
         hunt = Hunt(config_of(folder, "killed", result), output)
         _kill_again_and_again(hunt, record.rows(straight), result, draws, say)
-        say("the killed run, to its end")
+        say("killed run, to its last step")
         undisturbed(hunt.config, output)
         _compare(hunt.config, straight, result)
     except RunError as error:
@@ -60,9 +60,9 @@ def run_stage(result: StageResult, draws: random.Random, folder: Path, say: Say)
 
 
 def config_of(folder: Path, name: str, result: StageResult) -> TrainConfig:
-    """Of the run that is left alone (`straight`), or of the one that is `killed`."""
+    """Return the configuration of the undisturbed run (`straight`) or of the run that is `killed`."""
     config = jobs.small_config(folder / name, folder / "data", "DiT-Ti/2", zero_stage=result.stage)
-    # The straight run stores averages as often as it can: at many of the steps at which the other did.
+    # The undisturbed run stores averages at every step, to match many of the stored averages of the other.
     ema_every_steps = 1 if name == "straight" else 6
     return jobs.saving(config, result.steps, every_steps=3, ema_every_steps=ema_every_steps, keep=2)
 
@@ -70,7 +70,7 @@ def config_of(folder: Path, name: str, result: StageResult) -> TrainConfig:
 def _kill_again_and_again(
     hunt: Hunt, wanted: list[record.Row], result: StageResult, draws: random.Random, say: Say
 ) -> None:
-    """Raises RunError at the first row that differs, and when the run fails by itself."""
+    """Raise RunError at the first row that differs, or when the run fails on its own."""
     while len(result.kills) < result.wanted:
         kill = hunt.cycle(draw(draws))
         if kill is not None:
@@ -89,7 +89,7 @@ def _compare(killed: TrainConfig, straight: TrainConfig, result: StageResult) ->
 
 
 def run(kills: int, seed: int, stages: tuple[int, ...], out: Path) -> Campaign:
-    """The whole campaign, with a progress line. What a stage leaves is deleted unless it has a problem."""
+    """Run the campaign with a progress line. Delete the files of a stage unless it has a problem."""
     campaign = Campaign(seed)
     begin_s = time.monotonic()
     columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -112,7 +112,7 @@ def run(kills: int, seed: int, stages: tuple[int, ...], out: Path) -> Campaign:
 
 
 def end_processes() -> None:
-    """Kill what this process has started and not ended."""
+    """Kill the child processes that are still running."""
     for process in multiprocessing.active_children():
         process.kill()
         process.join()
@@ -120,10 +120,16 @@ def end_processes() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=200, help="how many, over all stages (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims and moments (default 0)")
-    parser.add_argument("--stage", type=int, choices=STAGES, help="one ZeRO stage only (default all three)")
-    parser.add_argument("--out", type=Path, default=Path("runs/chaos"), help="folder (default runs/chaos)")
+    parser.add_argument(
+        "--kills", type=int, default=200, help="number of kills over all stages (default 200)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of victims and moments (default 0)")
+    parser.add_argument(
+        "--stage", type=int, choices=STAGES, help="run one ZeRO stage only (default all three)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/chaos"), help="output folder (default runs/chaos)"
+    )
     args = parser.parse_args()
     if reason := stacks.why_not():
         parser.error(reason)

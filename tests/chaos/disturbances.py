@@ -1,7 +1,7 @@
-"""What befalls a run from outside: kills, a full disk, a flipped bit, a stopped process that wakes up.
+"""Disturbances of a run from outside: kills, a full disk, a flipped bit, a stale process that resumes.
 
-Each takes a run that has not begun, disturbs it at moments that are drawn, and brings it to its end. What it
-returns says what happened; that the results are right is for the campaign to compare.
+Each function takes a run that has not started, disturbs it at random moments, and runs it to its last step.
+The return value reports what happened; the campaign checks the results.
 """
 
 import os
@@ -20,27 +20,27 @@ from tests.support.ranks.public_run import Form, PublicRun, RunError, Started, w
 
 MAX_KILLS = 3
 MAX_DELAY_S = 1.0
-"""Between a commit and what befalls the run: some steps, or a part of the next save."""
+"""From a commit to the disturbance: some steps, or a part of the next save."""
 MAX_OPENING_S = 0.05
-"""Between the claim of an attempt and what befalls it while it opens its files."""
+"""From the claim of an attempt to the disturbance, while the attempt opens its files."""
 MAX_START_S = 6.0
-"""A start takes about as long."""
+"""About as long as a start takes."""
 MAX_FULL_S = 8.0
 MAX_TRIES = 6
-"""Starts after which a run that meets no further disturbance must have ended."""
+"""Starts after which an undisturbed run must have finished."""
 
 OF_DATA = "data"
-"""The name of the data set's folder, beside the run's."""
+"""The name of the data set's folder, next to the run folder."""
 
 
 @dataclass(frozen=True)
 class Happened:
-    """What befell a run, and what it came to."""
+    """What happened to a run, and how it ended."""
 
     what: str
     outcome: str
     changed: Path | None = None
-    """A file that was left damaged."""
+    """A file that stayed damaged."""
 
 
 Disturb = Callable[[PublicRun, random.Random], Happened]
@@ -62,7 +62,7 @@ def kills(run: PublicRun, draws: random.Random) -> Happened:
         with suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
         victims.append(role)
-        if form == "ranks":  # no supervisor: a scheduler ends the others, some time later
+        if form == "ranks":  # there is no supervisor: a scheduler kills the others after some time
             time.sleep(draws.uniform(0, MAX_DELAY_S))
             if started.is_over() and not any(started.wait()):
                 break
@@ -71,11 +71,11 @@ def kills(run: PublicRun, draws: random.Random) -> Happened:
         elif role == "supervisor":
             started.processes[0].wait()
             started = run.start(form)
-    return Happened(f"{form}: killed {', '.join(victims) or 'nobody'}", _to_the_end(run, started, form))
+    return Happened(f"{form}: killed {', '.join(victims) or 'no process'}", _to_the_end(run, started, form))
 
 
 def full_disk(run: PublicRun, draws: random.Random) -> Happened:
-    """Fill up the file system of the run for a while, up to MAX_KILLS times."""
+    """Fill the file system of the run for a while, up to MAX_KILLS times."""
     form: Form = draws.choice(("launch", "ranks"))
     times = 0
     started = run.start(form)
@@ -89,16 +89,16 @@ def full_disk(run: PublicRun, draws: random.Random) -> Happened:
 
 
 def flipped_bit(run: PublicRun, draws: random.Random) -> Happened:
-    """Stop the run, flip one bit of one of its files or of its data set, and go on.
+    """Stop the run, flip one bit in one of its files or in its data set, and resume.
 
-    A refusal must name what is wrong; then the bit is flipped back.
+    A refusal must name the damaged file; then the bit is flipped back.
     """
     form: Form = draws.choice(("launch", "ranks"))
     started = run.start(form)
     if wait_until(lambda: run.commits() >= draws.randint(1, 4), started):
         started.processes[0].send_signal(signal.SIGTERM)
     if (codes := started.wait()) not in ([REQUEUE_EXIT_CODE] * len(codes), [0] * len(codes)):
-        raise RunError(f"stopped on request, it ended with {codes}:\n{started.text()[-3000:]}")
+        raise RunError(f"the run was asked to stop and exited with {codes}:\n{started.text()[-3000:]}")
     folders = _files(run)
     kind, path = draws.choice(sorted(folders[draws.choice(sorted(folders))].items()))
     place = draws.randrange(path.stat().st_size * 8)
@@ -114,7 +114,7 @@ def flipped_bit(run: PublicRun, draws: random.Random) -> Happened:
 
 
 def woken_up(run: PublicRun, draws: random.Random) -> Happened:
-    """Stop all processes of a start at a random point, start the run again, and wake the first ones up."""
+    """Stop all processes of a start at a random point, start the run again, and resume the stopped ones."""
     stale = run.start("ranks")
     _pass_time(run, stale, draws)
     stale.send(signal.SIGSTOP)
@@ -130,9 +130,9 @@ def woken_up(run: PublicRun, draws: random.Random) -> Happened:
 
 
 def _pass_time(run: PublicRun, started: Started, draws: random.Random) -> bool:
-    """Wait for a moment that is drawn; False when the start ended before.
+    """Wait for a random moment. Return False when the start ended earlier.
 
-    Half of them lie just behind a commit, a quarter just behind the claim of an attempt, the others anywhere.
+    Half of the moments follow a commit, a quarter follow the claim of an attempt, the others are anywhere.
     """
     aim = draws.random()
     if aim < 0.5:
@@ -156,20 +156,20 @@ def _attempts(run: PublicRun) -> list[Path]:
 
 
 def _to_the_end(run: PublicRun, started: Started, form: Form) -> str:
-    """Bring the run to its end, with as many starts as a scheduler would allow; says how many it took."""
+    """Run to the last step with as many starts as a scheduler would allow; return their number."""
     for tries in range(MAX_TRIES):
         codes = started.wait()
         if not any(codes):
             return f"done after {tries} further starts" if tries else "done"
         if Exit.DO_NOT_RESTART in codes and form == "launch":
-            raise RunError(f"gave up, with {codes}:\n{started.text()[-3000:]}")
+            raise RunError(f"the run gave up and exited with {codes}:\n{started.text()[-3000:]}")
         started = run.start(form)
-    raise RunError(f"not done after {MAX_TRIES} starts:\n{started.text()[-3000:]}")
+    raise RunError(f"the run has not finished after {MAX_TRIES} starts:\n{started.text()[-3000:]}")
 
 
 @contextmanager
 def _filled(filler: Path) -> Iterator[None]:
-    """No room is left on the file system of this file, to the last byte."""
+    """Fill the file system of this file to the last byte."""
     with filler.open("wb", buffering=0) as file:
         size = 2**20
         while size:
@@ -184,9 +184,9 @@ def _filled(filler: Path) -> Iterator[None]:
 
 
 def _files(run: PublicRun) -> dict[str, dict[str, Path]]:
-    """Folder or file at the top => kind of file in it => the last of that kind.
+    """Top-level folder or file => kind of file => the newest file of that kind.
 
-    Drawn in this order, the many small files of one folder do not hide the few that matter.
+    Drawing in this order, the many small files of one folder do not hide the few important ones.
     """
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(run.folder.parent.rglob("*")):
@@ -206,11 +206,11 @@ def _flip(path: Path, bit: int) -> None:
 
 
 def _refusal(started: Started) -> str:
-    """The message with which it ended: RunError where there is none, or a traceback."""
+    """Return the error message of a start. Raise RunError if there is none or a traceback."""
     text = started.text()
     lines = [line for line in text.splitlines() if line.startswith(("dit-scale", "[one]"))]
     if "Traceback" in text or not lines:
-        raise RunError(f"ended without a message, or with a traceback:\n{text[-3000:]}")
+        raise RunError(f"the run exited without a message or with a traceback:\n{text[-3000:]}")
     return lines[-1][:200]
 
 

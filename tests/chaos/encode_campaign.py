@@ -1,10 +1,11 @@
-"""Kills encoding jobs at random, dozens of times, and compares what they leave with a job left alone.
+"""Kill encoding jobs at random dozens of times and compare their output with an undisturbed job.
 
     python -m tests.chaos.encode_campaign --kills 60 --seed 0 --out runs/chaos_encode
 
-A job runs on a Ray of two nodes and writes to a real S3 server (Ceph). Workers, drivers, the second node and
-the whole cluster are killed with SIGKILL; the driver is started again whenever it died. Leaves with 1 when a
-byte differs, when an object was put twice, or when a job fails by itself. The report is in OUT/report.md.
+A job runs on a Ray cluster of two nodes and writes to a real S3 server (Ceph). Workers, drivers, the second
+node and the complete cluster are killed with SIGKILL; the driver is restarted whenever it died. Exits with 1
+when a byte differs, when an object was written twice, or when a job fails on its own. The report is in
+OUT/report.md.
 """
 
 import argparse
@@ -30,25 +31,25 @@ Say = Callable[[str], None]
 
 @dataclass
 class Result:
-    """What the campaign found."""
+    """The results of the campaign."""
 
     seed: int
     kills: Counter[str] = field(default_factory=Counter)
     jobs: int = 0
     drivers: int = 0
     objects: int = 0
-    """Compared with those of the job left alone."""
+    """Objects compared with those of the undisturbed job."""
     problems: list[str] = field(default_factory=list)
     wall_s: float = 0.0
 
     def text(self) -> str:
-        """For report.md."""
+        """Return the report as Markdown."""
         lines = [
-            "# Encoding jobs killed at random",
+            "# Random kills of encoding jobs",
             "",
             f"- {self.kills.total()} kills (SIGKILL) of {self.jobs} jobs in {self.wall_s / 60:.1f} min, "
             f"{self.drivers - self.jobs} restarts of the driver; seed {self.seed}",
-            f"- {self.objects} objects compared, byte for byte; each was put once",
+            f"- {self.objects} objects compared byte for byte; each was written once",
             f"- verdict: {'FAILED' if self.problems else 'passed'}",
             *(f"- {problem}" for problem in self.problems),
             "",
@@ -60,7 +61,7 @@ class Result:
 
 
 def run(kills: int, seed: int, ground: Grounds, say: Say) -> Result:
-    """Jobs, one after the other, until so many kills are dealt; ends with the first problem."""
+    """Run jobs one after the other until the number of kills is reached; stop at the first problem."""
     result = Result(seed)
     begin_s = time.monotonic()
     draws = random.Random(seed)
@@ -85,9 +86,14 @@ def run(kills: int, seed: int, ground: Grounds, say: Say) -> Result:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=60, help="how many, over all jobs (default 60)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims and pauses (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("runs/chaos_encode"), help="folder for the report")
+    parser.add_argument("--kills", type=int, default=60, help="number of kills over all jobs (default 60)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of victims and pauses (default 0)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/chaos_encode"),
+        help="output folder (default runs/chaos_encode)",
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = (args.out / "files").absolute()

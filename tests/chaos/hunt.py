@@ -1,7 +1,7 @@
-"""One run that is started, killed at a random moment, and started again, as often as one asks.
+"""One run that is started, killed at a random moment, and started again, as often as asked.
 
-A kill is a SIGKILL to one rank, or to its writer, and then, some time later, to the other ranks, as a
-launcher would. Before it the victim and all writers are stopped, and their stacks are read.
+A kill is a SIGKILL to one rank or to its writer and, some time later, to the other ranks, as a launcher would
+do. The victim and all writers are stopped first, and their stacks are read.
 """
 
 import os
@@ -34,30 +34,30 @@ WORLD = 2
 POLL_S = 0.002
 START_LIMIT_S = 120.0
 STEP_LIMIT_S = 5.0
-"""Far more than a start, or a step, takes: who needs longer hangs."""
+"""Far more than a start or a step takes; a slower process hangs."""
 MAX_NEW_STEPS = 10
 MAX_DELAY_S = 0.5
 BURST_S = 0.03
-"""A writer that is found at work goes on for about so long."""
+"""A writer that is caught working continues for about this long."""
 
 Aim = Literal["anywhere", "save", "stop", "start"]
 AIMS: dict[Aim, float] = {"anywhere": 0.5, "save": 0.3, "stop": 0.1, "start": 0.1}
 """How a moment is chosen, and how often.
 
-anywhere: some new steps after the resume, and a part of a step
-save: the same, then until a writer is at work, and a few milliseconds
-stop: the same, then SIGTERM to one rank, and a part of the last save
-start: a part of the start; such a kill comes on top, it does not count
+    anywhere: some new steps after the resume, and a part of a step
+    save: the same, then until a writer is working, and a few milliseconds
+    stop: the same, then SIGTERM to one rank, and a part of the last save
+    start: a part of the start; such a kill is extra and does not count
 """
 
 
 class RunError(Exception):
-    """The run did what it should not."""
+    """The run did something that it should not do."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn for a cycle, before it begins."""
+    """The random choices of a cycle, made before it starts."""
 
     aim: Aim
     new_steps: int
@@ -65,22 +65,22 @@ class Plan:
     rank: int
     writer: bool
     delay_s: float
-    """From the kill of the victim to that of the others."""
+    """From the kill of the victim to the kill of the others."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What became of it."""
+    """The result of a cycle."""
 
     aim: Aim
     victim: str
     section: str
-    """Where the victim stood."""
+    """Where the victim was."""
     writers: tuple[str, ...]
-    """Where the writer of each rank stood."""
+    """Where the writer of each rank was."""
     resumed_step: int
     step: int
-    """The newest one in the record."""
+    """The newest step in the record."""
     delay_s: float
     cycle_s: float
 
@@ -90,7 +90,7 @@ class Kill:
 
     @property
     def in_save(self) -> bool:
-        """Whether a snapshot, a writer's work or the wait for the last save was cut off."""
+        """Whether the kill interrupted a snapshot, a working writer, or the wait for the last save."""
         return self.section in IN_SAVE or not AT_WORK.isdisjoint(self.writers)
 
 
@@ -106,7 +106,7 @@ def draw(draws: random.Random) -> Plan:
 
 
 def train(config: TrainConfig, output: Path) -> int:
-    """One rank of the run; what it prints goes to the end of a file."""
+    """Run one rank; its output is appended to a file."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -114,7 +114,7 @@ def train(config: TrainConfig, output: Path) -> int:
 
 
 def undisturbed(config: TrainConfig, output: Path) -> None:
-    """Run to the last step. Raises RunError when a rank fails."""
+    """Run to the last step. Raise RunError when a rank fails."""
     with _ranks(config, output) as (ranks, answers):
         for _ in ranks:
             try:
@@ -135,9 +135,9 @@ class Hunt:
         self._starts_s = [3.0]
 
     def cycle(self, plan: Plan) -> Kill | None:
-        """Start the run and kill it. None when it had ended before, as it was asked to.
+        """Start the run and kill it. Return None when it ended first, as requested.
 
-        Raises RunError when the run fails by itself, hangs, or leaves a writer behind.
+        Raise RunError when the run fails on its own, hangs, or leaves a writer running.
         """
         begin_s = time.monotonic()
         attempts, resumed_step = self._journal.follow().attempts, -1
@@ -165,7 +165,7 @@ class Hunt:
         )
 
     def _wait_for_moment(self, plan: Plan, attempts: int, ranks: list[Any], answers: Any) -> int:
-        """Stay until the moment that was drawn; returns the step at which the run went on."""
+        """Wait for the chosen moment; return the step from which the run resumed."""
         begin_s, journal = time.monotonic(), self._journal
         _wait(lambda: journal.follow().attempts > attempts, ranks, answers, START_LIMIT_S)
         resumed_step = journal.resumed_step
@@ -181,7 +181,7 @@ class Hunt:
             time.sleep(plan.part * BURST_S)
         elif plan.aim == "stop":
             _send(ranks[plan.rank].pid, signal.SIGTERM)
-            # The step under way comes first; a save is quicker when nobody trains beside it.
+            # The current step comes first. A save is faster while no rank trains.
             time.sleep(plan.part * (step_s + median(journal.follow().saves_s or [step_s]) / 3))
         else:
             time.sleep(plan.part * step_s)
@@ -190,7 +190,7 @@ class Hunt:
 
 @contextmanager
 def _ranks(config: TrainConfig, output: Path) -> Iterator[tuple[list[Any], Any]]:
-    """The ranks of a run and the queue of their answers; the end of the block ends them."""
+    """Yield the ranks of a run and the queue of their answers; kill the ranks at the end of the block."""
     ranks, answers = start(WORLD, train, config, output)
     try:
         yield ranks, answers
@@ -204,15 +204,15 @@ def _wait(done: Callable[[], bool], ranks: list[Any], answers: Any, limit_s: flo
     while not done():
         if not all(process.is_alive() for process in ranks):
             _check_answers(answers)
-            raise RunError("a rank ended by itself")
+            raise RunError("a rank exited on its own")
         if time.monotonic() > end_s:
-            raise RunError(f"nothing happened within {limit_s:g} s")
+            raise RunError(f"no progress within {limit_s:g} s")
         time.sleep(POLL_S)
 
 
 @dataclass(frozen=True)
 class Blow:
-    """A kill in the moment that it is dealt."""
+    """A kill at the moment when it is delivered."""
 
     victim: str
     section: str
@@ -221,9 +221,9 @@ class Blow:
 
 
 def _strike(plan: Plan, ranks: list[int]) -> Blow | None:
-    """Kill the victim where it stands; None when it has ended already.
+    """Kill the victim where it is; return None when it has already exited.
 
-    A rank that has no writer yet takes its place.
+    A rank that has no writer yet is killed instead of its writer.
     """
     writer_of = {rank: _writers(rank) for rank in ranks}
     writers = [writer for found in writer_of.values() for writer in found]
@@ -250,7 +250,7 @@ def _send(process_id: int, number: signal.Signals) -> None:
 
 
 def _writers(rank: int) -> list[int]:
-    """The ids of a rank's writer processes: one, or none while it starts."""
+    """Return the ids of a rank's writer processes: one, or none during the start."""
     found = []
     with suppress(FileNotFoundError, ProcessLookupError):
         children = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
@@ -261,23 +261,23 @@ def _writers(rank: int) -> list[int]:
 
 
 def _check_gone(writers: dict[int, str]) -> None:
-    """Raises RunError when a writer outlives its rank."""
+    """Raise RunError when a writer outlives its rank."""
     end_s = time.monotonic() + STEP_LIMIT_S
     while left := [writer for writer in writers if _state(writer) not in "XZ"]:
         if time.monotonic() > end_s:
-            raise RunError(f"writers {left} outlived their ranks")
+            raise RunError(f"writers {left} are still running after their ranks exited")
         time.sleep(POLL_S)
 
 
 def _state(process_id: int) -> str:
-    """One letter, as in proc(5): R runs, D waits for a disk, Z is dead, X is gone."""
+    """Return the state letter of proc(5): R runs, D waits for a disk, Z is a zombie, X is dead."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
     return "X"
 
 
 def _check_answers(answers: Any) -> None:
-    """Raises RunError when a rank has ended for another reason than that the run was asked to stop."""
+    """Raise RunError when a rank ended for any reason other than the requested stop."""
     while not answers.empty():
         rank, error, result = answers.get()
         if error or result != REQUEUE_EXIT_CODE:

@@ -1,8 +1,8 @@
-"""The rendered Job in real pods that lose launchers, pods and nodes, and are evicted, also from slow storage.
+"""The rendered Job in real pods that lose launchers, pods and nodes, and are evicted, also on slow storage.
 
     python -m pytest -s tests/chaos/kubernetes_pods.py
 
-`make test` has a short form, tests/cluster/test_kubernetes_pods.py; this runs as long as it takes.
+`make test` runs a short form, tests/cluster/test_kubernetes_pods.py; this file has no time limit.
 """
 
 import json
@@ -44,13 +44,13 @@ def image() -> str:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """The shared folder, with a data set in it."""
+    """The shared folder with a data set."""
     write_latents(tmp_path / "runs/latents", 64, 32, 10)
     return tmp_path / "runs"
 
 
 def launcher(job: IndexedJob, index: int) -> int:
-    """The deepspeed launcher in a pod, as this host knows it."""
+    """Return the deepspeed launcher of a pod as a process of this host."""
     found, left = [], [job.pods[index].pid]
     while left:
         pid = left.pop(0)
@@ -62,7 +62,7 @@ def launcher(job: IndexedJob, index: int) -> int:
 
 
 def evict_in_a_step(job: IndexedJob, progress: Progress, index: int) -> float:
-    """Evict a pod at the begin of a step; how long it took to leave, with that step saved and no other."""
+    """Evict a pod at the start of a step; return how long it took to save that step and exit."""
     before = steps_taken(job, index)
     job.until(lambda: steps_taken(job, index) > before, "the begin of a step")
     taken = steps_taken(job, index)
@@ -73,17 +73,17 @@ def evict_in_a_step(job: IndexedJob, progress: Progress, index: int) -> float:
 
 
 def last_commit(folder: Path) -> dict[str, Any]:
-    """The event of the newest commit in the journal of a run."""
+    """Return the event of the newest commit in the journal of a run."""
     events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
     return [event for event in events if event["event"] == "checkpoint"][-1]
 
 
 def tell(took_s: float, commit: dict[str, Any]) -> None:
-    print(f"\nSIGTERM to exit: {took_s:.1f} s, of which the commit of step {commit['step']}: ", end="")
+    print(f"\nSIGTERM to exit: {took_s:.1f} s, including the commit of step {commit['step']}: ", end="")
     print(f"{commit['seconds']:.1f} s")
 
 
-def test_a_launcher_a_pod_and_a_node_are_lost(tmp_path: Path, image: str, runs: Path) -> None:
+def test_loss_of_a_launcher_a_pod_and_a_node(tmp_path: Path, image: str, runs: Path) -> None:
     sizes = Sizes(steps=300, every_steps=20)
     objects = manifests(tmp_path / "manifests", image, sizes)
     claims = {"dit-scale-runs": runs}
@@ -94,7 +94,7 @@ def test_a_launcher_a_pod_and_a_node_are_lost(tmp_path: Path, image: str, runs: 
         os.kill(launcher(job, 0), signal.SIGKILL)
         progress.wait_for_round(job, 2)
         progress.wait_for_checkpoint(job)
-        assert not job.ended, "the supervisor starts the launcher again, no pod ends"
+        assert not job.ended, "the supervisor restarts the launcher, and no pod fails"
 
         job.pods[1].signal(signal.SIGKILL)
         progress.wait_for_round(job, 3)
@@ -102,7 +102,7 @@ def test_a_launcher_a_pod_and_a_node_are_lost(tmp_path: Path, image: str, runs: 
 
         job.freeze(0)
         job.until(lambda: len(progress.reasons()) == 3, "the end of the round without a node")
-        assert len(job.ended) == 1, "nobody has said yet that the node is gone"
+        assert len(job.ended) == 1, "the control plane does not know yet that the node is lost"
         job.delete_node(0)
         progress.wait_for_round(job, 4)
         progress.wait_for_checkpoint(job)
@@ -117,7 +117,7 @@ def test_a_launcher_a_pod_and_a_node_are_lost(tmp_path: Path, image: str, runs: 
     assert same_bits(weights(open_storage(runs / "tiny")), expected)
 
 
-def test_an_evicted_pod_leaves_after_a_step_and_the_commit(tmp_path: Path, image: str, runs: Path) -> None:
+def test_an_evicted_pod_exits_after_a_step_and_the_commit(tmp_path: Path, image: str, runs: Path) -> None:
     sizes = Sizes(steps=8, every_steps=1000, global_batch=128)
     objects = manifests(tmp_path / "manifests", image, sizes)
     claims = {"dit-scale-runs": runs}
@@ -132,10 +132,10 @@ def test_an_evicted_pod_leaves_after_a_step_and_the_commit(tmp_path: Path, image
     assert same_bits(weights(open_storage(runs / "tiny")), expected)
 
 
-def test_an_evicted_pod_may_commit_for_a_minute(
+def test_an_evicted_pod_can_commit_for_a_minute(
     tmp_path: Path, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All is on S3, and no folder is shared; the bits are those of a run in a folder."""
+    """Everything is on S3 and no folder is shared; the bits equal those of a run in a folder."""
     sizes = Sizes(steps=16, every_steps=8, global_batch=64)
     data, url = f"s3://{BUCKET}/data", f"s3://{BUCKET}/run"
     literals = ("RUN=/runs/tiny", f"DATA_URL={data}", f"CHECKPOINT_URL={url}")

@@ -1,11 +1,11 @@
-"""Disturbs runs from outside for an hour, through the public commands alone, and compares their results.
+"""Disturb runs from outside for an hour, with the public commands alone, and compare their results.
 
     python -m tests.chaos.outside --minutes 60 --seed 0 --out runs/outside
 
-Runs of 1, 2 and 3 processes at ZeRO-1, 2 and 3 are killed, lose the room on their disk, have a bit of a file
-flipped, or meet processes of an earlier start that wake up. Whatever befell it, a run must end with the
-record and the last checkpoint of one that nobody disturbed, or say what is wrong: without a traceback.
-Leaves with 1 when one does not. The report is in OUT/report.md.
+Runs of 1, 2 and 3 processes at ZeRO-1, 2 and 3 are killed, run out of disk space, have one bit of a file
+flipped, or meet stale processes that resume. Afterwards a run must have the record and the last checkpoint of
+an undisturbed run, or report what is wrong without a traceback. Exits with 1 when one does not. The report is
+in OUT/report.md.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from tests.support.ranks.runs import final_files
 SHAPES = tuple(Shape(world, stage) for world in (1, 2, 3) for stage in (1, 2, 3))
 STEPS, EVERY_STEPS = 60, 4
 DISK_BYTES = 3 * 2**29
-"""A little more than the preflight of a launch asks for."""
+"""A little more than the preflight of a launch requires."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run, and what came of it."""
+    """One run and its result."""
 
     number: int
     kind: str
@@ -45,7 +45,7 @@ class Trial:
 
 @dataclass
 class Campaign:
-    """All trials so far, and the results of the runs that nobody disturbed."""
+    """All trials so far, and the results of the undisturbed runs."""
 
     folder: Path
     seed: int
@@ -54,12 +54,12 @@ class Campaign:
     _expected: dict[Shape, tuple[list[dict[str, object]], list[bytes]]] = field(default_factory=dict)
 
     def expected(self, shape: Shape) -> tuple[list[dict[str, object]], list[bytes]]:
-        """The record and the last checkpoint of a run of this shape that nobody disturbs."""
+        """Return the record and the last checkpoint of an undisturbed run of this shape."""
         if shape not in self._expected:
             run = new_run(self.folder / "straight", shape)
             try:
                 if any(codes := run.start("ranks").wait()):
-                    raise RunError(f"nobody disturbed it, and it ended with {codes}:\n{run.text()[-3000:]}")
+                    raise RunError(f"the undisturbed run exited with {codes}:\n{run.text()[-3000:]}")
                 self._expected[shape] = record_lines(run), final_files(run.config)
             finally:
                 run.end_all()
@@ -67,7 +67,7 @@ class Campaign:
         return self._expected[shape]
 
     def try_one(self, number: int) -> Trial:
-        """Disturb one run, in a way and at moments that the seed and the number tell."""
+        """Disturb one run; the seed and the number choose the way and the moments."""
         draws = random.Random(f"{self.seed}/{number}")
         kind = list(DISTURBANCES)[number % len(DISTURBANCES)]
         shape = draws.choice(SHAPES)
@@ -90,11 +90,11 @@ class Campaign:
         return trial
 
     def text(self) -> str:
-        """For report.md."""
+        """Return the report as Markdown."""
         bad = [trial for trial in self.trials if trial.problem]
         counts = Counter((trial.kind, trial.shape.world, trial.shape.stage) for trial in self.trials)
         lines = [
-            "# Disturbed from outside",
+            "# Runs disturbed from outside",
             "",
             f"- {len(self.trials)} runs in {self.wall_s / 60:.0f} min, seed {self.seed}; {len(bad)} problems",
             "",
@@ -106,7 +106,7 @@ class Campaign:
             cells = [counts[kind, shape.world, shape.stage] for shape in SHAPES]
             wrong = sum(bool(trial.problem) for trial in of_kind)
             lines.append(f"| {kind} | {len(of_kind)} | {' | '.join(map(str, cells))} | {wrong} |")
-        lines += ["", "| run | shape | what befell it | what came of it |", "|---|---|---|---|"]
+        lines += ["", "| run | shape | disturbance | result |", "|---|---|---|---|"]
         for trial in self.trials:
             outcome = f"PROBLEM: {trial.problem.splitlines()[0]}" if trial.problem else trial.outcome
             lines.append(f"| {trial.number} | {trial.shape} | {trial.what or trial.kind} | {outcome} |")
@@ -114,7 +114,7 @@ class Campaign:
 
 
 def new_run(folder: Path, shape: Shape) -> PublicRun:
-    """A run below this folder, with a data set of its own."""
+    """Return a run below this folder with a data set of its own."""
     write_latents(folder / OF_DATA, num=40)
     config = jobs.small_config(folder / "run", folder / OF_DATA, zero_stage=shape.stage)
     knobs = {"every_steps": EVERY_STEPS, "ema_every_steps": 2 * EVERY_STEPS, "keep": 2, "deadline_s": 120.0}
@@ -124,12 +124,12 @@ def new_run(folder: Path, shape: Shape) -> PublicRun:
 def differences(
     run: PublicRun, happened: Happened, record: list[dict[str, object]], files: list[bytes]
 ) -> str:
-    """What is not as it should be; empty when all is."""
-    # A line of the record that was damaged itself may be left out, which is said.
+    """Return what is wrong; empty if nothing is."""
+    # A damaged line of the record may be left out; this is reported.
     if not _is_record(happened):
         got = record_lines(run)
         if got != record:
-            return f"the record has {len(got)} lines, of which {_same(got, record)} are as expected"
+            return f"the record has {len(got)} lines; {_same(got, record)} of them are as expected"
     if final_files(run.config) != files:
         return "the last checkpoint differs"
     text = run.text()
@@ -147,12 +147,12 @@ def _same(got: list[dict[str, object]], wanted: list[dict[str, object]]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=60.0, help="how long (default 60)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="duration (default 60)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default 0)")
     parser.add_argument("--first", type=int, default=0, help="number of the first trial (default 0)")
-    parser.add_argument("--kind", choices=DISTURBANCES, help="one kind only (default all)")
+    parser.add_argument("--kind", choices=DISTURBANCES, help="run one kind only (default all)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/outside"), help="folder (default runs/outside)"
+        "--out", type=Path, default=Path("runs/outside"), help="output folder (default runs/outside)"
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

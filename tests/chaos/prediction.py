@@ -26,7 +26,7 @@ from typing import Any
 
 from dit_scale.config import TrainConfig
 from dit_scale.elastic.board import Reason
-from dit_scale.elastic.supervisor import Policy
+from dit_scale.elastic.policy import Policy
 from dit_scale.forecast.simulate import Failure, SimulationSetup, simulate
 from dit_scale.forecast.timeline import Costs, FailureKind
 from dit_scale.journal import Event, read_journal

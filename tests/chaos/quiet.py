@@ -1,11 +1,11 @@
-"""Ten thousand quick steps with slow ones strewn in, under supervisors that must not take them for hangs.
+"""Ten thousand fast steps with slow ones in between; supervisors must not mistake them for hangs.
 
     make chaos
     python -m tests.chaos.quiet --steps 10000 --out runs/quiet
 
-Slow are steps, log points and snapshots (1 to 6 s, a step may last 10 s), reads of data (9 to 15 s) and every
-commit (12 s), the last one too: `tests.support.nodes.faulty` has the shares. Exits with 1
-when a round is ended for it, or when hardly anything was slow. OUT/report.json has every wait.
+Some steps, log points and snapshots are slow (1 to 6 s; a step may take 10 s), some reads of data (9 to 15
+s), and every commit (12 s), including the last one. `tests.support.nodes.faulty` sets the shares. Exits with
+1 when this ends a round, or when hardly anything was slow. OUT/report.json lists every wait.
 """
 
 import argparse
@@ -25,11 +25,11 @@ SAVES = 5
 LOGS = 100
 WITHIN_S = 3600.0
 MIN_WAITS = 10
-"""In 10,000 steps there are about forty."""
+"""About forty in 10,000 steps."""
 
 
 def quiet(steps: int, out: Path) -> dict[str, Any]:
-    """The run of two nodes, with one rank each, and what came of it."""
+    """The run of two nodes with one rank each, and its result."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     begin_s = time.monotonic()
@@ -50,7 +50,7 @@ def quiet(steps: int, out: Path) -> dict[str, Any]:
 
 
 def _config(out: Path, steps: int) -> TrainConfig:
-    """A step as short as can be: one sample for each rank, one average."""
+    """Return the configuration with the shortest possible step: one sample per rank, one average."""
     config = config_of(out, steps, every_steps=steps // SAVES)
     log = config.log.model_copy(update={"every_steps": steps // LOGS})
     engine = config.engine.model_copy(update={"micro_batch": 1})
@@ -66,26 +66,26 @@ def problems(report: dict[str, Any]) -> list[str]:
     if any(report["codes"]):
         found.append(f"exit codes {report['codes']}, expected 0")
     if [reason for reason, _ in report["endings"]] != ["done"]:
-        found.append(f"rounds ended by {report['texts']}, expected one that is done")
+        found.append(f"the rounds ended with {report['texts']}, expected one that finished the run")
     num_waits = sum(len(waits) for waits in report["slow_s"].values())
     if num_waits < MIN_WAITS * report["steps"] / 10_000:
-        found.append(f"only {num_waits} slow things in {report['steps']} steps")
+        found.append(f"only {num_waits} slow operations in {report['steps']} steps")
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=10_000, help="of the run (default 10000)")
-    parser.add_argument("--out", type=Path, default=Path("runs/quiet"), help="folder (default runs/quiet)")
+    parser.add_argument("--steps", type=int, default=10_000, help="steps of the run (default 10000)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quiet"), help="output folder (default runs/quiet)"
+    )
     args = parser.parse_args()
     report = quiet(args.steps, args.out.absolute())
     (args.out / "report.json").write_text(json.dumps(report, indent=1))
     print(f"{report['steps']} steps in {report['seconds']:.0f} s, {len(report['endings']) - 1} false alarms")
     for kind, waits_s in report["slow_s"].items():
         longest_s = max(waits_s, default=0.0)
-        print(
-            f"  slow {kind:9}{len(waits_s):4}, {sum(waits_s):6.1f} s in all, the longest {longest_s:4.1f} s"
-        )
+        print(f"  slow {kind:9}{len(waits_s):4}, {sum(waits_s):6.1f} s in total, longest {longest_s:4.1f} s")
     found = problems(report)
     print("\n".join(found))
     return 1 if found else 0

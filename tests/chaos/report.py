@@ -1,4 +1,4 @@
-"""What a campaign found, in JSON and for people."""
+"""The report of a campaign, as JSON and as Markdown."""
 
 import platform
 from collections import Counter
@@ -21,18 +21,18 @@ class StageResult:
 
     stage: int
     steps: int
-    """Of the whole run."""
+    """Steps of the complete run."""
     wanted: int
-    """How many kills."""
+    """Number of kills to deliver."""
     kills: list[Kill] = field(default_factory=list)
-    """Those that count."""
+    """The kills that count."""
     kills_at_start: list[Kill] = field(default_factory=list)
-    """Those on top."""
+    """The extra kills during a start."""
     problems: list[str] = field(default_factory=list)
-    """Mismatches, and runs that failed by themselves: none is expected."""
+    """Mismatches, and runs that failed on their own. None is expected."""
     rows_compared: int = 0
     averages_compared: int = 0
-    """Steps whose stored averages both runs have."""
+    """Steps at which both runs stored averages."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Campaign:
 
 
 def as_tree(campaign: Campaign) -> dict[str, Any]:
-    """For report.json."""
+    """Return the content of report.json."""
     return {
         "passed": campaign.passed,
         "seed": campaign.seed,
@@ -85,38 +85,38 @@ def as_tree(campaign: Campaign) -> dict[str, Any]:
 
 
 def as_text(campaign: Campaign) -> str:
-    """For report.md."""
+    """Return the content of report.md."""
     kills = campaign.kills
     at_start = [kill for stage in campaign.stages for kill in stage.kills_at_start]
     aims = ", ".join(f"{aim} {count}" for aim, count in Counter(kill.aim for kill in kills).items())
     lines = [
-        "# Killed at random",
+        "# Random kills",
         "",
         f"- {len(kills)} kills (SIGKILL) of runs on {WORLD} processes, in {campaign.wall_s / 60:.1f} min; "
         f"one cycle of start, steps and kill takes {_cycle_s(kills):.1f} s (median)",
         f"- mismatches: {len(campaign.problems)}",
-        f"- inside a save: {campaign.share_in_save:.0%} (a snapshot, a writer at work, or the last wait)",
-        f"- moments drawn as: {aims}; on top, {len(at_start)} kills in the start",
+        f"- inside a save: {campaign.share_in_save:.0%} (a snapshot, a working writer, or the last wait)",
+        f"- moments: {aims}; {len(at_start)} extra kills during the start",
         f"- verdict: {'passed' if campaign.passed else 'FAILED'}",
         f"- seed {campaign.seed}; {', '.join(f'{k} {v}' for k, v in versions().items())}",
         "",
-        "After every kill the record so far is compared with that of a run that nobody disturbs; at the end",
-        "the record, the last file of every rank (masters, moments, averages) and stored averages are, too,",
-        "bit for bit.",
+        "After every kill the record so far is compared with that of an undisturbed run. After the last step",
+        "the record, the last file of every rank (masters, moments, averages) and the stored averages are",
+        "compared bit for bit.",
         "",
         "| ZeRO | kills | steps | resumed at steps | rows compared | averages compared | mismatches |",
         "|---|---|---|---|---|---|---|",
         *(_stage_line(stage) for stage in campaign.stages),
         "",
-        "## Where the victim stood",
+        "## Where the victim was",
         "",
         *_bars(histogram(kills)),
         "",
-        "## What the busiest writer did",
+        "## What the busiest writer was doing",
         "",
         *_bars(writers_histogram(kills)),
         "",
-        "## Kills in the start",
+        "## Kills during the start",
         "",
         *_bars({name: count for name, count in histogram(at_start).items() if count}),
         "",
@@ -127,13 +127,13 @@ def as_text(campaign: Campaign) -> str:
 
 
 def histogram(kills: list[Kill]) -> dict[str, int]:
-    """Kills by the section of the victim, all sections."""
+    """Count kills by the section of the victim, with all sections."""
     counts = Counter(kill.section for kill in kills)
     return {section: counts[section] for section in SECTIONS}
 
 
 def writers_histogram(kills: list[Kill]) -> dict[str, int]:
-    """Kills by what the busiest writer did."""
+    """Count kills by what the busiest writer was doing."""
     order = ("retention", "committing", "reading again", "writing", "starting", "unknown", "idle")
     counts = Counter(next((name for name in order if name in kill.writers), "none") for kill in kills)
     return {name: counts[name] for name in (*order, "none")}

@@ -1,10 +1,10 @@
-"""Kills and stops ranks of a supervised run, a hundred times in a row, and times what follows.
+"""Kill and stop ranks of a supervised run a hundred times in a row and time the restarts.
 
     make chaos
     python -m tests.chaos.restarts --cycles 100 --stops 20 --seed 0 --out runs/restarts
 
-Leaves with 1 when a restart does not come, the wrong rank is blamed, or the run does not end bit for bit like
-one that nobody disturbed. OUT/report.json has every cycle; the table says where the time of a restart goes.
+Exits with 1 when a restart is missing, the wrong rank is blamed, or the result differs from an undisturbed
+run in any bit. OUT/report.json lists every cycle; the table shows where the time of a restart goes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tests.support.ranks.record import differences_at_the_end, last_step
 
 STEPS_PER_CYCLE = 8
 STRAIGHT_S = 3600.0
-"""Time for the run that nobody disturbs."""
+"""Time limit for the undisturbed run."""
 PHASES = (
     ("failure noticed", "round_ended"),
     ("ranks ended", "ranks_gone"),
@@ -37,13 +37,13 @@ PHASES = (
     ("restored", "restored"),
     ("first step", "first_step"),
 )
-"""What a restart goes through, and the event at its end."""
+"""The phases of a restart, and the event that ends each."""
 
 Cycle = dict[str, Any]
 
 
 def cycle(nodes: Cluster, draws: random.Random, stop: bool) -> Cycle:
-    """End or stop a rank some steps further on, and follow the run until it takes a new step."""
+    """Kill or stop a rank some steps later, and follow the run until it takes a new step."""
     nodes.wait_for_commit()
     nodes.wait_for_step(last_step(_record(nodes.config)) + draws.randrange(1, STEPS_PER_CYCLE // 2))
     node = draws.choice(nodes.nodes)
@@ -66,7 +66,7 @@ def cycle(nodes: Cluster, draws: random.Random, stop: bool) -> Cycle:
 
 
 def campaign(cycles: int, stops: int, num_nodes: int, seed: int, out: Path) -> tuple[list[Cycle], list[str]]:
-    """All cycles, and what is wrong with the run in the end."""
+    """Run the cycles; return them, and what is wrong with the finished run."""
     draws = random.Random(seed)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -91,7 +91,7 @@ def campaign(cycles: int, stops: int, num_nodes: int, seed: int, out: Path) -> t
 
 
 def _start(nodes: Cluster, num_nodes: int) -> list[Node]:
-    """Two ranks, on one node or two."""
+    """Start two ranks on one node or two."""
     names = ("a", "b")[:num_nodes]
     arguments = ("--nodes", str(num_nodes), "--lease-s", "3")
     return [nodes.start(name, *arguments, slots=2 // num_nodes) for name in names]
@@ -102,37 +102,41 @@ def _record(config: TrainConfig) -> Path:
 
 
 def table(done: list[Cycle]) -> str:
-    """Median and 95th percentile of each phase, of kills and of stops."""
+    """Return the median and the 95th percentile of each phase, for kills and for stops."""
     lines = []
     for stop, name in ((False, "kill"), (True, "stop")):
         rows = [one for one in done if one["stop"] == stop]
         if not rows:
             continue
         right = sum(one["right"] for one in rows)
-        lines.append(f"{name}: {len(rows)} cycles, {right} with the right rank named")
+        lines.append(f"{name}: {len(rows)} cycles, {right} blamed the right rank")
         columns = [[one["phases_s"][i] for one in rows] for i in range(len(PHASES))]
         columns.append([one["total_s"] for one in rows])
-        for label, values in zip([*(label for label, _ in PHASES), "in all"], columns, strict=True):
+        for label, values in zip([*(label for label, _ in PHASES), "total"], columns, strict=True):
             p95 = sorted(values)[(len(values) * 95 - 1) // 100]
             lines.append(f"  {label:20} median {statistics.median(values):6.2f} s   p95 {p95:6.2f} s")
     load = statistics.median(one["load"] for one in done)
-    return "\n".join([*lines, f"median load of the machine {load:.1f}, on {os.cpu_count()} cores"])
+    return "\n".join([*lines, f"median machine load {load:.1f} on {os.cpu_count()} cores"])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cycles", type=int, default=100, help="kills (default 100)")
-    parser.add_argument("--stops", type=int, default=20, help="ranks that get SIGSTOP (default 20)")
-    parser.add_argument("--nodes", type=int, default=1, choices=(1, 2), help="for two ranks (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of victims and moments (default 0)")
+    parser.add_argument("--cycles", type=int, default=100, help="number of kills (default 100)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/restarts"), help="folder (default runs/restarts)"
+        "--stops", type=int, default=20, help="number of ranks stopped with SIGSTOP (default 20)"
+    )
+    parser.add_argument(
+        "--nodes", type=int, default=1, choices=(1, 2), help="nodes for the two ranks (default 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of victims and moments (default 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/restarts"), help="output folder (default runs/restarts)"
     )
     args = parser.parse_args()
     done, problems = campaign(args.cycles, args.stops, args.nodes, args.seed, args.out.absolute())
     (args.out / "report.json").write_text(json.dumps({"cycles": done, "problems": problems}, indent=1))
     print(table(done))
-    print("\n".join(problems) or "the same bits as of a run that nobody disturbed")
+    print("\n".join(problems) or "bit for bit equal to the undisturbed run")
     return 0 if not problems and all(one["right"] for one in done) else 1
 
 

@@ -2,8 +2,8 @@
 
     python -m pytest tests/chaos/slurm_nodes.py
 
-`make test` does not collect it, for it takes a quarter of an hour on two busy cores, much of which are time
-limits of SLURM; `make chaos` runs it.
+`make test` does not collect this file, because it takes a quarter of an hour on two busy cores; much of that
+is spent in SLURM's own timeouts. `make chaos` runs it.
 """
 
 import os
@@ -17,10 +17,10 @@ import pytest
 from tests.support.cluster.slurm import Slurm, processes, slurm_cluster
 from tests.support.cluster.slurm_training import (
     Job,
-    assert_an_attempt_stayed_as_it_was,
-    assert_goes_on_without,
+    assert_attempt_unchanged,
     assert_moved_on,
     assert_nothing_trains,
+    assert_resumes_without,
     config_of,
     submit,
 )
@@ -29,7 +29,7 @@ from tests.support.ranks.runs import events
 pytestmark = pytest.mark.cluster
 
 STEPS = 300
-"""SLURM takes seconds until it does something to a job; it must not be done by then."""
+"""SLURM takes seconds to act on a job, and the job must not finish earlier."""
 
 
 @pytest.fixture
@@ -45,14 +45,14 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(top: Path) -> Job:
-    """A job that nobody disturbs."""
+    """An undisturbed job."""
     with slurm_cluster(nodes=2) as slurm:
         job = submit(slurm, config_of(top, "straight", STEPS))
         assert job.wait() == ("COMPLETED", 0), job.log
     return job
 
 
-def test_a_preempted_job_comes_back(slurm: Slurm, top: Path, tmp_path: Path, straight: Job) -> None:
+def test_a_preempted_job_is_requeued(slurm: Slurm, top: Path, tmp_path: Path, straight: Job) -> None:
     job = submit(slurm, config_of(top, "preempted", STEPS))
     job.wait_for_checkpoint()
     script = tmp_path / "urgent.sh"
@@ -70,7 +70,7 @@ def test_a_preempted_job_comes_back(slurm: Slurm, top: Path, tmp_path: Path, str
 
 @pytest.mark.parametrize("victim", ["node1", "node2"])
 def test_a_node_without_its_daemon_is_replaced(slurm: Slurm, top: Path, straight: Job, victim: str) -> None:
-    """What runs there notices that it is not of the job any more, saves with the others and leaves."""
+    """The processes there notice that they no longer belong to the job, save with the others, and exit."""
     job = submit(slurm, config_of(top, f"lost-{victim}", STEPS))
     job.wait_for_checkpoint()
     slurm.kill_daemon(victim)
@@ -81,10 +81,8 @@ def test_a_node_without_its_daemon_is_replaced(slurm: Slurm, top: Path, straight
     assert_nothing_trains(job, victim)
 
 
-def test_a_node_that_hangs_is_replaced_and_does_no_harm_when_it_wakes_up(
-    slurm: Slurm, top: Path, straight: Job
-) -> None:
-    """The node with the batch script, so that nobody but the others can queue the job again."""
+def test_a_hung_node_is_replaced_and_harmless_when_it_resumes(slurm: Slurm, top: Path, straight: Job) -> None:
+    """The node has the batch script, so only the others can requeue the job."""
     job = submit(slurm, config_of(top, "hung", STEPS), "--lease-s", "10")
     job.wait_for_checkpoint()
     frozen = processes(job.number, "node1")
@@ -100,15 +98,15 @@ def test_a_node_that_hangs_is_replaced_and_does_no_harm_when_it_wakes_up(
     assert_moved_on(job, "node1")
     assert_nothing_trains(job, "node1")
     assert job.outcome() == straight.outcome()
-    assert_an_attempt_stayed_as_it_was(job)
+    assert_attempt_unchanged(job)
 
 
 @pytest.mark.parametrize("victim", ["node1", "node2"])
-def test_a_node_whose_link_is_cut_is_replaced_and_makes_way(top: Path, straight: Job, victim: str) -> None:
+def test_a_node_with_a_cut_link_is_replaced_and_exits(top: Path, straight: Job, victim: str) -> None:
     with slurm_cluster(nodes=3, cables=True) as slurm:
         job = submit(slurm, config_of(top, f"cut-{victim}", STEPS))
         job.wait_for_checkpoint(step=20)
         assert slurm.network is not None
         slurm.network.cut(victim)
-        assert_goes_on_without(job, victim)
+        assert_resumes_without(job, victim)
     assert job.outcome() == straight.outcome()

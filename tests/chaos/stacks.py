@@ -1,6 +1,6 @@
-"""In which section of a run a process stands: read from its Python stack by py-spy, from outside.
+"""Read from outside, with py-spy, which section of the code a process is in.
 
-A process that is stopped (SIGSTOP) stays where it is while its stack is read; it takes no part in that.
+The process is stopped with SIGSTOP while its stack is read, and takes no part in the reading.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 PY_SPY = Path(sys.executable).with_name("py-spy")
 
 Stack = tuple[str, ...]
-"""`file:function` of every frame of a main thread, the innermost first."""
+"""`file:function` of every frame of a main thread, innermost first."""
 
 RANK_SECTIONS = (
     ("snapshot", "dit_scale/checkpoint/saver.py:take"),
@@ -44,7 +44,7 @@ RANK_SECTIONS = (
     ("start", "tests/support/ranks/processes.py:_rank"),
     ("start", "multiprocessing/forkserver.py:"),
 )
-"""Section, and the frames that a rank has on its stack there; the first one that fits counts.
+"""Section => the frames that a rank has on its stack there. The first match counts.
 
 `file:` stands for any function of the file.
 """
@@ -60,14 +60,14 @@ WRITER_SECTIONS = (
 """The same for a writer."""
 
 UNKNOWN = "unknown"
-"""Of a stack that could not be read."""
+"""The section of a stack that could not be read."""
 SECTIONS = (
     *dict.fromkeys(section for section, *_ in RANK_SECTIONS),
     *(f"writer: {section}" for section, *_ in WRITER_SECTIONS),
     UNKNOWN,
     f"writer: {UNKNOWN}",
 )
-"""All that a victim can stand in."""
+"""All sections that a victim can be in."""
 AT_WORK = {"retention", "committing", "reading again", "writing"}
 """Sections of a writer that are part of a save."""
 IN_SAVE = {"snapshot", "waiting for the last save"}
@@ -75,7 +75,7 @@ IN_SAVE = {"snapshot", "waiting for the last save"}
 
 
 def section_of(stack: Stack, sections: Iterable[tuple[str, ...]]) -> str:
-    """The first section of which every frame is on the stack."""
+    """Return the first section whose frames are all on the stack."""
     for section, *frames in sections:
         if stack and all(any(_is_at(place, frame) for place in stack) for frame in frames):
             return section
@@ -83,7 +83,7 @@ def section_of(stack: Stack, sections: Iterable[tuple[str, ...]]) -> str:
 
 
 def read_stacks(process_ids: Iterable[int]) -> dict[int, Stack]:
-    """The stack of the main thread of each process; empty where py-spy could not read it."""
+    """Return the stack of the main thread of each process; empty where py-spy could not read it."""
     readers = {
         number: subprocess.Popen(_dump(number), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         for number in process_ids
@@ -92,7 +92,7 @@ def read_stacks(process_ids: Iterable[int]) -> dict[int, Stack]:
 
 
 def why_not() -> str:
-    """Why stacks cannot be read here; empty when they can."""
+    """Return why stacks cannot be read here; empty when they can."""
     if not PY_SPY.exists():
         return f"no py-spy beside {sys.executable}: pip install py-spy"
     tried = subprocess.run(_dump(os.getpid()), capture_output=True, text=True)
@@ -106,7 +106,7 @@ def _is_at(place: str, frame: str) -> bool:
 
 
 def _dump(process_id: int) -> list[str]:
-    # py-spy would stop the process by itself and trips over one that is stopped already.
+    # py-spy would stop the process itself, and it fails on a process that is stopped already.
     return [str(PY_SPY), "dump", "--nonblocking", "--json", "--full-filenames", "--pid", str(process_id)]
 
 
@@ -118,5 +118,5 @@ def _main_thread(process_id: int, dump: bytes) -> Stack:
 
 
 def _plain(name: str) -> str:
-    """Without the class or function around it."""
+    """Return the name without the surrounding class or function."""
     return name.rpartition(".")[2]

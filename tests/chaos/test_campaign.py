@@ -1,4 +1,4 @@
-"""The campaign in short: some kills at one ZeRO stage, and that it would see a difference."""
+"""The campaign in short: some kills at one ZeRO stage, and a check that it would notice a difference."""
 
 import ast
 import random
@@ -19,12 +19,12 @@ from tests.support.ranks import jobs, record
 
 ROOT = Path(__file__).parents[2]
 KILLS, SEED = 6, 37
-"""With this seed every way to choose a moment comes up."""
+"""With this seed every way to choose a moment occurs."""
 
 
 @pytest.mark.dist
 @pytest.mark.long
-def test_killed_at_random_moments_a_run_gives_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_killed_at_random_gives_the_same_bits(tmp_path: Path) -> None:
     reason = stacks.why_not()
     needs(not reason, reason)
     result = new_stage(2, KILLS)
@@ -64,7 +64,7 @@ def check_that_a_bit_is_seen(folder: Path, result: StageResult) -> None:
         ((), "unknown"),
     ],
 )
-def test_a_stack_has_its_section(functions: tuple[str, ...], section: str) -> None:
+def test_stacks_map_to_sections(functions: tuple[str, ...], section: str) -> None:
     folders = {
         "dist.py": "dit_scale/",
         "distributed_c10d.py": "torch/distributed/",
@@ -75,16 +75,16 @@ def test_a_stack_has_its_section(functions: tuple[str, ...], section: str) -> No
     assert stacks.section_of(stack, stacks.RANK_SECTIONS) == section
 
 
-def test_sections_name_functions_that_there_are() -> None:
+def test_sections_name_existing_functions() -> None:
     frames = [frame for rule in stacks.RANK_SECTIONS + stacks.WRITER_SECTIONS for frame in rule[1:]]
     named = [frame.split(":") for frame in frames if frame.startswith(("dit_scale/", "tests/"))]
     for path, function in named:
         tree = ast.parse((ROOT / path).read_text())
         assert function in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, path
-    assert len(named) == len(frames) - 3  # the others are of torch, of Python, and any frame
+    assert len(named) == len(frames) - 3  # the others name frames of torch, of Python, and any frame
 
 
-def test_a_row_that_differs_is_seen(tmp_path: Path) -> None:
+def test_a_different_row_is_detected(tmp_path: Path) -> None:
     def written(name: str, text: str) -> TrainConfig:
         config = jobs.small_config(tmp_path / name, tmp_path)
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""The campaign from outside in short: one run of each kind, and that it would see a difference."""
+"""The campaign from outside in short: one run of each kind, and a check that it would notice a difference."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.support.ranks.runs import final_files
 
 @pytest.mark.dist
 @pytest.mark.long
-def test_disturbed_from_outside_a_run_gives_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_disturbed_from_outside_gives_the_same_bits(tmp_path: Path) -> None:
     campaign = Campaign(tmp_path, seed=3)
     for number in range(len(DISTURBANCES)):
         campaign.try_one(number)
@@ -23,7 +23,7 @@ def test_disturbed_from_outside_a_run_gives_the_same_bits(tmp_path: Path) -> Non
 
 @pytest.mark.dist
 @pytest.mark.long
-def test_a_difference_is_seen(tmp_path: Path) -> None:
+def test_a_difference_is_detected(tmp_path: Path) -> None:
     run = new_run(tmp_path, Shape(1, 2))
     assert run.start("ranks").wait() == [0], run.text()
     record, files = record_lines(run), final_files(run.config)

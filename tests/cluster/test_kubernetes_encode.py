@@ -1,4 +1,4 @@
-"""cluster/kubernetes/encode, rendered: what KubeRay, Kubernetes and the encoding job itself make of it."""
+"""cluster/kubernetes/encode, rendered, as KubeRay, Kubernetes and the encoding job read it."""
 
 import os
 import re
@@ -24,7 +24,7 @@ UNITS = {"Gi": 2**30, "Mi": 2**20}
 
 
 def rayjob(folder: Path) -> dict[str, Any]:
-    """The RayJob of a folder; `settings`, which are no part of it, are those that its submitter gets."""
+    """Return the RayJob of a folder. `settings` go to its submitter, not into the RayJob."""
     settings, job = sorted(render(folder), key=lambda made: str(made["kind"]))
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert settings["kind"] == "ConfigMap"
@@ -49,7 +49,7 @@ def overlay(tmp_path: Path) -> dict[str, Any]:
 
 
 def templates(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The pod templates by the name of their container."""
+    """Return the pod templates by the name of their container."""
     cluster = job["spec"]["rayClusterSpec"]
     found = [
         job["spec"]["submitterPodTemplate"],
@@ -60,14 +60,14 @@ def templates(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def specs(job: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each pod's specification and its only container."""
+    """Return the specification of each pod and its only container."""
     for template in templates(job).values():
         (container,) = template["spec"]["containers"]
         yield template["spec"], container
 
 
 def parsed(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> EncodeConfig:
-    """What the encoding job would do, by its own command line, once the operator's shell has read it."""
+    """Return what the encoding job's own command line makes of the arguments, after the operator's shell."""
     entrypoint = job["spec"]["entrypoint"]
     command = ["bash", "-uc", f'printf "%s\\n" {entrypoint} ;']
     shell = subprocess.run(command, env=job["settings"], capture_output=True, text=True, check=True)
@@ -106,7 +106,7 @@ def test_the_job_understands_its_entrypoint(job: dict[str, Any], monkeypatch: py
     assert config.ray_address == "auto"
 
 
-def test_a_lost_cluster_is_replaced_and_a_finished_one_goes(job: dict[str, Any]) -> None:
+def test_a_lost_cluster_is_replaced_and_a_finished_one_deleted(job: dict[str, Any]) -> None:
     spec = job["spec"]
     assert spec["submissionMode"] == "K8sJobMode"
     assert spec["backoffLimit"] > 0
@@ -121,7 +121,7 @@ def test_ray_is_the_pinned_one_and_asks_for_a_token(job: dict[str, Any]) -> None
 
 
 def test_pods_are_restricted(job: dict[str, Any]) -> None:
-    """As the Pod Security Standard `restricted` asks, and with a root file system that is only read."""
+    """Pods meet the Pod Security Standard `restricted` and run with a read-only root file system."""
     for spec, container in specs(job):
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] > 0
@@ -136,7 +136,7 @@ def test_pods_are_restricted(job: dict[str, Any]) -> None:
             assert kind not in spec
 
 
-def test_what_is_written_lies_on_volumes(job: dict[str, Any]) -> None:
+def test_all_writes_go_to_volumes(job: dict[str, Any]) -> None:
     for spec, container in specs(job):
         mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         volumes = {volume["name"]: volume for volume in spec["volumes"]}
@@ -164,7 +164,7 @@ def test_resources(job: dict[str, Any]) -> None:
         gpus = "1" if container["name"] == "ray-worker" else None
         assert requests.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu") == gpus
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
-    assert head["rayStartParams"]["num-cpus"] == "0", "the head has no GPU: no work is placed there"
+    assert head["rayStartParams"]["num-cpus"] == "0", "the head has no GPU, so Ray must place no work there"
 
 
 def test_secrets_are_references(job: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ def test_the_bucket_is_one_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (config.source, config.output) == ("/data/mine/imagenet/train", "/data/mine/imagenet256")
 
 
-def test_who_the_pods_are(tmp_path: Path) -> None:
+def test_pod_identity(tmp_path: Path) -> None:
     folder = os.path.relpath(KUBERNETES, tmp_path)
     text = f"resources: [{folder}/encode]\ncomponents: [{folder}/components/identity]\n"
     (tmp_path / "kustomization.yaml").write_text(text)

@@ -1,4 +1,4 @@
-"""The rendered Job in real pods: a run that loses a pod and has one evicted ends as if it had not."""
+"""The rendered Job in real pods: a run with one lost and one evicted pod matches an undisturbed run."""
 
 import signal
 from pathlib import Path
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.cluster
 SIZES = Sizes(steps=100, every_steps=10)
 
 
-def test_a_killed_pod_and_an_evicted_one_come_back(tmp_path: Path) -> None:
+def test_killed_and_evicted_pods_are_replaced(tmp_path: Path) -> None:
     objects = manifests(tmp_path / "manifests", build_image(), SIZES)
     runs = tmp_path / "runs"
     write_latents(runs / "latents", 64, 32, 10)

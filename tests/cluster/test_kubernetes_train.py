@@ -1,4 +1,4 @@
-"""The training jobs of cluster/kubernetes, rendered: what Kubernetes and `dit-scale launch` make of them."""
+"""The training jobs of cluster/kubernetes, rendered, as Kubernetes and `dit-scale launch` read them."""
 
 import os
 import re
@@ -12,10 +12,10 @@ import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from dit_scale.cli import _parse
+from dit_scale.cli.launch import node_range
 from dit_scale.config import TrainConfig, load
-from dit_scale.elastic.launch import node_range
 from dit_scale.elastic.node.exits import Exit
-from dit_scale.elastic.supervisor import Policy
+from dit_scale.elastic.policy import Policy
 from tests.support.cluster.kustomize import KUBERNETES, OVERLAYS, ROOT, render
 from tests.support.cluster.pods import expand, variables, verdict
 
@@ -37,14 +37,14 @@ def rendered() -> dict[str, list[Object]]:
 
 
 def written(folder: Path, text: str) -> list[Object]:
-    """A kustomization of somebody's own, rendered."""
+    """Render a user's own kustomization."""
     up = os.path.relpath(KUBERNETES, folder)
     (folder / "kustomization.yaml").write_text(text.replace("../cluster/kubernetes", up))
     return render(folder)
 
 
 def example(path: Path) -> str:
-    """What the header of a kustomization shows, without the commands."""
+    """Return the example in the header of a kustomization, without the commands."""
     header = path.read_text().partition("apiVersion")[0]
     return "\n".join(re.findall(r"^#   ( *(?!kubectl).*)$", header, re.MULTILINE))
 
@@ -61,7 +61,7 @@ def one(objects: list[Object], kind: str) -> Object:
 
 
 def job_spec(objects: list[Object]) -> Object:
-    """Of the Job, or of the only one in a JobSet."""
+    """Return the pod of the Job, or of the only Job in a JobSet."""
     kinds = [made["kind"] for made in objects]
     if "Job" in kinds:
         return dict(one(objects, "Job")["spec"])
@@ -80,7 +80,7 @@ def container(objects: list[Object]) -> Object:
 
 
 def launch(objects: list[Object], index: int = 0) -> tuple[Any, TrainConfig | None]:
-    """What the command line makes of a pod's arguments; the configuration when the image has it."""
+    """Return what the command line makes of a pod's arguments, or the configuration if the image has it."""
     labels = {"batch.kubernetes.io/job-name": "job"}
     known = variables(container(objects), labels, objects) | {"JOB_COMPLETION_INDEX": str(index)}
     assert container(objects)["command"] == ["tini", "--", "dit-scale"]
@@ -109,7 +109,7 @@ def test_objects_are_valid(rendered: dict[str, list[Object]], name: str, minor: 
 
 def test_the_jobset_is_valid(rendered: dict[str, list[Object]]) -> None:
     made = deepcopy(one(rendered["xl2_512_jobset"], "JobSet"))
-    # the models know no quantities as texts; test_objects_are_valid judges the pod
+    # the models accept no quantities as text; test_objects_are_valid checks the pod
     made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"] = {
         "containers": [{"name": "a"}]
     }
@@ -144,11 +144,11 @@ def test_the_command_line_understands_the_arguments(rendered: dict[str, list[Obj
     assert least < most == spec["completions"] == spec["parallelism"]
     assert spec["completionMode"] == "Indexed"
     for nodes in (least, most):
-        assert config.global_batch % (8 * nodes) == 0, "every GPU has the same work"
+        assert config.global_batch % (8 * nodes) == 0, "every GPU must have the same work"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_written_lies_on_volumes(rendered: dict[str, list[Object]], name: str) -> None:
+def test_all_writes_go_to_volumes(rendered: dict[str, list[Object]], name: str) -> None:
     _, config = launch(rendered[name])
     assert config is not None
     mounts = {mount["mountPath"]: mount["name"] for mount in container(rendered[name])["volumeMounts"]}
@@ -180,7 +180,7 @@ def test_what_is_written_lies_on_volumes(rendered: dict[str, list[Object]], name
         (137, False, "Count"),
     ],
 )
-def test_the_ends_of_a_pod(
+def test_how_the_job_judges_pod_failures(
     rendered: dict[str, list[Object]], code: int, disrupted: bool, action: str
 ) -> None:
     for name in NAMES:
@@ -191,10 +191,10 @@ def test_the_ends_of_a_pod(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_job_outlives_a_week(rendered: dict[str, list[Object]], name: str) -> None:
+def test_the_job_tolerates_a_week_of_failures(rendered: dict[str, list[Object]], name: str) -> None:
     spec, pod = job_spec(rendered[name]), pod_spec(rendered[name])
     assert spec["podReplacementPolicy"] == "Failed"
-    assert pod["restartPolicy"] == "Never", "podFailurePolicy wants it"
+    assert pod["restartPolicy"] == "Never", "podFailurePolicy requires it"
     assert spec["backoffLimit"] > 7 * 24 * 60 * spec["completions"], "each pod may fail every minute"
     assert spec["backoffLimitPerIndex"] == spec["backoffLimit"], "no index waits for the failures of others"
     assert "activeDeadlineSeconds" not in spec
@@ -203,7 +203,7 @@ def test_the_job_outlives_a_week(rendered: dict[str, list[Object]], name: str) -
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pods_are_restricted(rendered: dict[str, list[Object]], name: str) -> None:
-    """As the Pod Security Standard `restricted` asks, and with a root file system that is only read."""
+    """Pods meet the Pod Security Standard `restricted` and run with a read-only root file system."""
     pod = pod_spec(rendered[name])
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] > 0
@@ -228,7 +228,7 @@ def test_secrets_are_references(rendered: dict[str, list[Object]], name: str) ->
 
 
 def apart(spec: Object) -> Object:
-    """The labels of pods that share no node with a pod of this Job."""
+    """Return the labels of pods that must not share a node with a pod of this Job."""
     rules = spec["template"]["spec"]["affinity"]["podAntiAffinity"]
     (rule,) = rules["requiredDuringSchedulingIgnoredDuringExecution"]
     assert rule["topologyKey"] == "kubernetes.io/hostname"
@@ -236,16 +236,16 @@ def apart(spec: Object) -> Object:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_finished_job_goes_after_days(rendered: dict[str, list[Object]], name: str) -> None:
+def test_a_finished_job_is_deleted_after_days(rendered: dict[str, list[Object]], name: str) -> None:
     owner = next(made for made in rendered[name] if made["kind"] in ("Job", "JobSet"))
     assert owner["spec"]["ttlSecondsAfterFinished"] >= 24 * 3600
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_pod_has_a_whole_node(rendered: dict[str, list[Object]], name: str) -> None:
+def test_one_pod_takes_a_complete_node(rendered: dict[str, list[Object]], name: str) -> None:
     spec = job_spec(rendered[name])
     owner = next(made for made in rendered[name] if made["kind"] in ("Job", "JobSet"))
-    assert set(apart(spec).values()) == {owner["metadata"]["name"]}, "of its own run alone"
+    assert set(apart(spec).values()) == {owner["metadata"]["name"]}, "only pods of its own run"
     (spread,) = spec["template"]["spec"]["topologySpreadConstraints"]
     assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == (
         "kubernetes.io/hostname",
@@ -317,8 +317,8 @@ def test_checkpoints_on_s3(tmp_path: Path) -> None:
     kubernetes_validate.validate(one(made, "Job"), "1.37", strict=True)
 
 
-def test_a_jobset_of_somebody(tmp_path: Path) -> None:
-    """The names of its ConfigMaps follow a prefix, too."""
+def test_a_users_own_jobset(tmp_path: Path) -> None:
+    """The names of its ConfigMaps get the prefix too."""
     made = written(tmp_path, "resources: [../cluster/kubernetes/overlays/xl2_512_jobset]\nnamePrefix: bob-\n")
     assert one(made, "JobSet")["metadata"]["name"] == "bob-dit-scale-xl2-512"
     _, config = launch(made)
@@ -335,11 +335,11 @@ def test_kueue_admits_it(tmp_path: Path, name: str) -> None:
     owner = next(found for found in made if found["kind"] in ("Job", "JobSet"))
     assert owner["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
     assert owner["spec"]["suspend"] is True
-    assert container(made)["resources"]["requests"], "by which Kueue counts"
+    assert container(made)["resources"]["requests"], "Kueue counts the requests"
     if owner["kind"] == "Job":
         kubernetes_validate.validate(owner, "1.28", strict=True)
     else:
-        assert "suspend" not in job_spec(made), "the JobSet's is what counts"
+        assert "suspend" not in job_spec(made), "the JobSet has its own field"
         owner["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"] = {
             "containers": [{"name": "a"}]
         }
@@ -347,7 +347,7 @@ def test_kueue_admits_it(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_who_the_pods_are(tmp_path: Path, name: str) -> None:
+def test_pod_identity(tmp_path: Path, name: str) -> None:
     text = example(KUBERNETES / "components/identity/kustomization.yaml")
     made = written(tmp_path, f"resources: [../cluster/kubernetes/overlays/{name}]\nnamePrefix: bob-\n{text}")
     pod = pod_spec(made)
@@ -358,7 +358,7 @@ def test_who_the_pods_are(tmp_path: Path, name: str) -> None:
 
 
 def test_the_volume_is_not_part_of_a_job() -> None:
-    """Who deletes a job with all it consists of keeps its runs."""
+    """Deleting a job with everything it owns must keep the runs."""
     claim = yaml.safe_load((KUBERNETES / "volume.yaml").read_text())
     kubernetes_validate.validate(claim, "1.37", strict=True)
     assert claim["metadata"]["name"] == "dit-scale-runs"

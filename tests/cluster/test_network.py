@@ -1,4 +1,4 @@
-"""The hosts that tests build: each has its own name and network, and a cut cable parts it from all others."""
+"""The hosts that tests build: each has its own name and network, and a cut cable isolates it."""
 
 import subprocess
 import sys
@@ -22,14 +22,14 @@ def net(tmp_path: Path) -> Iterator[Network]:
 
 
 def call(net: Network, within_s: float) -> tuple[str, bool]:
-    """From host a to host b: the name that the caller has, and whether it got through."""
+    """Connect from host a to host b; return the caller's name and whether the connection succeeded."""
     command = net.hosts["a"].enter(sys.executable, "-c", CALL.format(within_s))
     ran = subprocess.run(command, capture_output=True, text=True)
     assert not ran.returncode or "TimeoutError" in ran.stderr, ran.stderr
     return ran.stdout.strip(), not ran.returncode
 
 
-def test_a_host_is_reached_but_when_its_cable_is_cut(net: Network) -> None:
+def test_a_host_is_unreachable_while_its_cable_is_cut(net: Network) -> None:
     command = net.hosts["b"].enter(sys.executable, "-c", LISTEN)
     with subprocess.Popen(command, stdout=subprocess.PIPE) as listener:
         try:
@@ -38,6 +38,6 @@ def test_a_host_is_reached_but_when_its_cable_is_cut(net: Network) -> None:
             net.cut("b")
             assert call(net, within_s=0.5) == ("a", False)
             net.mend("b")
-            assert call(net, within_s=60.0) == ("a", True)  # the switch may take a second to see it
+            assert call(net, within_s=60.0) == ("a", True)  # the switch may take a second to notice
         finally:
             listener.kill()

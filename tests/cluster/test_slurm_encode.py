@@ -1,9 +1,8 @@
-"""cluster/slurm_encode_latents.sh as it is shipped, on a real SLURM of two nodes."""
+"""cluster/slurm_encode_latents.sh, unchanged, on a real SLURM of two nodes."""
 
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.encoder import Encoder
 from dit_scale_pipeline.job import make_plan
 from dit_scale_pipeline.shards_writer import write_shard
-from tests.support.cluster.slurm import START_S, WAIT_S, Slurm, slurm_cluster
+from tests.support.cluster.slurm import START_S, WAIT_S, Slurm
 from tests.support.tiny_vae import save_tiny_vae
 
 pytestmark = pytest.mark.cluster
@@ -43,7 +42,7 @@ ENVIRONMENT = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "O
 
 
 def processes(output: Path) -> dict[str, dict[str, str]]:
-    """Command line => environment of the living processes of the job that writes this output."""
+    """Return command line => environment of the running processes of the job that writes this output."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -57,18 +56,12 @@ def processes(output: Path) -> dict[str, dict[str, str]]:
 
 
 def client_server(output: Path) -> str:
-    """The command line of the client server of a job's Ray, which starts with its head."""
+    """Return the command line of the Ray client server, which starts with the head of a job's cluster."""
     until = time.monotonic() + WAIT_S
     while not (found := [line for line in processes(output) if "ray.util.client.server" in line]):
         assert time.monotonic() < until
         time.sleep(0.1)
     return found[0]
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    with slurm_cluster(nodes=2) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +99,13 @@ def log(job: int, output: Path) -> str:
 
 
 def shards(output: Path) -> dict[str, int]:
-    """Files of the shards that are finished, and when they were written."""
+    """Return the files of finished shards and when they were written."""
     done = {mark.stem for mark in (output / "shards").glob("*.json")}
     return {p.name: p.stat().st_mtime_ns for p in (output / "shards").glob("*") if p.stem in done}
 
 
 def wait_for_shards(slurm: Slurm, job: int, output: Path) -> None:
-    """Until some shards are finished, and many are not."""
+    """Wait until some shards are finished, but not most of them."""
     while len(shards(output)) < 6:
         state = slurm.job(job)["JobState"]
         assert state in ("PENDING", "RUNNING", "CONFIGURING"), log(job, output)
@@ -120,7 +113,7 @@ def wait_for_shards(slurm: Slurm, job: int, output: Path) -> None:
 
 
 def objects(output: Path) -> list[str]:
-    """What a data set has; nothing is left of a writer that was killed."""
+    """Check that the data set is complete and that a killed writer left nothing."""
     storage = open_storage(output)
     assert list(storage.leftovers("shards/")) == []
     keys = [key for key, _ in storage.list()]
@@ -128,7 +121,7 @@ def objects(output: Path) -> list[str]:
 
 
 def assert_same_files(output: Path, reference: Path) -> None:
-    """Every object of the data set equal byte for byte; neither the journal nor the metrics are of it."""
+    """Compare the objects of two data sets byte for byte, except the journal and the metrics."""
     names = objects(reference)
     assert len(names) == 3 * NUM_SHARDS + 1
     assert objects(output) == names
@@ -137,7 +130,7 @@ def assert_same_files(output: Path, reference: Path) -> None:
 
 
 def assert_nothing_is_left(job: int, output: Path) -> None:
-    """No process of the job, no folder of its Ray."""
+    """Check that no process of the job and no folder of its Ray cluster is left."""
     until = time.monotonic() + START_S
     while (left := processes(output)) and time.monotonic() < until:
         time.sleep(0.1)
@@ -147,7 +140,7 @@ def assert_nothing_is_left(job: int, output: Path) -> None:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Path:
-    """The data set that a plain loop in this process makes, without Ray."""
+    """A data set made by a plain loop in this process, without Ray."""
     config = load(EncodeConfig, folder / "config.yaml", arguments(folder, folder / "reference")[2:])
     plan = make_plan(config, None, Console(quiet=True))
     encoder = Encoder(config, plan.vae, "cpu")
@@ -165,7 +158,7 @@ def reference(folder: Path) -> Path:
 
 
 def test_the_real_request_fits_a_real_cluster(slurm: Slurm) -> None:
-    """Two nodes of 64 CPUs and 8 GPUs: as shipped it fits; what such a cluster cannot give is refused."""
+    """On two nodes of 64 CPUs and 8 GPUs the shipped request fits, and an impossible request is refused."""
     assert slurm.run("sbatch", "--test-only", SCRIPT, cwd=ROOT).returncode == 0
     for too_much in ("--nodes=3", "--gpus-per-node=9", "--cpus-per-task=65"):
         ran = slurm.run("sbatch", "--test-only", too_much, SCRIPT, cwd=ROOT)
@@ -173,13 +166,13 @@ def test_the_real_request_fits_a_real_cluster(slurm: Slurm) -> None:
 
 
 @pytest.mark.long
-def test_two_jobs_on_the_same_nodes_one_is_cancelled_the_other_writes_the_same_bytes(
+def test_a_cancelled_job_does_not_affect_another_on_the_same_nodes(
     slurm: Slurm, folder: Path, reference: Path, tmp_path: Path
 ) -> None:
     output, other_output = tmp_path / "set", tmp_path / "other"
     job = submit(slurm, folder, output)
     other = submit(slurm, folder, other_output, "shard_samples=1", "vae_batch=1")
-    # its port is the only one that has a default and fails when another user has it
+    # the client server's port is the only one with a default, and it fails when another user has it
     clients = [client_server(written) for written in (output, other_output)]
     wait_for_shards(slurm, other, other_output)
     living = processes(other_output)
@@ -204,7 +197,7 @@ def test_two_jobs_on_the_same_nodes_one_is_cancelled_the_other_writes_the_same_b
         assert env["RAY_AUTH_TOKEN"] not in log(other, other_output)
 
 
-def test_a_job_that_is_told_of_its_time_limit_queues_itself_again_and_keeps_its_shards(
+def test_near_its_time_limit_a_job_requeues_itself_and_keeps_its_shards(
     slurm: Slurm, folder: Path, reference: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "set"
@@ -224,7 +217,7 @@ def test_a_job_that_is_told_of_its_time_limit_queues_itself_again_and_keeps_its_
     assert_nothing_is_left(job, output)
 
 
-def test_a_mistake_is_the_exit_code_of_the_job(slurm: Slurm, folder: Path, tmp_path: Path) -> None:
+def test_a_configuration_error_fails_the_job(slurm: Slurm, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "set"
     options = ["--nodes=1", *SMALL[1:], f"--output={output}-%j.log"]
     words = [*arguments(folder, output), "shard_sample=2"]

@@ -1,11 +1,10 @@
-"""cluster/slurm_*.sh of training as they are shipped, on a real SLURM of two nodes."""
+"""The training scripts cluster/slurm_*.sh, unchanged, on a real SLURM of two nodes."""
 
 import os
 import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from tests.support.cluster.slurm_training import (
     ENVIRONMENT,
     ROOT,
     Job,
-    assert_goes_on_without,
     assert_nothing_trains,
+    assert_resumes_without,
     config_of,
     submit,
 )
@@ -30,18 +29,12 @@ pytestmark = pytest.mark.cluster
 
 ANY_SIZE = "cluster/slurm_train.sh"
 MEASURED_STEPS = 20
-"""After so many a rank that waits is known to wait too long."""
+"""After this many steps the deadline of a waiting rank is known."""
 EVERY_OTHER = """\
 #!/bin/sh
 case "$*" in *"show job"*) if mkdir {mark} 2>/dev/null; then exit 1; else rmdir {mark}; fi ;; esac
 exec {scontrol} "$@"
 """
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    with slurm_cluster(nodes=2) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +44,7 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("script", ["cluster/slurm_xl2_256.sh", "cluster/slurm_xl2_512.sh"])
 def test_the_real_request_fits_a_real_cluster(slurm: Slurm, script: str) -> None:
-    """Nodes of 64 CPUs and 8 GPUs: as shipped it fits; what such a cluster cannot give is refused."""
+    """On nodes of 64 CPUs and 8 GPUs the shipped request fits, and an impossible request is refused."""
     assert slurm.run("sbatch", "--test-only", "--nodes=1-2", script, cwd=ROOT).returncode == 0
     for too_much in ("--nodes=3", "--gpus-per-node=9", "--cpus-per-task=65"):
         ran = slurm.run("sbatch", "--test-only", "--nodes=2", too_much, script, cwd=ROOT)
@@ -59,7 +52,7 @@ def test_the_real_request_fits_a_real_cluster(slurm: Slurm, script: str) -> None
 
 
 def documented_lines() -> list[str]:
-    """Submissions in the header of the script for any size, with a configuration for CONFIG."""
+    """Return the submissions in the header of the generic script, with a configuration for CONFIG."""
     header = (ROOT / ANY_SIZE).read_text().partition("#SBATCH")[0]
     lines = re.findall(r"^#   on .*?  (sbatch .*)$", header, re.MULTILINE)
     return [line.replace("CONFIG ...", "configs/dit_xl2_256.yaml") for line in lines]
@@ -73,11 +66,11 @@ def test_documented_submissions_fit_a_real_cluster(slurm: Slurm) -> None:
         ran = slurm.run(command, "--test-only", *options, cwd=ROOT)
         assert (ran.returncode == 0) == fits, ran.stderr
     ran = slurm.run(command, "--test-only", *(word.replace("=4", "=2") for word in options), cwd=ROOT)
-    assert ran.returncode == 0, "two of such nodes are there"
+    assert ran.returncode == 0, "the cluster has two such nodes"
 
 
 def submit_any_size(slurm: Slurm, config: TrainConfig, *arguments: str) -> Job:
-    """The script for any size as it is shipped, on the nodes that it asks for by itself."""
+    """The generic script, unchanged, on the nodes that it requests by default."""
     run = Path(config.run)
     file = run.with_suffix(".yaml")
     file.write_text(dump(config))
@@ -100,44 +93,44 @@ def test_by_default_one_node_trains_on_its_cpus(slurm: Slurm, top: Path) -> None
     assert job.newest() == (2, 1)
 
 
-def test_a_job_without_gpus_is_told_so(slurm: Slurm, top: Path) -> None:
+def test_a_job_without_gpus_logs_the_reason(slurm: Slurm, top: Path) -> None:
     job = submit_any_size(slurm, config_of(top, "without", steps=2), "engine.device=auto")
     assert job.wait() == ("FAILED", 93), job.log
-    assert "engine.device=auto, and this SLURM job in partition low has no GPU: ask for some" in job.log
+    assert "engine.device=auto, but this SLURM job in partition low has no GPU: request GPUs" in job.log
     assert job.restarts() == 0
 
 
 @pytest.fixture(scope="module")
 def disturbed(top: Path) -> Job:
-    """A job that is told of its time limit, and then loses the link to its first node."""
+    """A job that receives the warning of its time limit and then loses the link to its first node."""
     with slurm_cluster(nodes=3, cables=True) as slurm:
         job = submit(slurm, config_of(top, "disturbed"), script="cluster/slurm_xl2_256.sh")
         job.wait_for_step()
-        step = saves_and_queues_itself_again(job)
+        step = saves_and_requeues(job)
         job.wait_for_checkpoint(attempt=2, step=step + MEASURED_STEPS)
         assert events(job.config, "start")[1]["step"] == step
         assert slurm.network is not None
         slurm.network.cut("node1")
         slurm.declare_down("node1")
         job = job.ends_at(job.last_step() + 10)
-        assert_goes_on_without(job, "node1", attempt=2)
+        assert_resumes_without(job, "node1", attempt=2)
     return job
 
 
-def saves_and_queues_itself_again(job: Job) -> int:
-    """Tell a job that its time limit is near; the step that it has saved."""
+def saves_and_requeues(job: Job) -> int:
+    """Send the time-limit warning to a job; return the step that it saved."""
     assert job.slurm.run("scancel", "--signal=USR1", "--batch", str(job.number)).returncode == 0
     assert job.wait("PENDING")[0] == "PENDING", job.log
     step, attempt = job.newest()
     assert attempt == 1
     assert 0 < step <= job.last_step()
-    assert "it queues itself again" in job.log
+    assert "requeueing the job" in job.log
     assert job.restarts() == 1
     assert_nothing_trains(job, "node1", "node2")
     return step
 
 
-def test_near_its_time_limit_and_without_the_link_to_its_first_node_a_job_goes_on(disturbed: Job) -> None:
+def test_a_job_survives_its_time_limit_and_a_cut_link(disturbed: Job) -> None:
     assert disturbed.newest() == (disturbed.config.steps, 3)
     first, second = (Board(root_of(disturbed.config)).sealed(number) for number in (1, 2))
     assert first is not None
@@ -145,10 +138,10 @@ def test_near_its_time_limit_and_without_the_link_to_its_first_node_a_job_goes_o
     assert 0 < first.start < second.start
 
 
-def test_a_job_on_two_nodes_trains_to_the_end_and_one_that_was_disturbed_to_the_same(
+def test_disturbed_and_undisturbed_jobs_give_the_same_bits(
     slurm: Slurm, top: Path, disturbed: Job, tmp_path: Path
 ) -> None:
-    """Also where the controller answers every other question alone."""
+    """The job resumes even when the controller fails every other query."""
     programs = tmp_path / "programs"
     programs.mkdir()
     scontrol = programs / "scontrol"
@@ -163,7 +156,7 @@ def test_a_job_on_two_nodes_trains_to_the_end_and_one_that_was_disturbed_to_the_
     assert disturbed.outcome() == job.outcome()
 
 
-def test_what_a_person_must_mend_is_not_started_again(slurm: Slurm, top: Path) -> None:
+def test_configuration_errors_are_not_restarted(slurm: Slurm, top: Path) -> None:
     one_node = ("--nodes=1", "--export=ALL,MIN_NODES=1")
     hopeless = submit(slurm, config_of(top, "hopeless"), "model.num_classes=4", options=one_node)
     mistaken = submit(slurm, config_of(top, "mistaken"), "optimizer.lrr=1")
@@ -175,7 +168,7 @@ def test_what_a_person_must_mend_is_not_started_again(slurm: Slurm, top: Path) -
 
 
 def kill_supervisors(job: Job) -> None:
-    """SIGKILL for `dit-scale launch` on both nodes, as soon as it is there."""
+    """SIGKILL `dit-scale launch` on both nodes as soon as it runs."""
     until = time.monotonic() + WAIT_S
     for node in ("node1", "node2"):
         while not (found := [pid for pid in processes(job.number, node) if is_supervisor(pid)]):
@@ -193,7 +186,7 @@ def is_supervisor(pid: int) -> bool:
         return False
 
 
-def test_an_error_is_tried_again_so_many_times_and_no_more(slurm: Slurm, top: Path) -> None:
+def test_an_error_is_retried_up_to_the_limit(slurm: Slurm, top: Path) -> None:
     job = submit(slurm, config_of(top, "failing"), options=("--export=ALL,MAX_RESTARTS=1",))
     kill_supervisors(job)
     assert job.wait("PENDING")[0] == "PENDING", job.log

@@ -22,6 +22,7 @@ import pytest
 from dit_scale.checkpoint import attempts, rankfile, writer
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, CheckpointId, Manifest
+from dit_scale.checkpoint.partition import ParameterSlice
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.errors import CheckpointError
 from dit_scale.storage import Storage, open_storage
@@ -61,19 +62,16 @@ def values(step: int, kind: str, parameter: str) -> np.ndarray:
     return np.arange(start, start + np.prod(SHAPES[parameter]), dtype="<f4")
 
 
-def snapshot(step: int, rank: int) -> tuple[np.ndarray, list[writer.Source]]:
+def snapshot(step: int, rank: int) -> tuple[np.ndarray, list[tuple[str, ParameterSlice]]]:
     """The memory that a rank shares with its writer, and what lies in it."""
-    parts, sources, offset = [], [], 0
+    parts, slices, offset = [], list[tuple[str, ParameterSlice]](), 0
     for kind in KINDS:
         for parameter, edges in RANKS.items():
             start, end = edges[rank], edges[rank + 1]
             parts.append(values(step, kind, parameter)[start:end])
-            source = writer.Source(
-                kind=kind, parameter=parameter, start=start, length=end - start, memory_offset=offset
-            )
-            sources.append(source)
-            offset += 4 * (end - start)
-    return np.concatenate(parts).view(np.uint8), sources
+            slices.append((kind, ParameterSlice(parameter, start, end - start, offset)))
+            offset += end - start
+    return np.concatenate(parts).view(np.uint8), slices
 
 
 def save(root: Storage, step: int, attempt: int, keep: int, averages: bool = False) -> None:

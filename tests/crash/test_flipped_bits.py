@@ -13,7 +13,7 @@ import torch
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import EMA, CheckpointId
-from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.cli import main
 from dit_scale.config import EncodeConfig, TrainConfig, dump
@@ -124,7 +124,10 @@ DATA_SHA256 = "1" * 64
 def owned(step: int) -> list[Partition]:
     numbers = torch.Generator().manual_seed(step)
     return [
-        Partition({kind: torch.randn(size, generator=numbers) for kind in KINDS}, (Extent(name, 0, size, 0),))
+        Partition(
+            {kind: torch.randn(size, generator=numbers) for kind in KINDS},
+            (ParameterSlice(name, 0, size, 0),),
+        )
         for name, size in ((name, int(np.prod(shape))) for name, shape in SHAPES.items())
     ]
 

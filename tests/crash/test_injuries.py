@@ -15,7 +15,7 @@ import torch
 from dit_scale.checkpoint import attempts, rankfile
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import ATTEMPTS, MANIFEST, CheckpointId
-from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
 from dit_scale.data import files, shards
@@ -93,7 +93,7 @@ def ranks(step: int) -> list[list[Partition]]:
         [
             Partition(
                 {kind: values(step, kind, name).flatten().chunk(3)[rank] for kind in OPTIMIZER_KINDS},
-                (Extent(name, rank * size // 3, size // 3, 0),),
+                (ParameterSlice(name, rank * size // 3, size // 3, 0),),
             )
             for name, size in ((name, int(np.prod(shape))) for name, shape in SHAPES.items())
         ]
@@ -135,7 +135,7 @@ def problems(root: Storage) -> list[str]:
 
 
 def expected(
-    root: Storage, key: str, injury: Injury, whole: tuple[rankfile.StoredPiece, ...]
+    root: Storage, key: str, injury: Injury, whole: tuple[rankfile.StoredSlice, ...]
 ) -> tuple[str, ...]:
     """How messages for this injury may begin: of several tensors that are hit any may be found first."""
     where = f"{root.url}/{key}"
@@ -143,10 +143,12 @@ def expected(
         return (f"{where} is damaged",)
     if injury.kind == "end":
         return (f"{where}: expected ",)
-    if injury.changed[0] < whole[0].offset:
+    if injury.changed[0] < whole[0].byte_offset:
         return (f"{where}: its header is damaged",)
-    hit = [p for p in whole if ((injury.changed >= p.offset) & (injury.changed < p.offset + p.bytes)).any()]
-    return tuple(f"{where}: {piece.kind} of {piece.parameter} is damaged" for piece in hit)
+    hit = [
+        s for s in whole if any(s.byte_offset <= byte < s.byte_offset + s.bytes for byte in injury.changed)
+    ]
+    return tuple(f"{where}: {stored.kind} of {stored.parameter} is damaged" for stored in hit)
 
 
 def test_injuries_of_checkpoints(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,16 +156,16 @@ def test_injuries_of_checkpoints(tmp_path: Path, world: World, monkeypatch: pyte
     root, config = open_storage(tmp_path), TrainConfig(run=str(tmp_path))
     write_checkpoints(root, config)
     assert problems(root) == []
-    pieces = {
+    slices = {
         f"{checkpoint_id.path()}/{file.key}": rankfile.open_file(root, checkpoint_id.path(), file)
         for checkpoint_id in (NEWEST, OLDER)
         for file in Checkpoint(root, checkpoint_id).manifest.files
     }
-    keys = [*pieces, *(f"{one.path()}/{MANIFEST}" for one in (NEWEST, OLDER))]
+    keys = [*slices, *(f"{one.path()}/{MANIFEST}" for one in (NEWEST, OLDER))]
     keys += [f"{ATTEMPTS}/{number:04d}.json" for number in (1, 2)]
     counts = Counter[tuple[str, ...]]()
     for key, injury in injured(tmp_path, keys, INJURIES):
-        messages = expected(root, key, injury, pieces.get(key, ()))
+        messages = expected(root, key, injury, slices.get(key, ()))
         (problem,) = problems(root)
         assert problem.startswith(messages)
         notes: list[str] = []

@@ -1,4 +1,4 @@
-"""Ranks agree on the checkpoint that they go on from, also when they do not find the same."""
+"""All ranks resume from the same checkpoint, even when they do not see the same files."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from dit_scale import dist
 from dit_scale.checkpoint.manifest import CheckpointId
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.config import EngineConfig, TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import open_storage
@@ -23,7 +23,7 @@ WORLD, SIZE = 2, 6
 
 
 def found_in(folders: tuple[Path, ...]) -> tuple[str, list[str]]:
-    """(the checkpoint that this rank finds in its own folder, or an error; what it says)."""
+    """Return the checkpoint that this rank finds in its own folder, or the error, and its log lines."""
     notes: list[str] = []
     world = dist.start(EngineConfig(device="cpu"))
     config = TrainConfig(run=str(folders[int(os.environ["RANK"])]))
@@ -40,7 +40,7 @@ def found_in(folders: tuple[Path, ...]) -> tuple[str, list[str]]:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, ...]:
-    """One for each rank, with the same two checkpoints."""
+    """One folder per rank, each with the same two checkpoints."""
     folders = tuple(tmp_path / f"seen by rank {rank}" for rank in range(WORLD))
     for folder in folders:
         for checkpoint_id in (NEWEST, OLDER):
@@ -49,11 +49,11 @@ def folders(tmp_path: Path) -> tuple[Path, ...]:
 
 
 def write(folder: Path, checkpoint_id: CheckpointId, **fields: object) -> None:
-    owned = [Partition({MASTER: torch.zeros(SIZE)}, (Extent("w", 0, SIZE, 0),))]
+    owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice("w", 0, SIZE, 0),))]
     checkpoints.write(open_storage(folder), checkpoint_id, [owned], **fields)
 
 
-def test_what_one_rank_cannot_read_all_pass_over(folders: tuple[Path, ...]) -> None:
+def test_all_ranks_skip_what_one_cannot_read(folders: tuple[Path, ...]) -> None:
     assert run(WORLD, found_in, folders) == [(NEWEST, [])] * WORLD
     os.truncate(folders[1] / NEWEST.path() / "rank-00000.safetensors", 100)
     for found, notes in run(WORLD, found_in, folders):
@@ -73,7 +73,7 @@ def test_different_checkpoints_under_one_name_are_an_error(folders: tuple[Path, 
 
 
 def sees(digests: tuple[str, ...]) -> str:
-    """What a rank says that sees this data set."""
+    """Return the error that a rank reports when it sees its own data set."""
     world = dist.start(EngineConfig(device="cpu"))
     try:
         find_checkpoint(TrainConfig(), digests[int(os.environ["RANK"])], world, print, print)

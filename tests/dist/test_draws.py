@@ -1,4 +1,4 @@
-"""What reaches the model in a real run: every draw is a function of seed and position, whatever the rank."""
+"""The model's inputs in a real run: every draw is a function of seed and position, whatever the rank."""
 
 import math
 from collections.abc import Iterator
@@ -28,11 +28,11 @@ WORLD, STEPS, SEED, NUM, NUM_CLASSES = 2, 3, 5, 40, 10
 LABEL_DROPOUT, SCALE, TIMESTEPS = 0.4, 0.5, 1000
 
 Given = tuple[int, int, int, np.ndarray]
-"""Position, timestep, label and noised latent of a sample, as the model was given them."""
+"""Position, timestep, label and noised latent of a sample, as the model received them."""
 
 
-def train_and_tell(config: TrainConfig) -> list[Given]:
-    """One rank of a training run; what its model was given, but for fillers."""
+def train_and_report(config: TrainConfig) -> list[Given]:
+    """Train as one rank; return what the model received, without fillers."""
     given: list[Given] = []
     last: tuple[torch.Tensor, ...] = ()
     accumulate, call = Trainer.accumulate, Engine.__call__
@@ -58,14 +58,14 @@ def train_and_tell(config: TrainConfig) -> list[Given]:
     return given
 
 
-def test_what_the_model_is_given(tmp_path: Path) -> None:
+def test_inputs_of_the_model(tmp_path: Path) -> None:
     data = tmp_path / "latents"
     write_latents(data, num=NUM, num_classes=NUM_CLASSES)
     dataset = LatentDataset.open(data)
     config = jobs.saving(jobs.small_config(tmp_path / "run", data), steps=STEPS)
     diffusion = config.diffusion.model_copy(update={"label_dropout": LABEL_DROPOUT})
     config = config.model_copy(update={"seed": SEED, "diffusion": diffusion})
-    ranks = run(WORLD, train_and_tell, config)
+    ranks = run(WORLD, train_and_report, config)
     samples = sorted((sample for rank in ranks for sample in rank), key=lambda sample: sample[0])
     assert [sample[0] for sample in samples] == list(range(STEPS * config.global_batch))
 

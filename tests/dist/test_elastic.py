@@ -1,4 +1,4 @@
-"""A run that changes its world size and its ZeRO stage goes on as if it had not, up to rounding."""
+"""A run that changes its world size and its ZeRO stage matches an unchanged run, up to rounding."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ LIMIT = {"fp32": 1e-5, "bf16": 1e-2}
 STEPS_EACH = 4
 WORLDS = [(1, 2), (2, 2), (4, 2), (3, 2), (1, 2)]
 STAGES = [(2, 1), (2, 3), (2, 2)]
-"""(world, ZeRO stage) of the parts of a run."""
+"""(world size, ZeRO stage) of each part of a run."""
 
 
 def config_of(folder: Path, data: Path, precision: str, stage: int, steps: int) -> TrainConfig:
@@ -28,10 +28,10 @@ def config_of(folder: Path, data: Path, precision: str, stage: int, steps: int) 
 
 
 def weights(config: TrainConfig) -> torch.Tensor:
-    """The fp32 weights at the end, without the k part of the qkv biases.
+    """Return the final fp32 weights, with the k part of the qkv biases set to zero.
 
-    The true gradient of that part is 0: softmax does not see a constant added to all its inputs. What is
-    computed for it is rounding noise, of which Adam makes steps as large as any other.
+    The true gradient of that part is 0: softmax ignores a constant added to all its inputs. The computed
+    gradient is rounding noise, and Adam turns it into steps of full size.
     """
     root = root_of(config)
     state = Checkpoint(root, committed(root)[0]).read_whole(MASTER)
@@ -53,7 +53,7 @@ def test_world_size_and_stage_may_change(
     for number, (world, stage) in enumerate(parts, 1):
         moved = config_of(tmp_path / "moved", data, precision, stage, STEPS_EACH * number)
         groups = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-        assert run(world, jobs.train_and_tell, moved) == [(groups,)] * world
+        assert run(world, jobs.train_and_report, moved) == [(groups,)] * world
     curve = [
         abs(got["loss"] / wanted["loss"] - 1)
         for got, wanted in zip(jobs.losses(moved), jobs.losses(straight), strict=True)

@@ -1,12 +1,12 @@
-"""An old attempt that wakes up after the next one began can neither commit nor prune.
+"""A stale process that resumes after the next attempt started can neither commit nor prune.
 
-The old one is held at a point, stopped with SIGSTOP, and woken with SIGCONT when the new one is done.
+The old attempt is held at a point and stopped with SIGSTOP. It resumes with SIGCONT after the new attempt has
+finished.
 """
 
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,18 @@ from tests.support.ranks import jobs
 from tests.support.ranks.points import Hold
 from tests.support.ranks.processes import TIMEOUT_S, run, start
 from tests.support.ranks.runs import events, final_files, kill, wait_for
-from tests.support.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET
 
 pytestmark = pytest.mark.dist
 
 WORLD = 2
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
-
-
 @pytest.fixture
 def place(
     request: pytest.FixtureRequest, server: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[str, dict[str, str]]:
-    """The root of a run's state, and what a process needs to reach it."""
+    """The root of a run, and the environment variables that a process needs to reach it."""
     if request.param == "disk":
         return "", {}
     for name, value in server.items():
@@ -58,13 +52,13 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
 
 
 def family(process: Any) -> list[int]:
-    """The ids of a rank and of its writer."""
+    """Return the process ids of a rank and its writer."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [process.pid, *map(int, children)]
 
 
 def on_disk_and_on_s3(point: str, nth: int, *marks: pytest.MarkDecorator) -> list[Any]:
-    """`marks`: of the case on S3, which takes three times as long."""
+    """Return the two cases of a point. `marks` apply to S3, which takes three times as long."""
     on_s3 = pytest.param("s3", point, nth, marks=marks, id=f"s3-{point}")
     return [pytest.param("disk", point, nth, id=f"disk-{point}"), on_s3]
 
@@ -73,13 +67,13 @@ def on_disk_and_on_s3(point: str, nth: int, *marks: pytest.MarkDecorator) -> lis
     ("place", "point", "nth"),
     [
         *on_disk_and_on_s3("writer: before the manifest", 2, pytest.mark.long),
-        *on_disk_and_on_s3("writer: behind the chain's answer", 3),
+        *on_disk_and_on_s3("writer: after the fencing check", 3),
         *on_disk_and_on_s3("writer: in retention", 1, pytest.mark.long),
-        *on_disk_and_on_s3("writer: retention, the chain has answered", 7),
+        *on_disk_and_on_s3("writer: in retention, after the fencing check", 7),
     ],
     indirect=["place"],
 )
-def test_an_old_attempt_that_wakes_up_changes_nothing(
+def test_a_stale_process_changes_nothing(
     data: Path, straight: TrainConfig, tmp_path: Path, place: tuple[str, dict[str, str]], point: str, nth: int
 ) -> None:
     url, environment = place
@@ -100,7 +94,9 @@ def test_an_old_attempt_that_wakes_up_changes_nothing(
         errors = [answers.get(timeout=TIMEOUT_S)[1] for _ in range(WORLD)]
     finally:
         kill(old)
-    assert all("SupersededError" in error and "attempt 2 of this run has begun" in error for error in errors)
+    assert all(
+        "SupersededError" in error and "attempt 2 of this run has started" in error for error in errors
+    )
     assert committed(root) == before
     assert keys <= {key for key, _ in root.list()}, "the old attempt deleted something of the new one's"
     for checkpoint_id in before:
@@ -111,8 +107,8 @@ def test_an_old_attempt_that_wakes_up_changes_nothing(
     assert final_files(config) == final_files(straight)
 
 
-def test_the_last_save_is_not_tried_again_under_a_name_that_is_taken(data: Path, tmp_path: Path) -> None:
-    """An older manifest is copied into its folder just before the commit; the next start has another name."""
+def test_the_last_save_is_not_retried_under_a_used_name(data: Path, tmp_path: Path) -> None:
+    """An older manifest appears in the folder just before the commit; the next start uses another folder."""
     config = config_of(tmp_path / "run", data, "")
     hold = Hold(tmp_path, "writer: before the manifest", nth=4)
     ranks, answers = start(1, jobs.train_held, config, hold, 0)

@@ -1,7 +1,7 @@
-"""A step that fails is passed over by all ranks alike, and nothing of it is left, at every ZeRO stage.
+"""At every ZeRO stage, all ranks skip a failed step together, and it leaves no trace.
 
-The job itself holds, in every rank and bit for bit, that masters, moments and AdamW's count of updates
-stay, and that the step behind the failed ones is what it would have been without them.
+Each rank checks bit for bit that the failed steps leave masters, moments and AdamW's step count unchanged,
+and that the next step is what it would be without them.
 """
 
 from math import inf, isnan

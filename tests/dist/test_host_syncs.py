@@ -1,8 +1,8 @@
-"""Between two log points nothing of ours waits for the device, and DeepSpeed only where it is known to.
+"""Between two log points our code never waits for the device, and DeepSpeed only in known places.
 
-On a CPU every tensor can be read at once, so waits do not show by themselves. Two ways to see them: our
-part of a step runs on the meta device, where reading a number is an error; and a whole training run is
-watched, with each read put down to the function that it was made in.
+On a CPU every tensor can be read immediately, so a wait does not show. The tests make waits visible in two
+ways: our part of a step runs on the meta device, where reading a number is an error; and a complete training
+run is recorded, with every read attributed to the function that made it.
 """
 
 import sys
@@ -18,7 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.config import EmaProfile, GuardConfig, ModelConfig, TrainConfig
 from dit_scale.data.loader import Batch
 from dit_scale.diffusion import schedule as schedules
@@ -41,10 +41,10 @@ Place = tuple[str, str]
 """(module, function)"""
 
 OUR_VOTE = {("dit_scale.dist", "result"): LOG_EVERY}
-"""The vote on stopping is a tensor of the host, on any device: read once a step, waited for by no kernel."""
+"""The vote on stopping is a host tensor on any device: read once per step, and no kernel waits for it."""
 
 # What DeepSpeed 0.19.8 reads in a step: (stage, precision, clipping) => functions of its runtime.utils.
-# Stage 1 with bf16 weights is its BF16_Optimizer. fp32 has no switch that turns its check off.
+# Stage 1 with bf16 weights uses its BF16_Optimizer. With fp32 its check cannot be switched off.
 DEEPSPEED_READS = {
     (1, "bf16", False): ["is_invalid_grad_norm"],
     (1, "bf16", True): ["is_invalid_grad_norm", "clip_tensors_by_global_norm"],
@@ -56,7 +56,7 @@ DEEPSPEED_READS = {
     (3, "bf16", True): ["is_invalid_grad_norm"],
 }
 
-# A Python number that DeepSpeed makes a tensor on the device once a step: on CUDA this waits, too.
+# DeepSpeed copies a Python number to the device once per step; on CUDA this is a wait as well.
 DEEPSPEED_UPLOADS = {
     1: ("deepspeed.runtime.utils", "mask_nan_or_inf_with_val_inplace"),
     2: ("deepspeed.runtime.utils", "mask_nan_or_inf_with_val_inplace"),
@@ -65,7 +65,7 @@ DEEPSPEED_UPLOADS = {
 
 
 class Watch:
-    """Counts of one training run between its first log point and its second, by place."""
+    """Host reads of one training run between its first and its second log point, by place."""
 
     def __init__(self) -> None:
         self.on = False
@@ -75,19 +75,19 @@ class Watch:
         self.operators: Counter[str] = Counter()
 
     def keeps_failing(self, original: Any, run: Session) -> bool:
-        """Takes the place of `Session.keeps_failing`, with which a log point begins: it may read."""
+        """Replace `Session.keeps_failing`, which starts a log point: reads are allowed from here."""
         self.on = False
         failing: bool = original(run)
         return failing
 
     def log(self, original: Any, run: Session) -> None:
-        """Takes the place of `Session.log`, with which a log point ends."""
+        """Replace `Session.log`, which finishes a log point."""
         original(run)
         self.on = run.state.step == LOG_EVERY
 
 
 class Operators(TorchDispatchMode):
-    """Sees what reaches the kernels: the scalar read below every bool(), int(), float() and item()."""
+    """Record what reaches the kernels: the scalar read below every bool(), int(), float() and item()."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Operators(TorchDispatchMode):
 
 
 class Calls(TorchFunctionMode):
-    """Sees calls that never reach a kernel on a CPU, and numbers that become tensors."""
+    """Record calls that never reach a kernel on a CPU, and numbers that become tensors."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.watch.on:
-            if torch.is_autocast_enabled("cpu"):  # below, in the dispatcher, it would read as off
+            if torch.is_autocast_enabled("cpu"):  # below this mode, the dispatcher would read it as disabled
                 self.watch.autocast[place()] += 1
             name = getattr(func, "__name__", "")
             if name in ("tolist", "numpy", "cpu", "__array__"):
@@ -122,7 +122,7 @@ class Calls(TorchFunctionMode):
 
 
 def place() -> Place:
-    """The innermost function of dit_scale or DeepSpeed that is being executed."""
+    """Return the innermost function of dit_scale or DeepSpeed on the stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
@@ -133,7 +133,7 @@ def place() -> Place:
 
 
 def watch_training(config: TrainConfig) -> Watch:
-    """Train in this process and say what was counted."""
+    """Train in this process and return the reads."""
     watch = Watch()
     log, keeps_failing = Session.log, Session.keeps_failing
     with (
@@ -202,14 +202,14 @@ def test_the_objective_reads_nothing_back(dtype: torch.dtype) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_meters_read_nothing_back_until_they_are_asked() -> None:
+def test_meters_read_nothing_until_a_log_point() -> None:
     meters = Meters(global_batch=4)
     for _ in range(3):
         meters.add(torch.empty(len(COLUMNS), device=META))
 
 
 @pytest.mark.parametrize("spike_factor", [0.0, 3.0])
-def test_the_guard_reads_nothing_back_and_sends_no_number(spike_factor: float) -> None:
+def test_the_guard_neither_reads_nor_uploads_numbers(spike_factor: float) -> None:
     guard = Guard(GuardConfig(spike_factor=spike_factor), META)
     watch = Watch()
     watch.on = True
@@ -225,7 +225,7 @@ def test_the_guard_reads_nothing_back_and_sends_no_number(spike_factor: float) -
 @pytest.mark.parametrize("num_partitions", [1, 3])
 def test_an_update_of_the_averages_is_one_fused_pass_per_profile(num_partitions: int) -> None:
     partitions = tuple(
-        Partition({MASTER: torch.empty(size, device=META)}, (Extent("w", 0, size, 0),))
+        Partition({MASTER: torch.empty(size, device=META)}, (ParameterSlice("w", 0, size, 0),))
         for size in range(5, 5 + num_partitions)
     )
     ema = Ema(PROFILES, partitions)
@@ -235,4 +235,4 @@ def test_an_update_of_the_averages_is_one_fused_pass_per_profile(num_partitions:
     with Operators(watch):
         ema.update(1)
     assert watch.operators.pop(EMA_PASS) == len(PROFILES)
-    assert set(watch.operators) <= {"aten.detach.default", "aten.alias.default"}  # views, no kernels
+    assert set(watch.operators) <= {"aten.detach.default", "aten.alias.default"}  # views, without kernels

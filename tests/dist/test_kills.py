@@ -1,7 +1,7 @@
-"""A run that is killed anywhere, and goes on, ends with the bits of the run that nobody disturbed.
+"""A run that is killed anywhere and resumed produces the bits of an undisturbed run.
 
-Every kill is a SIGKILL from outside, sent to one rank while it, or its writer, stands at a named point; then
-the others are killed, as a launcher would. One run is killed at all points of a list in turn.
+Every kill is a SIGKILL from outside, sent to one rank while the rank or its writer is held at a named point.
+The other ranks are killed next, as a launcher would do. One run is killed at all points of a list in turn.
 """
 
 from pathlib import Path
@@ -18,16 +18,16 @@ pytestmark = pytest.mark.dist
 
 WORLD = 2
 
-# point, in which pass since the start, rank. A save is due every three steps; two checkpoints are kept.
+# point, its n-th pass since the start, rank. A save is due every three steps; two checkpoints are kept.
 IN_THE_STEP = [
     ("before forward", 5, 1),
     ("inside backward", 5, 0),
     ("inside the reduce", 20, 1),
     ("between optimizer and EMA", 5, 0),
-    ("behind the step", 5, 1),
-    ("inside a line of the log", 5, 0),
+    ("after the step", 5, 1),
+    ("inside a line of the record", 5, 0),
     ("inside the snapshot", 2, 1),
-    ("behind the snapshot", 2, 0),
+    ("after the snapshot", 2, 0),
     ("before the commit", 2, 0),
 ]
 IN_THE_WRITER = [
@@ -36,24 +36,24 @@ IN_THE_WRITER = [
     ("writer: before its name", 2, 1),
     ("writer: before reading again", 2, 0),
     ("writer: before the manifest", 2, 0),
-    ("writer: behind the chain's answer", 3, 0),
+    ("writer: after the fencing check", 3, 0),
     ("writer: manifest without its name", 2, 0),
-    ("writer: behind the manifest", 2, 0),
+    ("writer: after the manifest", 2, 0),
     ("writer: in retention", 1, 0),
     ("writer: inside retention", 2, 0),
 ]
 AT_THE_START = [
-    ("behind the step", 14, 0),
+    ("after the step", 14, 0),
     ("restoring", 20, 1),
-    ("before the attempt", 1, 0),
-    ("behind the attempt", 1, 0),
+    ("before the claim", 1, 0),
+    ("after the claim", 1, 0),
     ("before its files", 1, 0),
-    ("behind the chain's answer", 1, 0),
-    ("beginning its record", 1, 0),
+    ("after the fencing check", 1, 0),
+    ("starting its record", 1, 0),
     ("before its own config", 2, 0),
     ("before its names", 1, 0),
     ("setting a name", 4, 0),
-    ("behind its files", 1, 0),
+    ("after its files", 1, 0),
 ]
 THREE = [("inside the reduce", 20, 0), ("between optimizer and EMA", 5, 1), ("writer: inside the file", 3, 0)]
 
@@ -84,6 +84,6 @@ def test_killed_and_resumed_gives_the_same_bits(
     print([event["resumed_from"] for event in events(config, "start")])
 
 
-def test_every_point_has_its_kill() -> None:
+def test_every_point_is_tested() -> None:
     killed = {point for point, _, _ in (*IN_THE_STEP, *IN_THE_WRITER, *AT_THE_START)}
-    assert killed >= {*RANK_POINTS, *WRITER_POINTS} - {"writer: retention, the chain has answered"}
+    assert killed >= {*RANK_POINTS, *WRITER_POINTS} - {"writer: in retention, after the fencing check"}

@@ -1,28 +1,25 @@
-"""The disk of the run's folder is full, or the folder is gone: an alarm, and the run goes on.
+"""When the disk of the run folder is full or the folder is missing, the run raises an alarm and continues.
 
-The public command, on a file system of its own.
+The tests run the public command on a separate file system.
 """
 
-import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dit_scale.config import TrainConfig, load
-from tests.support.faults.small_disk import fill, small_disk
+from tests.support.faults.small_disk import fill
 from tests.support.ranks import jobs
 from tests.support.ranks.held_run import held_run
 from tests.support.ranks.processes import run
-from tests.support.ranks.runs import events, final_files
+from tests.support.ranks.runs import events, final_files, steps_of
 
 pytestmark = pytest.mark.dist
 
 STEPS = 60
-"""Their lines take several pages of a disk."""
-DISK_BYTES = 100 * 2**20
+"""Enough steps for the lines to fill several disk pages."""
 
 
 def config_of(folder: Path, data: Path, **checkpoint: object) -> TrainConfig:
@@ -36,23 +33,12 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
     return config
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    with small_disk(tmp_path / "disk", DISK_BYTES) as folder:
-        yield folder
-
-
 def alarms(config: TrainConfig) -> list[str]:
     return [event["text"] for event in events(config, "alarm")]
 
 
-def steps_of(config: TrainConfig) -> list[int]:
-    lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
-
-
 def test_the_disk_is_full_for_a_while(data: Path, straight: TrainConfig, tmp_path: Path, disk: Path) -> None:
-    """Record, journal and checkpoints lie on it."""
+    """Record, journal and checkpoints are on the full disk."""
     config = config_of(disk / "run", data)
     with held_run(config, tmp_path / "held", [2, 58]) as process:
         process.wait()
@@ -75,9 +61,7 @@ def test_the_disk_is_full_for_a_while(data: Path, straight: TrainConfig, tmp_pat
     assert [event["step"] for event in events(config, "log")] == list(range(1, STEPS + 1))
 
 
-def test_the_disk_is_full_when_the_run_begins(
-    data: Path, straight: TrainConfig, tmp_path: Path, disk: Path
-) -> None:
+def test_the_disk_is_full_at_the_start(data: Path, straight: TrainConfig, tmp_path: Path, disk: Path) -> None:
     config = config_of(disk / "run", data)
     filler = fill(disk)
     with held_run(config, tmp_path / "held") as process:
@@ -88,7 +72,7 @@ def test_the_disk_is_full_when_the_run_begins(
     assert jobs.losses(config) == jobs.losses(straight)
 
 
-def test_there_is_never_room_to_begin(data: Path, tmp_path: Path, disk: Path) -> None:
+def test_the_disk_stays_full_at_the_start(data: Path, tmp_path: Path, disk: Path) -> None:
     fill(disk)
     with held_run(config_of(disk / "run", data, deadline_s=1.0), tmp_path / "held") as process:
         assert process.end() == 2
@@ -98,8 +82,8 @@ def test_there_is_never_room_to_begin(data: Path, tmp_path: Path, disk: Path) ->
     assert "waited for room for 1 s" in log
 
 
-def test_a_record_that_was_never_written_is_no_success(data: Path, tmp_path: Path, disk: Path) -> None:
-    """The checkpoints lie elsewhere."""
+def test_a_run_without_a_record_fails(data: Path, tmp_path: Path, disk: Path) -> None:
+    """The checkpoints are elsewhere."""
     config = config_of(disk / "run", data, url=str(tmp_path / "bucket"))
     with held_run(config, tmp_path / "held", [2]) as process:
         process.wait()
@@ -112,10 +96,8 @@ def test_a_record_that_was_never_written_is_no_success(data: Path, tmp_path: Pat
     assert "done:" not in log
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_done(
-    data: Path, tmp_path: Path, disk: Path
-) -> None:
-    """Unlike a full disk, which may pass."""
+def test_a_read_only_folder_is_refused_before_any_work(data: Path, tmp_path: Path, disk: Path) -> None:
+    """A read-only folder is permanent, unlike a full disk."""
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     config = config_of(disk / "run", data, url=str(tmp_path / "bucket"))
     with held_run(config, tmp_path / "held") as process:

@@ -1,4 +1,4 @@
-"""A rank that loses another one, without a supervisor: one message, no traceback of foreign code."""
+"""A rank that loses a peer without a supervisor prints one message and no foreign traceback."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.dist
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_rank_that_loses_another_says_so(tmp_path: Path, stage: int) -> None:
+def test_a_rank_reports_the_loss_of_a_peer(tmp_path: Path, stage: int) -> None:
     write_latents(tmp_path / "data", num=40)
     config = jobs.small_config(tmp_path / "run", tmp_path / "data", zero_stage=stage)
     run = PublicRun(jobs.saving(config, 1000, every_steps=4), Shape(2, stage))

@@ -1,4 +1,4 @@
-"""A mirror that breaks, at any time, costs an alarm: the public command with the real libraries."""
+"""A mirror that fails at any time costs one alarm: the public command with the real libraries."""
 
 import os
 import pty
@@ -24,7 +24,7 @@ STEPS = 8
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The environment of somebody who has never used wandb."""
+    """The environment of a user who has never used wandb."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     return {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
@@ -37,7 +37,7 @@ def config_of(tmp_path: Path, wandb: str) -> TrainConfig:
 
 
 def services(parent: int) -> list[int]:
-    """The processes that wandb started for one that uses it."""
+    """Return the processes that wandb started for a process that uses it."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return [pid for pid in map(int, children) if b"wandb" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
@@ -58,8 +58,8 @@ def test_the_process_of_wandb_is_killed(tmp_path: Path, environment: dict[str, s
     assert len(jobs.losses(config)) == STEPS
 
 
-def test_wandb_without_a_key_asks_nobody(tmp_path: Path, environment: dict[str, str]) -> None:
-    """Also on a terminal."""
+def test_wandb_without_a_key_does_not_prompt(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The alarm is logged on a terminal as well."""
     config = config_of(tmp_path, "online")
     (tmp_path / "run.yaml").write_text(dump(config))
     ours, theirs = pty.openpty()
@@ -75,7 +75,7 @@ def test_wandb_without_a_key_asks_nobody(tmp_path: Path, environment: dict[str, 
         )
         os.close(theirs)
         shown = b""
-        with suppress(OSError):  # how a terminal ends
+        with suppress(OSError):  # what a closed terminal sends
             while part := os.read(ours, 4096):
                 shown += part
         assert process.wait(TIMEOUT_S) == 0, shown[-2000:].decode(errors="replace")

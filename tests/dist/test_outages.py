@@ -1,4 +1,4 @@
-"""Storage that fails during a save: training goes on, the alarm is there, the next save succeeds."""
+"""When storage fails during a save, training continues with an alarm, and the next save succeeds."""
 
 import os
 import shutil
@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 
 from dit_scale.config import TrainConfig, dump
 from tests.support.faults.proxy import FaultProxy
-from tests.support.faults.small_disk import small_disk
 from tests.support.needs import needs
 from tests.support.ranks import jobs
 from tests.support.ranks.points import Hold
@@ -39,12 +37,6 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
     return config
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    with small_disk(tmp_path / "disk", 200 * 2**20) as folder:
-        yield folder
-
-
 def finish(answers: Any) -> list[Any]:
     return [answers.get(timeout=TIMEOUT_S)[1:] for _ in range(WORLD)]
 
@@ -53,7 +45,7 @@ def test_disk_full(data: Path, straight: TrainConfig, tmp_path: Path, disk: Path
     config = config_of(tmp_path / "run", data, url=str(disk))
     filler = disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(disk).free - 1_000_000))
-    hold = Hold(tmp_path, "behind the step", 12)
+    hold = Hold(tmp_path, "after the step", 12)
     ranks, answers = start(WORLD, jobs.train_held, config, hold, 0)
     try:
         wait_for(hold, answers)
@@ -63,7 +55,7 @@ def test_disk_full(data: Path, straight: TrainConfig, tmp_path: Path, disk: Path
         assert finish(answers) == [(None, 0)] * WORLD
     finally:
         kill(ranks)
-    assert failures, "training went on to step 12 although the save of step 4 had failed"
+    assert failures, "training must continue to step 12 although the save of step 4 failed"
     assert "No space left on device; free some space" in failures[0]["problem"]
     assert events(config, "checkpoint")
     assert final_files(config) == final_files(straight)
@@ -80,7 +72,7 @@ def test_s3_is_down(
         for name, value in behind.items():
             monkeypatch.setenv(name, value)
         config = config_of(tmp_path / "run", data, url=f"s3://{BUCKET}/down")
-        hold = Hold(tmp_path, "behind the step", 3)
+        hold = Hold(tmp_path, "after the step", 3)
         ranks, answers = start(
             WORLD, jobs.in_environment, behind, jobs.train_with_impatient_writer, config, hold, 0
         )
@@ -108,7 +100,7 @@ def test_a_writer_that_is_killed_is_replaced(data: Path, straight: TrainConfig, 
     finally:
         kill(ranks)
     (failure,) = events(config, "save_failed")
-    assert "rank 1: its writer process ended with -9" in failure["problem"]
+    assert "rank 1: its writer process exited with -9" in failure["problem"]
     assert final_files(config) == final_files(straight)
 
 
@@ -123,7 +115,7 @@ def wall_clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_clock_jumps_by_a_day(data: Path, tmp_path: Path, wall_clock: Path) -> None:
-    """The wall clock as the processes see it goes a day forth, then two days back."""
+    """The wall clock of the processes jumps one day forward, then two days back."""
     offset_s = tmp_path / "offset"
     offset_s.write_text("0")
     shifted = {"LD_PRELOAD": str(wall_clock), "WALL_CLOCK_OFFSET": str(offset_s)}
@@ -133,7 +125,7 @@ def test_the_clock_jumps_by_a_day(data: Path, tmp_path: Path, wall_clock: Path) 
     )
     assert run(1, jobs.train, straight) == [0]
     (tmp_path / "run.yaml").write_text(dump(jumping))
-    holds = [Hold(tmp_path / str(nth), "behind the step", nth) for nth in (7, 15)]
+    holds = [Hold(tmp_path / str(nth), "after the step", nth) for nth in (7, 15)]
     for hold in holds:
         hold.folder.mkdir()
     command = [

@@ -1,4 +1,4 @@
-"""A run whose checkpoints lie elsewhere keeps its record and its journal when it moves to another machine."""
+"""A run whose checkpoints are elsewhere keeps its record and journal when it moves to another machine."""
 
 import json
 import shutil
@@ -22,14 +22,14 @@ def steps_of(text: str) -> list[int]:
 
 
 def train(config: TrainConfig, folder: Path, steps: int) -> TrainConfig:
-    """The run to this step, with this folder."""
+    """Return the configuration that trains to this step in this folder."""
     here = config.model_copy(update={"run": str(folder), "steps": steps})
     assert run(1, jobs.train, here) == [0]
     return here
 
 
 def test_the_record_moves_with_the_checkpoint(tmp_path: Path) -> None:
-    """Each folder stands for the disk of a machine: it is lost, or comes back as it was."""
+    """Each folder stands for the disk of one machine; the disk is lost, or returns unchanged."""
     write_latents(tmp_path / "data")
     config = jobs.small_config(tmp_path / "a", tmp_path / "data", precision="fp32")
     config = jobs.saving(config, 2, url=str(tmp_path / "bucket"))
@@ -38,7 +38,7 @@ def test_the_record_moves_with_the_checkpoint(tmp_path: Path) -> None:
     assert steps_of((tmp_path / "b" / METRICS).read_text()) == [1, 2, 3, 4]
     assert [event["step"] for event in events(b, "start")] == [0, 2]
 
-    # on the first machine is a record of two steps, and a line of a step that did not last
+    # the first machine has a record of two steps, and a line of a step that was lost
     with (Path(a.run) / METRICS).open("a") as record:
         record.write('{"step": 3, "loss": 100.0}\n')
     a = train(config, tmp_path / "a", 6)
@@ -53,7 +53,7 @@ def test_the_record_moves_with_the_checkpoint(tmp_path: Path) -> None:
     assert steps_of(open_storage(tmp_path / "bucket").read(newest).decode()) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_in_one_folder_puts_no_copy_beside_its_checkpoints(tmp_path: Path) -> None:
+def test_a_run_in_one_folder_copies_no_record_to_its_checkpoints(tmp_path: Path) -> None:
     write_latents(tmp_path / "data")
     config = jobs.small_config(tmp_path / "a", tmp_path / "data", precision="fp32")
     train(config, tmp_path / "a", 1)

@@ -1,4 +1,4 @@
-"""A run that stops goes on from its newest checkpoint, to the same bits at the same world size."""
+"""A stopped run resumes from its newest checkpoint and produces the same bits at the same world size."""
 
 import os
 import signal
@@ -28,8 +28,8 @@ def config_of(folder: Path, data: Path, **engine: object) -> TrainConfig:
     return jobs.saving(jobs.small_config(folder, data, **engine), steps=STEPS, every_steps=4)
 
 
-# In bf16 the weights are cast from the masters that a checkpoint holds: by DeepSpeed's BF16_Optimizer at
-# stage 1, shard by shard at stage 3.
+# In bf16 the weights are cast from the masters in the checkpoint: by DeepSpeed's BF16_Optimizer at stage 1,
+# shard by shard at stage 3.
 ENGINES: list[dict[str, object]] = [
     {"zero_stage": 1, "precision": "bf16"},
     {"zero_stage": 2, "precision": "fp32"},
@@ -48,7 +48,7 @@ def straight(
 
 
 def like(straight: TrainConfig, folder: Path) -> TrainConfig:
-    """The same run in another folder."""
+    """Return the same configuration with another run folder."""
     return straight.model_copy(update={"run": str(folder)})
 
 
@@ -59,9 +59,7 @@ def test_started_twice_gives_the_same_bits(straight: TrainConfig, tmp_path: Path
     assert jobs.losses(again) == jobs.losses(straight)
 
 
-def test_sigterm_saves_at_the_end_of_the_step_and_asks_to_be_requeued(
-    straight: TrainConfig, tmp_path: Path
-) -> None:
+def test_sigterm_saves_after_the_step_and_requests_a_requeue(straight: TrainConfig, tmp_path: Path) -> None:
     config = like(straight, tmp_path / "run")
     hold = Hold(tmp_path, "inside backward", 5)
     ranks, answers = start(WORLD, jobs.train_held, config, hold, 1)
@@ -78,7 +76,7 @@ def test_sigterm_saves_at_the_end_of_the_step_and_asks_to_be_requeued(
     assert jobs.losses(config) == jobs.losses(straight)
 
 
-def test_damaged_checkpoint_is_passed_over(data: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(data: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path, data)
     assert run(WORLD, jobs.train, config) == [0, 0]
     whole = final_files(config)
@@ -118,7 +116,7 @@ def test_an_average_keeps_its_width(data: Path, tmp_path: Path) -> None:
     assert "sigma_rel: 0.2" not in (tmp_path / "config.yaml").read_text()
 
 
-def test_averages_may_come_and_go(data: Path, tmp_path: Path) -> None:
+def test_averages_can_be_added_and_removed(data: Path, tmp_path: Path) -> None:
     config = jobs.saving(config_of(tmp_path / "run", data), steps=4, every_steps=4)
     kept, gone, new = *config.ema, EmaProfile(name="new", decay=0.5)
     assert run(WORLD, jobs.train, config) == [0, 0]
@@ -147,7 +145,7 @@ def test_averages_may_come_and_go(data: Path, tmp_path: Path) -> None:
         assert torch.equal(after.read_whole("ema.constant")[name], whole.read_whole("ema.constant")[name])
 
 
-def test_a_save_that_falls_due_during_another_waits_for_it(straight: TrainConfig, tmp_path: Path) -> None:
+def test_a_save_due_during_another_waits_for_it(straight: TrainConfig, tmp_path: Path) -> None:
     config = like(straight, tmp_path / "run")
     hold = Hold(tmp_path, "writer: before the file", 1)
     ranks, answers = start(WORLD, jobs.train_held_unpaced, config, hold, 0)

@@ -1,7 +1,7 @@
-"""Steps that fail are passed over, rolled back when they keep failing, and damaged samples replaced.
+"""Failed steps are skipped, repeated failures cause a rollback, and damaged samples are replaced.
 
-All of it in whole runs, with data sets in which some samples are NaN or damaged on the disk. Whatever happens
-to a run, it ends with the bits that it has when nobody kills it.
+The tests train complete runs on data sets with NaN samples or samples damaged on disk. However a run is
+interrupted, it produces the bits of an uninterrupted run.
 """
 
 import json
@@ -34,7 +34,7 @@ from tests.support.ranks.rollback_jobs import (
     of_all,
     sample_of,
     spoil,
-    train_and_tell,
+    train_and_report,
 )
 from tests.support.ranks.runs import events, final_files, kill, kill_at, wait_for
 
@@ -58,7 +58,7 @@ def assert_same_end(config: TrainConfig, straight: TrainConfig) -> None:
     assert len({end.model_dump_json(exclude={"attempt", "config"}) for end in ends}) == 1
 
 
-def test_bad_samples_here_and_there(tmp_path: Path) -> None:
+def test_scattered_bad_samples(tmp_path: Path) -> None:
     data = tmp_path / "latents"
     write_latents(data, num=NUM)
     spoil(data, {sample_of(3, place=6), sample_of(8, place=0)})
@@ -88,7 +88,7 @@ def test_bad_samples_here_and_there(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set with which four steps in a row fail, from the fifth on."""
+    """A data set that makes four steps in a row fail, starting with the fifth."""
     data = tmp_path_factory.mktemp("failing")
     write_latents(data, num=NUM)
     spoil(data, {sample_of(step, place) for step, place in ((5, 2), (6, 6), (7, 0), (8, 3))})
@@ -96,15 +96,15 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def failing_config(folder: Path, data: Path) -> TrainConfig:
-    """Two failures in a row are too many, but that is seen at step 8; a save is due at step 6."""
+    """Two failures in a row are too many, but the run notices at step 8. A save is due at step 6."""
     return config_of(folder, data, log_every_steps=4, rollback_after=2)
 
 
 @pytest.fixture(scope="module")
 def rolled_back(failing: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Fed]:
-    """A run that nobody disturbed, and what it was fed."""
+    """An undisturbed run, and the samples that it read."""
     config = failing_config(tmp_path_factory.mktemp("straight"), failing)
-    return config, of_all(run(WORLD, train_and_tell, config))
+    return config, of_all(run(WORLD, train_and_report, config))
 
 
 def test_steps_that_keep_failing_are_rolled_back(rolled_back: tuple[TrainConfig, Fed]) -> None:
@@ -125,22 +125,22 @@ def test_steps_that_keep_failing_are_rolled_back(rolled_back: tuple[TrainConfig,
     assert [row["step"] for row in jobs.losses(config)] == [4, 8, 12]
 
 
-def test_killed_right_behind_a_rollback(
+def test_killed_right_after_a_rollback(
     failing: Path, rolled_back: tuple[TrainConfig, Fed], tmp_path: Path
 ) -> None:
     config = failing_config(tmp_path / "run", failing)
-    kill_at(WORLD, config, tmp_path / "hold", "behind the attempt", 2, 0)
+    kill_at(WORLD, config, tmp_path / "hold", "after the claim", 2, 0)
     assert run(WORLD, jobs.train, config) == [0, 0]
     assert resumed_from(config) == [None, *[CheckpointId(3, 1)] * 2]
     assert len(events(config, "rollback")) == 1
     assert_same_end(config, rolled_back[0])
 
 
-def test_an_old_attempt_that_wakes_up_cannot_roll_back(
+def test_a_stale_process_cannot_roll_back(
     failing: Path, rolled_back: tuple[TrainConfig, Fed], tmp_path: Path
 ) -> None:
     config = failing_config(tmp_path / "run", failing)
-    hold = Hold(tmp_path, "before the attempt", 2)
+    hold = Hold(tmp_path, "before the claim", 2)
     old, answers = start(WORLD, jobs.train_held, config, hold, 0)
     try:
         wait_for(hold, answers)
@@ -154,7 +154,7 @@ def test_an_old_attempt_that_wakes_up_cannot_roll_back(
     assert_same_end(config, rolled_back[0])
 
 
-def test_a_checkpoint_of_the_very_step_before_the_failure_is_taken(tmp_path: Path) -> None:
+def test_rollback_uses_a_checkpoint_of_the_step_before_the_failure(tmp_path: Path) -> None:
     data = tmp_path / "latents"
     write_latents(data, num=NUM)
     spoil(data, {sample_of(step, place=step) for step in (4, 5)})
@@ -165,27 +165,27 @@ def test_a_checkpoint_of_the_very_step_before_the_failure_is_taken(tmp_path: Pat
     assert resumed_from(config) == [None, CheckpointId(3, 1)]
 
 
-def test_a_rollback_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+def test_a_rollback_before_the_first_checkpoint_restarts_from_step_0(tmp_path: Path) -> None:
     data = tmp_path / "latents"
     write_latents(data, num=NUM)
     spoil(data, {sample_of(step, place=step) for step in (2, 3)})
     config = config_of(tmp_path / "run", data, rollback_after=2)
-    fed = of_all(run(WORLD, train_and_tell, config))
+    fed = of_all(run(WORLD, train_and_report, config))
     first, second = range(7), range(21, 28)
     assert [[position for position, _ in fed[step]] for step in (1, 2)] == [list(first), list(second)]
     assert resumed_from(config) == [None, None]
     assert manifest_at_the_end(config).excluded_positions == ((7, 21),)
     assert [row["step"] for row in jobs.losses(config)] == list(range(1, STEPS + 1))
 
-    # What the first steps did to moments, averages and AdamW's count is gone: a fresh run that leaves the
-    # same samples out ends with the same bits.
+    # The rollback left nothing of the first steps in moments, averages and AdamW's step count: a fresh
+    # run that excludes the same samples produces the same bits.
     fresh = config.model_copy(update={"run": str(tmp_path / "fresh")})
     attempts.claim(root_of(fresh), AttemptRecord(1, None, ((7, 21),)))
     assert run(WORLD, jobs.train, fresh) == [0, 0]
     assert_same_end(config, fresh)
 
 
-def test_a_run_that_nothing_helps_gives_up(tmp_path: Path) -> None:
+def test_a_run_gives_up_if_rollbacks_do_not_help(tmp_path: Path) -> None:
     data = tmp_path / "latents"
     write_latents(data, num=NUM)
     spoil(data, range(NUM))
@@ -204,7 +204,7 @@ def test_a_damaged_sample_is_replaced(tmp_path: Path) -> None:
     write_latents(data, num=NUM)
     spoil(data, {sample_of(4, place=0)})
     whole = config_of(tmp_path / "whole", data, log_every_steps=6)
-    wanted = of_all(run(WORLD, train_and_tell, whole))
+    wanted = of_all(run(WORLD, train_and_report, whole))
     wanted[4][6] = (27, (bad + 1) % 10)
 
     damage(data, bad)
@@ -213,7 +213,7 @@ def test_a_damaged_sample_is_replaced(tmp_path: Path) -> None:
         for name in ("two", "one", "killed")
     )
     for config, world in ((two, 2), (one, 1)):
-        assert of_all(run(world, train_and_tell, config)) == wanted
+        assert of_all(run(world, train_and_report, config)) == wanted
         (event,) = events(config, "quarantined")
         assert event["sample_id"] == bad
         assert manifest_at_the_end(config).quarantined == {bad: event["reason"]}

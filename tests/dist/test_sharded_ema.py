@@ -1,4 +1,4 @@
-"""Averages kept in shards, each rank those of what it owns, are bitwise those of one replica."""
+"""Sharded EMA, where each rank averages what it owns, equals one replica bit for bit."""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, TrainConfig
 from dit_scale.train import loop, session
@@ -30,7 +30,7 @@ Weights = list[tuple[str, int, np.ndarray]]
 
 
 def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
-    """One rank of a training run; its masters at the start and behind every step."""
+    """Train as one rank; return its masters at the start and after every step."""
     kept: list[Weights] = []
 
     def keep(step: Trainer) -> None:
@@ -38,7 +38,7 @@ def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
             [
                 (e.parameter, e.start, part.buffers[MASTER].detach().numpy()[e.offset :][: e.length].copy())
                 for part in step.engine.owned
-                for e in part.extents
+                for e in part.slices
             ]
         )
 
@@ -62,7 +62,7 @@ def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "fp32"), (3, "fp32")])
-def test_sharded_is_replicated(tmp_path: Path, stage: int, precision: str) -> None:
+def test_sharded_averages_equal_replicated_ones(tmp_path: Path, stage: int, precision: str) -> None:
     write_latents(tmp_path / "data", num=40)
     config = jobs.small_config(tmp_path / "run", tmp_path / "data", zero_stage=stage, precision=precision)
     config = jobs.saving(config, steps=6, every_steps=6).model_copy(update={"ema": PROFILES})
@@ -73,7 +73,7 @@ def test_sharded_is_replicated(tmp_path: Path, stage: int, precision: str) -> No
     offsets = dict(zip(sizes, torch.tensor([0, *sizes.values()]).cumsum(0).tolist(), strict=False))
     replica = Partition(
         {MASTER: torch.full((sum(sizes.values()),), torch.nan)},
-        tuple(Extent(name, 0, size, offsets[name]) for name, size in sizes.items()),
+        tuple(ParameterSlice(name, 0, size, offsets[name]) for name, size in sizes.items()),
     )
     ema = Ema(PROFILES, (replica,))
     for step, parts in enumerate(zip(*ranks, strict=True)):

@@ -1,9 +1,8 @@
-"""An attempt that was stopped, and wakes up behind a later one, takes nothing of the run's folder away.
+"""A stale process that resumes after a later attempt takes nothing away from the run folder.
 
-It is held at a point, stopped with SIGSTOP, and woken with SIGCONT when the later one has committed.
+It is held at a point and stopped with SIGSTOP. It resumes with SIGCONT after the later attempt has committed.
 """
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,36 +15,31 @@ from dit_scale.config import TrainConfig, load
 from tests.support.ranks import jobs
 from tests.support.ranks.points import Hold
 from tests.support.ranks.processes import TIMEOUT_S, run, start
-from tests.support.ranks.runs import events, kill, wait_for, wait_for_event
+from tests.support.ranks.runs import events, kill, steps_of, wait_for, wait_for_event
 
 pytestmark = pytest.mark.dist
 
 STEPS = 12
 POINTS = [
-    ("behind the attempt", 1),
+    ("after the claim", 1),
     ("before its files", 1),
-    ("behind the chain's answer", 1),
-    ("beginning its record", 1),
+    ("after the fencing check", 1),
+    ("starting its record", 1),
     ("before its own config", 2),
     ("before its names", 1),
     ("setting a name", 3),
     ("setting a name", 4),
-    ("behind its files", 1),
+    ("after its files", 1),
 ]
-"""Where the old attempt is stopped, and in which pass; all lie between its claim and its first step."""
+"""Where the stale process is stopped, and at which pass; all points lie before its first step."""
 
 
 def config_of(folder: Path, data: Path) -> TrainConfig:
     return jobs.saving(jobs.small_config(folder, data), steps=STEPS, every_steps=3)
 
 
-def steps_of(config: TrainConfig) -> list[int]:
-    lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
-
-
 class Stopped:
-    """An attempt that stands at a point, stopped."""
+    """An attempt that is stopped at a point."""
 
     def __init__(self, config: TrainConfig, hold: Hold) -> None:
         hold.folder.mkdir()
@@ -55,7 +49,7 @@ class Stopped:
         os.kill(self._pid, signal.SIGSTOP)
 
     def wake(self) -> str:
-        """Let it go on to its end; what it ends with."""
+        """Let the attempt resume; return how it ended."""
         self._hold.go.touch()
         os.kill(self._pid, signal.SIGCONT)
         error: str = self._answers.get(timeout=TIMEOUT_S)[1]
@@ -67,8 +61,8 @@ class Stopped:
 
 @contextmanager
 def held_live(config: TrainConfig, folder: Path) -> Iterator[Callable[[], None]]:
-    """The later attempt, held behind its sixth step; what is yielded lets it go on to its end."""
-    hold = Hold(folder / "live", "behind the step", 6)
+    """Start the later attempt and hold it after its sixth step. Call the yielded function to release it."""
+    hold = Hold(folder / "live", "after the step", 6)
     hold.folder.mkdir()
     ranks, answers = start(1, jobs.train_held, config, hold, 0)
 
@@ -85,7 +79,7 @@ def held_live(config: TrainConfig, folder: Path) -> Iterator[Callable[[], None]]
 
 @pytest.fixture
 def begun(data: Path, tmp_path: Path) -> TrainConfig:
-    """A run with a checkpoint, as one finds it at a resume."""
+    """A run with a checkpoint, ready to be resumed."""
     config = config_of(tmp_path / "run", data)
     assert run(1, jobs.train, config.model_copy(update={"steps": 3})) == [0]
     return config
@@ -100,7 +94,7 @@ def stopped(request: pytest.FixtureRequest, begun: TrainConfig, tmp_path: Path) 
     process.kill()
 
 
-def test_woken_when_the_later_attempt_is_done(begun: TrainConfig, stopped: Stopped) -> None:
+def test_resumed_after_the_later_attempt_finished(begun: TrainConfig, stopped: Stopped) -> None:
     assert run(1, jobs.train, begun) == [0]
     before = jobs.losses(begun)
     assert "SupersededError" in stopped.wake()
@@ -110,9 +104,7 @@ def test_woken_when_the_later_attempt_is_done(begun: TrainConfig, stopped: Stopp
     assert events(begun, "done")
 
 
-def test_woken_while_the_later_attempt_is_at_work(
-    begun: TrainConfig, stopped: Stopped, tmp_path: Path
-) -> None:
+def test_resumed_while_the_later_attempt_trains(begun: TrainConfig, stopped: Stopped, tmp_path: Path) -> None:
     with held_live(begun, tmp_path) as go:
         wait_for_event(begun, "checkpoint", 2)
         assert "SupersededError" in stopped.wake()
@@ -122,8 +114,8 @@ def test_woken_while_the_later_attempt_is_at_work(
     assert [(done["attempt"], done["step"]) for done in events(begun, "done")] == [(1, 3), (3, STEPS)]
 
 
-def test_names_that_an_old_attempt_set_before_it_was_killed(begun: TrainConfig, tmp_path: Path) -> None:
-    """They are set right by the next line of the later one."""
+def test_links_that_a_stale_process_set_before_it_was_killed(begun: TrainConfig, tmp_path: Path) -> None:
+    """The next line of the later attempt restores the names."""
     folder = Path(begun.run)
     with held_live(begun, tmp_path) as go:
         for name in ("metrics.jsonl", "config.yaml"):

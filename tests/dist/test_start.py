@@ -1,4 +1,4 @@
-"""What happens before the first step: imports, which are most of a restart, and where the ranks meet."""
+"""What happens before the first step: imports, which dominate a restart, and the rendezvous of the ranks."""
 
 import os
 import socket
@@ -30,7 +30,7 @@ print("deepspeed" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
     assert done.stdout.splitlines()[-1] == "True False"
 
 
-def test_a_port_that_another_run_has_is_named(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported(tmp_path: Path) -> None:
     write_latents(tmp_path / "latents", num=8)
     config = tmp_path / "config.yaml"
     config.write_text(dump(jobs.small_config(tmp_path / "run", tmp_path / "latents")))

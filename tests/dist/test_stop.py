@@ -1,4 +1,4 @@
-"""A process that has left its group has none of its threads: one at work at the very end aborts it."""
+"""A process that leaves its process group has no group threads left; a running one would abort it at exit."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Closed terminals and pipes, full outputs, every signal that ends a process: the run saves or goes on."""
+"""Closed terminals and pipes, full outputs, and terminating signals: the run saves or continues."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def wait_for_step(config: TrainConfig, step: int, look: Callable[[], object] = l
 
 
 def saved_where_it_stopped(config: TrainConfig) -> None:
-    """The last step that was taken is committed, and the journal has all to the end."""
+    """Check that the last completed step is committed and that the journal is complete."""
     last = events(config)[-1]
     assert last["event"] == "waited"
     (newest,) = committed(root_of(config))
@@ -63,7 +63,7 @@ def saved_where_it_stopped(config: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize("number", signals.ALL, ids=lambda one: one.name)
-def test_signals_that_end_a_process_lead_to_a_save(config: TrainConfig, number: signal.Signals) -> None:
+def test_terminating_signals_lead_to_a_save(config: TrainConfig, number: signal.Signals) -> None:
     with subprocess.Popen(command(config), stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(config, 2)
         process.send_signal(number)
@@ -82,7 +82,7 @@ def test_a_closed_terminal_leads_to_a_save(config: TrainConfig) -> None:
     saved_where_it_stopped(config)
 
 
-def test_under_nohup_a_run_goes_on_without_its_terminal(config: TrainConfig) -> None:
+def test_under_nohup_a_run_continues_without_its_terminal(config: TrainConfig) -> None:
     terminal = Terminal(command(config), before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     wait_for_step(config, 2, terminal.read)
     terminal.close()
@@ -93,8 +93,8 @@ def test_under_nohup_a_run_goes_on_without_its_terminal(config: TrainConfig) -> 
 
 
 @pytest.mark.parametrize("redirection", ["2>&1 | head -n 1", "> /dev/full 2>&1", "<&- >&- 2>&-"])
-def test_a_run_outlives_whatever_becomes_of_its_output(config: TrainConfig, redirection: str) -> None:
-    """A file of the run must not be taken for a closed stream either, into which other code would write."""
+def test_a_run_survives_the_loss_of_its_output(config: TrainConfig, redirection: str) -> None:
+    """Other code must not write into a file of the run because it took a closed stream's descriptor."""
     short = config.model_copy(update={"steps": 20})
     words = [*command(short), "; echo $? >", str(Path(config.run).parent / "code")]
     script = " ".join(words[:-2]) + f" {words[-2]} {words[-1]}"
@@ -104,8 +104,8 @@ def test_a_run_outlives_whatever_becomes_of_its_output(config: TrainConfig, redi
     assert events(config)[-1]["event"] == "done"
 
 
-def test_signals_to_all_of_the_deepspeed_command_lead_to_a_save(config: TrainConfig) -> None:
-    """What a terminal does: the two launchers end, the ranks go on until they have saved."""
+def test_signals_to_the_deepspeed_process_group_lead_to_a_save(config: TrainConfig) -> None:
+    """What a terminal does: the two launchers exit, and the ranks continue until they have saved."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "-q", "--num_gpus", "2", "--no_local_rank"]
     words = [*launcher, "--module", *command(config)[2:]]
     with subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL) as process:
@@ -117,7 +117,7 @@ def test_signals_to_all_of_the_deepspeed_command_lead_to_a_save(config: TrainCon
 
 
 def wait_for_end(session: int) -> None:
-    """Until no process of a session is left."""
+    """Wait until no process of a session is left."""
     end_s = time.monotonic() + TIMEOUT_S
     while any(_session(path) == session for path in Path("/proc").glob("[0-9]*")):
         assert time.monotonic() < end_s
@@ -127,7 +127,7 @@ def wait_for_end(session: int) -> None:
 def _session(process: Path) -> int:
     try:
         fields = (process / "stat").read_text().rpartition(")")[2].split()
-    except OSError:  # gone since
+    except OSError:  # exited in the meantime
         return 0
     return int(fields[3]) if fields[0] != "Z" else 0
 
@@ -136,7 +136,7 @@ SLOW_MODULE = "import pathlib, time\npathlib.Path({path!r}).touch()\ntime.sleep(
 
 
 def importing(tmp_path: Path, words: Sequence[str]) -> "subprocess.Popen[str]":
-    """A command that has come to its first import of weight, and stays there."""
+    """Start a command and wait until it hangs in its first slow import."""
     (tmp_path / "slow").mkdir()
     reached = tmp_path / "reached"
     for name in ("pydantic", "torch"):
@@ -155,7 +155,7 @@ def importing(tmp_path: Path, words: Sequence[str]) -> "subprocess.Popen[str]":
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda one: one.name)
 @pytest.mark.parametrize(("name", "code"), [("train", 75), ("launch", 75), ("encode", 130)])
-def test_a_signal_during_imports_ends_with_the_code_and_a_line(
+def test_a_signal_during_imports_exits_with_a_code_and_one_line(
     tmp_path: Path, name: str, code: int, number: signal.Signals
 ) -> None:
     option = ["--config"] if name == "encode" else []

@@ -1,7 +1,7 @@
 """Every ZeRO stage on 1, 2 and 3 processes computes what one plain torch process computes.
 
-Seven samples per step in micro-batches of two: uneven parts, fillers and accumulation are in it. The
-weights start random everywhere, because zero-initialised layers hide errors and Adam hides factors.
+Seven samples per step in micro-batches of two exercise uneven parts, fillers and accumulation. All weights
+start random, because zero-initialised layers hide errors and Adam hides factors.
 """
 
 from pathlib import Path

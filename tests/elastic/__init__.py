@@ -1,1 +1,1 @@
-"""Tests of supervision: real supervisors, launchers and ranks on this machine, ended in every way."""
+"""Tests of supervision with real supervisors, launchers and ranks on this machine, killed in every way."""

@@ -1,4 +1,4 @@
-"""What people get wrong, and what changes under a run: said on the log, with the exit code that fits."""
+"""User mistakes, and changes during a run: the log explains them, the exit code fits."""
 
 import re
 import subprocess
@@ -21,31 +21,31 @@ pytestmark = pytest.mark.dist
 
 
 @pytest.mark.parametrize(
-    ("text", "arguments", "said"),
+    ("text", "arguments", "message"),
     [
         ("steps: [", (), "run.yaml is not valid YAML"),
         ("stepz: 7", (), "unknown key 'stepz'; did you mean 'steps'?"),
-        ("steps: 7", ("--nodes", "3:2"), "--nodes 3:2: expected a number of nodes, or least:most"),
+        ("steps: 7", ("--nodes", "3:2"), "--nodes 3:2: expected a number of nodes or LEAST:MOST"),
         ("steps: 7", ("--nodes", "0"), "--nodes 0: expected"),
         ("steps: 7", ("--address", "203.0.113.1"), "203.0.113.1: Cannot assign requested address"),
     ],
 )
-def test_a_mistake_is_said_before_anything_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, arguments: Sequence[str], said: str
+def test_a_mistake_is_reported_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, arguments: Sequence[str], message: str
 ) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     assert cli.main(["launch", str(path), *arguments]) == 93
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_is_not_there_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["launch", "no-such.yaml"]) == 93
     assert "no-such.yaml" in capsys.readouterr().err
 
 
-def test_what_a_name_server_may_know_later_may_be_tried_again(
+def test_a_name_that_may_resolve_later_allows_a_restart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "run.yaml"
@@ -56,12 +56,12 @@ def test_what_a_name_server_may_know_later_may_be_tried_again(
 
 REFUSED = re.compile(
     "(InvalidAccessKeyId: the server does not know the access key|(AccessDenied|403): the credentials do not "
-    "permit this; check the bucket's policy, and that the key is still valid); when it is mended"
+    "permit this; check the bucket's policy, and that the key is still valid); fix the cause"
 )
-"""Which of them a server says of a key that it is about to forget depends on the moment."""
+"""Which of them a server answers while it deletes a key depends on the moment."""
 
 
-def test_a_node_too_many_waits_and_expired_credentials_end_the_run_until_there_is_a_new_key(
+def test_a_standby_node_waits_and_expired_credentials_end_the_run_until_there_is_a_new_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ceph_s3() as server, FaultProxy(server.port) as proxy:
@@ -78,10 +78,10 @@ def test_a_node_too_many_waits_and_expired_credentials_end_the_run_until_there_i
             with monkeypatch.context() as patch:
                 patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
                 b = nodes.start("b")
-            nodes.wait(lambda: b.says("round 1 runs without this node, which waits for the next"), "wait")
+            nodes.wait(lambda: b.says("round 1 is running without this node: waiting for the next"), "wait")
             nodes.wait_for_step(1)
             nodes.wait_for_commit()
-            proxy.set({"error": 1.0})  # the moment in which the key is known, but to nobody
+            proxy.set({"error": 1.0})  # as while the server deletes the key
             server.admin("key", "rm", *key)
             for node in (a, b):
                 assert node.exit_code() == 1
@@ -89,7 +89,7 @@ def test_a_node_too_many_waits_and_expired_credentials_end_the_run_until_there_i
                 assert node.processes() == {}
             assert b.says("AccessDenied: ")
             assert nodes.start("a").exit_code() == 1
-            assert a.says("this node takes no part: the root of the checkpoints cannot be written: ")
+            assert a.says("node excluded: cannot write the root of the checkpoints: ")
 
             server.admin("key", "create", *key, f"--secret-key={SECRET_KEY}")
             end = config.model_copy(update={"steps": last_step(Path(config.run) / "metrics.jsonl") + 20})
@@ -112,11 +112,11 @@ def test_a_first_node_that_the_others_cannot_reach_is_named(tmp_path: Path) -> N
         assert b.endings()[0] == ("failed", "b")
         text = b.events("round_ended")[0]["text"]
         where = f"192.0.2.1:{round_.members[0].port}"
-        assert f"rank 1: DitScaleError: the node of rank 0 does not answer at {where} within 2 s: " in text
+        assert f"rank 1: DitScaleError: the node of rank 0 does not respond at {where} within 2 s: " in text
 
 
 def _alone_at(address: str, *command: str) -> list[str]:
-    """A command in a network that has this address and nobody else: what it sends is lost."""
+    """A command in a network of its own with this address: what it sends is lost."""
     links = (
         "ip link set lo up && ip link add near type veth peer name far && ip link set far up && "
         f"ip address add {address}/24 dev near && ip link set near up"

@@ -1,4 +1,4 @@
-"""Two nodes whose processes are killed, stopped and signalled: the cause is named, nothing is lost."""
+"""Two nodes whose processes are killed, stopped and signalled: the cause is named and nothing is lost."""
 
 import os
 import re
@@ -16,13 +16,13 @@ from tests.support.ranks.record import differences_at_the_end, last_step
 pytestmark = pytest.mark.dist
 
 STEPS = 100_000
-"""Further than the run gets before it is asked to stop."""
+"""More than the run takes before it is asked to stop."""
 MEASURED_STEPS = 20
-"""After so many a rank that waits is known to wait too long."""
+"""After this many steps a rank that waits too long is detected."""
 
 
-def test_a_run_of_two_nodes_survives_whatever_its_processes_get(tmp_path: Path) -> None:
-    """Rounds that need no step of their own end while their ranks import: what ends them is the same."""
+def test_a_run_of_two_nodes_survives_all_that_happens_to_its_processes(tmp_path: Path) -> None:
+    """Rounds that need no step of their own are ended while their ranks import, which saves time."""
     config = config_of(tmp_path, STEPS, every_steps=3)
     with cluster(config) as nodes:
         a, b = (nodes.start(name, "--nodes", "2") for name in "ab")
@@ -32,7 +32,7 @@ def test_a_run_of_two_nodes_survives_whatever_its_processes_get(tmp_path: Path) 
         for number in (signal.SIGTERM, signal.SIGUSR1):
             os.kill(launcher, number)
         nodes.wait_for_step(step + 3)
-        assert a.launcher() == launcher, "it does not heed signals that are for ranks"
+        assert a.launcher() == launcher, "it ignores signals that are for ranks"
         nodes.wait_for_commit()
         rank = _signal_rank(b, signal.SIGKILL)
         nodes.wait_for_ranks(a, 2)
@@ -41,7 +41,7 @@ def test_a_run_of_two_nodes_survives_whatever_its_processes_get(tmp_path: Path) 
 
         os.kill(a.launcher(), signal.SIGKILL)
         nodes.wait_for_round(a, 3)
-        assert "the launcher ended with code -9, but not all of its ranks" in _text(a)
+        assert "the launcher exited with code -9 before all of its ranks had" in _text(a)
 
         nodes.wait_for_step(last_step(_record(config)) + MEASURED_STEPS)
         nodes.wait_for_commit()
@@ -67,16 +67,16 @@ def test_a_run_of_two_nodes_survives_whatever_its_processes_get(tmp_path: Path) 
 
 
 def _the_logs_are_ours(first: Node, second: Node) -> None:
-    """No line of launchers, DeepSpeed or torch that nobody can act on."""
+    """Check for lines of launchers, DeepSpeed or torch that no user can act on."""
     run = re.escape(first.config.run)
     for node, begin in ((first, rf"\[a\] |DiT-Ti/2 at |{run}: a new run|[\d:]+  step "), (second, r"\[b\] ")):
-        lines = node.log.read_text().split("\n")[:-1]  # the last one may be half there
+        lines = node.log.read_text().split("\n")[:-1]  # the last one may be incomplete
         assert lines
         assert [line for line in lines if not re.match(begin, line)] == []
 
 
 def _signal_rank(node: Node, number: signal.Signals) -> int:
-    """Send a signal to the only rank of a node; the process that it was."""
+    """Send a signal to the only rank of a node and return its process id."""
     (pid,) = node.ranks().values()
     os.kill(pid, number)
     return pid

@@ -1,4 +1,4 @@
-"""The disk that run, checkpoints and board lie on is full for a while: the same ranks go on."""
+"""The disk of the run, its checkpoints and its board is full for a while: the same ranks continue."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.dist
 
 
 def alarms_of(node: Node) -> list[str]:
-    """Alarms about saves that failed."""
+    """Alarms about failed saves."""
     return [line for line in node.log.read_text().splitlines() if "is not saved" in line]
 
 

@@ -1,4 +1,4 @@
-"""When another try makes no sense: the exit code, and what a person is told."""
+"""When another try makes no sense: the exit code and the last message."""
 
 import re
 import shutil
@@ -15,8 +15,8 @@ from tests.support.nodes.nodes import cluster, config_of
 pytestmark = pytest.mark.dist
 
 
-def test_three_failures_without_a_newer_checkpoint_end_with_the_samples(tmp_path: Path) -> None:
-    """The first is that of a port which was taken: that alone would cost one try."""
+def test_after_three_failures_without_a_newer_checkpoint_the_samples_are_named(tmp_path: Path) -> None:
+    """The first failure is a port in use, which alone would cost one try."""
     config = config_of(tmp_path, steps=2)
     for shard in (tmp_path / "data" / "shards").glob("*.tar"):
         data = bytearray(shard.read_bytes())
@@ -41,11 +41,12 @@ def test_three_failures_without_a_newer_checkpoint_end_with_the_samples(tmp_path
         assert damaged is not None
         assert int(damaged[1]) in report["sample_ids"]
         assert node.says(
-            "3 failures in a row without a first checkpoint: no further try. The last one was of rank 0 "
+            "giving up after 3 consecutive failures without a first checkpoint. The last failure was on "
+            "node a, rank 0, "
         )
 
         shutil.rmtree(tmp_path / "data")
-        write_latents(tmp_path / "data")  # a person has mended it
+        write_latents(tmp_path / "data")  # the cause is fixed
         assert nodes.start("a").exit_code() == 0
 
 
@@ -63,11 +64,11 @@ def test_three_failures_to_start_blame_no_samples(tmp_path: Path) -> None:
         (report,) = node.events("gave_up")
         assert (report["rank"], report["after_step"], report["sample_ids"]) == (0, None, [])
         assert "EADDRINUSE" in report["text"]
-        assert node.says("The last one was of rank 0 on a while it started: ")
-        assert not node.says("samples")
+        assert node.says("The last failure was on node a, rank 0, while starting: ")
+        assert not node.says("Samples of that step")
 
 
-def test_a_run_that_is_done_is_said_to_be_done_when_it_is_started_again(tmp_path: Path) -> None:
+def test_a_restart_of_a_finished_run_reports_that_it_is_done(tmp_path: Path) -> None:
     config = config_of(tmp_path, steps=6)
     with cluster(config) as nodes:
         assert nodes.start("a").exit_code() == 0
@@ -80,7 +81,7 @@ def test_a_run_that_is_done_is_said_to_be_done_when_it_is_started_again(tmp_path
         assert fewer.says("done (a): 6 steps are taken and saved")
 
 
-def test_what_a_person_must_mend_ends_the_run_at_once(tmp_path: Path) -> None:
+def test_a_mistake_ends_the_run_immediately(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     few = config.model.model_copy(update={"num_classes": 4})
     with cluster(config.model_copy(update={"model": few})) as nodes:
@@ -100,7 +101,7 @@ def test_nodes_with_different_configurations_are_named(tmp_path: Path) -> None:
             assert node.says("the configuration of b differs from that of a")
 
 
-def test_nodes_with_different_data_sets_are_refused_and_with_copies_under_other_names_are_not(
+def test_nodes_with_different_data_sets_are_refused_but_copies_under_other_names_are_not(
     tmp_path: Path,
 ) -> None:
     config = config_of(tmp_path, steps=3)
@@ -115,15 +116,17 @@ def test_nodes_with_different_data_sets_are_refused_and_with_copies_under_other_
             assert a.says("is not the same latent data set for all ranks")
 
 
-def test_a_node_that_stays_alone_says_what_it_waited_for(tmp_path: Path) -> None:
+def test_a_node_that_stays_alone_reports_what_it_waited_for(tmp_path: Path) -> None:
     with cluster(config_of(tmp_path)) as nodes:
         node = nodes.start("a", "--nodes", "2", "--gather-s", "1")
         assert node.exit_code() == 1
-        assert node.says("1 of at least 2 nodes came within 1 s (a); are the others up, is ")
+        assert node.says("1 of at least 2 nodes (a) joined within 1 s; check that the others are running")
 
 
 def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
     with cluster(config_of(tmp_path)) as nodes:
         node = nodes.start("a", "--address", "203.0.113.1")
         assert node.exit_code() == 93
-        assert node.says("--address 203.0.113.1: Cannot assign requested address; expected a name or number")
+        assert node.says(
+            "--address 203.0.113.1: Cannot assign requested address; expected a name or IP address"
+        )

@@ -1,4 +1,4 @@
-"""Ranks that stand still without being stopped: found by their beats, the right one named, stacks kept."""
+"""Ranks that hang without being stopped: detected by their heartbeats, the right one named, stacks kept."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,16 +13,16 @@ from tests.support.speed import scaled
 pytestmark = pytest.mark.dist
 
 STEPS = 100_000
-"""Further than any of these runs gets."""
+"""More than any of these runs takes."""
 DATA_DEADLINE_S = {"stuck_read": scaled(12.0), "frozen_read": scaled(2.0)}
 FAULTS = ("stuck_read", "lock", "deaf", "frozen_read")
 
 
-def test_ranks_that_stand_still_are_named_and_their_stacks_kept(tmp_path: Path) -> None:
+def test_hanging_ranks_are_named_and_their_stacks_kept(tmp_path: Path) -> None:
     with ExitStack() as stack:
         clusters: dict[str, Cluster] = {}
         closes: dict[str, ExitStack] = {}
-        for fault in FAULTS:  # all at once: most of the time is the deadline
+        for fault in FAULTS:  # in parallel: most of the time is spent waiting for deadlines
             closes[fault] = stack.enter_context(ExitStack())
             nodes = clusters[fault] = closes[fault].enter_context(cluster(_config(tmp_path, fault)))
             names = "ab" if fault == "lock" else "a"
@@ -39,8 +39,10 @@ def test_ranks_that_stand_still_are_named_and_their_stacks_kept(tmp_path: Path) 
     ends = {fault: node.events("round_ended")[0] for fault, node in first_nodes.items()}
 
     assert _blamed(ends["lock"]) == ("hung", "b", 1, "COMPUTE")
-    assert ends["deaf"]["reason"] == "hung"  # both ends of a dead connection wait: neither is to blame
-    assert all("waits for other ranks in COMPUTE" in text for text in ends["deaf"]["details"]["ranks"])
+    assert ends["deaf"]["reason"] == "hung"  # both ends of a dead connection wait: neither is at fault
+    assert all(
+        "is waiting for other ranks in phase COMPUTE" in text for text in ends["deaf"]["details"]["ranks"]
+    )
     assert _blamed(ends["frozen_read"]) == ("hung", "a", 1, "DATA")
     for fault, inside in (("lock", "in lock"), ("deaf", "in all_reduce"), ("frozen_read", "in frozen_read")):
         first, second = _stacks(first_nodes[fault])
@@ -49,7 +51,7 @@ def test_ranks_that_stand_still_are_named_and_their_stacks_kept(tmp_path: Path) 
 
     stalled = first_nodes["stuck_read"].events("stalled")
     assert [event["rank"] for event in stalled] == [1]
-    assert " does not get on in DATA of step " in stalled[0]["text"]
+    assert " makes no progress in phase DATA after step " in stalled[0]["text"]
     assert "in stuck_read" in _stacks(first_nodes["stuck_read"])[1]
     late = ends["stuck_read"]
     assert late["time_s"] > stalled[0]["time_s"]
@@ -82,6 +84,6 @@ def _blamed(ending: dict[str, Any]) -> tuple[str, str, int, str]:
 
 
 def _stacks(node: Node) -> list[str]:
-    """Of all ranks in the first round."""
+    """The kept stacks of all ranks in the first round."""
     paths = sorted((Path(node.config.run) / "supervisors" / "stacks").glob("round-000001-rank-*.stack"))
     return [path.read_text() for path in paths]

@@ -1,4 +1,4 @@
-"""Nodes that come, go and are lost: the run goes on with those that are there."""
+"""Nodes that join, leave and are lost: the run continues with the others."""
 
 import signal
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.elastic.node.group import is_alive
+from dit_scale.elastic.node.processes import is_alive
 from dit_scale.train.run_folder import root_of
 from tests.support.nodes.nodes import Cluster, Node, cluster, config_of
 from tests.support.ranks.record import last_step, rows
@@ -15,18 +15,18 @@ from tests.support.speed import scaled
 pytestmark = pytest.mark.dist
 
 STEPS = 100_000
-"""Further than any of these runs gets before it is asked to stop."""
+"""More than any of these runs takes before it is asked to stop."""
 GROWING = ("--nodes", "2:3", "--grow-s", "1", "--lease-s", str(scaled(6.0)))
 
 
-def test_three_nodes_lose_the_first_and_take_it_in_again_and_all_leave(tmp_path: Path) -> None:
+def test_three_nodes_lose_the_first_which_rejoins_and_then_all_leave(tmp_path: Path) -> None:
     config = config_of(tmp_path, STEPS)
     with cluster(config) as nodes:
         a, b, c = (nodes.start(name, *GROWING) for name in "abc")
         nodes.wait_for_ranks(a, 1)
         assert b.events("round")[-1]["nodes"] == ["a", "b", "c"]
         ranks = list(a.ranks().values())
-        a.kill()  # the rendezvous of the ranks goes with it
+        a.kill()  # the rendezvous of the ranks is lost with it
         _wait_for_members(nodes, b, ["b", "c"])
         assert b.endings()[-1] == c.endings()[-1] == ("lost", "a")
         assert ranks
@@ -52,7 +52,7 @@ def test_three_nodes_lose_the_first_and_take_it_in_again_and_all_leave(tmp_path:
     assert [row["step"] for row in rows(config)] == list(range(1, newest + 1))
 
 
-def test_a_supervisor_that_is_started_again_rejoins_at_once(tmp_path: Path) -> None:
+def test_a_restarted_supervisor_rejoins_immediately(tmp_path: Path) -> None:
     config = config_of(tmp_path, STEPS)
     with cluster(config) as nodes:
         a, b = (nodes.start(name, "--nodes", "2", "--lease-s", "6000") for name in "ab")
@@ -62,11 +62,11 @@ def test_a_supervisor_that_is_started_again_rejoins_at_once(tmp_path: Path) -> N
         nodes.wait(lambda: len(a.events("ranks_started")) == 2, "round 2")
         assert a.events("round")[-1]["nodes"] == ["a", "b"]
         assert a.endings() == [("lost", "b")]
-        assert "its supervisor was started again" in a.events("round_ended")[0]["text"]
+        assert "its supervisor was restarted" in a.events("round_ended")[0]["text"]
 
 
 def _wait_for_members(nodes: Cluster, node: Node, names: list[str]) -> None:
-    """Until a round of these nodes has taken its first step."""
+    """Wait until a round of these nodes has taken its first step."""
 
     def is_there() -> bool:
         steps, rounds = node.events("first_step"), node.events("round")

@@ -1,4 +1,4 @@
-"""Long reads and long waits of a rank that gets on are told from those of one that does not: it beats."""
+"""A rank that makes progress in long reads and waits sends heartbeats meanwhile."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,10 +15,10 @@ from tests.support.ranks.processes import run
 pytestmark = pytest.mark.dist
 
 
-def test_a_restore_beats_for_each_tensor_and_a_wait_for_a_commit_for_each_vote(tmp_path: Path) -> None:
+def test_there_is_a_heartbeat_for_each_restored_tensor_and_for_each_vote_on_a_commit(tmp_path: Path) -> None:
     config = config_of(tmp_path, steps=3)
     (first,) = run(1, beats_of, config)
-    # There was nothing to read; then it waited for the claim, which beats for each try.
+    # There was nothing to restore. Then it waited for its claim, with a heartbeat for each try.
     assert (first[Phase.RESTORE], first[Phase.RESTORED]) == (2, 1)
     assert first[Phase.WAIT_SAVE] > 2
 
@@ -28,11 +28,11 @@ def test_a_restore_beats_for_each_tensor_and_a_wait_for_a_commit_for_each_vote(t
 
 
 def beats_of(config: TrainConfig) -> Counter[Phase]:
-    """How often a rank beats in each section of a run."""
+    """Number of heartbeats in each phase of a run."""
     counts = Counter[Phase]()
 
-    def beat(heart: Heart, section: Phase, step: int) -> None:
-        counts[section] += 1
+    def beat(heart: Heart, phase: Phase, step: int) -> None:
+        counts[phase] += 1
 
     with patch.object(Heart, "beat", beat):
         assert loop.train(config) == 0

@@ -1,4 +1,4 @@
-"""A terminal with a supervisor on it, and signals that reach all processes of a node at the same moment."""
+"""A supervisor on a terminal, and signals that reach all processes of a node at the same time."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.dist
 ENDLESS = 100_000
 
 
-def test_a_closed_terminal_leads_to_a_save_by_the_supervisor(tmp_path: Path) -> None:
+def test_a_closed_terminal_makes_the_supervisor_save(tmp_path: Path) -> None:
     config = config_of(tmp_path, ENDLESS, every_steps=ENDLESS)
     (tmp_path / "run.yaml").write_text(dump(config))
     arguments = ["launch", str(tmp_path / "run.yaml"), "--slots", "2", "--address", "127.0.0.1"]
@@ -37,7 +37,7 @@ def test_a_closed_terminal_leads_to_a_save_by_the_supervisor(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT], ids=lambda one: one.name)
-def test_a_signal_to_all_processes_of_a_node_leads_to_a_save(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_to_all_processes_of_a_node_makes_it_save(tmp_path: Path, number: signal.Signals) -> None:
     config = config_of(tmp_path, ENDLESS, every_steps=ENDLESS)
     with cluster(config) as nodes:
         node = nodes.start("a", slots=2)

@@ -14,8 +14,9 @@ from dit_scale import rng
 from dit_scale.checkpoint import attempts, rankfile
 from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.checkpoint.manifest import CheckpointId, Manifest
+from dit_scale.checkpoint.partition import ParameterSlice
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.checkpoint.writer import put_manifest
+from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.data.order import Order, permute, positions_of, round_keys, sample_ids
 from dit_scale.data.shards import encode_sample
 from dit_scale.rng import Purpose
@@ -227,11 +228,11 @@ def test_a_checkpoint_of_version_2_stays_readable(
 
 def test_bytes_of_a_checkpoint(tmp_path: Path) -> None:
     root, values = open_storage(tmp_path), np.array([1.5, -2.0], "<f4")
-    pieces = [(rankfile.Piece("master", "w", 4, 2), values.view(np.uint8))]
-    record = rankfile.write(root, f"{CHECKPOINT}/rank-00000.safetensors", pieces)
+    slices = [("master", ParameterSlice("w", start=4, length=2, offset=0))]
+    record = rankfile.write(root, f"{CHECKPOINT}/rank-00000.safetensors", values.view(np.uint8), slices)
     assert root.read(f"{CHECKPOINT}/rank-00000.safetensors") == RANK_FILE
     assert record == Manifest.model_validate_json(MANIFEST).files[0]
-    put_manifest(root, Manifest.model_validate_json(MANIFEST))
+    write_manifest(root, Manifest.model_validate_json(MANIFEST))
     assert root.read(f"{CHECKPOINT}/MANIFEST.json") == MANIFEST.encode()
 
 

@@ -1,4 +1,4 @@
-"""Encoding on CUDA: the same bits in every process, and the latents of the CPU within stated tolerances."""
+"""Encoding on CUDA: the same bits in every process, and the CPU's latents within stated tolerances."""
 
 import multiprocessing
 import subprocess
@@ -24,7 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compiled": {"precision": "bf16", "channels_last": True, "compile": True},
 }
 TOLERANCES = {"fp32": 2e-3, "bf16": 0.1, "compiled": 0.1}
-"""Largest difference of a moment to the CPU's in fp32, as a share of the deviation of all moments."""
+"""Largest difference to the CPU's fp32 moments, relative to the standard deviation of all moments."""
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +38,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def moments(vae: str, device: str, setting: dict[str, Any]) -> npt.NDArray[np.float16]:
-    """Two crops of 256 pixels, encoded in this process."""
+    """Return two crops of 256 pixels, encoded in this process."""
     config = EncodeConfig(vae=vae, image_size=256, vae_batch=2, threads_per_encoder=2, **setting)
     encoder = Encoder(config, find_vae(vae).identity, device)
     draws = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def on_cpu(vae: str) -> npt.NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_make_the_same_bits_and_those_of_the_cpu_within_a_tolerance(
+def test_processes_agree_on_bits_and_with_the_cpu_within_tolerance(
     name: str, vae: str, on_cpu: npt.NDArray[np.float32]
 ) -> None:
     found = []

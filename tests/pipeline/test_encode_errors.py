@@ -131,7 +131,7 @@ def test_a_full_disk_keeps_what_was_done(folder: Path, whole: dict[str, bytes], 
     half = sum(len(data) for key, data in whole.items() if key.startswith("shards/")) // 2 + 100_000
     with small_disk(tmp_path / "disk", half // 4096 * 4096) as disk:
         error = encode(folder, disk / "set")
-        assert "No space left on device; free some space, what was written before is intact" in error
+        assert "No space left on device; free some space, data already written is intact" in error
         done = objects(disk / "set")
         assert any(key.endswith(".tar") for key in done)
         assert done.items() <= whole.items()

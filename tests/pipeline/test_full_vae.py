@@ -13,6 +13,7 @@ from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import LatentDataset
 from dit_scale.vae_files import find_vae
 from dit_scale_pipeline.encoder import Encoder
+from tests.support.adm_crop import adm_crop
 from tests.support.encoding import clean_environment, job_command
 from tests.support.speed import scaled
 from tests.support.tiny_vae import save_full_vae, save_tiny_vae
@@ -51,8 +52,6 @@ def write_images(folder: Path, number: int) -> list[Path]:
 def plain_loop(vae: str, paths: list[Path], size: int, batch: int) -> npt.NDArray[np.float32]:
     """What the paper's code does: crop, scale, encode, image and mirror: (N, 2, 8, size/8, size/8)."""
     from diffusers import AutoencoderKL
-
-    from tests.unit.test_images import adm_crop
 
     model = AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False).eval()
     assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS

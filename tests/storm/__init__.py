@@ -1,1 +1,1 @@
-"""Tests on real servers while things fail."""
+"""Tests against real servers under injected faults."""

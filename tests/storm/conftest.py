@@ -1,4 +1,4 @@
-"""Servers that all tests of this folder share."""
+"""Servers shared by all tests in this folder."""
 
 from collections.abc import Iterator
 

@@ -1,6 +1,6 @@
-"""A process that soon gives up on a request, soon makes it again, and uploads rank files in parts.
+"""A process with short request timeouts, quick retries, and multipart uploads of rank files.
 
-So a storm takes no hours, and has more requests to meet.
+This makes the tests faster and gives the proxy more requests to break.
 
 python -m tests.storm.hasty MODULE <its arguments>
 """
@@ -13,7 +13,7 @@ from dit_scale.storage import s3, transfer
 from tests.support.speed import scaled
 
 KNOBS = (
-    # Not less: on a busy machine an answer may take that long.
+    # Not less: on a busy machine an answer may take this long.
     (transfer, "STALL_S", scaled(2.0)),
     (s3, "DEADLINE_S", scaled(s3.DEADLINE_S)),
     (s3, "FIRST_PAUSE_S", 0.01),
@@ -23,7 +23,7 @@ KNOBS = (
 
 
 def hurry(set_knob: Callable[[object, str, float], None] = setattr) -> None:
-    """Be hasty from now on, in this process."""
+    """Apply the short timeouts in this process."""
     for module, name, value in KNOBS:
         set_knob(module, name, value)
 

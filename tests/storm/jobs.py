@@ -13,7 +13,7 @@ from tests.support.ranks.points import Hold, held
 
 
 def train(config: TrainConfig, hold: Hold | None = None) -> int:
-    """One rank of a training run, hasty as its writer is; rank 0, or its writer, may be held at a point."""
+    """Train as one rank with short timeouts; hold rank 0 or its writer at a point if asked."""
     hasty.hurry()
     with ExitStack() as stack:
         if hold and os.environ["RANK"] == "0":

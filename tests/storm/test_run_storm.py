@@ -1,4 +1,4 @@
-"""Loaders and whole runs on a real S3 server, Ceph's, while three requests in ten meet a fault."""
+"""Loaders and complete runs on a real S3 server (Ceph) while three requests in ten meet a fault."""
 
 import queue
 import signal
@@ -39,13 +39,13 @@ RATES = {
     "flip": 0.03,
     "stall_reply": 0.004,
     "trickle": 0.004,
-    # Only requests with a body meet these, and few have one.
+    # Only requests with a body can meet these faults, and few have one.
     "cut_request": 0.1,
     "stall_request": 0.1,
 }
 NUM, SHARD_SAMPLES = 240, 30
 CACHE_BYTES = 5 * 81_920
-"""Five of the eight shards: two windows of two."""
+"""Five of the eight shards: two windows of two shards."""
 
 SEED, GLOBAL_BATCH = 5, 20
 LOADER_STEPS = 2 * NUM // GLOBAL_BATCH + 3
@@ -54,7 +54,7 @@ LOADERS = [(window_shards, world) for window_shards in (0, 2) for world in (1, 3
 WORLD = 2
 
 Sample = tuple[int, int, bytes]
-"""Position, label, and the moments of the view that was drawn."""
+"""Position, label, and the moments of the drawn view."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def proxy(ceph: CephServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The way to the server, for this process too; calm at first."""
+    """A proxy in front of the server, used by this process too; it injects nothing at first."""
     hasty.hurry(monkeypatch.setattr)
     with FaultProxy(ceph.port) as proxy:
         proxy.stall_s = scaled(proxy.stall_s)
@@ -95,7 +95,7 @@ def test_loaders_lose_nothing(
 ) -> None:
     monkeypatch.setattr(download, "LOOK_AGAIN_S", 0.2)
     url = write_remote_latents(f"s3://{BUCKET}/loaders")
-    # A loader makes few requests: more of them stall, or some kind would be missing by chance.
+    # A loader makes few requests. Stall more of them, or some kind of fault would be missing by chance.
     proxy.set(RATES | {"stall_reply": 0.008, "trickle": 0.008})
 
     def in_the_storm(loaders: tuple[int, int]) -> list[Sample]:
@@ -120,7 +120,7 @@ def test_loaders_lose_nothing(
 
 
 def samples_of(config: DataConfig, world: int) -> list[Sample]:
-    """What the loaders of all ranks give out together, by position."""
+    """Return what the loaders of all ranks deliver together, by position."""
     plan = batch_plan(GLOBAL_BATCH, 4, world)
 
     def take(loader: Loader) -> list[Sample]:
@@ -154,7 +154,7 @@ def assert_every_sample_once_an_epoch(samples: list[Sample], data: Path) -> None
 
 
 def config_of(folder: Path, url: str, state: str = "") -> TrainConfig:
-    """A run with one average, whose cache does not hold its data: it needs the server to the end."""
+    """A run with one average and a cache smaller than its data: it needs the server until the last step."""
     config = saving(
         small_config(folder, Path(), "DiT-Ti/2"), steps=32, every_steps=16, ema_every_steps=32, url=state
     )
@@ -170,7 +170,7 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
 
 
 def manifests(config: TrainConfig) -> set[str]:
-    """Folders of everything that has a manifest, whether it counts or not."""
+    """Return all folders with a manifest, whether readers accept it or not."""
     ending = f"/{MANIFEST}"
     return {key.removesuffix(ending) for key, _ in root_of(config).list() if key.endswith(ending)}
 
@@ -179,7 +179,7 @@ def manifests(config: TrainConfig) -> set[str]:
 def test_a_run_that_is_killed_and_resumed_in_a_storm(
     ceph: CephServer, proxy: FaultProxy, straight: TrainConfig, tmp_path: Path
 ) -> None:
-    """Killed in the last save: its average is committed, the checkpoint itself is not."""
+    """Killed during the last save: its average is committed, the checkpoint itself is not."""
     environment = environment_of(ceph, proxy)
     url = write_remote_latents(f"s3://{BUCKET}/killed/data")
     proxy.set(RATES)
@@ -210,7 +210,7 @@ def test_a_run_that_is_killed_and_resumed_in_a_storm(
 def test_a_run_whose_server_hangs_for_a_while(
     ceph: CephServer, proxy: FaultProxy, straight: TrainConfig, tmp_path: Path
 ) -> None:
-    """Long enough for requests to be given up; they reach the server all the same, when it wakes."""
+    """Requests time out, but still reach the server when it resumes."""
     url = write_remote_latents(f"s3://{BUCKET}/hanging/data")
     config = config_of(tmp_path / "run", url, f"s3://{BUCKET}/hanging/state")
     hold = Hold(tmp_path, "writer: before reading again", 1)

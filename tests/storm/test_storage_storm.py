@@ -1,4 +1,4 @@
-"""S3 storage on a real server, Ceph's, while three requests in ten meet a fault, and while it is away."""
+"""S3 storage on a real server (Ceph) while three requests in ten meet a fault, and during an outage."""
 
 import signal
 import threading
@@ -19,7 +19,7 @@ from tests.support.faults.proxy import KINDS, FaultProxy
 from tests.support.s3 import BUCKET
 from tests.support.speed import scaled
 
-# Together more than 0.3: half of the kinds suit only requests, or only answers, that have a body.
+# More than 0.3 in total: half of the kinds apply only to requests or answers that have a body.
 RATES = {kind: 0.02 if kind in ("stall_request", "stall_reply", "trickle") else 0.055 for kind in KINDS}
 WRITERS = 8
 
@@ -45,7 +45,7 @@ def s3(proxy: FaultProxy, request: pytest.FixtureRequest) -> S3Storage:
 
 @pytest.fixture
 def direct(ceph: CephServer) -> Iterator[Any]:
-    """A client of the server, past the proxy."""
+    """A client that talks to the server without the proxy."""
     client = boto3.client(
         "s3",
         endpoint_url=ceph.environment["AWS_ENDPOINT_URL"],
@@ -71,7 +71,7 @@ def test_a_storm_loses_nothing(s3: S3Storage, proxy: FaultProxy, direct: Any) ->
         assert s3.list() == sorted((key, len(data)) for key, data in everything.items())
         assert list(pool.map(s3.size, objects)) == sizes
 
-        # A changed byte within a range is for its reader to notice.
+        # The reader must detect a changed byte within a range.
         proxy.set(RATES | {"flip": 0.0})
         ranges = [(key, len(data) // 3, len(data) // 2) for key, data in everything.items()]
         got = pool.map(lambda at: s3.read_range(*at), ranges)
@@ -117,10 +117,10 @@ def test_a_lost_answer_to_the_last_request_of_an_upload(kind: str, s3: S3Storage
     assert s3.read("key") == data
 
 
-def test_an_upload_that_somebody_aborted_is_an_error(
+def test_an_upload_aborted_from_outside_is_an_error(
     s3: S3Storage, direct: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where an older object of the same size lies under the key."""
+    """The same holds when an older object of the same size has the key."""
     monkeypatch.setattr(s3_module, "PART_BYTES", s3_module.MIN_PART_BYTES)
     data = np.random.default_rng(0).bytes(2 * s3_module.MIN_PART_BYTES)
     s3.write("key", data)
@@ -130,16 +130,16 @@ def test_an_upload_that_somebody_aborted_is_an_error(
         (upload,) = direct.list_multipart_uploads(Bucket=BUCKET, Prefix=s3.prefix)["Uploads"]
         direct.abort_multipart_upload(Bucket=BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
 
-    with pytest.raises(StorageError, match=r"InternalError|somebody aborted"):
+    with pytest.raises(StorageError, match=r"InternalError|the upload was aborted"):
         s3.write_stream("key", aborted_at_last(), len(data))
     assert s3.read("key") == data
 
 
 @pytest.mark.parametrize("mode", ["down", "blackhole"])
-def test_a_server_that_is_away(
+def test_a_server_outage(
     mode: str, s3: S3Storage, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_module, "ATTEMPTS", 10_000)  # the clock ends them, however quick refusals are
+    monkeypatch.setattr(s3_module, "MAX_TRIES", 10_000)  # the deadline stops the retries
     s3.write("before", b"before")
     getattr(proxy, mode)()
     with monkeypatch.context() as patch:
@@ -163,7 +163,7 @@ def test_a_server_that_is_away(
 def test_a_server_that_hangs_and_answers_late(
     s3: S3Storage, ceph: CephServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attempts that were given up reach it all the same, after it wakes."""
+    """Abandoned attempts still reach the server when it resumes."""
     monkeypatch.setattr(transfer, "STALL_S", scaled(1.0))
     ceph.gateway.send_signal(signal.SIGSTOP)
     try:

@@ -1,1 +1,1 @@
-"""What tests share: small data sets, models and runs, and servers."""
+"""What tests share: small data sets, models and runs, servers, and clusters."""

@@ -1,4 +1,4 @@
-"""A Python that has what the project depends on, and not the project: a machine where it is not installed."""
+"""A Python with the project's dependencies but without the project itself."""
 
 import sysconfig
 import venv
@@ -6,9 +6,10 @@ from pathlib import Path
 
 
 def bare_python(folder: Path) -> Path:
-    """Make a virtual environment here, and return its interpreter.
+    """Make a virtual environment in this folder, and return its interpreter.
 
-    It reads the packages of this one by a plain path, in which Python follows no links of editable installs.
+    It reads the packages of the current environment through a plain path, where Python ignores the links of
+    editable installs.
     """
     venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
     python = folder / "bin/python"

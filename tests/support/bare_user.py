@@ -1,4 +1,4 @@
-"""Programs for whom permissions count, also when the tests are run by root."""
+"""Processes that file permissions apply to, even when root runs the tests."""
 
 import os
 import shutil

@@ -1,15 +1,16 @@
-"""Checkpoints put in one go by the shipped pieces: no run, no writer process."""
+"""Checkpoints written in one call by the shipped code: no run, no writer process."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from dit_scale.checkpoint import rankfile
 from dit_scale.checkpoint.manifest import CHECKPOINTS, CheckpointId, Manifest
-from dit_scale.checkpoint.partition import Partition
-from dit_scale.checkpoint.rankfile import Bytes, Piece
-from dit_scale.checkpoint.writer import put_manifest
+from dit_scale.checkpoint.partition import ParameterSlice, Partition
+from dit_scale.checkpoint.rankfile import Bytes
+from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.config import TrainConfig
 from dit_scale.storage import Storage
 
@@ -20,9 +21,9 @@ Ranks = Sequence[Iterable[Partition]]
 def write(
     root: Storage, checkpoint_id: CheckpointId, ranks: Ranks, folder: str = CHECKPOINTS, **fields: Any
 ) -> Manifest:
-    """Put the rank files and the manifest of a checkpoint below a folder of the root.
+    """Write the rank files and the manifest of a checkpoint below a folder of the root.
 
-    `fields` are of the manifest; the shapes are those of flat parameters if they are not among them.
+    `fields` override those of the manifest; by default the shapes are those of flat parameters.
     """
     files = tuple(write_rank(root, checkpoint_id, rank, owned, folder) for rank, owned in enumerate(ranks))
     defaults = {
@@ -38,7 +39,7 @@ def write(
         "files": files,
     }
     manifest = Manifest.model_validate({**defaults, **fields})
-    put_manifest(root, manifest, folder)
+    write_manifest(root, manifest, folder)
     return manifest
 
 
@@ -49,27 +50,25 @@ def write_rank(
     owned: Iterable[Partition],
     folder: str = CHECKPOINTS,
 ) -> rankfile.FileRecord:
-    """Put the file of one rank, with all kinds that its partitions hold."""
-    return rankfile.write(root, f"{checkpoint_id.path(folder)}/{rankfile.name_of_rank(rank)}", pieces(owned))
+    """Write the file of one rank, with all kinds that its partitions hold."""
+    return rankfile.write(root, f"{checkpoint_id.path(folder)}/{rankfile.file_name(rank)}", *flat(owned))
 
 
-def pieces(owned: Iterable[Partition]) -> list[tuple[Piece, Bytes]]:
-    """The tensors of a rank's file."""
-    return [
-        (
-            Piece(kind, extent.parameter, extent.start, extent.length),
-            buffer.detach().numpy()[extent.offset : extent.offset + extent.length].view(np.uint8),
-        )
-        for partition in owned
-        for kind, buffer in partition.buffers.items()
-        for extent in partition.extents
-    ]
+def flat(owned: Iterable[Partition]) -> tuple[Bytes, list[tuple[str, ParameterSlice]]]:
+    """Everything that a rank owns in one flat memory, and the layout of that memory."""
+    values, slices, first = [np.empty(0, np.float32)], list[tuple[str, ParameterSlice]](), 0
+    for partition in owned:
+        for kind, buffer in partition.buffers.items():
+            values.append(buffer.detach().numpy())
+            slices += [(kind, replace(slice_, offset=first + slice_.offset)) for slice_ in partition.slices]
+            first += buffer.numel()
+    return np.concatenate(values).view(np.uint8), slices
 
 
 def _flat_shapes(ranks: Ranks) -> dict[str, tuple[int]]:
     sizes: dict[str, int] = {}
     for owned in ranks:
         for partition in owned:
-            for extent in partition.extents:
-                sizes[extent.parameter] = sizes.get(extent.parameter, 0) + extent.length
+            for slice_ in partition.slices:
+                sizes[slice_.parameter] = sizes.get(slice_.parameter, 0) + slice_.length
     return {parameter: (size,) for parameter, size in sizes.items()}

@@ -28,9 +28,9 @@ def write_latents(
     shard_samples: int = 16,
     views: int = 2,
 ) -> None:
-    """A finished data set of `num` random samples, a pure function of the arguments.
+    """Write a finished data set of `num` random samples, a pure function of the arguments.
 
-    Real ones have two views; with one, records are half as long.
+    Real data sets have two views; with one, records are half as long.
     """
     storage = open_storage(url)
     side = image_size // 8
@@ -65,7 +65,7 @@ def write_latents(
 
 
 def edit_info(folder: Path, **changes: object) -> None:
-    """Change keys of dataset.json, on purpose: its digest is made again."""
+    """Change keys of dataset.json on purpose, with a new digest."""
     tree = unseal((folder / INFO_KEY).read_bytes(), str(folder), DataError)
     (folder / INFO_KEY).write_bytes(sealed(tree | changes))
 

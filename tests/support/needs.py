@@ -1,6 +1,6 @@
-"""What a test needs beyond the packages of this project: without it, it skips and says so, or fails.
+"""Components that a test needs beyond this project's packages: without one, it skips or fails.
 
-`DIT_SCALE_REQUIRE_ALL=1` makes a missing component a failure: nothing may go untested unnoticed there.
+`DIT_SCALE_REQUIRE_ALL=1` turns a missing component into a failure, so that no test is left out unnoticed.
 """
 
 import os
@@ -9,7 +9,7 @@ import pytest
 
 
 def needs(there: bool, what: str) -> None:
-    """Go on only if it is there."""
+    """Continue only if the component is there."""
     if not there:
         if os.environ.get("DIT_SCALE_REQUIRE_ALL") == "1":
             pytest.fail(f"missing: {what}")

@@ -1,4 +1,4 @@
-"""Draws as docs/formats.md has them, in Python's own integers: what `dit_scale.rng` is compared with.
+"""Draws as docs/formats.md defines them, in Python's own integers: the reference for `dit_scale.rng`.
 
 Key: (seed, purpose). Counter: (position low, position high, block, stream). Purposes are plain numbers here.
 """
@@ -10,7 +10,7 @@ _LOW = 0xFFFFFFFF
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
-    """Figure 2 of Salmon et al. 2011: four words of 32 bits."""
+    """Four words of 32 bits. Figure 2 of Salmon et al. 2011."""
     k0, k1 = key
     left0, right0, left1, right1 = counter
     for _ in range(10):
@@ -22,7 +22,7 @@ def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
 
 
 def words(seed: int, purpose: int, position: int, num_words: int, stream: int = 0) -> list[int]:
-    """The first words of a position's stream."""
+    """Return the first words of a position's stream."""
     found: list[int] = []
     for block in range(-(-num_words // 4)):
         found += philox((position & _LOW, position >> 32, block, stream), (seed, purpose))
@@ -30,12 +30,12 @@ def words(seed: int, purpose: int, position: int, num_words: int, stream: int = 
 
 
 def uniform(seed: int, purpose: int, position: int) -> float:
-    """In [0, 1)."""
+    """Return a number in [0, 1)."""
     return words(seed, purpose, position, 1)[0] / 2**32
 
 
 def normals(seed: int, purpose: int, position: int, count: int) -> list[float]:
-    """Standard normals by Box-Muller, the cosine before the sine; `count` is even."""
+    """Return standard normals by Box-Muller, cosine before sine; `count` is even."""
     drawn = words(seed, purpose, position, count)
     found: list[float] = []
     for first, second in zip(drawn[::2], drawn[1::2], strict=True):

@@ -1,4 +1,4 @@
-"""An S3 server on loopback for tests: moto's, over real HTTP, with its environment."""
+"""An S3 server on loopback for tests: moto over real HTTP, and its environment variables."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -10,7 +10,7 @@ BUCKET = "latents"
 
 @contextmanager
 def s3_server() -> Iterator[dict[str, str]]:
-    """Start the server with an empty bucket; yields the variables that lead boto3 to it."""
+    """Start the server with an empty bucket; yield the variables that point boto3 at it."""
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -30,7 +30,7 @@ def s3_server() -> Iterator[dict[str, str]]:
 
 
 def make_bucket(environment: dict[str, str], bucket: str) -> None:
-    """An empty bucket on the server that these variables lead to."""
+    """Make an empty bucket on the server that these variables point to."""
     import boto3
 
     client = boto3.client(

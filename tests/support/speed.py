@@ -1,9 +1,9 @@
-"""How slow this machine is, for the limits of tests: no test fails because a machine was slow.
+"""How slow this machine is, for the limits of tests: no test fails because a machine is slow.
 
     TIMEOUT_S = scaled(400.0)
 
-A limit is set as on the machine of the reference, which had 2 cores, and grows by the factor that is measured
-here. Processes that a test starts inherit the factor, so that all of them have the same limits.
+A limit is written for the reference machine, which had 2 cores, and grows by the factor that is measured
+here. Processes that a test starts inherit the factor, so that all have the same limits.
 """
 
 import json
@@ -13,24 +13,24 @@ import time
 
 VARIABLE = "DIT_SCALE_TEST_SLOWNESS"
 REFERENCE_S = 0.02
-"""How long `_work` takes on one idle core of the reference, an AMD EPYC of 2024."""
+"""How long `_work` takes on one idle core of the reference machine, an AMD EPYC of 2024."""
 
 
 def slowness() -> float:
-    """How many times longer than on the reference work takes; at least 1. Measured at the first call."""
+    """How many times longer than on the reference machine work takes, at least 1; measured once."""
     if VARIABLE not in os.environ:
         os.environ[VARIABLE] = str(max(1.0, statistics.median(_work() for _ in range(9)) / REFERENCE_S))
     return float(os.environ[VARIABLE])
 
 
 def scaled(limit_s: float) -> float:
-    """A limit in seconds, as long for this machine as `limit_s` is for the reference."""
+    """Scale a limit in seconds of the reference machine to this machine."""
     return limit_s * slowness()
 
 
 def _work() -> float:
-    """Seconds that a fixed piece of work takes: interpreted code and fp32 kernels, as in training."""
-    import torch  # here alone: most processes that ask find the factor, and do not need it
+    """Measure the seconds of a fixed piece of work: interpreted code and fp32 kernels, as in training."""
+    import torch  # imported here, because most processes inherit the factor and do not need it
 
     begin_s = time.perf_counter()
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""A run's folder with checkpoints of a tiny model, made without training."""
+"""A run folder with checkpoints of a tiny model, made without training."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_scale import vae_files
 from dit_scale.checkpoint.manifest import CheckpointId
-from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Extent, Partition
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, ParameterSlice, Partition
 from dit_scale.config import TrainConfig, dump
 from dit_scale.models import dit
 from dit_scale.storage import open_storage
@@ -31,14 +31,14 @@ def tiny_config(run: Path, vae: str) -> TrainConfig:
 
 
 def random_weights(config: TrainConfig, seed: int) -> dict[str, Tensor]:
-    """Of every trainable parameter; none is zero, as the last layers of a new model would be."""
+    """Return every trainable parameter; none is zero, unlike the last layers of a new model."""
     generator = torch.Generator().manual_seed(seed)
     parameters = dit.build(config.model, 0, device="meta", initialise=False).named_parameters()
     return {name: 0.05 * torch.randn(tuple(p.shape), generator=generator) for name, p in parameters}
 
 
 def write_run(run: Path, vae: str, step: int = STEP) -> dict[str, dict[str, Tensor]]:
-    """Write the run, or one more checkpoint of it, as two ranks would; its EMA profiles are returned."""
+    """Write the run, or one more checkpoint of it, as two ranks would; return its EMA profiles."""
     config = tiny_config(run, vae)
     averages = {name: random_weights(config, seed) for seed, name in enumerate(PROFILES)}
     checkpoints.write(
@@ -54,12 +54,12 @@ def write_run(run: Path, vae: str, step: int = STEP) -> dict[str, dict[str, Tens
 
 
 def _share(averages: dict[str, dict[str, Tensor]], rank: int) -> list[Partition]:
-    """The first or the second half of every parameter."""
+    """Return the first or the second half of every parameter."""
     partitions = []
     for parameter, whole in averages["first"].items():
         start, end = rank * whole.numel() // 2, (rank + 1) * whole.numel() // 2
         buffers = {kind: torch.zeros(end - start) for kind in OPTIMIZER_KINDS}
         for profile, weights in averages.items():
             buffers[ema_kind(profile)] = weights[parameter].flatten()[start:end].clone()
-        partitions.append(Partition(buffers, (Extent(parameter, start, end - start, 0),)))
+        partitions.append(Partition(buffers, (ParameterSlice(parameter, start, end - start, 0),)))
     return partitions

@@ -1,10 +1,10 @@
-"""Random AutoencoderKLs, saved as users' VAEs are: one of a few thousand weights, one of the real size."""
+"""Random AutoencoderKLs, saved like users' VAEs: one with a few thousand weights, one of the real size."""
 
 from pathlib import Path
 
 
 def save_tiny_vae(folder: Path, seed: int = 0, num_levels: int = 4) -> str:
-    """Write config.json and safetensors; `num_levels` 4 divides the image by 8, as the real one does."""
+    """Write config.json and safetensors; `num_levels` 4 divides the image size by 8, as in the real VAE."""
     import torch
     from diffusers import AutoencoderKL
 

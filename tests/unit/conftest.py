@@ -1,17 +1,39 @@
-"""What tests of commands need that run in their own process."""
+"""Fixtures shared by the unit tests."""
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from dit_scale import signals
+from dit_scale.elastic.board import Board
+from dit_scale.storage import Storage, open_storage
+from tests.support.tiny_vae import save_tiny_vae
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Storage:
+    """Storage in an empty folder."""
+    return open_storage(tmp_path)
+
+
+@pytest.fixture
+def board(root: Storage) -> Board:
+    """An empty board."""
+    return Board(root)
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a small autoencoder with random weights."""
+    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture
 def same_process() -> Iterator[None]:
-    """Commands run in this process here: put back what they set for their own."""
+    """Restore the process-wide settings that a command changes when a test runs it in this process."""
     handlers = {number: signal.getsignal(number) for number in signals.ALL}
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

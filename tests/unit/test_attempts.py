@@ -27,11 +27,6 @@ def claim(root: Storage, number: int, resumed_from: CheckpointId | None = None) 
     attempts.claim(root, AttemptRecord(number, resumed_from))
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Storage:
-    return open_storage(tmp_path)
-
-
 # Records
 
 
@@ -94,9 +89,7 @@ def test_an_attempt_is_current_until_the_next_one(root: Storage) -> None:
     attempts.check_current(root, 1)
     claim(root, 2)
     attempts.check_current(root, 2)
-    with pytest.raises(
-        SupersededError, match="attempt 2 of this run has begun; attempt 1 may change nothing"
-    ):
+    with pytest.raises(SupersededError, match="attempt 2 of this run has started; attempt 1 is superseded"):
         attempts.check_current(root, 1)
 
 
@@ -215,7 +208,9 @@ def test_the_newest_record_is_gone(root: Storage) -> None:
     assert attempts.newest(root) == AttemptRecord(1)
     assert committed(root) == [CheckpointId(15, 2), CheckpointId(10, 1)], "20 was left behind"
     (problem,) = attempts.problems(root)
-    assert problem.startswith(f"{root.url}/attempts/0002.json is missing; checkpoints of attempt 2 count as")
+    assert problem.startswith(
+        f"{root.url}/attempts/0002.json is missing; all readable checkpoints of attempt 2 count"
+    )
     claim(root, 3, CheckpointId(15, 2))
     save(root, CheckpointId(16, 3))
     assert committed(root) == [CheckpointId(16, 3), CheckpointId(15, 2), CheckpointId(10, 1)]
@@ -246,9 +241,9 @@ def test_a_checkpoint_whose_attempt_left_nothing_else(root: Storage) -> None:
 def test_numbers_with_gaps_keep_old_attempts_out(root: Storage) -> None:
     claim(root, 1)
     claim(root, 4)
-    with pytest.raises(SupersededError, match="attempt 4 of this run has begun; attempt 1 may change"):
+    with pytest.raises(SupersededError, match="attempt 4 of this run has started; attempt 1 is superseded"):
         attempts.check_current(root, 1)
-    with pytest.raises(SupersededError, match="attempt 4 of this run has begun; attempt 2 may change"):
+    with pytest.raises(SupersededError, match="attempt 4 of this run has started; attempt 2 is superseded"):
         claim(root, 2)
     assert attempts.numbers(root) == [1, 4]
 
@@ -260,7 +255,7 @@ def test_a_record_under_another_name(root: Storage, tmp_path: Path) -> None:
     save(root, CheckpointId(20, 2))
     (tmp_path / ATTEMPTS / "0002.json").write_bytes((tmp_path / ATTEMPTS / "0001.json").read_bytes())
     with pytest.raises(
-        CheckpointError, match=r"0002\.json is the record of attempt 1: it was copied or renamed"
+        CheckpointError, match=r"0002\.json holds the record of attempt 1: it was copied or renamed"
     ):
         attempts.read(root, 2)
     assert committed(root) == [CheckpointId(20, 2), CheckpointId(10, 1)]
@@ -277,7 +272,7 @@ def test_a_checkpoint_under_another_name_is_not_read(root: Storage, tmp_path: Pa
         read_manifest(root, CheckpointId(12, 2))
     assert str(caught.value) == (
         f"{root.url}/{CheckpointId(12, 2).path()} holds step 6 of attempt 1: it was copied or renamed; "
-        "its name is 0000000006-0001"
+        "its own name is 0000000006-0001"
     )
     assert [one for one in committed(root) if attempts.is_readable(root, one)] == [CheckpointId(9, 1)]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dit_scale import cli
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, CheckpointId
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EmaProfile, TrainConfig, dump
 from dit_scale.errors import ConfigError
@@ -71,7 +71,7 @@ def write(root: Storage, folder: str, step: int, *profiles: EmaProfile, **fields
     buffers = {ema_kind(profile.name): torch.full((SIZE,), float(step)) for profile in profiles}
     checkpoint_id = CheckpointId(step, 1)
     config = config_of(*profiles).model_dump(mode="json")
-    owned = [Partition(buffers, (Extent("w", 0, SIZE, 0),))]
+    owned = [Partition(buffers, (ParameterSlice("w", 0, SIZE, 0),))]
     checkpoints.write(root, checkpoint_id, [owned], folder, config=config, **fields)
     return Checkpoint(root, checkpoint_id, folder)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from dit_scale.checkpoint import attempts, rankfile, writer
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId, FileRecord, Manifest
-from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint, fill
 from dit_scale.checkpoint.saver import Snapshot
 from dit_scale.errors import CheckpointError, SupersededError
@@ -47,42 +47,42 @@ def numbers(kind: str, parameter: str) -> Tensor:
 def layout(cuts: list[int], padding: int = 0) -> list[tuple[Partition, ...]]:
     """ZeRO 1 and 2: all parameters in one row, cut at these places; each piece is a rank's partition."""
     edges = [0, *sorted(cuts), TOTAL]
-    return [(_partition(_extents(low, high), high - low + padding),) for low, high in pairwise(edges)]
+    return [(_partition(_slices(low, high), high - low + padding),) for low, high in pairwise(edges)]
 
 
 def layout_by_parameter(world: int) -> list[tuple[Partition, ...]]:
     """ZeRO 3: every parameter cut in `world` equal parts, the last ones short or empty."""
     ranks: list[tuple[Partition, ...]] = []
     for rank in range(world):
-        extents, offset = [], 0
+        slices, offset = [], 0
         for name, shape in SHAPES.items():
             share = -(-math.prod(shape) // world)
             length = min(share, math.prod(shape) - rank * share)
             if length > 0:
-                extents.append(Extent(name, rank * share, length, offset))
+                slices.append(ParameterSlice(name, rank * share, length, offset))
             offset += share
-        ranks.append((_partition(extents, offset),))
+        ranks.append((_partition(slices, offset),))
     return ranks
 
 
-def _extents(low: int, high: int) -> list[Extent]:
-    extents, first = [], 0
+def _slices(low: int, high: int) -> list[ParameterSlice]:
+    slices, first = [], 0
     for name, shape in SHAPES.items():
         start, end = max(low, first), min(high, first + math.prod(shape))
         if start < end:
-            extents.append(Extent(name, start - first, end - start, start - low))
+            slices.append(ParameterSlice(name, start - first, end - start, start - low))
         first += math.prod(shape)
-    return extents
+    return slices
 
 
-def _partition(extents: list[Extent], size: int) -> Partition:
-    partition = blank(Partition({kind: torch.empty(size) for kind in KINDS}, tuple(extents)))
+def _partition(slices: list[ParameterSlice], size: int) -> Partition:
+    partition = blank(Partition({kind: torch.empty(size) for kind in KINDS}, tuple(slices)))
     fill([partition], KINDS, lambda kind, name, start, n: numbers(kind, name)[start : start + n])
     return partition
 
 
 def blank(partition: Partition) -> Partition:
-    return Partition({k: torch.full_like(v, -1.0) for k, v in partition.buffers.items()}, partition.extents)
+    return Partition({k: torch.full_like(v, -1.0) for k, v in partition.buffers.items()}, partition.slices)
 
 
 def write(root: Storage, ranks: checkpoints.Ranks, **fields: Any) -> Manifest:
@@ -97,11 +97,6 @@ def assert_whole(checkpoint: Checkpoint) -> None:
         for name, tensor in whole.items():
             assert tensor.dtype == torch.float32
             assert torch.equal(tensor.flatten(), numbers(kind, name))
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Storage:
-    return open_storage(tmp_path)
 
 
 @pytest.fixture
@@ -164,9 +159,11 @@ def test_blocks_of_the_real_size(root: Storage) -> None:
     elements = rankfile.BLOCK_BYTES // 4
     size = 2 * elements + 5
     values = torch.arange(size).float()
-    manifest = checkpoints.write(root, ID, [[Partition({MASTER: values}, (Extent("w", 0, size, 0),))]])
-    (piece,) = rankfile.open_file(root, PATH, manifest.files[0])
-    assert len(piece.crc32c) == 3
+    manifest = checkpoints.write(
+        root, ID, [[Partition({MASTER: values}, (ParameterSlice("w", 0, size, 0),))]]
+    )
+    (stored,) = rankfile.open_file(root, PATH, manifest.files[0])
+    assert len(stored.crc32c) == 3
     checkpoint = Checkpoint(root, ID)
     for start, end in pairwise((0, 1, elements - 1, elements, elements + 1, 2 * elements, 2 * elements + 5)):
         assert torch.equal(checkpoint.read(MASTER, "w", start, end - start), values[start:end])
@@ -196,7 +193,9 @@ def test_verify_asks_for_as_many_blocks_at_once_as_fit(
 ) -> None:
     monkeypatch.setattr(rankfile, "RUN_BYTES", 4 * 64)
     sizes = {"a": 9 * 16 + 5, "b": 3}  # ten blocks of one tensor, the last one short; one of the other
-    ranks = [[Partition({MASTER: torch.ones(n)}, (Extent(name, 0, n, 0),)) for name, n in sizes.items()]]
+    ranks = [
+        [Partition({MASTER: torch.ones(n)}, (ParameterSlice(name, 0, n, 0),)) for name, n in sizes.items()]
+    ]
     file = checkpoints.write(root, ID, ranks).files[0]
     ranges: list[tuple[int, int]] = []
     read_range = DiskStorage.read_range
@@ -263,21 +262,21 @@ def damage(data: bytes, at: int, new: bytes) -> bytes:
 
 def rank_file(folder: Path, rank: int) -> tuple[Path, bytes, int]:
     """Path, content and the first byte behind the header."""
-    path = folder / PATH / rankfile.name_of_rank(rank)
+    path = folder / PATH / rankfile.file_name(rank)
     data = path.read_bytes()
     return path, data, 8 + int.from_bytes(data[:8], "little")
 
 
-def pieces_of(folder: Path, rank: int) -> tuple[rankfile.StoredPiece, ...]:
+def slices_of(folder: Path, rank: int) -> tuple[rankfile.StoredSlice, ...]:
     root = open_storage(folder)
     return rankfile.open_file(root, PATH, Checkpoint(root, ID).manifest.files[rank])
 
 
 def tensor_at(folder: Path, rank: int, byte: int) -> str:
     """ "kind of parameter" of the tensor that holds this byte of a rank's file."""
-    for piece in pieces_of(folder, rank):
-        if piece.offset <= byte < piece.offset + piece.bytes:
-            return f"{piece.kind} of {piece.parameter}"
+    for stored in slices_of(folder, rank):
+        if stored.byte_offset <= byte < stored.byte_offset + stored.bytes:
+            return f"{stored.kind} of {stored.parameter}"
     raise AssertionError(f"byte {byte} belongs to no tensor")
 
 
@@ -298,14 +297,14 @@ def test_a_flipped_bit_of_the_data_is_named(mended: Path, rank: int) -> None:
 def test_the_elements_of_a_damaged_block_are_named(mended: Path) -> None:
     path, data, _ = rank_file(mended, 1)
     checkpoint = Checkpoint(open_storage(mended), ID)
-    piece = next(piece for piece in pieces_of(mended, 1) if piece.start == 40)
-    at = piece.offset + 4 * 20  # element 60 of the parameter, in the second block of 16 elements
+    stored = next(stored for stored in slices_of(mended, 1) if stored.start == 40)
+    at = stored.byte_offset + 4 * 20  # element 60 of the parameter, in the second block of 16 elements
     path.write_bytes(damage(data, at, b"\xff"))
-    assert checkpoint.read(piece.kind, piece.parameter, 40, 16).tolist() == [
-        *numbers(piece.kind, piece.parameter)[40:56]
+    assert checkpoint.read(stored.kind, stored.parameter, 40, 16).tolist() == [
+        *numbers(stored.kind, stored.parameter)[40:56]
     ]
     with pytest.raises(CheckpointError, match=r"CRC-32C of elements 56 to 63\b"):
-        checkpoint.read(piece.kind, piece.parameter, 58, 1)
+        checkpoint.read(stored.kind, stored.parameter, 58, 1)
 
 
 def test_a_flipped_bit_of_a_header_is_named(mended: Path) -> None:
@@ -395,7 +394,7 @@ def test_bits_that_flip_on_their_way_are_no_damage(finished: Path, small_blocks:
 def test_a_missing_file_is_named(root: Storage) -> None:
     write(root, layout([40]))
     root.delete(f"{PATH}/rank-00001.safetensors")
-    with pytest.raises(CheckpointError, match=f"{PATH}/rank-00001.safetensors: there is nothing"):
+    with pytest.raises(CheckpointError, match=f"{PATH}/rank-00001.safetensors: not found"):
         Checkpoint(root, ID)
 
 
@@ -409,14 +408,16 @@ def test_what_it_does_not_hold_is_named(root: Storage) -> None:
 
 
 @pytest.mark.parametrize(
-    "extents",
+    "slices",
     [[(0, 5)], [(0, 4), (5, 4)], [(0, 5), (4, 4)], [(0, 4), (0, 5)], [(0, 9), (9, 1)]],
     ids=["too short", "a hole", "an overlap", "twice the same", "too long"],
 )
-def test_a_parameter_that_is_not_there_whole_and_once(root: Storage, extents: list[tuple[int, int]]) -> None:
-    ranks = [[Partition({MASTER: torch.ones(n)}, (Extent(BIAS, start, n, 0),))] for start, n in extents]
+def test_a_parameter_that_is_not_there_whole_and_once(root: Storage, slices: list[tuple[int, int]]) -> None:
+    ranks = [
+        [Partition({MASTER: torch.ones(n)}, (ParameterSlice(BIAS, start, n, 0),))] for start, n in slices
+    ]
     checkpoints.write(root, ID, ranks, model_shapes={BIAS: (9,)})
-    with pytest.raises(CheckpointError, match=f"master of {BIAS} is not whole"):
+    with pytest.raises(CheckpointError, match=f"master of {BIAS} has missing or overlapping slices"):
         Checkpoint(root, ID).verify()
 
 
@@ -437,21 +438,21 @@ def test_another_format_is_refused(root: Storage, other: dict[str, Any]) -> None
 
 def test_a_configuration_of_another_version_is_refused(root: Storage) -> None:
     write(root, [], config={"new_knob": 1})
-    with pytest.raises(CheckpointError, match=r"is of another version of this program: .*\n.*new_knob"):
+    with pytest.raises(
+        CheckpointError, match=r"was written by another version of this program: .*\n.*new_knob"
+    ):
         _ = Checkpoint(root, ID).config
 
 
 @pytest.mark.parametrize(
     ("record", "field"),
     [
-        (Extent("w", 0, 4, 0), "offset"),
-        (Partition({}, ()), "extents"),
-        (rankfile.Piece(MASTER, "w", 0, 4), "start"),
-        (rankfile.StoredPiece(MASTER, "w", 0, 4, 8, ()), "offset"),
+        (ParameterSlice("w", 0, 4, 0), "offset"),
+        (Partition({}, ()), "slices"),
+        (rankfile.StoredSlice(MASTER, "w", 0, 4, 8, ()), "byte_offset"),
         (AttemptRecord(1), "resumed_from"),
         (FileRecord(key="k", bytes=8, header_bytes=8, header_sha256=""), "bytes"),
         (writer.Reply(), "problem"),
-        (writer.Source(kind=MASTER, parameter="w", start=0, length=4, memory_offset=0), "start"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -475,8 +476,8 @@ def test_a_checkpoint_is_committed_once(root: Storage) -> None:
     manifest = write(root, layout([]))
     before = root.read(f"{PATH}/{MANIFEST}")
     with pytest.raises(CheckpointError, match="has a manifest already: another process writes to this run"):
-        writer.put_manifest(root, manifest.model_copy(update={"samples": 0}))
-    writer.put_manifest(root, manifest)  # a commit whose answer was lost is tried again
+        writer.write_manifest(root, manifest.model_copy(update={"samples": 0}))
+    writer.write_manifest(root, manifest)  # a commit whose answer was lost is tried again
     assert root.read(f"{PATH}/{MANIFEST}") == before
 
 
@@ -500,7 +501,7 @@ def written(
     with open(snapshot.file, "rb") as file:
         memory = np.frombuffer(file.read(), np.uint8)
     request = writer.Write(checkpoint=ID, folders=folders)
-    return writer.write(root, rank, memory, snapshot.sources, request).files
+    return writer.write(root, rank, memory, snapshot.slices, request).files
 
 
 def commit(root: Storage, ranks: list[dict[str, FileRecord]], **fields: Any) -> writer.Reply:
@@ -547,8 +548,6 @@ def test_an_old_attempt_commits_nothing(root: Storage) -> None:
     for number in (2, 3):
         attempts.claim(root, AttemptRecord(number))
     files = written(root, layout([])[0], 0, {CHECKPOINTS: KINDS})
-    with pytest.raises(
-        SupersededError, match="attempt 3 of this run has begun; attempt 2 may change nothing"
-    ):
+    with pytest.raises(SupersededError, match="attempt 3 of this run has started; attempt 2 is superseded"):
         commit(root, [files])
     assert not root.exists(f"{PATH}/{MANIFEST}")

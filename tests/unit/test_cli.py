@@ -17,13 +17,12 @@ from dit_scale import cli, recipes
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, CheckpointId
 from dit_scale.checkpoint.reader import Checkpoint
-from dit_scale.checkpoint.writer import put_manifest
+from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.data.shards import INFO_KEY
 from dit_scale.inference.sources import open_source
 from dit_scale.storage import open_storage
 from tests.support.latents import write_latents
 from tests.support.tiny_run import STEP, write_run
-from tests.support.tiny_vae import save_tiny_vae
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMANDS = cli._parser()[1]
@@ -38,11 +37,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latents")
     write_latents(folder, num=8, shard_samples=4, num_classes=5)
     return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture
@@ -352,7 +346,7 @@ def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = Checkpoint(root, NEWEST_ID)
     next_name, damaged_name = CheckpointId(STEP + 1, 1).name, CheckpointId(STEP + 2, 1).name
     shutil.copytree(folder / NEWEST, folder / next_name, ignore=shutil.ignore_patterns(MANIFEST))
-    put_manifest(root, whole.manifest.model_copy(update={"step": STEP + 1}))
+    write_manifest(root, whole.manifest.model_copy(update={"step": STEP + 1}))
     root.write(f"{CHECKPOINTS}/{damaged_name}/{MANIFEST}", b"{}")
     assert cli.main(["checkpoint", "list", str(run), "--json"]) == 0
     damaged, *rows = json.loads(capsys.readouterr().out)
@@ -393,7 +387,7 @@ def test_checkpoint_verify(run: Path, capsys: pytest.CaptureFixture[str], tiny_v
     assert "is damaged (CRC-32C of elements" in damaged
     folder = run / CHECKPOINTS
     assert cli.main(["checkpoint", "verify", str(folder / newest)]) == 0
-    assert capsys.readouterr().out.startswith(f"{folder / newest}: whole, ")
+    assert capsys.readouterr().out.startswith(f"{folder / newest}: intact, ")
     assert cli.main(["checkpoint", "verify", str(folder / older)]) == 1
     assert f"{file}: ema.second of" in capsys.readouterr().out
 
@@ -423,21 +417,21 @@ def test_prune_says_where_the_configuration_was_edited(
     assert cli.main(["checkpoint", "prune", str(run)]) == 0
     note, gone = capsys.readouterr().out.splitlines()
     newest = CheckpointId(STEP + 1, 1).path()
-    assert note == f"note: config.yaml is not as in {newest}: checkpoint.keep: 2 -> 1"
+    assert note == f"note: config.yaml differs from {newest}: checkpoint.keep: 2 -> 1"
     assert gone == f"{CHECKPOINTS}/{NEWEST}: would be deleted"
 
 
 def test_checkpoint_keep(run: Path, capsys: pytest.CaptureFixture[str], tiny_vae: str) -> None:
     write_run(run, tiny_vae, STEP + 1)
     assert cli.main(["checkpoint", "keep", str(run), NEWEST]) == 0
-    assert capsys.readouterr().out == f"{CHECKPOINTS}/{NEWEST} stays for good\n"
+    assert capsys.readouterr().out == f"{CHECKPOINTS}/{NEWEST} is kept permanently\n"
     assert cli.main(["checkpoint", "prune", str(run), "--yes", "--keep", "1"]) == 0
     assert capsys.readouterr().out == ""
     assert cli.main(["checkpoint", "verify", str(run)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     for name in (CheckpointId(STEP + 2, 1).name, "latest"):
         said = refused(capsys, "checkpoint", "keep", str(run), name)
-        assert f"{run} has no checkpoint {name}; `dit-scale checkpoint list` shows them" in said
+        assert f"{run} has no checkpoint {name}; `dit-scale checkpoint list` prints their names" in said
 
 
 def test_nothing_is_pruned_when_the_newest_is_damaged(

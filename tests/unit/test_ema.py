@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.config import EmaProfile
 from dit_scale.train.ema import Ema, decay_at, ema_kind, power_gamma
 
@@ -16,7 +16,7 @@ PROFILES = (CONSTANT, POWER)
 
 
 def owned(*sizes: int) -> tuple[Partition, ...]:
-    return tuple(Partition({MASTER: torch.zeros(size)}, (Extent("w", 0, size, 0),)) for size in sizes)
+    return tuple(Partition({MASTER: torch.zeros(size)}, (ParameterSlice("w", 0, size, 0),)) for size in sizes)
 
 
 def averages(partitions: tuple[Partition, ...], profile: EmaProfile) -> torch.Tensor:

@@ -12,11 +12,11 @@ from pydantic import BaseModel
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.checkpoint.manifest import MANIFEST, CheckpointId
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import CheckpointConfig, TrainConfig
 from dit_scale.dist import World
-from dit_scale.elastic.launch import committed_step
+from dit_scale.elastic.run_progress import committed_step
 from dit_scale.errors import ConfigError
 from dit_scale.paths import with_absolute_paths
 from dit_scale.storage import Storage, UnavailableError, open_storage, s3
@@ -75,7 +75,7 @@ RATE = "the learning rate of step 41 is {}; as saved it would be 5.96e-05"
 )
 def test_all_that_changed_is_said(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
     saved = {"steps": 100, "optimizer": {"decay": "linear"}}
-    owned = [Partition({MASTER: torch.zeros(SIZE)}, (Extent(WEIGHT, 0, SIZE, 0),))]
+    owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice(WEIGHT, 0, SIZE, 0),))]
     config = TrainConfig.model_validate(saved).model_dump(mode="json")
     checkpoints.write(open_storage(tmp_path), NEWEST, [owned], config=config)
     notes: list[str] = []
@@ -87,7 +87,7 @@ def test_all_that_changed_is_said(tmp_path: Path, changes: dict[str, Any], said:
 def write(root: Storage, config: TrainConfig, *ids: CheckpointId, **fields: Any) -> None:
     """Checkpoints of one small tensor, of a run with this configuration."""
     for checkpoint_id in ids:
-        owned = [Partition({MASTER: torch.zeros(SIZE)}, (Extent(WEIGHT, 0, SIZE, 0),))]
+        owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice(WEIGHT, 0, SIZE, 0),))]
         known = {"config": config.model_dump(mode="json"), "data_sha256": DATA_SHA256}
         checkpoints.write(root, checkpoint_id, [owned], **known, **fields)
 
@@ -152,7 +152,7 @@ def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world
     assert found.id == NEWEST
     assert notes == [
         f"passing over checkpoint {wrong}: {tmp_path}/{wrong} holds step 30 of attempt 1: it was copied or "
-        "renamed; its name is 0000000030-0001"
+        "renamed; its own name is 0000000030-0001"
     ]
     assert committed_step(root_of(config)) == 40
 

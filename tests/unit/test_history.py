@@ -1,4 +1,4 @@
-"""Which attempt took a step, from where it can be reached, and what the run wrote down of it."""
+"""The history of a step: the attempt that took it, the checkpoints before it, and what was recorded of it."""
 
 import json
 import tempfile
@@ -14,7 +14,7 @@ from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.checkpoint.manifest import ATTEMPTS, CheckpointId
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
-from dit_scale.report.history import Past, as_taken, past_of
+from dit_scale.report.history import StepHistory, as_taken, history_of
 from dit_scale.storage import Storage, open_storage
 from tests.support import checkpoints
 
@@ -41,7 +41,7 @@ def line(step: int, loss: float, skipped: int = 0) -> dict[str, Any]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    """Attempt 2 goes on from step 10, 3 from step 20; 3 fails and is rolled back to step 12, in 4."""
+    """Attempt 2 resumes from step 10, 3 from step 20; 3 fails, and 4 starts from step 12."""
     root = open_storage(tmp_path)
     for step, attempt in ((5, 1), (10, 1), (12, 2), (20, 2), (24, 3), (30, 4)):
         checkpoints.write(root, CheckpointId(step, attempt), [])
@@ -72,7 +72,7 @@ def config(tmp_path: Path) -> TrainConfig:
 def test_the_attempt_that_took_a_step(
     config: TrainConfig, step: int, attempt: int | None, taker: int, at_most_step: int
 ) -> None:
-    past = past_of(config, step, attempt)
+    past = history_of(config, step, attempt)
     assert past.attempt == attempts.read(open_storage(config.run), taker)
     assert past.at_most_step == at_most_step
 
@@ -84,14 +84,14 @@ Starts = list[tuple[int, list[int]]]
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(1, 3), max_size=3)), min_size=1, max_size=4)
 )
-def test_every_way_of_going_on(starts: Starts) -> None:
-    """Each start goes on from one of the checkpoints that count, and commits after so many steps each."""
+def test_every_way_to_resume(starts: Starts) -> None:
+    """Each start resumes from one of the committed checkpoints and then commits some of its own."""
     with tempfile.TemporaryDirectory() as folder:
         root = open_storage(folder)
         by_attempt, by_checkpoint = begin_all(root, starts)
         for attempt, taken_by in by_attempt.items():
             for step in range(1, len(taken_by) + 1):
-                past = past_of(config_of(Path(folder), log_every_steps=STEPS), step, attempt)
+                past = history_of(config_of(Path(folder), log_every_steps=STEPS), step, attempt)
                 assert past.attempt.number == taken_by[step - 1]
                 assert past.at_most_step < step
                 for checkpoint_id in attempts.committed(root):
@@ -100,7 +100,7 @@ def test_every_way_of_going_on(starts: Starts) -> None:
 
 
 def begin_all(root: Storage, starts: Starts) -> tuple[dict[int, list[int]], dict[CheckpointId, list[int]]]:
-    """Which attempt took each step, by attempt and by checkpoint."""
+    """Return which attempt took each step, by attempt and by checkpoint."""
     by_attempt: dict[int, list[int]] = {}
     by_checkpoint: dict[CheckpointId, list[int]] = {}
     for number, (choice, commits) in enumerate(starts, 1):
@@ -117,15 +117,15 @@ def begin_all(root: Storage, starts: Starts) -> tuple[dict[int, list[int]], dict
     return by_attempt, by_checkpoint
 
 
-# What was written down
+# What was recorded
 
 
 def recorded(config: TrainConfig, step: int, attempt: int | None = None) -> tuple[float, ...] | None:
-    found = past_of(config, step, attempt).recorded
+    found = history_of(config, step, attempt).recorded
     return found and found.row
 
 
-def test_lines_that_stand_for_one_step(config: TrainConfig) -> None:
+def test_lines_for_a_single_step(config: TrainConfig) -> None:
     lines = (line(1, 0.1), line(2, 0.2), line(4, 0.4), line(5, 0.5), line(6, 0.6, skipped=1), line(22, 2.2))
     write_lines(Path(config.run) / "metrics.jsonl", *lines)
     assert recorded(config, 1) == (0.1, 2.0, 3.0, 4.0, 0.0)
@@ -136,7 +136,7 @@ def test_lines_that_stand_for_one_step(config: TrainConfig) -> None:
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
 def test_a_damaged_line_counts_as_none(config: TrainConfig, name: str) -> None:
-    """Lines have no digest: a flipped bit can take a key, or the whole form."""
+    """Lines have no checksum: a flipped bit can change a key or break the syntax."""
     write_lines(Path(config.run) / "metrics.jsonl", line(1, 0.1))
     with (Path(config.run) / name).open("a") as file:
         for text in (
@@ -148,11 +148,11 @@ def test_a_damaged_line_counts_as_none(config: TrainConfig, name: str) -> None:
     assert recorded(config, 1) == (0.1, 2.0, 3.0, 4.0, 0.0)
 
 
-def test_rows_that_a_later_checkpoint_has(config: TrainConfig) -> None:
+def test_rows_in_a_later_checkpoint(config: TrainConfig) -> None:
     rows = tuple((float(step), 2.0, 3.0, 4.0, 0.0) for step in (31, 32, 33))
     checkpoints.write(open_storage(config.run), CheckpointId(33, 4), [], pending_metrics=rows)
     assert [recorded(config, step) for step in (30, 31, 32, 33, 34)] == [None, *rows, None]
-    found = past_of(config, 32, None).recorded
+    found = history_of(config, 32, None).recorded
     assert found is not None
     assert found.where == CheckpointId(33, 4).path()
 
@@ -164,10 +164,10 @@ def test_skipped_steps_are_in_the_journal_by_attempt(config: TrainConfig) -> Non
     write_lines(Path(config.run) / "metrics.jsonl", line(20, 2.0), line(21, 2.1))
     assert str(recorded(config, 21, 3)) == "(nan, 0.1, inf, 1e-05, 1.0)"
     assert recorded(config, 21) == (2.1, 2.0, 3.0, 4.0, 0.0)
-    assert recorded(config, 22, 3) is None, "the record is of the run as it is now"
+    assert recorded(config, 22, 3) is None, "the record belongs to the run as it is now"
 
 
-def test_what_else_the_journal_knows(config: TrainConfig) -> None:
+def test_what_else_the_journal_records(config: TrainConfig) -> None:
     journal = Path(config.run) / "events.jsonl"
     write_lines(
         journal,
@@ -180,23 +180,23 @@ def test_what_else_the_journal_knows(config: TrainConfig) -> None:
     )
     with journal.open("a") as file:
         file.write('{"event": "quaran')
-    assert summary(past_of(config, 21, 3)) == ((7,), 2, ())
-    assert summary(past_of(config, 22, 3)) == ((7,), 2, ())
-    assert summary(past_of(config, 23, 3)) == ((7, 8), 2, ())
-    assert summary(past_of(config, 21, None)) == ((9,), 3, ())
-    assert summary(past_of(config, 22, None)) == ((9,), 3, (3,))
-    assert summary(past_of(config, 5, None)) == ((), None, ())
+    assert summary(history_of(config, 21, 3)) == ((7,), 2, ())
+    assert summary(history_of(config, 22, 3)) == ((7,), 2, ())
+    assert summary(history_of(config, 23, 3)) == ((7, 8), 2, ())
+    assert summary(history_of(config, 21, None)) == ((9,), 3, ())
+    assert summary(history_of(config, 22, None)) == ((9,), 3, (3,))
+    assert summary(history_of(config, 5, None)) == ((), None, ())
 
 
-def summary(past: Past) -> tuple[tuple[int, ...], int | None, tuple[int, ...]]:
+def summary(past: StepHistory) -> tuple[tuple[int, ...], int | None, tuple[int, ...]]:
     return past.quarantined, past.world, past.rolled_back
 
 
-# What the attempt computed by
+# The settings of an attempt
 
 
-def test_an_attempt_has_the_configuration_that_it_had(config: TrainConfig) -> None:
-    """Rates, guard and arithmetic of its checkpoints; places, device and what is written down of today."""
+def test_a_replay_uses_the_settings_of_the_attempt(config: TrainConfig) -> None:
+    """Rates, guard and precision come from its checkpoints; paths, device and logging are current."""
     root = open_storage(config.run)
     then = {
         "steps": 70,
@@ -217,28 +217,28 @@ def test_an_attempt_has_the_configuration_that_it_had(config: TrainConfig) -> No
     assert as_taken(config, attempts.read(root, 6)) == config, "it has no checkpoint"
 
 
-# What cannot be
+# Mistakes
 
 
 def test_steps_that_were_not_taken(config: TrainConfig) -> None:
-    assert past_of(config, 40, None).attempt.number == 4
+    assert history_of(config, 40, None).attempt.number == 4
     for beyond, log_every_steps in ((41, 10), (36, 5)):
-        with pytest.raises(ConfigError, match=f"step {beyond} was not taken yet, .* come to about 30"):
-            past_of(config_of(Path(config.run), log_every_steps), beyond, None)
+        with pytest.raises(ConfigError, match=f"step {beyond} is not taken yet; .* reached about 30"):
+            history_of(config_of(Path(config.run), log_every_steps), beyond, None)
     lowered = config.model_copy(update={"steps": 12})
-    assert past_of(lowered, 30, None).attempt.number == 4
-    with pytest.raises(ConfigError, match="step 31 was not taken yet"):
-        past_of(lowered, 31, None)
+    assert history_of(lowered, 30, None).attempt.number == 4
+    with pytest.raises(ConfigError, match="step 31 is not taken yet"):
+        history_of(lowered, 31, None)
 
 
 def test_attempts_that_do_not_exist(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected an attempt from 1 to 4, got 5"):
-        past_of(config, 5, 5)
-    with pytest.raises(CheckpointError, match="no attempt of this run has begun"):
-        past_of(config_of(tmp_path / "new"), 1, None)
+        history_of(config, 5, 5)
+    with pytest.raises(CheckpointError, match="this run has no attempt yet"):
+        history_of(config_of(tmp_path / "new"), 1, None)
 
 
 def test_a_damaged_record_is_named(config: TrainConfig) -> None:
     open_storage(config.run).write(f"{ATTEMPTS}/0002.json", b"{}")
     with pytest.raises(CheckpointError, match=r"attempts/0002\.json is damaged"):
-        past_of(config, 11, None)
+        history_of(config, 11, None)

@@ -12,6 +12,7 @@ from PIL import Image
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.images import center_crop, decode, to_array
 from dit_scale_pipeline.inputs import Entry, InputError, open_input
+from tests.support.adm_crop import adm_crop
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -24,22 +25,6 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
-
-
-def adm_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The algorithm stated once more, with numbers instead of images until the end."""
-    width, height = image.size
-    steps = []
-    while width >= 2 * size and height >= 2 * size:
-        width, height = width // 2, height // 2
-        steps.append((width, height, Image.Resampling.BOX))
-    factor = size / (width if width < height else height)
-    steps.append((round(width * factor), round(height * factor), Image.Resampling.BICUBIC))
-    for width, height, filter_ in steps:
-        image = image.resize((width, height), resample=filter_)
-    array = np.array(image)
-    first_row, first_column = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
-    return array[first_row : first_row + size, first_column : first_column + size]
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.sampled_from([8, 32, 64, 100]))

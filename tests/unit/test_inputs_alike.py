@@ -4,7 +4,7 @@ import io
 import os
 import secrets
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +20,7 @@ from dit_scale_pipeline.inputs import Entry, Listing, Progress, open_input
 from dit_scale_pipeline.inputs.archives import ArchiveInput
 from dit_scale_pipeline.inputs.saved import current_listing, load_listing, save_listing
 from tests.support.archives import ARCHIVES, KINDS, Images, tar_of, upload, watch_reads, write_parquet
-from tests.support.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET
 
 SIZE = 16
 
@@ -93,12 +93,6 @@ def reference_crop(data: bytes) -> np.ndarray:
     array = np.array(image)
     top, left = (array.shape[0] - SIZE) // 2, (array.shape[1] - SIZE) // 2
     return array[top : top + SIZE, left : left + SIZE]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

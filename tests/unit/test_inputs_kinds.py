@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ from tests.support.archives import (
     watch_reads,
     web_dataset,
 )
-from tests.support.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET
 
 IMAGES: Images = {
     "n01440764": {f"n01440764_{number}.JPEG": b"one" * number for number in (1, 10, 2)},
@@ -35,12 +35,6 @@ IMAGES: Images = {
     "n01": {"n01_5.JPEG": b"three"},
 }
 EMPTY: Images = {**IMAGES, "n015": {}}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
 
 
 @pytest.fixture(params=["disk", "s3"])

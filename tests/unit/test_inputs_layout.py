@@ -21,16 +21,10 @@ from dit_scale_pipeline.inputs.layout import are_shards, remarks
 from dit_scale_pipeline.inputs.names import as_text, few, is_hidden, shown
 from dit_scale_pipeline.progress import report_listing
 from tests.support.archives import Images, class_folders, class_tars, tar_of
-from tests.support.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET
 
 NOBODY = 65534
 CLASSES: Images = {name: {"0.jpg": b"."} for name in ("n01", "n02", "n03")}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
 
 
 def put(folder: Path, *paths: str) -> str:

@@ -1,6 +1,5 @@
 """Which kind of input a source is taken for, and what that costs."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,18 +8,12 @@ from dit_scale.errors import DataError
 from dit_scale.storage import open_storage
 from dit_scale_pipeline.inputs import open_input
 from tests.support.archives import ARCHIVES, KINDS, Images, tar_of, upload, watch_reads, web_dataset
-from tests.support.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET
 
 IMAGES: Images = {
     "n01": {f"n01_{number}.JPEG": b"1" * 5000 for number in range(30)},
     "n02": {f"n02_{number}.JPEG": b"2" * 5000 for number in range(30)},
 }
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
 
 
 @pytest.fixture

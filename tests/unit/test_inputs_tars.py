@@ -4,7 +4,6 @@ import io
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from dit_scale_pipeline.inputs.base import Entry
 from dit_scale_pipeline.inputs.tars import Tar, TarMember, read_member
 from tests.support.archives import tar_of, watch_reads
 from tests.support.needs import needs
-from tests.support.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
@@ -217,12 +216,6 @@ def test_an_archive_that_is_gone_is_no_bad_image(tmp_path: Path) -> None:
     member = walk(tar_of({"a.jpg": b"1"}))[0]
     with pytest.raises(DataError, match=r"a.tar is in the listing but not here"):
         read_member(open_storage(tmp_path), entry_of(member))
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
 
 
 BIG = {f"{number}.jpg": bytes([number]) * 30_000 for number in range(100)}

@@ -1,16 +1,17 @@
-"""A job that its scheduler started again takes over from what is left running of its earlier start."""
+"""A job that its scheduler restarts supersedes what is left running of its earlier start."""
 
 from pathlib import Path
 
 import pytest
 
-from dit_scale.elastic.board import Ending, Member, Reason, Round
+from dit_scale.elastic.board import Ending, Reason, Round
 from dit_scale.elastic.node.exits import Exit
-from dit_scale.elastic.supervisor import Policy
+from dit_scale.elastic.policy import Policy
+from tests.support.nodes.members import member_of
 from tests.support.nodes.supervisors import TWO, Cluster, Node
 
 START = 7
-"""A start, and a later one; they need not follow upon each other."""
+"""A start of the job, and a later one; the numbers need not be consecutive."""
 LATER = 9
 
 
@@ -20,39 +21,39 @@ def cluster(tmp_path: Path) -> Cluster:
 
 
 def leave_by(cluster: Cluster, node: str, start: int = START) -> None:
-    """Round 1, of nodes a and b, has ended because one of them was wanted back."""
-    members = tuple(Member(name, "before", "", 1, 1, "digest", start) for name in "ab")
+    """End round 1 of nodes a and b because the scheduler wanted one of them back."""
+    members = tuple(member_of(name, boot="before", start=start) for name in "ab")
     cluster.board.seal(Round(1, members, -1))
     cluster.board.end(Ending(1, Reason.LEAVING, node, "the scheduler wants the node back"))
 
 
-def test_a_later_start_ends_the_round_and_what_is_left_of_the_earlier_one_leaves(cluster: Cluster) -> None:
+def test_a_later_start_ends_the_round_and_the_earlier_supervisors_exit(cluster: Cluster) -> None:
     a, b = Node(cluster, "a", START), Node(cluster, "b", START)
     cluster.run(a, b)
-    assert a.ranks.round == b.ranks.round == 1
+    assert a.round == b.round == 1
     later = Node(cluster, "b", LATER), Node(cluster, "c", LATER)
-    cluster.run(*later, a, b)  # much less than a lease
+    cluster.run(*later, a, b)  # much shorter than a lease
     ending = cluster.board.ending(1)
     assert ending is not None
-    assert (ending.reason, ending.text) == (Reason.LOST, "the job was started again")
+    assert (ending.reason, ending.text) == (Reason.LOST, "the job was restarted")
     assert a.code == b.code == Exit.DO_NOT_RESTART
-    assert a.ranks.round == b.ranks.round == 0
+    assert a.round == b.round == 0
     assert cluster.members(2) == [("b", LATER), ("c", LATER)]
-    assert [node.ranks.round for node in later] == [2, 2]
+    assert [node.round for node in later] == [2, 2]
 
 
-def test_who_waits_for_a_round_is_not_taken_into_one_of_a_later_start(cluster: Cluster) -> None:
+def test_a_waiting_node_does_not_become_a_member_in_a_round_of_a_later_start(cluster: Cluster) -> None:
     a = Node(cluster, "a", START)
     cluster.run(a)
     later = Node(cluster, "b", LATER), Node(cluster, "c", LATER)
-    cluster.run(*later)  # `a` is stopped meanwhile, and has the first name
+    cluster.run(*later)  # `a` is stopped meanwhile; it would be the first member
     assert cluster.members(1) == [("b", LATER), ("c", LATER)]
     cluster.run(a, *later)
     assert a.code == Exit.DO_NOT_RESTART
-    assert [node.ranks.round for node in later] == [1, 1]
+    assert [node.round for node in later] == [1, 1]
 
 
-def test_who_waits_for_a_round_leaves_as_soon_as_somebody_of_a_later_start_waits_too(
+def test_a_waiting_node_exits_as_soon_as_a_node_of_a_later_start_joins(
     cluster: Cluster,
 ) -> None:
     a = Node(cluster, "a", START)
@@ -63,13 +64,13 @@ def test_who_waits_for_a_round_leaves_as_soon_as_somebody_of_a_later_start_waits
     assert cluster.board.joined(1).nodes == ["b"]
 
 
-def test_a_round_that_the_earlier_start_was_quicker_to_begin_is_ended(cluster: Cluster) -> None:
+def test_a_round_that_the_earlier_start_sealed_first_is_ended(cluster: Cluster) -> None:
     b, c = Node(cluster, "b", LATER), Node(cluster, "c", LATER)
     cluster.run(b)
-    member = Member("b", "before", "", 1, 1, "digest", START)
+    member = member_of("b", boot="before", start=START)
     cluster.board.seal(Round(1, (member,), -1))
     cluster.run(b)
-    assert b.ranks.round == 0
+    assert b.round == 0
     ending = cluster.board.ending(1)
     assert ending is not None
     assert ending.reason == Reason.LOST
@@ -77,7 +78,7 @@ def test_a_round_that_the_earlier_start_was_quicker_to_begin_is_ended(cluster: C
     assert cluster.members(2) == [("b", LATER), ("c", LATER)]
 
 
-def test_an_earlier_start_that_comes_late_leaves_at_once(cluster: Cluster) -> None:
+def test_a_late_node_of_an_earlier_start_exits_immediately(cluster: Cluster) -> None:
     b, c = Node(cluster, "b", LATER), Node(cluster, "c", LATER)
     cluster.run(b, c)
     a = Node(cluster, "a", START)
@@ -87,17 +88,17 @@ def test_an_earlier_start_that_comes_late_leaves_at_once(cluster: Cluster) -> No
     assert cluster.board.joined(2).nodes == []
 
 
-def test_who_is_started_by_hand_goes_on_with_what_a_job_left(cluster: Cluster) -> None:
+def test_a_supervisor_started_by_hand_continues_the_newest_start(cluster: Cluster) -> None:
     leave_by(cluster, "a", LATER)
-    member = Member("a", "before", "", 1, 1, "digest", LATER + 1)
-    cluster.board.join(2, member)  # a later start that came no further
+    member = member_of("a", boot="before", start=LATER + 1)
+    cluster.board.join(2, member)  # a later start that got no further
     a, b = Node(cluster, "a", 0), Node(cluster, "b", 0)
     cluster.run(a, b)
     assert cluster.members(2) == [("a", LATER + 1), ("b", LATER + 1)]
-    assert [a.ranks.round, b.ranks.round] == [2, 2]
+    assert [a.round, b.round] == [2, 2]
 
 
-def test_a_job_that_is_started_again_waits_for_the_node_that_left_too(cluster: Cluster) -> None:
+def test_a_restarted_job_also_waits_for_the_node_that_had_left(cluster: Cluster) -> None:
     leave_by(cluster, "b")
     policy = Policy(min_nodes=1, max_nodes=2)
     a, b = Node(cluster, "a", LATER, policy), Node(cluster, "b", LATER, policy)
@@ -107,7 +108,7 @@ def test_a_job_that_is_started_again_waits_for_the_node_that_left_too(cluster: C
     assert cluster.members(2) == [("a", LATER), ("b", LATER)]
 
 
-def test_it_does_not_wait_for_long_when_its_nodes_are_others(cluster: Cluster) -> None:
+def test_a_restarted_job_on_other_nodes_does_not_wait_for_long(cluster: Cluster) -> None:
     leave_by(cluster, "b")
     c = Node(cluster, "c", LATER, Policy(min_nodes=1, max_nodes=2))
     cluster.run(c, seconds=TWO.settle_s + TWO.patience_s + 1)

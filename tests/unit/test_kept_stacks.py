@@ -1,4 +1,4 @@
-"""Stacks of ranks that stand still: those that tell where they stood are kept, also when they have ended."""
+"""Stacks of ranks that make no progress: those that show where a rank stood are kept, even after it exits."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -6,17 +6,36 @@ from pathlib import Path
 
 import pytest
 
-from dit_scale.elastic.board import Member, Round
-from dit_scale.elastic.node import group
+from dit_scale.elastic.board import Round
+from dit_scale.elastic.node import diagnosis, launcher
 from dit_scale.elastic.node.deadlines import Deadlines, Standing
+from dit_scale.elastic.node.diagnosis import Diagnosis
+from dit_scale.elastic.node.processes import ProcessTable
+from dit_scale.elastic.node.rank_files import RankFiles
+from dit_scale.elastic.node.stacks import StackArchive
 from dit_scale.heartbeat import Phase
 from tests.support.faults.small_disk import fill, small_disk
+from tests.support.nodes.members import member_of
 
-WAITS = Standing(rank=0, pid=11, section=Phase.COMPUTE, step=20, age_s=9.0, limit_s=8.0, quiet_s=8.0)
-READS = Standing(rank=1, pid=12, section=Phase.DATA, step=20, age_s=9.0, limit_s=310.0, quiet_s=8.0)
+WAITS = Standing(rank=0, pid=11, phase=Phase.COMPUTE, step=20, age_s=9.0, limit_s=8.0, quiet_s=8.0)
+READS = Standing(rank=1, pid=12, phase=Phase.DATA, step=20, age_s=9.0, limit_s=310.0, quiet_s=8.0)
+TWO_RANKS = (member_of("a", slots=2),)
 
 
-def test_ranks_are_asked_once_for_each_place_and_the_last_answer_stays(
+def diagnosis_of(folder: Path) -> Diagnosis:
+    """A diagnosis of round 1 whose ranks have written nothing."""
+    return Diagnosis(
+        round_number=1,
+        files=RankFiles(folder, range(2)),
+        processes=ProcessTable(),
+        deadlines=Deadlines(),
+        archive=StackArchive(folder / "stacks", 1, print),
+        record=lambda event, **details: None,
+        say=print,
+    )
+
+
+def test_stacks_are_requested_once_per_place_and_the_last_ones_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[int]] = []
@@ -25,48 +44,75 @@ def test_ranks_are_asked_once_for_each_place_and_the_last_answer_stays(
         asked.append(list(ranks))
         return {rank: f"answer {len(asked)}" for rank in asked[-1]}
 
-    monkeypatch.setattr(group, "ask_for_stacks", ask)
-    ranks = group.LaunchedGroup([], tmp_path, Deadlines(), stacks=tmp_path / "stacks")
-    ranks._waiting([WAITS, READS])
-    ranks._waiting([WAITS, READS])
+    monkeypatch.setattr(diagnosis, "ask_for_stacks", ask)
+    ranks = diagnosis_of(tmp_path)
+    ranks.waiting([WAITS, READS])
+    ranks.waiting([WAITS, READS])
     assert asked == [[0, 1]]
-    ranks._waiting([WAITS, replace(READS, section=Phase.COMPUTE)])
+    ranks.waiting([WAITS, replace(READS, phase=Phase.COMPUTE)])
     assert asked == [[0, 1]] * 2
 
-    ranks._waiting([])  # another node has ended its ranks, and these broke off
+    ranks.waiting([])  # another node has killed its ranks, and these have exited
     ranks.keep_stacks()
     kept = [path.read_text() for path in sorted((tmp_path / "stacks").iterdir())]
     assert kept == ["answer 2", "answer 2"]
 
-    ranks._waiting([replace(WAITS, age_s=0.1)])
-    ranks._waiting([WAITS])
-    assert asked[-1] == [0], "who got on since is asked anew"
+    ranks.waiting([replace(WAITS, age_s=0.1)])
+    ranks.waiting([WAITS])
+    assert asked[-1] == [0], "a rank that has made progress since is asked again"
 
 
-def test_a_wait_for_data_is_named_once_and_anew_in_the_next_round(
+def test_a_wait_for_data_is_reported_once_and_again_in_the_next_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
+    logged: list[str] = []
     monkeypatch.setattr(
-        group, "ask_for_stacks", lambda folder, ranks, signal_to: dict.fromkeys(ranks, "stack")
+        diagnosis, "ask_for_stacks", lambda folder, ranks, signal_to: dict.fromkeys(ranks, "stack")
     )
-    monkeypatch.setattr(group.subprocess, "Popen", lambda *command, **more: None)
-    ranks = group.LaunchedGroup([], tmp_path, Deadlines(), stacks=tmp_path / "stacks", say=said.append)
+    monkeypatch.setattr(launcher.subprocess, "Popen", lambda *command, **more: None)
+    starter = launcher.Launcher(
+        command=[],
+        folder=tmp_path,
+        deadlines=Deadlines(),
+        stacks=tmp_path / "stacks",
+        record=lambda event, **details: None,
+        say=logged.append,
+    )
     for number in (1, 2):
-        ranks.start(Round(number, (Member("a", "boot", "", 1, 2, "digest"),), -1), 0)
-        ranks._note_stalled([WAITS, READS])
-        ranks._note_stalled([WAITS, READS])
-        assert len(said) == number
-        assert said[-1].startswith("rank 1 (process 12) does not get on in DATA of step 20")
+        ranks = starter.start(Round(number, TWO_RANKS, -1), 0)
+        ranks._diagnosis.report_stalls([WAITS, READS])
+        ranks._diagnosis.report_stalls([WAITS, READS])
+        assert len(logged) == number
+        assert logged[-1].startswith("rank 1 (process 12) makes no progress in phase DATA after step 20")
         assert len(list((tmp_path / "stacks").glob(f"round-{number:06d}-*"))) == 2
 
 
-def test_stacks_that_cannot_be_kept_end_nothing(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_round_starts_without_the_heartbeats_and_verdicts_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when a supervisor takes part in a round of the same number again."""
+    monkeypatch.setattr(launcher.subprocess, "Popen", lambda *command, **more: None)
+    starter = launcher.Launcher(
+        command=[],
+        folder=tmp_path,
+        deadlines=Deadlines(),
+        stacks=tmp_path / "stacks",
+        record=lambda event, **details: None,
+        say=print,
+    )
+    first = starter.start(Round(1, TWO_RANKS, -1), 0)
+    (tmp_path / "round-000001" / "verdict-00000.json").write_text("{}")
+    second = starter.start(Round(1, TWO_RANKS, -1), 0)
+    assert first._mark != second._mark
+    assert second._files.heartbeats() == {}
+    assert second._files.verdicts() == {0: None, 1: None}
+
+
+def test_a_full_disk_loses_the_stacks_and_nothing_else(tmp_path: Path) -> None:
+    logged: list[str] = []
     with small_disk(tmp_path / "disk", 2**20) as disk:
         fill(disk)
-        ranks = group.LaunchedGroup([], tmp_path, Deadlines(), stacks=disk / "run/stacks", say=said.append)
-        ranks._write_down({0: "stack"})
-    assert len(said) == 1
-    assert said[0].startswith("ALARM: the stacks of ranks cannot be kept in ")
-    assert said[0].endswith("No space left on device")
+        StackArchive(disk / "run/stacks", 1, logged.append).write({0: "stack"})
+    assert len(logged) == 1
+    assert logged[0].startswith("ALARM: cannot keep the stacks of ranks in ")
+    assert logged[0].endswith("No space left on device")

@@ -106,7 +106,7 @@ def test_verify(latents: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_verify_names_every_problem(latents: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("00001", "00003"):
         (latents / "shards" / f"{name}.tar").unlink()
-    problems = [f"cannot read {latents}/shards/0000{shard}.tar: there is nothing" for shard in (1, 3)]
+    problems = [f"cannot read {latents}/shards/0000{shard}.tar: not found" for shard in (1, 3)]
     assert cli.main(["latents", "verify", str(latents)]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from dit_scale import cli, weights
 from dit_scale.checkpoint import rankfile
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId, Manifest
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
-from dit_scale.checkpoint.writer import put_manifest
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.config import EmaProfile, TrainConfig, dump
 from dit_scale.errors import CheckpointError
 from dit_scale.inference.posthoc import MAX_ERROR, PowerProfile, fit, lengths, overlaps
@@ -158,7 +158,7 @@ def test_nothing_stored() -> None:
 def tracked(widths: tuple[float, ...]) -> tuple[torch.Tensor, dict[PowerProfile, torch.Tensor]]:
     """Return the start of a random walk, and its averages of all widths at every stored step."""
     profiles = tuple(EmaProfile(name=str(width), sigma_rel=width) for width in widths)
-    partition = Partition({MASTER: torch.zeros(SIZE)}, (Extent("w", 0, SIZE, 0),))
+    partition = Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice("w", 0, SIZE, 0),))
     ema = Ema(profiles, (partition,))
     generator = torch.Generator().manual_seed(1)
     begin = 10 * torch.randn(SIZE, generator=generator)
@@ -208,14 +208,16 @@ def store(root: Storage, config: TrainConfig, folder: str, step: int, kinds: dic
     """Write a checkpoint with these kinds of flat fp32 state, from two ranks."""
     path, files = CheckpointId(step, 1).path(folder), []
     for rank, (low, high) in enumerate(RANKS):
-        pieces = []
+        values, slices, offset = list[torch.Tensor](), list[tuple[str, ParameterSlice]](), 0
         for kind, flat in kinds.items():
             for parameter, begin, end in (("head.weight", 0, 40), ("head.bias", 40, SIZE)):
                 first, last = max(low, begin), min(high, end)
                 if first < last:
-                    piece = rankfile.Piece(kind, parameter, first - begin, last - first)
-                    pieces.append((piece, flat[first:last].numpy().view(np.uint8)))
-        files.append(rankfile.write(root, f"{path}/{rankfile.name_of_rank(rank)}", pieces))
+                    values.append(flat[first:last])
+                    slices.append((kind, ParameterSlice(parameter, first - begin, last - first, offset)))
+                    offset += last - first
+        memory = torch.cat(values).numpy().view(np.uint8)
+        files.append(rankfile.write(root, f"{path}/{rankfile.file_name(rank)}", memory, slices))
     manifest = Manifest(
         step=step,
         samples=step * config.global_batch,
@@ -227,7 +229,7 @@ def store(root: Storage, config: TrainConfig, folder: str, step: int, kinds: dic
         optimizer_groups=(),
         files=tuple(files),
     )
-    put_manifest(root, manifest, folder)
+    write_manifest(root, manifest, folder)
 
 
 @pytest.fixture
@@ -339,7 +341,7 @@ def test_a_damaged_manifest_is_skipped(run: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_tensor_that_is_damaged_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = run / CheckpointId(800, 1).path(EMA) / rankfile.name_of_rank(1)
+    file = run / CheckpointId(800, 1).path(EMA) / rankfile.file_name(1)
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)

@@ -1,4 +1,4 @@
-"""What a node finds out about itself before a round: GPUs as nvidia-smi shows them, disks, data, folders."""
+"""Checks of a node before a round: GPUs as listed by nvidia-smi, disks, data, folders."""
 
 import os
 import shutil
@@ -10,14 +10,8 @@ from typing import Any
 import pytest
 
 from dit_scale.config import TrainConfig
-from dit_scale.elastic.launch import check_device, num_gpus
-from dit_scale.elastic.node.preflight import (
-    gpu_problems,
-    preflight,
-    run_command,
-    say_unless_shared,
-    xid_problems,
-)
+from dit_scale.elastic.node.gpus import check_device, gpu_problems, num_gpus, run_command, xid_problems
+from dit_scale.elastic.node.preflight import preflight, say_unless_shared
 from dit_scale.errors import ConfigError
 from dit_scale.storage import open_storage
 from tests.support.latents import write_latents
@@ -38,7 +32,7 @@ def config_of(tmp_path: Path, **changes: Any) -> TrainConfig:
 
 
 def node(gpus: str | None, apps: str = "", kernel: str | None = "") -> Callable[[Sequence[str]], str | None]:
-    """A node on which nvidia-smi and dmesg print this."""
+    """A node on which nvidia-smi and dmesg print these texts."""
 
     def query(command: Sequence[str]) -> str | None:
         if command[0] == "dmesg":
@@ -57,32 +51,32 @@ def _nothing_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def test_a_sound_node_without_gpus(tmp_path: Path) -> None:
-    said: list[str] = []
-    assert preflight(config_of(tmp_path), 1, said.append) == []
-    assert said == ["GPUs are not looked at: engine.device is cpu"]
+def test_a_healthy_node_without_gpus(tmp_path: Path) -> None:
+    logged: list[str] = []
+    assert preflight(config_of(tmp_path), 1, logged.append) == []
+    assert logged == ["skipping the GPU checks: engine.device is cpu"]
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
 
 
-def test_a_sound_node_with_gpus() -> None:
-    said: list[str] = []
-    assert gpu_problems("auto", 2, said.append, node(gpus())) == []
-    assert said == []
+def test_a_healthy_node_with_gpus() -> None:
+    logged: list[str] = []
+    assert gpu_problems("auto", 2, logged.append, node(gpus())) == []
+    assert logged == []
 
 
 @pytest.mark.parametrize(("visible", "num"), [("3", 1), ("GPU-1a,MIG-2b", 2), ("-1", 0), ("NoDevFiles", 0)])
-def test_assigned_gpus_that_are_not_there_are_a_problem(
+def test_missing_gpus_that_were_assigned_are_a_problem(
     monkeypatch: pytest.MonkeyPatch, visible: str, num: int
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert num_gpus() == num
     problems = gpu_problems("auto", 1, lambda text: None, node(None))
     assert len(problems) == bool(num)
-    assert all(f"CUDA_VISIBLE_DEVICES={visible} assigns GPUs and nvidia-smi" in text for text in problems)
+    assert all(f"CUDA_VISIBLE_DEVICES={visible} assigns GPUs, but nvidia-smi" in text for text in problems)
     assert gpu_problems("cpu", 1, lambda text: None, node(None)) == []
 
 
-def test_a_slurm_job_without_gpus_must_be_meant_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slurm_job_without_gpus_must_ask_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     check_device("auto")
@@ -91,20 +85,20 @@ def test_a_slurm_job_without_gpus_must_be_meant_for_cpus(monkeypatch: pytest.Mon
     check_device("cpu")
     for device in ("auto", "cuda"):
         with pytest.raises(
-            ConfigError, match=f"device={device}, .* partition short has no GPU: ask for some"
+            ConfigError, match=f"device={device}, .* partition short has no GPU: request GPUs"
         ):
             check_device(device)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     check_device("auto")
 
 
-def test_a_gpu_that_counts_no_errors_is_sound() -> None:
+def test_a_gpu_without_an_error_counter_is_healthy() -> None:
     assert gpu_problems("auto", 2, print, node(gpus(ecc="[N/A]"))) == []
 
 
-def test_no_gpu_is_a_problem_where_one_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_gpu_is_a_problem_if_one_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     (problem,) = gpu_problems("cuda", 1, print, node(None))
-    assert "nvidia-smi shows no GPU" in problem
+    assert "nvidia-smi lists no GPU" in problem
     assert gpu_problems("auto", 1, print, node(None)) == []
     assert "will run on the CPU" in capsys.readouterr().out
 
@@ -114,7 +108,7 @@ def test_too_few_gpus() -> None:
     assert "2 GPUs are visible, expected 4" in problem
 
 
-def test_a_gpu_in_use_names_its_user() -> None:
+def test_the_process_that_uses_a_gpu_is_named() -> None:
     apps = "GPU-1a, 4711, python\nGPU-0a, 12, other\n"
     mine, other = gpu_problems("auto", 2, print, node(gpus(used_mib=9000), apps))
     assert "GPU 0 has 9000 MiB in use by 12, other" in mine
@@ -129,8 +123,8 @@ def test_a_gpu_that_no_rank_will_use_may_be_in_use() -> None:
 def test_ecc_errors() -> None:
     problems = gpu_problems("auto", 2, print, node(gpus(ecc="3")))
     assert [problem.partition(",")[0] for problem in problems] == [
-        "GPU 0 (GPU-0a) counts 3 uncorrected ECC errors",
-        "GPU 1 (GPU-1a) counts 3 uncorrected ECC errors",
+        "GPU 0 (GPU-0a) has 3 uncorrected ECC errors",
+        "GPU 1 (GPU-1a) has 3 uncorrected ECC errors",
     ]
 
 
@@ -145,7 +139,7 @@ def test_ecc_errors() -> None:
         ("0", 2, False),
     ],
 )
-def test_the_ranks_get_the_gpus_that_were_assigned(
+def test_the_gpus_of_the_ranks_must_be_assigned(
     monkeypatch: pytest.MonkeyPatch, assigned: str, slots: int, sound: bool
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", assigned)
@@ -163,23 +157,21 @@ KERNEL = """\
 
 def test_xid_errors_of_devices_count_and_those_of_programs_do_not() -> None:
     (problem,) = xid_problems(KERNEL, 2060.5, print)
-    assert problem.startswith(
-        "Xid 79 (the GPU has fallen off the bus) of the GPU at PCI:0000:3b:00, 1 min ago"
-    )
+    assert problem.startswith("Xid 79 (GPU has fallen off the bus) on the GPU at PCI:0000:3b:00, 1 min ago")
     assert xid_problems(KERNEL, 2000.5 + 2 * 86400, print) == []
 
 
 def test_kernel_messages_that_cannot_be_read_are_no_problem() -> None:
-    said: list[str] = []
-    assert gpu_problems("auto", 2, said.append, node(gpus(), kernel=None)) == []
-    assert said == ["Xid errors are not looked at: this user cannot read the kernel's messages"]
+    logged: list[str] = []
+    assert gpu_problems("auto", 2, logged.append, node(gpus(), kernel=None)) == []
+    assert logged == ["skipping the Xid check: this user cannot read the kernel messages"]
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, GIB - 1))
     problems = preflight(config_of(tmp_path), 1)
     assert ["TMPDIR" in problem for problem in problems] == [True, False]
-    assert f"{tmp_path / 'run'} has 1.07 GB of room" in problems[1]
+    assert f"{tmp_path / 'run'} has 1.07 GB of free space" in problems[1]
 
 
 def test_room_for_a_checkpoint_is_needed_where_checkpoints_go(
@@ -193,54 +185,56 @@ def test_room_for_a_checkpoint_is_needed_where_checkpoints_go(
     assert preflight(config_of(tmp_path, **large, checkpoint={"url": str(tmp_path / "s")}), 1) != []
 
 
-def test_a_data_set_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_data_set(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     (tmp_path / "data" / "dataset.json").unlink()
     (problem,) = preflight(config, 1)
-    assert "the data set cannot be read" in problem
+    assert "cannot read the data set" in problem
 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
     config = config_of(tmp_path, checkpoint={"url": str(tmp_path / "state")})
     (tmp_path / "run").write_text("a file")
     (problem,) = preflight(config, 1)
-    assert problem.startswith(f"run={tmp_path / 'run'} cannot be written")
+    assert problem.startswith(f"cannot write run={tmp_path / 'run'}")
     shutil.rmtree(tmp_path / "state")
     (tmp_path / "state").write_text("a file")
-    assert any("root of the checkpoints cannot be written" in problem for problem in preflight(config, 1))
+    assert any("cannot write the root of the checkpoints" in problem for problem in preflight(config, 1))
 
 
 @pytest.mark.parametrize(
-    ("kind", "most_nodes", "said"),
+    ("kind", "most_nodes", "is_logged"),
     [("xfs\n", 2, True), ("xfs\n", 1, False), ("nfs\n", 2, False), (None, 2, False)],
 )
-def test_a_folder_that_only_this_node_sees_is_said(
-    tmp_path: Path, kind: str | None, most_nodes: int, said: bool
+def test_a_folder_that_only_this_node_sees_is_logged(
+    tmp_path: Path, kind: str | None, most_nodes: int, is_logged: bool
 ) -> None:
-    heard: list[str] = []
-    say_unless_shared(open_storage(tmp_path / "run"), most_nodes, heard.append, lambda command: kind)
-    assert [f"{tmp_path / 'run'} is on a disk of this node (xfs)" in text for text in heard] == [True] * said
+    logged: list[str] = []
+    say_unless_shared(open_storage(tmp_path / "run"), most_nodes, logged.append, lambda command: kind)
+    assert [f"{tmp_path / 'run'} is on a disk of this node (xfs)" in text for text in logged] == [
+        True
+    ] * is_logged
 
 
 def test_a_bucket_is_seen_by_all_nodes() -> None:
     say_unless_shared(open_storage("s3://bucket/run"), 2, pytest.fail)
 
 
-def test_a_clock_that_is_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, said = config_of(tmp_path), list[str]()
+def test_a_clock_that_differs_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, logged = config_of(tmp_path), list[str]()
     write_bytes = Path.write_bytes
 
-    def behind(path: Path, data: bytes) -> int:
+    def with_old_time(path: Path, data: bytes) -> int:
         written = write_bytes(path, data)
         os.utime(path, (1e9, 1e9))
         return written
 
-    monkeypatch.setattr(Path, "write_bytes", behind)
-    assert preflight(config, 1, said.append) == []
-    assert f"s off that of {config.run}" in said[-1]
+    monkeypatch.setattr(Path, "write_bytes", with_old_time)
+    assert preflight(config, 1, logged.append) == []
+    assert f"s from that of {config.run}" in logged[-1]
 
 
-def test_a_command_that_fails_says_nothing() -> None:
+def test_a_command_that_fails_has_no_output() -> None:
     assert run_command(("true",)) == ""
     assert run_command(("false",)) is None
     assert run_command(("no-such-program",)) is None

@@ -1,11 +1,13 @@
-"""What a rank says of its own end."""
+"""How a rank records its end, and how it checks that it can reach rank 0."""
 
+import json
 import socket
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
-from dit_scale.elastic.node.exits import Exit, exit_code
+from dit_scale.elastic.node.exits import Exit, Verdict, exit_code, read_verdict, write_verdict
 from dit_scale.elastic.node.rank import is_second_hand, reach
 from dit_scale.errors import (
     ConfigError,
@@ -39,27 +41,38 @@ def test_an_error_that_another_rank_caused_is_second_hand(error: Exception, seco
     assert is_second_hand(error) == second_hand
 
 
-def test_errors_that_a_person_must_mend_are_told_from_those_that_may_pass() -> None:
-    hopeless = (StabilityError(""), ConfigError(""), WeightsError(""))
-    passing = (DataError(""), StorageError(""), DeviceError(""), RuntimeError(""))
-    assert {exit_code(error) for error in hopeless} == {Exit.DO_NOT_RESTART}
-    assert {exit_code(error) for error in passing} == {Exit.FAILED}
+def test_only_permanent_errors_forbid_a_restart() -> None:
+    permanent = (StabilityError(""), ConfigError(""), WeightsError(""))
+    transient = (DataError(""), StorageError(""), DeviceError(""), RuntimeError(""))
+    assert {exit_code(error) for error in permanent} == {Exit.DO_NOT_RESTART}
+    assert {exit_code(error) for error in transient} == {Exit.FAILED}
 
 
-def test_the_node_of_rank_0_may_be_there_before_its_rank_listens() -> None:
+def test_the_node_of_rank_0_may_respond_before_its_rank_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         reach("127.0.0.1", port, within_s=1)
     reach("127.0.0.1", port, within_s=1)
 
 
-def test_a_node_of_rank_0_that_does_not_answer_is_named() -> None:
+def test_a_node_of_rank_0_that_does_not_respond_is_named() -> None:
     with socket.socket() as server, ExitStack() as clients:
         server.bind(("127.0.0.1", 0))
         server.listen(0)
         port = server.getsockname()[1]
-        clients.enter_context(socket.create_connection(("127.0.0.1", port)))  # it drops all further ones
+        clients.enter_context(
+            socket.create_connection(("127.0.0.1", port))
+        )  # it drops all further connections
         with pytest.raises(DitScaleError, match=rf"127\.0\.0\.1:{port} within 1 s: timed out; expected"):
             reach("127.0.0.1", port, within_s=1)
     with pytest.raises(DitScaleError, match=r"no-such-node\.invalid:1 within 0 s: "):
         reach("no-such-node.invalid", 1, within_s=0)
+
+
+def test_a_verdict_is_read_as_it_was_written_under_the_keys_of_its_file(tmp_path: Path) -> None:
+    verdict = Verdict(rank=3, code=1, step=7, error="RuntimeError", message="it broke", phase="COMPUTE")
+    write_verdict(tmp_path, verdict)
+    assert read_verdict(tmp_path, 3) == verdict
+    assert read_verdict(tmp_path, 4) is None
+    keys = set(json.loads((tmp_path / "verdict-00003.json").read_text()))
+    assert keys == {"rank", "code", "step", "error", "message", "section", "second_hand"}

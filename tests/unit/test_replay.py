@@ -10,7 +10,7 @@ import pytest
 from dit_scale import cli
 from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.cli.replay import text, tree
-from dit_scale.report.history import Past, Recorded
+from dit_scale.report.history import RecordedStep, StepHistory
 from dit_scale.report.replay import Replay, ReplayedSample
 from dit_scale.telemetry.meters import StepRow
 
@@ -21,10 +21,12 @@ SAMPLES = (
 )
 
 
-def replay_of(row: StepRow = GOOD, recorded: StepRow | None = GOOD, **past: Any) -> Replay:
-    where = None if recorded is None else Recorded(recorded, "metrics.jsonl")
-    known: dict[str, Any] = {"quarantined": (), "world": 2, "rolled_back": (), **past}
-    return Replay("runs/a", 7, Past(AttemptRecord(3), 6, where, **known), "checkpoints/x", 2, row, SAMPLES)
+def replay_of(row: StepRow = GOOD, recorded: StepRow | None = GOOD, **history: Any) -> Replay:
+    where = None if recorded is None else RecordedStep(recorded, "metrics.jsonl")
+    known: dict[str, Any] = {"quarantined": (), "world": 2, "rolled_back": (), **history}
+    return Replay(
+        "runs/a", 7, StepHistory(AttemptRecord(3), 6, where, **known), "checkpoints/x", 2, row, SAMPLES
+    )
 
 
 def test_for_machines() -> None:

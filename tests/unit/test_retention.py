@@ -10,13 +10,15 @@ import torch
 from dit_scale.checkpoint import attempts, retention, writer
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.errors import CheckpointError, StorageError, SupersededError
 from dit_scale.storage import DiskStorage, Storage, open_storage
 from tests.support import checkpoints
 
-RANKS = [[Partition({MASTER: torch.arange(4).float()}, (Extent("w", start, 4, 0),))] for start in (0, 4)]
+RANKS = [
+    [Partition({MASTER: torch.arange(4).float()}, (ParameterSlice("w", start, 4, 0),))] for start in (0, 4)
+]
 
 
 def id_of(step: int, attempt: int = 1) -> CheckpointId:
@@ -40,11 +42,6 @@ def start(root: Storage, number: int, resumed_from: CheckpointId | None = None) 
 def folders(root: Storage) -> list[str]:
     """All that holds something, newest first."""
     return sorted({key.rpartition("/")[0] for key, _ in root.list()} - {"attempts"}, reverse=True)
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Storage:
-    return open_storage(tmp_path)
 
 
 @pytest.fixture
@@ -188,13 +185,13 @@ def test_a_later_attempt_stops_it_before_the_next_delete(
     check_current, asked = attempts.check_current, list[Any]()
 
     def check(*arguments: Any) -> None:
-        if len(asked) == before_delete:
-            start(root, 2, id_of(30))
         asked.append(arguments)
+        if len(asked) == before_delete + 1:
+            start(root, 2, id_of(30))
         check_current(*arguments)
 
     monkeypatch.setattr(attempts, "check_current", check)
-    with pytest.raises(SupersededError, match="attempt 2 of this run has begun"):
+    with pytest.raises(SupersededError, match="attempt 2 of this run has started"):
         retention.prune(root, 1, id_of(30), 1, 0)
     assert len(deleted) == before_delete
     Checkpoint(root, id_of(30)).verify()
@@ -241,7 +238,7 @@ def test_a_commit_whose_retention_meets_a_later_attempt_is_superseded(
         return read_manifest(storage, checkpoint_id)
 
     monkeypatch.setattr(retention, "read_manifest", begin_then_read)
-    with pytest.raises(SupersededError, match="attempt 2 of this run has begun"):
+    with pytest.raises(SupersededError, match="attempt 2 of this run has started"):
         writer.commit(root, writer.Commit(files=files, manifest=manifest, keep=1, keep_every_steps=0))
 
 

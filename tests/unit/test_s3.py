@@ -1,30 +1,32 @@
 """S3 storage between a server and a network that both fail: every operation, every kind of fault."""
 
+import socket
+import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import boto3
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from moto.s3.models import s3_backends
 
 from dit_scale.errors import StorageError
-from dit_scale.storage import MissingKeyError, S3Storage, transfer
+from dit_scale.storage import MissingKeyError, S3Storage, UnavailableError, transfer
 from dit_scale.storage import s3 as s3_module
 from dit_scale.storage.transfer import BrokenError, TransferProgress, WatchedBody
 from tests.support.faults.proxy import KINDS, FaultProxy
-from tests.support.s3 import BUCKET, s3_server
+from tests.support.s3 import BUCKET
 
 PART = s3_module.MIN_PART_BYTES
 DATA = np.random.default_rng(0).bytes(2 * PART + 1000)
 FEW = DATA[:50_000]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
 
 
 @pytest.fixture
@@ -165,7 +167,7 @@ def test_an_upload_that_the_server_knows_no_more(s3: S3Storage, proxy: FaultProx
     s3.write_stream("key", pieces(DATA, PART), len(DATA))
     assert s3.read("key") == DATA
     proxy.set({"error": 1.0}, only="POST .*uploadId=", at_most=1)
-    with pytest.raises(StorageError, match=r"cannot write .*key: somebody aborted the upload"):
+    with pytest.raises(StorageError, match=r"cannot write .*key: the upload was aborted"):
         s3.write_stream("key", pieces(DATA[::-1], PART), len(DATA))
     assert s3.read("key") == DATA
     assert proxy.injected == {"late_error": 1, "error": 1}
@@ -258,7 +260,7 @@ def test_an_etag_that_is_the_md5_of_our_parts_is_checked(size: int, s3: S3Storag
 def test_an_absent_server_is_an_error_within_the_deadline(
     mode: str, s3: S3Storage, proxy: FaultProxy, direct: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not s3.exists("key")  # makes the client, which may take longer than an attempt
+    assert not s3.exists("key")  # creates the client, which may take longer than a try
     reason, stall_s = ("no answer from the S3 server; check AWS", 60.0)
     if mode == "blackhole":
         reason, stall_s = ("no answer in 0.1 s", 0.1)
@@ -278,12 +280,183 @@ def test_an_absent_server_is_an_error_within_the_deadline(
 
 
 def test_pauses_grow_to_a_limit() -> None:
-    pauses = [s3_module._pause_s(attempt) for attempt in range(1, s3_module.ATTEMPTS)]
-    for attempt, pause in enumerate(pauses):
-        expected = min(s3_module.FIRST_PAUSE_S * 2**attempt, s3_module.LONGEST_PAUSE_S)
+    pauses = [s3_module._pause_s(tries) for tries in range(1, s3_module.MAX_TRIES)]
+    for doublings, pause in enumerate(pauses):
+        expected = min(s3_module.FIRST_PAUSE_S * 2**doublings, s3_module.LONGEST_PAUSE_S)
         assert 0.5 * expected <= pause <= 1.5 * expected
     assert len(set(pauses[-8:])) > 1
-    assert 0.3**s3_module.ATTEMPTS < 1e-10
+    assert 0.3**s3_module.MAX_TRIES < 1e-10
+
+
+TRANSIENT = (
+    ("500 Internal Server Error", "InternalError"),
+    ("502 Bad Gateway", "BadGateway"),
+    ("503 Slow Down", "ServiceUnavailable"),
+    ("409 Conflict", "OperationAborted"),
+    ("429 Too Many Requests", "TooManyRequests"),
+    ("400 Bad Request", "BadDigest"),
+    ("400 Bad Request", "IncompleteBody"),
+    ("400 Bad Request", "RequestTimeout"),
+    ("400 Bad Request", "SlowDown"),
+    ("400 Bad Request", "XAmzContentSHA256Mismatch"),
+)
+PERMANENT = (
+    ("400 Bad Request", "InvalidRequest"),
+    ("403 Forbidden", "AccessDenied"),
+    ("499 Client Closed Request", "Closed"),
+    ("501 Not Implemented", "NotImplemented"),
+)
+
+
+@pytest.mark.parametrize("answer", TRANSIENT, ids=" ".join)
+def test_a_transient_error_is_retried(answer: tuple[str, str], s3: S3Storage, proxy: FaultProxy) -> None:
+    s3.write("there", FEW)
+    requests, proxy.errors = proxy.requests, [answer]
+    proxy.set({"error": 1.0}, at_most=2)
+    assert s3.read("there") == FEW
+    assert proxy.requests - requests == 3
+
+
+@pytest.mark.parametrize("answer", PERMANENT, ids=" ".join)
+def test_a_permanent_error_is_not_retried(answer: tuple[str, str], s3: S3Storage, proxy: FaultProxy) -> None:
+    s3.write("there", FEW)
+    requests, proxy.errors = proxy.requests, [answer]
+    proxy.set({"error": 1.0})
+    with pytest.raises(UnavailableError, match=rf"^cannot read s3://{BUCKET}/.*/there: {answer[1]}: "):
+        s3.read("there")
+    assert proxy.requests - requests == 1
+
+
+class Clock:
+    """Takes the place of the time module: only pauses take time."""
+
+    def __init__(self) -> None:
+        self.pauses_s: list[float] = []
+
+    def monotonic(self) -> float:
+        return sum(self.pauses_s)
+
+    def sleep(self, pause_s: float) -> None:
+        self.pauses_s.append(pause_s)
+
+
+@pytest.fixture
+def clock(environment: None, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Pauses without jitter: 1, 2, 4, 4, 4 ... s."""
+    monkeypatch.setattr(s3_module, "FIRST_PAUSE_S", 1.0)
+    monkeypatch.setattr(s3_module, "LONGEST_PAUSE_S", 4.0)
+    monkeypatch.setattr(s3_module.secrets, "randbelow", lambda limit: limit // 2)
+    clock = Clock()
+    monkeypatch.setattr(s3_module, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("last_start_s", "tries", "spent_s"),
+    [
+        (0.0, 3, 3),  # every request gets MIN_TRIES
+        (6.9, 3, 3),
+        (7.0, 4, 7),
+        (10.9, 4, 7),
+        (11.0, 5, 11),
+        (10**6, 20, 71),  # MAX_TRIES
+    ],
+)
+def test_retries_end_at_the_deadline_and_at_the_largest_number(
+    s3: S3Storage,
+    proxy: FaultProxy,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    last_start_s: float,
+    tries: int,
+    spent_s: int,
+) -> None:
+    monkeypatch.setattr(s3_module, "DEADLINE_S", last_start_s + transfer.STALL_S)
+    proxy.set({"error": 1.0})
+    with pytest.raises(UnavailableError, match=rf"key, tried {tries} times in {spent_s} s: "):
+        s3.read("key")
+    assert clock.pauses_s == [1.0, 2.0, *[4.0] * 18][: tries - 1]
+    assert proxy.requests == proxy.injected["error"] == tries
+
+
+def test_an_upload_that_failed_is_not_aborted_forever(s3: S3Storage, proxy: FaultProxy, clock: Clock) -> None:
+    def failing() -> Iterator[memoryview]:
+        yield from pieces(DATA[:PART], PART)
+        raise ValueError("no more")
+
+    proxy.set({"error": 1.0}, only="DELETE .*uploadId=")
+    with pytest.raises(ValueError, match="no more"):
+        s3.write_stream("key", failing(), len(DATA))
+    # 19 s are spent, and the next try would start later than STALL_S.
+    assert clock.pauses_s == [1.0, 2.0, 4.0, 4.0, 4.0, 4.0]
+    assert proxy.injected["error"] == 7
+
+
+@pytest.mark.parametrize("is_tls", [True, False])
+def test_an_untrusted_certificate_is_not_retried(
+    is_tls: bool, s3: S3Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other errors of TLS are: here the server does not speak it."""
+    certificate = self_signed(tmp_path) if is_tls else None
+    monkeypatch.setattr(s3_module, "MAX_TRIES", 4)
+    with counting_server(certificate) as (port, connections):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{port}")
+        with pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED" if is_tls else "SSL"):
+            s3.read("key")
+    assert len(connections) == (1 if is_tls else 4)
+
+
+@contextmanager
+def counting_server(certificate: Path | None) -> Iterator[tuple[int, list[str]]]:
+    """A server that closes every connection after the TLS handshake; yields its port and its clients."""
+    connections: list[str] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if certificate:
+        context.load_cert_chain(certificate)
+
+    def serve(listener: socket.socket) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                connection, (host, _) = listener.accept()
+                connections.append(host)
+                with connection, suppress(OSError):
+                    if certificate:
+                        context.wrap_socket(connection, server_side=True).close()
+                    else:
+                        connection.recv(1)
+                        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        yield listener.getsockname()[1], connections
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def self_signed(folder: Path) -> Path:
+    """A file with a certificate for 127.0.0.1 that nobody trusts, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    secret = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    file = folder / "certificate.pem"
+    file.write_bytes(secret + certificate.public_bytes(serialization.Encoding.PEM))
+    return file
 
 
 def test_mistakes_are_not_repeated(s3: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,14 +524,14 @@ def test_an_upload_whose_source_fails_is_aborted(end: BaseException, s3: S3Stora
 def test_pieces_that_do_not_add_up(size: int, too_much: int, s3: S3Storage, direct: Any) -> None:
     data = DATA[: size - 1] + bytes(1 + too_much)
     hold = "more" if too_much == 1 else str(size - 1)
-    with pytest.raises(StorageError, match=f"key: expected {size} bytes, the pieces hold {hold}"):
+    with pytest.raises(StorageError, match=f"key: expected {size} bytes, the chunks hold {hold}"):
         s3.write_stream("key", pieces(data, 10**6), size)
     assert s3.list() == []
     assert unfinished(direct, s3) == []
 
 
 def test_limits_of_s3(s3: S3Storage, direct: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(StorageError, match="5497558138881 bytes, and S3 takes at most 5497558138880; divide"):
+    with pytest.raises(StorageError, match="5497558138881 bytes, and S3 takes at most 5497558138880; split"):
         s3.write_stream("key", [], 5 * 2**40 + 1)
     largest = s3_module._part_bytes(s3_module.MAX_OBJECT_BYTES)
     assert largest * s3_module.MAX_PARTS >= s3_module.MAX_OBJECT_BYTES
@@ -372,39 +545,39 @@ def test_limits_of_s3(s3: S3Storage, direct: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_body_is_a_file_over_the_bytes() -> None:
-    watch = TransferProgress()
-    body = WatchedBody(bytearray(b"0123456789"), watch)
+    progress = TransferProgress()
+    body = WatchedBody(bytearray(b"0123456789"), progress)
     assert (body.readable(), body.seekable(), body.seek(0, 2), body.seek(-3, 1)) == (True, True, 10, 7)
     assert body.read() == b"789"
     assert body.seek(2) == body.tell() == 2
     assert (body.read(3), body.read(0), body.read(100), body.read(1)) == (b"234", b"", b"56789", b"")
-    assert watch.bytes == 11
-    watch.given_up = True
+    assert progress.bytes == 11
+    progress.abandoned = True
     body.seek(0)
-    with pytest.raises(BrokenError, match="given up"):
+    with pytest.raises(BrokenError, match="abandoned"):
         body.read(1)
 
 
-def test_an_attempt_that_stalls_is_given_up_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_try_that_stalls_is_abandoned_and_its_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "STALL_S", 0.05)
     monkeypatch.setattr(transfer, "SLOWEST_BYTES_PER_S", 1000)
     crawl, ended = threading.Event(), threading.Event()
 
-    def crawling(watch: TransferProgress) -> None:
+    def crawling(progress: TransferProgress) -> None:
         try:
-            watch.moved(10_000)
+            progress.moved(10_000)
             while not crawl.wait(0.01):
-                watch.moved(1)
+                progress.moved(1)
         except BrokenError:
             ended.set()
 
     with pytest.raises(BrokenError, match=r"no answer in 0\.05 s, in which \d+ bytes of a body moved"):
-        transfer.attempt(crawling)
+        transfer.run_watched(crawling)
     assert ended.wait(60)
 
 
-def test_an_attempt_that_moves_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is looked at ten times, and has moved just enough each time."""
+def test_a_try_that_makes_progress_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is checked ten times, and has moved just enough each time."""
     enough = int(transfer.STALL_S * transfer.SLOWEST_BYTES_PER_S)
     looks, moves, wait = threading.Semaphore(0), threading.Semaphore(0), transfer.wait
     ten = iter(range(10))
@@ -416,17 +589,17 @@ def test_an_attempt_that_moves_may_take_long(monkeypatch: pytest.MonkeyPatch) ->
         assert moves.acquire(timeout=60)
         return wait(outcomes, 0)
 
-    def slow(watch: TransferProgress) -> str:
+    def slow(progress: TransferProgress) -> str:
         for _ in range(10):
             assert looks.acquire(timeout=60)
-            watch.moved(enough)
+            progress.moved(enough)
             moves.release()
         return "done"
 
     monkeypatch.setattr(transfer, "wait", look)
-    assert transfer.attempt(slow) == "done"
+    assert transfer.run_watched(slow) == "done"
 
 
-def test_an_attempt_hands_on_what_it_raises() -> None:
+def test_an_error_of_a_try_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
-        transfer.attempt(lambda _: 1 // 0)
+        transfer.run_watched(lambda _: 1 // 0)

@@ -38,11 +38,6 @@ CPU = EngineConfig(device="cpu")
 
 
 @pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_vae: str) -> Path:
     folder = tmp_path_factory.mktemp("run")
     write_run(folder, tiny_vae)

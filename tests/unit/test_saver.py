@@ -12,7 +12,7 @@ import torch
 from dit_scale.checkpoint import saver as savers
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, CheckpointId, Manifest
-from dit_scale.checkpoint.partition import MASTER, Extent, Partition
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Saver, SaveResult
 from dit_scale.config import CheckpointConfig
@@ -29,7 +29,7 @@ FOLDERS = {CHECKPOINTS: (MASTER,)}
 
 
 def partition() -> Partition:
-    return Partition({MASTER: torch.arange(6.0)}, (Extent("w", 0, 6, 0),))
+    return Partition({MASTER: torch.arange(6.0)}, (ParameterSlice("w", 0, 6, 0),))
 
 
 def manifest(step: int = 3) -> Manifest:
@@ -137,7 +137,7 @@ def test_a_writer_that_died_before_it_was_asked_costs_the_save_alone(
         assert saver._writer is not None
         os.waitid(os.P_PID, saver._writer.pid, os.WEXITED | os.WNOWAIT)
         assert saved(saver).problem == (
-            "rank 0: its writer process ended with 7; the next save starts another"
+            "rank 0: its writer process exited with 7; the next save starts a new one"
         )
     assert saved(saver).problem == ""
     saver.close()
@@ -152,7 +152,7 @@ def test_a_writer_that_does_not_start_costs_the_save_alone(
         patch.setattr(savers, "WRITER", command)
         saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
         for _ in range(2):
-            assert "its writer process ended with 7" in saved(saver).problem
+            assert "its writer process exited with 7" in saved(saver).problem
             time.sleep(0.1)
     assert saved(saver).problem == ""
     assert committed(open_storage(tmp_path)) == [CHECKPOINT]

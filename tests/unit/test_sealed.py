@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_scale.data.listing import pack, unpack
-from dit_scale.elastic.board import Board, Member
+from dit_scale.elastic.board import Board
 from dit_scale.errors import CheckpointError, DataError, StorageError
 from dit_scale.sealed import sealed, unseal, unseal_any
 from dit_scale.storage import open_storage
+from tests.support.nodes.members import member_of
 
 VALUES = st.integers() | st.text() | st.lists(st.integers())
 TREES = st.dictionaries(st.text(max_size=3), VALUES, min_size=1, max_size=4)
@@ -82,7 +83,7 @@ def test_the_bytes_of_a_listing() -> None:
 
 def test_what_supervisors_tell_each_other(tmp_path: Path) -> None:
     board = Board(open_storage(tmp_path))
-    member = Member("node0", "boot", "address", 1, 1, "digest")
+    member = member_of("node0")
     board.join(1, member)
     assert board.members(1, 0, ["node0", "node1"]) == [member, None]
     path = tmp_path / "elastic/join/000001/0/node0.json"

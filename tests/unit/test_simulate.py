@@ -9,7 +9,7 @@ import pytest
 from dit_scale.elastic.board import Reason
 from dit_scale.elastic.hearing import JUDGES
 from dit_scale.elastic.node.exits import Exit
-from dit_scale.elastic.supervisor import Policy
+from dit_scale.elastic.policy import Policy
 from dit_scale.forecast.estimate import Machines, Work, best_every_steps, daly_s, estimate
 from dit_scale.forecast.simulate import DAY_S, Failure, SimulationResult, SimulationSetup, poisson, simulate
 from dit_scale.forecast.timeline import SECOND, Costs, FailureKind

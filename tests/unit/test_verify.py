@@ -105,7 +105,7 @@ def test_a_tar_that_ends_early(copy: Path) -> None:
 @pytest.mark.parametrize("name", ["00002.tar", "00002.idx"])
 def test_a_missing_file_is_named_once(copy: Path, name: str) -> None:
     (copy / "shards" / name).unlink()
-    assert problems(copy) == [f"cannot read {copy}/shards/{name}: there is nothing"]
+    assert problems(copy) == [f"cannot read {copy}/shards/{name}: not found"]
 
 
 def test_an_index_of_another_shard(copy: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from dit_scale.checkpoint import writer
 from dit_scale.checkpoint.manifest import CHECKPOINTS, CheckpointId
-from dit_scale.checkpoint.partition import MASTER
+from dit_scale.checkpoint.partition import MASTER, ParameterSlice
 from dit_scale.errors import CheckpointError, StorageError, SupersededError
 from dit_scale.storage import DiskStorage
 
@@ -38,7 +38,7 @@ class FailingDisk(DiskStorage):
     [
         (StorageError("the disk is full"), False),
         (CheckpointError("a file is damaged"), False),
-        (SupersededError("attempt 2 has begun"), True),
+        (SupersededError("attempt 2 has started"), True),
         (OSError("no such device"), False),
         (MemoryError("no memory"), False),
     ],
@@ -52,9 +52,9 @@ def test_what_fails_is_told_and_the_next_request_is_answered(
     superseded: bool,
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(2 * (json.dumps(REQUEST) + "\n")))
-    source = writer.Source(kind=MASTER, parameter="w", start=0, length=2, memory_offset=0)
+    slices = [(MASTER, ParameterSlice("w", start=0, length=2, offset=0))]
     memory = np.array([1.5, -2.0], "<f4").view(np.uint8)
-    writer.serve(FailingDisk(tmp_path, [error]), 0, memory, [source])
+    writer.serve(FailingDisk(tmp_path, [error]), 0, memory, slices)
     first, second = map(writer.Reply.model_validate_json, capsys.readouterr().out.splitlines())
     assert first == writer.Reply(problem=str(error), superseded=superseded)
     assert second.problem == ""

@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet: an address of this node, and a port."""
+"""The rendezvous of the ranks: an address of this node, and a free port."""
 
 import socket
 
@@ -6,14 +6,12 @@ from dit_scale.errors import ConfigError, DitScaleError
 
 
 def check_address(address: str) -> None:
-    """Raises ConfigError when ranks of other nodes could not meet at it: it is not one of this machine.
+    """Check that an address belongs to this machine, so that ranks of other nodes can meet at it.
 
-    Of a name that nobody knows it raises DitScaleError: the name server may know it at the next start.
+    Raises ConfigError if it does not. Raises DitScaleError for a name that cannot be resolved: the name
+    server may resolve it at the next start.
     """
-    expected = (
-        "expected a name or number of this machine, at which the ranks of the other nodes can reach those of "
-        "this one"
-    )
+    expected = "expected a name or IP address of this machine that the other nodes can reach"
     try:
         family, _, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
@@ -25,7 +23,7 @@ def check_address(address: str) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -1,6 +1,6 @@
-"""The devices of a node add numbers together before it takes part: a broken link shows here, not in a step.
+"""A sum over the devices of a node before it takes part in a round, so that a broken link shows here.
 
-python -m dit_scale.elastic.node.collective DEVICE      in every rank of a world
+python -m dit_scale.elastic.node.collective DEVICE      in every rank
 """
 
 import os
@@ -14,13 +14,13 @@ from dit_scale.config import EngineConfig
 from dit_scale.elastic.node.address import free_port
 
 NUMBERS = 2**22
-"""So many from each device: enough to be in flight on all links for a while."""
+"""Elements per device: enough to keep all links busy for a while."""
 COLLECTIVE_S = 120.0
-"""Imports and the start of NCCL take most of it."""
+"""Longest wait. Imports and the start of NCCL take most of it."""
 
 
 def collective_problems(device: str, slots: int) -> list[str]:
-    """What goes wrong when the ranks of this node sum a tensor; nothing for one alone, who has no link."""
+    """Return what fails when the ranks of this node sum a tensor. A single rank has no link to test."""
     if slots == 1:
         return []
     end_s, port = time.monotonic() + COLLECTIVE_S, free_port()
@@ -28,20 +28,20 @@ def collective_problems(device: str, slots: int) -> list[str]:
     with ExitStack() as stack:
         ranks = []
         for rank in range(slots):
-            said = stack.enter_context(tempfile.TemporaryFile("w+"))
-            ranks.append((_start(rank, slots, port, device, said.fileno()), said))
+            output = stack.enter_context(tempfile.TemporaryFile("w+"))
+            ranks.append((_start(rank, slots, port, device, output.fileno()), output))
             stack.callback(_end, ranks[-1][0])
-        for rank, (process, said) in enumerate(ranks):
+        for rank, (process, output) in enumerate(ranks):
             try:
                 process.wait(max(0.0, end_s - time.monotonic()))
             except subprocess.TimeoutExpired:
-                problems.append(f"rank {rank} of the node gave no answer within {COLLECTIVE_S:g} s")
+                problems.append(f"local rank {rank} did not finish within {COLLECTIVE_S:g} s")
                 continue
             if process.returncode:
-                said.seek(0)
-                why = said.read().strip().rpartition("\n")[2] or f"exit code {process.returncode}"
-                problems.append(f"rank {rank} of the node: {why}")
-    head = f"a sum over the {slots} devices of this node failed; look at its GPUs and their links"
+                output.seek(0)
+                why = output.read().strip().rpartition("\n")[2] or f"exit code {process.returncode}"
+                problems.append(f"local rank {rank}: {why}")
+    head = f"a sum over the {slots} devices of this node failed; check its GPUs and their links"
     return [f"{head}: {'; '.join(problems)}"] if problems else []
 
 
@@ -58,7 +58,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def main(device: str) -> int:
-    """A rank's part; 1 when the sum is wrong."""
+    """Run one rank; the exit code is 1 if the sum is wrong."""
     import torch
 
     from dit_scale import dist
@@ -68,7 +68,7 @@ def main(device: str) -> int:
     is_right = bool((world.sum(ones) == world.size).all())
     dist.stop()
     if not is_right:
-        print(f"the sum is wrong: expected {world.size} everywhere")
+        print(f"wrong sum: expected {world.size} in every element")
     return int(not is_right)
 
 

@@ -1,49 +1,48 @@
-"""When a rank has stopped: deadlines by section, from the beats alone.
+"""When a rank counts as hung: a deadline for the age of its heartbeat in each phase.
 
-A rank that waits for others is not to blame, and the deadline that counts is that of the one they wait for:
-so a node that finds nothing but old beats says so, and `culprit` judges over the ranks of all nodes.
+A rank that waits for others is not the cause, and the deadline that counts is that of the rank they wait for.
+So a node that sees nothing but old heartbeats reports them, and `culprit` judges over the ranks of all nodes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from dit_scale.elastic.node.exits import Verdict
-from dit_scale.heartbeat import Beat, Phase, place
+from dit_scale.heartbeat import Beat, Phase, where
 
 SHORTEST_S = 10.0
-"""No step is given less time before it counts as stopped."""
+"""Shortest time that a step gets before it counts as hung."""
 TIMES_P99 = 3.0
 """A step may take this many times the 99th percentile of the steps before."""
 NOTICE_S = 2.0
-"""Of that time, what it takes to look and to hear the other nodes."""
+"""Share of that time reserved for noticing and for hearing the other nodes."""
 LEAVE_S = 10.0
-"""Time that a rank which has given up has to say why."""
+"""Time for a rank that has given up to report why."""
 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds that a beat of a section may be the last one."""
+    """Greatest age of the last heartbeat in each phase, in seconds."""
 
     start_s: float = 900.0
     """Imports, process group, engine, and the first steps, which may compile."""
     restore_s: float = 600.0
-    """One tensor, or finding the newest checkpoint: a storage gives a request up long before."""
+    """One tensor, or finding the newest checkpoint. A storage request gives up long before."""
     restored_s: float = 3600.0
     """Until the slowest rank has read its part."""
     save_s: float = 120.0
-    """Between two votes on a commit: a copy of the state, a pause of at most a minute before another try."""
+    """Between two votes on a commit: a copy of the state, or a pause of at most a minute before a retry."""
     data_s: float = 300.0 + LEAVE_S
-    """Longer than the loader waits before it gives up by itself, and says what it waited for."""
+    """Longer than the loader waits before it gives up and reports what it waited for."""
     shortest_s: float = SHORTEST_S
 
     def quiet(self, beat: Beat) -> float:
-        """How long a beat may be the last one before it is worth a look at all ranks."""
+        """Return the age of this heartbeat at which all ranks are examined."""
         return max(self.shortest_s, TIMES_P99 * beat.p99_s) - NOTICE_S
 
     def of(self, beat: Beat) -> float:
-        """How long this beat may be the last one."""
-        match beat.section:
+        """Return the age of this heartbeat beyond which its rank is overdue."""
+        match beat.phase:
             case Phase.START:
                 return self.start_s
             case Phase.RESTORE:
@@ -54,79 +53,85 @@ class Deadlines:
                 return self.save_s
         if beat.p99_s == 0:
             return self.start_s
-        return max(self.quiet(beat), self.data_s) if beat.section == Phase.DATA else self.quiet(beat)
+        return max(self.quiet(beat), self.data_s) if beat.phase == Phase.DATA else self.quiet(beat)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Standing:
     """Where a rank stands, and for how long."""
 
     rank: int
     pid: int
-    """0 before its first beat."""
-    section: Phase
+    """0 before its first heartbeat."""
+    phase: Phase
     step: int
     """Steps taken."""
     age_s: float
-    """Since its last beat."""
+    """Time since its last heartbeat."""
     limit_s: float
-    """How old that may become."""
+    """Age beyond which it is overdue."""
     quiet_s: float = 0.0
-    """From which age on it is worth a look at all ranks."""
+    """Age at which all ranks are examined."""
     stopped: bool = False
-    """Whether the kernel says that the process stands still, and not that it waits."""
+    """Whether its process was stopped by a signal."""
     waits: bool = False
-    """Whether it was seen inside a collective."""
+    """Whether its stack is inside a collective."""
 
     @property
     def is_overdue(self) -> bool:
+        """Whether its heartbeat is older than its deadline."""
         return self.age_s > self.limit_s
 
     def __str__(self) -> str:
-        waits = "waits for other ranks" if self.waits else "does not get on"
-        state = "is stopped" if self.stopped else waits
+        progress = "is waiting for other ranks" if self.waits else "makes no progress"
+        state = "is stopped" if self.stopped else progress
         return (
-            f"rank {self.rank} (process {self.pid}) {state} {place(self.section, self.step)}, "
-            f"{self.age_s:.1f} s without a beat"
+            f"rank {self.rank} (process {self.pid}) {state} {where(self.phase, self.step)}, "
+            f"last heartbeat {self.age_s:.1f} s ago"
         )
 
 
-def standings(
-    beats: Mapping[int, Beat | None],
+def standings_of(
+    heartbeats: Mapping[int, Beat | None],
     verdicts: Mapping[int, Verdict | None],
     deadlines: Deadlines,
+    *,
     now_s: float,
-    began_s: float,
+    since_s: float,
+    is_stopped: Callable[[int], bool],
 ) -> list[Standing]:
-    """Of the ranks that have not ended; of one that never said a word since the group began, too.
+    """Return where the ranks without a verdict stand, including those that have not sent a heartbeat yet.
 
-    `began_s` may also be a later time up to which nobody could look: no beat counts as older than that.
+    No age exceeds the time since `since_s`: when the ranks were started, or the end of a later time in which
+    the supervisor could not look.
     """
-    found = []
-    for rank, beat in beats.items():
+    standings = []
+    for rank, beat in heartbeats.items():
         if verdicts[rank] is not None:
             continue
-        beat = beat or Beat(0, Phase.START, 0, began_s)
+        beat = beat or Beat(0, Phase.START, 0, since_s)
         stopped = beat.pid != 0 and is_stopped(beat.pid)
         quiet_s = deadlines.quiet(beat)
-        limit_s = quiet_s if stopped else deadlines.of(beat)
-        age_s = now_s - max(beat.at_s, began_s)
-        found.append(Standing(rank, beat.pid, beat.section, beat.step, age_s, limit_s, quiet_s, stopped))
-    return found
+        standings.append(
+            Standing(
+                rank=rank,
+                pid=beat.pid,
+                phase=beat.phase,
+                step=beat.step,
+                age_s=now_s - max(beat.at_s, since_s),
+                limit_s=quiet_s if stopped else deadlines.of(beat),
+                quiet_s=quiet_s,
+                stopped=stopped,
+            )
+        )
+    return standings
 
 
-def culprit(found: Iterable[Standing]) -> Standing:
-    """Of ranks that all stand still, the one that the others wait for.
+def culprit(standings: Iterable[Standing]) -> Standing:
+    """Return the rank that the others wait for, if all of them make no progress.
 
-    A stopped process first. Else the one that is least far: the others came as far as they could without
-    it. In the same step and section it is who was not seen inside a collective, or has been there longest.
+    A stopped process comes first, then the rank that has come least far: the others came as far as they could
+    without it. Among ranks in the same phase of the same step, the culprit is not inside a collective. If all
+    are, it is the rank with the oldest heartbeat.
     """
-    return min(found, key=lambda one: (not one.stopped, one.step, one.section, one.waits, -one.age_s))
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a process got SIGSTOP. One that a debugger looks at, in the state t, did not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except OSError:
-        return False
+    return min(standings, key=lambda one: (not one.stopped, one.step, one.phase, one.waits, -one.age_s))

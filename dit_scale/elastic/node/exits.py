@@ -1,7 +1,7 @@
 """How a process of a run ends: exit codes, and the verdict that a rank leaves in a file.
 
-Launchers flatten exit codes, and ranks outlive one that is killed, so nothing is believed that is not in a
-rank's own verdict.
+Launchers flatten exit codes, and ranks survive a killed launcher. Only a rank's own verdict tells how it
+ended.
 """
 
 import json
@@ -14,30 +14,30 @@ from dit_scale.errors import ConfigError, StabilityError, WeightsError
 
 
 class Exit(IntEnum):
-    """Exit codes of a supervisor, and what the verdicts of its ranks come to."""
+    """Exit codes of a supervisor and of its ranks."""
 
     DONE = 0
     """The last step is committed."""
     FAILED = 1
-    """Anything else: a scheduler may try again."""
+    """Any other failure: a scheduler may try again."""
     REQUEUE = 75
-    """Stopped on request, all is committed: put me back in the queue."""
+    """Stopped on request with everything committed: the job can be queued again."""
     DO_NOT_RESTART = 93
-    """Another start would end the same way; a person must mend something, the message says what."""
+    """A restart would fail the same way: manual intervention needed, as the message explains."""
 
 
-HOPELESS = (ConfigError, WeightsError, StabilityError)
-"""Errors that another start would meet again. Others may pass: data, storage, devices."""
+PERMANENT = (ConfigError, WeightsError, StabilityError)
+"""Errors that a restart would meet again. Others may be transient: data, storage, devices."""
 
 
 def exit_code(error: BaseException) -> Exit:
-    """What an error means for those who would start the run again."""
-    return Exit.DO_NOT_RESTART if isinstance(error, HOPELESS) else Exit.FAILED
+    """Return the exit code for an error, which tells whether a restart can help."""
+    return Exit.DO_NOT_RESTART if isinstance(error, PERMANENT) else Exit.FAILED
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """How a rank ended, in its own words."""
+    """How a rank ended, as recorded by itself."""
 
     rank: int
     code: int
@@ -46,26 +46,29 @@ class Verdict:
     error: str = ""
     """Class of the exception; empty when there was none."""
     message: str = ""
-    section: str = ""
-    """Name of what it was doing (`heartbeat.Section`)."""
+    phase: str = ""
+    """Name of its last phase; empty when it has sent no heartbeat. The file calls it `section`."""
     second_hand: bool = False
-    """The error only says that another rank does not answer."""
+    """Whether the error only says that another rank does not respond."""
 
 
 def write_verdict(folder: Path, verdict: Verdict) -> None:
-    """Leave a verdict, whole or not at all."""
+    """Write a verdict atomically."""
     path = _path(folder, verdict.rank)
+    tree = asdict(verdict)
+    tree["section"] = tree.pop("phase")
     tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(asdict(verdict)))
+    tmp.write_text(json.dumps(tree))
     os.replace(tmp, path)
 
 
 def read_verdict(folder: Path, rank: int) -> Verdict | None:
-    """The verdict of a rank; None while there is none."""
+    """Return the verdict of a rank, or None while there is none."""
     try:
-        return Verdict(**json.loads(_path(folder, rank).read_text()))
+        tree = json.loads(_path(folder, rank).read_text())
     except FileNotFoundError:
         return None
+    return Verdict(**{"phase" if key == "section" else key: value for key, value in tree.items()})
 
 
 def _path(folder: Path, rank: int) -> Path:

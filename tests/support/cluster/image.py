@@ -19,25 +19,25 @@ PROGRAMS = {
     "iptables": "iptables",
     "tini": "tini",
 }
-"""Program => the Debian packages that are wanted where it is missing."""
+"""Program => the Debian packages to install where it is missing."""
 RUNTIME = ("bash", "libstdc++6", "passwd", "python3", "tini")
-"""What pods without a GPU use of the Dockerfile's Debian packages, and what its build does."""
+"""The Dockerfile's Debian packages that its build and pods without a GPU need."""
 BASE = "localhost/dit-scale-test-base"
 IMAGE = f"localhost/dit-scale-test:{hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]}"
-"""Of this checkout: others may be tested at the same time."""
+"""A tag for this checkout, because others may be tested at the same time."""
 IMAGE_VARIABLE = "DIT_SCALE_TEST_IMAGE"
-"""An image that was built with its packages; otherwise one is built that takes them from this environment."""
+"""An image built with its packages. Without it, an image is built that uses those of this environment."""
 WAIT_S = scaled(400.0)
 
 _LEFT_OUT = re.compile(r"/\.$|/root$|/usr/share/(doc|info|lintian|locale|man)/")
 
 
 class PodError(Exception):
-    """podman, or a pod, did not do what it should."""
+    """A podman command or a pod failed."""
 
 
 def podman(*arguments: str, stdin: str | None = None) -> str:
-    """What a command of podman prints."""
+    """Run a podman command and return its output."""
     ran = subprocess.run(
         ["podman", *arguments],
         input=stdin,
@@ -53,13 +53,13 @@ def podman(*arguments: str, stdin: str | None = None) -> str:
 
 
 def build_image() -> str:
-    """The image of cluster/Dockerfile, on a slice of this machine, with the packages of this environment.
+    """Build the image of cluster/Dockerfile on a slice of this machine, with this environment's packages.
 
     Skips the test where a program is missing, and fails it where DIT_SCALE_REQUIRE_ALL is 1.
     """
     missing = [packages for program, packages in PROGRAMS.items() if not shutil.which(program)]
-    needs(not missing, f"podman and what goes with it: apt-get install {' '.join(missing)}")
-    needs(os.geteuid() == 0, "root, for pods on a network of their own")
+    needs(not missing, f"podman and its helpers: apt-get install {' '.join(missing)}")
+    needs(os.geteuid() == 0, "root, for pods on a separate network")
     if image := os.environ.get(IMAGE_VARIABLE):
         return image
     if not podman("images", "--quiet", BASE):
@@ -78,9 +78,9 @@ def build_image() -> str:
 
 
 def _make_base() -> None:
-    """What is essential in this machine's own Debian, and RUNTIME, with all that they need: seconds, offline.
+    """Copy this machine's essential Debian packages, and RUNTIME, with dependencies: seconds, offline.
 
-    A debootstrap of the same takes a minute, and its Python may be of another release than this one.
+    A debootstrap takes a minute, and its Python may have another version than this one.
     """
     needs(shutil.which("apt-cache") is not None, f"a Debian, or {IMAGE_VARIABLE}")
     form = "--showformat=${db:Status-Status} ${Package} ${Essential}\n"
@@ -106,7 +106,7 @@ def _lines(*command: str) -> list[str]:
 
 
 def environment_folders() -> list[str]:
-    """Where this environment and its interpreter lie, for pods of an image without them; it has a /usr."""
+    """Return the folders of this environment and its interpreter, for pods of an image without them."""
     if IMAGE_VARIABLE in os.environ:
         return []
     return [path for path in dict.fromkeys((sys.prefix, sys.base_prefix)) if path != "/usr"]

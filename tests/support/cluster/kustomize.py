@@ -15,7 +15,7 @@ OVERLAYS = KUBERNETES / "overlays"
 
 
 def render(folder: Path) -> list[dict[str, Any]]:
-    """All objects of a folder."""
+    """Return all objects of a folder."""
     needs(shutil.which("kubectl") is not None, "kubectl")
     ran = subprocess.run(
         ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60, check=False

@@ -1,4 +1,4 @@
-"""Hosts on one machine for tests, each with a network and a name of its own, and one cable to a switch.
+"""Hosts on one machine for tests, each with its own network, its own name, and one cable to a switch.
 
     with network(["node1", "node2"]) as net:
         subprocess.run(net.hosts["node1"].enter("ping", "-c1", "node2"))
@@ -29,14 +29,14 @@ exec sleep infinity
 
 @dataclass(frozen=True)
 class Host:
-    """A network, a name and a table of names, held by a process."""
+    """A network, a host name and a table of names, held by a process."""
 
     name: str
     address: str
     pid: int
 
     def enter(self, *command: str) -> list[str]:
-        """The command, as one of this host."""
+        """Return the command that runs a command on this host."""
         return ["nsenter", f"--target={self.pid}", "--net", "--uts", "--mount", "--wd=.", *command]
 
 
@@ -48,7 +48,7 @@ class Network:
     switch: Host
 
     def cut(self, host: str) -> None:
-        """Pull its cable out: what is sent is lost, and nobody is told."""
+        """Pull the cable of a host: packets are lost without notice."""
         _ip(self.switch, f"link set dev {host} down")
 
     def mend(self, host: str) -> None:
@@ -57,7 +57,7 @@ class Network:
 
 @contextmanager
 def network(names: Sequence[str], folder: Path) -> Iterator[Network]:
-    """Build it, which takes a fraction of a second; the table of names lies in `folder`.
+    """Build the network, which takes a fraction of a second; `folder` stores the table of names.
 
     Skips the test where a part is missing, and fails it where DIT_SCALE_REQUIRE_ALL is 1.
     """
@@ -65,7 +65,7 @@ def network(names: Sequence[str], folder: Path) -> Iterator[Network]:
         shutil.which("ip", path=f"{os.defpath}:/usr/sbin:/sbin") is not None, "ip: apt-get install iproute2"
     )
     tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True)
-    needs(tried.returncode == 0, "the right to make network namespaces: run as root")
+    needs(tried.returncode == 0, "permission to create network namespaces: run as root")
     addresses = {name: f"{SUBNET}.{number}" for number, name in enumerate(names, start=1)}
     table = folder / "hosts"
     lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]

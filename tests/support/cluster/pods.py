@@ -1,12 +1,12 @@
-"""Real pods for tests: podman runs them, and this plays the Job controller and the kubelet's part beside it.
+"""Real pods for tests: podman runs them, and this module acts as Job controller and kubelet.
 
     with network() as wire, running(objects, Node(folder, wire, {"dit-scale-runs": folder / "runs"})) as job:
         job.until(lambda: job.succeeded == {0, 1}, "the end of the run")
 
-One pod for each index on a network of their own, named as a headless service names it. An ended pod is
-judged by the Job's podFailurePolicy and replaced, as by Kubernetes. What podman leaves out is done
-here: the environment and $(VARIABLE) in arguments, folders of emptyDir with mode 777, a claim bound to a
-folder, secrets.
+There is one pod for each index, on a separate network, named as a headless service names it. A pod that exits
+is judged by the Job's podFailurePolicy and replaced, as by Kubernetes. This module adds what podman lacks:
+the environment and $(VARIABLE) in arguments, emptyDir folders with mode 777, a claim bound to a folder,
+secrets.
 """
 
 import copy
@@ -29,22 +29,22 @@ import yaml
 from tests.support.cluster.image import WAIT_S, PodError, environment_folders, podman
 
 MOST_ENDS = 10
-"""Pods that end so often do nothing else."""
+"""Pods that fail this often never work."""
 Object = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Network:
-    """Of pods alone."""
+    """A network for pods alone."""
 
     name: str
     gateway: str
-    """Address at which they reach this host."""
+    """Address of this host, as pods see it."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """What the only node of these pods has."""
+    """What the only node of these pods provides."""
 
     folder: Path
     network: Network
@@ -53,7 +53,7 @@ class Node:
     secrets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def volume(self, pod: str, volume: Object) -> Object:
-        """A volume of a pod as one that podman knows."""
+        """Return a volume of a pod in podman's form."""
         if "emptyDir" in volume:
             path = self.folder / pod / volume["name"]
             path.mkdir(parents=True)
@@ -66,22 +66,22 @@ class Node:
 
 
 class Pod:
-    """A pod of the job, started."""
+    """A started pod of the job."""
 
     def __init__(self, index: int, name: str, address: str) -> None:
         self.index, self.name, self.address = index, name, address
         self.container = f"{name}-train"
         self.pid = int(podman("inspect", "--format", "{{.State.Pid}}", self.container))
-        """Of its first process, on this host; 0 when it had ended by then."""
+        """Process id of its first process on this host; 0 when it had already exited."""
         self._process = os.pidfd_open(self.pid) if self.pid else None
 
     def signal(self, number: signal.Signals) -> None:
-        """To its first process: SIGTERM as the kubelet does it, SIGKILL as the kernel for want of memory."""
-        assert self._process is not None, f"{self.name} has ended"
+        """Signal its first process: SIGTERM like the kubelet, SIGKILL like the kernel out of memory."""
+        assert self._process is not None, f"{self.name} has exited"
         signal.pidfd_send_signal(self._process, number)
 
     def log(self) -> str:
-        """Both its outputs; podman keeps them apart."""
+        """Return stdout and stderr, which podman stores separately."""
         command = ["podman", "logs", self.container]
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
@@ -89,11 +89,11 @@ class Pod:
         return self._process is None or bool(select.select([self._process], [], [], within_s)[0])
 
     def exit_code(self) -> int:
-        """Of a pod that has ended."""
+        """Return the exit code of a pod that has exited."""
         return int(podman("wait", self.container))
 
     def forget(self) -> None:
-        """It is not looked at any more."""
+        """Remove the pod; nothing reads it any more."""
         if self._process is not None:
             os.close(self._process)
             self._process = None
@@ -101,14 +101,14 @@ class Pod:
 
 @dataclass
 class IndexedJob:
-    """An Indexed Job, its pods, and what became of them."""
+    """An Indexed Job, its pods, and what happened to them."""
 
     job: Object
     others: Sequence[Object]
     node: Node
     pods: dict[int, Pod] = field(default_factory=dict)
     ended: list[tuple[int, int, str]] = field(default_factory=list)
-    """(index, exit code, what the policy made of it), in order."""
+    """(index, exit code, action of the policy), in order."""
     succeeded: set[int] = field(default_factory=set)
     _started: int = 0
 
@@ -122,12 +122,12 @@ class IndexedJob:
         return float(self.job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"])
 
     def start(self, index: int) -> None:
-        """A new pod of an index, with a name and an address of its own and the host name of the index."""
+        """Start a new pod of an index, with its own name and address and the host name of the index."""
         self._started += 1
         host, service = f"{self.name}-{index}", self.job["spec"]["template"]["spec"]["subdomain"]
         wire = self.node.network
         address = str(ipaddress.ip_address(wire.gateway) + self._started)
-        # podman knows all pods of this machine by their names, those of other jobs too
+        # podman shares one namespace of names among all pods of this machine
         pod = self._pod(index, f"{wire.name}-{index}-{self._started}", host, address)
         documents = yaml.safe_dump_all([*(o for o in self.others if o["kind"] == "ConfigMap"), pod])
         place = f"{wire.name}:ip={address},alias={host}.{service}"
@@ -154,9 +154,9 @@ class IndexedJob:
         return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
     def evict(self, index: int) -> tuple[int, float]:
-        """Drain its node: SIGTERM, the grace period, SIGKILL. Its pod is replaced.
+        """Drain the pod's node: SIGTERM, the grace period, SIGKILL. The pod is replaced.
 
-        Returns its exit code, and how long it took to leave (seconds).
+        Return its exit code, and how long it took to exit (seconds).
         """
         pod, begin_s = self.pods[index], time.monotonic()
         pod.signal(signal.SIGTERM)
@@ -167,18 +167,18 @@ class IndexedJob:
         return code, took_s
 
     def freeze(self, index: int) -> None:
-        """Its node gives no sign any more, and does nothing."""
+        """Freeze the pod's node: it sends no status and does nothing."""
         podman("pause", self.pods[index].container)
 
     def delete_node(self, index: int) -> None:
-        """The cluster gives up a node that is frozen, and what ran there."""
+        """The cluster gives up a frozen node and the pod that ran there."""
         pod = self.pods[index]
         pod.signal(signal.SIGKILL)
         podman("unpause", pod.container)
         self._replace(pod, pod.exit_code(), disrupted=True)
 
     def control(self) -> None:
-        """Judge and replace what has ended."""
+        """Judge and replace the pods that have exited."""
         for pod in list(self.pods.values()):
             if pod.index not in self.succeeded and pod.has_ended():
                 self._replace(pod, pod.exit_code(), disrupted=False)
@@ -191,23 +191,23 @@ class IndexedJob:
         if action == "Succeeded":
             self.succeeded.add(pod.index)
         elif action == "FailJob" or len(self.ended) > MOST_ENDS:
-            raise PodError(f"{pod.name} ended, {action}: {self.ended}\n{pod.log()[-3000:]}")
+            raise PodError(f"{pod.name} exited, {action}: {self.ended}\n{pod.log()[-3000:]}")
         else:
             self.start(pod.index)
 
     def until(self, there: Callable[[], bool], what: str) -> None:
-        """Play the controller until something is the case."""
+        """Act as the controller until a condition holds."""
         end_s = time.monotonic() + WAIT_S
         while not there():
             if time.monotonic() > end_s:
                 logs = "\n".join(f"{pod.name}: {pod.log()[-3000:]}" for pod in self.pods.values())
-                raise PodError(f"not within {WAIT_S:.0f} s: {what}; {self.ended}\n{logs}")
+                raise PodError(f"{what}: not within {WAIT_S:.0f} s; {self.ended}\n{logs}")
             self.control()
             time.sleep(0.05)
 
 
 def verdict(policy: Object, code: int, disrupted: bool) -> str:
-    """What the Job controller makes of a pod that ended: the first rule that fits, or the backoff limit."""
+    """Return the Job controller's action for an exited pod: the first matching rule, or the backoff limit."""
     if code == 0:
         return "Succeeded"
     for rule in policy["rules"]:
@@ -235,7 +235,7 @@ def network() -> Iterator[Network]:
 
 @contextmanager
 def running(objects: Sequence[Object], node: Node) -> Iterator[IndexedJob]:
-    """Start all pods of the only Job among these objects; end them."""
+    """Start all pods of the only Job among these objects; stop them at the end of the block."""
     (job,) = (found for found in objects if found["kind"] == "Job")
     indexed = IndexedJob(job, [found for found in objects if found["kind"] == "ConfigMap"], node)
     try:
@@ -257,7 +257,7 @@ def variables(
     address: str = "10.0.0.1",
     secrets: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, str]:
-    """The environment of a container, from ConfigMaps, secrets, literals, labels and the pod's address."""
+    """Return a container's environment, from ConfigMaps, secrets, literals, labels and the pod's address."""
     sources = {
         made["metadata"]["name"]: made.get("data", {}) for made in objects if made["kind"] == "ConfigMap"
     }
@@ -279,5 +279,5 @@ def variables(
 
 
 def expand(text: str, known: Mapping[str, str]) -> str:
-    """$(VARIABLE) as the kubelet does it."""
+    """Expand $(VARIABLE) as the kubelet does."""
     return re.sub(r"\$\((\w+)\)", lambda found: known[found[1]], text)

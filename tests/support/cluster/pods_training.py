@@ -1,4 +1,4 @@
-"""A small training run as the shipped Job in real pods: what tests start, follow and compare."""
+"""A small training run as the shipped Job in real pods: tests start, follow and compare it."""
 
 import os
 from dataclasses import dataclass
@@ -51,18 +51,18 @@ ON_VOLUME = ("RUN=/runs/tiny", "DATA_URL=/runs/latents")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run."""
+    """The size of a run."""
 
     steps: int
     every_steps: int
-    """Between two checkpoints."""
+    """Steps between two checkpoints."""
     global_batch: int = 4
 
 
 def manifests(
     folder: Path, image: str, sizes: Sizes, literals: tuple[str, ...] = ON_VOLUME, component: str = ""
 ) -> list[dict[str, Any]]:
-    """What an overlay of a small run on two CPU nodes makes of the shipped one."""
+    """Render an overlay that turns the shipped one into a small run on two CPU nodes."""
     folder.mkdir()
     (folder / "tiny.yaml").write_text(CONFIG.format(**vars(sizes)))
     name, _, tag = image.rpartition(":")
@@ -76,14 +76,14 @@ def manifests(
 
 
 class Progress:
-    """What the storage of a run says of it."""
+    """The progress of a run, read from its storage."""
 
     def __init__(self, root: Storage) -> None:
         self._root = root
         self.board = Board(self._root)
 
     def step(self) -> int:
-        """Of the newest checkpoint; -1 when there is none."""
+        """Return the step of the newest checkpoint; -1 when there is none."""
         ids = committed(self._root)
         return ids[0].step if ids else -1
 
@@ -92,12 +92,12 @@ class Progress:
         return [ending.reason for ending in endings if ending is not None]
 
     def wait_for_checkpoint(self, job: IndexedJob) -> None:
-        """A newer one than there is now."""
+        """Wait for a checkpoint newer than the current one."""
         before = self.step()
         job.until(lambda: self.step() > before, f"a checkpoint after step {before}")
 
     def wait_for_round(self, job: IndexedJob, number: int) -> Round:
-        """Which has this number; as it begins."""
+        """Wait for the round with this number and return it as sealed."""
         job.until(lambda: self.board.newest() >= number, f"round {number}")
         sealed = self.board.sealed(number)
         assert sealed is not None
@@ -105,7 +105,7 @@ class Progress:
 
 
 def steps_taken(job: IndexedJob, index: int) -> int:
-    """By the rank of a pod, in the newest round, as its beats tell the supervisor; -1 before the first."""
+    """Return the step in the heartbeats of a pod's rank in the newest round; -1 before the first."""
     tmp = job.node.folder / job.pods[index].name / "tmp"
     beats = max(tmp.glob("dit-scale-*/round-*/beat-*"), key=lambda path: path.parent.name, default=None)
     beat = read_beat(beats) if beats is not None else None
@@ -113,12 +113,12 @@ def steps_taken(job: IndexedJob, index: int) -> int:
 
 
 def weights(root: Storage) -> dict[str, torch.Tensor]:
-    """Of the newest checkpoint."""
+    """Return the weights of the newest checkpoint."""
     return Checkpoint(root, committed(root)[0]).read_whole(MASTER)
 
 
 def undisturbed(folder: Path, data: Path, manifests: Path) -> dict[str, torch.Tensor]:
-    """The weights of a run with the same configuration, in two processes of this host that nobody stops."""
+    """Return the weights of an undisturbed run with the same configuration, in two processes of this host."""
     config = load(TrainConfig, str(manifests / "tiny.yaml"), [f"run={folder}", f"data.url={data}"])
     assert run(2, jobs.train, config, timeout_s=WAIT_S) == [0, 0]
     return weights(open_storage(folder))

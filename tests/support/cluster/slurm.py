@@ -1,12 +1,12 @@
-"""A real SLURM on this one machine for tests: munged, slurmctld and a slurmd for each node.
+"""A real SLURM on one machine for tests: munged, slurmctld and a slurmd for each node.
 
     with slurm_cluster(nodes=2) as slurm:
         job = slurm.submit("script.sh", "key=value", options=["--nodes=2", "--cpus-per-task=1"])
         assert slurm.wait(job) == ("COMPLETED", 0)
 
-Each node claims the hardware of `Node`, so requests of a real size are judged as on a real cluster; what a
-job starts shares this machine. Jobs of the partition `high` preempt those of `low`, which queue again.
-With `cables=True` each node has a network of its own, from which it can be cut off.
+Each node claims the hardware of `Node`, so requests of a real size are judged as on a real cluster; the
+processes of a job share this machine. Jobs of the partition `high` preempt those of `low`, which are
+requeued. With `cables=True` each node has its own network and can be cut off.
 """
 
 import getpass
@@ -35,14 +35,14 @@ PACKAGES = {
     "sbatch": "slurm-client",
     "srun": "slurm-client",
 }
-"""Program => the Debian package that has it."""
+"""Program => its Debian package."""
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 CONTROL = "control"
 """The host of slurmctld, in a network."""
 SLURMD_TIMEOUT_S = round(scaled(30))
-"""Longer than a busy machine keeps a slurmd waiting."""
+"""Longer than a busy machine delays a slurmd."""
 CUT_OFF_S = round(scaled(10))
-"""The same where a job that is queued again waits so long for a node that was cut off."""
+"""The same where a requeued job waits this long for a node that was cut off."""
 START_S = scaled(180.0)
 WAIT_S = scaled(400.0)
 
@@ -96,7 +96,7 @@ class Node:
 
 
 class SlurmError(Exception):
-    """A program of SLURM that did not do what it should."""
+    """A program of SLURM failed."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ class Slurm:
     daemons: "Mapping[str, subprocess.Popen[bytes]]" = field(default_factory=dict)
     """slurmd by node."""
     network: Network | None = None
-    """Where every node has a cable of its own, and so has the controller: `control`."""
+    """Where every node has its own cable; the controller is the host `control`."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that lead SLURM's programs to it, and none other that SLURM or Ray would heed."""
+        """Return the variables that point SLURM's programs here, without others that affect SLURM or Ray."""
         kept = {
             k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_", "RAY_"))
         }
@@ -120,7 +120,7 @@ class Slurm:
     def run(
         self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """A command of SLURM, to its end; `environment` is added."""
+        """Run a SLURM command; `environment` is added."""
         variables = self.environment | dict(environment or {})
         if self.network:
             command = tuple(self.network.hosts[CONTROL].enter(*command))
@@ -136,7 +136,7 @@ class Slurm:
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> int:
-        """sbatch; returns the number of the job."""
+        """Submit with sbatch; return the job's number."""
         command = ["sbatch", "--parsable", *options, str(script), *arguments]
         ran = self.run(*command, cwd=cwd, environment=environment)
         if ran.returncode:
@@ -144,14 +144,14 @@ class Slurm:
         return int(ran.stdout)
 
     def job(self, job: int) -> dict[str, str]:
-        """What scontrol says of a job: JobState, ExitCode, Restarts, ..."""
+        """Return what scontrol shows of a job: JobState, ExitCode, Restarts, ..."""
         ran = self.run("scontrol", "--oneliner", "show", "job", str(job))
         if ran.returncode:
             raise SlurmError(f"job {job}: {ran.stderr}")
         return dict(word.split("=", 1) for word in ran.stdout.split() if "=" in word)
 
     def wait(self, job: int, state: str = "") -> tuple[str, int]:
-        """Until a job is in this state, or has ended; returns its state and exit code."""
+        """Wait until a job is in this state or has ended; return its state and exit code."""
         until = time.monotonic() + WAIT_S
         while (found := self.job(job))["JobState"] not in (state, *ENDS):
             if time.monotonic() > until:
@@ -160,19 +160,19 @@ class Slurm:
         return found["JobState"], int(found["ExitCode"].partition(":")[0])
 
     def kill_daemon(self, node: str) -> None:
-        """SIGKILL for the slurmd of a node: its steps go on, and nobody can reach them any more."""
+        """SIGKILL the slurmd of a node: its steps keep running, and nothing can reach them."""
         self.daemons[node].kill()
         self.daemons[node].wait()
 
     def declare_down(self, node: str) -> None:
-        """What SLURM finds out by itself after SlurmdTimeout."""
+        """Declare what SLURM would detect after SlurmdTimeout."""
         ran = self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
         if ran.returncode:
             raise SlurmError(f"{node}: {ran.stderr}")
 
 
 def processes(job: int, node: str) -> list[int]:
-    """What runs of a job on a node, SLURM's own processes for its steps included."""
+    """Return the processes of a job on a node, including SLURM's own processes for its steps."""
     found = set()
     for pid in _having({f"SLURM_JOB_ID={job}", f"SLURMD_NODENAME={node}"}):
         with suppress(OSError):
@@ -182,7 +182,7 @@ def processes(job: int, node: str) -> list[int]:
 
 
 def _having(variables: set[str]) -> Iterator[int]:
-    """Processes that have these variables, each as NAME=VALUE, in their environment."""
+    """Return the processes that have these variables, each as NAME=VALUE, in their environment."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if variables <= set((folder / "environ").read_bytes().decode(errors="replace").split("\0")):
@@ -195,7 +195,7 @@ def _stepd(pid: int) -> list[int]:
 
 @contextmanager
 def slurm_cluster(nodes: int, node: Node | None = None, cables: bool = False) -> Iterator[Slurm]:
-    """Start it, which takes some seconds; end its jobs and its daemons.
+    """Start the cluster, which takes some seconds; stop its jobs and daemons afterwards.
 
     Skips the test where a program is missing, and fails it where DIT_SCALE_REQUIRE_ALL is 1.
     """
@@ -218,7 +218,7 @@ def slurm_cluster(nodes: int, node: Node | None = None, cables: bool = False) ->
 
 
 class _Daemons:
-    """Starts the daemons; the stack ends them."""
+    """Start the daemons; the stack stops them."""
 
     def __init__(self, folder: Path, stack: ExitStack, net: Network | None) -> None:
         self._folder, self._stack = folder, stack
@@ -235,7 +235,7 @@ class _Daemons:
         key.write_bytes(random.randbytes(1024))
         key.chmod(0o400)
         files = [f"--{kind}-file={folder}/munge/{kind}" for kind in ("key", "pid", "seed")]
-        # --force: munged would rather not run as root
+        # --force: munged refuses to run as root otherwise
         self._daemon(
             "munged", "--foreground", "--force", *files, f"--socket={folder}/munge/socket", log="munged.log"
         )
@@ -268,14 +268,14 @@ class _Daemons:
             )
         (folder / "slurm.conf").write_text(text + PARTITIONS)
         for number in range(node.gpus):
-            (folder / f"nvidia{number}").symlink_to("/dev/null")  # slurmd wants a device
+            (folder / f"nvidia{number}").symlink_to("/dev/null")  # slurmd requires a device
         gpus = f"Name=gpu File={folder}/nvidia[0-{node.gpus - 1}]\n" if node.gpus else ""
         (folder / "gres.conf").write_text(gpus)
 
     def _daemon(
         self, program: str, *arguments: str, host: str = "", log: str | None = None
     ) -> "subprocess.Popen[bytes]":
-        """Start it in the foreground, as a child that the kernel ends when this process dies."""
+        """Start a program in the foreground, as a child that the kernel kills when this process dies."""
         path = _find(program)
         assert path is not None
         command = [path, *arguments]
@@ -303,7 +303,7 @@ def _end(daemon: "subprocess.Popen[bytes]") -> None:
 
 
 def _end_jobs(slurm: Slurm) -> None:
-    """No job is left, nor anything of one that the daemons could not end."""
+    """Check that no job is left, nor any process of one that the daemons could not kill."""
     for host in slurm.network.hosts if slurm.network else ():
         slurm.network.mend(host)
     slurm.run("scancel", f"--user={getpass.getuser()}")
@@ -333,12 +333,12 @@ def _wait_for(there: Callable[[], bool], error: str) -> None:
 
 
 def _find(program: str) -> str | None:
-    """Where it lies; daemons lie in folders that are not on everybody's PATH."""
+    """Return a program's path; daemons are often in folders outside the user's PATH."""
     return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
+    """Return distinct ports on which nothing listens."""
     ports: set[int] = set()
     while len(ports) < count:
         ports.add(free_port())

@@ -1,4 +1,4 @@
-"""A small training run as a job of the shipped script: what tests submit, follow and compare."""
+"""A small training run as a job of the shipped script: tests submit, follow and compare it."""
 
 import json
 import os
@@ -21,9 +21,9 @@ from tests.support.ranks.runs import events, final_files
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = "cluster/slurm_xl2_512.sh"
 STEPS = 100_000
-"""Further than a job gets before its end is set."""
+"""More than a job reaches before a test sets its last step."""
 SMALL = ("--nodes=2", "--cpus-per-task=1", "--gpus-per-node=1", "--mem=1G", "--time=30")
-"""A request that leaves room for another job on the same nodes; a rank per GPU."""
+"""A request that leaves room for another job on the same nodes; one rank per GPU."""
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "OMP_NUM_THREADS": "1",
@@ -51,26 +51,26 @@ class Job:
         return int(self.slurm.job(self.number)["Restarts"])
 
     def newest(self) -> tuple[int, int]:
-        """Step and attempt of the newest checkpoint; zeros while there is none."""
+        """Return step and attempt of the newest checkpoint; zeros while there is none."""
         ids = committed(root_of(self.config))
         return (ids[0].step, ids[0].attempt) if ids else (0, 0)
 
     def wait_for_step(self) -> None:
-        """Until the first one is in the record."""
+        """Wait until the first step is in the record."""
         self._until(lambda: self.last_step() > 0)
 
     def ends_at(self, steps: int) -> "Job":
-        """The same job, whose next start reads that this step is the last one."""
+        """Return the same job with another last step, which its next start reads."""
         config = self.config.model_copy(update={"steps": steps})
         Path(config.run).with_suffix(".yaml").write_text(dump(config))
         return replace(self, config=config)
 
     def last_step(self) -> int:
-        """In the record."""
+        """Return the last step in the record."""
         return last_step(Path(self.config.run) / "metrics.jsonl")
 
     def wait_for_checkpoint(self, attempt: int = 1, step: int = 1) -> None:
-        """Until this attempt, or a later one, has committed this step, or a later one."""
+        """Wait until this attempt or a later one has committed this step or a later one."""
         self._until(lambda: self.newest()[1] >= attempt and self.newest()[0] >= step)
 
     def _until(self, is_so: Callable[[], bool]) -> None:
@@ -82,12 +82,12 @@ class Job:
             time.sleep(0.05)
 
     def outcome(self) -> tuple[list[jobs.LossRow], list[bytes]]:
-        """Loss and gradient norm of every step, and every rank's file of the last checkpoint."""
+        """Return loss and gradient norm of every step, and every rank's file of the last checkpoint."""
         return jobs.losses(self.config), final_files(self.config)
 
 
 def config_of(top: Path, name: str, steps: int = STEPS) -> TrainConfig:
-    """A run of two ranks in a folder `name`, of random latents that all runs below `top` share."""
+    """Return the configuration of a run of two ranks in folder `name`; runs in `top` share their latents."""
     data = top / "latents"
     if not data.exists():
         write_latents(data, num=40)
@@ -102,7 +102,7 @@ def submit(
     options: tuple[str, ...] = (),
     programs: Path | None = None,
 ) -> Job:
-    """The shipped script, unchanged, with a configuration of its own; `programs` come first in its PATH."""
+    """Submit the shipped script, unchanged, with this configuration; `programs` come first in its PATH."""
     path = ENVIRONMENT["PATH"] if programs is None else f"{programs}:{ENVIRONMENT['PATH']}"
     run = Path(config.run)
     run.parent.mkdir(exist_ok=True)
@@ -118,22 +118,22 @@ def submit(
     return Job(slurm, config, number)
 
 
-def assert_goes_on_without(job: Job, victim: str, attempt: int = 1) -> None:
-    """A job whose link to a node was just cut goes on elsewhere, and what is left running there makes way.
+def assert_resumes_without(job: Job, victim: str, attempt: int = 1) -> None:
+    """Check a job that just lost the link to a node: it resumes elsewhere, and the processes there exit.
 
-    It still reaches the storage, and sees there that it is not needed any more. `attempt` is the one that
-    was cut.
+    Those processes still reach the storage, which shows them that they are superseded. `attempt` is the one
+    that was cut off.
     """
     job.wait_for_checkpoint(attempt=attempt + 1)
-    assert_made_way(job, victim)
+    assert_superseded_ranks_exited(job, victim)
     assert job.slurm.network is not None
     job.slurm.network.mend(victim)
     assert_moved_on(job, victim, attempt)
-    assert_an_attempt_stayed_as_it_was(job, attempt)
+    assert_attempt_unchanged(job, attempt)
 
 
-def assert_an_attempt_stayed_as_it_was(job: Job, attempt: int = 1) -> None:
-    """Nothing was committed by it after the next one had gone on from it."""
+def assert_attempt_unchanged(job: Job, attempt: int = 1) -> None:
+    """Check that an attempt committed nothing after the next one resumed from it."""
     resumed = events(job.config, "start")[attempt]["step"]
     root = root_of(job.config)
     names = [key.split("/")[1] for key, _ in root.list(f"{CHECKPOINTS}/") if key.endswith(MANIFEST)]
@@ -141,8 +141,8 @@ def assert_an_attempt_stayed_as_it_was(job: Job, attempt: int = 1) -> None:
     assert all(step <= resumed for step in old), names
 
 
-def assert_made_way(job: Job, node: str) -> None:
-    """The supervisor there, which SLURM cannot reach, has left by itself with its ranks."""
+def assert_superseded_ranks_exited(job: Job, node: str) -> None:
+    """Check that the supervisor on a node that SLURM cannot reach has exited with its ranks."""
     until = time.monotonic() + WAIT_S
     while (said := supervisor_events(job, node))[-1] != "made_way":
         assert time.monotonic() < until, said
@@ -153,7 +153,7 @@ def assert_made_way(job: Job, node: str) -> None:
 
 
 def is_of_training(pid: int) -> bool:
-    """A supervisor, a launcher, a rank or its writer, and nothing of SLURM or of the script."""
+    """Whether a process is a supervisor, launcher, rank or writer, not a part of SLURM or of the script."""
     try:
         return b"dit-scale" in (said := Path(f"/proc/{pid}/cmdline").read_bytes()) or b"dit_scale" in said
     except FileNotFoundError:
@@ -161,13 +161,13 @@ def is_of_training(pid: int) -> bool:
 
 
 def supervisor_events(job: Job, node: str) -> list[str]:
-    """Names of the events in its journal."""
+    """Return the names of the events in its journal."""
     data = Path(job.config.run, "supervisors", f"{node}.jsonl").read_bytes()
     return [json.loads(line)["event"] for line in whole(data.splitlines(keepends=True))]
 
 
 def assert_moved_on(job: Job, victim: str, restarts: int = 1) -> None:
-    """It was queued again, so often in all, and ended on the other nodes."""
+    """Check that the job was requeued, how often, and that it finished on the other nodes."""
     assert job.wait() == ("COMPLETED", 0), job.log
     assert job.restarts() == restarts
     nodes = job.slurm.job(job.number)["NodeList"]
@@ -175,7 +175,7 @@ def assert_moved_on(job: Job, victim: str, restarts: int = 1) -> None:
 
 
 def assert_nothing_trains(job: Job, *nodes: str) -> None:
-    """No process of the job is left there, also where SLURM could not end it."""
+    """Check that no process of the job is left there, even where SLURM could not kill it."""
     until = time.monotonic() + WAIT_S
     while left := [pid for node in nodes for pid in processes(job.number, node)]:
         assert time.monotonic() < until, left

@@ -1,1 +1,1 @@
-"""Things that break on purpose: disks, servers, clocks."""
+"""Injected faults: disks, servers, clocks."""

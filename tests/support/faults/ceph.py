@@ -1,4 +1,4 @@
-"""A real S3 server on loopback for tests: Ceph's RADOS Gateway, over one monitor and one OSD in memory."""
+"""A real S3 server on loopback for tests: Ceph's RADOS Gateway with one monitor and one OSD in memory."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ PACKAGES = {
     "ceph-authtool": "ceph-common",
     "monmaptool": "ceph-base",
 }
-"""Program => the Debian package that has it."""
+"""Program => its Debian package."""
 ACCESS_KEY, SECRET_KEY = "storm", "storm-secret"
 START_S = scaled(400.0)
 
@@ -78,7 +78,7 @@ class CephServer:
 
     port: int
     environment: dict[str, str]
-    """The variables that lead boto3 to it."""
+    """The environment variables that point boto3 at it."""
     gateway: "subprocess.Popen[bytes]"
     """The process that answers, for tests that stop it for a while."""
     admin: Callable[..., None]
@@ -87,7 +87,7 @@ class CephServer:
 
 @contextmanager
 def ceph_s3() -> Iterator[CephServer]:
-    """Start the server, which takes some seconds; stop it and leave nothing behind.
+    """Start the server, which takes some seconds; stop it and leave nothing running.
 
     Skips the test where a program is missing, and fails it where DIT_SCALE_REQUIRE_ALL is 1.
     """
@@ -104,11 +104,11 @@ def ceph_s3() -> Iterator[CephServer]:
 
 
 class StartError(Exception):
-    """A program of Ceph that did not do what it should."""
+    """A program of Ceph failed."""
 
 
 class _Cluster:
-    """Starts the daemons; the stack ends them."""
+    """Start the daemons; the stack stops them."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder, self.stack = folder, stack
@@ -160,12 +160,12 @@ class _Cluster:
                 command, capture_output=True, text=True, timeout=START_S, env=self._environment()
             )
         except subprocess.TimeoutExpired:
-            raise StartError(f"{' '.join(command)}: no end after {START_S:.0f} s") from None
+            raise StartError(f"{' '.join(command)}: not finished after {START_S:.0f} s") from None
         if ran.returncode:
             raise StartError(f"{' '.join(command)}: {ran.stderr}")
 
     def _daemon(self, *command: str) -> "subprocess.Popen[bytes]":
-        """Start it in the foreground, as a child that the kernel ends when this process dies."""
+        """Start a program in the foreground, as a child that the kernel kills when this process dies."""
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *command, "-f"],
             stdin=subprocess.DEVNULL,
@@ -185,7 +185,7 @@ def _wait_for_answer(url: str, gateway: "subprocess.Popen[bytes]") -> None:
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         if gateway.poll() is not None:
-            raise StartError(f"radosgw left with code {gateway.returncode}")
+            raise StartError(f"radosgw exited with code {gateway.returncode}")
         try:
             urllib.request.urlopen(url, timeout=5).close()
             return

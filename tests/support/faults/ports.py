@@ -1,15 +1,15 @@
-"""Ports of loopback for servers that must be told a number."""
+"""Ports of loopback for servers that need a fixed number."""
 
 import socket
 from random import SystemRandom
 
 _PORTS = range(20_000, 32_000)
-"""Below those that the kernel gives to outgoing connections: none takes one before its server listens."""
-_draws = SystemRandom()  # whatever seeds the other generators, runs side by side draw different ones
+"""Below the ports that the kernel gives to outgoing connections, which therefore cannot take one of these."""
+_draws = SystemRandom()  # unseeded, so that parallel runs draw different ports
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port on which nothing listens."""
     while True:
         port = _draws.choice(_PORTS)
         with socket.socket() as probe:

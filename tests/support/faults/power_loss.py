@@ -1,9 +1,9 @@
-"""What a POSIX file system may hold after a power cut.
+"""What a POSIX file system may contain after a power loss.
 
-It promises this much: the bytes of a file are there once fsync of the file returned, and names once
-fsync of their folder did. Of all later changes any part may be there, in any order: of bytes a beginning,
-or zeros in their place; of a folder any subset of the changes to it, a rename wholly or not at all.
-A name that is there leads to its file, however little of that is.
+It promises only this: the bytes of a file are durable once fsync of the file returned, and names once fsync
+of their folder returned. Any part of all later changes may survive, in any order: a prefix of the bytes, or
+zeros in their place; for a folder, any subset of the changes to it, with renames complete or absent. A
+surviving name leads to its file, however little of the file survived.
 """
 
 import itertools
@@ -17,24 +17,24 @@ Tree = dict[str, bytes | None]
 """Path => content of a file; None for a folder."""
 
 _EXHAUSTIVE = 5
-"""Up to so many changes that are not durable, all subsets are taken."""
+"""Up to this many changes that are not durable, try all subsets."""
 
 
 @dataclass(eq=False)
 class File:
     durable: bytes = b""
     later: bytes = b""
-    """Written behind the durable ones since."""
+    """Bytes written since, after the durable ones."""
 
 
 @dataclass(eq=False)
 class Folder:
     durable: dict[str, "File | Folder"] = field(default_factory=dict)
     later: list[dict[str, "File | Folder | None"]] = field(default_factory=list)
-    """Changes since: each sets names, or takes them away."""
+    """Changes since: each sets or removes names."""
 
     def now(self) -> dict[str, "File | Folder"]:
-        """As running processes see it."""
+        """The names as running processes see them."""
         return self.after(self.later)
 
     def after(self, changes: list[dict[str, "File | Folder | None"]]) -> dict[str, "File | Folder"]:
@@ -53,7 +53,7 @@ class Disk:
         self._folders = [self.root]
 
     def apply(self, call: Call) -> None:
-        """Let a call happen."""
+        """Apply a call."""
         folder, name = self._split(call.path)
         if call.kind == "create":
             self._files[call.file] = File()
@@ -79,7 +79,7 @@ class Disk:
             folder.later.append({**taken, new_name: folder.now()[name]})
 
     def tree(self) -> Tree:
-        """What running processes see."""
+        """Return what running processes see."""
         return _tree(
             {folder: folder.now() for folder in self._folders},
             {file: file.durable + file.later for file in self._files.values()},
@@ -87,9 +87,9 @@ class Disk:
         )
 
     def after_power_loss(self, draws: random.Random, samples: int) -> Iterator[Tree]:
-        """What may be left: everything, nothing, and so many draws of what was not durable.
+        """Yield what may survive: everything, nothing, and this many random choices.
 
-        All subsets of the changes to folders, where there are few.
+        Includes all subsets of the changes to folders, if there are few.
         """
         folders = [folder for folder in self._folders if folder.later]
         files = [file for file in self._files.values() if file.later]
@@ -121,7 +121,7 @@ class Disk:
 
 
 def _part(data: bytes, number: int, draws: random.Random) -> bytes:
-    """What may have come through of bytes that were not synced: everything and nothing first."""
+    """Yield what may survive of bytes that were not synced: everything and nothing first."""
     length = draws.randrange(len(data) + 1)
     ways = (
         data,

@@ -1,12 +1,12 @@
-"""A proxy on loopback that knows HTTP and injects faults, each request's own by a seeded draw.
+"""A loopback HTTP proxy that injects faults; a seeded random draw decides for each request.
 
     with FaultProxy(upstream_port, seed=0, rates={"error": 0.1, "short": 0.05}) as proxy:
         ...                      # talk to 127.0.0.1:proxy.port
         proxy.calm()
         assert proxy.injected["short"] > 0
 
-Requests and answers are forwarded as they are (a signature that covers the Host header stays valid),
-but for `Expect: 100-continue`, which no signature covers: the proxy answers it. Bodies are held in memory.
+Requests and answers are forwarded unchanged (a signature that covers the Host header stays valid), except
+`Expect: 100-continue`, which no signature covers: the proxy answers it. Bodies are held in memory.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ KINDS = {
     "trickle": "answer with a byte of the body every 50 ms",
     "flip": "answer with one byte of the body changed, if it is not XML",
 }
-"""What may happen to a request. One that has no such body gets no fault, and none is counted."""
+"""What may happen to a request. A request without such a body meets no fault, and none is counted."""
 
 _RESET = struct.pack("ii", 1, 0)
 _HEAD_BYTES = 64 * 1024
@@ -42,7 +42,7 @@ _HEAD_BYTES = 64 * 1024
 
 @dataclass
 class _Message:
-    """A request or an answer: its head up to the empty line, and its body as it goes over the wire."""
+    """A request or an answer: its head up to the empty line, and its body as sent."""
 
     head: bytes
     body: bytes = b""
@@ -61,7 +61,7 @@ class _Message:
         return found[1].decode() if found else ""
 
     def take_header(self, name: str) -> str:
-        """The header, which is taken out."""
+        """Remove a header and return it."""
         value = self.header(name)
         self.head = _line(name).sub(b"", self.head)
         return value
@@ -72,14 +72,14 @@ def _line(name: str) -> re.Pattern[bytes]:
 
 
 class _ResetError(Exception):
-    """The client's connection is to be reset."""
+    """The client's connection must be reset."""
 
 
 class FaultProxy:
-    """A context in which the proxy runs, in a thread of its own.
+    """A context in which the proxy runs in its own thread.
 
-    `rates`: kind => share of the requests that it meets; `seed`: of the draws. `requests` counts them all,
-    `injected` those that met a fault, by kind.
+    `rates`: kind => share of the requests that meet it; `seed`: seed of the draws. `requests` counts all
+    requests, `injected` those that met a fault, by kind.
     """
 
     def __init__(self, upstream_port: int, seed: int = 0, rates: Mapping[str, float] | None = None) -> None:
@@ -88,9 +88,9 @@ class FaultProxy:
         self.injected: Counter[str] = Counter()
         self.port = 0
         self.stall_s = 60.0
-        """How long a connection that stalls or trickles is held; longer than the client's patience."""
+        """How long a connection that stalls or trickles is held; longer than the client's timeout."""
         self.errors = [("500 Internal Server Error", "InternalError"), ("503 Slow Down", "SlowDown")]
-        """Status and code of the errors that it answers."""
+        """Status and code of the injected errors."""
         self._draws = random.Random(seed)
         self._set(rates or {}, "", None)
         self._loop = asyncio.new_event_loop()
@@ -112,22 +112,22 @@ class FaultProxy:
     def set(self, rates: Mapping[str, float], only: str = "", at_most: int | None = None) -> None:
         """Forward again, with these faults from now on.
 
-        `only`: regular expression that is searched in the line of a request ("PUT /bucket/key?x=y HTTP/1.1");
-        `at_most`: number of faults before it is calm again.
+        `only`: regular expression to search in the request line ("PUT /bucket/key?x=y HTTP/1.1"); `at_most`:
+        number of faults before the proxy is calm again.
         """
         self._set(rates, only, at_most)
         self._wait(self._listen())
 
     def calm(self) -> None:
-        """Forward everything as it is."""
+        """Forward everything unchanged."""
         self.set({})
 
     def down(self) -> None:
-        """Refuse connections, and reset those that are open."""
+        """Refuse connections, and reset the open ones."""
         self._wait(self._close())
 
     def blackhole(self) -> None:
-        """Take everything and answer nothing; what hangs is reset when the proxy is set anew."""
+        """Accept everything and answer nothing; hanging connections are reset when the mode changes."""
         self._hole = True
 
     def _set(self, rates: Mapping[str, float], only: str, at_most: int | None) -> None:
@@ -165,7 +165,7 @@ class FaultProxy:
             self._tasks.discard(task)
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """One request and its answer; whether the connection can take another one."""
+        """Handle one request and its answer; return whether the connection can take another request."""
         request = _Message(await reader.readuntil(b"\r\n\r\n"))
         await self._pass_the_hole()
         kind = self._draw(request)
@@ -247,7 +247,7 @@ class FaultProxy:
         return answer.header("Connection").lower() != "close"
 
     def _draw(self, request: _Message) -> str:
-        """The kind of fault that meets this request, counted; or none."""
+        """Return the kind of fault for this request and count it; or none."""
         self.requests += 1
         lot = self._draws.random()
         if self._left == 0 or not self._only.search(request.first_line):
@@ -274,7 +274,7 @@ class FaultProxy:
 
 
 async def _body_of(answer: _Message, is_head: bool, reader: asyncio.StreamReader) -> bytes:
-    """The body of an answer as it goes over the wire, chunks with their lengths."""
+    """Read the body of an answer as sent, chunks with their lengths."""
     if is_head or answer.first_line.split()[1] in ("204", "304"):
         return b""
     if answer.header("Transfer-Encoding").lower() == "chunked":
@@ -296,7 +296,7 @@ def _suits(kind: str, answer: _Message) -> bool:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close the connection so that the other side sees a reset, not an end."""
+    """Close the connection so that the other side sees a reset."""
     with suppress(OSError):  # it is closed already
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     writer.transport.abort()

@@ -1,6 +1,6 @@
-"""A real Ray cluster on loopback for tests: a head and further nodes, each with processes of its own.
+"""A real Ray cluster on loopback for tests: a head and further nodes, each with its own processes.
 
-Whatever a node starts carries the node's mark in its environment, so that a test can find and kill it.
+Every process of a node carries the node's mark in its environment, so that a test can find and kill it.
 """
 
 import os
@@ -30,7 +30,7 @@ NOTICE_SOON = {
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "4",
 }
-"""A killed node is noticed within about 2 s; by default it takes Ray 15 s."""
+"""A killed node is detected within about 2 s; by default Ray takes 15 s."""
 
 
 class RayNodes:
@@ -41,21 +41,21 @@ class RayNodes:
         self._environment |= NOTICE_SOON
         self._cpus = cpus
         self._mark = uuid.uuid4().hex
-        # Ray's sockets lie in its folder, and a socket's path must be short.
+        # Ray's sockets are in its folder, and a socket's path must be short.
         self._folder = Path("/tmp") / f"ray-{self._mark[:8]}"
         self._port = 0
         self._launchers: dict[int, subprocess.Popen[bytes]] = {}
 
     @property
     def driver_environment(self) -> dict[str, str]:
-        """What leads a driver to this cluster."""
+        """Environment variables that lead a driver to this cluster."""
         return self._environment | {"RAY_ADDRESS": f"127.0.0.1:{self._port}"}
 
     def start(self, node: int) -> None:
-        """Start a node that is not there, and wait until it is."""
+        """Start a node that is not running, and wait until it is up."""
         command = [*RAY_START, "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={self._cpus:g}"]
         command += ["--object-store-memory=200000000"]
-        # What is not named here Ray takes at fixed numbers, where another Ray may listen.
+        # Other ports have fixed default numbers, where another Ray may listen.
         command += ["--min-worker-port=0", "--max-worker-port=0"]
         for name in ("object-manager", "node-manager", "dashboard-agent-listen", "metrics-export"):
             command.append(f"--{name}-port={free_port()}")
@@ -75,7 +75,7 @@ class RayNodes:
         return self._folder / f"node{node}.log"
 
     def _has_started(self, node: int, command: Sequence[str]) -> bool:
-        """Start it, and wait until it is there, or gone: Ray gives up what does not start in 15 s."""
+        """Start a node and wait until it is up or has exited: Ray gives up a slow start after 15 s."""
         with self._log(node).open("wb") as output:
             self._launchers[node] = subprocess.Popen(
                 command,
@@ -94,12 +94,12 @@ class RayNodes:
         return True
 
     def processes(self, node: int | None = None, name: str = "") -> dict[int, str]:
-        """Process id and command line of living processes, of a node or all, with this in the command."""
+        """Return process id and command line of running processes whose command contains this text."""
         mark = f"{MARK}={self._mark}/" + ("" if node is None else f"{node}\0")
         return {pid: command for pid, command in marked_processes(mark).items() if name in command}
 
     def kill(self, node: int) -> None:
-        """End all processes of a node at once, as a machine that loses its power does."""
+        """Kill all processes of a node together, like a power loss."""
         while found := self.processes(node):
             for pid in found:
                 with suppress(ProcessLookupError):
@@ -118,7 +118,7 @@ class RayNodes:
 
 @contextmanager
 def ray_nodes(environment: Mapping[str, str], cpus: float, count: int = 2) -> Iterator[RayNodes]:
-    """A cluster of so many nodes, each with so many CPUs; the end of the block ends it."""
+    """A cluster of several nodes with the given CPUs each; it stops at the end of the block."""
     nodes = RayNodes(environment, cpus)
     try:
         for node in range(count):
@@ -129,12 +129,12 @@ def ray_nodes(environment: Mapping[str, str], cpus: float, count: int = 2) -> It
 
 
 def marked_processes(mark: str) -> dict[int, str]:
-    """Process id and command line of living processes with this text in their environment."""
+    """Return process id and command line of running processes with this text in their environment."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is somebody else's
+        with suppress(OSError):  # it has exited, or belongs to another user
             if mark.encode() in (folder / "environ").read_bytes():
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if command:  # else it is dead and not yet waited for
+                if command:  # otherwise it is a zombie
                     found[int(folder.name)] = command
     return found

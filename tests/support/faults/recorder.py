@@ -1,7 +1,7 @@
-"""Records what Python code does to a folder, call by call, as the file system sees it.
+"""Record what Python code does to a folder, call by call, as the file system sees it.
 
-It stands in front of the functions of `os` that change files; what goes by other ways (the builtin
-`open`) is not seen, so whoever uses it compares `tests.support.faults.power_loss.Disk.tree` with the folder.
+The recorder wraps the functions of `os` that change files. It does not see other ways (the builtin `open`),
+so its users compare `tests.support.faults.power_loss.Disk.tree` with the folder.
 """
 
 import os
@@ -37,21 +37,21 @@ class Call:
 
     kind: Kind
     path: str
-    """Below the recorded folder, which is "" itself; of a file that is open: where it was made."""
+    """Path below the recorded folder, which is "" itself; for an open file, where it was created."""
     target: str = ""
     """The other name of a link or rename."""
     data: bytes = b""
-    """What was written."""
+    """The written bytes."""
     file: int = -1
-    """Which of all files made: for create, write and sync."""
+    """Number of the file among all created files: for create, write and sync."""
 
 
 class Killed(BaseException):
-    """The process is gone: nothing that it would have done after this is done."""
+    """The process is dead: it does nothing after this point."""
 
 
 class Recorder:
-    """Calls below a folder. The process dies before the call of number `kill_at`, until that is None."""
+    """Calls below a folder. The process dies before call number `kill_at`; None: never."""
 
     def __init__(self, folder: Path, kill_at: int | None = None) -> None:
         self.calls: list[Call] = []
@@ -62,7 +62,7 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Stand in front of `os`."""
+        """Wrap the functions of `os`."""
         wrapped: dict[str, Callable[..., Any]] = {
             "open": self._open_file,
             "close": self._close,
@@ -82,7 +82,7 @@ class Recorder:
             raise Killed
 
     def _below(self, path: Any) -> str | None:
-        """The path below the folder; None for one that is elsewhere."""
+        """Return the path below the folder; None for a path elsewhere."""
         if isinstance(path, int) or not Path(path).is_relative_to(self._folder):
             return None
         below = str(Path(path).relative_to(self._folder))
@@ -128,7 +128,7 @@ class Recorder:
             self.calls.append(Call("sync", path, file=file) if file >= 0 else Call("sync folder", path))
 
     def _change(self, name: str, kind: Kind) -> Callable[..., Any]:
-        """One of the functions that take one path, or two."""
+        """Wrap a function that takes one path, or two."""
 
         def call(path: Any, *rest: Any, **more: Any) -> Any:
             below = self._below(path)
@@ -137,7 +137,7 @@ class Recorder:
             answer = _REAL[name](path, *rest, **more)
             if below is not None:
                 target = self._below(rest[0]) if kind in ("link", "rename") else ""
-                assert target is not None, "nothing leaves the folder"
+                assert target is not None, "a rename must stay in the folder"
                 self.calls.append(Call(kind, below, target))
             return answer
 

@@ -1,4 +1,4 @@
-"""A way to a port of loopback for everybody who reaches this host, on which uploads can be made slow."""
+"""A forwarder to a port of loopback, reachable from other hosts, whose uploads can be slowed down."""
 
 import socket
 import socketserver
@@ -9,21 +9,21 @@ from contextlib import contextmanager
 
 _CHUNK_BYTES = 8 * 1024
 _BUFFER_BYTES = 64 * 1024
-"""Of the kernel; in a larger one a body would seem to have gone long before it has."""
+"""Kernel buffer size. With a larger one, a body would seem sent long before it is."""
 
 
 class Way:
-    """Where it is, and how fast."""
+    """The address of the forwarder, and its speed."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.bytes_per_s = float("inf")
-        """Of each connection, towards the server."""
+        """Speed of each connection, towards the server."""
 
 
 @contextmanager
 def slow_upload(upstream_port: int) -> Iterator[Way]:
-    """Open it; as fast as it goes until `bytes_per_s` is set."""
+    """Open the forwarder; it runs at full speed until `bytes_per_s` is set."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -52,13 +52,13 @@ def slow_upload(upstream_port: int) -> Iterator[Way]:
 
 
 def _copy(source: socket.socket, target: socket.socket, way: Way | None) -> None:
-    """Until the source ends, and then say so to the target."""
+    """Copy until the source ends, then tell the target."""
     try:
         while data := source.recv(_CHUNK_BYTES):
             target.sendall(data)
             if way is not None:
                 time.sleep(len(data) / way.bytes_per_s)
         target.shutdown(socket.SHUT_WR)
-    except OSError:  # one side has broken off, and the other is to see it
+    except OSError:  # one side has disconnected, and the other must see it
         for side in (source, target):
             side.close()

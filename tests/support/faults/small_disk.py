@@ -1,4 +1,4 @@
-"""A small file system of its own for tests, which fills up and can be mounted in other ways."""
+"""A small separate file system for tests, which fills up and can be remounted."""
 
 import os
 import subprocess
@@ -12,12 +12,12 @@ from tests.support.needs import needs
 
 @contextmanager
 def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """Mount one of this size at a new folder; gone afterwards. Skips where that is not permitted."""
+    """Mount one of this size at a new folder and unmount it afterwards. Skips where that is not permitted."""
     needs(which("mount") is not None, "mount: apt-get install mount")
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, text=True)
-    needs(mounted.returncode == 0, f"a file system of its own: {mounted.stderr.strip()}")
+    needs(mounted.returncode == 0, f"permission to mount: {mounted.stderr.strip()}")
     try:
         yield folder
     finally:
@@ -25,7 +25,7 @@ def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Take all room that is left; the file that has it."""
+    """Use up all free space; return the file that takes it."""
     filler = disk / "filler"
     descriptor = os.open(filler, os.O_WRONLY | os.O_CREAT)
     try:

@@ -1,1 +1,1 @@
-"""Real and virtual supervisors of nodes."""
+"""Nodes for tests: real and virtual supervisors."""

@@ -1,10 +1,10 @@
-"""A node with faulty ranks, in place of `dit_scale.cli`:
+"""A node with a faulty rank, instead of `dit_scale.cli`:
 
     python -m tests.support.nodes.faulty launch CONFIG ...
 
-FAULT=<kind>:<rank> says what befalls which rank, and FAULTS where; the launcher, the ranks and their
-supervisor are the real ones, but for the time that a step or the devices' sum is given. `slow` befalls all
-ranks, again and again, and is no fault; `impatient` ranks do not wait long for the node of rank 0.
+FAULT=<kind>:<rank> names a fault of FAULTS and the rank that suffers it. Launcher, ranks and supervisor are
+the real ones, except for the deadlines of a step and of the sum over the devices. `slow` makes all ranks slow
+now and then, which is no fault. `impatient` ranks do not wait long for the node of rank 0.
 """
 
 import ctypes
@@ -28,14 +28,14 @@ from tests.support.speed import scaled
 
 VARIABLE = "FAULT"
 SHORTEST_S = 5.0
-"""No step is given less time, where it is `scaled`."""
+"""Shortest deadline of a step, before `scaled`."""
 CALLS = 45
-"""At two micro-batches for each step, later than the first beat with a 99th percentile (step 17)."""
+"""The call that fails. With two micro-batches per step it follows the first 99th percentile (step 17)."""
 _ATTACH_FILTER = 26
 
 
 def lock() -> None:
-    """Wait for a lock that another thread never gives back."""
+    """Wait for a lock that another thread never releases."""
     taken, held = threading.Event(), threading.Lock()
 
     def hold() -> None:
@@ -46,11 +46,11 @@ def lock() -> None:
     threading.Thread(target=hold, name="holder", daemon=True).start()
     taken.wait()
     with held:
-        raise AssertionError("somebody gave the lock back")
+        raise AssertionError("the lock was released")
 
 
 def deaf() -> None:
-    """Let nothing that other ranks send reach this one: the kernel drops it, nobody is told."""
+    """Make the kernel silently drop everything that other ranks send to this one."""
     drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
     program = struct.pack("@HP", 1, ctypes.addressof(drop))
     for name in os.listdir("/proc/self/fd"):
@@ -64,12 +64,12 @@ def deaf() -> None:
 
 
 def stuck_read() -> None:
-    """Read from a place that never answers."""
+    """Read from a pipe into which nothing is written."""
     os.read(os.pipe()[0], 1)
 
 
 def frozen_read() -> None:
-    """The same where the whole interpreter waits, as for a page of a mapped file that never comes."""
+    """Hang in a read with the interpreter lock held, as for a page of a mapped file that never arrives."""
     main = threading.main_thread().ident
     while not _is_in(main, "loader.py", "__next__"):
         time.sleep(0.01)
@@ -86,7 +86,7 @@ def _is_in(thread: int | None, file: str, function: str) -> bool:
 
 
 def at(owner: str, name: str, fault: Callable[[], None]) -> None:
-    """Have it befall this process at a call of a function."""
+    """Make this process suffer a fault at one call of a function."""
     place: Any = _find(owner)
     real, calls = getattr(place, name), itertools.count(1)
 
@@ -110,7 +110,7 @@ FAULTS = {
     "stuck_read": ("dit_scale.data.shards:LatentDataset", "read_views", stuck_read),
     "frozen_read": ("dit_scale.data.shards:LatentDataset", "read_views", frozen_read),
 }
-"""Kind => where it befalls a rank, and what."""
+"""Kind => owner and name of the function, and the fault."""
 
 SLOW = {
     "step": ("dit_scale.train.trainer:Trainer", "accumulate", 1 / 1000, (1.0, 6.0)),
@@ -118,11 +118,11 @@ SLOW = {
     "log": ("dit_scale.train.session:Session", "log", 1 / 50, (1.0, 6.0)),
     "snapshot": ("dit_scale.checkpoint.saver:Snapshot", "take", 1 / 3, (1.0, 6.0)),
 }
-"""Kind => the function, the share of its calls that are slow, and how long they take, in seconds."""
+"""Kind => owner and name of the function, the share of its calls that are slow, their duration in seconds."""
 
 
 def slow(kind: str, seed: int) -> None:
-    """Have calls of a function take long now and then, and say so."""
+    """Make calls of a function slow now and then, and print each."""
     owner, name, share, (least_s, most_s) = SLOW[kind]
     place, draws = _find(owner), random.Random(f"{kind} {seed}")
     real = getattr(place, name)

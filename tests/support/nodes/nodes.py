@@ -1,4 +1,4 @@
-"""Nodes of a run for tests: each is a real `dit-scale launch`, with real launchers and ranks."""
+"""Nodes of a run for tests: real `dit-scale launch` processes with real launchers and ranks."""
 
 import json
 import os
@@ -13,8 +13,9 @@ from typing import Any
 
 from dit_scale.config import TrainConfig, dump
 from dit_scale.elastic.board import Board
-from dit_scale.elastic.launch import committed_step
-from dit_scale.elastic.node.group import SUPERVISOR_VARIABLE, is_alive
+from dit_scale.elastic.node.processes import is_alive
+from dit_scale.elastic.node.rank import SUPERVISOR_VARIABLE
+from dit_scale.elastic.run_progress import committed_step
 from dit_scale.train.run_folder import root_of
 from tests.support.latents import write_latents
 from tests.support.ranks import jobs
@@ -23,11 +24,11 @@ from tests.support.speed import scaled
 
 TIMEOUT_S = scaled(400.0)
 LEASE_S = scaled(30.0)
-"""Longer than a busy machine keeps a supervisor waiting; tests that kill one have a shorter one."""
+"""Longer than a busy machine delays a supervisor. Tests that kill supervisors use a shorter lease."""
 
 
 class Node:
-    """The supervisor of a node, by its name; started again under the same name it is another Node."""
+    """One start of the supervisor of a node; a restart under the same name is another Node."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class Node:
         fault: str = "",
         under: Sequence[str] = (),
     ) -> None:
-        """`fault`: what its ranks suffer (tests.support.nodes.faulty); `under`: a command that becomes it."""
+        """`fault`: see tests.support.nodes.faulty; `under`: a command that executes the supervisor."""
         self.config, self.name = config, name
         folder = Path(config.run).parent
         path = folder / f"{name}.yaml"
@@ -53,47 +54,48 @@ class Node:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def processes(self) -> dict[int, dict[str, str]]:
-        """Environments of the launcher and of the ranks, by process id."""
+        """Return the environments of the launcher and the ranks, by process id."""
         found = {}
         mark = f"{SUPERVISOR_VARIABLE}={self.process.pid}"
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-            except OSError:  # gone since
+            except OSError:  # it has exited
                 continue
             if mark in variables and is_alive(int(folder.name)):
                 found[int(folder.name)] = dict(text.split("=", 1) for text in variables if "=" in text)
         return found
 
     def ranks(self) -> dict[int, int]:
-        """Process ids by rank; writer processes, which are children of ranks, are not among them."""
+        """Return process ids by rank, without the writers, which are children of ranks."""
         found = self.processes().items()
         return {int(env["RANK"]): pid for pid, env in found if "RANK" in env and _runs(pid, "train")}
 
     def launcher(self) -> int:
-        """The process that started the ranks."""
+        """Return the process id of the launcher."""
         (found,) = (pid for pid in self.processes() if _runs(pid, "deepspeed.launcher.launch"))
         return found
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """Of the journal of this supervisor, and of those before it with its name."""
+        """Return the events of this name in the journal of the node, over all starts of its supervisor."""
         path = Path(self.config.run) / "supervisors" / f"{self.name}.jsonl"
         lines = whole(path.read_bytes().splitlines(keepends=True)) if path.exists() else []
         return [event for event in map(json.loads, lines) if event["event"] == name]
 
     def endings(self) -> list[tuple[str, str]]:
-        """Reason and node of every round that ended, as this supervisor was told."""
+        """Return reason and node of every round that ended, from the journal of the node."""
         return [(event["reason"], event["failed_node"]) for event in self.events("round_ended")]
 
     def says(self, text: str) -> bool:
+        """Whether the log of the node contains a text."""
         return text in self.log.read_text()
 
     def exit_code(self, within_s: float = TIMEOUT_S) -> int:
-        """Waits for the end."""
+        """Wait for the supervisor to exit."""
         try:
             return self.process.wait(within_s)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self.name} did not end:\n{self.log.read_text()[-4000:]}") from None
+            raise AssertionError(f"{self.name} did not exit:\n{self.log.read_text()[-4000:]}") from None
 
     def kill(self) -> None:
         self.process.kill()
@@ -132,11 +134,11 @@ class Cluster:
         return node
 
     def wait_for_step(self, step: int) -> None:
-        """Until the record of the run is there."""
+        """Wait until the record of the run has reached a step."""
         self.wait(lambda: last_step(Path(self.config.run) / "metrics.jsonl") >= step, f"step {step}")
 
     def wait_for_commit(self) -> None:
-        """Until the newest round has committed a step, so that its end is not counted as fruitless."""
+        """Wait until the newest round has committed a step, so that its end does not count as a failure."""
         root = root_of(self.config)
         board = Board(root)
         round_ = board.sealed(board.newest())
@@ -144,18 +146,18 @@ class Cluster:
         self.wait(lambda: committed_step(root) > round_.committed_step, "commit")
 
     def wait_for_round(self, node: Node, number: int) -> None:
-        """Until a supervisor has seen the first step of a round; it may miss that of one that ends early."""
+        """Wait for the first step of a round in a journal, which may lack that of a round that ends early."""
         self._wait_for_event(node, "first_step", number)
 
     def wait_for_ranks(self, node: Node, number: int) -> None:
-        """Until all ranks of a node have begun to import, in a round or a later one."""
+        """Wait until all ranks of a node have started to import, in this round or a later one."""
         self._wait_for_event(node, "first_beat", number)
 
     def _wait_for_event(self, node: Node, name: str, number: int) -> None:
         self.wait(lambda: any(e["round"] >= number for e in node.events(name)), f"{name} of round {number}")
 
     def wait(self, is_so: Callable[[], bool], what: str) -> None:
-        """Until something is so; fails with the ends of all logs."""
+        """Wait for a condition; a timeout shows the ends of all logs."""
         end_s = time.monotonic() + TIMEOUT_S
         while not is_so():
             if time.monotonic() > end_s:
@@ -166,22 +168,22 @@ class Cluster:
 
 @contextmanager
 def cluster(config: TrainConfig) -> Iterator[Cluster]:
-    """Nothing of it is left in the end."""
+    """Nodes that share a run. All their processes are killed in the end."""
     nodes = Cluster(config)
     try:
         yield nodes
     finally:
         for node in nodes.nodes:
-            node.kill()  # first: it would start others
+            node.kill()  # first, because it would start others
             while left := node.processes():
                 for pid in left:
-                    with suppress(ProcessLookupError):  # ranks end by themselves, too
+                    with suppress(ProcessLookupError):  # ranks exit by themselves as well
                         os.kill(pid, signal.SIGKILL)
                 time.sleep(0.02)
 
 
 def config_of(folder: Path, steps: int = 60, every_steps: int = 5) -> TrainConfig:
-    """A tiny run below `folder`, whose data set is made when it is not there."""
+    """Return a tiny run below `folder`, and create its data set if it does not exist."""
     data = folder / "data"
     if not data.exists():
         write_latents(data)

@@ -1,4 +1,4 @@
-"""A writer that takes longer to commit than a step may last."""
+"""A writer whose commits take longer than the deadline of a step."""
 
 import time
 from typing import Any
@@ -8,11 +8,11 @@ from dit_scale.checkpoint import writer
 COMMIT_S = 12.0
 
 if __name__ == "__main__":
-    put_manifest = writer.put_manifest
+    write_manifest = writer.write_manifest
 
     def put_late(*args: Any) -> Any:
         time.sleep(COMMIT_S)
-        return put_manifest(*args)
+        return write_manifest(*args)
 
-    writer.put_manifest = put_late
+    writer.write_manifest = put_late
     writer.main()

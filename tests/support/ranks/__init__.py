@@ -1,1 +1,1 @@
-"""Real ranks: started, held at named points, killed, and read afterwards."""
+"""Real ranks: started, held at named points, killed, and inspected afterwards."""

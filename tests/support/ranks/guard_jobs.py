@@ -1,4 +1,4 @@
-"""Jobs of the tests of the guard: a step that fails in each way there is, and what it leaves behind."""
+"""Jobs for the tests of the guard: a step that fails in every possible way, and what it leaves behind."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +21,7 @@ from dit_scale.train.trainer import Trainer
 from tests.support.ranks import jobs
 
 BAD_SAMPLE = 4
-"""Of the 7 samples of a step: on the last of 2 ranks, on the middle one of 3."""
+"""One of the 7 samples of a step: on the last of 2 ranks, on the middle one of 3."""
 
 Bits = dict[tuple[str, str, int], torch.Tensor]
 """(kind, parameter, start) => a copy of what this rank owns; padding has no defined value."""
@@ -39,13 +39,13 @@ def nan_in_the_latent(batch: Batch, bad_B: torch.Tensor) -> Batch:
 
 
 def heavy_sample(batch: Batch, bad_B: torch.Tensor) -> Batch:
-    """Loss and gradient are finite, and far above their means."""
+    """Make a step whose loss and gradient are finite and far above their means."""
     return replace(batch, weight_B=batch.weight_B.masked_fill(bad_B, 1000.0))
 
 
 @contextmanager
 def infinite_gradient(step: Trainer) -> Iterator[None]:
-    """One parameter's gradient on this rank; the loss is what it would be."""
+    """Damage one parameter's gradient on this rank; the loss stays the same."""
     bias = step.engine.module.final_layer.linear.bias
     handle = bias.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     yield
@@ -53,13 +53,13 @@ def infinite_gradient(step: Trainer) -> Iterator[None]:
 
 
 class Outcome(NamedTuple):
-    """What one rank saw."""
+    """What one rank observed."""
 
     rows: list[list[float]]
-    """Of a good step, of a NaN, an infinite gradient and a spike, and of a good step again."""
+    """A good step, a NaN, an infinite gradient, a spike, and a good step again."""
     guard: dict[str, float]
     weights: bytes
-    """Of the whole model, as the forward pass reads them."""
+    """The weights of the complete model, as the forward pass reads them."""
     groups: int
     """Calls of the optimizer in a step."""
 
@@ -109,11 +109,11 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
         behind = owned_bits(step)
         assert same_optimizer_state(behind, before)
         assert updates(step) == updates_before
-        for kind, *extent in before:
+        for kind, *where in before:
             if kind == MASTER:
-                masters, averages = before[MASTER, *extent], before["ema.constant", *extent]
+                masters, averages = before[MASTER, *where], before["ema.constant", *where]
                 torch._foreach_lerp_((averages,), (masters,), 1.0 - 0.9)
-                assert torch.equal(behind["ema.constant", *extent], averages)
+                assert torch.equal(behind["ema.constant", *where], averages)
         return row
 
     first = take(0)
@@ -145,10 +145,10 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
 
 def owned_bits(step: Trainer) -> Bits:
     return {
-        (kind, extent.parameter, extent.start): buffer.detach()[extent.offset :][: extent.length].clone()
+        (kind, slice_.parameter, slice_.start): buffer.detach()[slice_.offset :][: slice_.length].clone()
         for partition in step.engine.owned
         for kind, buffer in partition.buffers.items()
-        for extent in partition.extents
+        for slice_ in partition.slices
     }
 
 
@@ -158,6 +158,6 @@ def same_optimizer_state(got: Bits, expected: Bits) -> bool:
 
 
 def updates(step: Trainer) -> set[float]:
-    """AdamW's count, of all partitions."""
+    """Return AdamW's step count of all partitions."""
     state = step.engine._optimizer.state
     return {state[partition.buffers[MASTER]]["step"].item() for partition in step.engine.owned}

@@ -1,4 +1,4 @@
-"""A run by the public command in one process, which tests hold behind steps of their choice."""
+"""A run by the public command in one process, which tests hold after steps of their choice."""
 
 import os
 import subprocess
@@ -14,13 +14,13 @@ from tests.support.ranks.processes import TIMEOUT_S
 
 
 class HeldRun:
-    """`dit-scale train`, as tests.support.ranks.held_train holds it."""
+    """`dit-scale train`, held by tests.support.ranks.held_train."""
 
     def __init__(self, config: TrainConfig, folder: Path, steps: Sequence[int], **environment: str) -> None:
-        """Held behind each of these steps, counted from its start."""
+        """Hold after each of these steps, counted from the start."""
         folder.mkdir()
         self.log = folder / "log"
-        self._holds = [Hold(folder / str(step), "behind the step", step) for step in steps]
+        self._holds = [Hold(folder / str(step), "after the step", step) for step in steps]
         for hold in self._holds:
             hold.folder.mkdir()
         (folder / "run.yaml").write_text(dump(config))
@@ -29,7 +29,7 @@ class HeldRun:
             "-m",
             "tests.support.ranks.held_train",
             str(folder / "run.yaml"),
-            "behind the step",
+            "after the step",
         ]
         command += [str(folder), *map(str, steps)]
         with self.log.open("w") as output:
@@ -42,7 +42,7 @@ class HeldRun:
             )
 
     def wait(self) -> None:
-        """Until it stands behind the next step of those."""
+        """Wait until the process is held after the next of the steps."""
         self.wait_until(lambda: self._holds[0].reached.exists())
 
     def wait_until(self, is_so: Callable[[], bool]) -> None:
@@ -56,7 +56,7 @@ class HeldRun:
         self._holds.pop(0).go.touch()
 
     def end(self) -> int:
-        """Its exit code."""
+        """Return its exit code."""
         return self.process.wait(TIMEOUT_S)
 
 
@@ -64,7 +64,7 @@ class HeldRun:
 def held_run(
     config: TrainConfig, folder: Path, steps: Sequence[int] = (), **environment: str
 ) -> Iterator[HeldRun]:
-    """Nothing of it is left in the end."""
+    """Kill the process if it is still running."""
     run = HeldRun(config, folder, steps, **environment)
     try:
         yield run

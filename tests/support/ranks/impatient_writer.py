@@ -1,4 +1,4 @@
-"""A writer that soon gives up on a server that is not there."""
+"""A writer that gives up quickly when the server is down."""
 
 from dit_scale.checkpoint import writer
 from dit_scale.storage import s3, transfer

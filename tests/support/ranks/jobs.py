@@ -26,9 +26,10 @@ LossRow = dict[str, float]
 
 
 def small_config(run: Path, data: Path, model: str = "DiT-Nano/2", **engine_knobs: object) -> TrainConfig:
-    """A tiny model, 7 samples per step: uneven on 2 and 3 ranks, accumulated in micro-batches of 2.
+    """Configure a tiny model, 7 samples per step: uneven on 2 and 3 ranks, accumulated in micro-batches of 2.
 
-    In fp32, unless a test is about bf16: it takes ten times as long where a CPU has no instructions for it.
+    It uses fp32 unless a test is about bf16, which takes ten times as long on a CPU without bf16
+    instructions.
     """
     return TrainConfig.model_validate(
         {
@@ -46,20 +47,20 @@ def small_config(run: Path, data: Path, model: str = "DiT-Nano/2", **engine_knob
 
 
 def saving(config: TrainConfig, steps: int, **knobs: object) -> TrainConfig:
-    """The same run for so many steps, with these knobs of its checkpoints."""
+    """Return the same run with this number of steps and these checkpoint settings."""
     checkpoint = config.checkpoint.model_copy(update=knobs)
     return config.model_copy(update={"steps": steps, "checkpoint": checkpoint})
 
 
 def randomise(model: dit.DiT, generator: torch.Generator) -> None:
-    """Initial weights with nothing at zero: zero layers would hide errors in what stands before them."""
+    """Return random weights without zeros: zero layers would hide errors in the layers before them."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def train(config: TrainConfig, random_start: bool = False) -> int:
-    """One rank of a training run."""
+    """Train as one rank."""
     if not random_start:
         return loop.train(config)
     with patch.object(dit, "initialise_weights", randomise):
@@ -68,7 +69,7 @@ def train(config: TrainConfig, random_start: bool = False) -> int:
 
 @contextmanager
 def paced() -> Iterator[None]:
-    """Training waits for a save two steps behind its begin: saves fall on the same steps on any machine."""
+    """Make training wait for a save two steps after it starts: saves fall on the same steps everywhere."""
     follow = session.Session.follow_save
 
     def follow_save(run: session.Session, *vote: bool) -> None:
@@ -81,13 +82,13 @@ def paced() -> Iterator[None]:
 
 
 def train_held(config: TrainConfig, hold: Hold, victim: int) -> int:
-    """One rank of a paced training run, in which rank `victim`, or its writer, is held at a point."""
+    """Train as one rank, paced; rank `victim` or its writer is held at a point."""
     with paced():
         return train_held_unpaced(config, hold, victim)
 
 
 def train_held_unpaced(config: TrainConfig, hold: Hold, victim: int) -> int:
-    """The same at full speed: how many steps go by during a save depends on the machine."""
+    """The same at full speed: how many steps happen during a save depends on the machine."""
     if int(os.environ["RANK"]) != victim:
         return loop.train(config)
     with held(hold):
@@ -95,19 +96,19 @@ def train_held_unpaced(config: TrainConfig, hold: Hold, victim: int) -> int:
 
 
 def train_with_impatient_writer(config: TrainConfig, hold: Hold, victim: int) -> int:
-    """The same with writers that do not wait long for a server."""
+    """The same with writers that give up quickly on a server."""
     with patch.object(saver, "WRITER", (sys.executable, "-m", "tests.support.ranks.impatient_writer")):
         return train_held(config, hold, victim)
 
 
 def in_environment(environment: dict[str, str], job: Callable[..., Any], *args: Any) -> Any:
-    """Any job with these variables set: the server that ranks are forked from has its own."""
+    """Run any job with these variables set; the server that ranks are forked from has its own environment."""
     os.environ.update(environment)
     return job(*args)
 
 
-def train_and_tell(config: TrainConfig) -> tuple[dict[str, object], ...]:
-    """One rank of a training run; the hyper-parameters of its optimizer groups right after the load."""
+def train_and_report(config: TrainConfig) -> tuple[dict[str, object], ...]:
+    """Train as one rank; return the hyper-parameters of its optimizer groups right after the load."""
     told: list[tuple[dict[str, object], ...]] = []
     begin = session.Session.begin
 
@@ -121,14 +122,14 @@ def train_and_tell(config: TrainConfig) -> tuple[dict[str, object], ...]:
 
 
 def losses(config: TrainConfig) -> list[LossRow]:
-    """The record of a run."""
+    """Return the record of a run."""
     lines = losses_so_far(config)
     keys = ("step", "loss", "mse", "vb", "grad_norm")
     return [{key: json.loads(line)[key] for key in keys} for line in lines]
 
 
 def losses_so_far(config: TrainConfig) -> list[str]:
-    """The lines of the record that are whole."""
+    """Return the complete lines of the record."""
     return (Path(config.run) / "metrics.jsonl").read_text().splitlines(keepends=True)
 
 
@@ -138,7 +139,7 @@ def plain_model(config: TrainConfig) -> dit.DiT:
 
 
 def plain_sums(config: TrainConfig, model: dit.DiT, dataset: LatentDataset, step: int) -> torch.Tensor:
-    """(loss, mse, bound) of a whole global batch in one forward pass, mean over its samples."""
+    """Return (loss, mse, bound) of a global batch in one forward pass, mean over its samples."""
     count = config.global_batch
     positions = torch.arange(step * count, (step + 1) * count).numpy()
     batch = read_batch(dataset, positions, count, config.seed, config.data.horizontal_flip)
@@ -168,7 +169,7 @@ def plain_training(config: TrainConfig) -> tuple[list[LossRow], dict[str, torch.
 
 
 def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndarray]:
-    """This rank's part of the full gradient by (parameter, start), as SGD's momentum keeps it at first."""
+    """Return this rank's part of the full gradient by (parameter, start), from SGD's first momentum."""
 
     def sgd(model: torch.nn.Module, *_: object) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
@@ -179,9 +180,9 @@ def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndar
         for partition in run.trainer.engine.owned:
             master = partition.buffers[engine.MASTER]
             momentum = run.trainer.engine._optimizer.state[master]["momentum_buffer"]
-            for extent in partition.extents:
-                piece = momentum[extent.offset : extent.offset + extent.length]
-                found[extent.parameter, extent.start] = piece.numpy().copy()
+            for slice_ in partition.slices:
+                piece = momentum[slice_.offset : slice_.offset + slice_.length]
+                found[slice_.parameter, slice_.start] = piece.numpy().copy()
 
     with (
         patch.object(dit, "initialise_weights", randomise),
@@ -194,7 +195,7 @@ def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndar
 
 
 def plain_gradient(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """The gradient of the first global batch in one plain torch process, flattened."""
+    """Return the gradient of the first global batch in one plain torch process, flattened."""
     model = plain_model(config)
     plain_sums(config, model, LatentDataset.open(config.data.url), 0)[0].backward()
     return {name: p.grad.flatten() for name, p in model.named_parameters() if p.grad is not None}

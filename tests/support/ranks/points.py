@@ -1,10 +1,10 @@
-"""Named points of a run at which a process can be held, so that a signal from outside finds it there.
+"""Named points of a run at which a process can be held, so that a signal from outside hits it there.
 
     with held(Hold(folder, "between optimizer and EMA", nth=3)):
         loop.train(config)
 
-At the n-th pass of the point the process leaves its id in a file and waits for another file, for ever if
-nobody makes it. Points in a writer are reached by `held_writer`, which a rank starts in its place.
+At the n-th pass of the point the process writes its id to a file and waits for another file, forever if no
+test creates it. Points in a writer are reached by `held_writer`, which a rank starts in place of its writer.
 """
 
 import os
@@ -28,7 +28,7 @@ from dit_scale.train import session
 
 @dataclass
 class Hold:
-    """Where to hold, in which pass, and the folder of the files by which test and process talk."""
+    """The point, its n-th pass, and the folder of the files by which test and process communicate."""
 
     folder: Path
     point: str
@@ -58,7 +58,7 @@ Patch = Callable[[Hold], AbstractContextManager[Any]]
 
 
 def before(owner: Any, name: str) -> Patch:
-    """Hold whenever this function is called."""
+    """Hold before every call of this function."""
 
     def patched(hold: Hold) -> AbstractContextManager[Any]:
         real = getattr(owner, name)
@@ -73,7 +73,7 @@ def before(owner: Any, name: str) -> Patch:
 
 
 def after(owner: Any, name: str) -> Patch:
-    """Hold whenever this function has returned."""
+    """Hold after every call of this function."""
 
     def patched(hold: Hold) -> AbstractContextManager[Any]:
         real = getattr(owner, name)
@@ -105,7 +105,7 @@ def _inside_backward(hold: Hold) -> Iterator[None]:
 
 @contextmanager
 def _inside_reduce(hold: Hold) -> Iterator[None]:
-    """Before the collective that sums gradients: the other ranks are inside it."""
+    """Hold before the collective that sums gradients: the other ranks are inside it."""
     from deepspeed.comm.torch import TorchBackend
 
     from dit_scale.train.engine import Engine
@@ -146,7 +146,7 @@ def _held_in_backward(hold: Hold, real: Callable[..., Any]) -> Callable[..., Any
 
 @contextmanager
 def _inside_log_line(hold: Hold) -> Iterator[None]:
-    """Half a line of the record is on the disk."""
+    """Hold when half a line of the record is on the disk."""
     real = record.Record.write
 
     def write(self: record.Record, step: int, values: dict[str, float | None]) -> None:
@@ -164,7 +164,7 @@ def _inside_log_line(hold: Hold) -> Iterator[None]:
 
 @contextmanager
 def _inside_snapshot(hold: Hold) -> Iterator[None]:
-    """One buffer is copied, the others are not."""
+    """Hold when one buffer is copied and the others are not."""
 
     def take(self: saver.Snapshot) -> None:
         for number, (host, buffer) in enumerate(self._copies):
@@ -181,21 +181,21 @@ RANK_POINTS: dict[str, Patch] = {
     "inside backward": _inside_backward,
     "inside the reduce": _inside_reduce,
     "between optimizer and EMA": lambda hold: before(_ema(), "update")(hold),
-    "behind the step": lambda hold: after(_trainer(), "update")(hold),
-    "inside a line of the log": _inside_log_line,
+    "after the step": lambda hold: after(_trainer(), "update")(hold),
+    "inside a line of the record": _inside_log_line,
     "inside the snapshot": _inside_snapshot,
-    "behind the snapshot": after(saver.Snapshot, "take"),
+    "after the snapshot": after(saver.Snapshot, "take"),
     "before the commit": lambda hold: _asked(hold, "commit"),
     "restoring": before(session.Checkpoint, "read"),
-    "before the attempt": before(attempts, "claim"),
-    "behind the attempt": after(attempts, "claim"),
+    "before the claim": before(attempts, "claim"),
+    "after the claim": after(attempts, "claim"),
     "before its files": before(session, "carried_over"),
-    "behind the chain's answer": after(session, "check_current"),
-    "beginning its record": before(lines.LineFile, "append_lines"),
+    "after the fencing check": after(session, "check_current"),
+    "starting its record": before(lines.LineFile, "append_lines"),
     "before its own config": before(disk.DiskStorage, "write"),
     "before its names": before(record, "publish"),
     "setting a name": lambda hold: before(record.os, "replace")(hold),
-    "behind its files": after(record.Record, "publish"),
+    "after its files": after(record.Record, "publish"),
 }
 """Points in a rank."""
 
@@ -204,13 +204,13 @@ WRITER_POINTS: dict[str, Patch] = {
     "writer: inside the file": after(disk, "_write_all"),
     "writer: before its name": before(disk.os, "replace"),
     "writer: before reading again": before(writer.rankfile, "verify"),
-    "writer: before the manifest": before(writer, "put_manifest"),
-    "writer: behind the chain's answer": after(writer.attempts, "check_current"),
+    "writer: before the manifest": before(writer, "write_manifest"),
+    "writer: after the fencing check": after(writer.attempts, "check_current"),
     "writer: manifest without its name": before(disk.os, "link"),
-    "writer: behind the manifest": after(writer, "put_manifest"),
+    "writer: after the manifest": after(writer, "write_manifest"),
     "writer: in retention": before(retention, "delete"),
     "writer: inside retention": after(disk.DiskStorage, "delete"),
-    "writer: retention, the chain has answered": lambda hold: after(retention.attempts, "check_current")(
+    "writer: in retention, after the fencing check": lambda hold: after(retention.attempts, "check_current")(
         hold
     ),
 }
@@ -231,7 +231,7 @@ def _ema() -> Any:
 
 @contextmanager
 def _asked(hold: Hold, what: str) -> Iterator[None]:
-    """Before a request of this kind goes to the writer."""
+    """Hold before a request of this kind is sent to the writer."""
     real = saver.Saver._ask
 
     def ask(self: saver.Saver, request: str, details: Any) -> None:

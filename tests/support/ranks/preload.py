@@ -1,4 +1,4 @@
-"""Loaded once by the server that test processes are forked from: what each rank would import by itself."""
+"""Loaded once by the server that test processes are forked from: the modules that each rank would import."""
 
 import gc
 import os
@@ -25,4 +25,4 @@ for name in (
     import_module(name)
 deepspeed.ops.__compatible_ops__  # noqa: B018  its first use starts compilers
 gc.collect()
-gc.freeze()  # so that the collection before a run's first step looks only at what the run has made
+gc.freeze()  # so that the collection before a run's first step looks only at the run's own objects

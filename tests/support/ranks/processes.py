@@ -1,9 +1,9 @@
-"""Real processes for tests: forked from a server that has torch and DeepSpeed loaded, so a start is cheap.
+"""Real processes for tests, forked from a server that has loaded torch and DeepSpeed, so starts are cheap.
 
     losses = run(3, job, config)            # job(config) in three ranks; its return values by rank
 
-A job sees RANK, WORLD_SIZE and a fresh MASTER_PORT as under a launcher. Processes that are left when
-a run fails or times out are killed by their process ids.
+A job sees RANK, WORLD_SIZE and a fresh MASTER_PORT, as under a launcher. When a run fails or times out, the
+remaining processes are killed by their process ids.
 """
 
 import multiprocessing
@@ -16,14 +16,14 @@ from tests.support.faults.ports import free_port
 from tests.support.speed import scaled
 
 TIMEOUT_S = scaled(400.0)
-"""Far more than anything here takes: who takes longer hangs."""
+"""Far more than any job takes; a slower process hangs."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.support.ranks.preload"])
 
 
 def start(world: int, job: Callable[..., Any], *args: Any) -> tuple[list[Any], Any]:
-    """Start `job(*args)` in every rank; returns the processes and the queue of (rank, error, result)."""
+    """Start `job(*args)` in every rank; return the processes and the queue of (rank, error, result)."""
     answers = _context.Queue()
     port = free_port()
     ranks = [
@@ -36,7 +36,7 @@ def start(world: int, job: Callable[..., Any], *args: Any) -> tuple[list[Any], A
 
 
 def run(world: int, job: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
-    """The results of `job(*args)` by rank; raises with the traceback of the first rank that fails."""
+    """Return the results of `job(*args)` by rank; raise with the traceback of the first rank that fails."""
     ranks, answers = start(world, job, *args)
     results: dict[int, Any] = {}
     try:

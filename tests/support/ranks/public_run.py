@@ -1,6 +1,7 @@
-"""A run that is known by its folder and its command alone: started, watched and compared as its user would.
+"""A run known only by its folder and its command: started, watched and compared as a user would.
 
-Two ways to start it: `dit-scale launch`, or `dit-scale train` once per rank as a plain launcher does.
+There are two ways to start it: `dit-scale launch`, or `dit-scale train` once per rank, as a plain launcher
+does.
 """
 
 import json
@@ -16,24 +17,24 @@ from pathlib import Path
 from typing import Literal
 
 from dit_scale.config import TrainConfig, dump
-from dit_scale.elastic.node.group import is_alive
+from dit_scale.elastic.node.processes import is_alive
 from tests.support.faults.ports import free_port
 from tests.support.speed import scaled
 
 LIMIT_S = scaled(600.0)
-"""Far more than a whole run takes: who needs longer hangs."""
+"""Far more than a complete run takes; a slower process hangs."""
 POLL_S = 0.01
 
 Form = Literal["launch", "ranks"]
 
 
 class RunError(Exception):
-    """The run did what it should not."""
+    """The run did something that it should not do."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a run is spread: the bits of its results depend on it."""
+    """How a run is spread over processes. The bits of its results depend on it."""
 
     world: int
     stage: Literal[1, 2, 3]
@@ -52,15 +53,15 @@ class Started:
     mark: str
     """A variable in the environment of all its processes."""
     begin_bytes: int
-    """Size of the log before."""
+    """Size of the log before the start."""
     codes: list[int] = field(default_factory=list)
 
     def text(self) -> str:
-        """What it has printed."""
+        """Return its output."""
         return self.log.read_bytes()[self.begin_bytes :].decode(errors="replace")
 
     def family(self) -> dict[int, str]:
-        """All its living processes: supervisor, launcher, ranks, writers, each with what it is."""
+        """Return its running processes with their roles: supervisor, launcher, ranks, writers."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -74,22 +75,22 @@ class Started:
         return all(process.poll() is not None for process in self.processes)
 
     def send(self, number: signal.Signals) -> None:
-        """To all of its processes."""
+        """Send a signal to all its processes."""
         for pid in self.family():
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def wait(self, within_s: float = LIMIT_S) -> list[int]:
-        """The exit codes, in order of the ranks; RunError when it does not end."""
+        """Return the exit codes in order of the ranks; raise RunError when it does not exit."""
         end_s = time.monotonic() + within_s
         while not self.is_over():
             if time.monotonic() > end_s:
-                raise RunError(f"did not end within {within_s:g} s:\n{self.text()[-3000:]}")
+                raise RunError(f"did not exit within {within_s:g} s:\n{self.text()[-3000:]}")
             time.sleep(POLL_S)
         return [process.wait() for process in self.processes]
 
     def kill(self) -> None:
-        """End what is left of it."""
+        """Kill its remaining processes."""
         for process in self.processes:
             process.kill()  # the supervisor first: it would start others
         while family := self.family():
@@ -102,7 +103,7 @@ class Started:
 
 
 class PublicRun:
-    """A run at a folder; `log` beside it has what all its starts print."""
+    """A run in a folder. The file `log` next to the folder collects the output of all starts."""
 
     def __init__(self, config: TrainConfig, shape: Shape) -> None:
         self.config, self.shape = config, shape
@@ -113,7 +114,7 @@ class PublicRun:
         self._starts: list[Started] = []
 
     def start(self, form: Form) -> Started:
-        """Start it, or go on with it."""
+        """Start the run, or resume it."""
         self.log.touch()
         mark = f"DIT_SCALE_CAMPAIGN={os.getpid()}-{self.folder.name}-{len(self._starts)}"
         begin = self.log.stat().st_size
@@ -138,35 +139,35 @@ class PublicRun:
             yield [*program, "train", str(self._file)], mark | meeting | {"RANK": rank, "LOCAL_RANK": rank}
 
     def end_all(self) -> None:
-        """Kill what is left of all starts."""
+        """Kill the remaining processes of all starts."""
         for started in self._starts:
             started.kill()
 
     def commits(self) -> int:
-        """Checkpoints that were committed so far, the deleted ones among them."""
+        """Return all checkpoints that were committed so far, including deleted ones."""
         journal = self.folder / "events.jsonl"
         text = journal.read_bytes() if journal.exists() else b""
         return text.count(b'"event": "checkpoint"')
 
     def text(self) -> str:
-        """What all starts have printed."""
+        """Return the output of all starts."""
         return self.log.read_text(errors="replace")
 
 
 def wait_until(is_so: Callable[[], bool], started: Started) -> bool:
-    """Stay until something is so; False when the start ends before. RunError when neither happens."""
+    """Wait for a condition. Return False when the start exits first; raise RunError when neither happens."""
     end_s = time.monotonic() + LIMIT_S
     while not is_so():
         if started.is_over():
             return False
         if time.monotonic() > end_s:
-            raise RunError(f"nothing happened within {LIMIT_S:g} s:\n{started.text()[-3000:]}")
+            raise RunError(f"no progress within {LIMIT_S:g} s:\n{started.text()[-3000:]}")
         time.sleep(POLL_S)
     return True
 
 
 def record_lines(run: PublicRun) -> list[dict[str, object]]:
-    """The whole lines of the record, without the speed."""
+    """Return the complete lines of the record, without the speed."""
     path = run.folder / "metrics.jsonl"
     text = path.read_bytes() if path.exists() else b""
     lines = []

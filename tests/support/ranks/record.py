@@ -1,4 +1,4 @@
-"""The record and the journal of a run, read while it writes them, and compared with those of another run."""
+"""The record and the journal of a run, read while it writes them, and compared with another run's."""
 
 import json
 from contextlib import suppress
@@ -12,24 +12,24 @@ from dit_scale.train.run_folder import root_of
 from tests.support.ranks.runs import final_files
 
 _TAIL_BYTES = 2048
-"""Holds several lines of metrics.jsonl."""
+"""Enough for several lines of metrics.jsonl."""
 
 Row = dict[str, Any]
 
 
 class Journal:
-    """Follows events.jsonl."""
+    """A reader that follows events.jsonl."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
         self.attempts = 0
         self.resumed_step = 0
-        """Where the newest attempt began."""
+        """The step from which the newest attempt resumed."""
         self.saves_s: list[float] = []
-        """How long each save took, from the snapshot to the commit."""
+        """Seconds of each save, from the snapshot to the commit."""
 
     def follow(self) -> "Journal":
-        """Read on from where the last call ended."""
+        """Read on from the end of the last call."""
         if self._path.exists():
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -49,12 +49,12 @@ class Journal:
 
 
 def whole(lines: list[bytes]) -> list[bytes]:
-    """Without a last line that is not whole."""
+    """Drop a last line that is incomplete."""
     return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
 
 
 def last_step(metrics: Path) -> int:
-    """The last step in the record; 0 when there is none."""
+    """Return the last step in the record; 0 when there is none."""
     if not metrics.exists():
         return 0
     with metrics.open("rb") as file:
@@ -65,14 +65,14 @@ def last_step(metrics: Path) -> int:
 
 
 def rows(config: TrainConfig) -> list[Row]:
-    """The record, without the speed."""
+    """Return the record, without the speed."""
     path = Path(config.run) / "metrics.jsonl"
     lines = whole(path.read_bytes().splitlines(keepends=True)) if path.exists() else []
     return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
 
 
 def first_difference(got: list[Row], wanted: list[Row]) -> str:
-    """How `got` fails to be a beginning of `wanted`; empty when it is one."""
+    """Return how `got` differs from the first rows of `wanted`; empty when it does not."""
     if len(got) > len(wanted):
         return f"{len(got)} rows, expected {len(wanted)} at most"
     for number, (row, expected) in enumerate(zip(got, wanted, strict=False), 1):
@@ -82,7 +82,7 @@ def first_difference(got: list[Row], wanted: list[Row]) -> str:
 
 
 def differences_at_the_end(got: TrainConfig, wanted: TrainConfig) -> list[str]:
-    """What differs between two finished runs: the record, and each rank's file of the last step."""
+    """Return what differs between two finished runs: the record, and each rank's file of the last step."""
     found = [first_difference(rows(got), rows(wanted))]
     if len(rows(got)) != len(rows(wanted)):
         found.append(f"{len(rows(got))} rows, expected {len(rows(wanted))}")
@@ -96,7 +96,7 @@ def differences_at_the_end(got: TrainConfig, wanted: TrainConfig) -> list[str]:
 
 
 def compare_averages(got: TrainConfig, wanted: TrainConfig) -> tuple[int, list[str]]:
-    """How many steps have stored averages in both runs, and at which of them a file differs."""
+    """Return how many steps have stored averages in both runs, and at which of them a file differs."""
     ours, theirs = _averages(got), _averages(wanted)
     both = sorted(ours.keys() & theirs.keys())
     differing = [step for step in both if _files(got, ours[step]) != _files(wanted, theirs[step])]
@@ -104,7 +104,7 @@ def compare_averages(got: TrainConfig, wanted: TrainConfig) -> tuple[int, list[s
 
 
 def _averages(config: TrainConfig) -> dict[int, str]:
-    """Step => path."""
+    """Return step => path."""
     return {average.step: average.path(EMA) for average in committed(root_of(config), EMA)}
 
 

@@ -1,4 +1,4 @@
-"""Samples that spoil a step or cannot be read, and a run that tells which samples it was fed."""
+"""Samples that spoil a step or cannot be read, and a run that reports the samples it was given."""
 
 import hashlib
 from collections.abc import Collection, Iterator
@@ -20,15 +20,15 @@ from tests.support.latents import edit_info
 from tests.support.ranks import jobs
 
 Fed = dict[int, list[tuple[int, int]]]
-"""Step, counted from 1 => (position, label) of the samples of one rank, or of all."""
+"""Step, counted from 1 => (position, label) of the samples of one rank, or of all ranks."""
 
 
 WORLD, BATCH, STEPS, NUM = 2, 7, 12, 200
-"""No sample comes twice: NUM is more than all steps need, those that are left out included."""
+"""No sample occurs twice: NUM exceeds what all steps need, including the excluded samples."""
 
 
 def sample_of(step: int, place: int) -> int:
-    """The id of a sample in a step, counted from 1, of a run that leaves nothing out."""
+    """Return the id of a sample in a step, counted from 1, of a run that excludes nothing."""
     return int(ids_at(np.array([(step - 1) * BATCH + place]))[0])
 
 
@@ -50,7 +50,7 @@ def config_of(
 
 
 def spoil(folder: Path, sample_ids: Collection[int]) -> None:
-    """Make the latents of these samples NaN; all checksums fit."""
+    """Make the latents of these samples NaN, with valid checksums."""
     dataset = LatentDataset.open(folder)
     npy = encode_sample(np.full(dataset.info.latent_shape, np.nan, LATENT_DTYPE))
     shards = list(dataset.info.shards)
@@ -73,7 +73,7 @@ def spoil(folder: Path, sample_ids: Collection[int]) -> None:
 
 
 def damage(folder: Path, sample_id: int) -> None:
-    """Flip a bit of a sample: its checksum does not fit any more."""
+    """Flip a bit of a sample, so that its checksum does not match."""
     dataset = LatentDataset.open(folder)
     at = dataset.locate(sample_id)
     path = folder / dataset.info.shards[at.shard].tar_key
@@ -82,8 +82,8 @@ def damage(folder: Path, sample_id: int) -> None:
     path.write_bytes(tar)
 
 
-def train_and_tell(config: TrainConfig) -> Fed:
-    """One rank of a training run; a step that was taken twice tells of the second time."""
+def train_and_report(config: TrainConfig) -> Fed:
+    """Train as one rank; a step that was taken twice is reported the second time."""
     fed: Fed = {}
     samples: list[tuple[int, int]] = []
     accumulate, update = Trainer.accumulate, Trainer.update
@@ -110,5 +110,5 @@ def train_and_tell(config: TrainConfig) -> Fed:
 
 
 def of_all(ranks: list[Fed]) -> Fed:
-    """What all ranks were fed, in the order of positions."""
+    """Return the samples that all ranks were given, in order of position."""
     return {step: sorted(sample for fed in ranks for sample in fed[step]) for step in ranks[0]}

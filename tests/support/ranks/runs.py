@@ -1,4 +1,4 @@
-"""What the tests look at in a run's folder, and how they follow processes that are held."""
+"""Helpers that read a run folder and follow held processes."""
 
 import json
 import queue
@@ -17,7 +17,7 @@ from tests.support.ranks.processes import TIMEOUT_S, start
 
 
 def final_files(config: TrainConfig) -> list[bytes]:
-    """Every rank's file of the newest checkpoint: masters, moments, averages."""
+    """Return every rank's file of the newest checkpoint: masters, moments, averages."""
     root = root_of(config)
     newest = committed(root)[0]
     assert newest.step == config.steps
@@ -25,40 +25,46 @@ def final_files(config: TrainConfig) -> list[bytes]:
 
 
 def events(config: TrainConfig, name: str) -> list[dict[str, Any]]:
-    """The events of a kind in the journal."""
+    """Return the events of a kind in the journal."""
     path = Path(config.run) / "events.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
+def steps_of(config: TrainConfig) -> list[int]:
+    """Return the step of every line in the record."""
+    lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
 def wait_for(hold: Hold, answers: Any) -> int:
-    """The id of the process that stands at the point; `answers` are those of ranks that ended before."""
+    """Return the id of the process held at the point; `answers` are those of ranks that ended earlier."""
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         if hold.reached.exists():
             return int(hold.reached.read_text())
         with suppress(queue.Empty):
-            raise AssertionError(f"a rank ended before {hold.point!r}: {answers.get(timeout=0.01)}")
+            raise AssertionError(f"a rank exited before {hold.point!r}: {answers.get(timeout=0.01)}")
     raise AssertionError(f"{hold.point!r} was not reached within {TIMEOUT_S} s")
 
 
 def wait_for_event(config: TrainConfig, name: str, count: int = 1) -> None:
-    """Until the journal has so many events of a kind."""
+    """Wait until the journal has this many events of a kind."""
     deadline = time.monotonic() + TIMEOUT_S
     while len(events(config, name)) < count:
-        assert time.monotonic() < deadline, f"no {name} in the journal"
+        assert time.monotonic() < deadline, f"no {name} entry in the journal"
         time.sleep(0.02)
 
 
 def kill(processes: Sequence[Any]) -> None:
-    """SIGKILL, one after the other, those that are alive."""
+    """SIGKILL these processes one after the other."""
     for process in processes:
         process.kill()
         process.join()
 
 
 def kill_at(world: int, config: TrainConfig, folder: Path, point: str, nth: int, victim: int) -> None:
-    """Start a run, and kill it when rank `victim`, or its writer, stands at the point."""
+    """Start a run and kill it when rank `victim`, or its writer, is held at the point."""
     folder.mkdir()
     hold = Hold(folder, point, nth)
     ranks, answers = start(world, jobs.train_held, config, hold, victim)

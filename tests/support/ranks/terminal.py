@@ -1,4 +1,4 @@
-"""Terminals that go away, for tests: a pseudoterminal, and the process that has it as its own."""
+"""Terminals that close, for tests: a pseudoterminal, and the process that it controls."""
 
 import fcntl
 import os
@@ -25,7 +25,7 @@ class Terminal:
         os.set_blocking(self._master, False)
 
     def read(self) -> str:
-        """What was shown since the last look; to be called now and then, for a full terminal makes wait."""
+        """Return the output since the last call. A full terminal blocks the program, so call this often."""
         try:
             return os.read(self._master, 2**20).decode(errors="replace")
         except BlockingIOError:
@@ -35,5 +35,5 @@ class Terminal:
         os.write(self._master, key.encode())
 
     def close(self) -> None:
-        """The kernel sends SIGHUP, and nothing can be written any more."""
+        """Close the terminal: the kernel sends SIGHUP, and writes fail from then on."""
         os.close(self._master)
