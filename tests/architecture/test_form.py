@@ -238,18 +238,18 @@ def calls_by_position(path: Path) -> Iterator[str]:
 def test_calls_by_position_are_recognised(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text(
-        "from dit_scale.diffusion import loss\n"
+        "from tests.support import latents\n"
         "from dit_scale_pipeline.inputs import Entry\n"
         "from tests.support.ranks.processes import start\n"
         "Entry(1, 2, 3, 4, 5, 6)\n"
         "Entry(1, 2, 3, 4, 5, key=6)\n"
-        "loss.hybrid_loss(1, 2, 3, 4, 5, 6)\n"
+        "latents.write_latents(1, 2, 3, 4, 5, 6)\n"
         "start(2, print, 3, 4, 5, 6)\n"
         "path.permute(1, 2, 3, 4, 5, 6)\n"
     )
     assert [call.partition(":")[2] for call in calls_by_position(path)] == [
         "4 dit_scale_pipeline.inputs.base.Entry",
-        "6 dit_scale.diffusion.loss.hybrid_loss",
+        "6 tests.support.latents.write_latents",
     ]
 
 
