@@ -187,7 +187,14 @@ class Saver:
         first = replies[0]
         took_s = time.monotonic() - self._since_s
         is_final = any(reply.taken for reply in replies)
-        return SaveResult(manifest, problem, first.dropped, first.retention_problem, is_final, took_s)
+        return SaveResult(
+            manifest=manifest,
+            problem=problem,
+            dropped=first.dropped,
+            retention_problem=first.retention_problem,
+            is_final=is_final,
+            seconds=took_s,
+        )
 
     def _start(self) -> None:
         options = {

@@ -150,9 +150,9 @@ class Found:
     """What the shipped reader makes of a folder."""
 
     step: int | None
-    """Of the newest checkpoint, passing over those that cannot be read, as a run does."""
+    """The step from which a run would resume, without damaged checkpoints."""
     damaged: tuple[str, ...]
-    """Of all that is listed, averages too."""
+    """The damaged ones among all listed checkpoints and averages."""
     averages: tuple[int, ...]
     """Steps with stored averages."""
     attempt: int
@@ -199,9 +199,9 @@ class Shelf:
         self._folder = folder
         self._shown: Tree = {}
         self._problems: dict[bytes, str] = {}
-        """By the hash of a checkpoint's folder: most states share most checkpoints."""
+        """Results by the hash of a checkpoint's folder: most states share most checkpoints."""
         self.found: dict[bytes, Found] = {}
-        """By the hash of the tree."""
+        """Results by the hash of the tree."""
         folder.mkdir()
 
     def look(self, tree: Tree) -> Found:

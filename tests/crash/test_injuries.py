@@ -30,7 +30,7 @@ from tests.support import checkpoints
 from tests.support.latents import write_latents
 
 INJURIES = 500
-"""Of checkpoints, and as many of data."""
+"""Number of damaged checkpoints, and of damaged shards."""
 PAGE_BYTES = 4096
 BLOCK_BYTES = 2048
 SAMPLES, SHARD_SAMPLES = 20, 8

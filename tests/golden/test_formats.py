@@ -105,7 +105,7 @@ WORDS = {
     Purpose.SAMPLE_START: "1657b92c 3984bdc7 493a7ae7 8803a121 ede8eb21 0f16bfbe",
     Purpose.SAMPLE_STEP: "456a9d19 fe96eab4 9ab22796 1c635dbd 8c64cf3f fcf32ba8",
 }
-"""Of seed 42 at position 2^32 + 5, stream 0."""
+"""Draws for seed 42 at position 2^32 + 5, stream 0."""
 
 
 def test_every_purpose_has_its_words() -> None:
