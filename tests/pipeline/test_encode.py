@@ -49,7 +49,7 @@ ENCODER = ("ray::Encoder", "ray::encode")
 """How the process of an encoder is called, at rest and at work."""
 MARK = f"dit-scale-test-{uuid.uuid4().hex}"
 ENVIRONMENT = clean_environment(DIT_SCALE_TEST=MARK)
-"""Of every process that these tests start."""
+"""Environment of every process that these tests start."""
 HANGS_S = scaled(600.0)
 """Far more than anything here takes."""
 
@@ -102,7 +102,7 @@ def encode(folder: Path, output: str | Path, *overrides: str) -> subprocess.Comp
 
 
 def wait_until(there: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Until it is true; the process must live so long."""
+    """Wait until a condition holds, while the process runs."""
     end_s = time.monotonic() + HANGS_S
     while not there():
         assert process.poll() is None, process.communicate()

@@ -45,7 +45,7 @@ def hunt(hunted: Grounds, request: pytest.FixtureRequest) -> Iterator[Hunt]:
 
 
 def wait_for(there: Callable[[], object], hunt: Hunt) -> None:
-    """Until it is true; the driver must live so long."""
+    """Wait until a condition holds, while the driver runs."""
     end_s = time.monotonic() + RUN_S
     while not there():
         assert hunt.drivers[-1].poll() is None, hunt.said()
