@@ -49,7 +49,7 @@ ENCODER = ("ray::Encoder", "ray::encode")
 """Names of an encoder's process, idle and working."""
 MARK = f"dit-scale-test-{uuid.uuid4().hex}"
 ENVIRONMENT = clean_environment(DIT_SCALE_TEST=MARK)
-"""Mark in the environment of every process that these tests start."""
+"""Environment of every process that these tests start."""
 HANGS_S = scaled(600.0)
 """Timeout far above the duration of any step here."""
 

@@ -191,7 +191,7 @@ class Hunt:
         return sum(key.endswith(".json") for key in self.seen if key.startswith("shards/"))
 
     def strike(self, victim: str, draws: random.Random) -> str | None:
-        """Kill a working victim, or else another working process; return its kind, None when the job is done."""
+        """Kill a working victim, or else another working process; return its kind, None if all is done."""
         if victim in ("node", "head"):
             for node in (SECOND,) if victim == "node" else (HEAD, SECOND):
                 self.grounds.nodes.kill(node)

@@ -302,10 +302,11 @@ def test_a_class_that_lost_all_its_images_is_an_error(storage: Storage) -> None:
     row = IndexRow(0, "a/0.png", 0, np.zeros((2, 8, 32, 32), np.float16))
     record = build_shard("00000", [row], [Quarantined(key=1, path="b/1.png", reason="torn")], 4).record
     claimed = output.identity(config(), images, VAE) | dict.fromkeys(output.ENCODING_KEYS, "")
+    rest = {"vae": VAE, "stored": claimed, "records": [record]}
     with pytest.raises(DataError, match=r"images are all quarantined: b. .*allow_empty_classes=true"):
-        output.commit(storage, config(), images, VAE, claimed, [record])
+        output.commit(storage, config(), images, **rest)
     assert not storage.exists("dataset.json")
-    info = output.commit(storage, config(allow_empty_classes=True), images, VAE, claimed, [record])
+    info = output.commit(storage, config(allow_empty_classes=True), images, **rest)
     assert (info.samples, info.num_classes) == (1, 2)
 
 
