@@ -377,13 +377,13 @@ def test_classes_and_their_numbers_of_images_are_said(tmp_path: Path) -> None:
     listing = open_input(class_tars(tmp_path / "x", images)).list()
     assert said(listing) == [
         "46 images of 10 classes in 10 archives: class_tars",
-        "classes, with numbers of images: n00 (1), n01 (2), n02 (3), ... n07 (8), n08 (9), n09 (1); smallest "
+        "images per class: n00 (1), n01 (2), n02 (3), ... n07 (8), n08 (9), n09 (1); smallest "
         "n00 (1), largest n08 (9)",
     ]
     few_classes = open_input(class_folders(tmp_path / "y", {**CLASSES, ".git[b]": {}})).list()
     assert said(few_classes) == [
         "3 images of 3 classes: class_folders",
-        "classes, with numbers of images: n01 (1), n02 (1), n03 (1)",
+        "images per class: n01 (1), n02 (1), n03 (1)",
         "ignored, not images of a class: 1 (.git[b]/)",
     ]
 
