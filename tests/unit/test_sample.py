@@ -335,5 +335,7 @@ def test_a_checkpoint_of_another_version_is_named(tiny_vae: str, tmp_path: Path)
     root = open_storage(tmp_path)
     config = Checkpoint(root, CheckpointId(STEP, 1)).manifest.config
     checkpoints.write(root, CheckpointId(STEP + 1, 1), [], config={**config, "new_knob": 1})
-    with pytest.raises(CheckpointError, match=r"is of another version of this program: .*\n.*new_knob"):
+    with pytest.raises(
+        CheckpointError, match=r"was written by another version of this program: .*\n.*new_knob"
+    ):
         open_source(str(tmp_path))
