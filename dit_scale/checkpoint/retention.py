@@ -9,7 +9,7 @@ TAG = "KEEP"
 
 
 def kept(ids: list[CheckpointId], keep: int, keep_every_steps: int) -> set[CheckpointId]:
-    """Of these checkpoints (newest first), keep the newest `keep` and the first of every N-step window."""
+    """Return the newest `keep` of these checkpoints (newest first) and the first of every N-step window."""
     stay = set(ids[:keep])
     if keep_every_steps:
         first = {checkpoint_id.step // keep_every_steps: checkpoint_id for checkpoint_id in ids}

@@ -153,7 +153,8 @@ def reference(folder: Path) -> Path:
         moments = encoder.encode(pixels, runtime)
         channels = plan.vae.latent_channels
         records.append(write_shard(config.output, name, [account], channels, moments))
-    output.commit(open_storage(config.output), config, plan.listing, plan.vae, claimed, records)
+    storage = open_storage(config.output)
+    output.commit(storage, config, plan.listing, vae=plan.vae, stored=claimed, records=records)
     return folder / "reference"
 
 

@@ -72,7 +72,8 @@ def data(tmp_path: Path) -> Path:
     shards = [build_shard("00000", rows[:2], [], 4), build_shard("00001", rows[2:], [torn], 4)]
     for shard in shards:
         shard.write(storage)
-    output.commit(storage, config, LISTING, VAE, claimed, [shard.record for shard in shards])
+    records = [shard.record for shard in shards]
+    output.commit(storage, config, LISTING, vae=VAE, stored=claimed, records=records)
     return tmp_path
 
 

@@ -453,7 +453,7 @@ def test_a_configuration_of_another_version_is_refused(root: Storage) -> None:
     [
         (ParameterSlice("w", 0, 4, 0), "offset"),
         (Partition({}, ()), "slices"),
-        (StoredSlice(MASTER, "w", 0, 4, 8, ()), "byte_offset"),
+        (StoredSlice(MASTER, "w", start=0, length=4, byte_offset=8, crc32c=()), "byte_offset"),
         (AttemptRecord(1), "resumed_from"),
         (FileRecord(key="k", bytes=8, header_bytes=8, header_sha256=""), "bytes"),
         (writer.Reply(), "problem"),

@@ -69,7 +69,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records.append(write_shard(config.output, name, [account], plan.vae.latent_channels, moments))
     save_listing(storage, plan.listing)
     identity = {**plan.identity, **encoder.runtime()}
-    output.commit(storage, config, plan.listing, plan.vae, identity, records)
+    output.commit(storage, config, plan.listing, vae=plan.vae, stored=identity, records=records)
     return folder
 
 

@@ -44,7 +44,7 @@ def walk(data: bytes) -> list[TarMember]:
 
 
 def entry_of(member: TarMember, archive: str = "a.tar") -> Entry:
-    return Entry(0, f"x/{member.name}", 0, archive, member.start, member.span)
+    return Entry(0, f"x/{member.name}", 0, archive=archive, start=member.start, size=member.span)
 
 
 letters = st.text(
