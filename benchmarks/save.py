@@ -49,11 +49,13 @@ import torch
 
 from dit_scale import dist
 from dit_scale.checkpoint import attempts, rankfile, reader
-from dit_scale.checkpoint.partition import ParameterSlice, Partition
+from dit_scale.checkpoint.partition import Partition
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Snapshot
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, ModelConfig, TrainConfig
-from dit_scale.heartbeat import Heart
+from dit_scale.dist import World
+from dit_scale.heartbeat import Heart, Phase
 from dit_scale.storage import Storage, open_storage
 from dit_scale.train import determinism
 from dit_scale.train.session import Session
@@ -70,6 +72,19 @@ PACKAGES = ("dit-scale", "torch", "deepspeed", "numpy", "google-crc32c")
 SMOKE = {"model": "DiT-Ti/2", "image_size": 32, "micro_batch": 2, "rounds": 1, "device": "cpu"}
 
 Row = dict[str, Any]
+
+
+class RestoreClock(Heart):
+    """Notes when the restore starts, by time.perf_counter."""
+
+    def __init__(self, rank: int) -> None:
+        self.restore_s = 0.0
+        super().__init__(rank)
+
+    def beat(self, section: Phase, step: int) -> None:
+        if section is Phase.RESTORE and not self.restore_s:
+            self.restore_s = time.perf_counter()
+        super().beat(section, step)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,14 +137,13 @@ def saving(config: TrainConfig, folder: Path, rounds: int) -> list[Row]:
     world = dist.start(config.engine)
     with ExitStack() as stack:
         stack.callback(dist.stop)
-        run = Session(config, world, stack, Heart(world.rank))
-        run.begin()
+        run = Session(config, world, Heart(world.rank), stack)
         for _ in range(WARMUP_STEPS):
-            turn(run)
+            turn(run, world)
         shared = {"device": _device_name(world.device), "state_bytes": run.saver.snapshot.bytes}
         rows = [
             stall(run.saver.snapshot, run.trainer.engine.owned, rounds),
-            step(run, rounds),
+            step(run, world, rounds),
             write(run.saver.snapshot, open_storage(folder / "write"), folder / "dd", rounds),
         ]
     return [row | shared for row in rows]
@@ -156,19 +170,19 @@ def stall(snapshot: Snapshot, owned: Iterable[Partition], rounds: int) -> Row:
     }
 
 
-def step(run: Session, rounds: int) -> Row:
-    """Time iterations of the loop without a save, with the start of one, and with one in flight."""
+def step(run: Session, world: World, rounds: int) -> Row:
+    """Turns of the loop without a save, with one that begins, and with one in flight."""
     seconds: dict[str, list[float]] = {
         name: [] for name in ("quiet", "beginning", "save", "writing", "committed")
     }
     for _ in range(rounds):
-        seconds["quiet"] += [_seconds(lambda: turn(run)) for _ in range(STEPS_BETWEEN_SAVES)]
-        turn_s, save_s = _seconds(lambda: turn(run)), _seconds(run.save)
+        seconds["quiet"] += [_seconds(lambda: turn(run, world)) for _ in range(STEPS_BETWEEN_SAVES)]
+        turn_s, save_s = _seconds(lambda: turn(run, world)), _seconds(run.saves.save)
         seconds["beginning"].append(turn_s + save_s)
         seconds["save"].append(save_s)
         writing = []
         while run.saver.in_flight:
-            writing.append(_seconds(lambda: turn(run)))
+            writing.append(_seconds(lambda: turn(run, world)))
         seconds["writing"] += writing
         seconds["committed"].append(save_s + sum(writing))
     return {
@@ -178,15 +192,15 @@ def step(run: Session, rounds: int) -> Row:
     }
 
 
-def turn(run: Session) -> None:
-    """Run one iteration of the loop in `dit_scale.train.loop`, without saves and log points."""
-    sums = run.trainer.accumulate(run.loader)
-    vote = run.world.start_vote(*run.saver.flags())
+def turn(run: Session, world: World) -> None:
+    """One turn of the training loop, as `dit_scale.train.loop` has it between two saves and log points."""
+    sums = run.trainer.accumulate(run.attempt.loader)
+    vote = world.start_vote(*run.saves.flags())
     row = run.trainer.update(sums, run.state.step)
     run.state.step += 1
-    run.meters.add(row)
-    run.follow_save(*vote.result())
-    _wait(run.world.device)
+    run.attempt.meters.add(row)
+    run.saves.follow(*vote.result())
+    _wait(world.device)
 
 
 def write(snapshot: Snapshot, storage: Storage, dd_file: Path, rounds: int) -> Row:
@@ -227,12 +241,11 @@ def resuming(config: TrainConfig) -> tuple[float, ...]:
     with ExitStack() as stack:
         world = dist.start(config.engine)
         stack.callback(dist.stop)
-        run = Session(config, world, stack, Heart(world.rank))
-        marks.append(time.perf_counter())
-        run.begin()
+        clock = RestoreClock(world.rank)
+        run = Session(config, world, clock, stack)
         _wait(world.device)
-        marks.append(time.perf_counter())
-        next(run.loader)
+        marks += [clock.restore_s, time.perf_counter()]
+        next(run.attempt.loader)
         marks.append(time.perf_counter())
         owned = run.trainer.engine.owned
         _drop_cached(root)

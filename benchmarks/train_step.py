@@ -41,7 +41,7 @@ from rich.table import Table
 from dit_scale import dist
 from dit_scale.config import EngineConfig, ModelConfig, TrainConfig
 from dit_scale.data.batch_plan import batch_plan
-from dit_scale.data.loader import Batch
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.errors import DeviceError
 from dit_scale.models import attention
 from dit_scale.models.zoo import Shape, forward_macs, shape_of
@@ -143,13 +143,13 @@ def _figures(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
         dist.stop()
 
 
-def random_batch(shape: Shape, micro_batch: int, index: int) -> Batch:
+def random_batch(shape: Shape, micro_batch: int, index: int) -> MicroBatch:
     """Make a micro-batch like the loader's: moments of realistic magnitude and random classes."""
     generator = torch.Generator().manual_seed(index)
     size = (micro_batch, shape.in_channels, shape.latent_size, shape.latent_size)
     mean_BCHW = 5 * torch.randn(size, generator=generator)
     std_BCHW = torch.rand(size, generator=generator)
-    return Batch(
+    return MicroBatch(
         torch.cat((mean_BCHW, std_BCHW), dim=1).to(torch.float16),
         torch.randint(shape.num_classes, (micro_batch,), generator=generator),
         index * micro_batch + torch.arange(micro_batch),

@@ -21,7 +21,7 @@ class Heading(StrEnum):
     STARTUP = "startup"
     """The same for the first start of a run, until its first step or its failure. Measured runs only."""
     REPLAYED = "replayed"
-    """Steps that did not last: a later attempt took them again, or will have to."""
+    """Lost steps: a later attempt took them again, or will have to."""
     PRODUCTIVE = "productive"
     """Steps that count. In a simulation, at the speed of all nodes."""
     DEGRADED = "degraded"
@@ -62,9 +62,9 @@ class Ledger:
         return self.spent[Heading.PRODUCTIVE] / self.wall if self.wall else 0.0
 
     def seconds(self, *headings: Heading) -> float:
-        """Seconds spent on these headings together; a heading that is absent counts as 0."""
+        """Return the seconds spent on these headings together; an absent heading counts as 0."""
         return sum(self.spent.get(heading, 0) for heading in headings) / self.units_per_s
 
     def by_name(self) -> dict[str, float]:
-        """Seconds by name of the heading, for JSON."""
+        """Return the seconds by name of the heading, for JSON."""
         return {heading.value: self.seconds(heading) for heading in self.spent}

@@ -139,7 +139,7 @@ class LineFile:
         self._buffered_bytes += len(data)
 
     def _earlier_lines(self) -> bytes:
-        """Contents of the open file, which has lost its path, without the written part of a buffered line."""
+        """Return the contents of the open file, which has lost its path, without half a buffered line."""
         if self._descriptor is None:
             return b""
         with suppress(OSError):  # a network file system may have dropped the file

@@ -1,6 +1,6 @@
 """The work of one decoding task: entries of the listing in, uint8 crops out.
 
-An input that gives no sample is not skipped but reported, with a reason that is the same on every machine.
+An input that yields no sample is reported, not skipped. The reason is the same on every machine.
 """
 
 import functools
@@ -13,13 +13,13 @@ import numpy as np
 from dit_scale_pipeline.images import Pixels, center_crop, decode, to_array
 from dit_scale_pipeline.inputs import COLUMNS, Entry, Input, InputError, open_input
 
-READS_AHEAD = 8
-"""Images that are fetched at once from a remote source, where each one waits for the network."""
+READ_THREADS = 8
+"""Images fetched in parallel from a remote source."""
 
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """What became of some entries: those that gave pixels, in order, and (entry, reason) of the others."""
+    """The outcome of a batch: the decoded entries in order, and (entry, reason) of the rejected ones."""
 
     decoded: tuple[Entry, ...]
     rejected: tuple[tuple[Entry, str], ...]
@@ -31,9 +31,9 @@ class DecodedBatch:
 def read_batch(
     source: str, kind: str, entries: Sequence[Entry], size: int, columns: tuple[str, str] = COLUMNS
 ) -> tuple[Pixels, DecodedBatch]:
-    """Read, decode and crop entries of a listing => uint8 (good ones, size, size, 3), and their account.
+    """Read, decode and crop entries => uint8 (decoded entries, size, size, 3) and the outcome.
 
-    `kind` and `columns` are the listing's.
+    `kind` and `columns` are those of the listing.
     """
     pixels = np.empty((len(entries), size, size, 3), np.uint8)
     decoded: list[Entry] = []
@@ -62,5 +62,5 @@ def _read(source: Input, entries: Sequence[Entry]) -> Iterator[bytes | InputErro
     if not source.remote:
         yield from map(read, entries)
         return
-    with ThreadPoolExecutor(READS_AHEAD) as pool:
+    with ThreadPoolExecutor(READ_THREADS) as pool:
         yield from pool.map(read, entries)

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class Encoder:
-    """Holds a VAE, loaded at the first call: a process that is started again loads it again."""
+    """A VAE that is loaded at the first call, and again after a restart of the process."""
 
     def __init__(self, config: EncodeConfig, identity: VaeIdentity, device: str) -> None:
         self._config, self._identity, self._device = config, identity, device
@@ -52,9 +52,9 @@ class Encoder:
         )
         if loaded.identity().weights_sha256 != self._identity.weights_sha256:
             raise WeightsError(
-                f"the VAE {self._config.vae} is not the same on every node: weights with SHA-256 "
-                f"{loaded.identity().weights_sha256[:12]} here, {self._identity.weights_sha256[:12]} where "
-                "the job was started; copy one to all nodes"
+                f"the VAE {self._config.vae} differs between nodes: its weights have SHA-256 "
+                f"{loaded.identity().weights_sha256[:12]} here and {self._identity.weights_sha256[:12]} "
+                "where the job was started; copy the same weights to all nodes"
             )
         return loaded
 
@@ -71,26 +71,26 @@ class Encoder:
         }
 
     def runtime(self) -> dict[str, str]:
-        """What the bits of a latent depend on besides the configuration: device and libraries."""
+        """Return the device and library versions, on which the bits of latents depend."""
         return self._runtime
 
     def encode(self, pixels_BHW3: npt.NDArray[np.uint8], runtime: dict[str, str]) -> npt.NDArray[np.float16]:
         """Pixels of at most `vae_batch` images => moments (B, V, 2C, h, w).
 
-        The VAE always sees `vae_batch` images: a short batch is filled up with black ones. DeviceError
-        when the runtime is not this one: Ray may start an encoder again on a node of another kind.
+        The VAE always gets `vae_batch` images: a short batch is padded with black ones. Raises DeviceError
+        when the runtime differs, because Ray may restart an encoder on another kind of node.
         """
         import torch
 
         if self._runtime != runtime:
             raise DeviceError(
-                f"an encoder was started again on another kind of machine: {self._runtime}, the data set is "
-                f"made on {runtime}. Start again with nodes of one kind; finished shards are kept"
+                f"an encoder was restarted with a different device or library version: {self._runtime}, the "
+                f"data set is made with {runtime}. Start again on identical nodes; finished shards are kept"
             )
         num_images = len(pixels_BHW3)
         padded = np.zeros((self._config.vae_batch, *pixels_BHW3.shape[1:]), np.uint8)
         padded[:num_images] = pixels_BHW3
-        # [0, 255] => [-1, 1] in the paper's two steps, which round a little differently from one.
+        # [0, 255] => [-1, 1] in two steps as in the paper, which round slightly differently from one step.
         x_BHW3 = torch.from_numpy(padded).to(self._vae.device).float().div(255).sub(0.5).div(0.5)
         x_B3HW = x_BHW3.permute(0, 3, 1, 2).contiguous()
         views = [self._vae.encode(x_B3HW), self._vae.encode(x_B3HW.flip(3))]

@@ -1,10 +1,9 @@
-"""From the bytes of a picture file to a square uint8 array: decoding and the ADM crop.
+"""From the bytes of an image file to a square uint8 array: decoding and the ADM crop.
 
 Everything here is a pure function of the bytes: no EXIF rotation, no approximate JPEG scaling.
 
-Pillow's `convert("RGB")` makes the pixels, as in the published code, wherever it is right. It is not for
-samples of more than 8 bits, which it cuts off at 255: those are scaled by their range. What it would
-convert wrongly is refused.
+Pillow's `convert("RGB")` produces the pixels, as in the published code. It clips samples of more than 8 bits
+at 255, so those are scaled by their range instead. Images that it would convert wrongly are rejected.
 """
 
 import io
@@ -26,10 +25,10 @@ from PIL.TiffImagePlugin import (
 from dit_scale_pipeline.inputs.base import InputError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What Pillow may take the contents for, whatever the name says; none of them runs a program."""
+"""Formats that Pillow may detect, regardless of the file name; none of them runs an external program."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PIXELS = 2**27
-"""Largest image before or after a resize; more is a damaged header or a strip, and would fill the memory."""
+"""Largest image before or after a resize; a larger one has a damaged header or would exhaust memory."""
 
 CROP = "adm_center"
 """Name of `center_crop` in dataset.json."""
@@ -38,21 +37,21 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def decode(data: bytes) -> Image.Image:
-    """Bytes of a picture file, whatever its name says => RGB; InputError when they do not make one."""
+    """Bytes of an image file => RGB image; InputError when they cannot be decoded."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF, which is not looked at
+            warnings.simplefilter("ignore")  # damaged EXIF, which is not used
             image = Image.open(io.BytesIO(_critical_chunks(data)), formats=FORMATS)
             _check_pixels(image.size)
             if reason := _misread(image):
                 raise InputError(reason)
             return _to_rgb(image)
     except UnidentifiedImageError:
-        # Pillow's own message holds an address, which differs between runs.
-        raise InputError("not a picture in a known format") from None
+        # Pillow's own message contains an address, which differs between attempts.
+        raise InputError("not an image in a known format") from None
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # Pillow's decoders raise many kinds for damaged bytes
+    except Exception as error:  # Pillow's decoders raise many types for damaged bytes
         raise InputError(f"cannot be decoded: {error}") from None
 
 
@@ -79,17 +78,17 @@ def _critical_chunks(data: bytes) -> bytes:
         rest = rest[end:]
         if name == b"IEND":
             return b"".join(kept)
-    return b"".join([*kept, rest])  # it ends early; whether all pixels are there is for Pillow to say
+    return b"".join([*kept, rest])  # truncated; Pillow decides whether all pixels are present
 
 
 def _misread(image: Image.Image) -> str:
-    """Why Pillow would read or convert these pixels wrongly; empty when it would not."""
+    """Return why Pillow would read or convert these pixels wrongly; empty when it would not."""
     if isinstance(image, TiffImageFile):
         return _misread_tiff(image)
     if image.mode == "P" and image.palette is None:
-        return "a palette picture without its palette"
+        return "a palette image without its palette"
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
-        return "a CMYK JPEG without Adobe's marker: whether its inks are inverted is not defined"
+        return "a CMYK JPEG without Adobe's marker: it is undefined whether its inks are inverted"
     return ""
 
 
@@ -99,9 +98,9 @@ def _misread_tiff(image: TiffImageFile) -> str:
     photometric = tags.get(PHOTOMETRIC_INTERPRETATION, 0)
     is_raw = image.info["compression"] == "raw"
     if 2 in kinds:
-        return "signed integers, whose black and white are not defined; save it with 8 or 16 bits unsigned"
+        return "signed integers, whose range is undefined; save it with 8 or 16 unsigned bits"
     if max(bits) == 32 and 1 in kinds:
-        return "32-bit integers, whose white is not defined; save it with 8 or 16 bits"
+        return "32-bit integers, whose range is undefined; save it with 8 or 16 bits"
     if image.mode == "F" and not is_raw and tags.prefix == b"MM":
         return "compressed big-endian floats, which Pillow misreads; save it little-endian"
     if is_raw and max(bits) == 16 and len(bits) > 1 and tags.get(PLANAR_CONFIGURATION, 1) == 2:
@@ -112,22 +111,22 @@ def _misread_tiff(image: TiffImageFile) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of 8 bits; grey samples of 9 to 16 bits, and floats from 0 to 1, are scaled and rounded."""
+    """Convert to 8-bit RGB; scale and round gray samples of 9 to 16 bits and floats from 0 to 1."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image.convert("RGB")
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     samples = np.asarray(image)
     if image.mode == "F":
-        if not (samples.min() >= 0 and samples.max() <= 1):  # NaN is in no order
+        if not (samples.min() >= 0 and samples.max() <= 1):  # false for NaN
             raise InputError(
-                f"floats from {samples.min():g} to {samples.max():g}, expected 0 to 1: what else is black or "
-                "white is not defined"
+                f"floats from {samples.min():g} to {samples.max():g}; expected 0 to 1, other ranges are "
+                "undefined"
             )
         grey = np.rint(samples * np.float32(255)).astype(np.uint8)
     else:
         white = 2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1  # 65535, or 4095 in some TIFFs
         grey = ((samples.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
-    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero; Pillow inverts 8 bits only
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero; Pillow inverts only 8-bit samples
         grey = 255 - grey
     return Image.fromarray(grey).convert("RGB")
 

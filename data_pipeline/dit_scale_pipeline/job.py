@@ -1,8 +1,8 @@
-"""The encoding job: images into a latent data set, in parallel, by Ray.
+"""The encoding job: encode images into a latent data set, in parallel on Ray.
 
-Without RAY_ADDRESS a local Ray is started and ended with the job. Decoding tasks turn a shard's images
-into crops, encoder actors turn crops into latents, a writing task puts the shard; how much is under way
-at once is bounded. Start the same command again after any stop: finished shards are kept.
+Without RAY_ADDRESS, the job starts a local Ray and stops it at the end. Decoding tasks turn images into
+crops, encoder actors turn crops into latents, and a writing task writes each shard. The work in flight is
+bounded. After any interruption, run the same command again: finished shards are kept.
 """
 
 import math
@@ -24,7 +24,7 @@ from dit_scale_pipeline import output
 from dit_scale_pipeline.encoder import Encoder
 from dit_scale_pipeline.flow import Flow, Stall
 from dit_scale_pipeline.inputs import Listing, open_input
-from dit_scale_pipeline.inputs.saved import current_listing, difference, load_listing, save_listing
+from dit_scale_pipeline.inputs.saved import current_listing, describe_changes, load_listing, save_listing
 from dit_scale_pipeline.metrics import Metrics
 from dit_scale_pipeline.progress import JobProgress, listing_bar, report_listing, summary
 from dit_scale_pipeline.ray_cluster import (
@@ -39,36 +39,36 @@ from dit_scale_pipeline.shards_writer import ShardRecord
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """What the shards are functions of."""
+    """Everything that determines the shards."""
 
     config: EncodeConfig
     listing: Listing
     vae: VaeIdentity
     identity: output.Identity
     shards: dict[str, range]
-    """Name => its rows of the listing."""
+    """Shard name => its rows of the listing."""
 
 
 def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
-    """The whole job; safe to call again after any stop."""
+    """Run the whole job; safe to call again after any interruption."""
     refuse_relative(config)
     storage = open_storage(config.output)
     output.refuse_overlap(config, storage)
-    begun = output.read_identity(storage)
-    if begun is not None:
-        config = output.with_precision_of(begun, config)
+    stored = output.read_identity(storage)
+    if stored is not None:
+        config = output.with_precision_of(stored, config)
     saved = load_listing(storage)
     plan = make_plan(config, saved, console)
-    if begun is not None:
-        output.check_identity(storage, begun, plan.identity, plan.listing, saved)
-    if begun is not None and storage.exists(INFO_KEY):
-        console.print("this data set is complete, nothing to do")
+    if stored is not None:
+        output.check_identity(storage, stored, plan.identity, plan.listing, saved)
+    if stored is not None and storage.exists(INFO_KEY):
+        console.print("the data set is complete, nothing to do")
         return read_info(storage, console.print)
-    if begun is None:
-        console.print("--dry-run prints this and encodes nothing")
-    # An output that cannot be written to fails with the first row of its metrics, before Ray is started.
+    if stored is None:
+        console.print("to check these facts without encoding, use --dry-run")
+    # Opening the metrics writes to the output, so an output without write access fails before Ray starts.
     with closing(Metrics(storage, config, console.print)) as metrics:
-        if saved is None or difference(saved, plan.listing):
+        if saved is None or describe_changes(saved, plan.listing):
             save_listing(storage, plan.listing)
         records = output.finished_shards(storage)
         num_missing = len(plan.shards) - len(records)
@@ -76,15 +76,14 @@ def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
             console.print(f"{num_missing} of {len(plan.shards)} shards to encode; starting Ray and the VAE")
             with JobProgress(len(plan.listing), config, records.values(), console, metrics) as progress:
                 with cluster(config.ray_address):
-                    begun = make_shards(plan, storage, records, progress, console)
-    assert begun is not None, "shards without an identity are refused above"
-    return output.commit(
-        storage, config, plan.listing, plan.vae, begun, [records[name] for name in plan.shards]
-    )
+                    stored = make_shards(plan, storage, records, progress, console)
+    assert stored is not None, "read_identity refuses shards without an identity"
+    in_order = [records[name] for name in plan.shards]
+    return output.commit(storage, config, plan.listing, vae=plan.vae, stored=stored, records=in_order)
 
 
 def make_plan(config: EncodeConfig, saved: Listing | None, console: Console) -> EncodePlan:
-    """What is to be encoded, by what, into which shards; `saved` is the listing of an earlier start."""
+    """List the source and plan the shards; `saved` is the listing of an earlier attempt."""
     vae = find_vae(config.vae).identity
     output.latent_shape(config, vae)
     with listing_bar(console) as progress:
@@ -103,7 +102,7 @@ def make_shards(
     progress: JobProgress,
     console: Console,
 ) -> output.Identity:
-    """Make the shards that have no record, and add theirs; returns the identity of all of them."""
+    """Make the shards without a record and add their records; return the identity of the output."""
     config = plan.config
     placement = place_encoders(config, wait_for_nodes(config, console))
     encoders, runtime = start_encoders(config, plan.vae, placement, console)
@@ -126,24 +125,24 @@ def make_shards(
                 records[event.name] = event
                 progress.shard_done(event)
             case Stall():
-                progress.stalled(event.waits_for)
+                progress.stalled(event.reason)
             case _:
                 progress.batch_done(event)
     return claimed
 
 
 def refuse_relative(config: EncodeConfig) -> None:
-    """ConfigError for a relative path in a submitted job; a VAE may be a folder of the working directory."""
+    """ConfigError for a relative source or output of a submitted job; its VAE may be relative."""
     for name, text in (("source", config.source), ("output", config.output)):
         if is_submitted() and "://" not in text and not Path(text).is_absolute():
             raise ConfigError(
                 f"{name}={text}: a submitted job runs in a temporary copy of the working directory; "
-                "give an absolute path that all nodes see, or an s3:// url"
+                "give an absolute path that is visible on all nodes, or an s3:// URL"
             )
 
 
 def dry_run(config: EncodeConfig, console: Console) -> None:
-    """Print what would be done, and run one synthetic batch in this process, without Ray."""
+    """Print the plan and time one synthetic batch in this process, without Ray."""
     import torch
 
     print(dump(config))
@@ -168,8 +167,8 @@ def dry_run(config: EncodeConfig, console: Console) -> None:
 
 
 def run(config: EncodeConfig, dry: bool) -> int:
-    """The job with its words for people; 0 done, 130 interrupted (Ctrl-C, SIGTERM). Raises DitScaleError."""
-    # Names may hold brackets and colons, which are letters here.
+    """Run the job or a dry run; return 0 when done, 130 when interrupted. Raises DitScaleError."""
+    # Names may contain brackets and colons, which are not markup.
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
         if dry:
@@ -177,6 +176,6 @@ def run(config: EncodeConfig, dry: bool) -> int:
         else:
             print(summary(encode(config, console)))
     except KeyboardInterrupt:
-        print("interrupted; start the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0

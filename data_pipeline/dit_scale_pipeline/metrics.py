@@ -1,4 +1,4 @@
-"""metrics.jsonl of an encoding job, in its output: a row now and then of how far it is."""
+"""metrics.jsonl of an encoding job, in its output: periodic rows with its progress."""
 
 import json
 import time
@@ -14,13 +14,13 @@ METRICS_KEY = "metrics.jsonl"
 
 
 class Metrics:
-    """The rows of all starts. The object is put whole again with each row, for S3 has no append.
+    """The rows of all attempts. Each row rewrites the whole object, because S3 cannot append.
 
-    Making one puts it: an output that cannot be written to fails here.
+    The constructor writes the object, so an output without write access fails there.
     """
 
     def __init__(self, storage: Storage, config: EncodeConfig, say: Callable[[str], None]) -> None:
-        """`say` hears that rows cannot be put, or that a mirror broke; the job goes on."""
+        """`say` receives alarms: rows that cannot be written, or a broken mirror. The job continues."""
         check_installed(config)
         self._storage, self._say = storage, say
         self._problem = ""
@@ -40,26 +40,26 @@ class Metrics:
             )
 
     def write(self, images: int, record: dict[str, float | None]) -> None:
-        """A row: images done so far, over all starts, and other figures."""
+        """Write a row: images done so far in all attempts, and other figures."""
         row = {"time_s": round(time.time(), 3), "images": images, **record}
         self._text += json.dumps(row).encode() + b"\n"
-        self._put()
+        self._save()
         for mirror in self._mirrors:
             mirror.write(images, record)
 
     def close(self) -> None:
-        """A last try; the rows of a job are no reason for it to fail."""
+        """Retry the rows that could not be written; never fail because of them."""
         if self._problem:
-            self._put()
+            self._save()
         for mirror in self._mirrors:
             mirror.close()
 
-    def _put(self) -> None:
+    def _save(self) -> None:
         try:
             self._storage.write(METRICS_KEY, self._text)
         except StorageError as error:
             if not self._problem:
-                self._alarm(f"{error}; its rows are kept, and the job goes on")
+                self._alarm(f"{error}; the job continues and retries with the next row")
             self._problem = str(error)
         else:
             self._problem = ""

@@ -1,10 +1,10 @@
-"""What an encoding job leaves in its output, so that any later start can go on where it stopped.
+"""The output of an encoding job, from which any later attempt continues.
 
-encode.json           the job's identity, put once and never replaced: another one is refused
-listing.safetensors   what the keys are the places of
-metrics.jsonl         how far each start was, when
-shards/<name>.json    a finished shard
-dataset.json          the commit mark of the whole: it is a function of the identity and the shards
+encode.json           identity of the job, written once; a job with another identity is refused
+listing.safetensors   the listing: a sample's key is its index
+metrics.jsonl         progress of all attempts
+shards/<name>.json    record of a finished shard
+dataset.json          commit mark of the data set, determined by the identity and the shards
 """
 
 from collections.abc import Sequence
@@ -36,11 +36,11 @@ from dit_scale_pipeline.images import CROP
 from dit_scale_pipeline.inputs import Listing
 from dit_scale_pipeline.inputs.names import few
 from dit_scale_pipeline.inputs.places import overlap
-from dit_scale_pipeline.inputs.saved import difference
+from dit_scale_pipeline.inputs.saved import describe_changes
 from dit_scale_pipeline.shards_writer import ShardRecord, shard_name, write_once
 
-READS_AT_ONCE = 16
-"""Records of finished shards that are read at once: on S3 each waits for the network."""
+READ_THREADS = 16
+"""Shard records read in parallel, because each read on S3 waits for the network."""
 
 Identity = dict[str, str | int | float]
 
@@ -56,12 +56,12 @@ ENCODING_KEYS = (
     "diffusers",
     "pillow",
 )
-"""What dataset.json repeats of the identity: settings, then the runtime that the encoders report."""
+"""Keys of the identity that dataset.json repeats: settings, then the runtime reported by the encoders."""
 
 
 def identity(config: EncodeConfig, listing: Listing, vae: VaeIdentity) -> Identity:
-    """All that the bytes of the output depend on, as far as the driver knows it (the encoders add theirs)."""
-    chosen = {} if config.precision == "auto" else {"precision": config.precision}
+    """Return what the bytes of the output depend on, except for the runtime that the encoders report."""
+    precision = {} if config.precision == "auto" else {"precision": config.precision}
     return {
         "format_version": FORMAT_VERSION,
         "source_listing_sha256": listing.sha256,
@@ -71,7 +71,7 @@ def identity(config: EncodeConfig, listing: Listing, vae: VaeIdentity) -> Identi
         "vae_weights_sha256": vae.weights_sha256,
         "vae_scale": vae.scale,
         "vae_batch": config.vae_batch,
-        **chosen,
+        **precision,
         "channels_last": config.channels_last,
         "compile": config.compile,
         "threads": config.threads_per_encoder,
@@ -79,82 +79,81 @@ def identity(config: EncodeConfig, listing: Listing, vae: VaeIdentity) -> Identi
 
 
 def read_identity(storage: Storage) -> Identity | None:
-    """What the output was begun with, None when it is free; ConfigError when it holds something else."""
+    """Return the identity that the output was created with, or None; ConfigError for a foreign data set."""
     where = f"{storage.url}/{IDENTITY_KEY}"
     try:
         return unseal_any(storage.read(IDENTITY_KEY), where, DataError)[0]
     except MissingKeyError:
         if storage.exists(INFO_KEY) or storage.list("shards/"):
-            raise ConfigError(f"{storage.url} holds another data set; choose an empty output") from None
+            raise ConfigError(f"{storage.url} contains another data set; choose an empty output") from None
         return None
     except DataError:
         raise DataError(f"{where} is damaged; choose an empty output") from None
 
 
 def refuse_overlap(config: EncodeConfig, storage: Storage) -> None:
-    """ConfigError when the output and the source lie in each other: one would be listed as images."""
+    """ConfigError when output and source overlap: the output would be listed as images."""
     if how := overlap(config.source, storage):
         raise ConfigError(
-            f"output={config.output} {how} ({config.source}); expected a place of its own. Choose another "
-            "output"
+            f"output={config.output} {how} ({config.source}); choose an output outside the source"
         )
 
 
-def with_precision_of(begun: Identity, config: EncodeConfig) -> EncodeConfig:
-    """`precision: auto` goes on in the arithmetic that the output was begun with."""
+def with_precision_of(stored: Identity, config: EncodeConfig) -> EncodeConfig:
+    """Replace `precision: auto` by the precision that the output was created with."""
     if config.precision != "auto":
         return config
-    return config.model_copy(update={"precision": begun["precision"]})
+    return config.model_copy(update={"precision": stored["precision"]})
 
 
 def check_identity(
-    storage: Storage, found: Identity, wanted: Identity, listing: Listing, saved: Listing | None
+    storage: Storage, stored: Identity, wanted: Identity, listing: Listing, saved: Listing | None
 ) -> None:
-    """ConfigError names what differs; `saved` is the listing that the output was begun with."""
-    differing = [key for key, value in wanted.items() if found.get(key) != value]
-    # Labels count the empty classes too, of which the paths in the digest say nothing.
+    """ConfigError with all differences; `saved` is the listing that the output was created with."""
+    differing = [key for key, value in wanted.items() if stored.get(key) != value]
+    # Empty classes have labels too, but no paths in the digest.
     if saved and saved.class_names != listing.class_names and "source_listing_sha256" not in differing:
         differing.append("class names")
-        found = {**found, "class names": len(saved.class_names)}
+        stored = {**stored, "class names": len(saved.class_names)}
         wanted = {**wanted, "class names": len(listing.class_names)}
     if not differing:
         return
-    lines = [f"  {key}: {found.get(key)!r} there, {wanted[key]!r} here" for key in differing]
+    lines = [f"  {key}: {stored.get(key)!r} in the output, {wanted[key]!r} now" for key in differing]
     if {"source_listing_sha256", "class names"} & set(differing):
-        changes = difference(saved, listing) if saved else "its first listing was not saved"
+        changes = describe_changes(saved, listing) if saved else "its listing was not saved"
         lines.append(
-            f"The source holds other images than when this output was begun: {changes}. Make it what it was, "
-            "or encode what is there now into another output"
+            f"The source has changed since this output was created: {changes}. Restore it, or encode the new "
+            "source into another output"
         )
     if "vae_weights_sha256" in differing:
-        lines.append("vae is another autoencoder than the one that made the shards that are there")
+        lines.append("vae is not the autoencoder that encoded the existing shards")
     raise ConfigError(
-        f"{storage.url} was begun with another configuration; its shards stay as they are:\n"
+        f"{storage.url} was created with another configuration; its shards are unchanged:\n"
         + "\n".join(lines)
-        + "\nGo on with that configuration, or choose another output"
+        + "\nContinue with that configuration, or choose another output"
     )
 
 
 def claim(storage: Storage, wanted: Identity, listing: Listing) -> Identity:
-    """Begin the output with this identity, or find it begun with the same one."""
+    """Write the identity of the output, or check that it already has the same one."""
     if not storage.write_new(IDENTITY_KEY, sealed(wanted, indent=1)):
         check_identity(storage, read_identity(storage) or {}, wanted, listing, listing)
     return wanted
 
 
 def finished_shards(storage: Storage) -> dict[str, ShardRecord]:
-    """The shards whose record is there. DataError when a record, or a file that it promises, is damaged."""
+    """Return the records of finished shards; DataError when a record or one of its files is damaged."""
     sizes = dict(storage.list("shards/"))
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        marks = pool.map(lambda key: _read_record(storage, key), [k for k in sizes if k.endswith(".json")])
-        records = {record.name: record for record in marks}
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        found = pool.map(lambda key: _read_record(storage, key), [k for k in sizes if k.endswith(".json")])
+        records = {record.name: record for record in found}
     for record in records.values():
         for key, size in ((record.tar_key, record.bytes), (record.index_key, record.index_bytes)):
             if sizes.get(key) != size:
                 raise DataError(
-                    f"{storage.url}/{key}: expected {size} bytes as {record.record_key} says, got "
-                    f"{sizes.get(key, 'no such file')}; it was damaged after it was made. "
-                    f"Delete {record.record_key} and {key}, and start again: the shard is made again"
+                    f"{storage.url}/{key}: expected {size} bytes according to {record.record_key}, got "
+                    f"{sizes.get(key, 'no such file')}; it was damaged after it was written. "
+                    f"Delete {record.record_key} and {key}, then start again to encode the shard again"
                 )
     return records
 
@@ -165,12 +164,12 @@ def _read_record(storage: Storage, key: str) -> ShardRecord:
         return ShardRecord.model_validate(tree)
     except (ValidationError, DataError):
         raise DataError(
-            f"{storage.url}/{key} is damaged; delete it and start again: the shard is made again"
+            f"{storage.url}/{key} is damaged; delete it, then start again to encode the shard again"
         ) from None
 
 
 def plan_shards(listing: Listing, shard_samples: int) -> dict[str, range]:
-    """Shard name => its slice of the listing."""
+    """Return shard name => its slice of the listing."""
     count = len(listing)
     starts = range(0, count, shard_samples)
     return {
@@ -180,10 +179,10 @@ def plan_shards(listing: Listing, shard_samples: int) -> dict[str, range]:
 
 
 def latent_shape(config: EncodeConfig, vae: VaeIdentity) -> tuple[int, int, int, int]:
-    """(views, 2C, h, w); ConfigError when the VAE does not divide the image."""
+    """Return (views, 2C, h, w); ConfigError when the VAE cannot divide the image size."""
     if config.image_size % vae.downsample:
         raise ConfigError(
-            f"image_size {config.image_size}: expected a multiple of {vae.downsample}, as the VAE needs"
+            f"image_size {config.image_size}: expected a multiple of {vae.downsample} for this VAE"
         )
     side = config.image_size // vae.downsample
     return len(VIEWS), 2 * vae.latent_channels, side, side
@@ -193,16 +192,17 @@ def commit(
     storage: Storage,
     config: EncodeConfig,
     listing: Listing,
+    *,
     vae: VaeIdentity,
-    claimed: Identity,
+    stored: Identity,
     records: Sequence[ShardRecord],
 ) -> DatasetInfo:
-    """Put dataset.json; `claimed` is what the output was begun with, `records` are all shards, in order."""
+    """Write dataset.json from the identity of the output and the records of all shards, in order."""
     shape = latent_shape(config, vae)
     _check_classes(config, listing, records)
     samples = sum(record.samples for record in records)
     if not samples:
-        raise DataError(f"{config.source}: not one of {len(listing)} images could be encoded")
+        raise DataError(f"{config.source}: none of {len(listing)} images could be encoded")
     mean, std = combine_sums([record.sums for record in records], samples, shape)
     quarantined: list[Quarantined] = [item for record in records for item in record.quarantined]
     info = DatasetInfo(
@@ -214,7 +214,7 @@ def commit(
         views=VIEWS,
         vae=vae,
         crop=CROP,
-        encoding={key: claimed[key] for key in ENCODING_KEYS},
+        encoding={key: stored[key] for key in ENCODING_KEYS},
         source=SourceInfo(
             kind=listing.kind,
             uri=config.source,
@@ -229,23 +229,23 @@ def commit(
         quarantined=tuple(quarantined),
     )
     write_once(storage, INFO_KEY, sealed(info.model_dump(mode="json"), indent=1))
-    for key in storage.leftovers("shards/"):  # of writers that were killed; all shards are there without
+    for key in storage.leftovers("shards/"):  # left by killed writers; all shards are complete
         storage.delete(key)
     return info
 
 
 def _check_classes(config: EncodeConfig, listing: Listing, records: Sequence[ShardRecord]) -> None:
-    """DataError when every image of a class is quarantined: the class would silently be missing."""
+    """DataError when all images of a class are quarantined: the class would silently be missing."""
     lost = np.array([item.key for record in records for item in record.quarantined], np.int64)
     left = np.bincount(np.delete(listing.labels, lost), minlength=len(listing.class_names))
     names = [name for name, count in zip(listing.class_names, left, strict=True) if not count]
-    refuse_empty(config, names, "classes of which no image could be decoded")
+    refuse_empty(config, names, "classes whose images are all quarantined")
 
 
 def refuse_empty(config: EncodeConfig, names: Sequence[str], why: str) -> None:
     """DataError for classes without an image, unless they are allowed."""
     if names and not config.allow_empty_classes:
         raise DataError(
-            f"{why}: {few(names)}. Bring its images, take the class away (either is another listing, for "
-            "another output), or set allow_empty_classes=true: the class keeps its label"
+            f"{why}: {few(names)}. Add images or remove the class and choose another output, or set "
+            "allow_empty_classes=true: the class then keeps its label"
         )

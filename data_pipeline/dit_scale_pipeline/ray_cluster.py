@@ -1,4 +1,4 @@
-"""The Ray cluster of an encoding job: joined or started, waited for, and filled with encoders."""
+"""The Ray cluster of an encoding job: join or start it, wait for its nodes, start the encoders."""
 
 import _thread
 import os
@@ -28,62 +28,62 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 PACKAGES = (Path(dit_scale.__file__).resolve().parent, Path(__file__).resolve().parent)
-"""The code of this process, which workers run too."""
+"""The code of this process, which workers also run."""
 
 PATIENCE_S = 20.0
-"""Time after which a job that waits for its encoders says so."""
+"""Time after which the job reports that it waits for its encoders."""
 CONNECT_S = 20.0
-"""Time in which the head of a cluster must answer; Ray tries for a quarter of an hour."""
+"""Time within which the head of a cluster must answer; Ray itself tries for 15 minutes."""
 PING_S = 2.0
-"""Time between two looks whether the head is there."""
+"""Interval of the checks whether the head is alive."""
 HEAD_LOST_S = 40.0
-"""Time without the head after which the job ends; after 60 s Ray ends the process, whatever it does."""
+"""Time without the head after which the job exits; after 60 s Ray would end the process."""
 NODE_LOST_S = 6.0
-"""The same for the node that this process has joined, which cannot be joined a second time."""
+"""Time without the local node after which the job exits; a process cannot join a second node."""
 
 Resources = Sequence[dict[str, float]]
-"""What each living node has: CPU, GPU, ..."""
+"""Resources of each living node: CPU, GPU, ..."""
 
 
 class LostError(Exception):
-    """Ray gave up a task, or lost what it had made."""
+    """Ray gave up a task or lost its result."""
 
 
 @contextmanager
 def cluster(address: str) -> Iterator[None]:
-    """Join a Ray cluster or start a local one; what was started here is ended here.
+    """Join a Ray cluster, or start a local one that stops at the end of the block.
 
-    DeviceError when it cannot be joined, and when it is lost on the way.
+    Raises DeviceError when the cluster cannot be joined or is lost.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns at every start
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise Ray warns at every start
     address = os.environ.get("RAY_ADDRESS", "local") if address == "auto" else address
-    how: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
     if address == "local":
         roots = [str(package.parent) for package in PACKAGES]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*roots, os.environ.get("PYTHONPATH")]))
-        how["include_dashboard"] = False
+        options["include_dashboard"] = False
     else:
-        # What becomes of a lost node's work is told by the flow; Ray writes pages about it.
+        # The flow reports lost work in a line; Ray would log pages.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         _wait_for_head(address)
-        how["runtime_env"] = {"py_modules": [str(package) for package in PACKAGES]}
+        options["runtime_env"] = {"py_modules": [str(package) for package in PACKAGES]}
     with ExitStack() as stack:
         over = threading.Event()
         stack.callback(ray.shutdown)
-        stack.callback(over.set)  # first: the node goes away during the shutdown and must not count as lost
+        stack.callback(over.set)  # runs first: the node stops during the shutdown and must not count as lost
         try:
             with _late_interrupts():
-                (ray_start.init if address == "local" else ray.init)(**how)
+                (ray_start.init if address == "local" else ray.init)(**options)
         except (ConnectionError, ValueError) as error:
             raise DeviceError(f"no Ray cluster at {address}: {error}") from None
         lifeline = _Lifeline(address, over)
         try:
             yield
         except RayTaskError:
-            raise  # a fault of the code that ran there
+            raise  # an error of the code that ran there
         except (RayError, OSError, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt) and not lifeline.cut:
                 raise
@@ -92,13 +92,13 @@ def cluster(address: str) -> Iterator[None]:
 
 @contextmanager
 def _late_interrupts() -> Iterator[None]:
-    """Ctrl-C, a scheduler's SIGTERM and their like wait for the end of the block, and interrupt from then on.
+    """Delay Ctrl-C, SIGTERM and similar signals until the end of the block, then raise KeyboardInterrupt.
 
-    Within it Ray would set a handler of its own, which leaves processes of a half started Ray behind.
+    Ray would install its own handler, which leaves processes of a half-started Ray running.
     """
-    came: list[int] = []
+    received: list[int] = []
     for number in signals.caught():
-        signal.signal(number, lambda number, _: came.append(number))
+        signal.signal(number, lambda number, _: received.append(number))
     set_handler = signal.signal
     signal.signal = lambda number, handler: signal.getsignal(number)  # type: ignore[assignment]
     try:
@@ -106,18 +106,18 @@ def _late_interrupts() -> Iterator[None]:
     finally:
         signal.signal = set_handler
         signals.interrupt()
-    if came:
+    if received:
         raise KeyboardInterrupt
 
 
 def _wait_for_head(address: str) -> None:
-    """DeviceError when nothing listens at host:port; addresses of other forms are Ray's to judge."""
+    """DeviceError when nothing listens at host:port; Ray checks addresses of other forms."""
     end_s = time.monotonic() + CONNECT_S
     while not _listens(address):
         if time.monotonic() > end_s:
             raise DeviceError(
-                f"no Ray cluster at {address}: nothing answers there; start one, or correct RAY_ADDRESS or "
-                "ray_address (without them the job starts a Ray of its own)"
+                f"no Ray cluster at {address}: no answer; start one, or correct RAY_ADDRESS or ray_address "
+                "(without them the job starts a local Ray)"
             )
         time.sleep(0.5)
 
@@ -135,10 +135,10 @@ def _listens(address: str) -> bool:
 
 
 class _Lifeline:
-    """Notices that the head, or the node that this process has joined, is gone.
+    """Detects the loss of the head or of the node that this process has joined.
 
-    The main thread is interrupted. Should it not come back from Ray, the process ends here: Ray itself
-    would end it, some seconds later and without a word for people.
+    It interrupts the main thread. If the main thread does not return from Ray, it ends the process with an
+    error message, because Ray would end it some seconds later without one.
     """
 
     def __init__(self, address: str, over: threading.Event) -> None:
@@ -153,18 +153,18 @@ class _Lifeline:
         self._over = over
         self.cut = False
         self.error = DeviceError(
-            f"the Ray cluster at {address} is lost: its head, or the node of this process, is gone. Bring it "
-            "back and start the same command again; finished shards are kept"
+            f"lost the Ray cluster at {address}: its head or the node of this process no longer answers. "
+            "Restart it and run the same command again; finished shards are kept"
         )
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
     def _watch(self) -> None:
-        heard_s = dict.fromkeys(self._patience_s, time.monotonic())
+        answered_s = dict.fromkeys(self._patience_s, time.monotonic())
         while not self._over.wait(PING_S):
             for address, patience_s in self._patience_s.items():
                 if _listens(address):
-                    heard_s[address] = time.monotonic()
-                self.cut |= time.monotonic() - heard_s[address] > patience_s
+                    answered_s[address] = time.monotonic()
+                self.cut |= time.monotonic() - answered_s[address] > patience_s
             if self.cut:
                 _thread.interrupt_main(signal.SIGTERM)
                 if not self._over.wait(NODE_LOST_S):
@@ -173,13 +173,13 @@ class _Lifeline:
 
 
 def is_submitted() -> bool:
-    """Whether this is the driver of `ray job submit`, which has shipped the working directory already."""
+    """Whether this is the driver of `ray job submit`, which runs in a copy of the working directory."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the VAE runs, how many actors hold it, how many tasks decode at once."""
+    """The device of the VAE, the number of encoder actors and the number of parallel decoding tasks."""
 
     device: str
     encoders: int
@@ -187,84 +187,84 @@ class Placement:
 
 
 def place_encoders(config: EncodeConfig, nodes: Resources) -> Placement:
-    """A placement on these nodes; DeviceError when Ray would wait for room forever."""
+    """Plan the placement on these nodes; DeviceError when Ray would wait for room forever."""
     cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
-    wants = _wants(config, device)
-    room = sum(_places(node, wants) for node in nodes)
+    request = _resources_of_encoder(config, device)
+    room = sum(_capacity(node, request) for node in nodes)
     most = max_encoders(config, device, nodes)
     encoders = config.encoders or max(1, most)
     if room < encoders:
         raise DeviceError(
-            f"{encoders} encoders that reserve {wants} each do not fit on the Ray cluster of {len(nodes)} "
+            f"{encoders} encoders that reserve {request} each do not fit on the Ray cluster of {len(nodes)} "
             f"nodes ({cpus:g} CPUs, {gpus:g} GPUs, room for {room}); lower encoders or cpus_per_encoder, "
             "add nodes, or set nodes=N to wait for all of them"
         )
     left = cpus - encoders * config.cpus_per_encoder
     if most < encoders:
         raise DeviceError(
-            f"{encoders} encoders leave {left:g} of {cpus:g} CPUs, a decoder reserves "
+            f"{encoders} encoders leave {left:g} of {cpus:g} CPUs, but a decoder reserves "
             f"{config.cpus_per_decoder:g} of one node; lower encoders, cpus_per_encoder or "
             "cpus_per_decoder, or add nodes"
         )
-    places = int(left / config.cpus_per_decoder)
-    return Placement(device, encoders, config.decoders or max(1, places - 1))  # one place is the writer's
+    slots = int(left / config.cpus_per_decoder)
+    return Placement(device, encoders, config.decoders or max(1, slots - 1))  # one slot is for writing
 
 
 def max_encoders(config: EncodeConfig, device: str, nodes: Resources) -> int:
-    """Encoders that leave room for a decoder on at least one node, wherever Ray puts them."""
-    wants = _wants(config, device)
-    room = sum(_places(node, wants) for node in nodes)
+    """Return how many encoders leave room for a decoder on at least one node, wherever Ray places them."""
+    request = _resources_of_encoder(config, device)
+    room = sum(_capacity(node, request) for node in nodes)
     filled = 0
     for node in nodes:
-        beside = node.get("CPU", 0) - config.cpus_per_decoder
-        fill = int(beside / config.cpus_per_encoder) + 1 if beside >= 0 else 0
-        if fill > _places(node, wants):
-            return room  # a decoder finds room here beside all the encoders that do
+        left = node.get("CPU", 0) - config.cpus_per_decoder
+        fill = int(left / config.cpus_per_encoder) + 1 if left >= 0 else 0
+        if fill > _capacity(node, request):
+            return room  # a decoder fits here next to all encoders that fit
         filled += fill
     return max(0, filled - 1)
 
 
-def _wants(config: EncodeConfig, device: str) -> dict[str, float]:
-    """What an encoder reserves."""
+def _resources_of_encoder(config: EncodeConfig, device: str) -> dict[str, float]:
+    """Return the resources that an encoder reserves."""
     gpus = config.gpus_per_encoder if device == "cuda" else 0
     return {"CPU": config.cpus_per_encoder} | ({"GPU": gpus} if gpus else {})
 
 
-def _places(node: dict[str, float], wants: dict[str, float]) -> int:
-    return int(min(node.get(kind, 0) / amount for kind, amount in wants.items()))
+def _capacity(node: dict[str, float], request: dict[str, float]) -> int:
+    return int(min(node.get(kind, 0) / amount for kind, amount in request.items()))
 
 
 def living_nodes() -> Resources:
-    """What Ray believes to be there; it takes a while to notice a death."""
+    """Return the nodes that Ray considers alive; it detects a dead node with a delay."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def wait_for_nodes(config: EncodeConfig, console: Console) -> Resources:
-    """The living nodes, at least `nodes` of them; DeviceError when they do not come within `wait_s`."""
+    """Wait until `nodes` nodes are alive and return them; DeviceError after `wait_s`."""
     deadline_s = time.monotonic() + config.wait_s
-    told = 0
+    reported = 0
     while True:
         nodes = living_nodes()
         if len(nodes) >= config.nodes:
             return nodes
         if time.monotonic() > deadline_s:
             raise DeviceError(
-                f"{len(nodes)} of nodes={config.nodes} Ray nodes came within {config.wait_s:g} s; see why "
-                "the others do not start, or lower nodes"
+                f"{len(nodes)} of nodes={config.nodes} Ray nodes joined within {config.wait_s:g} s; check "
+                "why the others did not start, or lower nodes"
             )
-        if len(nodes) != told:
-            console.print(f"{len(nodes)} of {config.nodes} Ray nodes are there, waiting for the others")
-            told = len(nodes)
+        if len(nodes) != reported:
+            console.print(f"{len(nodes)} of {config.nodes} Ray nodes have joined, waiting for the others")
+            reported = len(nodes)
         time.sleep(0.5)
 
 
 def start_encoders(
     config: EncodeConfig, vae: VaeIdentity, placement: Placement, console: Console, kind: type = Encoder
 ) -> "tuple[list[ActorHandle], dict[str, str]]":
-    """The encoder actors with their VAE loaded, and the runtime that they share."""
+    """Start the encoder actors; return them and their common runtime."""
     import ray
 
     actor: Any = ray.remote(kind).options(
@@ -277,29 +277,29 @@ def start_encoders(
     runtimes = [encoder.runtime.remote() for encoder in encoders]
     ready, waiting = ray.wait(runtimes, num_returns=len(runtimes), timeout=PATIENCE_S)
     if waiting:
-        console.print(f"waiting for {len(waiting)} encoders: the cluster is busy or the VAE loads slowly")
+        console.print(f"waiting for {len(waiting)} encoders: the cluster is busy, or the VAE loads slowly")
         ready, waiting = ray.wait(runtimes, num_returns=len(runtimes), timeout=config.wait_s)
     if not ready:
         raise DeviceError(
-            f"not one of {len(encoders)} encoders was ready within {config.wait_s:g} s; see `ray status` for "
+            f"none of {len(encoders)} encoders was ready within {config.wait_s:g} s; run `ray status` to see "
             "what the cluster lacks, or raise wait_s if the VAE loads slowly"
         )
     if waiting:
-        console.print(f"going on without {len(waiting)} encoders; they may still join")
+        console.print(f"continuing without {len(waiting)} encoders; they may still join")
     try:
-        found = [get(runtime) for runtime in ready]
+        loaded = [get(runtime) for runtime in ready]
     except LostError as error:
         raise DeviceError(f"an encoder could not be started: {error}") from None
-    if any(runtime != found[0] for runtime in found):
+    if any(runtime != loaded[0] for runtime in loaded):
         raise DeviceError(
-            "the encoders run on different devices or libraries, a data set must come from one kind:\n  "
-            + "\n  ".join(sorted({str(runtime) for runtime in found}))
+            "the encoders run on different devices or library versions; all must be the same:\n  "
+            + "\n  ".join(sorted({str(runtime) for runtime in loaded}))
         )
-    return encoders, found[0]
+    return encoders, loaded[0]
 
 
 def get(reference: "ObjectRef") -> Any:
-    """ray.get; a person's mistake in a worker is raised as it was there, a loss of Ray's as LostError."""
+    """Like ray.get, but raise a worker's DitScaleError itself and work lost by Ray as LostError."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 

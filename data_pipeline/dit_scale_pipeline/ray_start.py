@@ -1,6 +1,6 @@
 """Start Ray on a slow or busy machine.
 
-Ray gives up early: a node's agent has 15 s to start, the node 30 s to register with the head.
+Ray's own deadlines are short: 15 s for a node's agent to start, 30 s for the node to register with the head.
 
     python -m dit_scale_pipeline.ray_start --head --block ...
 
@@ -18,18 +18,18 @@ import psutil
 from dit_scale.errors import DeviceError
 
 NODE_START_S = 300.0
-"""Longest wait for a new node to register with the head."""
+"""Deadline for a new node to register with the head."""
 TRIES = 3
 PAUSE_S = 0.2
 
 
 class NotStartedError(DeviceError):
-    """Ray's node process ended as it started, or did not get ready in time."""
+    """Ray's node process exited during startup, or was not ready in time."""
 
 
 @contextmanager
 def patient() -> Iterator[None]:
-    """Within the block, a new node has NODE_START_S to register. Raises NotStartedError if it does not."""
+    """Within the block, give a new node NODE_START_S to register; NotStartedError after that."""
     from ray._private import services
 
     get_node = services.get_node
@@ -39,7 +39,7 @@ def patient() -> Iterator[None]:
         while True:
             try:
                 return get_node(*args, **keywords)
-            except RuntimeError:  # not there yet; Ray asks again, too, but for 30 s
+            except RuntimeError:  # not registered yet; Ray itself polls for only 30 s
                 if not is_starting() or time.monotonic() > end_s:
                     raise NotStartedError(
                         "Ray did not start on this machine; see its logs in /tmp/ray/session_latest, or try "
@@ -55,7 +55,7 @@ def patient() -> Iterator[None]:
 
 
 def is_starting() -> bool:
-    """Whether this process has a living child that is a Ray node process (raylet)."""
+    """Whether a Ray node process (raylet) is a living child of this process."""
     for child in psutil.Process().children():
         try:
             if child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE:
@@ -65,17 +65,17 @@ def is_starting() -> bool:
     return False
 
 
-def init(**how: Any) -> None:
-    """Start a local Ray with `ray.init(**how)`; try again up to TRIES times if its node process dies.
+def init(**options: Any) -> None:
+    """Start a local Ray with `ray.init(**options)`; try up to TRIES times if its node process dies.
 
-    Other processes of a failed try stay until this process exits. Raises NotStartedError.
+    Other processes of a failed try remain until this process exits. Raises NotStartedError.
     """
     import ray
 
     for left in reversed(range(TRIES)):
         try:
             with patient():
-                ray.init(**how)
+                ray.init(**options)
             return
         except NotStartedError:
             if not left:

@@ -1,8 +1,8 @@
 """One shard: a deterministic WebDataset tar, its index and its record, from the latents of a slice.
 
-The record, shards/<name>.json, is put last and is the shard's commit mark: a shard without one is
-made again. Nothing of who encoded it, when or how often is in the bytes, so that several processes may
-make the same shard: each object is put once, and who comes later must bring the same bytes.
+The record, shards/<name>.json, is written last and commits the shard: a shard without a record is encoded
+again. The bytes do not depend on who encoded the shard, when or how often. Several processes may therefore
+write the same shard: each object is written once, and a later writer must produce the same bytes.
 
 Shapes: V views, C latent channels, h w latent sides.
 """
@@ -31,14 +31,14 @@ from dit_scale.errors import DataError
 from dit_scale.sealed import sealed
 from dit_scale.storage import Storage, open_storage
 from dit_scale_pipeline.decoder import DecodedBatch
-from dit_scale_pipeline.inputs.names import as_text
+from dit_scale_pipeline.inputs.names import to_utf8
 
 TAR_HEADER_BYTES = 512
 
 
 @dataclass(frozen=True)
 class IndexRow:
-    """One sample on its way into a shard: place in the listing, path, class, moments (V, 2C, h, w)."""
+    """One sample of a shard: index in the listing, path, label, moments (V, 2C, h, w)."""
 
     key: int
     path: str
@@ -47,17 +47,17 @@ class IndexRow:
 
 
 class ShardRecord(ShardInfo):
-    """What dataset.json needs of a shard, kept beside it until the data set is committed."""
+    """The facts about a shard that dataset.json needs, stored next to it."""
 
     quarantined: tuple[Quarantined, ...]
     latent_sum: tuple[float, ...]
-    """Per latent channel: sum of the means over samples, views and places."""
+    """Per latent channel: sum of the means over samples, views and positions."""
     latent_square_sum: tuple[float, ...]
-    """The same of mean^2 + std^2, the expected square of a posterior sample."""
+    """Per latent channel: sum of mean^2 + std^2, the expected square of a posterior sample."""
 
     @property
     def sums(self) -> npt.NDArray[np.float64]:
-        """(2, C), as `channel_sums` of all samples."""
+        """Both sums as (2, C), equal to `channel_sums` of all samples."""
         return np.array([self.latent_sum, self.latent_square_sum])
 
     @property
@@ -66,7 +66,7 @@ class ShardRecord(ShardInfo):
 
 
 def shard_name(number: int) -> str:
-    """Shard k holds the entries [k * shard_samples, (k + 1) * shard_samples) of the listing."""
+    """Return the name of shard `number`, which holds entries [n * shard_samples, (n + 1) * shard_samples)."""
     return f"{number:05d}"
 
 
@@ -79,7 +79,7 @@ class Shard:
     index: bytes
 
     def write(self, storage: Storage) -> None:
-        """Put the tar, then the index, then the commit mark."""
+        """Write the tar, then the index, then the record, which commits the shard."""
         write_once(storage, self.record.tar_key, self.tar)
         write_once(storage, self.record.index_key, self.index)
         record = sealed(self.record.model_dump(mode="json"), indent=1, key=RECORD_DIGEST)
@@ -87,31 +87,31 @@ class Shard:
 
 
 def write_once(storage: Storage, key: str, data: bytes) -> None:
-    """Put an object that is a function of the job; DataError when other bytes are under its key."""
+    """Write an object that the job determines; DataError when its key exists with other bytes."""
     if storage.write_new(key, data):
         return
     if (found := hashlib.sha256(storage.read(key)).hexdigest()) != (made := hashlib.sha256(data).hexdigest()):
         raise DataError(
-            f"{storage.url}/{key} is there with other bytes (SHA-256 {found[:12]}) than were made now "
-            f"({made[:12]}): it was damaged, or made on another kind of machine. Delete it and what has the "
-            "same name beside it, and start again, or choose another output"
+            f"{storage.url}/{key} exists with SHA-256 {found[:12]}, expected {made[:12]}: it was damaged or "
+            "written on another kind of machine. Delete it (of a shard: tar, index, record) and start again, "
+            "or choose another output"
         )
 
 
 def build_shard(
     name: str, rows: Iterable[IndexRow], quarantined: Sequence[Quarantined], latent_channels: int
 ) -> Shard:
-    """Tar, index and record of these rows, in their order; rows that are not finite join the quarantine."""
+    """Build tar, index and record of these rows in order; quarantine rows that are not finite."""
     stream = io.BytesIO()
     records: list[tuple[int, int, int, int, int]] = []
-    refused = list(quarantined)
+    rejected = list(quarantined)
     sums = np.zeros((2, latent_channels))
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row in rows:
             if not np.isfinite(row.moments).all():
-                refused.append(
+                rejected.append(
                     Quarantined(
-                        key=row.key, path=as_text(row.path), reason="its latents are not finite in fp16"
+                        key=row.key, path=to_utf8(row.path), reason="its latents are not finite in fp16"
                     )
                 )
                 continue
@@ -128,7 +128,7 @@ def build_shard(
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         index_sha256=hashlib.sha256(index).hexdigest(),
-        quarantined=tuple(sorted(refused, key=lambda item: item.key)),
+        quarantined=tuple(sorted(rejected, key=lambda item: item.key)),
         latent_sum=tuple(sums[0].tolist()),
         latent_square_sum=tuple(sums[1].tolist()),
     )
@@ -138,20 +138,20 @@ def build_shard(
 def write_shard(
     url: str,
     name: str,
-    accounts: Sequence[DecodedBatch],
+    batches: Sequence[DecodedBatch],
     latent_channels: int,
     *moments: npt.NDArray[np.float16],
 ) -> ShardRecord:
-    """Build and put one shard from what became of its batches: accounts and moments (B, V, 2C, h, w)."""
+    """Build and write one shard from its decoded batches and their moments (B, V, 2C, h, w)."""
     rows = (
         IndexRow(entry.key, entry.path, entry.label, latent)
-        for account, batch in zip(accounts, moments, strict=True)
-        for entry, latent in zip(account.decoded, batch, strict=True)
+        for batch, latents in zip(batches, moments, strict=True)
+        for entry, latent in zip(batch.decoded, latents, strict=True)
     )
     quarantined = [
-        Quarantined(key=entry.key, path=as_text(entry.path), reason=reason)
-        for account in accounts
-        for entry, reason in account.rejected
+        Quarantined(key=entry.key, path=to_utf8(entry.path), reason=reason)
+        for batch in batches
+        for entry, reason in batch.rejected
     ]
     shard = build_shard(name, rows, quarantined, latent_channels)
     shard.write(open_storage(url))
@@ -159,7 +159,7 @@ def write_shard(
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a member that says nothing of its maker; returns where its data begin."""
+    """Append a member without owner or time; return the offset of its data."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     member.mode = 0o644

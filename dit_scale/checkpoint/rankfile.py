@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 import google_crc32c
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_scale.checkpoint.manifest import FileRecord
-from dit_scale.checkpoint.partition import ParameterSlice, StateSlices
+from dit_scale.checkpoint.slices import ParameterSlice, StateSlices, StoredSlice
 from dit_scale.errors import CheckpointError, StorageError
 from dit_scale.storage import Storage, UnavailableError
 
@@ -33,26 +32,6 @@ _LENGTH_BYTES = 8
 
 Bytes = NDArray[np.uint8]
 Fault = TypeVar("Fault", bool, list[int])
-
-
-@dataclass(frozen=True)
-class StoredSlice:
-    """One tensor of a rank file: a run of elements of one kind of state of one flattened parameter."""
-
-    kind: str
-    parameter: str
-    start: int
-    """First element within the flattened parameter."""
-    length: int
-    """Number of elements."""
-    byte_offset: int
-    """First byte within the file."""
-    crc32c: tuple[int, ...]
-    """CRC-32C of each block of `BLOCK_BYTES`; the last block may be shorter."""
-
-    @property
-    def bytes(self) -> int:
-        return 4 * self.length
 
 
 def file_name(rank: int) -> str:

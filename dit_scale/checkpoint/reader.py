@@ -16,7 +16,7 @@ from torch import Tensor
 from dit_scale.checkpoint import rankfile
 from dit_scale.checkpoint.manifest import CHECKPOINTS, CheckpointId, FileRecord, read_manifest
 from dit_scale.checkpoint.partition import Partition
-from dit_scale.checkpoint.rankfile import StoredSlice
+from dit_scale.checkpoint.slices import StoredSlice
 from dit_scale.config import TrainConfig
 from dit_scale.errors import CheckpointError
 from dit_scale.storage import Storage

@@ -32,8 +32,8 @@ from dit_scale.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
-from dit_scale.checkpoint.partition import ParameterSlice, StateSlices
 from dit_scale.checkpoint.rankfile import Bytes
+from dit_scale.checkpoint.slices import ParameterSlice, StateSlices
 from dit_scale.errors import CheckpointError, DitScaleError, SupersededError, TakenError
 from dit_scale.sealed import sealed
 from dit_scale.storage import Storage, open_storage

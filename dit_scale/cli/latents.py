@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command, add_group, int_between, output_path
-from dit_scale.cli.tables import print_table
+from dit_scale.cli.tables import UNLIMITED_WIDTH, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 MAX_QUARANTINED_SHOWN = 5
 """Quarantined inputs that `info` names without --quarantined."""
-UNLIMITED_WIDTH = 10_000
-"""Columns for output whose lines scripts may search: no line is folded."""
 
 
 def add(commands: Any) -> None:
@@ -174,7 +172,7 @@ def _write_comparison(args: argparse.Namespace, console: "Console") -> None:
     from dit_scale.inference.image_files import write_grid
     from dit_scale.inference.preview import load_decoder, random_ids
     from dit_scale_pipeline.compare import compare, find_source
-    from dit_scale_pipeline.inputs.names import shown
+    from dit_scale_pipeline.inputs.names import printable
 
     dataset = LatentDataset.open(args.url)
     uri, listing = find_source(dataset, args.source, console)
@@ -183,9 +181,9 @@ def _write_comparison(args: argparse.Namespace, console: "Console") -> None:
     compared = list(compare(dataset, uri, listing, decoder, ids))
     table = _samples_table("image", "PSNR (dB)")
     for sample in compared:
-        name = shown(dataset.info.class_names[sample.label])
+        name = printable(dataset.info.class_names[sample.label])
         table.add_row(
-            str(sample.sample_id), str(sample.label), name, shown(sample.path), f"{sample.psnr_db:.1f}"
+            str(sample.sample_id), str(sample.label), name, printable(sample.path), f"{sample.psnr_db:.1f}"
         )
     print_table(table, UNLIMITED_WIDTH)
     write_grid(np.stack([sample.picture for sample in compared]), Path(args.grid))

@@ -1,23 +1,27 @@
-"""`dit-scale plan`: how long a run will take on machines that fail, and what it will cost."""
+"""`dit-scale plan`: how long a run takes on machines that fail, and what it costs."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import CONFIG_HELP, add_command, int_between, non_negative_float, positive_float
+from dit_scale.cli.tables import UNLIMITED_WIDTH, ledger_table, print_table
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dit_scale.config import TrainConfig
     from dit_scale.forecast.estimate import Estimate, Machines, Work
     from dit_scale.forecast.simulate import SimulationResult
 
 COSTS = {
-    "save_stall_s": (0.5, "the loop stands still at the begin of a save"),
-    "commit_lag_s": (10.0, "from there until the checkpoint counts"),
-    "launch_s": (20.0, "old ranks ended, launcher, imports"),
-    "init_s": (20.0, "process groups, model and engine"),
-    "restore_s": (10.0, "state read from a checkpoint"),
-    "first_step_s": (10.0, "what the first step takes longer"),
+    "save_stall_s": (0.5, "seconds that training pauses at the start of a save"),
+    "commit_lag_s": (10.0, "seconds from the start of a save to its commit"),
+    "launch_s": (20.0, "seconds to stop old ranks, start the launcher and import"),
+    "init_s": (20.0, "seconds to create process groups, model and engine"),
+    "restore_s": (10.0, "seconds to find and read a checkpoint"),
+    "first_step_s": (10.0, "extra seconds of the first step"),
 }
-"""Seconds, by field of Costs: assumptions unless they were measured."""
+"""Defaults of the fields of Costs, and what they are."""
 
 
 def add(commands: Any) -> None:
@@ -26,52 +30,57 @@ def add(commands: Any) -> None:
         commands,
         "plan",
         _run,
-        "days, checkpoint interval, goodput and cost of a run on machines that fail",
-        description="""Tell how long a run will take, how often it should save and what it will cost, from a
-measured speed and a failure rate (docs/goodput.md has the model).
+        "estimate days, best checkpoint interval, goodput and cost of a run on machines that fail",
+        description="""\
+Estimate how long a run takes, how often it should save and what it costs, from a measured speed and
+a failure rate. docs/goodput.md describes the model.
 
   dit-scale plan dit_xl2_256 --gpus 64 --images-per-s 400 --price 2.5
   dit-scale plan dit_xl2_256 --gpus 8192 --images-per-s 400 --spares 11 \\
       global_batch=524288 steps=60000 --simulate 14
 
-The speed may come from `python benchmarks/train_step.py --json`, by --speed-from. Seconds that are not
-given are assumptions, not measurements: measure them on the machines in question.""",
+`python benchmarks/train_step.py --json` measures the speed; pass its output with --speed-from. Default
+durations are assumptions: measure them on your machines.""",
     )
-    parser.add_argument("config", help=f"{CONFIG_HELP}: steps, global batch, checkpoints")
+    parser.add_argument("config", help=f"{CONFIG_HELP}, for steps, global batch and checkpoint interval")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--gpus", type=int_between(1), required=True, help="that train, spares not counted")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     speed = parser.add_mutually_exclusive_group(required=True)
-    speed.add_argument("--images-per-s", type=positive_float, help="of one GPU, as measured")
+    speed.add_argument("--images-per-s", type=positive_float, help="measured images/s of one GPU")
     speed.add_argument(
-        "--speed-from", metavar="FILE", help="rows of train_step.py --json; the fastest counts"
+        "--speed-from", metavar="FILE", help="output of train_step.py --json; the fastest row counts"
     )
-    parser.add_argument("--gpus-per-node", type=int_between(1), default=8, help="(default 8)")
-    parser.add_argument("--spares", type=int_between(0), default=0, help="nodes more, that wait (default 0)")
-    parser.add_argument(
-        "--failures", type=non_negative_float, default=6.5, help="per 1,000 nodes and day (default 6.5)"
-    )
-    parser.add_argument("--crash", type=_share, default=0.4, help="share of them that kill a rank (0.4)")
-    parser.add_argument(
-        "--hang", type=_share, default=0.1, help="share that stop a rank (0.1); others: a node"
-    )
-    parser.add_argument("--repair-h", type=non_negative_float, default=24.0, help="until a node is back (24)")
-    parser.add_argument(
-        "--lease-s", type=positive_float, default=15.0, help="silence that means a node is lost (15)"
-    )
+    _add_machines(parser)
+    lease = "seconds after which a node that has not renewed its lease counts as lost (default 15)"
+    parser.add_argument("--lease-s", type=positive_float, default=15.0, help=lease)
     for name, (default, text) in COSTS.items():
         option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=non_negative_float, default=default, help=f"{text} ({default:g})")
-    parser.add_argument("--price", type=non_negative_float, default=0.0, help="of a GPU-hour")
+        help_text = f"{text} (default {default:g})"
+        parser.add_argument(option, type=non_negative_float, default=default, help=help_text)
+    parser.add_argument("--price", type=non_negative_float, default=0.0, help="price of a GPU-hour")
     parser.add_argument(
-        "--simulate",
-        type=positive_float,
-        metavar="DAYS",
-        help="also run the supervisors for so many virtual days",
+        "--simulate", type=positive_float, metavar="DAYS", help="also simulate this many days of training"
     )
     parser.add_argument(
-        "--seed", type=int_between(0), default=0, help="of the failures simulated (default 0)"
+        "--seed", type=int_between(0), default=0, help="seed of the simulated failures (default 0)"
     )
-    parser.add_argument("--json", action="store_true", help="an object, for machines")
+
+
+def _add_machines(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpus", type=int_between(1), required=True, help="GPUs that train, without standby nodes"
+    )
+    parser.add_argument("--gpus-per-node", type=int_between(1), default=8, help="(default 8)")
+    parser.add_argument("--spares", type=int_between(0), default=0, help="standby nodes (default 0)")
+    parser.add_argument(
+        "--failures", type=non_negative_float, default=6.5, help="failures per 1,000 node-days (default 6.5)"
+    )
+    crash = "share of the failures that kill a rank (default 0.4)"
+    parser.add_argument("--crash", type=_share, default=0.4, help=crash)
+    hang = "share that hang a rank (default 0.1); all others take the node"
+    parser.add_argument("--hang", type=_share, default=0.1, help=hang)
+    repair = "hours until a lost node is back (default 24)"
+    parser.add_argument("--repair-h", type=non_negative_float, default=24.0, help=repair)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -101,12 +110,13 @@ def _run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(tree, indent=2))
         return 0
-    print(_head(machines, work))
-    _table(rows, machines, args.price)
+    print(_summary(machines, work))
+    print_table(_estimates_table(rows, machines, args.price), UNLIMITED_WIDTH)
     every, goodput = config.checkpoint.every_steps, as_is.goodput
     print(f"with checkpoint.every_steps={every} of the configuration: goodput {goodput:.2%}")
     if result is not None:
-        print(_told(result))
+        print(_simulation_summary(result))
+        print_table(ledger_table(result.ledger.by_name(), result.wall_s), UNLIMITED_WIDTH)
     return 0
 
 
@@ -118,52 +128,51 @@ def _machines(args: argparse.Namespace) -> "Machines":
     if rest:
         raise ConfigError(f"--gpus {args.gpus}: expected a multiple of --gpus-per-node {args.gpus_per_node}")
     if args.crash + args.hang > 1:
-        raise ConfigError(f"--crash {args.crash} and --hang {args.hang}: expected at most 1 together")
-    loss = 1 - args.crash - args.hang
+        raise ConfigError(f"--crash {args.crash} and --hang {args.hang}: expected a sum of at most 1")
     return Machines(
-        nodes,
-        args.gpus_per_node,
-        args.spares,
-        args.failures,
-        args.crash,
-        args.hang,
-        loss,
-        args.repair_h * 3600,
+        nodes=nodes,
+        gpus_per_node=args.gpus_per_node,
+        spares=args.spares,
+        failures_per_1000_node_days=args.failures,
+        crash_share=args.crash,
+        hang_share=args.hang,
+        loss_share=1 - args.crash - args.hang,
+        repair_s=args.repair_h * 3600,
     )
 
 
-def _step_s(args: argparse.Namespace, config: Any) -> float:
-    """Seconds of a step on all GPUs, at the speed that one of them was measured with."""
+def _step_s(args: argparse.Namespace, config: "TrainConfig") -> float:
+    """Return the duration of a step on all GPUs from the speed of one."""
     from dit_scale.errors import ConfigError
 
     if args.gpus > config.global_batch:
         raise ConfigError(
-            f"--gpus {args.gpus}: a global batch of {config.global_batch} has no sample for each; "
-            "take fewer GPUs, or set global_batch"
+            f"--gpus {args.gpus}: expected at most global_batch={config.global_batch}, one sample per GPU; "
+            "use fewer GPUs, or increase global_batch"
         )
     per_s = args.images_per_s or _measured(args.speed_from, config.model.name, config.model.image_size)
-    # The slowest rank has a sample more than others where the batch does not divide.
+    # If the batch is not divisible, the slowest rank has one sample more than the others.
     return float(-(-config.global_batch // args.gpus) / per_s)
 
 
 def _measured(path: str, model: str, image_size: int) -> float:
-    """Images/s of the fastest row for this model."""
-    import json
+    """Return the images/s of the fastest row for this model."""
     from pathlib import Path
 
     from dit_scale.errors import ConfigError
+    from dit_scale.lines import read_objects
 
     try:
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-        speeds = [
-            float(row["images_per_s"])
-            for row in rows
-            if (row["model"], row["image_size"]) == (model, image_size) and "images_per_s" in row
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: expected rows of `train_step.py --json`: {error}") from None
+        rows = read_objects(Path(path), "model", "image_size", "images_per_s")
+    except OSError as error:
+        raise ConfigError(f"{path}: expected the output of `train_step.py --json`: {error}") from None
+    speeds = [row["images_per_s"] for row in rows if (row["model"], row["image_size"]) == (model, image_size)]
+    speeds = [float(speed) for speed in speeds if isinstance(speed, int | float) and speed > 0]
     if not speeds:
-        raise ConfigError(f"{path}: no row has a speed of {model} at {image_size} pixels; measure it")
+        raise ConfigError(
+            f"{path}: expected the output of `train_step.py --json` with images_per_s of {model} at "
+            f"{image_size} pixels, found none; measure it"
+        )
     return max(speeds)
 
 
@@ -172,11 +181,10 @@ def _simulate(args: argparse.Namespace, machines: "Machines", work: "Work") -> "
     from dit_scale.forecast import simulate
     from dit_scale.forecast.timeline import FailureKind
 
-    kinds = FailureKind
     shares = {
-        kinds.CRASH: machines.crash_share,
-        kinds.HANG: machines.hang_share,
-        kinds.LOSS: machines.loss_share,
+        FailureKind.CRASH: machines.crash_share,
+        FailureKind.HANG: machines.hang_share,
+        FailureKind.LOSS: machines.loss_share,
     }
     setup = simulate.SimulationSetup(
         nodes=machines.nodes,
@@ -188,24 +196,23 @@ def _simulate(args: argparse.Namespace, machines: "Machines", work: "Work") -> "
         repair_s=machines.repair_s,
     )
     rate = machines.failures_per_1000_node_days
-    return simulate.simulate(
-        setup, simulate.poisson(machines.nodes + machines.spares, rate, shares, args.seed)
-    )
+    failures = simulate.poisson(machines.nodes + machines.spares, rate, shares, args.seed)
+    return simulate.simulate(setup, failures)
 
 
-def _head(machines: "Machines", work: "Work") -> str:
+def _summary(machines: "Machines", work: "Work") -> str:
     costs, hours = work.costs, machines.mtbf_s / 3600
     gpus = machines.nodes * machines.gpus_per_node
-    seconds = ", ".join(f"{name} {getattr(costs, name):g}" for name in COSTS)
-    return f"""{gpus} GPUs on {machines.nodes} nodes, {machines.spares} spares; a failure every {hours:.2f} h
-{work.steps} steps of {costs.step_s:.4g} s; best: a checkpoint every {work.every_steps} steps, \
+    durations = ", ".join(f"{name} {getattr(costs, name):g}" for name in COSTS)
+    return f"""\
+{gpus} GPUs on {machines.nodes} nodes, {machines.spares} standby nodes; a failure every {hours:.2f} h
+{work.steps} steps of {costs.step_s:.4g} s; best checkpoint interval: {work.every_steps} steps, \
 {work.every_steps * costs.step_s:.0f} s
-assumed unless measured: {seconds}, lease_s {work.lease_s:g}, repair_h {machines.repair_s / 3600:g}"""
+assumptions: {durations}, lease_s {work.lease_s:g}, repair_h {machines.repair_s / 3600:g}"""
 
 
-def _table(rows: "dict[str, Estimate]", machines: "Machines", price: float) -> None:
+def _estimates_table(rows: "dict[str, Estimate]", machines: "Machines", price: float) -> "Table":
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
@@ -223,7 +230,7 @@ def _table(rows: "dict[str, Estimate]", machines: "Machines", price: float) -> N
             f"{tree['gpu_hours']:,.0f}",
             *cost,
         )
-    Console().print(table)
+    return table
 
 
 def _tree(row: "Estimate", machines: "Machines", price: float) -> dict[str, float]:
@@ -250,16 +257,13 @@ def _simulated(result: "SimulationResult") -> dict[str, Any]:
     }
 
 
-def _told(result: "SimulationResult") -> str:
-    spent = [
-        f"  {use:<18}{seconds / result.wall_s:8.3%}  {seconds / 3600:10.2f} h"
-        for use, seconds in result.ledger.by_name().items()
-    ]
-    ends = ", ".join(f"{count} {reason}" for reason, count in result.endings.most_common())
-    code = "not over" if result.code is None else f"exit code {int(result.code)}"
-    head = f"simulated: goodput {result.goodput:.2%} in {result.wall_s / 86400:.2f} days ({code})"
-    head += f"; rounds: {ends}"
-    return "\n".join([head, *spent])
+def _simulation_summary(result: "SimulationResult") -> str:
+    endings = ", ".join(f"{count} {reason}" for reason, count in result.endings.most_common())
+    code = "still running at its limit" if result.code is None else f"exit code {int(result.code)}"
+    return (
+        f"simulated: goodput {result.goodput:.2%} in {result.wall_s / 86400:.2f} days ({code}); "
+        f"rounds ended: {endings}"
+    )
 
 
 def _share(text: str) -> float:

@@ -1,14 +1,18 @@
-"""`dit-scale replay`: one step of a run once more, sample by sample."""
+"""`dit-scale replay`: take one step of a run again, and show each of its samples."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command, int_between
+from dit_scale.cli.tables import UNLIMITED_WIDTH, print_table
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from dit_scale.report.replay import Replay
 
-SHOWN = 20
+MAX_SAMPLES = 20
+"""Samples shown without --all."""
 
 
 def add(commands: Any) -> None:
@@ -18,27 +22,29 @@ def add(commands: Any) -> None:
         "replay",
         _run,
         "take one step of a run again, and show what each sample contributed",
-        description="""Take one step of a run again, and show what each of its samples contributed, worst
-first. Begins at the newest checkpoint before the step; reads the run and changes nothing in it.
+        description="""\
+Take one step of a run again, and show what each of its samples contributed, worst first. Training
+starts from the newest checkpoint before the step. The run is not modified.
 
   dit-scale replay runs/dit_xl2_256 --step 123456
   deepspeed -q --num_gpus 8 --no_local_rank --module dit_scale.cli replay runs/dit_xl2_256 --step 123456
 
-At the same number of processes the step is the run's to the bit, at any other to rounding. A step that
-failed and was rolled back belongs to an earlier attempt: events.jsonl names it under "rollback".""",
+With the world size of the run, the step is bit-identical; with any other, it is equal up to rounding.
+A step that failed and was rolled back belongs to an earlier attempt: look for "rollback" in
+events.jsonl.""",
     )
-    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("run", help="folder of the run")
     parser.add_argument(
-        "--step", type=int_between(1), required=True, help="which, counted from 1 as in metrics.jsonl"
+        "--step", type=int_between(1), required=True, help="number of the step, from 1 as in metrics.jsonl"
     )
     parser.add_argument(
         "--attempt",
         type=int_between(1),
         default=None,
-        help="the run as it was in this attempt (default: as it is now)",
+        help="replay the run as it was in this attempt (default: as it is now)",
     )
-    parser.add_argument("--all", action="store_true", help=f"all samples, not the first {SHOWN}")
-    parser.add_argument("--json", action="store_true", help="an object, for machines")
+    parser.add_argument("--all", action="store_true", help=f"show all samples, not only {MAX_SAMPLES}")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -48,85 +54,99 @@ def _run(args: argparse.Namespace) -> int:
 
     from dit_scale.report.replay import replay
 
-    with redirect_stdout(sys.stderr):  # DeepSpeed has its say there, and not among the JSON
-        found = replay(args.run, args.step, args.attempt)
-    if found is not None:
-        count = len(found.samples) if args.all else SHOWN
-        print(json.dumps(tree(found, count), indent=2) if args.json else text(found, count))
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints to stdout, which may be parsed as JSON
+        result = replay(args.run, args.step, args.attempt)
+    if result is None:
+        return 0
+    count = len(result.samples) if args.all else MAX_SAMPLES
+    if args.json:
+        print(json.dumps(tree(result, count), indent=2))
+    else:
+        show(result, count)
     return 0
 
 
-def tree(found: "Replay", count: int) -> dict[str, Any]:
-    """All of it as JSON, `count` samples at most. Numbers that are not finite are strings: nan, inf."""
+def tree(result: "Replay", count: int) -> dict[str, Any]:
+    """Return the result for JSON, with at most `count` samples. Numbers that are not finite are strings."""
     from dataclasses import asdict
 
     from dit_scale.telemetry.meters import COLUMNS
 
-    history = found.history
+    history = result.history
     recorded = history.recorded and {
         "where": history.recorded.where,
         **dict(zip(COLUMNS, history.recorded.row, strict=True)),
     }
     return _finite(
         {
-            "run": found.run,
-            "step": found.step,
+            "run": result.run,
+            "step": result.step,
             "attempt": history.attempt.number,
-            "checkpoint": found.checkpoint,
-            "world": found.world,
+            "checkpoint": result.checkpoint,
+            "world": result.world,
             "world_of_the_run": history.world,
             "rolled_back_in_attempts": history.rolled_back,
-            **dict(zip(COLUMNS, found.row, strict=True)),
+            **dict(zip(COLUMNS, result.row, strict=True)),
             "recorded": recorded,
-            "differences": found.differences(),
-            "num_samples": len(found.samples),
-            "samples": [{**asdict(sample), "finite": sample.finite} for sample in found.samples[:count]],
+            "differences": result.differences(),
+            "num_samples": len(result.samples),
+            "samples": [{**asdict(sample), "finite": sample.finite} for sample in result.samples[:count]],
         }
     )
 
 
-def text(found: "Replay", count: int) -> str:
-    """All of it for people, `count` samples at most."""
+def show(result: "Replay", count: int) -> None:
+    """Print the result with at most `count` samples."""
     from dit_scale.telemetry.meters import COLUMNS
 
-    history = found.history
-    *numbers, skipped = zip(COLUMNS, found.row, strict=True)
-    row = "  ".join(f"{name} {value:.6g}" for name, value in numbers)
-    lines = [
-        f"step {found.step} of {found.run}, attempt {history.attempt.number}",
-        f"{row}{'  skipped' if skipped[1] else ''}",
-        _compared(found),
-    ]
+    history = result.history
+    *values, skipped = zip(COLUMNS, result.row, strict=True)
+    row = "  ".join(f"{name} {value:.6g}" for name, value in values)
+    print(f"step {result.step} of {result.run}, attempt {history.attempt.number}")
+    print(f"{row}{'  skipped' if skipped[1] else ''}")
+    print(_comparison(result))
     for attempt in history.rolled_back:
-        lines.append(
-            f"attempt {attempt} failed at this step and was rolled back: --attempt {attempt} shows it"
-        )
-    lines += ["", "  position     sample  label   used      t         loss          mse           vb"]
-    for sample in found.samples[:count]:
-        used = "none" if sample.dropped else sample.label
-        lines.append(
-            f"{sample.position:>10}  {sample.sample_id:>9}  {sample.label:>5}  {used:>5}  {sample.t:>5}  "
-            f"{sample.loss:>11.5g}  {sample.mse:>11.5g}  {sample.vb:>11.5g}"
-            f"{'' if sample.finite else '  not finite'}"
-        )
-    if count < len(found.samples):
-        lines.append(f"{count} of {len(found.samples)} samples, worst first; --all shows the others")
-    return "\n".join(lines)
+        print(f"attempt {attempt} failed at this step and was rolled back; see it with --attempt {attempt}")
+    print_table(_samples_table(result, count), UNLIMITED_WIDTH)
+    if count < len(result.samples):
+        print(f"{count} of {len(result.samples)} samples, worst first; --all shows all of them")
 
 
-def _compared(found: "Replay") -> str:
-    history, differences = found.history, found.differences()
-    world = f"processes: {found.world}, of the run: {'unknown' if history.world is None else history.world}"
+def _samples_table(result: "Replay", count: int) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("position", "sample", "label", "used", "t", "loss", "mse", "vb"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for sample in result.samples[:count]:
+        table.add_row(
+            str(sample.position),
+            str(sample.sample_id),
+            str(sample.label),
+            "none" if sample.dropped else str(sample.label),
+            str(sample.t),
+            *(f"{value:.5g}" for value in (sample.loss, sample.mse, sample.vb)),
+            "" if sample.finite else "not finite",
+        )
+    return table
+
+
+def _comparison(result: "Replay") -> str:
+    history, differences = result.history, result.differences()
+    run_world = "unknown" if history.world is None else history.world
+    world = f"world size {result.world}, in the run {run_world}"
     if history.recorded is None:
-        return f"{world}; the run wrote down nothing of this step alone"
+        return f"{world}; the run recorded nothing for this step alone"
     if not differences:
-        return f"{world}; equal to the bit to what {history.recorded.where} says"
-    apart = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-    return f"{world}; relative difference to what {history.recorded.where} says: {apart}"
+        return f"{world}; bit-identical to {history.recorded.where}"
+    listed = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    return f"{world}; relative differences to {history.recorded.where}: {listed}"
 
 
 def _finite(value: Any) -> Any:
-    """The same tree in numbers that JSON knows."""
+    """Replace numbers that JSON cannot represent by strings."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,5 +1,6 @@
 """How commands print tables: one width rule for terminals, pipes and files."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -7,6 +8,8 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 140
 """Columns of a table that no terminal limits."""
+UNLIMITED_WIDTH = 10_000
+"""Columns for output whose lines scripts may search: no line is folded."""
 
 
 def print_table(table: "Table", width: int = PIPE_WIDTH) -> None:
@@ -17,3 +20,17 @@ def print_table(table: "Table", width: int = PIPE_WIDTH) -> None:
     if not console.is_terminal:
         console.width = width
     console.print(table)
+
+
+def ledger_table(spent_s: Mapping[str, float], wall_s: float) -> "Table":
+    """Return a table of wall-clock time by heading."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("time by heading")
+    table.add_column("seconds", justify="right")
+    table.add_column("share", justify="right")
+    for heading, seconds in spent_s.items():
+        table.add_row(heading, f"{seconds:,.1f}", f"{seconds / wall_s:.3%}")
+    return table

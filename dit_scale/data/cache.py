@@ -1,12 +1,12 @@
-"""Shards of a remote data set on the node's own disk, for all processes of the node, within a budget.
+"""Shards of a remote data set on the node's own disk, shared by all processes of the node, within a budget.
 
-    <folder>/<sha256>.tar    a whole shard: it gets this name only after its digest was checked
-    <folder>/<sha256>.tmp    a download; it has its full size from the start, which reserves the room
+    <folder>/<sha256>.tar    a complete shard: renamed to this only after its digest was verified
+    <folder>/<sha256>.tmp    a download, at full size from the start to reserve its space
 
-Names are digests, so data sets may share a folder, and files outlive the run. Kernel locks (flock)
-say what is in use and end with their process: an exclusive one on a download, a shared one on a shard
-that is being read, and for a moment one on the folder by whoever begins a download. Shards that
-nobody reads are evicted when room is needed, the least recently opened first.
+Names are digests, so data sets can share a folder, and files outlive the run. Kernel locks (flock) tell what
+is in use and disappear with their process: an exclusive lock on a download, a shared lock on a shard that is
+being read, and a short lock on the folder while a download is claimed. To make room, unused shards are
+evicted, the least recently opened first.
 """
 
 import fcntl
@@ -23,14 +23,14 @@ from dit_scale.errors import DataError
 from dit_scale.storage import Storage
 
 PART_BYTES = 16 * 2**20
-"""Bytes asked for at once: the most that is fetched again when a connection breaks."""
+"""Bytes per request: the most that is fetched again when a connection breaks."""
 RETRY_PAUSES_S = (0.0, 0.2, 0.4, 0.8)
-"""Pauses before each attempt to read something whose checksum may turn out wrong."""
+"""Pauses before each read of something whose checksum may be wrong."""
 _OURS = re.compile(r"[0-9a-f]{64}\.(tar|tmp)")
 
 
 class ShardFile(NamedTuple):
-    """A shard's tar in its storage."""
+    """The tar of a shard in its storage."""
 
     name: str
     key: str
@@ -39,7 +39,7 @@ class ShardFile(NamedTuple):
 
 
 class NoRoomError(DataError):
-    """The cache cannot take a shard: its budget or the disk is used up, or the folder cannot be used."""
+    """The cache cannot take a shard: its budget or the disk is full, or the folder is unusable."""
 
 
 class ShardCache:
@@ -50,19 +50,19 @@ class ShardCache:
         self.folder = Path(os.path.expanduser(folder))
 
     def holds(self, file: ShardFile) -> bool:
-        """Whether the shard was fetched, by whatever process."""
+        """Whether the shard is in the cache."""
         return self._path(file).exists()
 
     def open(self, file: ShardFile) -> int | None:
-        """A descriptor of the shard, which cannot be evicted until it is closed; None when it is not here.
+        """Open the shard, which cannot be evicted until the descriptor is closed; None if it is not cached.
 
-        A file of another size is dropped; other wrong bytes are for the reader to find, and to `drop`.
+        A file of the wrong size is deleted. Other damage is up to the reader to detect and to `drop`.
         """
         try:
             descriptor = os.open(self._path(file), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
-        # The lock is refused while the file is being evicted; afterwards it has no name any more.
+        # Fails while the file is being evicted; afterwards the file has no name.
         if _locked(descriptor, fcntl.LOCK_SH) and os.fstat(descriptor).st_nlink:
             if os.fstat(descriptor).st_size == file.size_bytes:
                 with suppress(PermissionError):  # another user's file
@@ -73,15 +73,15 @@ class ShardCache:
         return None
 
     def drop(self, file: ShardFile, descriptor: int) -> None:
-        """Remove the damaged file behind this descriptor, unless another has taken its place."""
+        """Delete the damaged file with this descriptor, unless another file has replaced it."""
         with suppress(PermissionError):
             _unlink(self._path(file), descriptor)
 
     def fetch(self, file: ShardFile, keep: Collection[ShardFile] = (), stop: Event | None = None) -> bool:
-        """Download the shard; True once it is here, False when another process is at it or `stop` is set.
+        """Download the shard. Returns False if another process is downloading it or `stop` is set.
 
-        Raises NoRoomError when there is no room and evicting others than `keep` makes none, DataError
-        when the storage gives other bytes than the digest names time and again, StorageError.
+        Raises NoRoomError if evicting shards other than `keep` does not make enough room, DataError if the
+        storage repeatedly returns bytes with the wrong digest, StorageError.
         """
         stop = stop or Event()
         try:
@@ -105,14 +105,14 @@ class ShardCache:
             ) from None
         raise DataError(
             f"{self.storage.url}/{file.key}: expected SHA-256 {file.sha256} as in dataset.json, got {found}, "
-            f"{len(RETRY_PAUSES_S)} times; it stays out of the cache. Verify the data set"
+            f"{len(RETRY_PAUSES_S)} times; the shard is not cached. Verify the data set"
         )
 
     def _path(self, file: ShardFile, suffix: str = "tar") -> Path:
         return self.folder / f"{file.sha256}.{suffix}"
 
     def _download(self, file: ShardFile, part: int, stop: Event) -> str:
-        """Write the shard from its storage; returns the SHA-256 of what came until `stop`."""
+        """Write the shard from its storage until `stop`. Returns the SHA-256 of what was written."""
         digest = hashlib.sha256()
         for start in range(0, file.size_bytes, PART_BYTES):
             if stop.is_set():
@@ -125,9 +125,9 @@ class ShardCache:
         return digest.hexdigest()
 
     def _claim(self, file: ShardFile, keep: Collection[ShardFile], stack: ExitStack) -> int | None:
-        """A locked file of the shard's size; `stack` removes it unless it was renamed.
+        """Create a locked file of the shard's size; `stack` deletes it unless it is renamed.
 
-        None when the shard is here by now, or another process is downloading it.
+        Returns None if the shard is cached by now, or another process is downloading it.
         """
         path = self._path(file, "tmp")
         if str(self.folder).startswith("~"):
@@ -141,18 +141,18 @@ class ShardCache:
             if not _locked(part, fcntl.LOCK_EX):
                 return None
             stack.callback(_unlink, path, part)
-            os.ftruncate(part, 0)  # what a killed download left
+            os.ftruncate(part, 0)  # discard what a killed download wrote
             self._make_room(file, keep)
             os.posix_fallocate(part, 0, file.size_bytes)
             return part
 
     def _make_room(self, file: ShardFile, keep: Collection[ShardFile]) -> None:
-        """Remove what killed downloads left, and evict as needed; the folder must be locked."""
+        """Delete leftovers of killed downloads and evict as needed; the folder must be locked."""
         kept = {self._path(other).name for other in keep}
         used, idle = 0, []
         for name in filter(_OURS.fullmatch, os.listdir(self.folder)):
             path = self.folder / name
-            with suppress(FileNotFoundError), ExitStack() as locks:  # found damaged and dropped since
+            with suppress(FileNotFoundError), ExitStack() as locks:  # dropped in the meantime
                 found = path.stat()
                 if name.endswith(".tmp") and _lock_idle(path, locks):
                     path.unlink()
@@ -187,7 +187,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def _locked(descriptor: int, kind: int) -> bool:
-    """Take the kernel's lock on a file without waiting."""
+    """Lock a file without waiting. Returns whether it succeeded."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -196,12 +196,12 @@ def _locked(descriptor: int, kind: int) -> bool:
 
 
 def _lock_idle(path: Path, locks: ExitStack) -> bool:
-    """Lock a file that nobody reads or writes, for as long as `locks` lives."""
+    """Lock a file that no process uses, until `locks` is closed. Returns whether it succeeded."""
     return _locked(locks.enter_context(_opened(path, os.O_RDONLY)), fcntl.LOCK_EX)
 
 
 def _unlink(path: Path, descriptor: int) -> None:
-    """Remove a file's name if it still belongs to the file behind the descriptor."""
+    """Delete a path if it still leads to the file with this descriptor."""
     with suppress(FileNotFoundError):
         if os.path.samestat(os.stat(path), os.fstat(descriptor)):
             path.unlink()

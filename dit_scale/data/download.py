@@ -1,7 +1,7 @@
 """A thread that fetches into the node's cache what the loader will read next.
 
-Nobody waits for it: a shard that is not here is read sample by sample from its storage. The processes
-of a node share the work: each leaves alone what another one is fetching.
+Nothing waits for it: samples of a shard that is not cached are read from the storage one by one. The
+processes of a node share the work: each skips what another one is fetching.
 """
 
 import threading
@@ -12,13 +12,13 @@ from dit_scale.data.files import ShardFiles
 from dit_scale.errors import DataError, StorageError
 
 LOOK_AGAIN_S = 5.0
-"""Pause before shards are looked for that were not to be had, or have been dropped since."""
+"""Pause before shards that could not be fetched, or were dropped from the cache, are tried again."""
 PATIENCE = 3
-"""Failures in a row that are worth a word: peers may still be reading what will be evicted soon."""
+"""Failures in a row before they are reported: other processes may soon release shards for eviction."""
 
 
 class Downloader:
-    """Fills the cache with the shards that are wanted, in their order; `say` hears of troubles, once."""
+    """Fills the cache with the wanted shards, in order. Reports failures to `say` once."""
 
     def __init__(self, files: ShardFiles, say: Callable[[str], None]) -> None:
         self._files, self._say = files, say
@@ -30,7 +30,7 @@ class Downloader:
         self._thread.start()
 
     def want(self, shards: tuple[int, ...]) -> bool:
-        """From now on fetch these, the first ones first; False when they are wanted already.
+        """Fetch these shards from now on, in order. Returns False if they are wanted already.
 
         They are not evicted to make room for each other.
         """
@@ -41,7 +41,7 @@ class Downloader:
         return True
 
     def close(self, timeout_s: float) -> None:
-        """Stop after the request that is under way, waiting for it at most so long."""
+        """Stop after the current request, waiting at most `timeout_s` for it."""
         self._closing.set()
         self._changed.set()
         self._thread.join(timeout_s)
@@ -58,7 +58,7 @@ class Downloader:
                 self._failures = 0
 
     def _fetch_wanted(self) -> None:
-        """Fetch until all wanted shards are here, or others are wanted."""
+        """Fetch until all wanted shards are cached, or other shards are wanted."""
         wanted, cache = self._wanted, self._files.cache
         keep = [self._files.shards[shard] for shard in wanted]
         for shard, file in zip(wanted, keep, strict=True):
@@ -78,4 +78,4 @@ class Downloader:
         self._failures += 1
         if self._failures >= PATIENCE and not self._said:
             self._said = True
-            self._say(f"{error}. What the cache does not hold is read sample by sample from the storage")
+            self._say(f"{error}. Samples that are not cached are read from the storage one by one")

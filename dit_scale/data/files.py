@@ -1,7 +1,7 @@
-"""Bytes of a data set's shards from the nearest place that has them, and checked: disk, cache, storage.
+"""Bytes of a data set's shards from the nearest copy, verified: local disk, cache, storage.
 
-A shard on this machine is read through a kept descriptor; of one that is not, single samples are read
-from its storage. Whoever finds wrong bytes asks for them again here, in the storage itself.
+A shard on this machine is read through an open descriptor. Otherwise single samples are read from the
+storage. Wrong bytes are read again from the storage itself.
 """
 
 import functools
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -22,21 +22,32 @@ from dit_scale.errors import DataError
 from dit_scale.storage import Storage
 
 OPEN_SHARDS = 512
-"""Shards of one data set that a process keeps open; below the usual limit of 1024 files."""
+"""Shards that a process keeps open per data set; below the usual limit of 1024 files."""
 READERS = 8
-"""Requests to a remote storage at once; boto3 keeps ten connections."""
+"""Concurrent requests to a remote storage; boto3 keeps ten connections."""
 
 T = TypeVar("T")
-Place = tuple[int, int, int, int, int, int]
-"""Of a sample: id, shard, offset, length, CRC-32C, and the view that is wanted."""
+
+
+class SampleLocation(NamedTuple):
+    """Where a sample is stored, and which of its views is wanted."""
+
+    sample_id: int
+    shard: int
+    offset: int
+    """First byte of its npy file within the tar."""
+    length: int
+    """Size of its npy file in bytes."""
+    crc32c: int
+    view: int
 
 
 class DamagedError(DataError):
-    """A sample whose checksum stays wrong."""
+    """The checksum of a sample is wrong in every read."""
 
 
 class OpenShard:
-    """A shard's file descriptor; closed when nobody holds it."""
+    """A shard's file descriptor, closed with the last reference."""
 
     __slots__ = ("descriptor",)
 
@@ -48,40 +59,40 @@ class OpenShard:
 
 
 class ShardFiles:
-    """The shards of a data set by their numbers; threads may share it, and so may forked processes."""
+    """The shards of a data set, by number. Threads and forked processes may share it."""
 
     def __init__(self, storage: Storage, cache: ShardCache, shards: Sequence[ShardFile]) -> None:
         self.storage, self.cache, self.shards = storage, cache, shards
-        # pread on kept descriptors, not mmap: a failing disk is then an error, not a dead process.
+        # pread on open descriptors, not mmap: a failing disk raises an error instead of killing the process.
         self._open: dict[int, OpenShard] = {}
         self.waiting: dict[int | str, float] = {}
-        """What is being read, sample ids and index files, and since when (time.monotonic)."""
+        """Sample ids and index files that are being read => since when (time.monotonic)."""
 
     @property
     def is_remote(self) -> bool:
-        """Whether shards have to be fetched to be on this machine."""
+        """Whether the shards are not on this machine's file systems."""
         return self.storage.local_path("shards") is None
 
     def open(self, shard: int) -> OpenShard | None:
-        """The shard's file on this machine; None when only the storage has it.
+        """Open the shard on this machine; None if only the storage has it.
 
-        Raises DataError when the file of a local data set is missing or of another size.
+        Raises DataError if the file of a local data set is missing or has the wrong size.
         """
-        found = self._open.get(shard)
-        if found is None:
+        opened = self._open.get(shard)
+        if opened is None:
             file = self.shards[shard]
             path = self.storage.local_path(file.key)
-            descriptor = self.cache.open(file) if path is None else _open_whole(file, str(path))
+            descriptor = self.cache.open(file) if path is None else _open_complete(file, str(path))
             if descriptor is None:
                 return None
             for oldest in list(self._open)[: max(0, len(self._open) + 1 - OPEN_SHARDS)]:
                 self._open.pop(oldest, None)
-            found = self._open[shard] = OpenShard(descriptor)
-        return found
+            opened = self._open[shard] = OpenShard(descriptor)
+        return opened
 
     @contextmanager
     def waits_for(self, what: int | str) -> Iterator[None]:
-        """Say in `waiting` what is being read."""
+        """Record in `waiting` what is being read."""
         self.waiting[what] = time.monotonic()
         try:
             yield
@@ -89,27 +100,31 @@ class ShardFiles:
             self.waiting.pop(what, None)
 
     def close_others(self, shards: Iterable[int]) -> None:
-        """Let go of all shards but these, so that the cache may evict them."""
+        """Close all other shards, so that the cache may evict them."""
         for shard in set(self._open) - set(shards):
             self._open.pop(shard, None)
 
     def read_views(
-        self, places: Iterable[Place], header: bytes, num_views: int, out_B2CHW: NDArray[np.float16]
+        self,
+        samples: Iterable[SampleLocation],
+        header: bytes,
+        num_views: int,
+        out_B2CHW: NDArray[np.float16],
     ) -> list[int]:
-        """Read one view of each sample on this machine straight into its row of a contiguous array.
+        """Read one view of each sample on this machine directly into its row of a contiguous array.
 
-        Returns the rows for which that does not do: not on this machine, damaged, or of another npy
-        header than `header`; what these rows hold is of no use.
+        Returns the rows that it could not read: the sample is not on this machine, is damaged, or has an npy
+        header other than `header`. The content of these rows is undefined.
         """
         assert out_B2CHW.flags.c_contiguous
         rows_BN = out_B2CHW.reshape(len(out_B2CHW), -1).view(np.uint8)
         head, aside = np.empty(len(header), np.uint8), np.empty(rows_BN.shape[1], np.uint8)
         size = len(header) + num_views * aside.size
         header_crc32c = google_crc32c.value(header)
-        waiting, left = self.waiting, []
-        for row, (sample_id, shard, offset, length, crc32c, view) in enumerate(places):
+        waiting, unread = self.waiting, []
+        for row, (sample_id, shard, offset, length, crc32c, view) in enumerate(samples):
             waiting[sample_id] = time.monotonic()
-            # The views that were not drawn are read as well, since the checksum covers all.
+            # The checksum covers all views, so the others are read as well.
             parts: list[Any] = [head] + [aside] * num_views
             parts[1 + view] = rows_BN[row]
             try:
@@ -121,18 +136,18 @@ class ShardFiles:
                     or head.tobytes() != header
                     or functools.reduce(google_crc32c.extend, parts[1:], header_crc32c) != crc32c
                 ):
-                    left.append(row)
+                    unread.append(row)
             except OSError:  # a failing disk
-                left.append(row)
+                unread.append(row)
             finally:
                 waiting.pop(sample_id, None)
-        return left
+        return unread
 
     def read(self, shard: int, offset: int, length: int, crc32c: int, where: str) -> bytes:
-        """The bytes of a sample; when they are wrong, asked for again in the storage, a few times.
+        """Read the bytes of a sample; if they are wrong, read them from the storage a few times.
 
-        A copy in the cache that gave wrong bytes is dropped. Raises DamagedError, which begins with
-        `where`, when the checksum stays wrong; StorageError.
+        A cached copy with wrong bytes is deleted. Raises DamagedError that starts with `where` if the
+        checksum is wrong every time, StorageError.
         """
         opened = self.open(shard)
         if opened is not None:
@@ -155,29 +170,29 @@ class ShardFiles:
         )
 
 
-def _open_whole(file: ShardFile, path: str) -> int:
+def _open_complete(file: ShardFile, path: str) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise DataError(f"cannot open shard {file.name} at {path}: {error.strerror}") from None
-    found = os.fstat(descriptor).st_size
-    if found != file.size_bytes:
+    size = os.fstat(descriptor).st_size
+    if size != file.size_bytes:
         os.close(descriptor)
-        raise DataError(f"shard {file.name} at {path}: expected {file.size_bytes} bytes, got {found}")
+        raise DataError(f"shard {file.name} at {path}: expected {file.size_bytes} bytes, got {size}")
     return descriptor
 
 
 def concurrently(work: Callable[[T], object], items: Collection[T]) -> None:
-    """Do `work` on every item, in up to READERS threads; raises the first error once all have ended.
+    """Call `work` for every item, in up to READERS threads; raises the first error after all have finished.
 
-    Threads of their own and not a pool's: a process can leave while one of them waits for a storage.
+    Uses daemon threads, not a pool: the process can exit while one of them waits for a storage.
     """
-    left, errors = deque(items), deque[Exception]()
+    pending, errors = deque(items), deque[Exception]()
 
     def run() -> None:
         with suppress(IndexError):
             while not errors:
-                item = left.popleft()
+                item = pending.popleft()
                 try:
                     work(item)
                 except Exception as error:

@@ -1,6 +1,6 @@
-"""listing.safetensors, the images of a data set by their keys: sealed facts, and the digest of all arrays.
+"""listing.safetensors, the images of a data set by key: sealed facts, and a digest of all arrays.
 
-The encoding job makes and reads it (`dit_scale_pipeline.inputs.saved`); here is what its bytes must fit to.
+The encoding job writes and reads it (`dit_scale_pipeline.inputs.saved`); this module knows its bytes.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def pack(facts: Mapping[str, Any], arrays: Arrays) -> bytes:
-    """The file with these facts, as JSON, and arrays."""
+    """Return the file with these facts, as JSON, and these arrays."""
     text = sealed({**facts, DIGEST: _digest(arrays)}, key=FACTS_DIGEST)
     return save({FACTS: np.frombuffer(text, np.uint8), **arrays})
 
 
 def unpack(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Facts and arrays. Raises DataError when they are not as they were packed.
+    """Return the facts and arrays of a file. Raises DataError if any byte has changed.
 
     Files of earlier versions have no digest of their arrays.
     """
@@ -38,12 +38,12 @@ def unpack(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, npt.NDArr
     except (SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{where} is damaged ({error})") from None
     if has_digest and facts.pop(DIGEST) != _digest(arrays):
-        raise DataError(f"{where} is damaged (the SHA-256 of its arrays does not fit)")
+        raise DataError(f"{where} is damaged (the SHA-256 of its arrays is wrong)")
     return facts, arrays
 
 
 def _digest(arrays: Arrays) -> str:
-    """SHA-256 of names, types, shapes and values, in the order of the names."""
+    """Return the SHA-256 of names, dtypes, shapes and values, ordered by name."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())

@@ -1,12 +1,12 @@
-"""Which sample is at which position: keyed permutations per epoch, no work that grows with the position.
+"""Which sample is at which position: keyed permutations per epoch, at a constant cost for any position.
 
-position = step * global_batch + i counts samples since the start of the run and is never reset;
-positions that a run leaves out are stepped over. epoch = position // N. The sample at a position is
-a permutation of (position mod N), keyed by (seed, epoch): each sample exactly once per epoch, no
-padding, no duplicates, for any N. With windows, samples are mixed within a few shards at a time.
+position = step * global_batch + i counts samples since the start of the run and is never reset; excluded
+positions are skipped. epoch = position // N. The sample at a position is a permutation of (position mod N),
+keyed by (seed, epoch): each sample exactly once per epoch, no padding, no duplicates, for any N. With
+windows, samples are mixed within a few shards at a time.
 
 A permutation is a balanced Feistel network of `ROUNDS` rounds on 2h bits, the smallest even
-number of bits that holds N, with cycle walking: a value of N or more is sent through again. Its
+number of bits that holds N, with cycle walking: values of N or more are permuted again. Its
 round function and key schedule are the SplitMix64 finaliser and sequence (Steele, Lea, Flood,
 "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014). docs/formats.md has golden vectors.
 """
@@ -29,16 +29,16 @@ Ranges = Sequence[tuple[int, int]]
 
 
 def mix64(value: U64) -> U64:
-    """The SplitMix64 finaliser: a bijection of 64-bit words."""
+    """Apply the SplitMix64 finaliser, a bijection of 64-bit words."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
 
 
 def round_keys(seed: int, epoch: int, *branch: int) -> U64:
-    """SplitMix64 outputs 1..ROUNDS of the state mix64(seed) + epoch, one key per round.
+    """Return SplitMix64 outputs 1..ROUNDS of the state mix64(seed) + epoch, one key per round.
 
-    Each number of `branch` leads to a state of its own: mix64(state + gamma) + number.
+    Each number of `branch` derives a new state: mix64(state + gamma) + number.
     """
     state = _mix(seed) + epoch
     for number in branch:
@@ -48,7 +48,7 @@ def round_keys(seed: int, epoch: int, *branch: int) -> U64:
 
 
 def permute(index: U64, num_samples: int, seed: int, epoch: int, *branch: int) -> U64:
-    """The permutation of [0, num_samples) keyed by (seed, epoch, *branch), elementwise over `index`."""
+    """Apply the permutation of [0, num_samples) keyed by (seed, epoch, *branch), elementwise to `index`."""
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     keys = round_keys(seed, epoch, *branch)
     out = _feistel(index.astype(np.uint64), half_bits, keys)
@@ -72,7 +72,7 @@ def _feistel(value: U64, half_bits: int, keys: U64) -> U64:
 
 
 def sample_ids(positions: I64, num_samples: int, seed: int) -> I64:
-    """The sample id at each position, int64 of the same shape (positions may span epochs)."""
+    """Return the sample id at each position, int64 of the same shape. Positions may span epochs."""
     epochs, index = np.divmod(positions, num_samples)
     ids = np.empty_like(positions)
     for epoch in np.unique(epochs):
@@ -82,9 +82,9 @@ def sample_ids(positions: I64, num_samples: int, seed: int) -> I64:
 
 
 def positions_of(indices: I64, excluded: Ranges) -> I64:
-    """The position of each sample of a run that leaves out `excluded`: index k is the k-th that is left.
+    """Return the position of each sample index of a run: index k is the k-th position that is not excluded.
 
-    int64 of the same shape. A range that is appended moves no position before it.
+    int64 of the same shape. Appending a range changes no position before it.
     """
     if not excluded:
         return indices
@@ -93,13 +93,13 @@ def positions_of(indices: I64, excluded: Ranges) -> I64:
     assert (lengths > 0).all(), f"empty range in {excluded}"
     assert (starts[1:] >= ends[:-1]).all(), f"not sorted or not disjoint: {excluded}"
     left_out = np.concatenate(([0], np.cumsum(lengths)))
-    # The index of the first sample behind each range.
+    # The index of the first sample after each range.
     resumes = starts - left_out[:-1]
     return indices + left_out[np.searchsorted(resumes, indices, side="right")]
 
 
 def ranges_of(positions: I64) -> tuple[tuple[int, int], ...]:
-    """Ascending positions as half-open ranges."""
+    """Return ascending positions as half-open ranges."""
     cuts = np.flatnonzero(np.diff(positions) != 1) + 1
     return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(positions, cuts))
 
@@ -111,16 +111,16 @@ class _Windows:
     shards: I64
     """Numbers of all shards, in the epoch's order."""
     shard_ends: I64
-    """Samples up to the end of each of them, counted in that order."""
+    """Number of samples up to the end of each shard, in that order."""
     window_ends: I64
-    """The same for each window."""
+    """Number of samples up to the end of each window."""
 
 
 class Order:
-    """The samples of a run by position: mixed over the whole data set, or over some shards at a time.
+    """The sample order of a run: mixed over the entire data set, or over a few shards at a time.
 
-    With `window_shards` W > 0, each epoch permutes the shards, takes W after W of them as a window,
-    and permutes the samples within each window; `shard_samples` has the sizes of all shards.
+    With `window_shards` W > 0, each epoch permutes the shards, splits them into windows of W shards, and
+    permutes the samples within each window; `shard_samples` has the sizes of all shards.
     """
 
     def __init__(
@@ -130,11 +130,11 @@ class Order:
         self.num_samples, self.seed, self.window_shards = num_samples, seed, window_shards
         self._sizes = np.array(shard_samples, dtype=np.int64)
         self._firsts = np.cumsum(self._sizes) - self._sizes
-        self._windows = functools.lru_cache(maxsize=2)(self._windows_now)
-        self._ahead = functools.lru_cache(maxsize=2)(self._ahead_now)
+        self._windows = functools.lru_cache(maxsize=2)(self._compute_windows)
+        self._ahead = functools.lru_cache(maxsize=2)(self._compute_ahead)
 
     def ids(self, positions: I64) -> I64:
-        """The sample id at each position, int64 of the same shape (positions may span epochs)."""
+        """Return the sample id at each position, int64 of the same shape. Positions may span epochs."""
         if not self.window_shards:
             return sample_ids(positions, self.num_samples, self.seed)
         epochs, index = np.divmod(positions, self.num_samples)
@@ -145,9 +145,9 @@ class Order:
         return ids
 
     def shards_ahead(self, position: int) -> tuple[int, ...]:
-        """Shards that hold the samples of this position's window, then those of the next one.
+        """Return the shards of this position's window, then those of the next window.
 
-        All shards when there are no windows. The same object as long as the answer is the same.
+        Without windows, returns all shards. Returns the same object as long as the answer is the same.
         """
         if not self.window_shards:
             return self._ahead(0, 0)
@@ -156,7 +156,7 @@ class Order:
         return self._ahead(epoch, window)
 
     def _ids_in_epoch(self, epoch: int, index: I64) -> I64:
-        """Ids at places in [0, N) of an epoch."""
+        """Return the ids at these indices, 0 to N - 1, of an epoch."""
         windows = self._windows(epoch)
         numbers = np.searchsorted(windows.window_ends, index, side="right")
         places = np.empty_like(index)
@@ -171,14 +171,14 @@ class Order:
         shards = windows.shards[at]
         return places - windows.shard_ends[at] + self._sizes[shards] + self._firsts[shards]
 
-    def _windows_now(self, epoch: int) -> _Windows:
+    def _compute_windows(self, epoch: int) -> _Windows:
         numbers = np.arange(len(self._sizes), dtype=np.uint64)
         shards = permute(numbers, len(numbers), self.seed, epoch, 0).astype(np.int64)
         shard_ends = np.cumsum(self._sizes[shards])
         last = np.minimum(np.arange(0, len(shards), self.window_shards) + self.window_shards, len(shards)) - 1
         return _Windows(shards, shard_ends, shard_ends[last])
 
-    def _ahead_now(self, epoch: int, window: int) -> tuple[int, ...]:
+    def _compute_ahead(self, epoch: int, window: int) -> tuple[int, ...]:
         if not self.window_shards:
             return tuple(range(len(self._sizes)))
         size = self.window_shards
@@ -190,7 +190,7 @@ class Order:
 
 
 def rank_slice(global_batch: int, rank: int, world: int) -> range:
-    """The contiguous part of [0, global_batch) that a rank takes; sizes differ by at most one."""
+    """Return the contiguous part of [0, global_batch) that belongs to a rank; sizes differ by at most one."""
     base, extra = divmod(global_batch, world)
     start = rank * base + min(rank, extra)
     return range(start, start + base + (rank < extra))

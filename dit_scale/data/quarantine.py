@@ -1,7 +1,7 @@
-"""Samples that are damaged for good, and which one stands in for each: a pure function of the data set.
+"""Damaged samples and their replacements: a pure function of the data set.
 
-A damaged sample is replaced by the next id (N - 1 is followed by 0) that is not damaged itself; the
-position stays, and with it every draw.
+A damaged sample is replaced by the next id (N - 1 is followed by 0) that is not damaged itself. Its position
+stays the same, and so does every random draw.
 """
 
 import threading
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from dit_scale.errors import DataError
 
 MAX_SHARE = 0.001
-"""Largest share of a data set that may be damaged, and"""
+"""Largest share of a data set that may be damaged."""
 MAX_FEW = 10
-"""how many samples may be in any case."""
+"""Number of samples that may be damaged regardless of the share."""
 
 
 class Quarantine:
-    """The damaged samples of a data set: those known from before, and those found since."""
+    """The damaged samples of a data set: those known at the start, and those found since."""
 
     def __init__(
         self, num_samples: int, known: Iterable[int], damaged: Literal["stop", "quarantine"]
@@ -29,26 +29,26 @@ class Quarantine:
         self._known = frozenset(known)
         self._found: dict[int, str] = {}
         self._lock = threading.Lock()
-        # Of a small set one sample has to be left to stand in.
+        # At least one intact sample must remain as a replacement.
         self._most = max(0, min(max(MAX_FEW, int(MAX_SHARE * num_samples)), num_samples - 1))
         self._check_share("")
 
     def found(self) -> dict[int, str]:
-        """The samples found since, sample id => reason; a copy."""
+        """Return a copy of the samples found since the start: sample id => reason."""
         with self._lock:
             return dict(self._found)
 
     def add(self, damaged: Mapping[int, str]) -> None:
-        """Take in samples whose checksums stay wrong; DataError if the run is to stop at that."""
+        """Add samples that are damaged. Raises DataError if the run must stop."""
         reason = next(iter(damaged.values()))
         if self._stop:
-            raise DataError(f"{reason}, or set data.damaged=quarantine to go on without the sample")
+            raise DataError(f"{reason}, or set data.damaged=quarantine to replace the sample")
         with self._lock:
             self._found.update(damaged)
         self._check_share(reason)
 
     def replace(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sample ids with every damaged one replaced, int64 of the same shape."""
+        """Return the sample ids with every damaged one replaced, int64 of the same shape."""
         bad = self._known | self.found().keys()
         if not bad:
             return ids
@@ -62,6 +62,6 @@ class Quarantine:
         count = len(self._known | self._found.keys())
         if count > self._most:
             raise DataError(
-                f"{count} of {self._num_samples} samples are damaged, at most {self._most} may be; verify "
-                f"the data set and encode its damaged shards again. {reason}".rstrip()
+                f"{count} of {self._num_samples} samples are damaged, and at most {self._most} may be; "
+                f"verify the data set and encode its damaged shards again. {reason}".rstrip()
             )

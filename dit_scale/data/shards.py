@@ -1,12 +1,12 @@
-"""The latent data set on disk or S3: what its bytes mean, and random access to its samples.
+"""The latent data set on disk or S3: its format, and random access to its samples.
 
-    <url>/dataset.json       the commit mark, written last: read by `read_info`
+    <url>/dataset.json       written last, which commits the data set: read by `read_info`
     <url>/shards/00000.tar   WebDataset: <key>.cls (decimal label), <key>.latent.npy (views, 2C, h, w)
     <url>/shards/00000.idx   a 24-byte header, then one 24-byte record per sample
 
 A sample id counts the samples of all shards in order, without gaps: id = samples in earlier shards +
 row in its shard. A sample's array is fp16, image then mirrored image, posterior mean then standard
-deviation, unscaled. Everything that is read is checked: a flipped bit is an error, never data.
+deviation, unscaled. Everything is verified when it is read: a flipped bit is an error, never data.
 """
 
 import functools
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dit_scale.data.cache import RETRY_PAUSES_S, ShardCache, ShardFile
-from dit_scale.data.files import DamagedError, ShardFiles, concurrently
+from dit_scale.data.files import DamagedError, SampleLocation, ShardFiles, concurrently
 from dit_scale.errors import DataError
 from dit_scale.sealed import unseal_any
 from dit_scale.storage import MissingKeyError, Storage, open_storage
@@ -33,17 +33,17 @@ from dit_scale.storage import MissingKeyError, Storage, open_storage
 FORMAT = "dit-scale latents"
 FORMAT_VERSION = 1
 INFO_KEY, IDENTITY_KEY = "dataset.json", "encode.json"
-MEND_INFO = "Copy it again from where it was made; if it was edited on purpose, delete its last key, sha256"
+MEND_INFO = "Copy it again from its origin; if you edited it on purpose, delete its last key, sha256"
 
 RECORD_DIGEST = "record_sha256"
-"""The key that seals a shard's record, in which `sha256` is the tar's."""
+"""The key that seals a shard's record, where `sha256` is the digest of the tar."""
 
 INDEX_MAGIC = b"DITSIDX\n"
 INDEX_VERSION = 1
 INDEX_HEADER = struct.Struct("<8sIIII")
 """Magic, version, number of records, CRC-32C of the records, zero."""
 RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<u4"), ("key", "<u4"), ("crc32c", "<u4")])
-"""Where a sample's npy lies in the tar, its class, its place in the source listing, its checksum."""
+"""Position of a sample's npy in the tar, its class, its index in the source listing, its checksum."""
 
 LATENT_DTYPE = np.dtype("<f2")
 
@@ -53,12 +53,12 @@ I64 = npt.NDArray[np.int64]
 
 
 class _Part(BaseModel):
-    # A later writer may add keys; what this version needs must be there and of the right kind.
+    # Later versions may add keys; the keys that this version needs must exist with the right type.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class VaeIdentity(_Part):
-    """Which autoencoder made the latents; `scale` multiplies them on the way into the model."""
+    """The autoencoder that made the latents; `scale` multiplies them before they enter the model."""
 
     name: str
     weights_sha256: str
@@ -68,7 +68,7 @@ class VaeIdentity(_Part):
 
 
 class SourceInfo(_Part):
-    """Where the images came from; `listing_sha256` covers their sorted relative paths."""
+    """The source of the images; `listing_sha256` covers their sorted relative paths."""
 
     kind: str
     uri: str
@@ -77,7 +77,7 @@ class SourceInfo(_Part):
 
 
 class Quarantined(_Part):
-    """An input that gave no sample, by its place in the listing, its path, and why."""
+    """An input that could not be encoded: its index in the listing, its path, and the reason."""
 
     key: int
     path: str
@@ -85,7 +85,7 @@ class Quarantined(_Part):
 
 
 class ShardInfo(_Part):
-    """One shard; sizes and digests are of the whole files."""
+    """One shard; sizes and digests cover entire files."""
 
     name: str
     samples: int
@@ -103,7 +103,7 @@ class ShardInfo(_Part):
 
     @property
     def record_key(self) -> str:
-        """Its commit mark while the data set is made."""
+        """Key of the record that commits the shard while the data set is encoded."""
         return f"shards/{self.name}.json"
 
 
@@ -114,19 +114,19 @@ class DatasetInfo(_Part):
     version: int
     image_size: int
     latent_shape: tuple[int, int, int, int]
-    """(views, 2C, h, w) of a sample."""
+    """Shape (views, 2C, h, w) of a sample."""
     latent_dtype: str
     views: tuple[str, ...]
     vae: VaeIdentity
     crop: str
     encoding: dict[str, Any]
-    """What else the bytes depend on: VAE batch, precision, device, threads, versions."""
+    """Everything else that the bytes depend on: VAE batch, precision, device, threads, versions."""
     source: SourceInfo
     class_names: tuple[str, ...]
     samples: int
     channel_mean: tuple[float, ...]
     channel_std: tuple[float, ...]
-    """Per latent channel, of unscaled posterior samples mean + std * n over both views."""
+    """Statistics per latent channel of unscaled posterior samples mean + std * n over both views."""
     shards: tuple[ShardInfo, ...]
     quarantined: tuple[Quarantined, ...]
 
@@ -136,20 +136,20 @@ class DatasetInfo(_Part):
 
 
 def read_info(storage: Storage, say: Callable[[str], object] = lambda note: None) -> DatasetInfo:
-    """dataset.json of a finished data set; DataError says what is there instead.
+    """Read dataset.json of a finished data set; DataError explains what is wrong otherwise.
 
-    `say` hears when it carries no digest of itself, as those of earlier versions.
+    Reports to `say` if it has no digest of itself, as in earlier versions.
     """
     where = f"{storage.url}/{INFO_KEY}"
     try:
         data = storage.read(INFO_KEY)
     except MissingKeyError:
-        begun = storage.exists(IDENTITY_KEY)
+        is_unfinished = storage.exists(IDENTITY_KEY)
         raise DataError(
             f"{storage.url} has no {INFO_KEY}: "
             + (
-                "its encoding has not finished; start the same encoding command again"
-                if begun
+                "its encoding has not finished; run the same encoding command again"
+                if is_unfinished
                 else "not a latent data set; make one with `dit-scale encode`"
             )
         ) from None
@@ -158,11 +158,11 @@ def read_info(storage: Storage, say: Callable[[str], object] = lambda note: None
     except DataError as error:
         raise DataError(f"{error}. {MEND_INFO}") from None
     if tree.get("format") != FORMAT:
-        raise DataError(f"{where}: expected format {FORMAT!r}, got something else")
+        raise DataError(f"{where}: expected format {FORMAT!r}, got {tree.get('format')!r}")
     if tree.get("version") != FORMAT_VERSION:
         raise DataError(
             f"{where} has format version {tree.get('version')}, this program reads {FORMAT_VERSION}; "
-            "use the program's version that wrote it, or encode again"
+            "use the version of the program that wrote it, or encode again"
         )
     try:
         info = DatasetInfo.model_validate(tree)
@@ -172,36 +172,36 @@ def read_info(storage: Storage, say: Callable[[str], object] = lambda note: None
     if info.samples != sum(shard.samples for shard in info.shards):
         raise DataError(f"{where}: the shards do not add up to {info.samples} samples")
     if not has_digest:
-        say(f"{where} has no digest, because an earlier version wrote it: damage to it would go unnoticed")
+        say(f"{where} has no digest, because an earlier version wrote it: damage to it cannot be detected")
     return info
 
 
 def write_index(records: Records) -> bytes:
-    """The .idx file of a shard's records."""
+    """Return the .idx file of a shard's records."""
     body = np.ascontiguousarray(records, RECORD).tobytes()
     header = INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, len(records), google_crc32c.value(body), 0)
     return header + body
 
 
 def read_index(data: bytes, where: str = "index") -> Records:
-    """The records of an .idx file, checked; `where` names it in errors."""
+    """Return the verified records of an .idx file; `where` names it in errors."""
     if len(data) < INDEX_HEADER.size or not data.startswith(INDEX_MAGIC):
         raise DataError(f"{where}: expected the magic {INDEX_MAGIC!r}, got {data[:8]!r}")
     _, version, count, crc, _ = INDEX_HEADER.unpack_from(data)
     if version != INDEX_VERSION:
-        raise DataError(f"{where}: index version {version}, this program reads {INDEX_VERSION}")
+        raise DataError(f"{where} has index version {version}, this program reads {INDEX_VERSION}")
     body = data[INDEX_HEADER.size :]
     if len(body) != count * RECORD.itemsize:
         raise DataError(
-            f"{where}: expected {count} records, got {len(body) / RECORD.itemsize:.2f}; truncated?"
+            f"{where}: expected {count} records, got {len(body) / RECORD.itemsize:.2f}; it may be truncated"
         )
     if google_crc32c.value(body) != crc:
-        raise DataError(f"{where}: its checksum does not fit; the index is damaged, fetch or make it again")
+        raise DataError(f"{where}: its checksum is wrong; the index is damaged, fetch or make it again")
     return np.frombuffer(body, RECORD)
 
 
 def encode_sample(moments: npt.NDArray[np.float16]) -> bytes:
-    """The npy file of one sample: (views, 2C, h, w) => little-endian fp16, C order."""
+    """Return the npy file of one sample: (views, 2C, h, w) => little-endian fp16, C order."""
     stream = io.BytesIO()
     np.lib.format.write_array(
         stream, np.ascontiguousarray(moments, LATENT_DTYPE), version=(1, 0), allow_pickle=False
@@ -210,7 +210,7 @@ def encode_sample(moments: npt.NDArray[np.float16]) -> bytes:
 
 
 def decode_sample(npy: bytes, crc32c: int, where: str = "sample") -> npt.NDArray[np.float16]:
-    """The array of an npy file, a view into `npy`; checksum first, `where` names the sample in errors."""
+    """Verify an npy file and return its array, a view into `npy`; `where` names the sample in errors."""
     got = google_crc32c.value(npy)
     if got != crc32c:
         raise DataError(
@@ -227,7 +227,7 @@ def decode_sample(npy: bytes, crc32c: int, where: str = "sample") -> npt.NDArray
 
 @functools.lru_cache(maxsize=16)
 def _npy_shape(header: bytes) -> tuple[int, ...]:
-    """Shape in an npy header; a data set has one header only, so it is parsed once."""
+    """Return the shape in an npy header, cached: all samples of a data set have the same header."""
     stream = io.BytesIO(header)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("expected npy version 1.0")
@@ -239,19 +239,19 @@ def _npy_shape(header: bytes) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a sample lies: number of the shard, row in it."""
+    """Location of a sample: number of the shard, row in the shard."""
 
     shard: int
     row: int
 
 
 class LatentDataset:
-    """Random access to a finished data set; threads may share it, and so may forked processes."""
+    """Random access to a finished data set. Threads and forked processes may share it."""
 
     def __init__(self, storage: Storage, cache_dir: str | Path, cache_bytes: int = 0) -> None:
         self.storage = storage
         self.notes: list[str] = []
-        """What people should know of it."""
+        """Messages about the data set for the user."""
         self.info = info = read_info(storage, self.notes.append)
         self.cache = ShardCache(storage, cache_dir, cache_bytes)
         tars = [ShardFile(shard.name, shard.tar_key, shard.bytes, shard.sha256) for shard in info.shards]
@@ -266,9 +266,9 @@ class LatentDataset:
     def open(
         cls, url: str | Path, cache_dir: str | Path = "~/.cache/dit_scale/shards", cache_bytes: int = 0
     ) -> "LatentDataset":
-        """The data set at a folder or s3:// prefix.
+        """Open the data set at a folder or s3:// prefix.
 
-        `cache_dir` keeps shards of a remote one, at most `cache_bytes` of them (0: no limit).
+        `cache_dir` holds shards of a remote data set, at most `cache_bytes` (0: no limit).
         """
         return cls(open_storage(url), cache_dir, cache_bytes)
 
@@ -276,27 +276,27 @@ class LatentDataset:
         return self.info.samples
 
     def records(self, shard: int) -> Records:
-        """The index of a shard, checked against dataset.json."""
+        """Return the index of a shard, verified against dataset.json."""
         self._read_indexes(np.array([shard]))
         end = int(self._ends[shard])
         return self._table[end - self.info.shards[shard].samples : end]
 
     def labels(self) -> npt.NDArray[np.uint32]:
-        """The class of every sample, by sample id (reads all indexes)."""
+        """Return the class of every sample, by sample id. Reads all indexes."""
         self._read_indexes(np.arange(len(self.info.shards)))
         return self._table["label"].copy()
 
     def locate(self, sample_id: int) -> Location:
-        """The shard and row of a sample id in 0..N-1."""
+        """Return the shard and row of a sample id in 0..N-1."""
         if not 0 <= sample_id < len(self):
             raise DataError(f"sample {sample_id}: this data set has samples 0 to {len(self) - 1}")
         shard = int(np.searchsorted(self._ends, sample_id, side="right"))
         return Location(shard, sample_id - int(self._ends[shard]) + self.info.shards[shard].samples)
 
     def read(self, sample_id: int) -> tuple[npt.NDArray[np.float16], int]:
-        """Moments (views, 2C, h, w), read-only and unscaled, and the label of a sample.
+        """Read the moments (views, 2C, h, w), read-only and unscaled, and the label of a sample.
 
-        Raises DamagedError when its checksum stays wrong, DataError, StorageError.
+        Raises DamagedError if its checksum is wrong in every read, DataError, StorageError.
         """
         shard = self.locate(sample_id).shard
         self._read_indexes(np.array([shard]))
@@ -310,13 +310,13 @@ class LatentDataset:
         return moments, label
 
     def read_views(self, ids_B: I64, views_B: I64, out_B2CHW: Latents) -> tuple[I64, dict[int, str]]:
-        """Fill in one view of each sample; returns the labels, and why samples are damaged, by their ids."""
+        """Read one view of each sample into `out`. Returns the labels, and damaged sample ids => reason."""
         shards_B = np.searchsorted(self._ends, ids_B, side="right")
         self._read_indexes(shards_B)
         records_B = self._table[ids_B]
         columns = (ids_B, shards_B, records_B["offset"], records_B["length"], records_B["crc32c"], views_B)
-        places = zip(*(column.tolist() for column in columns), strict=True)
-        left = self.files.read_views(places, self._header, self.info.latent_shape[0], out_B2CHW)
+        samples = map(SampleLocation._make, zip(*(column.tolist() for column in columns), strict=True))
+        unread = self.files.read_views(samples, self._header, self.info.latent_shape[0], out_B2CHW)
         damaged: dict[int, str] = {}
 
         def read_one(row: int) -> None:
@@ -325,11 +325,11 @@ class LatentDataset:
             except DamagedError as error:
                 damaged[int(ids_B[row])] = str(error)
 
-        concurrently(read_one, left)
+        concurrently(read_one, unread)
         return records_B["label"].astype(np.int64), damaged
 
     def waits_for(self) -> str:
-        """What has been being read for the longest time, and for how long; empty when nothing is."""
+        """Describe the read that has been running longest, and for how long; empty if there is none."""
         waiting = self.files.waiting.copy()
         if not waiting:
             return ""
@@ -341,7 +341,7 @@ class LatentDataset:
         return f"shard {self.info.shards[self.locate(sample_id).shard].name}, sample {sample_id}"
 
     def _read_indexes(self, shards: npt.NDArray[np.int64]) -> None:
-        """Have the records of these shards in the table."""
+        """Load the records of these shards into the table."""
         if self._has_index[shards].all():
             return
         concurrently(self._read_index, np.unique(shards[~self._has_index[shards]]).tolist())
@@ -357,7 +357,7 @@ class LatentDataset:
                     break
             else:
                 raise DataError(
-                    f"{where}: its SHA-256 is not the one in {INFO_KEY}; damaged, or of another encoding"
+                    f"{where}: its SHA-256 is not the one in {INFO_KEY}; damaged, or from another encoding"
                 )
         records = read_index(data, where)
         if len(records) != info.samples:

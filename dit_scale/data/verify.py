@@ -1,8 +1,8 @@
-"""A latent data set read again from the first byte to the last: everything that is wrong with it.
+"""Verification of a latent data set, from the first byte to the last.
 
-Digests of every tar and index, the tar's members against the index, checksum, shape and label of every
-sample, the counts, the quarantine and the channel statistics; what the encoding job left beside them, as
-far as it is there. Needs the memory of as many shards as are read at once, however large the data set is.
+Checks the digests of every tar and index, the members of the tars against the indexes, the checksum, shape
+and label of every sample, the counts, the quarantined inputs, the channel statistics, and the files that the
+encoding job left. Holds only the shards in memory that it reads concurrently.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from dit_scale.sealed import unseal_any
 from dit_scale.storage import MissingKeyError, Storage, UnavailableError
 
 STATISTICS_TOLERANCE = 1e-6
-"""Largest difference of channel statistics: another NumPy may add in another order."""
+"""Largest difference of channel statistics: another version of NumPy may sum in another order."""
 
 
 def verify(
@@ -45,14 +45,14 @@ def verify(
     console: Console | None = None,
     say: Callable[[str], object] = lambda note: None,
 ) -> tuple[DatasetInfo, list[str]]:
-    """dataset.json and everything that is wrong; `threads` shards are read, and held in memory, at once.
+    """Return dataset.json and all problems. Reads `threads` shards concurrently and holds them in memory.
 
-    A console that is a terminal gets a bar; `say` hears what is to be known of a sound one. Raises DataError
-    when there is no finished data set, UnavailableError when the storage does not answer: what cannot be
-    read may be whole.
+    Shows a progress bar if the console is a terminal; reports notes that are not problems to `say`. Raises
+    DataError if there is no finished data set, UnavailableError if the storage does not answer: an unreadable
+    data set may be intact.
     """
     info = read_info(storage, say)
-    problems, whole = [*_description(info), *_left_by_the_job(storage)], _WholeSet(info)
+    problems, totals = [*_description(info), *_job_files(storage)], _Totals(info)
     bar = Progress(
         TextColumn("verifying"),
         BarColumn(),
@@ -71,12 +71,12 @@ def verify(
     with bar, ThreadPoolExecutor(threads) as pool:
         for report in pool.map(verify_one, info.shards):
             problems += report.problems
-            whole.add(report)
-    return info, problems + list(whole.problems())
+            totals.add(report)
+    return info, problems + list(totals.problems())
 
 
 def sound(info: DatasetInfo) -> str:
-    """What to say of a data set without a problem."""
+    """Describe a data set without problems."""
     return (
         f"sound: {info.samples} samples in {len(info.shards)} shards, {info.num_classes} classes, "
         f"{len(info.quarantined)} of {info.source.count} inputs quarantined"
@@ -85,12 +85,12 @@ def sound(info: DatasetInfo) -> str:
 
 @dataclass
 class _ShardReport:
-    """What was read of one shard."""
+    """The result of reading one shard."""
 
     num_channels: int
     problems: list[str] = field(default_factory=list)
     keys: npt.NDArray[np.int64] | None = None
-    """None when the index could not be read."""
+    """None if the index could not be read."""
     sums: npt.NDArray[np.float64] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,19 +98,19 @@ class _ShardReport:
 
 
 def _description(info: DatasetInfo) -> Iterator[str]:
-    """dataset.json in itself."""
+    """Yield contradictions within dataset.json."""
     views, channels, height, width = info.latent_shape
     expected = (len(info.views), 2 * info.vae.latent_channels, info.image_size, info.image_size)
     if (views, channels, height * info.vae.downsample, width * info.vae.downsample) != expected:
         yield (
-            f"{INFO_KEY}: latent_shape {info.latent_shape} does not fit {len(info.views)} views of "
+            f"{INFO_KEY}: latent_shape {info.latent_shape} does not match {len(info.views)} views of "
             f"{info.image_size} px images and a VAE of {info.vae.latent_channels} channels that divides "
             f"sides by {info.vae.downsample}"
         )
 
 
-def _left_by_the_job(storage: Storage) -> Iterator[str]:
-    """The job's identity and listing; training does without them."""
+def _job_files(storage: Storage) -> Iterator[str]:
+    """Yield problems of the encoding job's identity and listing, if they exist; training ignores them."""
     for key in (IDENTITY_KEY, LISTING_KEY):
         where = f"{storage.url}/{key}"
         try:
@@ -123,27 +123,29 @@ def _left_by_the_job(storage: Storage) -> Iterator[str]:
 
 
 def _record(storage: Storage, shard: ShardInfo) -> Iterator[str]:
-    """The shard's record of the job, if it is there; it must say what dataset.json does."""
+    """Check the encoding job's record of a shard, if it exists: it must agree with dataset.json."""
     where = f"{storage.url}/{shard.record_key}"
     try:
         tree, _ = unseal_any(storage.read(shard.record_key), where, DataError, RECORD_DIGEST)
-        said = ShardInfo.model_validate(tree)
+        recorded = ShardInfo.model_validate(tree)
     except MissingKeyError:
         return
     except (DataError, ValidationError) as error:
         yield f"{shard.record_key}: damaged ({error})"
         return
-    if said != shard:
-        yield f"{shard.record_key}: it does not say what {INFO_KEY} says of this shard"
+    if recorded != shard:
+        yield f"{shard.record_key}: it does not agree with {INFO_KEY}"
 
 
 def _verify_shard(storage: Storage, info: DatasetInfo, shard: ShardInfo) -> _ShardReport:
-    """Digests, members, checksums, shapes and labels of one shard."""
+    """Verify digests, members, checksums, shapes and labels of one shard."""
     report = _ShardReport(info.latent_shape[1] // 2)
     try:
         tar, index = storage.read(shard.tar_key), storage.read(shard.index_key)
         if len(tar) != shard.bytes:
-            report.problems.append(f"{shard.tar_key}: {len(tar)} bytes, {INFO_KEY} says {shard.bytes}")
+            report.problems.append(
+                f"{shard.tar_key}: expected {shard.bytes} bytes as in {INFO_KEY}, got {len(tar)}"
+            )
         for key, data, sha256 in (
             (shard.tar_key, tar, shard.sha256),
             (shard.index_key, index, shard.index_sha256),
@@ -157,7 +159,9 @@ def _verify_shard(storage: Storage, info: DatasetInfo, shard: ShardInfo) -> _Sha
         report.problems.append(str(error))
         return report
     if len(records) != shard.samples:
-        report.problems.append(f"{shard.index_key}: {len(records)} records, {INFO_KEY} says {shard.samples}")
+        report.problems.append(
+            f"{shard.index_key}: expected {shard.samples} records as in {INFO_KEY}, got {len(records)}"
+        )
     report.keys = records["key"].astype(np.int64)
     report.problems += _record(storage, shard)
     report.problems += _members(shard, tar, records)
@@ -166,7 +170,7 @@ def _verify_shard(storage: Storage, info: DatasetInfo, shard: ShardInfo) -> _Sha
 
 
 def _members(shard: ShardInfo, tar: bytes, records: Records) -> Iterator[str]:
-    """The tar as any reader sees it: for each record its label, then its array, at the place it names."""
+    """Check the tar as any reader sees it: each record's label, then its array at the recorded offset."""
     expected: list[tuple[str, int | None, bytes | None]] = []
     for record in records:
         expected.append((f"{record['key']:08d}.cls", None, str(record["label"]).encode()))
@@ -179,12 +183,12 @@ def _members(shard: ShardInfo, tar: bytes, records: Records) -> Iterator[str]:
                 text = tar[member.offset_data : member.offset_data + member.size] if is_label else None
                 found.append((member.name, None if is_label else member.offset_data, text))
     except tarfile.TarError as error:
-        yield f"{shard.tar_key}: not a whole tar ({error})"
+        yield f"{shard.tar_key}: not a complete tar ({error})"
     if found != expected:
         wrong = [a for a, b in zip(found, expected, strict=False) if a != b]
         yield (
-            f"{shard.tar_key}: members do not fit the index: {len(found)}, expected {len(expected)}"
-            + (f"; first wrong {wrong[0]}" if wrong else "")
+            f"{shard.tar_key}: its members do not match the index: expected {len(expected)}, got {len(found)}"
+            + (f"; first mismatch {wrong[0]}" if wrong else "")
         )
 
 
@@ -200,62 +204,62 @@ def _samples(
             yield str(error)
             continue
         if moments.shape != info.latent_shape:
-            yield f"{where}: shape {moments.shape}, {INFO_KEY} says {info.latent_shape}"
+            yield f"{where}: expected shape {info.latent_shape} as in {INFO_KEY}, got {moments.shape}"
             continue
         if not np.isfinite(moments).all():
-            yield f"{where}: not finite"
+            yield f"{where}: some values are not finite"
         if record["label"] >= info.num_classes:
-            yield f"{where}: label {record['label']} of {info.num_classes} classes"
+            yield f"{where}: expected a label below {info.num_classes}, got {record['label']}"
         report.sums += channel_sums(moments)
 
 
-class _WholeSet:
-    """What the shards add up to, looked at one after another in their order."""
+class _Totals:
+    """The totals of the data set, collected shard by shard in order."""
 
     def __init__(self, info: DatasetInfo) -> None:
         self._info = info
-        self._refused = np.array([item.key for item in info.quarantined], dtype=np.int64)
+        self._quarantined = np.array([item.key for item in info.quarantined], dtype=np.int64)
         self._num_samples, self._last_key = 0, -1
         self._in_order = self._disjoint = self._indexes_read = self._shards_sound = True
         self._sums = np.zeros((2, info.latent_shape[1] // 2))
 
     def add(self, report: _ShardReport) -> None:
-        """The next shard."""
+        """Add the next shard."""
         self._shards_sound &= not report.problems
         self._sums += report.sums
         if report.keys is None:
             self._indexes_read = False
         elif len(report.keys):
             self._in_order &= bool((np.diff(report.keys, prepend=self._last_key) > 0).all())
-            self._disjoint &= not np.isin(report.keys, self._refused).any()
+            self._disjoint &= not np.isin(report.keys, self._quarantined).any()
             self._num_samples += len(report.keys)
             self._last_key = int(report.keys[-1])
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the whole, once all shards were added."""
+        """Yield the problems of the totals, after all shards were added."""
         info = self._info
         if not self._in_order:
-            yield "keys: expected every one once and in the order of the listing"
+            yield "keys: expected every key once and in the order of the listing"
         if self._indexes_read and not self._is_complete():
             yield (
-                f"count: {self._num_samples} samples and {len(self._refused)} quarantined inputs "
+                f"count: {self._num_samples} samples and {len(self._quarantined)} quarantined inputs "
                 f"do not make up the {info.source.count} files of the source"
             )
         if not self._num_samples:
-            yield "count: no sample"
-        elif self._shards_sound:  # the statistics of damaged samples would only repeat what was said
+            yield "count: no samples"
+        elif self._shards_sound:  # wrong statistics of damaged samples are no second problem
             mean, std = combine_sums([self._sums], self._num_samples, info.latent_shape)
             for name, here, there in (("mean", mean, info.channel_mean), ("std", std, info.channel_std)):
                 if len(here) != len(there) or not np.allclose(here, there, rtol=0, atol=STATISTICS_TOLERANCE):
-                    yield f"channel {name}: {here} here, {there} in {INFO_KEY}"
+                    yield f"channel {name}: expected {there} as in {INFO_KEY}, got {here}"
 
     def _is_complete(self) -> bool:
-        """Whether each place in the source's listing has a sample or a reason, and none has both."""
-        count, keys = self._info.source.count, [self._last_key, *self._refused.tolist()]
+        """Whether each image in the source's listing has either a sample or a reason."""
+        count, keys = self._info.source.count, [self._last_key, *self._quarantined.tolist()]
         return (
-            self._num_samples + len(self._refused) == count
+            self._num_samples + len(self._quarantined) == count
             and self._disjoint
-            and len(np.unique(self._refused)) == len(self._refused)
-            and min(self._refused, default=0) >= 0
+            and len(np.unique(self._quarantined)) == len(self._quarantined)
+            and min(self._quarantined, default=0) >= 0
             and max(keys) < count
         )

@@ -122,7 +122,7 @@ def estimate(machines: Machines, work: Work) -> Estimate:
     stall_s = max(costs.save_stall_s, costs.commit_lag_s - interval_s)
     goodput = daly_goodput(interval_s, stall_s, machines.mtbf_s, lost_s)
     losses = machines.rate * machines.loss_share * (machines.nodes + machines.spares)
-    missing, short = beyond(losses * machines.repair_s, machines.spares)
+    missing, short = poisson_excess(losses * machines.repair_s, machines.spares)
     grow_s = costs.commit_lag_s + begin_s
     goodput *= max(0.0, 1 - missing / machines.nodes) * max(0.0, 1 - losses * short * grow_s)
     work_s = work.steps * costs.step_s
@@ -148,7 +148,7 @@ def poll_s(machines: Machines, work: Work) -> float:
     return Policy(max_nodes=machines.nodes, lease_s=work.lease_s).look_s
 
 
-def beyond(mean: float, spares: int) -> tuple[float, float]:
+def poisson_excess(mean: float, spares: int) -> tuple[float, float]:
     """For a Poisson number, return the mean excess over `spares` and the probability of at least `spares`."""
     weight, below, held = exp(-mean), 0.0, 0.0
     for number in range(spares):

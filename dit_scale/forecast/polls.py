@@ -88,7 +88,7 @@ class Polls:
     def __init__(
         self, queue: EventQueue, policy: Policy, every_poll: bool, on_exit: Callable[[Node, Exit], None]
     ) -> None:
-        """`every_poll`: skip none. `on_exit` is called when a supervisor has exited."""
+        """`every_poll`: execute every poll, skip none. `on_exit` is called after a supervisor has exited."""
         self._queue, self._every_poll, self._on_exit = queue, every_poll, on_exit
         self._interval = ticks(policy.look_s)
         self._durations = _durations(policy)
@@ -108,22 +108,22 @@ class Polls:
     # Called while a supervisor polls
 
     def reads(self, topic: str, key: object) -> None:
-        """The supervisor depends on this: wake it when it changes."""
+        """Note that the supervisor depends on this, and wake it when it changes."""
         if self._polling is not None:
             self._readers[topic, key][self._polling.name] = self._polling
 
     def acts(self) -> None:
-        """The supervisor changes something."""
+        """Note that the supervisor changes something."""
         self._acted = True
 
     def measures(self, wait: TimedWait) -> None:
-        """The supervisor waits for a duration to elapse."""
+        """Note that the supervisor waits for a duration to elapse."""
         self._timed_waits.add(wait)
 
     # Called by whatever changes
 
     def notify(self, topic: str, key: object) -> None:
-        """This has changed: wake its readers at their next polls."""
+        """Wake the readers of something that has changed at their next polls."""
         for node in self._readers.pop((topic, key), {}).values():
             if node.supervisor is not None:
                 node.notified = True
@@ -162,7 +162,7 @@ class Polls:
 
 
 def _durations(policy: Policy) -> dict[TimedWait, list[int]]:
-    """The durations in ticks after which a supervisor that waits may act."""
+    """Return the durations in ticks after which a waiting supervisor may act."""
     patience_s, hearing_s = policy.patience_s, policy.lease_s / 2
     settle = (policy.settle_s, policy.save_s)
     seconds = {

@@ -59,7 +59,7 @@ class SimulationSetup:
     measured: Mapping[int, Costs] = field(default_factory=dict)
     """Measured durations by number of nodes, where they are known."""
     policy: Policy = field(default_factory=Policy)
-    """Its `max_nodes` is set to `nodes`."""
+    """Settings of the supervisors; `max_nodes` is set to `nodes`."""
     deadlines: Deadlines = field(default_factory=Deadlines)
     repair_s: float = DAY_S
     limit_s: float = 1000 * DAY_S
@@ -68,7 +68,7 @@ class SimulationSetup:
     """Execute every poll of every supervisor: slow, for comparison."""
 
     def costs_of(self, nodes: int) -> Costs:
-        """Durations with this number of nodes."""
+        """Return the durations with this number of nodes."""
         slower = replace(self.costs, step_s=self.costs.step_s * self.nodes / nodes)
         return self.measured.get(nodes, slower)
 
@@ -229,7 +229,7 @@ class Simulation:
         self.polls.start(node, supervisor.run(), at)
 
     def _exited(self, node: Node, code: Exit) -> None:
-        """A supervisor has exited."""
+        """Handle the exit of a supervisor."""
         self._running -= 1
         if code in (Exit.DONE, Exit.DO_NOT_RESTART) or self._running == 0:
             self._code = code

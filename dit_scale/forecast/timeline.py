@@ -99,7 +99,7 @@ class Schedule:
         return self.steps * self.step + self._saves * self._stall + last_wait
 
     def computed(self, elapsed: int) -> int:
-        """Time spent on steps so far; the rest of `elapsed` are stalls."""
+        """Return the time spent on steps so far; the rest of `elapsed` are stalls."""
         compute = self.steps * self.step
         if elapsed < self._first * self.step:
             return elapsed
@@ -109,21 +109,21 @@ class Schedule:
         return compute
 
     def committed(self, elapsed: int) -> int:
-        """Steps committed so far."""
+        """Return the steps committed so far."""
         if elapsed >= self.duration:
             return self.steps
         commits = self._commits(elapsed)
         return self._first + (commits - 1) * self._every_steps if commits else 0
 
     def next_commit(self, elapsed: int) -> int:
-        """When the next save will be committed."""
+        """Return when the next save will be committed."""
         commits = self._commits(elapsed)
         if commits == self._saves:
             return self.duration
         return self._first * self.step + commits * self._cycle + self._lag
 
     def stop(self, elapsed: int) -> Stop:
-        """What ranks do if they are asked to stop now: finish the step and pending saves, save, exit."""
+        """Return when ranks exit that are asked to stop now: they finish step and pending saves, and save."""
         compute = self.computed(elapsed)
         steps = min(_ceil_div(compute, self.step), self.steps)
         saves = _ceil_div(elapsed - compute, self._stall) if self._stall else 0
@@ -134,7 +134,7 @@ class Schedule:
         return max(self._stall, self._lag)
 
     def _commits(self, elapsed: int) -> int:
-        """Saves committed, without that of the last step."""
+        """Return the number of committed saves, without that of the last step."""
         since_first = elapsed - self._lag - self._first * self.step
         return min(since_first // self._cycle + 1, self._saves) if since_first >= 0 else 0
 
@@ -157,7 +157,7 @@ class Job:
         self._stop: Stop | None = None
 
     def start(self, node: str, now: int) -> None:
-        """A member starts its ranks; they make progress once all members have done so."""
+        """Start the ranks of a member; they make progress once all members have started theirs."""
         self.running.add(node)
         self._num_missing -= 1
         if self._num_missing == 0:
@@ -172,7 +172,7 @@ class Job:
         return self.trains_at is not None and self._restore_at <= now < self.trains_at - first_step
 
     def broken_at(self) -> int | None:
-        """When the other ranks exit because a peer was killed; None if they wait for it instead.
+        """Return when the other ranks exit because a peer was killed; None if they wait for it instead.
 
         Before there are process groups, ranks do not notice.
         """
@@ -205,24 +205,24 @@ class Job:
         return self._stop is None or self._stop.steps == self.schedule.steps
 
     def steps(self, now: int) -> int:
-        """Complete steps taken in this round."""
+        """Return the number of complete steps of this round."""
         return self._computed(now) // self.schedule.step
 
     def committed(self, now: int) -> int:
-        """The newest committed step, or -1."""
+        """Return the newest committed step, or -1."""
         if self.halt is not None:
             now = min(now, self.halt.at)
         kept = self._kept(now)
         return max(0, self.round.committed_step) + kept if kept else self.round.committed_step
 
     def next_commit(self, now: int) -> int | None:
-        """When the next save will be committed, unless something happens; None if none is expected."""
+        """Return when the next save will be committed unless a rank fails; None if none is expected."""
         if self.trains_at is None or self.halt is not None:
             return None
         return self.trains_at + self.schedule.next_commit(now - self.trains_at)
 
     def account(self, next_at: int) -> dict[Heading, int]:
-        """Where the time from the sealing of this round to that of the next one went."""
+        """Return where the time from the sealing of this round to that of the next one went."""
         ended_at = next_at if self.ended_at is None else self.ended_at
         exited_at = ended_at if self.over_at is None else self.over_at
         stop = min(next_at, exited_at if self.halt is None else self.halt.at)
@@ -246,16 +246,16 @@ class Job:
         }
 
     def _elapsed(self, now: int) -> int:
-        """Time since the first step started."""
+        """Return the time since the first step started."""
         return max(0, now - self.trains_at) if self.trains_at is not None else 0
 
     def _computed(self, now: int) -> int:
-        """Time spent on steps so far."""
+        """Return the time spent on steps so far."""
         compute = self.schedule.computed(self._elapsed(now))
         return compute if self._stop is None else min(compute, self._stop.steps * self.schedule.step)
 
     def _kept(self, now: int) -> int:
-        """Steps of this round that are committed."""
+        """Return the number of committed steps of this round."""
         if self.trains_at is None or now < self.trains_at:
             return 0
         elapsed = self._elapsed(now)

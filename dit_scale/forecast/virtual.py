@@ -26,16 +26,16 @@ class VirtualCluster(Protocol):
     """The ranks of the newest round."""
 
     def begin(self, round_: Round) -> None:
-        """A round was sealed."""
+        """Start a round that was sealed."""
 
     def end(self, ending: Ending) -> None:
-        """A round was ended."""
+        """End a round."""
 
     def notify_groups(self, job: Job) -> None:
-        """The ranks of a round may look different from now on."""
+        """Notify supervisors that the ranks of a round may look different from now on."""
 
     def last_sign(self, node: str) -> int:
-        """When a node last renewed its lease."""
+        """Return when a node last renewed its lease."""
 
 
 class VirtualBoard(Board):
@@ -220,7 +220,7 @@ class VirtualGroup:
 
 
 def last_beat(job: Job) -> Beat:
-    """The last heartbeat of all ranks of a halted job."""
+    """Return the last heartbeat of the ranks of a halted job."""
     assert job.halt is not None
     at = job.halt.at
     if job.is_restoring(at):

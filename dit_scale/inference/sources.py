@@ -97,7 +97,7 @@ def _described(checkpoint: Checkpoint, profile: str) -> str:
     since_step = manifest.ema_since.get(profile, 0)
     for entry in checkpoint.config.ema:
         share = averages.foreign_share(entry, since_step, manifest.step) if entry.name == profile else 0.0
-        if flaw := averages.told_share(since_step, share):
+        if flaw := averages.describe_share(since_step, share):
             text += f" ({flaw})"
     return text
 

@@ -41,7 +41,7 @@ class StoredAverage:
     @property
     def flaw(self) -> str:
         """Why the average deviates from its profile; empty if it does not."""
-        return averages.told_share(self.since_step, self.foreign_share)
+        return averages.describe_share(self.since_step, self.foreign_share)
 
 
 def stored_averages(root: Storage) -> tuple[list[StoredAverage], list[str]]:

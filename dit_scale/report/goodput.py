@@ -46,7 +46,7 @@ def ledger(
     until_s: float | None = None,
     alive: bool = False,
 ) -> Ledger:
-    """The ledger of a run up to its last entry, or up to `until_s` (seconds since 1970).
+    """Return the ledger of a run up to its last entry, or up to `until_s` (seconds since 1970).
 
     `alive`: the last attempt is still training at that time, so none of its steps are lost.
     """
@@ -88,13 +88,13 @@ def _claim_rounds(
 
 
 def _last_sign(span: RoundSpan, attempts: Sequence[AttemptSpan], after: RoundSpan) -> int:
-    """The last entry of a round whose end nobody recorded."""
+    """Return the time of the last entry of a round whose end was not recorded."""
     of_span = [a.last_entry_us for a in attempts if span.start_us <= a.start_us < after.start_us]
     return max(span.last_entry_us, *of_span, 0)
 
 
 def _waiting_since(before: RoundSpan | None, span: RoundSpan, joins: Iterable[Entry]) -> int:
-    """When supervisors started to wait for this round."""
+    """Return when supervisors started to wait for this round."""
     exited_us = before.exited_us or before.last_entry_us if before else 0
     if before is not None and before.ending and before.restarts:
         return exited_us
@@ -103,7 +103,7 @@ def _waiting_since(before: RoundSpan | None, span: RoundSpan, joins: Iterable[En
 
 
 def _kept_steps(attempts: Sequence[AttemptSpan], alive: bool) -> list[float]:
-    """For each attempt its last step that no later one repeats; for the last one, what is committed."""
+    """Return the last step of each attempt that is not lost: kept by later attempts, or committed."""
     limit = float("inf") if alive else float(committed_step(attempts))
     limits: list[float] = []
     for attempt in reversed(attempts):
@@ -113,7 +113,7 @@ def _kept_steps(attempts: Sequence[AttemptSpan], alive: bool) -> list[float]:
 
 
 def _startup(attempts: Sequence[AttemptSpan], rounds: Sequence[RoundSpan], end_us: int) -> tuple[int, int]:
-    """The span of the first start: up to its first step, or to its end without one."""
+    """Return the span of the first start: up to its first step, or to its end without one."""
     entries = attempts[0].entries if attempts else ()
     stepped_us = [at_us for at_us, entry in entries if entry["event"] == Event.FIRST_STEP]
     if rounds and not (entries and entries[0][0] < rounds[0].start_us):
@@ -124,7 +124,7 @@ def _startup(attempts: Sequence[AttemptSpan], rounds: Sequence[RoundSpan], end_u
 
 
 def _trained_until(attempt: AttemptSpan, attempts: Sequence[AttemptSpan], rounds: Sequence[RoundSpan]) -> int:
-    """When an attempt stopped training: at its last entry, or when its round is known to have failed."""
+    """Return when an attempt stopped training: at its last entry, or when its round failed."""
     last_us = attempt.last_entry_us
     if attempt.has_exited:
         return last_us
@@ -181,7 +181,7 @@ class _Claims:
             self._edges += [(begin_us, priority, 1), (end_us, priority, -1)]
 
     def sums(self) -> dict[Heading, int]:
-        """Microseconds by heading; unclaimed time is STOPPED."""
+        """Return the microseconds by heading; unclaimed time is STOPPED."""
         sums = [0] * len(MEASURED)
         counts = [1] + [0] * (len(MEASURED) - 1)
         at_us = self.begin_us

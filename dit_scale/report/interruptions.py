@@ -12,7 +12,7 @@ class Interruption:
     """The end of a round or an attempt that was not the end of the run."""
 
     at_s: float
-    """Seconds since 1970; the time of the last entry if nobody recorded the end."""
+    """Seconds since 1970; the time of the last entry if the end was not recorded."""
     reason: str
     """The reason that supervisors recorded for a round; otherwise `rollback`, `stopped` or `gone`."""
     node: str
@@ -26,7 +26,7 @@ class Interruption:
 
 
 def interruptions(journal: Sequence[Entry], supervisors: Mapping[str, Sequence[Entry]]) -> list[Interruption]:
-    """All interruptions that the journals record, by time. An attempt or round still running is none."""
+    """Return the interruptions that the journals record, by time."""
     attempts, rounds = attempts_of(journal), rounds_of(supervisors)
     by_round: dict[int, list[AttemptSpan]] = {span.number: [] for span in rounds}
     found: list[Interruption] = []
@@ -48,7 +48,7 @@ def interruptions(journal: Sequence[Entry], supervisors: Mapping[str, Sequence[E
 
 
 def _of_attempt(attempt: AttemptSpan, attempts: Sequence[AttemptSpan]) -> Interruption:
-    """The end of an attempt that no supervisor recorded."""
+    """Describe the end of an attempt that no supervisor recorded."""
     reason, text = {
         Event.ROLLBACK: ("rollback", "steps failed; rolled back to continue without their samples"),
         Event.WAITED: ("stopped", "saved and stopped on request"),
@@ -84,7 +84,7 @@ def _of_round(span: RoundSpan, attempt: AttemptSpan | None, attempts: Sequence[A
 def _of_unrecorded_end(
     span: RoundSpan, attempt: AttemptSpan | None, attempts: Sequence[AttemptSpan]
 ) -> Interruption:
-    """The end of a round whose supervisors all exited before it."""
+    """Describe the end of a round whose supervisors all exited before it."""
     text = "its supervisors exited without recording a reason"
     if attempt is None:
         at_s = span.last_entry_us / MICRO
@@ -93,6 +93,6 @@ def _of_unrecorded_end(
 
 
 def _lost_steps(attempt: AttemptSpan, attempts: Sequence[AttemptSpan], step: int) -> int:
-    """Steps of this attempt that the next one took again, or will have to."""
+    """Return the number of steps of this attempt that the next one took again, or will have to."""
     later = [other.first_step for other in attempts if other.number > attempt.number]
     return max(0, step - (later[0] if later else committed_step(attempts)))

@@ -16,7 +16,8 @@ from dit_scale.checkpoint import reader
 from dit_scale.checkpoint.partition import OPTIMIZER_KINDS
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
-from dit_scale.data.loader import Batch, Loader
+from dit_scale.data.loader import Loader
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.order import positions_of
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
@@ -190,7 +191,7 @@ def _take(
     step: int,
 ) -> tuple[StepRow, list[ReplayedSample]]:
     """Take a step (counted from 0); return its row and the samples of this rank."""
-    taken: list[tuple[Batch, SampleLosses]] = []
+    taken: list[tuple[MicroBatch, SampleLosses]] = []
     row = tuple(training.take(loader, step, lambda *batch: taken.append(batch)).tolist())
     indices = step * config.global_batch + np.arange(config.global_batch)
     positions = positions_of(indices, excluded).tolist()

@@ -79,7 +79,7 @@ class RoundSpan:
 
 
 def attempts_of(journal: Iterable[Entry]) -> list[AttemptSpan]:
-    """The attempts in events.jsonl, ascending; none starts before its predecessor."""
+    """Return the attempts in events.jsonl, ascending; none starts before its predecessor."""
     by_number: dict[int, list[Entry]] = {}
     for entry in journal:
         if {"attempt", "step"} <= entry.keys():  # else damaged: every entry of a run has both
@@ -93,7 +93,7 @@ def attempts_of(journal: Iterable[Entry]) -> list[AttemptSpan]:
 
 
 def rounds_of(supervisors: Mapping[str, Sequence[Entry]]) -> list[RoundSpan]:
-    """The rounds in the journals of all nodes, ascending, each from the node that saw most of it."""
+    """Return the rounds in the journals of all nodes, ascending, each from the node that saw most of it."""
     by_round: dict[int, dict[str, list[Entry]]] = {}
     for node, entries in supervisors.items():
         for entry in entries:
@@ -115,7 +115,7 @@ def is_done(attempts: Sequence[AttemptSpan]) -> bool:
 
 
 def committed_step(attempts: Sequence[AttemptSpan]) -> int:
-    """The newest step that the journal reports as committed, or 0."""
+    """Return the newest step that the journal reports as committed, or 0."""
     entries = [entry for attempt in attempts for _, entry in attempt.entries]
     names = [entry["name"] for entry in entries if entry["event"] == Event.CHECKPOINT]
     return max((int(name.partition("-")[0]) for name in names), default=0)
@@ -126,7 +126,7 @@ def microseconds(seconds: float) -> int:
 
 
 def _times(entries: Sequence[Entry], earliest_us: int) -> list[int]:
-    """Times of the entries of one process in us: wall clock for the first, elapsed time for the others."""
+    """Return the times of the entries of a process in us: by the wall clock, then by elapsed time."""
     at_us = max(earliest_us, microseconds(entries[0]["time_s"]))
     times_us = [at_us]
     for before, entry in pairwise(entries):
@@ -137,7 +137,7 @@ def _times(entries: Sequence[Entry], earliest_us: int) -> list[int]:
 
 
 def _from_start(entries: list[Entry]) -> list[Entry]:
-    """The entries from the start of the round on; none for a node that only waited for it."""
+    """Return the entries from the start of the round on; none for a node that only waited for it."""
     names = [entry["event"] for entry in entries]
     return entries[names.index(Event.ROUND) :] if Event.ROUND in names else []
 

@@ -61,7 +61,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Contents:
     """Contents of the files of a run."""
 
     config: TrainConfig | None
@@ -108,42 +108,45 @@ def status_of(run: str, now_s: float) -> Status:
 
     Raises ConfigError if the folder contains no run.
     """
-    seen = _look(run, now_s)
-    state, text = _state(seen)
+    contents = _read(run, now_s)
+    state, text = _state(contents)
     is_alive = state in ("running", "waiting")
-    is_training = state == "running" and seen.current is not None
+    is_training = state == "running" and contents.current is not None
     spent = ledger(
-        seen.journal, seen.supervisors, now_s if is_alive else None, is_alive and seen.current is not None
+        contents.journal,
+        contents.supervisors,
+        now_s if is_alive else None,
+        is_alive and contents.current is not None,
     )
-    steps = seen.config.steps if seen.config else None
-    step = seen.attempts[-1].last_step if seen.attempts else 0
+    steps = contents.config.steps if contents.config else None
+    step = contents.attempts[-1].last_step if contents.attempts else 0
     eta_s = None
-    if is_training and steps is not None and seen.steps_per_s:
-        eta_s = max(0, steps - step) / seen.steps_per_s
-    checkpoint_name = seen.checkpoint.rpartition("/")[2]
-    committed_s = [entry["time_s"] for entry in seen.journal if entry.get("name") == checkpoint_name]
+    if is_training and steps is not None and contents.steps_per_s:
+        eta_s = max(0, steps - step) / contents.steps_per_s
+    checkpoint_name = contents.checkpoint.rpartition("/")[2]
+    committed_s = [entry["time_s"] for entry in contents.journal if entry.get("name") == checkpoint_name]
     return Status(
         run=run,
         state=state,
-        text=text + (f" ({seen.problem})" if seen.problem else ""),
+        text=text + (f" ({contents.problem})" if contents.problem else ""),
         step=step,
         steps=steps,
-        steps_per_s=seen.steps_per_s,
+        steps_per_s=contents.steps_per_s,
         eta_s=eta_s,
-        attempt=seen.attempts[-1].number if seen.attempts else 0,
-        round=seen.rounds[-1].number if seen.rounds else 0,
-        nodes=_members(seen.supervisors),
-        checkpoint=seen.checkpoint,
+        attempt=contents.attempts[-1].number if contents.attempts else 0,
+        round=contents.rounds[-1].number if contents.rounds else 0,
+        nodes=_members(contents.supervisors),
+        checkpoint=contents.checkpoint,
         checkpoint_age_s=max(0.0, now_s - committed_s[-1]) if committed_s else None,
-        silence_s=seen.silence_s,
-        interruptions=interruptions(seen.journal, seen.supervisors),
+        silence_s=contents.silence_s,
+        interruptions=interruptions(contents.journal, contents.supervisors),
         spent_s=spent.by_name(),
         wall_s=spent.wall_s,
         goodput=spent.goodput,
     )
 
 
-def _look(run: str, now_s: float) -> _Seen:
+def _read(run: str, now_s: float) -> _Contents:
     folder = Path(run)
     journals = sorted((folder / "supervisors").glob("*.jsonl"))
     files = [folder / name for name in ("config.yaml", "events.jsonl", "metrics.jsonl")] + journals
@@ -166,7 +169,7 @@ def _look(run: str, now_s: float) -> _Seen:
         others = supervisors.keys() - _members(supervisors)
         files = [path for path in files if path.stem not in others]
     checkpoint, joined, problem = _stored(root)
-    return _Seen(
+    return _Contents(
         config=config,
         journal=journal,
         supervisors=supervisors,
@@ -181,13 +184,13 @@ def _look(run: str, now_s: float) -> _Seen:
 
 
 def _members(supervisors: dict[str, list[Entry]]) -> list[str]:
-    """The members of the newest round."""
+    """Return the members of the newest round."""
     starts = [entry for entries in supervisors.values() for entry in entries if entry["event"] == Event.ROUND]
     return max(starts, key=lambda entry: int(entry["round"]))["nodes"] if starts else []
 
 
 def _stored(root: Storage) -> tuple[str, list[str], str]:
-    """The newest checkpoint, the nodes that wait for a round, and why neither is known."""
+    """Return the newest checkpoint, the nodes that wait for a round, and why neither is known."""
     try:
         ids, board = chain.committed(root), Board(root)
         readable = (checkpoint_id for checkpoint_id in ids if chain.is_readable(root, checkpoint_id))
@@ -198,40 +201,42 @@ def _stored(root: Storage) -> tuple[str, list[str], str]:
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    """The last complete line of the record; empty if there is none."""
+    """Return the last complete line of the record; empty if there is none."""
     rows = read_objects(path)
     return rows[-1] if rows else {}
 
 
-def _state(seen: _Seen) -> tuple[str, str]:
-    """The state in one word, and its details."""
-    ending = seen.rounds[-1].ending if seen.rounds else {}
-    if is_done(seen.attempts):
-        return "finished", f"all {seen.attempts[-1].last_step} steps are taken and saved"
-    if seen.joined and not seen.open_round and not seen.is_quiet:
-        return "waiting", f"for more nodes; joined so far: {', '.join(seen.joined)}"
-    gave_up = [e for entries in seen.supervisors.values() for e in entries if e["event"] == Event.GAVE_UP]
-    if ending and any(entry.get("round") == seen.rounds[-1].number for entry in gave_up):
+def _state(contents: _Contents) -> tuple[str, str]:
+    """Return the state in one word, and its details."""
+    ending = contents.rounds[-1].ending if contents.rounds else {}
+    if is_done(contents.attempts):
+        return "finished", f"all {contents.attempts[-1].last_step} steps are taken and saved"
+    if contents.joined and not contents.open_round and not contents.is_quiet:
+        return "waiting", f"for more nodes; joined so far: {', '.join(contents.joined)}"
+    gave_up = [e for entries in contents.supervisors.values() for e in entries if e["event"] == Event.GAVE_UP]
+    if ending and any(entry.get("round") == contents.rounds[-1].number for entry in gave_up):
         return "failed", f"its supervisors gave up: {ending.get('text', '')}"
     if ending.get("reason") == "mistake":
         return "failed", f"manual intervention needed: {ending.get('text', '')}"
-    last = seen.attempts[-1].last_entry["event"] if seen.attempts else ""
-    if not seen.open_round and (last == Event.WAITED or ending.get("reason") == "leaving"):
+    last = contents.attempts[-1].last_entry["event"] if contents.attempts else ""
+    if not contents.open_round and (last == Event.WAITED or ending.get("reason") == "leaving"):
         return "stopped", "on request; the same command resumes it"
-    if seen.is_quiet:
-        minutes = seen.silence_s / 60
+    if contents.is_quiet:
+        minutes = contents.silence_s / 60
         return "silent", f"nothing written for {minutes:.0f} min: it is dead, or cannot write to this folder"
-    return "running", _activity(seen)
+    return "running", _activity(contents)
 
 
-def _activity(seen: _Seen) -> str:
-    """What the ranks of a running run are doing."""
-    if seen.current is None:
-        number = seen.open_round.number if seen.open_round else 0
-        of_round = [e for entries in seen.supervisors.values() for e in entries if e.get("round") == number]
+def _activity(contents: _Contents) -> str:
+    """Return what the ranks of a running run are doing."""
+    if contents.current is None:
+        number = contents.open_round.number if contents.open_round else 0
+        of_round = [
+            e for entries in contents.supervisors.values() for e in entries if e.get("round") == number
+        ]
         starting = [STARTING[e["event"]] for e in of_round if e["event"] in STARTING]
         return f"starting: {starting[-1]}" if starting else "between two attempts"
-    match seen.current.last_entry["event"]:
+    match contents.current.last_entry["event"]:
         case Event.START:
             return "first step"
         case Event.SAVE:

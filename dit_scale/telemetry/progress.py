@@ -59,7 +59,7 @@ class StatusLine:
         self._bar.console.print(line, highlight=False, soft_wrap=True)
 
     def _left_s(self, step: int) -> float:
-        """Remaining time, at the speed of recent steps."""
+        """Return the remaining time at the speed of recent steps."""
         now_s = time.monotonic()
         before, then_s = self._recent[0]
         self._recent.append((step, now_s))

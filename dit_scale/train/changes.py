@@ -1,6 +1,6 @@
-"""What differs between the configuration that a checkpoint was saved with and the present one.
+"""Differences between the configuration in a checkpoint and the current one.
 
-Some keys may not change within a run (docs/determinism.md); of the others each change is said in a line.
+Some keys must not change within a run (docs/determinism.md). Every other change is reported in one line.
 """
 
 import json
@@ -20,7 +20,7 @@ FREE_KEYS = ("model.attention",)
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """The knobs that decide which numbers a run computes: they may not change within one run."""
+    """The keys that determine which numbers a run computes: they must not change within a run."""
     return {
         key: value
         for key, value in _flat(config.model_dump(mode="json")).items()
@@ -29,43 +29,43 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def check_same_run(config: TrainConfig, data_sha256: str, checkpoint: Checkpoint) -> None:
-    """Raises ConfigError when the checkpoint is of a run with another identity or data set."""
+    """Raise ConfigError when the checkpoint belongs to a run with another identity or data set."""
     before, now = identity(checkpoint.config), identity(config)
     changed = [f"{key} was {before[key]}, is {now[key]}" for key in now if before[key] != now[key]]
     if checkpoint.manifest.data_sha256 != data_sha256:
-        changed.append("data.url holds another latent data set")
+        changed.append("data.url leads to another latent data set")
     if changed:
         raise ConfigError(
-            f"{config.run} is a run of another configuration: {'; '.join(changed)}. "
-            "Restore the values to resume it, or choose another run=FOLDER"
+            f"{config.run} holds a run with another configuration: {'; '.join(changed)}. "
+            "Restore these values to resume it, or choose another run=FOLDER"
         )
 
 
 def say_changes(config: TrainConfig, checkpoint: Checkpoint, say: Say) -> None:
-    """Name each key that differs from what was saved, and the learning rate if the next step has another."""
+    """Report each key that differs from the saved one, and a change of the next step's learning rate."""
     saved, step = checkpoint.config, checkpoint.manifest.step
     for line in differences(saved, config):
         say(line)
     was, now = (learning_rate(one.optimizer, step, one.steps) for one in (saved, config))
     if was != now and step < config.steps:
-        say(f"the learning rate of step {step + 1} is {now:.3g}; as saved it would be {was:.3g}")
+        say(f"the learning rate of step {step + 1} is {now:.3g}; with the saved values it would be {was:.3g}")
 
 
 def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
-    """A line for each key: `optimizer.lr: 0.0001 -> 0.0002`. What changed in `ema`, `averages` tells."""
-    with suppress(ConfigError):  # older runs were saved with relative paths
+    """One line per key: `optimizer.lr: 0.0001 -> 0.0002`. `averages` reports changes of `ema`."""
+    with suppress(ConfigError):  # older runs saved relative paths
         before, now = with_absolute_paths(before), with_absolute_paths(now)
     old, new = (_flat(config.model_dump(mode="json", exclude={"ema"})) for config in (before, now))
     return [f"{key}: {_text(old[key])} -> {_text(new[key])}" for key in new if old[key] != new[key]]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted keys."""
-    found: dict[str, Any] = {}
+    """The values of a nested dict by dotted keys."""
+    values: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        found |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return found
+        values |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return values
 
 
 def _text(value: Any) -> str:

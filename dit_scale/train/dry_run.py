@@ -1,4 +1,4 @@
-"""`train --dry-run`: the resolved configuration, parameters, FLOPs and memory; nothing is started."""
+"""`train --dry-run`: prints the resolved configuration, parameters, FLOPs and memory; starts nothing."""
 
 from dit_scale.config import TrainConfig, dump
 from dit_scale.data.batch_plan import BatchPlan
@@ -7,11 +7,11 @@ from dit_scale.train.memory import GIB, Memory, estimate, plan_of
 
 FLOPS_PER_MAC = 2
 TRAINING_FORWARDS = 3
-"""A training step costs three forward passes: one forward, two backward; recomputing does not count."""
+"""Cost of a training step in forward passes: one forward, two for backward, recomputation not counted."""
 
 
 def report(config: TrainConfig, world: int) -> None:
-    """Print what a run on `world` processes would be. Raises ConfigError when it could not be."""
+    """Describe a run on `world` processes. Raises ConfigError when it is impossible."""
     shape = shape_of(config.model)
     plan = plan_of(config, world)
     flops = FLOPS_PER_MAC * TRAINING_FORWARDS * forward_macs(shape)
@@ -27,12 +27,12 @@ def report(config: TrainConfig, world: int) -> None:
 
 
 def _report_batch(plan: BatchPlan) -> None:
-    parts = [len(plan.rank_samples(rank)) for rank in range(plan.world)]
+    shares = [len(plan.rank_samples(rank)) for rank in range(plan.world)]
     print(
         f"batch            {plan.global_batch} samples on {plan.world} processes: "
         f"{plan.micro_steps} micro-steps of {plan.micro_batch} each"
     )
-    print(f"part of a rank   {max(parts)} samples at most, {min(parts)} at least")
+    print(f"share of a rank  {min(shares)} to {max(shares)} samples")
     print(f"loss scale       {plan.loss_scale:.6g}")
 
 

@@ -1,7 +1,7 @@
-"""Moving averages of the fp32 master weights, each rank keeping those of what it owns.
+"""Moving averages of the fp32 master weights; each rank averages the partitions that it owns.
 
-One fused pass per step and profile over the flat buffers, for any ZeRO stage. Decay is a function of
-the step alone, so an average is exactly resumable and does not depend on the world size.
+One fused pass per step and profile over the flat buffers, at any ZeRO stage. The decay is a function of the
+step alone, so an average is exactly resumable and does not depend on the world size.
 """
 
 from functools import lru_cache
@@ -14,13 +14,13 @@ from dit_scale.config import EmaProfile
 
 
 def ema_kind(profile: str) -> str:
-    """The kind under which a profile stands among a partition's buffers and in checkpoints."""
+    """The kind of a profile's state, in a partition's buffers and in checkpoints."""
     return f"ema.{profile}"
 
 
 @lru_cache
 def power_gamma(sigma_rel: float) -> float:
-    """The exponent of a power-function profile from its relative width.
+    """The exponent of the power-function profile with this relative width.
 
     Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", Eq. 126:
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), solved for the largest real root.
@@ -30,10 +30,10 @@ def power_gamma(sigma_rel: float) -> float:
 
 
 def decay_at(profile: EmaProfile, step: int) -> float:
-    """The weight of the old average when step `step` (counted from 1) has been taken.
+    """The weight of the old average in the update after step `step` (counted from 1).
 
-    Constant, or the power function's beta = (1 - 1/t)^(gamma + 1) (Karras et al. 2024, Eq. 127), which
-    is 0 at t = 1: the initial weights are forgotten at once.
+    Constant, or beta = (1 - 1/t)^(gamma + 1) for a power function (Karras et al. 2024, Eq. 127). Beta is 0
+    at t = 1: the initial weights are forgotten immediately.
     """
     if profile.decay is not None:
         return profile.decay
@@ -42,7 +42,7 @@ def decay_at(profile: EmaProfile, step: int) -> float:
 
 
 class Ema:
-    """All profiles of one rank. `start` copies the masters; `update` follows each optimizer step."""
+    """All profiles of one rank. Call `start` once and `update` after each optimizer step."""
 
     def __init__(self, profiles: tuple[EmaProfile, ...], owned: tuple[Partition, ...]) -> None:
         self._profiles, self._owned = profiles, owned
@@ -52,14 +52,14 @@ class Ema:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Every average begins as the initial copy of the masters."""
+        """Set every average to a copy of the masters."""
         for partition in self._owned:
             for profile in self._profiles:
                 partition.buffers[ema_kind(profile.name)].copy_(partition.buffers[MASTER])
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """average += (1 - decay) * (master - average), after `step` optimizer steps."""
+        """Apply average += (1 - decay) * (master - average) after `step` optimizer steps."""
         masters = [partition.buffers[MASTER].data for partition in self._owned]
         for profile in self._profiles:
             averages = [partition.buffers[ema_kind(profile.name)] for partition in self._owned]

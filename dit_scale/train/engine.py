@@ -1,12 +1,12 @@
-"""The one door to DeepSpeed: a ZeRO-sharded model that steps, and the fp32 state that each rank owns.
+"""The only module that uses DeepSpeed's engine: a ZeRO-sharded model, and the fp32 state that each rank owns.
 
-Set here because DeepSpeed's defaults would hurt: no clipping unless asked for (it clips at 1.0),
-gradients summed and reduced in fp32 (it uses the weights' type), no overflow reads, overlapped
-reduction in smaller buckets. `Engine.owned` is the world-size free view of ZeRO's flat buffers, on which
-EMA and checkpoints are built.
+Some of DeepSpeed's defaults would hurt, so this module sets: no clipping unless configured (DeepSpeed clips
+at 1.0), gradients accumulated and reduced in fp32 (DeepSpeed uses the weights' dtype), no overflow checks
+that read from the device, and overlapped reduction in smaller buckets. `Engine.owned` is a view of ZeRO's
+flat buffers that does not depend on the world size; EMA and checkpoints are built on it.
 
-At ZeRO-1 with bf16 weights and fp32 gradient sums DeepSpeed uses its BF16_Optimizer, otherwise the
-optimizer of the stage; the three are told apart in `_partitions` alone.
+At ZeRO-1 with bf16 weights and fp32 gradients, DeepSpeed uses its BF16_Optimizer; otherwise it uses the
+optimizer of the stage.
 """
 
 import logging
@@ -18,21 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, Partition
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EngineConfig, OptimizerConfig
 from dit_scale.data.batch_plan import BatchPlan
 from dit_scale.dist import World
 from dit_scale.train.optim import build_optimizer, gate
 
 Judge = Callable[[Tensor], Tensor]
-"""Global gradient norm => 1.0 when the step must not move the weights, else 0.0; fp32 () on the device."""
+"""Global gradient norm => 1.0 when the step must be skipped, else 0.0; fp32 () on the device."""
 
 
 class Engine:
     """A model under DeepSpeed ZeRO.
 
-    `owned` lists this rank's partitions. All kinds of optimizer state exist from the start, so that a
-    checkpoint can be taken or filled in at any step.
+    `owned` lists this rank's partitions. All kinds of optimizer state exist from the start, so a checkpoint
+    can be saved or restored at any step.
     """
 
     def __init__(
@@ -62,17 +63,17 @@ class Engine:
         return output
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of one micro-step; `last` marks the one before `step`."""
+        """Accumulate the gradient of one micro-step; `last` marks the last one before `step`."""
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float, judge: Judge) -> tuple[Tensor, Tensor]:
-        """Apply AdamW to the masters with this learning rate, and cast them into the weights.
+        """Apply AdamW to the masters with this learning rate, and cast the masters into the weights.
 
-        `judge` is asked once, between the norm of the gradient (before clipping) and the update: at its 1.0
-        the update is left out. It must say 1.0 to a norm that is not finite, because in most settings
-        DeepSpeed itself drops such a step. Returns norm and verdict, fp32 () on the device; a norm that is
-        not finite is inf, never NaN.
+        Calls `judge` once, after computing the gradient norm (before clipping) and before the update. The
+        update is skipped when `judge` returns 1.0. It must return 1.0 for a norm that is not finite, because
+        in most settings DeepSpeed itself drops such a step. Returns the norm and the verdict, fp32 () on the
+        device; a norm that is not finite is inf, never NaN.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -80,14 +81,8 @@ class Engine:
         self._engine.step()
         return self._grad_norm(), self._reach_verdict()
 
-    @property
-    def gradient_clipping(self) -> float:
-        """The clipping threshold that DeepSpeed uses; 0.0 is off."""
-        clipping: float = self._engine.gradient_clipping()
-        return clipping
-
     def hyper_parameters(self) -> tuple[dict[str, Any], ...]:
-        """What each optimizer group is set to."""
+        """The hyper-parameters of each optimizer group."""
         names = ("lr", "betas", "eps", "weight_decay")
         return tuple({name: group[name] for name in names} for group in self._optimizer.param_groups)
 
@@ -97,9 +92,9 @@ class Engine:
         return module
 
     def publish_masters(self) -> None:
-        """Cast the fp32 masters into the weights that the forward pass reads, after they were filled in."""
+        """Cast restored fp32 masters into the weights that the forward pass reads."""
         if self._stage == 3:
-            # Small parameters stay gathered between steps: they are gathered anew below.
+            # Small parameters stay gathered between steps, so they must be gathered again.
             self._zero._partition_all_parameters()
             for index in range(len(self._zero.fp16_groups)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
@@ -115,16 +110,16 @@ class Engine:
             self._all_gather_stage_1_and_2()
 
     def set_optimizer_step(self, updates: int) -> None:
-        """Tell AdamW how many updates its moments have seen (its bias correction); skipped steps are none."""
+        """Set the number of updates for AdamW's bias correction; skipped steps do not count."""
         for partition in self.owned:
             state = self._optimizer.state[partition.buffers[MASTER]]
             state["step"].fill_(float(updates))
 
-    def close(self) -> None:
-        self._engine.destroy()
-
     def _reach_verdict(self) -> Tensor:
-        """One for all groups of a step. When DeepSpeed lets a step drop, it is reached after the fact."""
+        """Judge the step once for all optimizer groups.
+
+        When DeepSpeed drops a step it never asks for the verdict, so `step` reaches it afterwards.
+        """
         if self._verdict is None:
             assert self._judge is not None
             self._verdict = self._judge(self._grad_norm())
@@ -164,7 +159,7 @@ class Engine:
             yield Partition({MASTER: master, **self._moments(master)}, slices)
 
     def _moments(self, master: Tensor) -> dict[str, Tensor]:
-        """Both moments of a flat master, made here when AdamW has not made them yet."""
+        """Both moments of a flat master, created here unless AdamW has created them."""
         state = self._optimizer.state[master]
         if EXP_AVG not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -176,11 +171,11 @@ class Engine:
 def deepspeed_config(
     config: EngineConfig, optimizer_config: OptimizerConfig, plan: BatchPlan, device: torch.device
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration with every default that matters written out."""
+    """DeepSpeed's configuration, with every default that matters set explicitly."""
     bucket = config.reduce_bucket_elements
     return {
         "train_micro_batch_size_per_gpu": plan.micro_batch,
-        "gradient_accumulation_steps": 1,  # the boundary is set by hand, step by step
+        "gradient_accumulation_steps": 1,  # `backward` sets the accumulation boundary itself
         "gradient_clipping": optimizer_config.clip_grad_norm,
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -188,11 +183,11 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": config.zero_stage,
-            # gloo reduces on the host: there is no stream to overlap with
+            # gloo reduces on the host: there is no stream to overlap with.
             "overlap_comm": config.overlap_comm and device.type == "cuda",
             "contiguous_gradients": True,
-            # at stages 1 and 2 "reduce_scatter" is an all-reduce as well, and it rounds the fp32 sums
-            # back to the weights' type before it adds them up (3e-4 of the gradient norm in bf16)
+            # At stages 1 and 2 "reduce_scatter" is an all-reduce too, and it rounds the fp32 gradients to the
+            # weights' dtype before it sums them (3e-4 of the gradient norm in bf16).
             "reduce_scatter": config.zero_stage == 3,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
@@ -204,9 +199,9 @@ def deepspeed_config(
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed for a device, without its banner and without its CPU kernel compilation."""
+    """Import DeepSpeed for a device, without its banner and without compiling its CPU kernels."""
     os.environ["DS_ACCELERATOR"] = device.type
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also in a world of one
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it, even for one process
     import deepspeed
     import deepspeed.ops
     import deepspeed.runtime.bf16_optimizer
@@ -214,20 +209,22 @@ def _import_deepspeed(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    deepspeed.runtime.bf16_optimizer.see_memory_usage = _silent  # prints on every start, with no switch
-    # Decorates its Muon, which is imported with every optimizer: 1.3 s of importing torch's inductor.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = (
+        _silent  # prints on every start and cannot be disabled
+    )
+    # Importing any optimizer imports Muon, whose decorator imports torch's inductor: 1.3 s.
     deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
-    # DeepSpeed calls collectives by names that torch is about to rename; nothing a user can act on.
+    # DeepSpeed uses deprecated names of torch's collectives; users cannot act on that.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", f".*torch.distributed.{name}. is deprecated", FutureWarning)
     if device.type == "cpu":
-        # Would compile a shared-memory all-reduce for 30 s and more; gloo carries CPU tensors here.
+        # DeepSpeed would compile a shared-memory all-reduce for 30 s and more; we use gloo on CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def _silent(*_: object, **__: object) -> None:
-    """Takes the place of a debug print."""
+    """Replace a debug print."""
 
 
 def _slices_stage_1_and_2(

@@ -1,4 +1,4 @@
-"""What rank 0 writes down of an attempt: journal, record and mirrors, none of which can stop the run."""
+"""What rank 0 records of an attempt: journal, record and mirrors. None of them can stop the run."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -20,54 +20,54 @@ from dit_scale.train.run_folder import EVENTS, METRICS
 
 @dataclass(frozen=True)
 class Carried:
-    """What an attempt goes on from."""
+    """Lines that an attempt carries over from earlier ones."""
 
     rows: Sequence[str] = ()
-    """Lines of the record, of the steps that count."""
+    """Lines of the record, up to the step of the checkpoint."""
     events: Sequence[str] = ()
-    """Lines of the journal that the run's folder lacks."""
+    """Lines of the journal that the run folder lacks."""
     damaged: int = 0
-    """Lines of the record that cannot be read, and are left out."""
+    """Number of unreadable lines of the record, which are dropped."""
 
 
 def check_writable(config: TrainConfig) -> None:
-    """Raises StorageError when the run's folder cannot be written to; that its disk is full may pass."""
+    """Raise StorageError when the run folder is not writable. A full disk is no error: it may become free."""
     folder, key = open_storage(config.run), f".writable-{secrets.token_hex(8)}"
     with suppress(DiskFullError):
         folder.write(key, b"")
         folder.delete(key)
 
 
-def carried_over(config: TrainConfig, found: Checkpoint | None, attempt: int) -> Carried:
-    """What an attempt goes on from: of this folder or, where `found` has them along, of the checkpoint.
+def carried_over(config: TrainConfig, checkpoint: Checkpoint | None, attempt: int) -> Carried:
+    """The lines to carry over, from the checkpoint if it holds record and journal, else from the run folder.
 
-    The record is the checkpoint's: that of this machine may lack steps that another one has taken, or have
-    some that did not last. The journals of all machines are put together. Raises StorageError.
+    The checkpoint's record takes precedence: the local one may lack steps that another machine took, or hold
+    steps that were rolled back. The journals are merged. Raises StorageError.
     """
     folder = Path(config.run)
-    step = found.manifest.step if found else 0
-    along = found if config.checkpoint.url else None
-    rows, events = (_along(along, name) for name in (METRICS, EVENTS))
+    step = checkpoint.manifest.step if checkpoint else 0
+    source = checkpoint if config.checkpoint.url else None
+    rows, events = (_lines_in_checkpoint(source, name) for name in (METRICS, EVENTS))
     try:
         if rows is None:
             rows = record.rows_before(folder, attempt)
         known = set(_lines_of(folder / EVENTS)) if events else set()
     except OSError as error:
         raise StorageError(
-            f"{folder}: its {METRICS} or {EVENTS} cannot be read: {error.strerror}; a new record would lack "
-            "what they hold. Mend the disk, or move the file away to go on without it"
+            f"{folder}: cannot read {METRICS} or {EVENTS}: {error.strerror}; a new record would lack their "
+            "lines. Repair the disk, or move the file away to continue without it"
         ) from error
     new = [line for line in events or () if line not in known]
     return Carried(record.rows_up_to(step, rows), new, record.unreadable(rows))
 
 
-def _along(found: Checkpoint | None, name: str) -> list[str] | None:
-    """The lines of a file that a checkpoint has along; None where it has none."""
-    if found is None:
+def _lines_in_checkpoint(checkpoint: Checkpoint | None, name: str) -> list[str] | None:
+    """The lines of a file that the checkpoint carries; None when it does not."""
+    if checkpoint is None:
         return None
     try:
-        return found.storage.read(f"{found.path}/{name}").decode(errors="replace").splitlines()
-    except MissingKeyError:  # saved when checkpoint.url was not set, or while the file was gone
+        return checkpoint.storage.read(f"{checkpoint.path}/{name}").decode(errors="replace").splitlines()
+    except MissingKeyError:  # saved without checkpoint.url, or while the file was missing
         return None
 
 
@@ -76,14 +76,15 @@ def _lines_of(path: Path) -> list[str]:
 
 
 class Logbook:
-    """Everything that one attempt writes into the run's folder.
+    """Everything that one attempt writes into the run folder.
 
-    A disk that is full, or fails, and a mirror that breaks cost an alarm each: a line on the screen and,
-    as soon as it can be written, an event in the journal.
+    A disk that is full or fails, or a mirror that breaks, raises an alarm: a line on the terminal and, as
+    soon as it can be written, an entry in the journal.
     """
 
     def __init__(
         self,
+        *,
         config: TrainConfig,
         root: Storage,
         attempt: int,
@@ -91,7 +92,7 @@ class Logbook:
         step: Callable[[], int],
         say: Say,
     ) -> None:
-        """`root` is where the run keeps its attempts; `step` tells how many steps are taken."""
+        """`root` is the state root of the run; `step` returns the number of steps taken."""
         self._attempt, self._step, self._say = attempt, step, say
         self._early: list[str] | None = []
         self._is_closed = False
@@ -103,25 +104,25 @@ class Logbook:
         )
         self._mirrors = open_mirrors(config, step(), self._alarm)
         if carried.damaged:
-            self._alarm(f"{folder / METRICS}: {carried.damaged} damaged lines are left out from now on")
+            self._alarm(f"{folder / METRICS}: dropped {carried.damaged} damaged lines")
 
     def event(self, event: Event, /, **details: object) -> None:
-        """Write an event; the first one of an attempt says how it starts."""
+        """Write an entry into the journal; the first one of an attempt must be its START."""
         self._journal.write(event, attempt=self._attempt, step=self._step(), **details)
         early, self._early = self._early, None
         for text in early or ():
             self.event(Event.ALARM, text=text)
 
     def row(self, values: dict[str, float | None]) -> None:
-        """Write the numbers of a log point."""
+        """Write the values of a log point."""
         self._record.write(self._step(), values)
         for mirror in self._mirrors:
             mirror.write(self._step(), values)
 
     def close(self) -> str:
-        """End it; an alarm for what could not be written. Returns that in words; empty when all was.
+        """Flush and close everything. Raises an alarm for, and returns, what could not be written; else "".
 
-        A second time it does nothing.
+        May be called more than once.
         """
         if self._is_closed:
             return ""
@@ -138,4 +139,4 @@ class Logbook:
         if self._early is None:
             self.event(Event.ALARM, text=text)
         else:
-            self._early.append(text)  # the journal of an attempt begins with its start
+            self._early.append(text)  # the journal of an attempt starts with its START entry

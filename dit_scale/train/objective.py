@@ -1,9 +1,9 @@
-"""What one micro-batch contributes to the step: draws, noising, the model, the hybrid loss.
+"""The training objective of a micro-batch: random draws, noising, the model, the hybrid loss.
 
-Every draw is keyed by the sample's position, so the loss of a sample does not depend on which rank
-or micro-step it falls into.
+Every draw is keyed by the sample's position, so the loss of a sample does not depend on the rank or
+micro-step that computes it.
 
-Shapes: B micro-batch, C latent channels, H and W latent sides.
+Shapes: B micro-batch, C latent channels, H latent height, W latent width.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_scale import rng
-from dit_scale.data.loader import Batch, draw_latents
+from dit_scale.data.micro_batch import MicroBatch, draw_latents
 from dit_scale.diffusion.gaussian import q_sample
 from dit_scale.diffusion.loss import hybrid_loss
 from dit_scale.diffusion.schedule import Schedule
@@ -23,9 +23,10 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SampleLosses(NamedTuple):
-    """Of each sample of a micro-batch, fillers included; fp32 but for the timesteps."""
+    """The losses of each sample of a micro-batch, fillers included; fp32."""
 
     total_B: Tensor
+    """The hybrid loss."""
     mse_B: Tensor
     """Mean squared error of the predicted noise."""
     vb_B: Tensor
@@ -34,36 +35,41 @@ class SampleLosses(NamedTuple):
     """Timesteps drawn, int64."""
 
     def sums(self, weight_B: Tensor) -> Tensor:
-        """(total, mse, bound) over the samples by weight, fp32 (3,); the gradient flows through [0]."""
+        """Weighted sums (total, mse, vb) over the samples, fp32 (3,); the gradient flows through [0]."""
         return torch.stack((self.total_B, self.mse_B, self.vb_B)) @ weight_B
 
 
-MicroBatchObserver = Callable[[Batch, SampleLosses], None]
-"""Sees a micro-batch and the losses of its samples."""
+MicroBatchObserver = Callable[[MicroBatch, SampleLosses], None]
+"""Receives each micro-batch and the losses of its samples."""
 
 
 def drop_labels(y_B: Tensor, position_B: Tensor, null_class: int, share: float, seed: int) -> Tensor:
-    """Replace a share of labels by the null class, for classifier-free guidance."""
+    """Replace a random `share` of the labels by the null class, for classifier-free guidance (int64)."""
     return torch.where(rng.uniforms(seed, Purpose.LABEL_DROP, position_B) < share, null_class, y_B)
 
 
 def losses(
     predict: Predict,
     schedule: Schedule,
-    batch: Batch,
+    batch: MicroBatch,
+    *,
     seed: int,
     latent_scale: float,
     null_class: int,
     label_dropout: float,
 ) -> SampleLosses:
-    """The losses of a micro-batch, sample by sample; the gradient flows through `total_B`."""
+    """Compute the losses of each sample of a micro-batch; the gradient flows through `total_B`."""
     z_BCHW = draw_latents(batch, seed, latent_scale)
     t_B = rng.integers(seed, Purpose.TIMESTEP, batch.position_B, len(schedule.timesteps))
     noise_BCHW = rng.normals(seed, Purpose.NOISE, batch.position_B, tuple(z_BCHW.shape[1:]))
     y_B = drop_labels(batch.y_B, batch.position_B, null_class, label_dropout, seed)
     x_BCHW = q_sample(schedule, z_BCHW, t_B, noise_BCHW)
-    output_B2CHW = predict(x_BCHW, t_B, y_B)
     loss = hybrid_loss(
-        schedule, output_B2CHW, x_start_BCHW=z_BCHW, x_t_BCHW=x_BCHW, noise_BCHW=noise_BCHW, t_B=t_B
+        schedule,
+        predict(x_BCHW, t_B, y_B),
+        x_start_BCHW=z_BCHW,
+        x_t_BCHW=x_BCHW,
+        noise_BCHW=noise_BCHW,
+        t_B=t_B,
     )
     return SampleLosses(*loss, t_B)

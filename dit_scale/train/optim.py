@@ -1,4 +1,4 @@
-"""AdamW by configuration, the gate before its updates, and the learning rate as a function of the step."""
+"""AdamW as configured, the gate before its updates, and the learning rate as a function of the step."""
 
 import math
 from collections.abc import Callable
@@ -12,10 +12,11 @@ from dit_scale.errors import DeviceError
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """The rate of a step (counted from 0) of a run of `num_steps`.
+    """The learning rate of a step (counted from 0) in a run of `num_steps`.
 
-    The warm-up is linear; its last step has `lr`, without a warm-up the first step has it. Then the rate is
-    constant, or it falls by a line or half a cosine; the last step of the run has `final_lr_fraction * lr`.
+    Warm-up is linear and reaches `lr` at its last step; without warm-up the first step has `lr`. After that
+    the rate is constant, or decays linearly or by a half cosine to `final_lr_fraction * lr` at the last step
+    of the run.
     """
     at_peak = max(1, config.warmup_steps)
     if config.decay == "none" or step < at_peak:
@@ -28,8 +29,8 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters.
 
-    Raises DeviceError when the implementation asked for is not there: apex and DeepSpeed's fused
-    kernels need CUDA, and apex is NVIDIA's (the package of that name on PyPI is another one).
+    Raises DeviceError when the configured implementation is unavailable: apex and DeepSpeed's fused kernels
+    need CUDA, and apex must be NVIDIA's (the package of that name on PyPI is unrelated).
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings: dict[str, Any] = {
@@ -41,7 +42,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
     if config.implementation == "torch":
         return torch.optim.AdamW(parameters, fused=True, **settings)
     if device.type != "cuda":
-        raise DeviceError(f"optimizer.implementation={config.implementation} needs CUDA; use torch")
+        raise DeviceError(
+            f"optimizer.implementation={config.implementation} needs CUDA, this is a {device.type}; use torch"
+        )
     if config.implementation == "deepspeed":
         from deepspeed.ops.adam import FusedAdam as DeepSpeedFusedAdam
 
@@ -51,17 +54,17 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
     except ImportError:
         raise DeviceError(
             "optimizer.implementation=apex: NVIDIA apex with its CUDA extensions is not installed; "
-            "build it from its source, or use torch"
+            "build it from source, or use torch"
         ) from None
     optimizer: torch.optim.Optimizer = FusedAdam(parameters, adam_w_mode=True, **settings)
     return optimizer
 
 
 def gate(optimizer: torch.optim.Optimizer, skip: Callable[[], Tensor]) -> None:
-    """Ask `skip`, fp32 (), before every update: 1.0 leaves masters, moments and their count as they are.
+    """Call `skip` before every update; 1.0 skips it: masters, moments and the update count stay unchanged.
 
-    torch's fused AdamW reads the flag where it lies. The kernels of apex and DeepSpeed know no such flag:
-    with them the host reads it, a wait for the device in each step.
+    torch's fused AdamW reads the flag, fp32 (), on the device. The kernels of apex and DeepSpeed have no such
+    flag: for them the host reads it, which waits for the device in each step.
     """
     update = optimizer.step
 

@@ -12,24 +12,26 @@ from dit_scale.train.run_folder import root_of
 
 
 def choose_precision(config: TrainConfig, world: World) -> tuple[TrainConfig, str]:
-    """The configuration with `engine.precision: auto` decided, the same on all ranks, and why, in one line.
+    """The configuration with `engine.precision: auto` resolved, and the reason in one line.
 
-    A run keeps the precision of its newest checkpoint; a new one takes what suits the device of rank 0.
+    A run keeps the precision of its newest checkpoint. A new run uses what suits the device of rank 0.
     """
-    asked = config.engine.precision
+    configured = config.engine.precision
     fast_bf16 = dist.multiplies_bf16(world.device)
-    if asked != "auto":
-        is_slow = asked == "bf16" and not fast_bf16
+    if configured != "auto":
+        is_slow = configured == "bf16" and not fast_bf16
         return config, f"precision bf16: {dist.SLOW_BF16}" if is_slow else ""
 
     def choose() -> tuple[str, str]:
         root = root_of(config)
         for checkpoint_id in attempts.committed(root):
-            with suppress(CheckpointError):  # named when it is filled in
-                return read_manifest(root, checkpoint_id).config["engine"]["precision"], "as the run began"
-        has = "multiplies bf16 in hardware" if fast_bf16 else "has no bf16 instructions"
-        return dist.choose_precision("auto", world.device), f"this {world.device.type.upper()} {has}"
+            with suppress(CheckpointError):  # reported when it is restored
+                return read_manifest(root, checkpoint_id).config["engine"][
+                    "precision"
+                ], "the precision of the newest checkpoint"
+        reason = "multiplies bf16 in hardware" if fast_bf16 else "has no bf16 instructions"
+        return dist.choose_precision("auto", world.device), f"this {world.device.type.upper()} {reason}"
 
-    chosen, why = world.broadcast(choose)
+    chosen, reason = world.broadcast(choose)
     engine = config.engine.model_copy(update={"precision": chosen})
-    return config.model_copy(update={"engine": engine}), f"precision auto: {chosen}, {why}"
+    return config.model_copy(update={"engine": engine}), f"precision auto: {chosen}, {reason}"

@@ -11,48 +11,48 @@ from dit_scale.train.averages import since_steps
 
 @dataclass
 class RunState:
-    """What survives a restart beside the tensors."""
+    """What survives a restart in addition to the tensors."""
 
     step: int = 0
-    """Steps taken, the skipped ones among them."""
+    """Steps taken, including skipped ones."""
     pending: tuple[tuple[float, ...], ...] = ()
-    """Rows of the steps since the last log point."""
+    """Meter rows of the steps since the last log point."""
     guard: dict[str, float] | None = None
     """None before the first step."""
     skipped: tuple[int, ...] = ()
-    """Steps, counted from 1, whose update was left out."""
+    """Steps, counted from 1, whose update was skipped."""
     excluded: Ranges = ()
-    """Ranges of positions that the run leaves out."""
+    """Ranges of positions that the run does not train on."""
     quarantined: dict[int, str] = field(default_factory=dict)
-    """Sample id => why it cannot be read."""
+    """Sample id => why the sample is replaced."""
     ema_since: dict[str, int] = field(default_factory=dict)
-    """Profile => step since which its average is tracked, as far as it is known."""
+    """EMA profile => step since which its average is tracked, where known."""
 
     @classmethod
     def of(cls, manifest: Manifest, excluded: Ranges) -> "RunState":
-        """As a checkpoint has it; `excluded` are the ranges left out since."""
+        """The state in a manifest; `excluded` are further ranges, excluded since."""
         return cls(
             manifest.step,
             manifest.pending_metrics,
             manifest.guard,
             manifest.skipped_steps,
-            merged((*manifest.excluded_positions, *excluded)),
+            merge_ranges((*manifest.excluded_positions, *excluded)),
             dict(manifest.quarantined),
         )
 
 
-def state_of(config: TrainConfig, found: Checkpoint | None, excluded: Ranges) -> RunState:
-    """The state of a run that resumes from this checkpoint, or begins."""
-    state = RunState.of(found.manifest, excluded) if found else RunState(excluded=excluded)
-    return replace(state, ema_since=since_steps(config.ema, found))
+def state_of(config: TrainConfig, checkpoint: Checkpoint | None, excluded: Ranges) -> RunState:
+    """The state of a run that resumes from this checkpoint (None: a new run)."""
+    state = RunState.of(checkpoint.manifest, excluded) if checkpoint else RunState(excluded=excluded)
+    return replace(state, ema_since=since_steps(config.ema, checkpoint))
 
 
-def merged(ranges: Ranges) -> Ranges:
-    """The same positions as sorted, disjoint, half-open ranges."""
-    out: list[tuple[int, int]] = []
-    for low, high in sorted(ranges):
-        if out and low <= out[-1][1]:
-            out[-1] = (out[-1][0], max(high, out[-1][1]))
+def merge_ranges(ranges: Ranges) -> Ranges:
+    """Return the same positions as sorted, disjoint, half-open ranges."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:
-            out.append((low, high))
-    return tuple(out)
+            merged.append((start, end))
+    return tuple(merged)

@@ -1,4 +1,4 @@
-"""One optimizer step, and the model, engine and averages that it moves: training's and the benchmarks'."""
+"""The trainer: model, engine, EMA and guard, and the optimizer step that updates all of them."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from dit_scale.checkpoint import reader
 from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER
 from dit_scale.config import TrainConfig
 from dit_scale.data.batch_plan import BatchPlan
-from dit_scale.data.loader import Batch
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.dist import World
 from dit_scale.models import dit
@@ -21,9 +21,9 @@ from dit_scale.train.optim import learning_rate
 
 
 class Trainer:
-    """A model under its engine, with its averages and its guard; `take` moves all of them by one step.
+    """A model under DeepSpeed with its EMA profiles and its guard; `take` advances all of them by one step.
 
-    Before that it needs `start`; or a checkpoint filled into `engine.owned`, and `resume`.
+    Call `start` first; or fill a checkpoint into `engine.owned` and call `resume`.
     """
 
     def __init__(self, config: TrainConfig, world: World, plan: BatchPlan, latent_scale: float) -> None:
@@ -40,7 +40,7 @@ class Trainer:
         self.guard = Guard(config.guard, world.device)
 
     def start(self) -> None:
-        """Stand before the first step: exact initial weights, no moments, averages equal to the weights."""
+        """Set the state before the first step: initial weights, zero moments, EMA equal to the weights."""
         model = dit.build(self._config.model, self._config.seed)
         initial = {name: p.detach().flatten() for name, p in model.named_parameters()}
         owned = self.engine.owned
@@ -54,19 +54,21 @@ class Trainer:
         self.engine.set_optimizer_step(0)
 
     def resume(self, guard: dict[str, float]) -> None:
-        """Go on from what was filled in, and from the state of the guard that was saved with it."""
+        """Continue from the state filled into `engine.owned` and the saved state of the guard."""
         self.engine.publish_masters()
         self.guard.restore(guard)
         self.engine.set_optimizer_step(int(guard["updates"]))
 
-    def take(self, batches: Iterator[Batch], step: int, watch: MicroBatchObserver | None = None) -> Tensor:
+    def take(
+        self, batches: Iterator[MicroBatch], step: int, observer: MicroBatchObserver | None = None
+    ) -> Tensor:
         """Take step `step` (counted from 0): `accumulate`, then `update`."""
-        return self.update(self.accumulate(batches, watch), step)
+        return self.update(self.accumulate(batches, observer), step)
 
-    def accumulate(self, batches: Iterator[Batch], watch: MicroBatchObserver | None = None) -> Tensor:
-        """Run the next micro-batches of this rank forward and backward; `watch` sees them.
+    def accumulate(self, batches: Iterator[MicroBatch], observer: MicroBatchObserver | None = None) -> Tensor:
+        """Run this rank's micro-batches of a step forward and backward; `observer` is called after each.
 
-        Returns the sums of the losses over the samples of this rank, fp32 (3,) on the device.
+        Returns the sums of the losses over this rank's samples, fp32 (3,) on the device.
         """
         config, plan, device = self._config, self._plan, self._world.device
         step_sums = torch.zeros(3, device=device)
@@ -76,24 +78,24 @@ class Trainer:
                 self.engine,
                 self._schedule,
                 batch,
-                config.seed,
-                self._latent_scale,
-                config.model.num_classes,
-                config.diffusion.label_dropout,
+                seed=config.seed,
+                latent_scale=self._latent_scale,
+                null_class=config.model.num_classes,
+                label_dropout=config.diffusion.label_dropout,
             )
-            if watch is not None:
-                watch(batch, by_sample)
+            if observer is not None:
+                observer(batch, by_sample)
             sums = by_sample.sums(batch.weight_B)
             self.engine.backward(sums[0] * plan.loss_scale, last=micro_step == plan.micro_steps - 1)
             step_sums += sums.detach()
         return step_sums
 
     def update(self, step_sums: Tensor, step: int) -> Tensor:
-        """Move weights and averages by what `accumulate` has gathered for step `step` (counted from 0).
+        """Update weights and EMA from the gradients accumulated for step `step` (counted from 0).
 
-        When the guard says so the weights stay; the averages take the step all the same. Returns the row
-        of `meters.COLUMNS`, fp32 (5,) on the device: global means of the losses, the global gradient norm
-        (infinite when it is not finite), and 1.0 when the update was skipped. The same on all ranks.
+        The guard may skip the update of the weights; the EMA is updated in any case. Returns the row of
+        `meters.COLUMNS`, fp32 (5,) on the device and equal on all ranks: global means of the losses, the
+        global gradient norm (inf when it is not finite), and 1.0 when the update was skipped.
         """
         means = self._world.sum(step_sums) / self._plan.global_batch
         rate = learning_rate(self._config.optimizer, step, self._config.steps)

@@ -23,7 +23,9 @@ class Import:
     name: str
     line: int
     lazy: bool
-    """Whether the import runs only inside a function, or only for the type checker."""
+    """Whether the import runs later than the module, or never: in a function or under TYPE_CHECKING."""
+    typing: bool = False
+    """Whether only the type checker sees the import."""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -56,23 +58,24 @@ def parse(path: Path) -> ast.Module:
 @cache
 def imports_of(path: Path) -> tuple[Import, ...]:
     """Return the imports of a file, in order."""
-    return tuple(_imports(parse(path), lazy=False))
+    return tuple(_imports(parse(path), lazy=False, typing=False))
 
 
-def _imports(node: ast.AST, lazy: bool) -> Iterator[Import]:
+def _imports(node: ast.AST, lazy: bool, typing: bool) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
-            yield from (Import(alias.name, child.lineno, lazy) for alias in child.names)
+            yield from (Import(alias.name, child.lineno, lazy, typing) for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
             assert child.level == 0, f"relative import of {child.module} in line {child.lineno}"
-            yield Import(str(child.module), child.lineno, lazy)
+            yield Import(str(child.module), child.lineno, lazy, typing)
             for alias in child.names:
                 name = f"{child.module}.{alias.name}"
                 if name in MODULES or name in TEST_MODULES or name in FOREIGN_SUBMODULES:
-                    yield Import(name, child.lineno, lazy)
+                    yield Import(name, child.lineno, lazy, typing)
         else:
             typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
-            yield from _imports(child, lazy or typing_only or isinstance(child, FUNCTIONS))
+            now_lazy = lazy or typing_only or isinstance(child, FUNCTIONS)
+            yield from _imports(child, now_lazy, typing or typing_only)
 
 
 def within(name: str, packages: tuple[str, ...]) -> bool:

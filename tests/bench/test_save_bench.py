@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks.save import share_of
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import ModelConfig
 from dit_scale.models.zoo import num_parameters, shape_of
 from tests.support.speed import scaled

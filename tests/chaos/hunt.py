@@ -154,14 +154,14 @@ class Hunt:
             time.sleep(plan.delay_s)
         _check_gone(blow.writers)
         return Kill(
-            plan.aim,
-            blow.victim,
-            blow.section,
-            tuple(blow.writers.values()),
-            resumed_step,
-            record.last_step(self._metrics),
-            round(plan.delay_s, 3),
-            round(time.monotonic() - begin_s, 3),
+            aim=plan.aim,
+            victim=blow.victim,
+            section=blow.section,
+            writers=tuple(blow.writers.values()),
+            resumed_step=resumed_step,
+            step=record.last_step(self._metrics),
+            delay_s=round(plan.delay_s, 3),
+            cycle_s=round(time.monotonic() - begin_s, 3),
         )
 
     def _wait_for_moment(self, plan: Plan, attempts: int, ranks: list[Any], answers: Any) -> int:

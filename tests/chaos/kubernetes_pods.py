@@ -5,7 +5,6 @@
 `make test` runs a short form, tests/cluster/test_kubernetes_pods.py; this file has no time limit.
 """
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from dit_scale.elastic.board import Reason
 from dit_scale.elastic.node.exits import Exit
+from dit_scale.journal import read_journal
 from dit_scale.storage import open_storage
 from tests.support.cluster.image import build_image
 from tests.support.cluster.pods import IndexedJob, Node, network, running
@@ -64,7 +64,7 @@ def launcher(job: IndexedJob, index: int) -> int:
 def evict_in_a_step(job: IndexedJob, progress: Progress, index: int) -> float:
     """Evict a pod at the start of a step; return how long it took to save that step and exit."""
     before = steps_taken(job, index)
-    job.until(lambda: steps_taken(job, index) > before, "the begin of a step")
+    job.until(lambda: steps_taken(job, index) > before, "the start of a step")
     taken = steps_taken(job, index)
     code, took_s = job.evict(index)
     assert code == Exit.REQUEUE
@@ -74,8 +74,8 @@ def evict_in_a_step(job: IndexedJob, progress: Progress, index: int) -> float:
 
 def last_commit(folder: Path) -> dict[str, Any]:
     """Return the event of the newest commit in the journal of a run."""
-    events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
-    return [event for event in events if event["event"] == "checkpoint"][-1]
+    journal = read_journal(folder / "events.jsonl")
+    return [event for event in journal if event["event"] == "checkpoint"][-1]
 
 
 def tell(took_s: float, commit: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ class Campaign:
             if problem:
                 shutil.copytree(disk, self.folder / f"problem-{number:04d}")
         (self.folder / f"trial-{number:04d}").rmdir()
-        trial = Trial(number, kind, shape, happened.what, happened.outcome, problem)
+        trial = Trial(number, kind, shape, what=happened.what, outcome=happened.outcome, problem=problem)
         self.trials.append(trial)
         return trial
 

@@ -18,9 +18,9 @@ Stack = tuple[str, ...]
 RANK_SECTIONS = (
     ("snapshot", "dit_scale/checkpoint/saver.py:take"),
     ("waiting for the last save", "dit_scale/checkpoint/saver.py:wait"),
-    ("beginning a save", "dit_scale/train/session.py:save"),
-    ("following a save", "dit_scale/train/session.py:follow_save"),
-    ("log", "dit_scale/train/session.py:log"),
+    ("starting a save", "dit_scale/train/saving.py:_start"),
+    ("following a save", "dit_scale/train/saving.py:follow"),
+    ("log", "dit_scale/train/attempt.py:log"),
     ("data wait", "dit_scale/data/loader.py:__next__"),
     ("forward", "dit_scale/train/objective.py:losses"),
     ("reduce", "dit_scale/train/engine.py:backward", "torch/distributed/distributed_c10d.py:"),
@@ -31,15 +31,15 @@ RANK_SECTIONS = (
     ("vote", "dit_scale/dist.py:start_vote"),
     ("vote", "dit_scale/dist.py:result"),
     ("vote", "dit_scale/checkpoint/saver.py:flags"),
-    ("restore", "dit_scale/train/run_folder.py:find_checkpoint"),
-    ("restore", "dit_scale/train/session.py:_go_on_from"),
+    ("restore", "dit_scale/train/restore.py:find_checkpoint"),
+    ("restore", "dit_scale/train/restore.py:restore"),
     ("start", "dit_scale/train/session.py:__init__"),
-    ("start", "dit_scale/train/session.py:begin"),
+    ("start", "dit_scale/train/attempt.py:__init__"),
     ("start", "dit_scale/dist.py:start"),
     ("start", "dit_scale/train/determinism.py:pin"),
-    ("leaving", "dit_scale/data/loader.py:close"),
-    ("leaving", "dit_scale/checkpoint/saver.py:close"),
-    ("leaving", "dit_scale/dist.py:stop"),
+    ("closing", "dit_scale/data/loader.py:close"),
+    ("closing", "dit_scale/checkpoint/saver.py:close"),
+    ("closing", "dit_scale/dist.py:stop"),
     ("between these", "dit_scale/train/loop.py:train"),
     ("start", "tests/support/ranks/processes.py:_rank"),
     ("start", "multiprocessing/forkserver.py:"),
@@ -94,7 +94,7 @@ def read_stacks(process_ids: Iterable[int]) -> dict[int, Stack]:
 def why_not() -> str:
     """Return why stacks cannot be read here; empty when they can."""
     if not PY_SPY.exists():
-        return f"no py-spy beside {sys.executable}: pip install py-spy"
+        return f"no py-spy next to {sys.executable}: pip install py-spy"
     tried = subprocess.run(_dump(os.getpid()), capture_output=True, text=True)
     if tried.returncode:
         return f"py-spy may not read another process (root may, and CAP_SYS_PTRACE): {tried.stderr}"

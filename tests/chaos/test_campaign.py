@@ -56,11 +56,11 @@ def check_that_a_bit_is_seen(folder: Path, result: StageResult) -> None:
     [
         (("distributed_c10d.py:all_reduce", "engine.py:backward", "loop.py:train"), "reduce"),
         (("graph.py:_engine_run_backward", "engine.py:backward", "loop.py:train"), "backward"),
-        (("distributed_c10d.py:all_reduce", "step.py:take", "loop.py:train"), "between these"),
+        (("distributed_c10d.py:all_reduce", "trainer.py:update", "loop.py:train"), "between these"),
         (("dist.py:result", "saver.py:wait", "loop.py:train"), "waiting for the last save"),
         (("dist.py:result", "loop.py:train"), "vote"),
-        (("saver.py:begin", "session.py:save", "session.py:save_and_wait"), "beginning a save"),
-        (("session.py:save_is_due", "loop.py:train"), "between these"),
+        (("saver.py:begin", "saving.py:_start", "saving.py:save_and_wait"), "starting a save"),
+        (("saving.py:is_due", "loop.py:train"), "between these"),
         ((), "unknown"),
     ],
 )

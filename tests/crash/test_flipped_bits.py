@@ -1,6 +1,6 @@
-"""One flipped bit in any file of a data set, or of a run: named by those who read it, or it changes nothing.
+"""A flipped bit in any file of a data set or run: readers name it, or it changes nothing.
 
-Every file that is there is tried, whatever it is called, so that a new kind of file needs no new test.
+Every existing file is tried, so a new kind of file needs no new test.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ import torch
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import EMA, CheckpointId
-from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.cli import main
 from dit_scale.config import EncodeConfig, TrainConfig, dump
 from dit_scale.data.shards import Quarantined, VaeIdentity
@@ -34,10 +35,7 @@ VAE = VaeIdentity(name="x", weights_sha256="1", scale=1.00287, downsample=8, lat
 
 
 def flips(path: Path, num: int = 25, last: int = 80) -> Iterator[tuple[int, int]]:
-    """Bits of a file, each flipped while it is the current one: so many, and one in each of the last bytes.
-
-    There are the digests.
-    """
+    """Flip `num` bits of a file, and one in each of the `last` bytes with the digests, one bit at a time."""
     whole, draws = path.read_bytes(), np.random.default_rng(len(path.name))
     for at in (*draws.integers(0, len(whole), num).tolist(), *range(max(0, len(whole) - last), len(whole))):
         bit = int(draws.integers(8))
@@ -63,7 +61,7 @@ LISTING = Listing(
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """All that an encoding job leaves, by its own pieces."""
+    """All files of an encoding job, written by its own code."""
     storage, config = open_storage(tmp_path), EncodeConfig(source="images", image_size=32, shard_samples=2)
     claimed = output.identity(config, LISTING, VAE) | dict.fromkeys(output.ENCODING_KEYS, "x")
     save_listing(storage, LISTING)
@@ -74,7 +72,8 @@ def data(tmp_path: Path) -> Path:
     shards = [build_shard("00000", rows[:2], [], 4), build_shard("00001", rows[2:], [torn], 4)]
     for shard in shards:
         shard.write(storage)
-    output.commit(storage, config, LISTING, VAE, claimed, [shard.record for shard in shards])
+    records = [shard.record for shard in shards]
+    output.commit(storage, config, LISTING, vae=VAE, stored=claimed, records=records)
     return tmp_path
 
 
@@ -96,7 +95,7 @@ def test_a_flipped_bit_of_any_file_of_a_data_set_is_named(data: Path) -> None:
     assert problems(data) == []
 
 
-def test_the_job_that_goes_on_names_it_too(data: Path) -> None:
+def test_a_resumed_encoding_job_names_it(data: Path) -> None:
     storage = open_storage(data)
 
     def start_again() -> None:
@@ -156,7 +155,7 @@ def test_a_flipped_bit_of_any_file_of_a_run_is_named_or_changes_nothing(
     root = open_storage(run.run)
 
     def resume() -> tuple[CheckpointId, dict[str, bytes], list[str]]:
-        """The checkpoint that the run would go on from, all its values, and what is said."""
+        """Return the checkpoint that the run would resume from, all its values, and the notes."""
         notes: list[str] = []
         values: dict[str, bytes] = {}
 
@@ -182,7 +181,7 @@ def test_a_flipped_bit_of_any_file_of_a_run_is_named_or_changes_nothing(
             else:
                 assert found == OLDER
                 assert key.startswith(NEWEST.path())
-                assert f"passing over checkpoint {NEWEST.path()}: " in notes[0]
+                assert f"skipping checkpoint {NEWEST.path()}: " in notes[0]
             if key != "config.yaml":
                 assert main(["checkpoint", "verify", run.run]) == 1, (key, place)
                 assert path.name in capsys.readouterr().out

@@ -8,7 +8,8 @@ import torch
 
 from dit_scale import dist
 from dit_scale.checkpoint.manifest import CheckpointId
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EngineConfig, TrainConfig
 from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.storage import open_storage
@@ -58,7 +59,7 @@ def test_all_ranks_skip_what_one_cannot_read(folders: tuple[Path, ...]) -> None:
     os.truncate(folders[1] / NEWEST.path() / "rank-00000.safetensors", 100)
     for found, notes in run(WORLD, found_in, folders):
         assert found == OLDER
-        assert [note.startswith(f"passing over checkpoint {NEWEST.path()}: ") for note in notes] == [True]
+        assert [note.startswith(f"skipping checkpoint {NEWEST.path()}: ") for note in notes] == [True]
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
@@ -66,9 +67,7 @@ def test_different_checkpoints_under_one_name_are_an_error(folders: tuple[Path, 
     open_storage(folders[rank]).delete(f"{NEWEST.path()}/MANIFEST.json")
     write(folders[rank], NEWEST, skipped_steps=(7,))
     for message, notes in run(WORLD, found_in, folders):
-        assert (
-            f"{NEWEST.path()}: its manifest is whole on all ranks, and not the same on all of them" in message
-        )
+        assert f"{NEWEST.path()}: the ranks read different manifests under this name" in message
         assert notes == []
 
 
@@ -90,4 +89,4 @@ def test_different_data_sets_under_one_path_are_an_error(
     monkeypatch.chdir(tmp_path)
     assert run(WORLD, sees, ("1" * 64, "1" * 64)) == [""] * WORLD
     for said in run(WORLD, sees, ("1" * 64, "2" * 64)):
-        assert said.startswith("data.url=data/imagenet256 is not the same latent data set for all ranks")
+        assert said.startswith("data.url=data/imagenet256 is not the same latent data set on all ranks")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dit_scale.config import TrainConfig
-from dit_scale.data.loader import Batch
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.order import sample_ids
 from dit_scale.data.shards import LatentDataset
 from dit_scale.train import loop
@@ -42,8 +42,8 @@ def train_and_report(config: TrainConfig) -> list[Given]:
         last = inputs
         return call(self, *inputs)
 
-    def accumulate_and_tell(self: Trainer, batches: Iterator[Batch]) -> torch.Tensor:
-        def tell(batch: Batch, _: SampleLosses) -> None:
+    def accumulate_and_tell(self: Trainer, batches: Iterator[MicroBatch]) -> torch.Tensor:
+        def tell(batch: MicroBatch, _: SampleLosses) -> None:
             x_BCHW, t_B, y_B = last
             for i in batch.weight_B.nonzero().flatten():
                 given.append((int(batch.position_B[i]), int(t_B[i]), int(y_B[i]), x_BCHW[i].numpy()))

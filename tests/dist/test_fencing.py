@@ -127,5 +127,5 @@ def test_the_last_save_is_not_retried_under_a_used_name(data: Path, tmp_path: Pa
     assert (older / MANIFEST).read_bytes() == (last / MANIFEST).read_bytes()
     assert run(1, jobs.train, config) == [0]
     (note,) = events(config, "start")[-1]["notes"]
-    assert note.startswith(f"passing over checkpoint {CheckpointId(12, 1).path()}: {last} holds step 9 of ")
+    assert note.startswith(f"skipping checkpoint {CheckpointId(12, 1).path()}: {last} holds step 9 of ")
     assert committed(root_of(config))[0] == CheckpointId(12, 2)

@@ -44,13 +44,13 @@ def test_failed_steps_leave_nothing(
     # as text, because NaN is not equal to itself
     assert len({repr((outcome.rows, outcome.guard)) for outcome in outcomes}) == 1
     assert len({outcome.weights for outcome in outcomes}) == 1
-    first, nan, infinite, spike, behind = (dict(zip(COLUMNS, row, strict=True)) for row in outcomes[0].rows)
-    assert [row["skipped"] for row in (first, nan, infinite, spike, behind)] == [0, 1, 1, 1, 0]
+    first, nan, infinite, spike, after = (dict(zip(COLUMNS, row, strict=True)) for row in outcomes[0].rows)
+    assert [row["skipped"] for row in (first, nan, infinite, spike, after)] == [0, 1, 1, 1, 0]
     assert isnan(nan["loss"])
     assert nan["grad_norm"] == infinite["grad_norm"] == inf
-    assert infinite["loss"] == behind["loss"]
+    assert infinite["loss"] == after["loss"]
     assert 20 * first["loss"] < spike["loss"] < inf
     assert 20 * first["grad_norm"] < spike["grad_norm"] < inf
-    last = {"loss": behind["loss"], "grad_norm": behind["grad_norm"], "updates": 2, "failed_in_a_row": 0}
+    last = {"loss": after["loss"], "grad_norm": after["grad_norm"], "updates": 2, "failed_in_a_row": 0}
     assert outcomes[0].guard == last
     assert (outcomes[0].groups > 1) == (sub_group_elements < 10**9)

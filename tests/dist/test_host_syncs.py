@@ -18,17 +18,18 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EmaProfile, GuardConfig, ModelConfig, TrainConfig
-from dit_scale.data.loader import Batch
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.telemetry.meters import COLUMNS, Meters
 from dit_scale.train import loop
+from dit_scale.train.attempt import Attempt
 from dit_scale.train.ema import Ema
 from dit_scale.train.guard import Guard
 from dit_scale.train.objective import losses
-from dit_scale.train.session import Session
 from tests.support.latents import write_latents
 from tests.support.ranks.processes import run
 
@@ -74,16 +75,16 @@ class Watch:
         self.autocast: Counter[Place] = Counter()
         self.operators: Counter[str] = Counter()
 
-    def keeps_failing(self, original: Any, run: Session) -> bool:
-        """Replace `Session.keeps_failing`, which starts a log point: reads are allowed from here."""
+    def keeps_failing(self, original: Any, attempt: Attempt) -> bool:
+        """Replace `Attempt.keeps_failing`, which starts a log point: reads are allowed from here."""
         self.on = False
-        failing: bool = original(run)
+        failing: bool = original(attempt)
         return failing
 
-    def log(self, original: Any, run: Session) -> None:
-        """Replace `Session.log`, which finishes a log point."""
-        original(run)
-        self.on = run.state.step == LOG_EVERY
+    def log(self, original: Any, attempt: Attempt) -> None:
+        """Replace `Attempt.log`, which finishes a log point."""
+        original(attempt)
+        self.on = attempt.state.step == LOG_EVERY
 
 
 class Operators(TorchDispatchMode):
@@ -135,10 +136,10 @@ def place() -> Place:
 def watch_training(config: TrainConfig) -> Watch:
     """Train in this process and return the reads."""
     watch = Watch()
-    log, keeps_failing = Session.log, Session.keeps_failing
+    log, keeps_failing = Attempt.log, Attempt.keeps_failing
     with (
-        patch.object(Session, "log", lambda run: watch.log(log, run)),
-        patch.object(Session, "keeps_failing", lambda run: watch.keeps_failing(keeps_failing, run)),
+        patch.object(Attempt, "log", lambda attempt: watch.log(log, attempt)),
+        patch.object(Attempt, "keeps_failing", lambda attempt: watch.keeps_failing(keeps_failing, attempt)),
         Operators(watch),
         Calls(watch),
     ):
@@ -176,8 +177,8 @@ def test_host_reads_of_a_training_run(tmp_path: Path, stage: int, precision: str
     assert watch.operators[EMA_PASS] == LOG_EVERY * len(PROFILES)
 
 
-def meta_batch(num: int, side: int) -> Batch:
-    return Batch(
+def meta_batch(num: int, side: int) -> MicroBatch:
+    return MicroBatch(
         torch.empty(num, 8, side, side, dtype=torch.float16, device=META),
         torch.empty(num, dtype=torch.int64, device=META),
         torch.empty(num, dtype=torch.int64, device=META),
@@ -196,7 +197,9 @@ def test_the_objective_reads_nothing_back(dtype: torch.dtype) -> None:
     model = dit.build(ModelConfig(name="DiT-Ti/2", image_size=32), 0, META, initialise=False).to(dtype)
     schedule = schedules.linear(1000).to(META)
     batch = meta_batch(4, side=4)
-    sums = losses(model, schedule, batch, 0, 0.18215, 1000, 0.1).sums(batch.weight_B)
+    sums = losses(
+        model, schedule, batch, seed=0, latent_scale=0.18215, null_class=1000, label_dropout=0.1
+    ).sums(batch.weight_B)
     sums[0].backward()
     assert sums.device == META
     assert all(parameter.grad is not None for parameter in model.parameters())

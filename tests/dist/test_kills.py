@@ -76,7 +76,7 @@ def test_killed_and_resumed_gives_the_same_bits(
     assert run(WORLD, jobs.train, straight) == [0] * WORLD
     config = config_of(tmp_path / "killed", data, stage, steps)
     for number, (point, nth, victim) in enumerate(kills):
-        kill_at(WORLD, config, tmp_path / f"hold{number}", point, nth, victim)
+        kill_at(WORLD, config, tmp_path / f"hold{number}", point=point, nth=nth, victim=victim)
     assert run(WORLD, jobs.train, config) == [0] * WORLD
     assert final_files(config) == final_files(straight)
     assert jobs.losses(config) == jobs.losses(straight)

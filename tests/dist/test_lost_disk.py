@@ -65,10 +65,10 @@ def test_the_disk_is_full_at_the_start(data: Path, straight: TrainConfig, tmp_pa
     config = config_of(disk / "run", data)
     filler = fill(disk)
     with held_run(config, tmp_path / "held") as process:
-        process.wait_until(lambda: "waits for room" in process.log.read_text())
+        process.wait_until(lambda: "waiting for free space" in process.log.read_text())
         filler.unlink()
         assert process.end() == 0, process.log.read_text()
-    assert "ALARM: the run cannot begin, and waits for room: cannot write" in process.log.read_text()
+    assert "ALARM: the run cannot start, waiting for free space: cannot write" in process.log.read_text()
     assert jobs.losses(config) == jobs.losses(straight)
 
 
@@ -79,7 +79,7 @@ def test_the_disk_stays_full_at_the_start(data: Path, tmp_path: Path, disk: Path
     log = process.log.read_text()
     assert "Traceback" not in log
     assert "No space left on device; free some space" in log
-    assert "waited for room for 1 s" in log
+    assert "waited 1 s for free space" in log
 
 
 def test_a_run_without_a_record_fails(data: Path, tmp_path: Path, disk: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_run_without_a_record_fails(data: Path, tmp_path: Path, disk: Path) ->
         assert process.end() == 2
     log = process.log.read_text()
     assert "Traceback" not in log
-    assert f"all {STEPS} steps are taken and saved, but {disk}/run/records/0001.jsonl lacks" in log
+    assert f"all {STEPS} steps are taken and saved, but {disk}/run/records/0001.jsonl is missing" in log
     assert "done:" not in log
 
 

@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_skipped(data: Path, tmp_path: Path) -> None:
     assert run(WORLD, jobs.train, config) == [0, 0]
     assert final_files(config) == whole
     (note,) = events(config, "start")[-1]["notes"]
-    assert f"passing over checkpoint checkpoints/{newest.name}" in note
+    assert f"skipping checkpoint checkpoints/{newest.name}" in note
     assert "rank-00001.safetensors" in note
 
 
@@ -127,7 +127,7 @@ def test_averages_can_be_added_and_removed(data: Path, tmp_path: Path) -> None:
     assert run(WORLD, jobs.train, straight) == [0, 0]
     assert events(config, "start")[-1]["notes"] == [
         "ema.new: not in the checkpoint, starts from its weights",
-        "ema.power: in the checkpoint and no longer configured, dropped",
+        "ema.power: in the checkpoint but no longer configured, dropped",
         "steps: 4 -> 5",
     ]
     before, after, whole = (

@@ -80,7 +80,7 @@ def test_scattered_bad_samples(tmp_path: Path) -> None:
     assert [(line["step"], line["skipped"]) for line in lines] == [(4, 1), (8, 1), (12, 0)]
 
     config = config_of(tmp_path / "killed", data, log_every_steps=4, rollback_after=2)
-    kill_at(WORLD, config, tmp_path / "hold", "before forward", 8, 1)
+    kill_at(WORLD, config, tmp_path / "hold", point="before forward", nth=8, victim=1)
     assert run(WORLD, jobs.train, config) == [0, 0]
     assert resumed_from(config)[1] is not None
     assert_same_end(config, straight)
@@ -129,7 +129,7 @@ def test_killed_right_after_a_rollback(
     failing: Path, rolled_back: tuple[TrainConfig, Fed], tmp_path: Path
 ) -> None:
     config = failing_config(tmp_path / "run", failing)
-    kill_at(WORLD, config, tmp_path / "hold", "after the claim", 2, 0)
+    kill_at(WORLD, config, tmp_path / "hold", point="after the claim", nth=2, victim=0)
     assert run(WORLD, jobs.train, config) == [0, 0]
     assert resumed_from(config) == [None, *[CheckpointId(3, 1)] * 2]
     assert len(events(config, "rollback")) == 1
@@ -192,7 +192,7 @@ def test_a_run_gives_up_if_rollbacks_do_not_help(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", data, rollback_after=2, max_rollbacks=2)
     with pytest.raises(AssertionError, match=StabilityError.__name__) as failure:
         run(WORLD, jobs.train, config)
-    assert "2 steps in a row failed, from step 1 on, after 2 rollbacks; lower optimizer.lr" in str(
+    assert "2 steps in a row failed, starting at step 1, after 2 rollbacks; lower optimizer.lr" in str(
         failure.value
     )
     assert [event["excluded_positions"] for event in events(config, "rollback")] == [[[0, 14]], [[0, 28]]]
@@ -224,7 +224,7 @@ def test_a_damaged_sample_is_replaced(tmp_path: Path) -> None:
     for row, other in zip(jobs.losses(two), jobs.losses(one), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
-    kill_at(WORLD, killed, tmp_path / "hold", "before forward", 9, 0)
+    kill_at(WORLD, killed, tmp_path / "hold", point="before forward", nth=9, victim=0)
     assert run(WORLD, jobs.train, killed) == [0, 0]
     assert resumed_from(killed)[1] is not None
     assert_same_end(killed, two)
@@ -233,4 +233,4 @@ def test_a_damaged_sample_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=DataError.__name__) as failure:
         run(1, jobs.train, stopping)
     assert f"sample {bad}: expected CRC-32C" in str(failure.value)
-    assert "set data.damaged=quarantine to go on without the sample" in str(failure.value)
+    assert "set data.damaged=quarantine to replace the sample" in str(failure.value)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from dit_scale.checkpoint.attempts import committed
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EmaProfile, TrainConfig
-from dit_scale.train import loop, session
+from dit_scale.train import loop
 from dit_scale.train.ema import Ema, ema_kind
 from dit_scale.train.run_folder import root_of
 from dit_scale.train.trainer import Trainer
@@ -33,29 +34,29 @@ def train_and_keep_masters(config: TrainConfig) -> list[Weights]:
     """Train as one rank; return its masters at the start and after every step."""
     kept: list[Weights] = []
 
-    def keep(step: Trainer) -> None:
+    def keep(trainer: Trainer) -> None:
         kept.append(
             [
                 (e.parameter, e.start, part.buffers[MASTER].detach().numpy()[e.offset :][: e.length].copy())
-                for part in step.engine.owned
+                for part in trainer.engine.owned
                 for e in part.slices
             ]
         )
 
-    update, begin = Trainer.update, session.Session.begin
+    update, start = Trainer.update, Trainer.start
 
-    def begin_and_keep(run: session.Session) -> None:
-        begin(run)
-        keep(run.trainer)
+    def start_and_keep(trainer: Trainer) -> None:
+        start(trainer)
+        keep(trainer)
 
-    def update_and_keep(step: Trainer, sums: Tensor, number: int) -> Tensor:
-        row = update(step, sums, number)
-        keep(step)
+    def update_and_keep(trainer: Trainer, sums: Tensor, step: int) -> Tensor:
+        row = update(trainer, sums, step)
+        keep(trainer)
         return row
 
     with (
         patch.object(Trainer, "update", update_and_keep),
-        patch.object(session.Session, "begin", begin_and_keep),
+        patch.object(Trainer, "start", start_and_keep),
     ):
         assert loop.train(config) == 0
     return kept

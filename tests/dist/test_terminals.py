@@ -16,6 +16,7 @@ from dit_scale import signals
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.config import TrainConfig, dump
+from dit_scale.journal import read_journal
 from dit_scale.train.run_folder import root_of
 from tests.support.latents import write_latents
 from tests.support.ranks import jobs
@@ -41,9 +42,7 @@ def command(config: TrainConfig, *more: str) -> list[str]:
 
 
 def events(config: TrainConfig) -> list[dict[str, Any]]:
-    path = Path(config.run) / "events.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_journal(Path(config.run) / "events.jsonl")
 
 
 def wait_for_step(config: TrainConfig, step: int, look: Callable[[], object] = lambda: None) -> None:

@@ -113,7 +113,7 @@ def test_nodes_with_different_data_sets_are_refused_but_copies_under_other_names
             a = nodes.start("a", "--nodes", "2")
             b = nodes.start("b", "--nodes", "2", config=config.model_copy(update={"data": data}))
             assert (a.exit_code(), b.exit_code()) == (code, code)
-            assert a.says("is not the same latent data set for all ranks")
+            assert a.says("is not the same latent data set on all ranks")
 
 
 def test_a_node_that_stays_alone_reports_what_it_waited_for(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Training on CUDA: it learns, to the same bits each time, and the host never waits between log points.
+"""Training on CUDA: it learns, gives the same bits each time, and never waits between log points.
 
-Every run has fresh processes of its own, because DeepSpeed starts once in each. The larger models want
-24 GB of GPU memory; two of the tests want two devices.
+Every run has fresh processes, because DeepSpeed can start once per process only. The large models need 24 GB
+of GPU memory; two of the tests need two devices.
 """
 
 import math
@@ -29,11 +29,12 @@ from dit_scale.errors import DeviceError
 from dit_scale.models import attention, dit
 from dit_scale.rng import Purpose
 from dit_scale.train import loop
+from dit_scale.train.attempt import Attempt
 from dit_scale.train.ema import Ema, ema_kind
 from dit_scale.train.engine import Engine
 from dit_scale.train.guard import Guard
 from dit_scale.train.run_folder import root_of
-from dit_scale.train.session import Session
+from dit_scale.train.saving import Saves
 from tests.support.latents import write_latents
 from tests.support.ranks import guard_jobs, jobs, processes
 
@@ -56,7 +57,7 @@ two_devices = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True, scope="module")
 def _fresh_processes() -> Iterator[None]:
-    """The other tests fork ranks from a server that has settled on the CPU, and may leave word of it."""
+    """Spawn ranks: the server that other tests fork from uses the CPU and sets the environment for it."""
     spawn = multiprocessing.get_context("spawn")
     with patch.object(processes, "_context", spawn), patch.dict(os.environ):
         os.environ.pop("DS_ACCELERATOR", None)
@@ -74,7 +75,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """For a run; gone after the test, checkpoints are large."""
+    """A run folder, removed after the test because checkpoints are large."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
@@ -108,16 +109,16 @@ def test_the_large_model_learns(folder: Path, data: dict[int, Path], size: int, 
     assert processes.run(1, train_without_saving, config) == [0]
     rows = jobs.losses(config)
     losses = [row["loss"] for row in rows]
-    print(f"{LARGE} at {size} px: loss {losses[0]:.4f} at first, {losses[-1]:.4f} after {len(losses)} steps")
+    print(f"{LARGE} at {size} px: loss {losses[0]:.4f} at step 1, {losses[-1]:.4f} after {len(losses)} steps")
     assert all(math.isfinite(value) for row in rows for value in row.values())
-    # At initialisation the output is 0: the noise is missed by 1, the bound is about 0.016.
+    # The initial output is 0, so the squared error of the noise is 1; the bound is about 0.016.
     assert 0.95 < losses[0] < 1.1
     assert sum(losses[-5:]) / 5 < 0.95 * losses[0]
 
 
 def train_without_saving(config: TrainConfig) -> int:
-    """The state of the large model is 11 GB; saving is tested with the small one."""
-    with patch.object(Session, "save"), patch.object(Session, "save_and_wait"):
+    """Train without saves: the state of the large model is 11 GB, and the small one tests saving."""
+    with patch.object(Saves, "save"), patch.object(Saves, "save_and_wait"):
         return loop.train(config)
 
 
@@ -179,7 +180,7 @@ def newest(config: TrainConfig) -> Checkpoint:
 
 
 def final_files(config: TrainConfig) -> tuple[FileRecord, ...]:
-    """With the checksums of all that the last checkpoint holds: masters, moments, averages."""
+    """The files of the last checkpoint, with the checksums of masters, moments and averages."""
     checkpoint = newest(config)
     assert checkpoint.manifest.step == config.steps
     return checkpoint.manifest.files
@@ -188,7 +189,7 @@ def final_files(config: TrainConfig) -> tuple[FileRecord, ...]:
 # State
 
 
-def test_saved_masters_and_averages_are_those_of_the_formula(folder: Path, data: dict[int, Path]) -> None:
+def test_saved_averages_follow_the_formula(folder: Path, data: dict[int, Path]) -> None:
     config = config_of(folder, data[256])
     average = {
         name: weight.double() for name, weight in dit.build(config.model, config.seed).named_parameters()
@@ -203,7 +204,7 @@ def test_saved_masters_and_averages_are_those_of_the_formula(folder: Path, data:
             torch.testing.assert_close(saved[weight].double(), average[weight], rtol=1e-5, atol=1e-6)
 
 
-def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(folder: Path, data: dict[int, Path]) -> None:
+def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(folder: Path, data: dict[int, Path]) -> None:
     straight = config_of(folder / "straight", data[256], "DiT-Ti/8", precision="fp32")
     moved = straight.model_copy(update={"run": str(folder / "moved")})
     assert processes.run(1, jobs.train, straight) == [0]
@@ -213,14 +214,14 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(folder: Path, data: dict[int, Pa
     assert largest_difference(moved, straight) < ROUNDING
 
 
-def test_draws_are_those_of_the_cpu() -> None:
+def test_draws_equal_those_of_the_cpu() -> None:
     position_N = torch.arange(10**6, 10**6 + 64)
     words = partial(rng.words, 7, Purpose.TIMESTEP, num_words=9)
     assert torch.equal(words(position_N.to(DEVICE)).cpu(), words(position_N))
     normals = partial(rng.normals, 7, Purpose.NOISE, shape=(4, 32, 32))
     here, there = normals(position_N), normals(position_N.to(DEVICE)).cpu()
     ulps = (here.view(torch.int32) - there.view(torch.int32)).abs().max().item()
-    print(f"normals: at most {ulps} unit(s) in the last place apart")
+    print(f"normals differ by at most {ulps} ulp")
     assert ulps <= 1
 
 
@@ -228,7 +229,7 @@ def test_draws_are_those_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_failed_steps_leave_nothing(folder: Path, data: dict[int, Path], stage: int) -> None:
+def test_failed_steps_have_no_effect(folder: Path, data: dict[int, Path], stage: int) -> None:
     config = config_of(folder, data[256], zero_stage=stage)
     config = config.model_copy(update={"guard": GuardConfig(spike_factor=20.0, horizon_steps=1)})
     (outcome,) = processes.run(1, guard_jobs.pass_over_failures, config)
@@ -238,11 +239,11 @@ def test_failed_steps_leave_nothing(folder: Path, data: dict[int, Path], stage: 
 # Attention
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch says in warnings why it lacks a kernel
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch warns about the reason when it lacks a kernel
 @pytest.mark.parametrize("tokens", [256, 1024])
 @pytest.mark.parametrize("name", [name for name in attention.BACKENDS if name != "sdpa_math"])
 def test_attention_agrees_with_the_plain_kernel(name: str, tokens: int) -> None:
-    """Output and gradients in bf16 against sdpa_math in fp32: off by less than 2^-7 of the norm."""
+    """Compare output and gradients in bf16 with sdpa_math in fp32: within 2^-7 of the norm."""
     exact = attend("sdpa_math", tokens, torch.float32)
     try:
         got = attend(name, tokens, torch.bfloat16)
@@ -252,14 +253,14 @@ def test_attention_agrees_with_the_plain_kernel(name: str, tokens: int) -> None:
         if "No available kernel" not in str(error):
             raise
         pytest.skip(f"{name}: torch has no such kernel for {torch.cuda.get_device_name()}")
-    for what, wanted in exact.items():
-        off = ((got[what].float() - wanted).norm() / wanted.norm()).item()
+    for what, expected in exact.items():
+        off = ((got[what].float() - expected).norm() / expected.norm()).item()
         print(f"{name}, {tokens} tokens, {what}: off by {off:.2e} of its norm")
         assert off < 2**-7
 
 
 def attend(name: str, tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Output and gradients of one backend, for two images and the heads of DiT-XL/2."""
+    """Return output and gradients of one backend, for two images and the heads of DiT-XL/2."""
     generator = torch.Generator().manual_seed(tokens)
     shape = (2, 16, tokens, 72)
     numbers = [torch.randn(shape, generator=generator).bfloat16() for _ in range(4)]
@@ -280,28 +281,28 @@ def test_the_host_does_not_wait_between_log_points(folder: Path, data: dict[int,
 
 
 def train_without_waiting(config: TrainConfig) -> int:
-    """Waiting is an error in all that is ours, from the first log point to the second.
+    """Make waiting an error in all of our code, from the first log point to the second.
 
-    What DeepSpeed does in its backward pass and its step is let be, but for the guard, which is asked in
-    there: tests/dist/test_host_syncs.py says where DeepSpeed waits.
+    DeepSpeed may wait in its backward pass and its step (tests/dist/test_host_syncs.py lists where), but the
+    guard, which it calls there, may not.
     """
     first = config.log.every_steps
-    log, keeps_failing = Session.log, Session.keeps_failing
+    log, keeps_failing = Attempt.log, Attempt.keeps_failing
 
-    def log_point_begins(run: Session) -> bool:
+    def start_log_point(attempt: Attempt) -> bool:
         torch.cuda.set_sync_debug_mode("default")
-        return keeps_failing(run)
+        return keeps_failing(attempt)
 
-    def log_point_ends(run: Session) -> None:
-        log(run)
-        if run.state.step == first:
+    def finish_log_point(attempt: Attempt) -> None:
+        log(attempt)
+        if attempt.state.step == first:
             torch.cuda.set_sync_debug_mode("error")
             with pytest.raises(RuntimeError, match="synchronizing"):
                 torch.ones((), device=DEVICE).item()
 
     with (
-        patch.object(Session, "keeps_failing", log_point_begins),
-        patch.object(Session, "log", log_point_ends),
+        patch.object(Attempt, "keeps_failing", start_log_point),
+        patch.object(Attempt, "log", finish_log_point),
         patch.object(Engine, "backward", in_mode("default", Engine.backward)),
         patch.object(Engine, "step", in_mode("default", Engine.step)),
         patch.object(Guard, "judge", in_mode("error", Guard.judge)),
@@ -310,7 +311,7 @@ def train_without_waiting(config: TrainConfig) -> int:
 
 
 def in_mode(mode: str, method: Any) -> Any:
-    """The same method, allowed to wait or not."""
+    """Wrap a method to run in this sync debug mode."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         before = torch.cuda.get_sync_debug_mode()
@@ -345,9 +346,9 @@ def test_two_devices_give_the_same_bits_each_time(folder: Path, data: dict[int, 
     assert final_files(configs[0]) == final_files(configs[1])
 
 
-def largest_difference(got: TrainConfig, wanted: TrainConfig) -> float:
-    """Of the losses, relative."""
-    rows = zip(jobs.losses(got), jobs.losses(wanted), strict=True)
+def largest_difference(got: TrainConfig, expected: TrainConfig) -> float:
+    """Return the largest relative difference of the losses."""
+    rows = zip(jobs.losses(got), jobs.losses(expected), strict=True)
     worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in rows)
     print(f"largest relative difference of the loss {worst:.1e}")
     return worst

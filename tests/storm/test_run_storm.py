@@ -136,7 +136,7 @@ def samples_of(config: DataConfig, world: int) -> list[Sample]:
         loaders = []
         for rank in range(world):
             dataset = LatentDataset.open(config.url, config.cache_dir, config.cache_bytes)
-            loaders.append(Loader(dataset, config, plan, rank, SEED, first_step=0))
+            loaders.append(Loader(dataset, config, plan, rank=rank, seed=SEED, first_step=0))
             stack.callback(loaders[-1].close)
         with ThreadPoolExecutor(world) as pool:
             found = sorted(sample for part in pool.map(take, loaders) for sample in part)

@@ -8,8 +8,9 @@ import numpy as np
 
 from dit_scale.checkpoint import rankfile
 from dit_scale.checkpoint.manifest import CHECKPOINTS, CheckpointId, Manifest
-from dit_scale.checkpoint.partition import ParameterSlice, Partition
+from dit_scale.checkpoint.partition import Partition
 from dit_scale.checkpoint.rankfile import Bytes
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.config import TrainConfig
 from dit_scale.storage import Storage
@@ -55,7 +56,7 @@ def write_rank(
 
 
 def flat(owned: Iterable[Partition]) -> tuple[Bytes, list[tuple[str, ParameterSlice]]]:
-    """Everything that a rank owns in one flat memory, and the layout of that memory."""
+    """Return everything that a rank owns as one flat array, and the layout of the array."""
     values, slices, first = [np.empty(0, np.float32)], list[tuple[str, ParameterSlice]](), 0
     for partition in owned:
         for kind, buffer in partition.buffers.items():

@@ -15,8 +15,8 @@ from unittest.mock import patch
 
 from dit_scale import cli
 from dit_scale.storage import open_storage
-from dit_scale_pipeline.flow import MAX_LOSSES
 from dit_scale_pipeline.metrics import METRICS_KEY
+from dit_scale_pipeline.tasks import MAX_LOSSES
 from tests.support.encoding import clean_environment, job_command, objects, write_images
 from tests.support.faults.ceph import CephServer
 from tests.support.faults.proxy import FaultProxy
@@ -36,7 +36,7 @@ max_quarantined: 0.2
 cpus_per_encoder: 0.5
 """
 CPUS = 2.0
-"""Of each node, as Ray counts; they may be fewer."""
+"""CPUs of each node as Ray counts them; the machine may have fewer."""
 MANY = ("encoders=3", "decoders=3")
 FEW = ("encoders=1", "decoders=1")
 RUN_S = scaled(600.0)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dit_scale import vae_files
 from dit_scale.checkpoint.manifest import CheckpointId
-from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import OPTIMIZER_KINDS, Partition
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import TrainConfig, dump
 from dit_scale.models import dit
 from dit_scale.storage import open_storage

@@ -1,4 +1,4 @@
-"""What averages are made of: late ones are named, another width is refused, neither is mixed with others."""
+"""EMA profiles across restarts: late ones are reported, another width is refused, and neither is mixed."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dit_scale import cli
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, CheckpointId
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EmaProfile, TrainConfig, dump
 from dit_scale.errors import ConfigError
 from dit_scale.inference.sources import open_source
@@ -31,7 +32,9 @@ PROFILES = st.builds(lambda width: EmaProfile(name="x", sigma_rel=width), st.flo
 
 
 @given(PROFILES, st.integers(1, 50), st.integers(0, 50))
-def test_the_foreign_share_is_what_all_decays_leave(profile: EmaProfile, since_step: int, more: int) -> None:
+def test_the_foreign_share_is_the_product_of_all_decays(
+    profile: EmaProfile, since_step: int, more: int
+) -> None:
     left = 1.0
     for step in range(since_step + 1, since_step + more + 1):
         left *= decay_at(profile, step)
@@ -40,22 +43,24 @@ def test_the_foreign_share_is_what_all_decays_leave(profile: EmaProfile, since_s
 
 @pytest.mark.parametrize("profile", [NARROW, WIDE, CONSTANT])
 def test_a_late_average_is_off_by_its_foreign_share(profile: EmaProfile) -> None:
-    """The share of the distance between the weights that it began as and the average up to there."""
+    """Compare with the average over the complete past, which starts at step 0."""
     masters = torch.zeros(SIZE, dtype=torch.float64)
     owned = tuple(Partition({MASTER: masters}, ()) for _ in range(2))
-    whole, late = (Ema((profile,), (partition,)) for partition in owned)
+    complete, late = (Ema((profile,), (partition,)) for partition in owned)
     averages = [partition.buffers[ema_kind(profile.name)] for partition in owned]
     generator = torch.Generator().manual_seed(0)
-    whole.start()
+    complete.start()
     for step in range(1, 61):
         masters += torch.randn(SIZE, generator=generator, dtype=torch.float64)
-        whole.update(step)
+        complete.update(step)
         if step == 40:
             late.start()
-            begun_off = averages[1] - averages[0]
+            offset_at_start = averages[1] - averages[0]
         elif step > 40:
             late.update(step)
-    assert torch.allclose(averages[1] - averages[0], foreign_share(profile, 40, 60) * begun_off, rtol=1e-6)
+    assert torch.allclose(
+        averages[1] - averages[0], foreign_share(profile, 40, 60) * offset_at_start, rtol=1e-6
+    )
 
 
 # Across a restart
@@ -67,7 +72,7 @@ def config_of(*profiles: EmaProfile, run: Path | None = None) -> TrainConfig:
 
 
 def write(root: Storage, folder: str, step: int, *profiles: EmaProfile, **fields: Any) -> Checkpoint:
-    """A checkpoint with the averages of these profiles."""
+    """Write a checkpoint with the averages of these profiles."""
     buffers = {ema_kind(profile.name): torch.full((SIZE,), float(step)) for profile in profiles}
     checkpoint_id = CheckpointId(step, 1)
     config = config_of(*profiles).model_dump(mode="json")
@@ -76,7 +81,7 @@ def write(root: Storage, folder: str, step: int, *profiles: EmaProfile, **fields
     return Checkpoint(root, checkpoint_id, folder)
 
 
-def test_since_when_each_average_is_tracked(tmp_path: Path) -> None:
+def test_the_step_since_which_each_average_is_tracked(tmp_path: Path) -> None:
     root = open_storage(tmp_path)
     assert since_steps((NARROW, CONSTANT), None) == {"narrow": 0, "constant": 0}
     found = write(root, CHECKPOINTS, 40, NARROW, CONSTANT, ema_since={"narrow": 0, "constant": 7, "gone": 3})
@@ -91,7 +96,7 @@ def test_since_when_each_average_is_tracked(tmp_path: Path) -> None:
     [
         (
             EmaProfile(name="narrow", sigma_rel=0.1),
-            "has sigma_rel 0.1, but .* with sigma_rel 0.05: going on would",
+            "has sigma_rel 0.1, but sigma_rel 0.05 in .*: resuming would mix",
         ),
         (
             EmaProfile(name="narrow", decay=0.9),
@@ -105,7 +110,7 @@ def test_another_width_under_the_same_name_is_refused(tmp_path: Path, now: EmaPr
         restored_kinds(config_of(CONSTANT, now), found, print)
 
 
-def test_another_order_or_name_is_none(tmp_path: Path) -> None:
+def test_another_order_or_a_new_name_is_no_other_width(tmp_path: Path) -> None:
     found, notes = write(open_storage(tmp_path), CHECKPOINTS, 40, CONSTANT, NARROW), list[str]()
     assert restored_kinds(config_of(NARROW, CONSTANT), found, notes.append) == (
         ["ema.narrow", "ema.constant"],
@@ -117,7 +122,7 @@ def test_another_order_or_name_is_none(tmp_path: Path) -> None:
     assert len(notes) == 2
 
 
-def test_a_sample_says_that_its_average_is_a_late_one(tmp_path: Path) -> None:
+def test_a_sample_reports_a_late_average(tmp_path: Path) -> None:
     root = open_storage(tmp_path)
     root.write("config.yaml", dump(config_of(WIDE, NARROW)).encode())
     found = write(root, CHECKPOINTS, 50, WIDE, NARROW, ema_since={"wide": 40, "narrow": 10})
@@ -133,13 +138,13 @@ def test_a_sample_says_that_its_average_is_a_late_one(tmp_path: Path) -> None:
 
 
 def listed(run: Path, capsys: pytest.CaptureFixture[str]) -> dict[tuple[str, int], tuple[int, bool]]:
-    """(profile, step) => since when, and whether it has a flaw."""
+    """Return (profile, step) => (tracked since, whether it has a flaw)."""
     assert cli.main(["ema", "list", str(run), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     return {(row["profile"], row["step"]): (row["since_step"], bool(row["flaw"])) for row in rows}
 
 
-def test_averages_that_checkpoints_tell_the_start_of(
+def test_averages_whose_start_the_checkpoints_record(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = open_storage(tmp_path)
@@ -160,7 +165,7 @@ def test_averages_that_checkpoints_tell_the_start_of(
 
 
 def test_averages_of_older_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They do not say since when they are tracked; the configurations of those before them show it."""
+    """They do not record since when they are tracked; the configurations of earlier ones show it."""
     root = open_storage(tmp_path)
     root.write("config.yaml", dump(config_of(NARROW, run=tmp_path)).encode())
     mixed = EmaProfile(name="narrow", sigma_rel=0.1)
@@ -174,7 +179,7 @@ def test_averages_of_older_checkpoints(tmp_path: Path, capsys: pytest.CaptureFix
         ("narrow", 10): (0, False),
         ("narrow", 20): (0, False),
         ("narrow", 30): (30, True),
-        ("narrow", 40): (30, True),  # and of two with this width at step 40 the one with less of a flaw
+        ("narrow", 40): (30, True),  # of two with this width at step 40, the one with the smaller flaw
         ("narrow", 90): (30, False),
     }
 
@@ -188,7 +193,7 @@ def test_averages_with_a_flaw_are_not_mixed_with_others(
         write(root, EMA, step, NARROW, WIDE, ema_since={"narrow": 0, "wide": 95 if step == 100 else 0})
     out = tmp_path / "out.safetensors"
     arguments = ["ema", "reconstruct", str(tmp_path), "--sigma-rel", "0.08", "--out", str(out)]
-    assert cli.main(arguments) == 2  # with one average at step 100 it would be off
+    assert cli.main(arguments) == 2  # one average alone at step 100 is too few
     said = capsys.readouterr().err
     assert said.startswith("skipping wide at step 100: tracked only since step 95: ")
     assert "has an error of" in said

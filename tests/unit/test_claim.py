@@ -1,4 +1,4 @@
-"""Claiming the number of an attempt on a disk that is full."""
+"""Claiming the number of an attempt on a full disk."""
 
 from pathlib import Path
 
@@ -16,24 +16,24 @@ def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "PAUSE_S", 0.0)
 
 
-def test_a_claim_waits_for_room_and_says_so_once(tmp_path: Path) -> None:
+def test_a_claim_waits_for_space_and_reports_it_once(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2**20) as disk:
-        root, said = open_storage(disk), list[str]()
+        root, reports = open_storage(disk), list[str]()
         filler, beats = fill(disk), iter(range(100))
 
         def beat() -> None:
             if next(beats) == 3:
                 filler.unlink()
 
-        claim.claim(root, claim.next_attempt(root, None, (), None), 1000.0, beat, said.append)
+        claim.claim(root, claim.next_attempt(root, None, (), None), 1000.0, beat, reports.append)
         assert attempts.numbers(root) == [1]
         assert next(beats) == 4
-        assert len(said) == 1
-        assert "waits for room: cannot write" in said[0]
+        assert len(reports) == 1
+        assert "waiting for free space: cannot write" in reports[0]
 
 
-def test_who_begins_meanwhile_is_not_overtaken(tmp_path: Path) -> None:
-    """What the waiting one goes on from may be older than what the other has saved since."""
+def test_a_claim_fails_if_another_process_starts_meanwhile(tmp_path: Path) -> None:
+    """The other process may have saved since, so the waiting one would resume from an old checkpoint."""
     with small_disk(tmp_path / "disk", 2**20) as disk:
         root, filler, beats = open_storage(disk), fill(disk), iter(range(100))
 
@@ -52,5 +52,5 @@ def test_a_claim_gives_up(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2**20) as disk:
         fill(disk)
         root = open_storage(disk)
-        with pytest.raises(StorageError, match=r"No space left on device.*waited for room for 0 s"):
+        with pytest.raises(StorageError, match=r"No space left on device.*waited 0 s for free space"):
             claim.claim(root, claim.next_attempt(root, None, (), None), 0.0, lambda: None, print)

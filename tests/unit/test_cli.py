@@ -200,7 +200,7 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, data: Path, capsys: pytest.Cap
         ),
         (["global_batch=99999999999999999999"], "global_batch: Input should be less than 2147483648"),
         (["engine.zero_stage=0"], "engine.zero_stage: Input should be 1, 2 or 3, got 0"),
-        (["--dry-run", "--world", "3"], "global_batch=2 is smaller than the 3 processes"),
+        (["--dry-run", "--world", "3"], "global_batch=2 is smaller than the world size of 3"),
         (
             ["--dry-run", "model.image_size=40"],
             "image_size 40 does not fit DiT-Ti/2: expected a multiple of 16",
@@ -248,15 +248,15 @@ def test_a_data_set_that_is_not_finished(tmp_path: Path, capsys: pytest.CaptureF
     write_latents(tmp_path / "data", num=4)
     (tmp_path / "data" / INFO_KEY).rename(tmp_path / "data" / "encode.json")
     said = refused(capsys, *small(tmp_path, tmp_path / "data"))
-    assert "its encoding has not finished; start the same encoding command again" in said
+    assert "its encoding has not finished; run the same encoding command again" in said
 
 
 @pytest.mark.usefixtures("same_process")
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.image_size=64", "holds latents of 32 px images, model.image_size is 64"),
-        ("model.num_classes=4", "has 5 classes, model.num_classes is 4"),
+        ("model.image_size=64", "holds latents of 32 px images, but model.image_size is 64"),
+        ("model.num_classes=4", "has 5 classes, but model.num_classes is 4"),
     ],
 )
 def test_a_data_set_of_another_kind(
@@ -362,7 +362,7 @@ def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_checkpoint_list_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "expected a run's folder" in refused(capsys, "checkpoint", "list", str(tmp_path))
+    assert "expected a run folder" in refused(capsys, "checkpoint", "list", str(tmp_path))
 
 
 def damage(file: Path) -> None:
@@ -460,7 +460,7 @@ def test_a_run_without_power_function_averages(
 
 
 def test_averages_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "expected a run's folder" in refused(capsys, "ema", "list", str(tmp_path))
+    assert "expected a run folder" in refused(capsys, "ema", "list", str(tmp_path))
 
 
 def test_checkpoint_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records.append(write_shard(config.output, name, [account], plan.vae.latent_channels, moments))
     save_listing(storage, plan.listing)
     identity = {**plan.identity, **encoder.runtime()}
-    output.commit(storage, config, plan.listing, plan.vae, identity, records)
+    output.commit(storage, config, plan.listing, vae=plan.vae, stored=identity, records=records)
     return folder
 
 
@@ -117,7 +117,7 @@ def test_images_that_were_moved(moved: Path, tmp_path: Path, capsys: pytest.Capt
     edit_info(moved / "set", source=source | {"uri": "/gone"})
     assert verify(moved, "--grid", out) == 2
     error = capsys.readouterr().err
-    assert f"cannot list the images of {moved}/set at /gone; --source says where they are now" in error
+    assert f"cannot list the images of {moved}/set at /gone; if they have moved, pass --source" in error
     assert verify(moved, "--grid", out, "--source", str(moved / "images")) == 0
     assert re.search(r"8 samples, median PSNR \d\d\.\d dB", capsys.readouterr().out)
 
@@ -133,7 +133,7 @@ def test_a_source_that_has_changed_is_not_compared(
     printed = capsys.readouterr()
     assert printed.out.count("\n") == 1, "what is sound is said before"
     assert "the source has changed, nothing was compared" in printed.err
-    assert f"1 new (3/other.png) and 1 gone (3/{path.name})" in printed.err
+    assert f"1 new (3/other.png) and 1 missing (3/{path.name})" in printed.err
     (images / "3" / "other.png").rename(path)
     (images / "2x").mkdir()  # an empty class changes no path, but the class numbers behind it
     assert verify(moved, *grid) == 2
@@ -158,7 +158,7 @@ def test_other_images_under_the_same_names_show(
     one.write_bytes(b"no picture")
     assert verify(moved, *grid) == 2
     assert re.search(
-        rf"1/{one.name}, of which sample [23] was made, gives no sample now: not a pic",
+        rf"1/{one.name}, the source of sample [23], can no longer be decoded: not an im",
         capsys.readouterr().err,
     )
 

@@ -1,4 +1,4 @@
-"""Moving averages: the profiles' formulas, and that sharding does not show in a bit."""
+"""Moving averages: the formulas of the profiles, and that sharding does not change a bit."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EmaProfile
 from dit_scale.train.ema import Ema, decay_at, ema_kind, power_gamma
 
@@ -24,7 +25,7 @@ def averages(partitions: tuple[Partition, ...], profile: EmaProfile) -> torch.Te
 
 
 def follow(partitions: tuple[Partition, ...], steps: list[torch.Tensor]) -> Ema:
-    """Averages over masters that take these values, the first being the initial copy."""
+    """Average masters that take these values; the first is the initial copy."""
     ema = Ema(PROFILES, partitions)
     for step, values in enumerate(steps):
         pieces = values.split([partition.buffers[MASTER].numel() for partition in partitions])
@@ -66,7 +67,7 @@ def test_decays(step: int) -> None:
     assert 0 <= decay_at(POWER, step) < 1
 
 
-def test_updates_are_the_formula() -> None:
+def test_updates_follow_the_formula() -> None:
     steps = walk(60, 37)
     partitions = owned(37)
     follow(partitions, steps)
@@ -79,7 +80,7 @@ def test_updates_are_the_formula() -> None:
 
 
 def test_a_power_profile_weighs_the_past_by_its_power() -> None:
-    # After T steps the weights of step t count (t^(g+1) - (t-1)^(g+1)) / T^(g+1), the initial ones nothing.
+    # After T steps, step t has the weight (t^(g+1) - (t-1)^(g+1)) / T^(g+1), and the initial weights 0.
     steps = walk(50, 8)
     partitions = owned(8)
     follow(partitions, steps)
@@ -88,7 +89,7 @@ def test_a_power_profile_weighs_the_past_by_its_power() -> None:
     torch.testing.assert_close(averages(partitions, POWER).double(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_power_profile_forgets_the_initial_weights_at_once() -> None:
+def test_a_power_profile_forgets_the_initial_weights_immediately() -> None:
     steps = walk(1, 8)
     partitions = owned(8)
     follow(partitions, steps)
@@ -105,7 +106,7 @@ def test_start_copies_the_masters() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=4), min_size=1, max_size=5))
-def test_sharded_averages_are_the_replicated_ones_to_the_bit(buffers_of_ranks: list[list[int]]) -> None:
+def test_sharded_averages_equal_replicated_ones_bitwise(buffers_of_ranks: list[list[int]]) -> None:
     total = sum(map(sum, buffers_of_ranks))
     steps = walk(12, total)
     replicated = owned(total)
@@ -121,7 +122,7 @@ def test_sharded_averages_are_the_replicated_ones_to_the_bit(buffers_of_ranks: l
         assert torch.equal(averages(replicated, profile), averages(tuple(sharded), profile))
 
 
-def test_masters_are_left_alone() -> None:
+def test_masters_are_not_modified() -> None:
     steps = walk(3, 8)
     partitions = owned(8)
     follow(partitions, steps)

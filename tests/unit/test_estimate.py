@@ -1,4 +1,4 @@
-"""Arithmetic of a run on machines that fail, and `dit-scale plan`."""
+"""The estimate for a run on machines that fail, and `dit-scale plan`."""
 
 import json
 import math
@@ -12,10 +12,10 @@ from dit_scale.forecast.estimate import (
     Machines,
     Work,
     best_every_steps,
-    beyond,
     daly_goodput,
     daly_s,
     estimate,
+    poisson_excess,
     sensitivities,
 )
 from dit_scale.forecast.timeline import Costs
@@ -26,7 +26,7 @@ PLAN = ["plan", CONFIG, "--gpus", "64", "--images-per-s", "400", "--price", "2"]
 
 @pytest.mark.parametrize(("mtbf_min", "best_min"), [(24 * 60, 117), (6 * 60, 57), (15, 9.1)])
 def test_intervals_of_dalys_paper(mtbf_min: float, best_min: float) -> None:
-    """Captions of its figures 3 to 5: a dump takes 5 minutes."""
+    """From the captions of its figures 3 to 5; a dump takes 5 minutes."""
     assert daly_s(5.0, mtbf_min) == pytest.approx(best_min, rel=0.01)
 
 
@@ -54,7 +54,7 @@ def test_without_failures_only_saves_cost() -> None:
     assert found.missing_nodes == 0
 
 
-def test_where_nothing_gets_done_it_says_so() -> None:
+def test_a_run_that_makes_no_progress() -> None:
     assert daly_goodput(1e6, 1.0, 10.0, 1.0) == 0.0
     doomed = estimate(Machines(4, failures_per_1000_node_days=1e12), Work(10, 10, Costs()))
     assert doomed.goodput == 0
@@ -65,7 +65,7 @@ def test_where_nothing_gets_done_it_says_so() -> None:
 def test_nodes_beyond_the_spares(mean: float, spares: int) -> None:
     weights = [math.exp(-mean) * mean**k / math.factorial(k) for k in range(60)]
     over = sum(weight * max(0, k - spares) for k, weight in enumerate(weights))
-    assert beyond(mean, spares) == pytest.approx((over, sum(weights[spares:])))
+    assert poisson_excess(mean, spares) == pytest.approx((over, sum(weights[spares:])))
 
 
 def test_intervals_are_no_shorter_than_a_save() -> None:
@@ -122,7 +122,8 @@ def test_plan_takes_the_fastest_row_of_the_benchmark(
         {"model": "DiT-XL/2", "image_size": 512, "images_per_s": 9000.0},
     ]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torn = '{"model": "DiT-XL/2", "image_size": 256, "images_per'
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
     assert cli.main(["plan", CONFIG, "--gpus", "64", "--speed-from", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["work"]["costs"]["step_s"] == 0.01
 
@@ -131,10 +132,13 @@ def test_plan_takes_the_fastest_row_of_the_benchmark(
     ("arguments", "message"),
     [
         (["--gpus", "60", "--images-per-s", "1"], "a multiple of --gpus-per-node 8"),
-        (["--gpus", "8192", "--images-per-s", "1"], "a global batch of 256 has no sample for each"),
-        (["--gpus", "8", "--images-per-s", "1", "--crash", "0.9", "--hang", "0.2"], "at most 1 together"),
-        (["--gpus", "8", "--speed-from", "/nowhere"], "expected rows of `train_step.py --json`"),
-        (["--gpus", "8", "--speed-from", CONFIG], "expected rows of `train_step.py --json`"),
+        (["--gpus", "8192", "--images-per-s", "1"], "expected at most global_batch=256, one sample per GPU"),
+        (
+            ["--gpus", "8", "--images-per-s", "1", "--crash", "0.9", "--hang", "0.2"],
+            "expected a sum of at most 1",
+        ),
+        (["--gpus", "8", "--speed-from", "/nowhere"], "expected the output of `train_step.py --json`"),
+        (["--gpus", "8", "--speed-from", CONFIG], "with images_per_s of DiT-XL/2 at 256 pixels, found none"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it is one of the same run, and what is said of changes."""
+"""Which checkpoint a run resumes from, whether it belongs to the same run, and which changes are reported."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord
 from dit_scale.checkpoint.manifest import MANIFEST, CheckpointId
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import CheckpointConfig, TrainConfig
 from dit_scale.dist import World
 from dit_scale.elastic.run_progress import committed_step
@@ -35,7 +36,7 @@ DATA_SHA256 = "1" * 64
 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The way to a server that this process knows."""
+    """A proxy between this process and its server."""
     monkeypatch.setattr(s3, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(s3, "LONGEST_PAUSE_S", 0.01)
     with (
@@ -48,7 +49,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
         yield proxy
 
 
-RATE = "the learning rate of step 41 is {}; as saved it would be 5.96e-05"
+RATE = "the learning rate of step 41 is {}; with the saved values it would be 5.96e-05"
 
 
 @pytest.mark.parametrize(
@@ -65,15 +66,15 @@ RATE = "the learning rate of step 41 is {}; as saved it would be 5.96e-05"
                 RATE.format("0.001"),
             ],
         ),
-        ({"steps": 40}, ["steps: 100 -> 40"]),  # no step is left
+        ({"steps": 40}, ["steps: 100 -> 40"]),  # no steps remain
         ({"checkpoint": {"url": "s3://a/b"}}, ['checkpoint.url: "" -> s3://a/b']),
         ({"log": {"tensorboard": True}}, ["log.tensorboard: false -> true"]),
-        ({"ema": [{"name": "new", "sigma_rel": 0.1}]}, []),  # told when its averages are restored
+        ({"ema": [{"name": "new", "sigma_rel": 0.1}]}, []),  # reported when the averages are restored
         ({"run": str(Path("runs/dit_xl2_256").absolute())}, []),  # the same as in an older checkpoint
         ({"data": {"url": "/elsewhere"}}, [f"data.url: {Path('data/imagenet256').absolute()} -> /elsewhere"]),
     ],
 )
-def test_all_that_changed_is_said(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
+def test_all_changes_are_reported(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
     saved = {"steps": 100, "optimizer": {"decay": "linear"}}
     owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice(WEIGHT, 0, SIZE, 0),))]
     config = TrainConfig.model_validate(saved).model_dump(mode="json")
@@ -85,7 +86,7 @@ def test_all_that_changed_is_said(tmp_path: Path, changes: dict[str, Any], said:
 
 
 def write(root: Storage, config: TrainConfig, *ids: CheckpointId, **fields: Any) -> None:
-    """Checkpoints of one small tensor, of a run with this configuration."""
+    """Write checkpoints of one small tensor, of a run with this configuration."""
     for checkpoint_id in ids:
         owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice(WEIGHT, 0, SIZE, 0),))]
         known = {"config": config.model_dump(mode="json"), "data_sha256": DATA_SHA256}
@@ -96,7 +97,7 @@ def read(checkpoint: Checkpoint) -> None:
     checkpoint.read(MASTER, WEIGHT, 0, SIZE)
 
 
-def test_a_server_that_does_not_answer_is_no_damage(proxy: FaultProxy, world: World) -> None:
+def test_an_unavailable_server_is_no_damage(proxy: FaultProxy, world: World) -> None:
     config = TrainConfig(checkpoint=CheckpointConfig(url=f"s3://{BUCKET}/run"))
     root = root_of(config)
     write(root, config, OLDER, NEWEST)
@@ -111,7 +112,7 @@ def test_a_server_that_does_not_answer_is_no_damage(proxy: FaultProxy, world: Wo
 
     def assert_it_stops(fill: Callable[[Checkpoint], None]) -> None:
         with pytest.raises(
-            UnavailableError, match=f"checkpoint {NEWEST.path()} may be whole, .* tried 20 times"
+            UnavailableError, match=f"checkpoint {NEWEST.path()} may be intact, .* tried 20 times"
         ):
             find(fill)
         proxy.calm()
@@ -124,24 +125,24 @@ def test_a_server_that_does_not_answer_is_no_damage(proxy: FaultProxy, world: Wo
     assert str(find(read)) == f"{root.url}/{NEWEST.path()}"
     root.delete(f"{NEWEST.path()}/rank-00000.safetensors")
     assert str(find(read)) == f"{root.url}/{OLDER.path()}"
-    assert [note.startswith(f"passing over checkpoint {NEWEST.path()}: ") for note in notes] == [True]
+    assert [note.startswith(f"skipping checkpoint {NEWEST.path()}: ") for note in notes] == [True]
 
 
 @pytest.mark.parametrize(
     ("at_most_step", "expected"),
     [(41, NEWEST), (40, NEWEST), (39, OLDER), (30, OLDER), (29, OLDEST), (20, OLDEST), (19, None), (0, None)],
 )
-def test_the_newest_up_to_a_step_is_taken_that_of_the_step_too(
+def test_the_newest_checkpoint_up_to_a_step_is_chosen(
     tmp_path: Path, world: World, at_most_step: int, expected: CheckpointId | None
 ) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, *(NEWEST, OLDER, OLDEST))
     notes: list[str] = []
-    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append, at_most_step)
+    found = find_checkpoint(config, DATA_SHA256, world, read, notes.append, at_most_step=at_most_step)
     assert (found.id if found else None, notes) == (expected, [])
 
 
-def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world: World) -> None:
+def test_an_older_one_under_the_newest_name_is_skipped(tmp_path: Path, world: World) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, NEWEST, OLDER)
     wrong = CheckpointId(90, 1).path()
@@ -151,13 +152,13 @@ def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world
     assert found is not None
     assert found.id == NEWEST
     assert notes == [
-        f"passing over checkpoint {wrong}: {tmp_path}/{wrong} holds step 30 of attempt 1: it was copied or "
+        f"skipping checkpoint {wrong}: {tmp_path}/{wrong} holds step 30 of attempt 1: it was copied or "
         "renamed; its own name is 0000000030-0001"
     ]
     assert committed_step(root_of(config)) == 40
 
 
-def test_a_run_whose_newest_record_is_gone_says_so_and_goes_on(tmp_path: Path, world: World) -> None:
+def test_a_run_reports_a_missing_newest_record_and_resumes(tmp_path: Path, world: World) -> None:
     config, newest = TrainConfig(run=str(tmp_path)), CheckpointId(35, 2)
     root = root_of(config)
     attempts.claim(root, AttemptRecord(1))
@@ -169,7 +170,7 @@ def test_a_run_whose_newest_record_is_gone_says_so_and_goes_on(tmp_path: Path, w
     found = find_checkpoint(config, DATA_SHA256, world, read, notes.append)
     assert found is not None
     assert found.id == newest
-    assert notes == ["attempts/0002.json is missing; attempt 2 counts as far as it can be read"]
+    assert notes == ["attempts/0002.json is missing; the readable checkpoints of attempt 2 count"]
 
 
 # One run, one identity
@@ -187,7 +188,7 @@ FREE = {
     "data.damaged",
     "ema",
 }
-"""Keys that may change within a run (docs/determinism.md), beside those of whole sections."""
+"""Keys that may change within a run (docs/determinism.md), in addition to entire sections."""
 FREE_SECTIONS = ("optimizer", "engine", "checkpoint", "guard", "log")
 BOUND: dict[str, object] = {
     "seed": 1,
@@ -201,7 +202,7 @@ BOUND: dict[str, object] = {
     "diffusion.timesteps": 999,
     "diffusion.label_dropout": 0.2,
 }
-"""Keys that may not, each with another value than the default."""
+"""Keys that must not change, each with a value other than the default."""
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -222,19 +223,19 @@ def changed(config: TrainConfig, key: str, value: object) -> TrainConfig:
     return TrainConfig.model_validate(tree)
 
 
-def test_every_key_may_change_within_a_run_or_may_not() -> None:
+def test_every_key_either_may_or_must_not_change() -> None:
     of_free_sections = {key for key in keys_of(TrainConfig) if key.startswith(FREE_SECTIONS)}
     assert not BOUND.keys() & (FREE | of_free_sections)
     assert FREE | of_free_sections | BOUND.keys() == {*keys_of(TrainConfig)}, "say where a new key belongs"
 
 
 @pytest.mark.parametrize("key", BOUND)
-def test_a_run_keeps_what_decides_its_numbers(tmp_path: Path, world: World, key: str) -> None:
+def test_keys_that_determine_the_numbers_must_not_change(tmp_path: Path, world: World, key: str) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, NEWEST)
     other = changed(config, key, BOUND[key])
     assert other != config
-    with pytest.raises(ConfigError, match=rf"is a run of another configuration: {key} was "):
+    with pytest.raises(ConfigError, match=rf"holds a run with another configuration: {key} was "):
         find_checkpoint(other, DATA_SHA256, world, read, print)
 
 
@@ -253,7 +254,7 @@ OTHER_VALUES: dict[str, object] = {
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
-def test_a_run_may_change_the_rest(tmp_path: Path, world: World, key: str) -> None:
+def test_other_keys_may_change(tmp_path: Path, world: World, key: str) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, NEWEST)
     other = changed(config, key, OTHER_VALUES[key])
@@ -266,5 +267,7 @@ def test_a_run_may_change_the_rest(tmp_path: Path, world: World, key: str) -> No
 def test_a_run_keeps_its_data_set(tmp_path: Path, world: World) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, NEWEST)
-    with pytest.raises(ConfigError, match=r"another configuration: data\.url holds another latent data set"):
+    with pytest.raises(
+        ConfigError, match=r"another configuration: data\.url leads to another latent data set"
+    ):
         find_checkpoint(config, "2" * 64, world, read, print)

@@ -1,4 +1,4 @@
-"""The ledger of a run's time: small runs by hand, and any journals whatever sum to the wall clock."""
+"""The ledger of a measured run: small runs checked by hand, and exact sums for arbitrary journals."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from dit_scale.report.goodput import MEASURED, ledger
 from dit_scale.report.spans import MICRO, attempts_of, rounds_of
 
 BOOT_S = 990.0
-"""What the wall clock is ahead of the monotonic one here."""
+"""How far the wall clock is ahead of the monotonic one here."""
 
 
 def event(at_s: float, kind: str, **details: Any) -> Entry:
@@ -62,14 +62,14 @@ NODE0 = [
 def test_a_restarted_run() -> None:
     found = ledger([*FIRST, *SECOND], {"node0": NODE0})
     assert spent_s(found) == {
-        "WAITING": 2.0 + 3.0,  # for node1, and from the end of round 1 to round 2
-        "STARTUP": 10.0 - 0.5,  # round 1 to the end of its first step without what was read
-        # round 2 likewise, and the ends of the ranks of both
+        "WAITING": 2.0 + 3.0,  # for node1, and from the exit of the ranks of round 1 to the start of round 2
+        "STARTUP": 10.0 - 0.5,  # from the start of round 1 to its first step, without the restore
+        # round 2 likewise, and stopping the ranks of both rounds
         "RESTART": 2.0 + (17.0 - 4.0) + 1.5,
         "RESTORE": 0.5 + 4.0,
-        # steps 2 to 20 of 30, without a wait for data and a stall; then from step 21 to the last save
+        # steps 2 to 20 of 30, without a wait for data and a stall; then step 21 to the last save
         "PRODUCTIVE": (19.0 - 0.5 - 0.25) + 17.0,
-        "REPLAYED": 1044.0 - 1031.0,  # behind step 20, until the ranks were silent
+        "REPLAYED": 1044.0 - 1031.0,  # after step 20, until the last heartbeat
         "DATA": 0.5,
         "CHECKPOINT": 0.25 + 3.0,
         "DETECT": 6.0,
@@ -92,21 +92,21 @@ def test_a_first_start_that_failed_is_a_startup_and_the_next_one_a_restart() -> 
     assert found["RESTART"] == (17.0 - 4.0) + 1.5
 
 
-def test_lines_that_no_run_has_written_do_not_count() -> None:
+def test_damaged_entries_do_not_count() -> None:
     assert spent_s(ledger([*FIRST, event(1040.0, "log", step=1), event(1.0, "log")], {})) == spent_s(
         ledger(FIRST, {})
     )
 
 
-def test_steps_between_two_events_are_shared_out() -> None:
-    """The second attempt goes on from step 15, which lies between two events of the first."""
+def test_steps_between_two_entries_are_split_in_proportion() -> None:
+    """The second attempt resumes from step 15, which lies between two entries of the first."""
     later = of_attempt(2, (1070.0, "start", 15, {"restore_s": 0.0}))
     found = spent_s(ledger([*FIRST, *later], {}))
     assert found["REPLAYED"] == (1041.0 - 1026.0) - 0.25
     assert found["PRODUCTIVE"] == 1026.0 - 1012.0 - 0.5
 
 
-def test_steps_that_nothing_saved_are_lost_with_the_run_alone() -> None:
+def test_steps_that_are_not_committed_are_lost_only_if_the_run_is_dead() -> None:
     dead, alive = (spent_s(ledger(FIRST, {}, 1051.0, alive=alive)) for alive in (False, True))
     assert dead["REPLAYED"] == 10.0
     assert dead["STOPPED"] == 10.0
@@ -114,13 +114,13 @@ def test_steps_that_nothing_saved_are_lost_with_the_run_alone() -> None:
     assert alive["PRODUCTIVE"] == 1051.0 - 1012.0 - 0.75
 
 
-def test_a_rollback_loses_the_steps_behind_its_checkpoint() -> None:
+def test_a_rollback_loses_the_steps_after_its_checkpoint() -> None:
     rolled = of_attempt(1, (1043.0, "rollback", 32, {}))
     found = spent_s(ledger([*FIRST, *rolled, *SECOND], {"node0": NODE0}))
     assert found["REPLAYED"] == 1043.0 - 1031.0
 
 
-def test_a_node_that_was_wanted_back_is_stopped_until_a_supervisor_is_there() -> None:
+def test_a_node_that_was_preempted_is_stopped_until_its_supervisor_starts() -> None:
     left = [*NODE0[:3], event(1042.0, "round_ended", round=1, reason="leaving")]
     back = [event(1053.0, "joined", round=2), *NODE0[5:]]
     later = [event(1042.5, "ranks_gone", round=1)]
@@ -129,8 +129,8 @@ def test_a_node_that_was_wanted_back_is_stopped_until_a_supervisor_is_there() ->
     assert found["WAITING"] == 2.0 + 2.0
 
 
-def test_a_round_whose_end_nobody_saw_ends_with_its_last_sign() -> None:
-    """All nodes were switched off; a supervisor was there again 10 s before the second round."""
+def test_a_round_without_a_recorded_end_ends_with_its_last_entry() -> None:
+    """All nodes were switched off; a supervisor started again 10 s before the second round."""
     killed = [*NODE0[:3], event(1045.0, "joined", round=2), *NODE0[5:]]
     found = spent_s(ledger([*FIRST, *SECOND], {"node0": killed}))
     assert found["STOPPED"] == 1045.0 - 1041.0
@@ -138,7 +138,7 @@ def test_a_round_whose_end_nobody_saw_ends_with_its_last_sign() -> None:
     assert "DETECT" not in found
 
 
-def test_the_first_round_is_waited_for() -> None:
+def test_time_before_the_first_round_is_waiting() -> None:
     joined = [event(1000.0, "joined", round=1), event(1030.0, "joined", round=1)]
     assert spent_s(ledger([], {"node0": joined}, 1100.0)) == {"WAITING": 100.0}
 
@@ -148,31 +148,31 @@ def test_a_jump_of_the_wall_clock_within_a_process_changes_nothing() -> None:
     assert ledger(jumped, {}) == ledger(FIRST, {})
 
 
-def test_a_wall_clock_that_is_set_back_between_attempts_takes_no_time_back() -> None:
+def test_a_wall_clock_that_is_set_back_between_attempts_does_not_make_time_negative() -> None:
     back = [{**e, "time_s": e["time_s"] - 3600} for e in SECOND]
     first, second = attempts_of([*FIRST, *back])
     assert first.start_us == second.start_us
     spent_s(ledger([*FIRST, *back], {"node0": NODE0}))
 
 
-def test_a_late_old_process_does_not_count_twice() -> None:
+def test_entries_of_a_stale_process_do_not_count_twice() -> None:
     late = of_attempt(1, (1075.0, "log", 50, {"data_s": 1.5}))
     found = ledger([*FIRST, *SECOND, *late], {"node0": NODE0})
     assert found.spent[Heading.PRODUCTIVE] == 35.25 * MICRO
     spent_s(found)
 
 
-def test_a_round_is_told_by_the_node_with_rank_0() -> None:
+def test_the_journal_of_the_node_with_rank_0_counts() -> None:
     ahead = [{**e, "time_s": e["time_s"] + 500} for e in NODE0]
     assert rounds_of({"node1": ahead, "node0": NODE0}) == rounds_of({"node0": NODE0})
     assert [span.start_us for span in rounds_of({"node1": ahead})] == [1502 * MICRO, 1555 * MICRO]
 
 
-def test_a_round_is_told_by_another_node_when_that_of_rank_0_was_lost() -> None:
+def test_another_journal_counts_if_the_node_with_rank_0_was_lost() -> None:
     lost = [e for e in NODE0 if e["event"] not in ("round_ended", "ranks_gone")]
     assert rounds_of({"node0": lost, "node1": NODE0}) == rounds_of({"node0": NODE0})
     found = spent_s(ledger([*FIRST, *SECOND], {"node0": lost}))
-    assert found["REPLAYED"] == 1041.0 - 1031.0  # nothing is known behind the last event
+    assert found["REPLAYED"] == 1041.0 - 1031.0  # nothing is known after the last entry
 
 
 def test_journals_without_a_monotonic_clock_can_be_read() -> None:
@@ -180,14 +180,14 @@ def test_journals_without_a_monotonic_clock_can_be_read() -> None:
     assert ledger(old, {}) == ledger(FIRST, {})
 
 
-def test_nothing_gives_nothing() -> None:
+def test_empty_journals_give_an_empty_ledger() -> None:
     for until_s in (None, 1e9):
         empty = ledger([], {}, until_s)
         assert empty.goodput == 0.0
         assert spent_s(empty) == {}
 
 
-def test_half_a_line_of_a_journal_counts_as_none(tmp_path: Path) -> None:
+def test_half_a_line_of_a_journal_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     assert read_journal(path) == []
     journal = Journal(path, print)
@@ -245,7 +245,7 @@ def of_supervisor(draw: st.DrawFn) -> Entry:
     until_s=st.none() | SECONDS,
     alive=st.booleans(),
 )
-def test_whatever_the_journals_hold_the_ledger_sums_to_the_wall_clock(
+def test_the_ledger_of_arbitrary_journals_sums_to_the_wall_clock_time(
     journal: list[Entry], supervisors: dict[str, list[Entry]], until_s: float | None, alive: bool
 ) -> None:
     found = ledger(journal, supervisors, until_s, alive)

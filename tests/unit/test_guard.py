@@ -1,4 +1,4 @@
-"""The guard's verdicts and running means against plain arithmetic, and the gate before the update."""
+"""The guard's verdicts and running means, checked by plain arithmetic, and the gate before the update."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def warmed_up(guard: Guard) -> Guard:
 
 @pytest.mark.parametrize(("loss", "norm"), [(nan, 1.0), (inf, 1.0), (-inf, 1.0), (1.0, nan), (1.0, inf)])
 @pytest.mark.parametrize("spike_factor", [0.0, 3.0])
-def test_what_is_not_finite_fails_from_the_first_step_on(
+def test_a_value_that_is_not_finite_fails_from_the_first_step(
     spike_factor: float, loss: float, norm: float
 ) -> None:
     guard = new_guard(spike_factor)
@@ -48,13 +48,13 @@ def test_a_spike_is_more_than_the_factor_times_the_mean(loss: float, norm: float
     assert judge(warmed_up(new_guard()), loss, norm) == failed
 
 
-def test_spikes_are_not_judged_before_the_horizon_nor_without_a_factor() -> None:
+def test_spikes_are_not_judged_before_the_horizon_or_without_a_factor() -> None:
     young, without = new_guard(), new_guard(spike_factor=0.0)
     assert [judge(young, 1000.0**step, 1.0) for step in range(HORIZON)] == [0.0] * HORIZON
     assert judge(warmed_up(without), 1e30, 1e30) == 0.0
 
 
-def test_means_are_those_of_the_formula_and_failures_are_not_in_them() -> None:
+def test_means_follow_the_formula_and_exclude_failures() -> None:
     guard = new_guard()
     loss_mean = norm_mean = 0.0
     updates = 0
@@ -72,7 +72,7 @@ def test_means_are_those_of_the_formula_and_failures_are_not_in_them() -> None:
     )
 
 
-def test_failures_in_a_row_are_counted_until_a_step_is_good() -> None:
+def test_failures_in_a_row_are_counted_until_a_step_succeeds() -> None:
     guard = warmed_up(new_guard())
     counts = []
     for loss in (nan, 100.0, inf, 1.0, nan, 1.0):
@@ -81,7 +81,7 @@ def test_failures_in_a_row_are_counted_until_a_step_is_good() -> None:
     assert counts == [1, 2, 3, 0, 1, 0]
 
 
-def test_a_restored_guard_goes_on_to_the_same_bits() -> None:
+def test_a_restored_guard_continues_to_the_same_bits() -> None:
     guard, later = new_guard(), new_guard()
     for step in range(7):
         judge(guard, 1.0 + 0.1 * step, nan if step == 6 else 2.0 / (step + 1))
@@ -92,7 +92,7 @@ def test_a_restored_guard_goes_on_to_the_same_bits() -> None:
         assert later.state() == guard.state()
 
 
-def test_a_guard_that_starts_again_has_forgotten_everything() -> None:
+def test_start_resets_the_guard() -> None:
     guard = warmed_up(new_guard())
     judge(guard, nan, 2.0)
     guard.start()
@@ -104,12 +104,12 @@ def adamw(weights: torch.nn.Linear) -> torch.optim.Optimizer:
 
 
 def plain_adam(weights: torch.nn.Linear) -> torch.optim.Optimizer:
-    """Stands for the kernels that know no `found_inf`."""
+    """An optimizer without `found_inf`, like the kernels of apex and DeepSpeed."""
     return torch.optim.Adam(weights.parameters(), lr=0.1, foreach=False)
 
 
 @pytest.mark.parametrize("build", [adamw, plain_adam])
-def test_a_closed_gate_leaves_weights_moments_and_count(
+def test_a_skipped_update_changes_no_weights_moments_or_count(
     build: Callable[[torch.nn.Linear], torch.optim.Optimizer],
 ) -> None:
     torch.manual_seed(0)

@@ -122,7 +122,7 @@ def test_floats_from_0_to_1(kind: str) -> None:
 @pytest.mark.parametrize("wrong", [-0.001, 1.001, 255.0, float("nan"), float("inf")])
 def test_other_floats_are_refused(wrong: float) -> None:
     values = np.array([[0, wrong, 1]], np.float32)
-    with pytest.raises(InputError, match=r"^floats from .* to .*, expected 0 to 1"):
+    with pytest.raises(InputError, match=r"^floats from .* to .*; expected 0 to 1"):
         decode(encoded(Image.fromarray(values), "TIFF"))
 
 
@@ -192,7 +192,7 @@ def png(bits: int, color: int, rows: bytes, before: bytes = b"", after: bytes = 
 ROWS8 = b"".join(b"\0" + row.tobytes() for row in RAMP8)
 BOMB = zlib.compress(bytes(100_000_000))
 FRAME = struct.pack(">IIIIIHHBB", 7, WIDTH, HEIGHT, 0, 0, 0, 0, 0, 0)
-"""Of an animation, with a number that is out of sequence."""
+"""A frame of an animation, with a number out of sequence."""
 
 
 @pytest.mark.parametrize(

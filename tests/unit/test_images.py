@@ -77,12 +77,12 @@ def test_contents_count_not_the_name_and_exif_is_ignored(tmp_path: Path) -> None
 def test_damaged_files_have_reasons_without_addresses() -> None:
     jpeg, png = encoded(picture(50, 50), "JPEG"), encoded(picture(50, 50), "PNG")
     for data, reason in (
-        (b"", "not a picture in a known format"),
-        (b"hello", "not a picture in a known format"),
+        (b"", "not an image in a known format"),
+        (b"hello", "not an image in a known format"),
         (jpeg[: len(jpeg) // 2], "truncated"),
         (png[: len(png) // 2], "cannot be decoded"),
         (png[:60] + bytes(50) + png[110:], "cannot be decoded"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture in a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format"),
     ):
         reasons = set()
         for _ in range(2):
@@ -104,9 +104,9 @@ def test_a_batch_accounts_for_every_entry(tmp_path: Path) -> None:
     assert pixels.shape == (1, 8, 8, 3)
     assert account.decoded == (Entry(1, "c/b.png", 0),)
     assert [(entry.path, reason) for entry, reason in account.rejected] == [
-        ("c/a.jpg", "not a picture in a known format"),
-        ("c/c.png", "not a picture in a known format"),
-        ("c/d.png", "a link to nothing"),
+        ("c/a.jpg", "not an image in a known format"),
+        ("c/c.png", "not an image in a known format"),
+        ("c/d.png", "a broken symbolic link"),
     ]
     pixels, account = read_batch(str(tmp_path), listing.kind, listing.entries(range(1)), 8)
     assert pixels.shape == (0, 8, 8, 3)

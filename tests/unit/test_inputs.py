@@ -13,7 +13,7 @@ from dit_scale.errors import DataError
 from dit_scale.storage import open_storage
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.inputs import Archive, Entry, Listing, open_input
-from dit_scale_pipeline.inputs.saved import LISTING_KEY, difference, load_listing, save_listing
+from dit_scale_pipeline.inputs.saved import LISTING_KEY, describe_changes, load_listing, save_listing
 
 
 def test_the_listing_is_sorted_bytewise_and_its_digest_is_the_shells(tmp_path: Path) -> None:
@@ -59,7 +59,9 @@ def test_a_file_that_was_listed_and_is_not_there_is_no_bad_input(tmp_path: Path)
     (tmp_path / "c/a.png").touch()
     listing = open_input(str(tmp_path)).list()
     (tmp_path / "c/a.png").unlink()
-    with pytest.raises(DataError, match=r"c/a.png is in the listing but not here.*visible on every node"):
+    with pytest.raises(
+        DataError, match=r"c/a.png is in the listing but does not exist .*visible on every node"
+    ):
         read_batch(str(tmp_path), listing.kind, listing.entries(), 8)
 
 
@@ -103,15 +105,15 @@ def test_a_damaged_saved_listing_is_named(tmp_path: Path) -> None:
 
 
 def test_the_place_of_an_image_in_an_archive() -> None:
-    assert ARCHIVES.entries(range(1, 2)) == (Entry(1, "a/\udcff", 0, "y.tar", 1024, 2),)
+    assert ARCHIVES.entries(range(1, 2)) == (Entry(1, "a/\udcff", 0, archive="y.tar", start=1024, size=2),)
 
 
 def test_what_became_of_a_source_is_said_in_words() -> None:
-    assert difference(FOLDERS, FOLDERS) == ""
+    assert describe_changes(FOLDERS, FOLDERS) == ""
     other = replace(FOLDERS, paths=["a/1", "a/3", "a/4"])
-    assert difference(FOLDERS, other) == "2 new (a/3, a/4) and 2 gone (a/\\xff, b/2)"
+    assert describe_changes(FOLDERS, other) == "2 new (a/3, a/4) and 2 missing (a/\\xff, b/2)"
     relabelled = replace(ARCHIVES, labels=np.array([1, 0, 1], np.int32))
-    assert difference(ARCHIVES, relabelled) == "the same names with other labels"
+    assert describe_changes(ARCHIVES, relabelled) == "the same names with different labels"
 
 
 def test_a_folder_above_the_classes_is_seen_by_what_it_holds(tmp_path: Path) -> None:
@@ -121,5 +123,5 @@ def test_a_folder_above_the_classes_is_seen_by_what_it_holds(tmp_path: Path) -> 
     listing = open_input(str(tmp_path)).list()
     assert listing.empty_classes == ("Annotations", "ImageSets")
     assert listing.ignored == ("Annotations/train/n01/0.xml", "ImageSets/train.txt")
-    with pytest.raises(DataError, match=r"Found no image in any folder, and no archive, only n01/0\.xml"):
+    with pytest.raises(DataError, match=r"Got no image in any folder and no archive, only n01/0\.xml"):
         open_input(str(tmp_path / "Annotations/train")).list()

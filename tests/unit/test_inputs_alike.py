@@ -16,7 +16,7 @@ from PIL import Image
 
 from dit_scale.storage import open_storage
 from dit_scale_pipeline.decoder import read_batch
-from dit_scale_pipeline.inputs import Entry, Listing, Progress, open_input
+from dit_scale_pipeline.inputs import Entry, Listing, ListingProgress, open_input
 from dit_scale_pipeline.inputs.archives import ArchiveInput
 from dit_scale_pipeline.inputs.saved import current_listing, load_listing, save_listing
 from tests.support.archives import ARCHIVES, KINDS, Images, tar_of, upload, watch_reads, write_parquet
@@ -145,7 +145,7 @@ def test_archives_are_not_walked_again_unless_they_changed(
     walks: list[str] = []
     walk = ArchiveInput.list
 
-    def counted(self: ArchiveInput, progress: Progress) -> Listing:
+    def counted(self: ArchiveInput, progress: ListingProgress) -> Listing:
         walks.append(self.url)
         return walk(self, progress)
 

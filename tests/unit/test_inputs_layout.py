@@ -17,8 +17,8 @@ from rich.console import Console
 
 from dit_scale.errors import DataError, StorageError
 from dit_scale_pipeline.inputs import Listing, open_input
-from dit_scale_pipeline.inputs.layout import are_shards, remarks
-from dit_scale_pipeline.inputs.names import as_text, few, is_hidden, shown
+from dit_scale_pipeline.inputs.layout import are_shards, layout_notes
+from dit_scale_pipeline.inputs.names import few, is_hidden, printable, to_utf8
 from dit_scale_pipeline.progress import report_listing
 from tests.support.archives import Images, class_folders, class_tars, tar_of
 from tests.support.s3 import BUCKET
@@ -51,10 +51,10 @@ def put(folder: Path, *paths: str) -> str:
 )
 def test_a_folder_of_splits_is_refused(paths: tuple[str, ...], tmp_path: Path) -> None:
     source = put(tmp_path, *paths)
-    with pytest.raises(DataError, match=r"expected a folder per class, found .* the splits") as caught:
+    with pytest.raises(DataError, match=r"expected one folder per class, got .* the splits") as caught:
         open_input(source).list()
     first = paths[0].partition("/")[0]
-    assert f"Name one: source={source}/{first}. If they are classes, give them other names" in str(
+    assert f"Pass one split: source={source}/{first}. If they are classes, give them other names" in str(
         caught.value
     )
 
@@ -62,7 +62,7 @@ def test_a_folder_of_splits_is_refused(paths: tuple[str, ...], tmp_path: Path) -
 def test_what_a_split_holds_is_said_and_links_of_other_names_are_classes(tmp_path: Path) -> None:
     source = put(tmp_path / "x", "train/n01/0.jpg", "train/n02/0.jpg", "val/n01/1.jpg", "val/n02/1.jpg")
     with pytest.raises(
-        DataError, match=r"train, val: train holds 2 folders \(n01, n02\); val holds 2 folders"
+        DataError, match=r"train, val: train contains 2 folders \(n01, n02\); val contains 2 folders"
     ):
         open_input(source).list()
     (tmp_path / "y").mkdir()
@@ -90,10 +90,10 @@ def test_folders_that_may_be_classes_are_classes(paths: tuple[str, ...], tmp_pat
 
 def test_classes_that_hold_only_folders_are_pointed_out(tmp_path: Path) -> None:
     listing = open_input(put(tmp_path / "a", "imagenet/n01/0.jpg", "imagenet/n02/0.jpg")).list()
-    (said,) = remarks(listing)
-    assert "no image lies directly in a class, each class holds folders (imagenet: n01, n02)" in said
+    (said,) = layout_notes(listing)
+    assert "no image lies directly in a class, each class contains folders (imagenet: n01, n02)" in said
     assert "source=.../imagenet" in said
-    assert remarks(open_input(put(tmp_path / "b", "n01/images/0.jpg", "n02/images/0.jpg")).list()) == []
+    assert layout_notes(open_input(put(tmp_path / "b", "n01/images/0.jpg", "n02/images/0.jpg")).list()) == []
 
 
 @pytest.mark.parametrize("inner", ["train/{}", "{}", "./a/b/{}"])
@@ -101,11 +101,11 @@ def test_a_tar_of_class_folders_is_refused(inner: str, tmp_path: Path) -> None:
     members = {inner.format(f"{name}/{number}.jpg"): b"." for name in CLASSES for number in range(9)}
     (tmp_path / "pictures.tar").write_bytes(tar_of(members))
     with pytest.raises(
-        DataError, match=r"pictures.tar: pictures holds 3 folders \(n01, n02, n03\)\. Unpack them"
+        DataError, match=r"pictures.tar: pictures contains 3 folders \(n01, n02, n03\)\. Unpack them"
     ):
         open_input(str(tmp_path)).list()
     with pytest.raises(
-        DataError, match=r"pictures.tar holds .*n01/0.jpg, .* and 11 more. Unpack it, and name"
+        DataError, match=r"pictures.tar contains .*n01/0.jpg, .* and 11 more. Unpack it and pass"
     ):
         open_input(str(tmp_path / "pictures.tar"))
 
@@ -113,7 +113,7 @@ def test_a_tar_of_class_folders_is_refused(inner: str, tmp_path: Path) -> None:
 def test_tars_of_splits_are_refused(tmp_path: Path) -> None:
     for name in ("train", "val"):
         (tmp_path / f"{name}.tar").write_bytes(tar_of({"0.jpg": b"."}))
-    with pytest.raises(DataError, match=r"expected one tar per class.* found train.tar, val.tar"):
+    with pytest.raises(DataError, match=r"expected one tar per class.* got train.tar, val.tar"):
         open_input(str(tmp_path)).list()
 
 
@@ -141,7 +141,7 @@ def test_shards_without_labels_are_no_classes(
 ) -> None:
     for name in names:
         (tmp_path / name).write_bytes(tar_of(dict.fromkeys(members, b".")))
-    with pytest.raises(DataError, match=r"look like WebDataset shards without labels: .* holds") as caught:
+    with pytest.raises(DataError, match=r"look like WebDataset shards without labels: .* contains") as caught:
         open_input(str(tmp_path))
     assert "A sample needs .cls with a decimal number, or .json" in str(caught.value)
 
@@ -165,7 +165,7 @@ def test_what_img2dataset_leaves_is_taken_for_its_tars(tmp_path: Path) -> None:
         (tmp_path / f"0000{number}.tar").write_bytes(tar_of(members))
         put(tmp_path, f"0000{number}.parquet", f"0000{number}_stats.json")
     images = open_input(str(tmp_path))
-    with pytest.raises(DataError, match=r"found none in 0.jpg, 0.txt, 0.json. .*as img2dataset writes it"):
+    with pytest.raises(DataError, match=r"got only 0.jpg, 0.txt, 0.json. .*as written by img2dataset"):
         images.list()
 
 
@@ -173,17 +173,17 @@ def test_what_img2dataset_leaves_is_taken_for_its_tars(tmp_path: Path) -> None:
 
 
 def test_images_in_no_folder_and_compressed_archives_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"Found 2 images in no folder \(0.jpg, 1.JPEG\): move them"):
+    with pytest.raises(DataError, match=r"Got 2 images in no folder \(0.jpg, 1.JPEG\): move them"):
         open_input(put(tmp_path / "flat", "0.jpg", "1.JPEG")).list()
-    with pytest.raises(DataError, match=r"Found train.tar.gz, and compressed .*: unpack it"):
+    with pytest.raises(DataError, match=r"Got train.tar.gz, but compressed .*: unpack it"):
         open_input(put(tmp_path / "gz", "train.tar.gz")).list()
-    with pytest.raises(DataError, match=r"Found train.zip, and compressed .*: unpack it"):
+    with pytest.raises(DataError, match=r"Got train.zip, but compressed .*: unpack it"):
         open_input(put(tmp_path / "zip", "train.zip") + "/train.zip")
 
 
 def test_archives_in_the_folders_are_to_be_named(tmp_path: Path) -> None:
     source = put(tmp_path, "data/train-00000-of-00001.parquet", "README.md", ".git/config")
-    with pytest.raises(DataError, match=r"found archives .*Name them: source=.*/data/train-\*-of-\*.parquet"):
+    with pytest.raises(DataError, match=r"got archives .*Pass them as source=.*/data/train-\*-of-\*.parquet"):
         open_input(source).list()
     put(tmp_path, "data/0.jpg")
     assert len(open_input(source).list()) == 2, "a lost archive among images is one bad input"
@@ -194,7 +194,7 @@ def test_archives_in_the_folders_are_to_be_named(tmp_path: Path) -> None:
     [
         (b"\x1f\x8b\x08", "is compressed with gzip"),
         (b"PK\x03\x04", "is a zip archive"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is a git-LFS pointer .*git lfs pull"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer: .*git lfs pull"),
         (b"<!doctype html>", "is a web page"),
     ],
 )
@@ -215,13 +215,13 @@ def test_names_that_are_not_text(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(source) + b"/n01/caf\xe9.jpg")).write_bytes(b".")
     assert "n01/caf\udce9.jpg" in open_input(str(source)).list().paths
     Path(os.fsdecode(os.fsencode(source) + b"/caf\xe9")).mkdir()
-    with pytest.raises(DataError, match=r"names of classes in UTF-8, found caf\\xe9. Rename them"):
+    with pytest.raises(DataError, match=r"class names in UTF-8, got caf\\xe9. Rename them"):
         open_input(str(source)).list()
 
 
 def test_names_are_shown_on_one_line() -> None:
-    assert shown("a\nb\x1b[0m \u00e9 caf\udce9 \ud800") == "a\\nb\\x1b[0m \u00e9 caf\\xe9 \\ud800"
-    assert (as_text("a\nb"), as_text("\udce9")) == ("a\nb", "\\xe9")
+    assert printable("a\nb\x1b[0m \u00e9 caf\udce9 \ud800") == "a\\nb\\x1b[0m \u00e9 caf\\xe9 \\ud800"
+    assert (to_utf8("a\nb"), to_utf8("\udce9")) == ("a\nb", "\\xe9")
     assert few(f"{number}\n" for number in range(7)) == "0\\n, 1\\n, 2\\n, 3\\n, 4\\n and 2 more"
 
 
@@ -311,9 +311,7 @@ def test_links_that_lead_round_in_a_circle_are_named(tmp_path: Path) -> None:
     assert len(open_input(str(source)).list()) == 4, "a link to another class leads nowhere twice"
     (source / "n04").unlink()
     (source / "n01/again").symlink_to(source)
-    with pytest.raises(
-        DataError, match=r"n01/again is a link to .*/x, which holds the link.*Remove the link"
-    ):
+    with pytest.raises(DataError, match=r"n01/again links to .*/x, which contains the link.*Remove the link"):
         open_input(str(source)).list()
     (source / "n01/again").unlink()
     (source / "n01/itself").symlink_to(source / "n01/itself")
@@ -360,7 +358,7 @@ def test_keys_that_are_no_paths_are_named(key: str, prefix: tuple[str, Any]) -> 
     url, put_object = prefix
     put_object("/n01/0.jpg")
     put_object(key)
-    with pytest.raises(DataError, match=r"expected a key without empty parts") as caught:
+    with pytest.raises(DataError, match=r"expected a key without empty components") as caught:
         open_input(url).list()
     assert f"{url}{key}: " in str(caught.value)
 
@@ -393,10 +391,10 @@ def test_classes_and_their_numbers_of_images_are_said(tmp_path: Path) -> None:
 def test_numbers_as_names_are_said(tmp_path: Path) -> None:
     names = [str(number) for number in range(12)]
     listing = open_input(class_folders(tmp_path / "x", {name: {"0.jpg": b"."} for name in names})).list()
-    (note,) = remarks(listing)
+    (note,) = layout_notes(listing)
     assert "label 2 is class 10, not 2" in note
     padded = {f"{number:02d}": {"0.jpg": b"."} for number in range(12)}
-    assert remarks(open_input(class_folders(tmp_path / "y", padded)).list()) == []
+    assert layout_notes(open_input(class_folders(tmp_path / "y", padded)).list()) == []
 
 
 def test_labels_that_count_from_one_are_said(tmp_path: Path) -> None:
@@ -404,7 +402,7 @@ def test_labels_that_count_from_one_are_said(tmp_path: Path) -> None:
     (tmp_path / "train-0.tar").write_bytes(tar_of(members))
     listing = open_input(str(tmp_path)).list()
     assert listing.empty_classes == ("0",)
-    (note,) = remarks(listing)
-    assert "labels count from 1 to 2: class 0 has no image" in note
+    (note,) = layout_notes(listing)
+    assert "labels run from 1 to 2 and class 0 has no image" in note
     sparse = Listing("webdataset", ("0", "1", "2"), ["a"], np.array([2], np.int32), labels_in_paths=False)
-    assert remarks(sparse) == []
+    assert layout_notes(sparse) == []

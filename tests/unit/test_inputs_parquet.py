@@ -13,7 +13,7 @@ from dit_scale.errors import DataError
 from dit_scale.storage import DiskStorage, open_storage
 from dit_scale_pipeline.inputs import Entry, InputError, Listing, open_input
 from dit_scale_pipeline.inputs.parquet import Parquet
-from dit_scale_pipeline.inputs.saved import current_listing, difference, load_listing, save_listing
+from dit_scale_pipeline.inputs.saved import current_listing, describe_changes, load_listing, save_listing
 from tests.support.archives import parquet, watch_reads, write_parquet
 
 
@@ -66,9 +66,9 @@ def test_parquet_rows_without_an_image_are_bad_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "why"),
     [
-        (-1, "label -1; expected the number of a class"),
+        (-1, "label -1; expected a class number"),
         (None, "rows without a label"),
-        (2, "names of 2 classes"),
+        (2, "the schema names 2 classes"),
     ],
 )
 def test_parquet_labels_that_are_none_are_refused(label: int | None, why: str, tmp_path: Path) -> None:
@@ -85,11 +85,11 @@ def test_parquet_files_with_other_columns_are_refused(tmp_path: Path) -> None:
     row = [{"bytes": b"x", "path": None}]
     columns: dict[str, list[object]] = {"img": row, "fine_label": [1], "coarse_label": [0]}
     for table, why in (
-        ({"img": [b"x"], "label": [1]}, r"expected columns image .* found img \(binary\), label \(int64\)"),
-        (columns, r"Name them: image_column=img label_column=... \(one of fine_label, coarse_label\)"),
+        ({"img": [b"x"], "label": [1]}, r"expected columns image .* got img \(binary\), label \(int64\)"),
+        (columns, r"Set image_column=img label_column=... \(one of fine_label, coarse_label\)"),
         (
             {"image": row, "label": ["cat"]},
-            r"label \(string\). Column label holds no numbers: write each class",
+            r"label \(string\). Column label is not numeric: write each class",
         ),
     ):
         pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
@@ -129,14 +129,14 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
     assert (saved.columns, saved.sha256) == (fine.columns, fine.sha256)
     assert current_listing(images, saved) is saved
     other = current_listing(open_input(str(tmp_path), columns=("image", "fine_label")), saved)
-    assert difference(saved, other) == "columns image and fine_label, where it had img and fine_label"
+    assert describe_changes(saved, other) == "columns image and fine_label instead of img and fine_label"
 
 
 def test_paths_alone_are_no_images(tmp_path: Path) -> None:
     row = {"bytes": None, "path": "a.jpg"}
     write_parquet(tmp_path / "a.parquet", [(row, 0), (row, 1), (None, 1)], [])
     with pytest.raises(
-        DataError, match=r"a.parquet: image.bytes is empty in all 3 rows: the file holds the paths"
+        DataError, match=r"a.parquet: image.bytes is empty in all 3 rows: the file contains only the paths"
     ):
         open_input(str(tmp_path)).list()
 
@@ -163,10 +163,10 @@ def test_a_parquet_file_that_changed_since_is_no_image(tmp_path: Path) -> None:
     row = {"bytes": b"x", "path": ""}
     for rows, now in (([(row, 0)] * 3, "None"), ([(row, 1)] * 4, "1")):
         write_parquet(Path(source, entry.archive), rows, [])
-        with pytest.raises(DataError, match=f"changed since it was listed: row 3 had label 0, now {now}"):
+        with pytest.raises(DataError, match=f"changed since .*: the label of row 3 was 0 and is {now} now"):
             open_input(source, "parquet").read(entry)
     Path(source, entry.archive).unlink()
-    with pytest.raises(DataError, match="in the listing but not here"):
+    with pytest.raises(DataError, match="in the listing but does not exist here"):
         open_input(source, "parquet").read(entry)
 
 

@@ -10,6 +10,7 @@ from dit_scale.elastic.board import Round
 from dit_scale.elastic.node import diagnosis, launcher
 from dit_scale.elastic.node.deadlines import Deadlines, Standing
 from dit_scale.elastic.node.diagnosis import Diagnosis
+from dit_scale.elastic.node.launcher import Launcher
 from dit_scale.elastic.node.processes import ProcessTable
 from dit_scale.elastic.node.rank_files import RankFiles
 from dit_scale.elastic.node.stacks import StackArchive
@@ -32,6 +33,19 @@ def diagnosis_of(folder: Path) -> Diagnosis:
         archive=StackArchive(folder / "stacks", 1, print),
         record=lambda event, **details: None,
         say=print,
+    )
+
+
+def launcher_of(folder: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> Launcher:
+    """A launcher that starts no process."""
+    monkeypatch.setattr(launcher.subprocess, "Popen", lambda *command, **more: None)
+    return Launcher(
+        command=[],
+        folder=folder,
+        deadlines=Deadlines(),
+        stacks=folder / "stacks",
+        record=lambda event, **details: None,
+        say=logged.append,
     )
 
 
@@ -69,37 +83,18 @@ def test_a_wait_for_data_is_reported_once_and_again_in_the_next_round(
     monkeypatch.setattr(
         diagnosis, "ask_for_stacks", lambda folder, ranks, signal_to: dict.fromkeys(ranks, "stack")
     )
-    monkeypatch.setattr(launcher.subprocess, "Popen", lambda *command, **more: None)
-    starter = launcher.Launcher(
-        command=[],
-        folder=tmp_path,
-        deadlines=Deadlines(),
-        stacks=tmp_path / "stacks",
-        record=lambda event, **details: None,
-        say=logged.append,
-    )
+    starter = launcher_of(tmp_path, monkeypatch, logged)
     for number in (1, 2):
-        ranks = starter.start(Round(number, TWO_RANKS, -1), 0)
-        ranks._diagnosis.report_stalls([WAITS, READS])
-        ranks._diagnosis.report_stalls([WAITS, READS])
+        group = starter.start(Round(number, TWO_RANKS, -1), 0)
+        group._diagnosis.report_stalls([WAITS, READS])
+        group._diagnosis.report_stalls([WAITS, READS])
         assert len(logged) == number
         assert logged[-1].startswith("rank 1 (process 12) makes no progress in phase DATA after step 20")
         assert len(list((tmp_path / "stacks").glob(f"round-{number:06d}-*"))) == 2
 
 
-def test_a_round_starts_without_the_heartbeats_and_verdicts_of_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also when a supervisor takes part in a round of the same number again."""
-    monkeypatch.setattr(launcher.subprocess, "Popen", lambda *command, **more: None)
-    starter = launcher.Launcher(
-        command=[],
-        folder=tmp_path,
-        deadlines=Deadlines(),
-        stacks=tmp_path / "stacks",
-        record=lambda event, **details: None,
-        say=print,
-    )
+def test_a_round_starts_without_the_files_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starter = launcher_of(tmp_path, monkeypatch, [])
     first = starter.start(Round(1, TWO_RANKS, -1), 0)
     (tmp_path / "round-000001" / "verdict-00000.json").write_text("{}")
     second = starter.start(Round(1, TWO_RANKS, -1), 0)

@@ -1,4 +1,4 @@
-"""What a micro-batch contributes: losses by sample, and their sums."""
+"""The training objective: losses by sample, their sums, and the draws behind them."""
 
 import math
 
@@ -8,11 +8,11 @@ import torch
 
 from dit_scale import rng
 from dit_scale.config import ModelConfig
-from dit_scale.data.loader import Batch
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.rng import Purpose
-from dit_scale.train.objective import SampleLosses, drop_labels, losses
+from dit_scale.train.objective import Predict, SampleLosses, drop_labels, losses
 from tests.support import philox
 
 SEED, SCALE, NUM_CLASSES, LABEL_DROPOUT = 7, 0.5, 10, 0.1
@@ -30,40 +30,48 @@ def model() -> dit.DiT:
 
 
 @pytest.fixture(scope="module")
-def batch() -> Batch:
+def batch() -> MicroBatch:
     generator = torch.Generator().manual_seed(1)
     moments = torch.rand((NUM, 8, 4, 4), generator=generator).half()
     weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
-    return Batch(moments, torch.arange(NUM) % NUM_CLASSES, torch.arange(100, 100 + NUM), weights)
+    return MicroBatch(moments, torch.arange(NUM) % NUM_CLASSES, torch.arange(100, 100 + NUM), weights)
 
 
-def settings(batch: Batch) -> tuple[schedules.Schedule, Batch, int, float, int, float]:
-    return schedules.linear(1000), batch, SEED, SCALE, NUM_CLASSES, LABEL_DROPOUT
+def losses_of(predict: Predict, batch: MicroBatch, label_dropout: float = LABEL_DROPOUT) -> SampleLosses:
+    return losses(
+        predict,
+        schedules.linear(1000),
+        batch,
+        seed=SEED,
+        latent_scale=SCALE,
+        null_class=NUM_CLASSES,
+        label_dropout=label_dropout,
+    )
 
 
 @torch.no_grad()
-def test_the_losses_of_a_sample_do_not_depend_on_its_neighbours(model: dit.DiT, batch: Batch) -> None:
-    together = losses(model, *settings(batch))
+def test_the_losses_of_a_sample_do_not_depend_on_its_neighbours(model: dit.DiT, batch: MicroBatch) -> None:
+    together = losses_of(model, batch)
     for i in range(NUM):
-        one = Batch(*(getattr(batch, name)[i : i + 1] for name in vars(batch)))
-        alone = losses(model, *settings(one))
+        one = MicroBatch(*(getattr(batch, name)[i : i + 1] for name in vars(batch)))
+        alone = losses_of(model, one)
         for name, value in zip(SampleLosses._fields, alone, strict=True):
             torch.testing.assert_close(value[0], getattr(together, name)[i], rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
-def test_sums_are_weighted(model: dit.DiT, batch: Batch) -> None:
-    by_sample = losses(model, *settings(batch))
+def test_sums_are_weighted(model: dit.DiT, batch: MicroBatch) -> None:
+    by_sample = losses_of(model, batch)
     expected = torch.stack([by_sample.total_B[:4].sum(), by_sample.mse_B[:4].sum(), by_sample.vb_B[:4].sum()])
     torch.testing.assert_close(by_sample.sums(batch.weight_B), expected)
     assert torch.equal(by_sample.sums(torch.zeros(NUM)), torch.zeros(3))
 
 
-# The draws of a micro-batch, against draws that are made here
+# The draws of a micro-batch, compared with draws computed here
 
 
 class Seen:
-    """A model that keeps what it is given, and answers zero: its error is the noise."""
+    """A model that keeps its inputs and returns zero: its error is the noise."""
 
     def __call__(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
         self.x_BCHW, self.t_B, self.y_B = x_BCHW, t_B, y_B
@@ -71,13 +79,13 @@ class Seen:
 
 
 def signal(t: int) -> float:
-    """alpha_bar of the linear schedule of 1000 steps: what is left of the variance of the latent."""
+    """Return alpha_bar of the linear schedule of 1000 steps: the remaining variance of the latent."""
     return math.prod(1 - (1e-4 + (2e-2 - 1e-4) * step / 999) for step in range(t + 1))
 
 
-def test_every_draw_is_that_of_its_purpose_and_position(batch: Batch) -> None:
+def test_every_draw_is_keyed_by_purpose_and_position(batch: MicroBatch) -> None:
     seen = Seen()
-    found = losses(seen, *settings(batch))
+    found = losses_of(seen, batch)
     for i, position in enumerate(batch.position_B.tolist()):
         t = philox.words(SEED, philox.TIMESTEP, position, 1)[0] * 1000 >> 32
         is_dropped = philox.uniform(SEED, philox.LABEL_DROP, position) < LABEL_DROPOUT
@@ -95,12 +103,12 @@ def test_every_draw_is_that_of_its_purpose_and_position(batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_so_many_labels_are_dropped(share: float) -> None:
+def test_the_configured_share_of_labels_is_dropped(share: float) -> None:
     num = 20_000
     labels = torch.arange(num) % NUM_CLASSES
-    batch = Batch(torch.ones(num, 8, 1, 1).half(), labels, torch.arange(num), torch.ones(num))
+    batch = MicroBatch(torch.ones(num, 8, 1, 1).half(), labels, torch.arange(num), torch.ones(num))
     seen = Seen()
-    losses(seen, schedules.linear(1000), batch, SEED, SCALE, NUM_CLASSES, share)
+    losses_of(seen, batch, share)
     is_dropped = seen.y_B == NUM_CLASSES
     assert torch.equal(seen.y_B[~is_dropped], labels[~is_dropped])
     drawn = [philox.uniform(SEED, philox.LABEL_DROP, position) < share for position in range(500)]
@@ -113,7 +121,7 @@ def test_a_label_is_dropped_when_its_draw_is_below_the_share() -> None:
     position_B = torch.arange(1000)
     y_B = position_B % NUM_CLASSES
     draws = rng.uniforms(SEED, Purpose.LABEL_DROP, position_B).tolist()
-    share = sorted(draws)[100]  # that of one of them: its label stays
+    share = sorted(draws)[100]  # equal to one of the draws: that label stays
     kept = drop_labels(y_B, position_B, NUM_CLASSES, share, SEED)
     assert kept.tolist() == [
         NUM_CLASSES if draw < share else y for draw, y in zip(draws, y_B.tolist(), strict=True)

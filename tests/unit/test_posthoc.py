@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from dit_scale import cli, weights
 from dit_scale.checkpoint import rankfile
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId, Manifest
-from dit_scale.checkpoint.partition import MASTER, ParameterSlice, Partition
+from dit_scale.checkpoint.partition import MASTER, Partition
+from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.checkpoint.writer import write_manifest
 from dit_scale.config import EmaProfile, TrainConfig, dump
 from dit_scale.errors import CheckpointError

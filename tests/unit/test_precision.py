@@ -61,7 +61,10 @@ def test_a_run_keeps_its_precision_unless_overridden(tmp_path: Path, world: Worl
     written = config_of(tmp_path, begun).model_dump(mode="json")
     checkpoints.write(open_storage(tmp_path), CheckpointId(40, 1), [[]], config=written)
     config, note = choose_precision(config_of(tmp_path, "auto"), world)
-    assert (config.engine.precision, note) == (begun, f"precision auto: {begun}, as the run began")
+    assert (config.engine.precision, note) == (
+        begun,
+        f"precision auto: {begun}, the precision of the newest checkpoint",
+    )
     told = "fp32" if begun == "bf16" else "bf16"
     assert choose_precision(config_of(tmp_path, told), world)[0].engine.precision == told
 

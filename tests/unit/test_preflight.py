@@ -169,7 +169,7 @@ def test_kernel_messages_that_cannot_be_read_are_no_problem() -> None:
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, GIB - 1))
-    problems = preflight(config_of(tmp_path), 1)
+    problems = preflight(config_of(tmp_path), 1, print)
     assert ["TMPDIR" in problem for problem in problems] == [True, False]
     assert f"{tmp_path / 'run'} has 1.07 GB of free space" in problems[1]
 
@@ -179,27 +179,29 @@ def test_room_for_a_checkpoint_is_needed_where_checkpoints_go(
 ) -> None:
     large = {"model": {"name": "DiT-XL/2"}}
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, 11 * GIB))
-    (problem,) = preflight(config_of(tmp_path, **large), 1)
+    (problem,) = preflight(config_of(tmp_path, **large), 1, print)
     assert "expected at least 11.87" in problem  # 675,129,632 parameters, four times fp32, and a GiB
     assert "(run)" in problem
-    assert preflight(config_of(tmp_path, **large, checkpoint={"url": str(tmp_path / "s")}), 1) != []
+    assert preflight(config_of(tmp_path, **large, checkpoint={"url": str(tmp_path / "s")}), 1, print) != []
 
 
 def test_a_missing_data_set(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     (tmp_path / "data" / "dataset.json").unlink()
-    (problem,) = preflight(config, 1)
+    (problem,) = preflight(config, 1, print)
     assert "cannot read the data set" in problem
 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
     config = config_of(tmp_path, checkpoint={"url": str(tmp_path / "state")})
     (tmp_path / "run").write_text("a file")
-    (problem,) = preflight(config, 1)
+    (problem,) = preflight(config, 1, print)
     assert problem.startswith(f"cannot write run={tmp_path / 'run'}")
     shutil.rmtree(tmp_path / "state")
     (tmp_path / "state").write_text("a file")
-    assert any("cannot write the root of the checkpoints" in problem for problem in preflight(config, 1))
+    assert any(
+        "cannot write the root of the checkpoints" in problem for problem in preflight(config, 1, print)
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a run takes over from its checkpoints, and which data set fits it."""
+"""The state that a run restores from a checkpoint, and the data sets that fit it."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +12,7 @@ from dit_scale.config import TrainConfig
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import ConfigError
 from dit_scale.train.dataset_check import check_dataset
-from dit_scale.train.run_state import RunState, merged
+from dit_scale.train.run_state import RunState, merge_ranges
 from tests.support.latents import write_latents
 
 RANGES = st.lists(
@@ -21,16 +21,16 @@ RANGES = st.lists(
 
 
 @given(RANGES)
-def test_merged_ranges_are_the_same_positions_once(ranges: list[tuple[int, int]]) -> None:
-    found = merged(tuple(ranges))
+def test_merged_ranges_hold_each_position_once(ranges: list[tuple[int, int]]) -> None:
+    found = merge_ranges(tuple(ranges))
     assert {position for pair in found for position in range(*pair)} == {
         position for pair in ranges for position in range(*pair)
     }
     for (_, end), (start, _) in pairwise(found):
-        assert end < start, "sorted, disjoint, and none that touch"
+        assert end < start, "sorted, disjoint and not adjacent"
 
 
-def test_all_that_survives_a_restart_is_taken_over() -> None:
+def test_the_state_is_restored_from_a_manifest() -> None:
     guard = {"loss": 0.5, "grad_norm": 0.25, "updates": 8.0, "failed_in_a_row": 0.0}
     manifest = Manifest(
         step=9,
@@ -64,20 +64,20 @@ def config_of(data: Path, num_classes: int = 10, image_size: int = 32) -> TrainC
     return TrainConfig.model_validate({"model": model, "data": {"url": str(data)}})
 
 
-def test_a_data_set_fits_a_model_of_its_size_with_as_many_classes(tmp_path: Path) -> None:
+def test_a_data_set_fits_a_model_of_its_size_with_enough_classes(tmp_path: Path) -> None:
     write_latents(tmp_path, num=4, image_size=32, num_classes=10)
     dataset = LatentDataset.open(tmp_path)
     for num_classes in (10, 11):
         note = check_dataset(config_of(tmp_path, num_classes), dataset)
         assert bool(note) == (num_classes == 11)
-    assert "has 10 classes, model.num_classes is 11: the labels from 10 on are never trained" in note
-    with pytest.raises(ConfigError, match=r"has 10 classes, model.num_classes is 9"):
+    assert "has 10 classes, model.num_classes is 11: labels 10 and above are never trained" in note
+    with pytest.raises(ConfigError, match=r"has 10 classes, but model.num_classes is 9"):
         check_dataset(config_of(tmp_path, num_classes=9), dataset)
-    with pytest.raises(ConfigError, match=r"holds latents of 32 px images, model.image_size is 64"):
+    with pytest.raises(ConfigError, match=r"holds latents of 32 px images, but model.image_size is 64"):
         check_dataset(config_of(tmp_path, image_size=64), dataset)
 
 
 def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
     write_latents(tmp_path, num=0)
-    with pytest.raises(ConfigError, match="holds no sample"):
+    with pytest.raises(ConfigError, match="holds no samples"):
         check_dataset(config_of(tmp_path), LatentDataset.open(tmp_path))

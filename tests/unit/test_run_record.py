@@ -255,8 +255,16 @@ def test_a_damaged_line_is_left_out_and_reported(tmp_path: Path) -> None:
     config = TrainConfig(run=str(tmp_path))
     lines = ['{"step": 1, "loss": 0.5}', '{"step": 2, "lo\x12s": 0.5}', '{"step": 3, "loss": 0.5}', '{"step']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    said: list[str] = []
+    messages: list[str] = []
     carried = carried_over(config, None, 1)
-    Logbook(config, open_storage(tmp_path), 1, carried, lambda: 3, said.append).close()
-    assert said == [f"ALARM: {tmp_path}/metrics.jsonl: 1 damaged lines are left out from now on"]
+    logbook = Logbook(
+        config=config,
+        root=open_storage(tmp_path),
+        attempt=1,
+        carried=carried,
+        step=lambda: 3,
+        say=messages.append,
+    )
+    logbook.close()
+    assert messages == [f"ALARM: {tmp_path}/metrics.jsonl: dropped 1 damaged lines"]
     assert carried.damaged == 1, "the torn last line was never written"

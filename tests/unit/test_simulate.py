@@ -1,4 +1,4 @@
-"""The simulator: known answers, exact sums, and the same history as with every poll of a supervisor taken."""
+"""The simulator: known answers, exact sums, and the same history whether or not polls are skipped."""
 
 from collections import Counter
 from dataclasses import replace
@@ -27,9 +27,9 @@ COSTS = Costs(
     first_step_s=4.0,
 )
 START_S = 16 + 8 + 4
-"""Of the first round, which restores nothing."""
+"""Duration of the first start, which restores nothing."""
 POLLS_S = 1.0
-"""Supervisors see things at their polls: a few of them, of 0.25 s, lie in every change."""
+"""Tolerance: a change takes a few polls of 0.25 s each."""
 NODES = 4
 SMALL = SimulationSetup(nodes=NODES, steps=1000, every_steps=100, costs=COSTS, policy=Policy(min_nodes=2))
 
@@ -39,11 +39,11 @@ def assert_exact(result: SimulationResult) -> None:
     assert min(result.ledger.spent.values()) >= 0
 
 
-def test_without_a_failure_goodput_is_what_the_saves_leave() -> None:
+def test_without_failures_only_saves_cost_goodput() -> None:
     result = simulate(SMALL)
     assert result.code == Exit.DONE
     assert result.endings == Counter({Reason.DONE: 1})
-    # Nine saves in between, and the commit of the last step is waited for.
+    # Nine saves on the way, and the wait for the commit of the last step.
     assert result.ledger.spent[Heading.PRODUCTIVE] == 1000 * SECOND
     assert result.ledger.spent[Heading.CHECKPOINT] == (9 * 2 + 5) * SECOND
     assert (
@@ -64,7 +64,7 @@ def test_goodput_of_a_long_run_is_one_minus_the_share_of_stalls() -> None:
 
 
 def test_a_killed_rank_costs_what_was_not_committed_and_a_restart() -> None:
-    # 250.5 s into the training: saves begin after 100 and 202 s, steps 200 and on are not committed.
+    # 250.5 s into the training. Saves started after 100 s and 202 s, so 200 steps are committed.
     start_s = 0.25 + START_S
     result = simulate(SMALL, [Failure(start_s + 250.5, 2, FailureKind.CRASH)])
     assert result.code == Exit.DONE
@@ -79,7 +79,7 @@ def test_a_killed_rank_costs_what_was_not_committed_and_a_restart() -> None:
     assert_exact(result)
 
 
-def test_what_was_not_committed_yet_is_lost_also_when_its_save_has_begun() -> None:
+def test_steps_are_lost_if_their_save_has_started_but_not_committed() -> None:
     start_s = 0.25 + START_S
     committed = simulate(SMALL, [Failure(start_s + 208, 2, FailureKind.CRASH)])
     in_flight = simulate(SMALL, [Failure(start_s + 206, 2, FailureKind.CRASH)])
@@ -87,46 +87,46 @@ def test_what_was_not_committed_yet_is_lost_also_when_its_save_has_begun() -> No
     assert in_flight.ledger.seconds(Heading.REPLAYED) == pytest.approx(100 + 206 - 204, abs=POLLS_S)
 
 
-def test_a_hang_is_found_by_its_deadline() -> None:
+def test_a_hang_is_detected_by_its_deadline() -> None:
     result = simulate(SMALL, [Failure(START_S + 250, 1, FailureKind.HANG)])
     assert result.endings == Counter({Reason.HUNG: 1, Reason.DONE: 1})
     assert 7.5 < result.ledger.seconds(Heading.DETECT) < 10
-    # Steps of 10 s get three times their time, without what it takes to look and to hear the others.
+    # Steps of 10 s have a deadline of 30 s, minus the time to poll and to hear the other nodes.
     slow = replace(SMALL, costs=replace(COSTS, step_s=10.0))
     result = simulate(slow, [Failure(START_S + 2500, 1, FailureKind.HANG)])
     assert 27.5 < result.ledger.seconds(Heading.DETECT) < 30
 
 
-def test_a_stopped_rank_is_found_also_before_its_steps_were_measured() -> None:
+def test_a_stopped_rank_is_detected_even_before_its_steps_were_measured() -> None:
     for since_s in (5.0, 250.0):
         result = simulate(SMALL, [Failure(START_S + since_s, 1, FailureKind.STOP)])
         assert result.endings == Counter({Reason.HUNG: 1, Reason.DONE: 1})
         assert 7.5 < result.ledger.seconds(Heading.DETECT) < 10
 
 
-def test_a_killed_supervisor_is_found_when_the_other_ranks_have_broken_off_and_all_were_heard() -> None:
+def test_a_killed_supervisor_is_detected_after_the_other_ranks_fail_and_all_nodes_are_heard() -> None:
     patience_s = SMALL.policy.lease_s / 2
     setup = replace(SMALL, spares=1, costs=replace(COSTS, break_s=3.0))
     result = simulate(setup, [Failure(START_S + 250, 1, FailureKind.DEATH)])
     assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
     assert result.ledger.seconds(Heading.DETECT) == pytest.approx(3.0 + patience_s, abs=POLLS_S)
-    # In imports there is nothing yet that could break off: the lease tells.
+    # During imports no collective can fail yet, so the lease has to expire.
     result = simulate(setup, [Failure(START_S / 2, 1, FailureKind.DEATH)])
     assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
     assert result.ledger.seconds(Heading.DETECT) == pytest.approx(SMALL.policy.lease_s, abs=POLLS_S)
 
 
 @pytest.mark.parametrize("polls", [True, False])
-def test_a_round_that_all_nodes_are_gone_from_is_ended_by_the_spare(polls: bool) -> None:
+def test_the_standby_node_ends_a_round_whose_members_are_all_lost(polls: bool) -> None:
     setup = replace(SMALL, nodes=2, spares=1, policy=Policy(), polls=polls)
     failures = [Failure(START_S + 250, node, FailureKind.LOSS) for node in (0, 1)]
     result = simulate(setup, failures)
     assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
-    # The one that was watched stood still, and then all of them.
+    # First the lease of the watched node expires, then those of all others.
     assert result.ledger.seconds(Heading.DETECT) == pytest.approx(2 * SMALL.policy.lease_s, abs=POLLS_S)
 
 
-def test_a_world_with_costs_of_its_own_takes_these() -> None:
+def test_measured_durations_take_precedence() -> None:
     failures = [Failure(START_S + 250, 1, FailureKind.LOSS)]
     alike = simulate(replace(SMALL, measured={3: COSTS}), failures)
     quicker = simulate(replace(SMALL, measured={3: replace(COSTS, step_s=0.5)}), failures)
@@ -137,16 +137,16 @@ def test_a_world_with_costs_of_its_own_takes_these() -> None:
         assert_exact(result)
 
 
-def test_a_lost_node_is_found_by_its_lease() -> None:
+def test_a_lost_node_is_detected_by_its_lease() -> None:
     result = simulate(replace(SMALL, spares=1), [Failure(START_S + 250, 1, FailureKind.LOSS)])
     assert result.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
     assert 15 < result.ledger.seconds(Heading.DETECT) < 16
-    # The spare stands in at once.
+    # The standby node takes over immediately.
     assert result.ledger.spent[Heading.DEGRADED] == 0
     assert result.ledger.seconds(Heading.WAITING) < 2
 
 
-def test_without_a_spare_the_run_goes_on_more_slowly_and_grows_again() -> None:
+def test_without_a_standby_node_the_run_continues_more_slowly_and_grows_again() -> None:
     away = simulate(replace(SMALL, repair_s=DAY_S), [Failure(START_S + 250, 1, FailureKind.LOSS)])
     assert away.endings == Counter({Reason.LOST: 1, Reason.DONE: 1})
     # 800 steps on three nodes of four take a third longer.
@@ -159,7 +159,7 @@ def test_without_a_spare_the_run_goes_on_more_slowly_and_grows_again() -> None:
         assert_exact(result)
 
 
-def test_failures_of_nodes_that_do_not_train_cost_nothing() -> None:
+def test_failures_of_standby_nodes_cost_nothing() -> None:
     setup = replace(SMALL, spares=1)
     calm = simulate(setup)
     stormy = simulate(setup, [Failure(300, 4, FailureKind.CRASH), Failure(400, 4, FailureKind.LOSS)])
@@ -168,7 +168,7 @@ def test_failures_of_nodes_that_do_not_train_cost_nothing() -> None:
     assert stormy.ledger.spent | {Heading.WAITING: 0} == calm.ledger.spent | {Heading.WAITING: 0}
 
 
-def test_a_run_that_does_not_get_on_is_given_up() -> None:
+def test_supervisors_give_up_on_a_run_that_makes_no_progress() -> None:
     # A rank dies in every round before the first commit.
     failures = [Failure(60.0 * i, 0, FailureKind.CRASH) for i in range(1, 100)]
     result = simulate(SMALL, failures)
@@ -196,8 +196,8 @@ def test_the_seed_fixes_the_history() -> None:
     assert stormy(5, polls=False) != stormy(6, polls=False)
 
 
-def test_failures_come_at_the_rate_that_was_asked_for() -> None:
-    # 1,000 nodes: 6.5 a day; of 10,000 failures the standard error is 1 %.
+def test_failures_have_the_requested_rate() -> None:
+    # 1,000 nodes fail 6.5 times a day; for 10,000 failures the standard error is 1 %.
     failures = list(islice(poisson(1000, 6.5, SHARES, seed=1), 10_000))
     assert failures[-1].at_s / DAY_S == pytest.approx(10_000 / 6.5, rel=0.04)
     kinds = Counter(failure.kind for failure in failures)
@@ -231,7 +231,7 @@ def mean_goodput(every_steps: int, costs: Costs, seeds: int) -> float:
     return sum(run.goodput for run in runs) / seeds
 
 
-def test_the_best_interval_is_that_of_daly() -> None:
+def test_the_best_interval_is_dalys() -> None:
     costs = Costs(save_stall_s=20.0, commit_lag_s=20.0)
     best = round(daly_s(20.0, MACHINES.mtbf_s))
     seldom, right, often = (mean_goodput(every, costs, seeds=2) for every in (4 * best, best, best // 4))
@@ -240,15 +240,15 @@ def test_the_best_interval_is_that_of_daly() -> None:
 
 
 @pytest.mark.parametrize("stall_s", [0.5, 20.0])
-def test_the_model_and_the_simulation_agree(stall_s: float) -> None:
+def test_formula_and_simulation_agree(stall_s: float) -> None:
     costs = Costs(save_stall_s=stall_s, commit_lag_s=20.0)
     every = best_every_steps(MACHINES, costs)
     expected = estimate(MACHINES, Work(400_000, every, costs)).goodput
     assert mean_goodput(every, costs, seeds=2) == pytest.approx(expected, abs=0.01)
 
 
-def test_a_newcomer_waits_for_members_whose_save_takes_longer_than_it_takes_to_settle() -> None:
-    """It would else begin a round of its own while the others still save, and they would grow again."""
+def test_a_returning_node_waits_for_members_whose_save_takes_longer_than_settling() -> None:
+    """Otherwise it would start a round alone while the others save, and the run would have to grow again."""
     setup = SimulationSetup(
         nodes=NODES, steps=1000, every_steps=100, costs=replace(COSTS, commit_lag_s=20.0), repair_s=300.0
     )

@@ -1,4 +1,4 @@
-"""`dit-scale status` on folders of runs that are alive, finished, stopped, dead or no runs at all."""
+"""`dit-scale status` on runs that are alive, finished, stopped or dead, and on folders without a run."""
 
 import json
 import os
@@ -54,7 +54,7 @@ AGAIN = [
 def write_run(
     folder: Path, journal: list[dict[str, Any]], supervisor: list[dict[str, Any]], silence_s: float = 1.0
 ) -> str:
-    """The folder of a run of 100 steps, 4 samples each, whose files are so old at NOW_S."""
+    """Write the folder of a run of 100 steps of 4 samples; its files are `silence_s` old at NOW_S."""
     config = {"run": str(folder), "steps": 100, "global_batch": 4, "log": {"every_steps": 10}}
     write(folder / "config.yaml", dump(TrainConfig.model_validate(config)))
     write(folder / "events.jsonl", lines(journal))
@@ -80,7 +80,7 @@ def state_of(folder: Path, *files: Any, silence_s: float = 1.0) -> Status:
     return status_of(write_run(folder, *files, silence_s=silence_s), NOW_S)
 
 
-def test_a_run_that_trains(tmp_path: Path) -> None:
+def test_a_run_that_is_training(tmp_path: Path) -> None:
     found = state_of(tmp_path, TRAINING, ROUND)
     assert (found.state, found.text) == ("running", "training")
     assert (found.step, found.steps, found.attempt, found.round) == (30, 100, 1, 1)
@@ -93,8 +93,8 @@ def test_a_run_that_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("last", "state"), [("done", "finished"), ("waited", "stopped"), ("log", "running")])
-def test_an_alarm_changes_nothing_in_what_a_run_is(tmp_path: Path, last: str, state: str) -> None:
-    """A mirror that does not finish is said behind the end of the run."""
+def test_an_alarm_does_not_change_the_state(tmp_path: Path, last: str, state: str) -> None:
+    """A mirror that fails to finish raises its alarm after the last entry of the run."""
     journal = [*TRAINING, event(1042.0, last, attempt=1, step=30, data_s=0.0)]
     alarm = event(1043.0, "alarm", attempt=1, step=30, text="wandb did not finish")
     without, found = (state_of(tmp_path, events, []) for events in (journal, [*journal, alarm]))
@@ -112,7 +112,7 @@ def test_a_run_that_was_restarted(tmp_path: Path) -> None:
     assert found.spent_s["replayed"] == 1050.0 - 1031.0
 
 
-def test_steps_that_were_taken_again_are_lost_and_no_more(tmp_path: Path) -> None:
+def test_lost_steps_are_those_taken_again(tmp_path: Path) -> None:
     journal = [*TRAINING, event(1070.0, "start", attempt=2, step=10, restore_s=0.0)]
     (one,) = state_of(tmp_path, journal, [*ROUND, *FAILED, *AGAIN]).interruptions
     assert one.lost_steps == 28
@@ -126,12 +126,12 @@ def test_a_round_whose_supervisors_were_all_killed(
     assert (one.reason, one.step, one.lost_steps) == ("gone", step, lost)
 
 
-def test_a_round_that_never_came_to_steps(tmp_path: Path) -> None:
+def test_a_round_that_took_no_step(tmp_path: Path) -> None:
     (one,) = state_of(tmp_path, [], [*ROUND, *FAILED, *AGAIN]).interruptions
     assert (one.step, one.lost_steps) == (38, 0)
 
 
-def test_a_run_between_two_rounds_waits_for_the_nodes_that_are_not_there(tmp_path: Path) -> None:
+def test_a_run_between_two_rounds_waits_for_missing_nodes(tmp_path: Path) -> None:
     write(tmp_path / "elastic" / "sealed" / "000001.json", "{}")
     write(tmp_path / "elastic" / "join" / "000002" / "node0.json", "{}")
     found = state_of(tmp_path, TRAINING, [*ROUND, *FAILED])
@@ -139,7 +139,7 @@ def test_a_run_between_two_rounds_waits_for_the_nodes_that_are_not_there(tmp_pat
     assert found.spent_s["waiting"] == NOW_S - 1051.0
 
 
-def test_a_lease_that_moves_on_is_a_sign(tmp_path: Path) -> None:
+def test_a_renewed_lease_shows_that_a_run_is_alive(tmp_path: Path) -> None:
     run = write_run(tmp_path, TRAINING, ROUND, silence_s=600.0)
     assert status_of(run, NOW_S).state == "silent"
     open_storage(run).write("elastic/leases/node0.json", b"{}")
@@ -148,7 +148,7 @@ def test_a_lease_that_moves_on_is_a_sign(tmp_path: Path) -> None:
     assert (found.state, found.silence_s) == ("running", 5.0)
 
 
-def test_a_node_that_waits_for_the_end_of_a_round_is_no_sign_of_it(tmp_path: Path) -> None:
+def test_a_node_that_waits_for_a_round_to_end_does_not_show_that_it_is_alive(tmp_path: Path) -> None:
     run = write_run(tmp_path, TRAINING, ROUND, silence_s=600.0)
     write(tmp_path / "supervisors" / "node7.jsonl", lines([event(1500.0, "joined", round=2)]))
     write(tmp_path / "elastic" / "leases" / "node7.json", "{}")
@@ -157,7 +157,7 @@ def test_a_node_that_waits_for_the_end_of_a_round_is_no_sign_of_it(tmp_path: Pat
     assert (status_of(run, NOW_S).state, status_of(run, NOW_S).silence_s) == ("silent", 600.0)
 
 
-def test_a_dead_run_says_since_when_there_is_no_sign(tmp_path: Path) -> None:
+def test_a_dead_run_reports_how_long_it_has_been_silent(tmp_path: Path) -> None:
     found = state_of(tmp_path, TRAINING, [], silence_s=180.0)
     assert found.state == "silent"
     assert "nothing written for 3 min" in found.text
@@ -165,7 +165,7 @@ def test_a_dead_run_says_since_when_there_is_no_sign(tmp_path: Path) -> None:
     assert found.spent_s["replayed"] == 1041.0 - 1031.0
 
 
-def test_a_run_that_logs_seldom_is_given_time(tmp_path: Path) -> None:
+def test_a_run_that_rarely_logs_is_not_silent_too_soon(tmp_path: Path) -> None:
     """8 samples a second are 2 steps a second; 10,000 steps between two log points take 5000 s."""
     run = write_run(tmp_path, TRAINING, [], silence_s=600.0)
     config = (tmp_path / "config.yaml").read_text().replace("every_steps: 10\n", "every_steps: 10000\n")
@@ -194,7 +194,7 @@ def test_a_run_that_was_asked_to_stop(tmp_path: Path, supervised: bool) -> None:
     assert [one.reason for one in found.interruptions] == ["leaving" if supervised else "stopped"]
 
 
-def test_a_mistake_is_for_a_person(tmp_path: Path) -> None:
+def test_a_mistake_needs_manual_intervention(tmp_path: Path) -> None:
     ended = event(1050.0, "round_ended", round=1, reason="mistake", failed_node="n", text="odd", details={})
     found = state_of(tmp_path, [], [*ROUND, ended])
     assert (found.state, found.text) == ("failed", "manual intervention needed: odd")
@@ -206,7 +206,7 @@ def test_supervisors_that_gave_up(tmp_path: Path) -> None:
     assert "gave up: rank 3 was killed" in found.text
 
 
-def test_a_process_that_went_without_a_word_and_a_rollback(tmp_path: Path) -> None:
+def test_an_exit_without_a_reason_and_a_rollback(tmp_path: Path) -> None:
     journal = [
         *TRAINING,
         event(1070.0, "start", attempt=2, step=20, restore_s=0.0),
@@ -241,7 +241,7 @@ def test_the_first_round_of_a_run_has_no_configuration_yet(tmp_path: Path) -> No
     assert (found.state, found.steps, found.step) == ("running", None, 0)
 
 
-def test_the_screen_and_json_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path, TRAINING, [*ROUND, *FAILED])
     assert cli.main(["status", run, "--json"]) == 0
     tree = json.loads(capsys.readouterr().out)
@@ -257,6 +257,38 @@ def test_the_screen_and_json_say_the_same(tmp_path: Path, capsys: pytest.Capture
     assert f"goodput {tree['goodput']:.1%}" in text
 
 
+def test_a_run_whose_steps_were_lowered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path, TRAINING, ROUND)
+    write(
+        tmp_path / "config.yaml", (tmp_path / "config.yaml").read_text().replace("steps: 100\n", "steps: 4\n")
+    )
+    found = status_of(run, NOW_S)
+    assert (found.step, found.steps, found.eta_s) == (30, 4, 0.0)
+    assert cli.main(["status", run]) == 0
+    assert "step        30, beyond the 4 steps of the current configuration\n" in capsys.readouterr().out
+
+
+def test_a_step_counts_as_lost_only_if_the_next_attempt_takes_it_again(tmp_path: Path) -> None:
+    """The attempt after the next one resumes from further back, which is not the first one's loss."""
+    later = [
+        event(1070.0, "start", attempt=2, step=20, restore_s=0.0),
+        event(1075.0, "first_step", attempt=2, step=21, data_s=0.0),
+        event(1080.0, "start", attempt=3, step=10, restore_s=0.0),
+    ]
+    rows = state_of(tmp_path, [*TRAINING, *later], []).interruptions
+    assert [(row.reason, row.step, row.lost_steps) for row in rows] == [("gone", 30, 10), ("gone", 21, 11)]
+
+
+def test_the_reason_of_a_failure_is_shown_literally(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Brackets and colons in a reason are shown as they are."""
+    reason = "[gloo/pair.cc:1] [/red] :cat:"
+    ended = event(1050.0, "round_ended", round=1, reason="failed", failed_node="n", text=reason, details={})
+    assert cli.main(["status", write_run(tmp_path, TRAINING, [*ROUND, ended])]) == 0
+    assert reason in capsys.readouterr().out
+
+
 def test_no_torch_is_loaded(tmp_path: Path) -> None:
     run = write_run(tmp_path, TRAINING, ROUND)
     command = f"from dit_scale import cli; cli.main(['status', {run!r}])"
@@ -265,6 +297,6 @@ def test_no_torch_is_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "nothing"])
-def test_a_folder_that_is_no_run(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", str(tmp_path / name)]) == 2
     assert "expected a run's folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Verification of a data set: what is sound, every kind of damage by its name, and what it takes."""
+"""Verification of a data set: sound data, every kind of damage, and the memory that it needs."""
 
 import io
 import json
@@ -40,18 +40,18 @@ def test_a_sound_data_set(finished: Path) -> None:
     assert sound(info) == "sound: 20 samples in 4 shards, 10 classes, 0 of 20 inputs quarantined"
 
 
-def test_statistics_are_those_of_all_samples_at_once(finished: Path) -> None:
+def test_statistics_equal_those_of_all_samples_together(finished: Path) -> None:
     dataset = LatentDataset.open(finished)
     moments = np.stack([dataset.read(sample_id)[0] for sample_id in range(len(dataset))])
     mean, std = np.split(moments.astype(np.float64), 2, axis=2)
     axes = (0, 1, 3, 4)
-    # the variance of means that differ, and that of each posterior
+    # the variance of the means plus that of each posterior
     variance = mean.var(axis=axes) + (std**2).mean(axis=axes)
     assert np.allclose(dataset.info.channel_mean, mean.mean(axis=axes), rtol=0, atol=1e-8)
     assert np.allclose(dataset.info.channel_std, np.sqrt(variance), rtol=0, atol=1e-8)
 
 
-def test_quarantined_inputs_take_the_places_between_samples(tmp_path: Path) -> None:
+def test_quarantined_inputs_fill_the_gaps_between_samples(tmp_path: Path) -> None:
     write_latents(tmp_path, num=20, shard_samples=6)
     item = {"key": 20, "path": "a.png", "reason": "no picture"}
     source = json.loads((tmp_path / INFO_KEY).read_text())["source"]
@@ -86,17 +86,17 @@ def test_a_flipped_bit_of_a_label(copy: Path) -> None:
     flip_bit(copy / "shards/00001.tar", int(record["offset"]) - 1024)
     digest, members = problems(copy)
     assert digest == "shards/00001.tar: its SHA-256 is not the one in dataset.json"
-    assert "members do not fit the index: 12, expected 12" in members
-    assert members.endswith("first wrong ('00000008.cls', None, b'9')")
+    assert "its members do not match the index: expected 12, got 12" in members
+    assert members.endswith("first mismatch ('00000008.cls', None, b'9')")
 
 
 def test_a_tar_that_ends_early(copy: Path) -> None:
     path = copy / "shards/00003.tar"
     path.write_bytes(path.read_bytes()[:1400])
     size, digest, members, *samples = problems(copy)
-    assert size == "shards/00003.tar: 1400 bytes, dataset.json says 10240"
+    assert size == "shards/00003.tar: expected 10240 bytes as in dataset.json, got 1400"
     assert digest.startswith("shards/00003.tar: its SHA-256")
-    assert members == "shards/00003.tar: members do not fit the index: 1, expected 4"
+    assert members == "shards/00003.tar: its members do not match the index: expected 4, got 1"
     assert [sample.partition(":")[0] for sample in samples] == [
         f"shards/00003.tar, sample with key {key:08d}" for key in (18, 19)
     ]
@@ -112,26 +112,29 @@ def test_an_index_of_another_shard(copy: Path) -> None:
     shutil.copy(copy / "shards/00003.idx", copy / "shards/00001.idx")
     digest, count, *rest = problems(copy)
     assert digest == "shards/00001.idx: its SHA-256 is not the one in dataset.json"
-    assert count == "shards/00001.idx: 2 records, dataset.json says 6"
-    assert "keys: expected every one once and in the order of the listing" in rest
+    assert count == "shards/00001.idx: expected 6 records as in dataset.json, got 2"
+    assert "keys: expected every key once and in the order of the listing" in rest
+
+
+TOO_LARGE = "expected a label below 2, got 2"
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"class_names": ["0", "1"]}, "shards/00000.tar, sample with key 00000002: label 2 of 2 classes"),
-        ({"channel_mean": [0.0] * 4}, "channel mean: ("),
-        ({"channel_std": [1.0] * 3}, "channel std: ("),
-        ({"image_size": 64}, "dataset.json: latent_shape (2, 8, 4, 4) does not fit 2 views of 64 px images"),
-        ({"views": ["image"]}, "dataset.json: latent_shape (2, 8, 4, 4) does not fit 1 views"),
-        ({"latent_shape": [2, 8, 2, 8]}, "dataset.json: latent_shape (2, 8, 2, 8) does not fit"),
+        ({"class_names": ["0", "1"]}, f"shards/00000.tar, sample with key 00000002: {TOO_LARGE}"),
+        ({"channel_mean": [0.0] * 4}, "channel mean: expected (0.0, 0.0, 0.0, 0.0) as in dataset.json, got"),
+        ({"channel_std": [1.0] * 3}, "channel std: expected (1.0, 1.0, 1.0) as in dataset.json, got"),
+        ({"image_size": 64}, "dataset.json: latent_shape (2, 8, 4, 4) does not match 2 views of 64 px"),
+        ({"views": ["image"]}, "dataset.json: latent_shape (2, 8, 4, 4) does not match 1 views"),
+        ({"latent_shape": [2, 8, 2, 8]}, "dataset.json: latent_shape (2, 8, 2, 8) does not match"),
         (
             {"quarantined": [{"key": 20, "path": "a", "reason": "b"}]},
             "count: 20 samples and 1 quarantined inputs do not make up the 20 files of the source",
         ),
     ],
 )  # fmt: skip
-def test_what_dataset_json_says_must_fit(copy: Path, change: dict[str, Any], expected: str) -> None:
+def test_dataset_json_must_match_the_data(copy: Path, change: dict[str, Any], expected: str) -> None:
     edit_info(copy, **change)
     assert problems(copy)[0].startswith(expected)
 
@@ -150,12 +153,12 @@ def test_every_input_has_a_sample_or_a_reason_and_none_has_both(copy: Path, keys
 def test_shards_out_of_order(copy: Path) -> None:
     info = json.loads((copy / INFO_KEY).read_text())
     edit_info(copy, shards=[info["shards"][number] for number in (1, 0, 2, 3)])
-    assert problems(copy) == ["keys: expected every one once and in the order of the listing"]
+    assert problems(copy) == ["keys: expected every key once and in the order of the listing"]
 
 
-def test_no_sample_at_all(tmp_path: Path) -> None:
+def test_no_samples(tmp_path: Path) -> None:
     write_latents(tmp_path, num=0)
-    assert problems(tmp_path) == ["count: no sample"]
+    assert problems(tmp_path) == ["count: no samples"]
 
 
 def test_a_flipped_bit_of_dataset_json_is_refused(copy: Path) -> None:
@@ -180,14 +183,14 @@ def test_dataset_json_of_an_earlier_version_is_read_with_a_note(copy: Path) -> N
     assert note.startswith(f"{copy}/dataset.json has no digest, because")
 
 
-def test_what_is_no_finished_data_set(copy: Path) -> None:
+def test_an_unfinished_data_set(copy: Path) -> None:
     (copy / INFO_KEY).unlink()
     with pytest.raises(DataError, match="not a latent data set"):
         verify(open_storage(copy))
 
 
 class Refusing(DiskStorage):
-    """A storage that gives no answer for one key."""
+    """A storage that does not answer for one key."""
 
     def read(self, key: str) -> bytes:
         if key == "shards/00002.idx":
@@ -195,16 +198,16 @@ class Refusing(DiskStorage):
         return super().read(key)
 
 
-def test_a_storage_that_does_not_answer_is_no_damage(finished: Path) -> None:
+def test_an_unavailable_storage_is_no_damage(finished: Path) -> None:
     with pytest.raises(UnavailableError, match="no answer"):
         verify(Refusing(finished), 2)
 
 
-# What it takes
+# Resources
 
 
 class Counted(bytes):
-    """Bytes of a tar; how many of them are in memory."""
+    """The bytes of a tar, counting the instances in memory."""
 
     lock = threading.Lock()
     alive = most = 0
@@ -220,7 +223,7 @@ class Counted(bytes):
 
 
 class Counting(DiskStorage):
-    """A folder that counts the tars in memory, read when as many threads want one as there are."""
+    """A folder that counts the tars in memory; reads wait until every thread wants one."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         super().__init__(folder)
@@ -242,7 +245,7 @@ def test_as_many_shards_in_memory_as_threads(finished: Path, threads: int) -> No
     assert (Counted.alive, Counted.most) == (0, threads)
 
 
-def test_a_bar_on_a_terminal_and_nothing_elsewhere(finished: Path) -> None:
+def test_a_progress_bar_only_on_a_terminal(finished: Path) -> None:
     said = io.StringIO()
     verify(open_storage(finished), 2, Console(file=said))
     assert said.getvalue() == ""

@@ -1,4 +1,4 @@
-"""What an input is: images somewhere, listed in one order, each readable by its entry in the list.
+"""The interface of an input: images listed in one order, each readable by its entry in the listing.
 
 Shapes: N images of the listing.
 """
@@ -15,33 +15,33 @@ import numpy as np
 import numpy.typing as npt
 
 from dit_scale.errors import DataError
-from dit_scale_pipeline.inputs.names import shown
+from dit_scale_pipeline.inputs.names import printable
 
 COLUMNS = ("image", "label")
-"""Names of the columns of images and labels in Parquet files, unless the configuration has others."""
+"""Default names of the image and label columns in Parquet files."""
 
-Progress = Callable[[int, int], None]
-"""Takes the number of archives that were listed, and that of all."""
+ListingProgress = Callable[[int, int], None]
+"""Called with the number of archives listed so far and the total."""
 
 
-def silent(done: int, total: int) -> None:
-    """Nobody follows."""
+def no_progress(done: int, total: int) -> None:
+    """Report no progress."""
 
 
 class InputError(Exception):
-    """Why one input gives no sample; the message is its reason in the quarantine list.
+    """An input that yields no sample; the message is the reason in the quarantine list.
 
-    It must be a function of the input's bytes: a reason that differs between machines or starts would
-    show in the shards' records.
+    The message must depend only on the input's bytes, because shard records contain it: they must not
+    differ between machines or attempts.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """A file that holds many images."""
+    """A file that contains many images."""
 
     name: str
-    """Key below the input's folder."""
+    """Key relative to the input's folder."""
     bytes: int
 
 
@@ -50,15 +50,15 @@ class Entry:
     """One image of the listing."""
 
     key: int
-    """Its place in the listing."""
+    """Position in the listing."""
     path: str
     label: int
     archive: str = ""
-    """Name of the archive that holds it; empty when it is a file."""
+    """Name of the archive that contains it; empty for an image file."""
     start: int = 0
-    """Where it is in the archive: the first byte of its headers in a tar, its row in a Parquet file."""
+    """Position in the archive: the first byte of its headers in a tar, or its row in a Parquet file."""
     size: int = 0
-    """Bytes of its headers and its data in a tar."""
+    """Size of its headers and data in a tar."""
 
 
 @dataclass(frozen=True)
@@ -68,28 +68,28 @@ class Listing:
     kind: str
     class_names: tuple[str, ...]
     paths: Sequence[str]
-    """(N,) relative paths, or names as if they were; each one once."""
+    """(N,) relative paths, or path-like names in an archive; all distinct."""
     labels: npt.NDArray[np.int32]
     """(N,)"""
     labels_in_paths: bool = True
-    """Whether the paths alone tell the labels: their first parts are the sorted class names."""
+    """Whether the paths determine the labels: their first components are the sorted class names."""
     archives: tuple[Archive, ...] = ()
     archive_numbers: npt.NDArray[np.int32] | None = None
-    """(N,) places in `archives`; None when every image is a file."""
+    """(N,) indices into `archives`; None when every image is a file."""
     starts: npt.NDArray[np.int64] | None = None
     """(N,) as in `Entry`."""
     sizes: npt.NDArray[np.int64] | None = None
     """(N,) as in `Entry`."""
     ignored: tuple[str, ...] = ()
-    """What is no part of the listing: files that have no class, hidden files and folders (with a slash)."""
+    """Paths left out of the listing: files without a class, and hidden files and folders (with a slash)."""
     columns: tuple[str, str] = COLUMNS
-    """Of Parquet files: those of the images and the labels."""
+    """Image and label columns of Parquet files."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def entries(self, rows: range | None = None) -> tuple[Entry, ...]:
-        """The entries of some rows, or of all."""
+        """Return the entries of some rows, or of all."""
         return tuple(self._entry(row) for row in (range(len(self)) if rows is None else rows))
 
     def _entry(self, row: int) -> Entry:
@@ -97,15 +97,16 @@ class Listing:
         if self.archive_numbers is None or self.starts is None or self.sizes is None:
             return Entry(row, path, label)
         archive = self.archives[self.archive_numbers[row]].name
-        return Entry(row, path, label, archive, int(self.starts[row]), int(self.sizes[row]))
+        start, size = int(self.starts[row]), int(self.sizes[row])
+        return Entry(row, path, label, archive=archive, start=start, size=size)
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of every path and a zero byte, in order: `find * -mindepth 1 -type f -print0 | sort -z`.
+        """SHA-256 of all paths, each followed by a zero byte: `find * -mindepth 1 -type f -print0 | sort -z`.
 
-        What is left out is not among them. Where the paths do not tell the labels, each path is followed by
-        its label and a zero byte too. The name of another image column than `image`, and two zero bytes,
-        come first.
+        Ignored paths are not included. If the paths do not determine the labels, each path is also followed
+        by its label and a zero byte. An image column with another name than `image` prepends that name and
+        two zero bytes.
         """
         digest = hashlib.sha256()
         if self.columns[0] != COLUMNS[0]:
@@ -118,43 +119,41 @@ class Listing:
 
     @property
     def empty_classes(self) -> tuple[str, ...]:
-        """Classes without an image."""
+        """Names of the classes without an image."""
         counts = np.bincount(self.labels, minlength=len(self.class_names))
         return tuple(name for name, count in zip(self.class_names, counts, strict=True) if not count)
 
 
-def in_order(paths: Sequence[str], where: str) -> npt.NDArray[np.int64]:
-    """The order that sorts paths bytewise; DataError when one is there twice."""
+def sorted_rows(paths: Sequence[str], where: str) -> npt.NDArray[np.int64]:
+    """Return the rows in bytewise order of their paths; DataError for a duplicate path."""
     order = sorted(range(len(paths)), key=lambda row: os.fsencode(paths[row]))
     for one, other in pairwise(order):
         if paths[one] == paths[other]:
-            raise DataError(
-                f"{where}: {shown(paths[one])} is there twice; every image must have a name of its own"
-            )
+            raise DataError(f"{where}: duplicate path {printable(paths[one])}; rename one of the images")
     return np.array(order, np.int64)
 
 
 class Input(ABC):
-    """Images on disk or S3. Objects are made in every process that reads, and cost nothing before that."""
+    """Images on disk or S3. Each reading process creates its own; creation reads nothing."""
 
     kind: str
     url: str
     remote: bool
-    """Whether each read waits for a network: then several are made at once."""
+    """Whether reads go over a network and therefore run in parallel."""
     columns: tuple[str, str] = COLUMNS
 
     @abstractmethod
     def archives(self) -> tuple[Archive, ...]:
-        """The archives as they are now, which a saved listing must agree with; none when images are files."""
+        """Return the current archives, to compare with a saved listing; empty when images are files."""
 
     @abstractmethod
-    def list(self, progress: Progress = silent) -> Listing:
-        """All images. DataError when there are none, or when an archive is damaged."""
+    def list(self, progress: ListingProgress = no_progress) -> Listing:
+        """List all images; DataError when there are none or an archive is damaged."""
 
     @abstractmethod
     def read(self, entry: Entry) -> bytes:
-        """The bytes of an image; threads may share the input.
+        """Return the bytes of an image; thread-safe.
 
-        Raises InputError when it cannot be a sample, DataError when it is not what was listed any more,
-        StorageError.
+        Raises InputError when it cannot become a sample, DataError when it has changed since it was listed,
+        and StorageError.
         """

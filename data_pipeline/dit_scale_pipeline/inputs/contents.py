@@ -1,46 +1,46 @@
-"""What a file is that is not what was expected: by its first bytes, or by its name."""
+"""Recognize files of an unexpected kind by their first bytes or their name."""
 
 from collections.abc import Iterable
 
 from dit_scale_pipeline.inputs.names import few
 
-UNPACK = "unpack it, and name the folder, or the tars, that it holds"
-"""What to do with a compressed archive."""
+UNPACK = "unpack it and pass the folder, or the tars inside"
+"""Advice for a compressed archive."""
 
 _KNOWN = (
-    (b"\x1f\x8b", f"is compressed with gzip, and archives are read in place: {UNPACK}"),
-    (b"BZh", f"is compressed with bzip2, and archives are read in place: {UNPACK}"),
-    (b"\xfd7zXZ\0", f"is compressed with xz, and archives are read in place: {UNPACK}"),
-    (b"\x28\xb5\x2f\xfd", f"is compressed with zstd, and archives are read in place: {UNPACK}"),
+    (b"\x1f\x8b", f"is compressed with gzip, but archives are read in place: {UNPACK}"),
+    (b"BZh", f"is compressed with bzip2, but archives are read in place: {UNPACK}"),
+    (b"\xfd7zXZ\0", f"is compressed with xz, but archives are read in place: {UNPACK}"),
+    (b"\x28\xb5\x2f\xfd", f"is compressed with zstd, but archives are read in place: {UNPACK}"),
     (b"PK\x03\x04", f"is a zip archive: {UNPACK}"),
     (b"7z\xbc\xaf\x27\x1c", f"is a 7z archive: {UNPACK}"),
     (b"Rar!", f"is a rar archive: {UNPACK}"),
-    (b"PAR1", "is a Parquet file: give it the suffix .parquet"),
+    (b"PAR1", "is a Parquet file: rename it with the suffix .parquet"),
     (
         b"version https://git-lfs",
-        "is a git-LFS pointer that stands for the file: fetch the file (git lfs install; git lfs pull)",
+        "is a Git LFS pointer: fetch the file itself (git lfs install; git lfs pull)",
     ),
-    (b"<!DOCTYPE", "is a web page, not the file that was asked for: download it again"),
-    (b"<html", "is a web page, not the file that was asked for: download it again"),
+    (b"<!DOCTYPE", "is a web page: the download failed, repeat it"),
+    (b"<html", "is a web page: the download failed, repeat it"),
 )
-"""How a file begins => what it is, and what to do."""
+"""First bytes of a file => what it is and what to do."""
 HEAD_BYTES = 512
-"""So many bytes tell."""
+"""Bytes that are enough to recognize a file."""
 
 _COMPRESSED = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 
 
 def is_compressed(name: str) -> bool:
-    """Whether a file is a compressed archive by its name."""
+    """Whether the name is that of a compressed archive."""
     return name.lower().endswith(_COMPRESSED)
 
 
-def compressed(names: Iterable[str]) -> str:
-    """Which of these files are compressed archives, and what to do with them; empty when none is."""
+def unpack_advice(names: Iterable[str]) -> str:
+    """Name the compressed archives among these files and what to do; empty when there are none."""
     packed = [name for name in names if is_compressed(name)]
-    return f"{few(packed)}, and compressed archives are not read in place: {UNPACK}" if packed else ""
+    return f"{few(packed)}, but compressed archives are not supported: {UNPACK}" if packed else ""
 
 
-def what_it_is(head: bytes) -> str:
-    """What a file with these first bytes is, and what to do with it; empty when they do not tell."""
+def describe_file(head: bytes) -> str:
+    """Describe a file by its first bytes, with advice; empty when they are not recognized."""
     return next((what for magic, what in _KNOWN if head[: len(magic)].lower() == magic.lower()), "")

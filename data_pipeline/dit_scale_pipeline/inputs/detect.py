@@ -1,4 +1,4 @@
-"""Which kind of input lies at a source."""
+"""Detect the kind of input at a source."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,54 +7,61 @@ from itertools import islice
 from dit_scale.errors import DataError
 from dit_scale_pipeline.inputs.archives import ArchiveInput
 from dit_scale_pipeline.inputs.base import COLUMNS, Input
-from dit_scale_pipeline.inputs.contents import compressed
+from dit_scale_pipeline.inputs.contents import unpack_advice
 from dit_scale_pipeline.inputs.folders import ClassFolders
 from dit_scale_pipeline.inputs.imagenet_tar import ClassTars, NestedTar
 from dit_scale_pipeline.inputs.layout import are_shards
 from dit_scale_pipeline.inputs.names import few, hidden_part
 from dit_scale_pipeline.inputs.parquet import Parquet
-from dit_scale_pipeline.inputs.places import ARCHIVE_SUFFIXES, KINDS, InputPlace, locate, pattern_of
+from dit_scale_pipeline.inputs.places import (
+    ARCHIVE_SUFFIXES,
+    SUPPORTED_SOURCES,
+    InputPlace,
+    locate,
+    pattern_of,
+)
 from dit_scale_pipeline.inputs.tars import Tar
 from dit_scale_pipeline.inputs.webdataset import LABEL_SUFFIXES, NO_LABELS, WebDataset, split_name
 
-_LOOKED_AT = 16
-"""Members of a tar that show of which kind it is: a sample has a label, the tar of a class has none."""
+_MEMBERS_SAMPLED = 16
+"""Members of a tar that are examined: WebDataset samples have labels, class tars have none."""
 
 _TAR_KINDS: dict[str, type[ArchiveInput]] = {kind.kind: kind for kind in (NestedTar, ClassTars, WebDataset)}
 
 
 def open_input(source: str, kind: str = "", columns: tuple[str, str] = COLUMNS) -> Input:
-    """The images at a folder, file, pattern of files or s3:// url; nothing is read when `kind` is given.
+    """Open the images at a folder, file, pattern of files or s3:// URL.
 
-    `kind` is what an earlier listing has; when it is empty, the top of the source is looked at and the
-    beginning of one archive. `columns` are those of images and labels in Parquet files.
+    `kind` is the kind in an earlier listing. If it is empty, the kind is detected from the top level of the
+    source and the start of one archive; otherwise nothing is read. `columns` are the image and label columns
+    of Parquet files.
     """
     place = locate(source)
     if not kind:
-        kind = _recognise(place)
+        kind = _detect_kind(place)
     if kind == ClassFolders.kind:
         return ClassFolders(place.storage)
     return Parquet(place, columns) if kind == Parquet.kind else _TAR_KINDS[kind](place)
 
 
-def _recognise(place: InputPlace) -> str:
-    top = place.top()
+def _detect_kind(place: InputPlace) -> str:
+    top = place.top_level()
     parquet, tars = ([name for name in top.files if name.endswith(suffix)] for suffix in ARCHIVE_SUFFIXES)
     archives = parquet + tars
     if place.pattern and not archives:
-        packed = compressed(top.files)
-        found = f". Found {packed}" if packed else ""
-        raise DataError(f"{place.url}: no .tar or .parquet file of that name; expected {KINDS}{found}")
+        packed = unpack_advice(top.files)
+        found = f". Got {packed}" if packed else ""
+        raise DataError(f"{place.url}: no such .tar or .parquet file; expected {SUPPORTED_SOURCES}{found}")
     if not archives:
         return ClassFolders.kind
     if _stems(parquet) <= _stems(tars):
-        parquet = []  # what img2dataset writes of each tar
+        parquet = []  # img2dataset writes one next to each tar
     if (parquet and tars) or (top.folders and not place.pattern):
         folders = few(sorted(top.folders))
         among = "tars and Parquet files" if parquet and tars else f"archives and folders ({folders})"
         raise DataError(
-            f"{place.url}: {among} lie side by side; expected one data set. Name its archives by a pattern "
-            f"({place.url.rstrip('/')}/{pattern_of(archives[0])}), or a folder by its path"
+            f"{place.url}: {among} in the same place; expected one data set. Pass a pattern of archives "
+            f"({place.url.rstrip('/')}/{pattern_of(archives[0])}) or the path of a folder"
         )
     kind = Parquet.kind if parquet else _kind_of_tar(place, tars, top.files)
     if kind in (Parquet.kind, WebDataset.kind):
@@ -63,17 +70,17 @@ def _recognise(place: InputPlace) -> str:
 
 
 def _kind_of_tar(place: InputPlace, names: Sequence[str], sizes: dict[str, int]) -> str:
-    """The kind of some tars, told by the first one that has members."""
+    """Detect the kind of tars from the first one that has members."""
     for name in names:
         every = (member.name for member in Tar(place.storage, name, 0, sizes[name]))
-        members = list(islice((member for member in every if not hidden_part(member)), _LOOKED_AT))
+        members = list(islice((member for member in every if not hidden_part(member)), _MEMBERS_SAMPLED))
         if any(split_name(member)[1].rpartition(".")[2] in LABEL_SUFFIXES for member in members):
             return WebDataset.kind
         if members and members[0].endswith(".tar"):
             if len(names) > 1:
                 raise DataError(
-                    f"{place.url}: {name} holds tars, and {len(names) - 1} other tars lie beside it; name "
-                    f"the one to encode ({place.url.rstrip('/')}/{name})"
+                    f"{place.url}: {name} contains tars and lies next to other archives; pass the one to "
+                    f"encode ({place.url.rstrip('/')}/{name})"
                 )
             return NestedTar.kind
         if members:
@@ -83,19 +90,19 @@ def _kind_of_tar(place: InputPlace, names: Sequence[str], sizes: dict[str, int])
 
 
 def _refuse_unlabelled(place: InputPlace, names: Sequence[str], name: str, members: Sequence[str]) -> None:
-    """DataError when a tar without labels is not the tar of a class."""
+    """DataError when a tar without labels is not a class tar."""
     keys = [key for key, _ in map(split_name, members) if key]
-    holds = f"{name} holds {few(members)}"
+    content = f"{name} contains {few(members)}"
     if are_shards(names) or len(set(keys)) < len(keys):
         raise DataError(
-            f"{place.url}: these tars look like WebDataset shards without labels: {holds}. {NO_LABELS}. If "
-            "each tar is a class, name it after the class, and leave only images in it"
+            f"{place.url}: these tars look like WebDataset shards without labels: {content}. {NO_LABELS}. If "
+            "each tar is a class, name it after the class and keep only images in it"
         )
     if place.pattern == name:
         raise DataError(
-            f"{place.url}: expected the tar of ImageNet's class tars, or samples with labels; {holds}. "
-            "Unpack it, and name the folder whose folders are the classes. As the tar of one class it "
-            "lies in a folder with those of the others: name that folder"
+            f"{place.url}: expected ImageNet's tar of class tars, or samples with labels; {content}. "
+            "Unpack it and pass the folder of the class folders. If it is the tar of one class, pass the "
+            "folder of all class tars"
         )
 
 
@@ -111,6 +118,6 @@ def _refuse_several_sets(place: InputPlace, archives: Sequence[str]) -> None:
         found = ", ".join(f"{len(names)} {pattern}" for pattern, names in sets.items())
         folder = place.url.rstrip("/").rpartition("/")[0] if place.pattern else place.url.rstrip("/")
         raise DataError(
-            f"{place.url}: archives of {len(sets)} sets ({found}); expected one. Name it by a pattern: "
+            f"{place.url}: archives of {len(sets)} data sets ({found}); expected one. Pass a pattern: "
             f"{folder}/{pattern_of(archives[0])}"
         )

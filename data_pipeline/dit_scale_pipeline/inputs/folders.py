@@ -1,4 +1,4 @@
-"""Class folders: one sub-folder of image files per class, on disk or under an s3:// prefix."""
+"""Class folders: one subfolder of image files per class, on disk or under an s3:// prefix."""
 
 import os
 from collections import defaultdict
@@ -16,19 +16,19 @@ from dit_scale_pipeline.inputs.base import (
     Input,
     InputError,
     Listing,
-    Progress,
-    in_order,
-    silent,
+    ListingProgress,
+    no_progress,
+    sorted_rows,
 )
-from dit_scale_pipeline.inputs.contents import UNPACK, compressed, is_compressed
+from dit_scale_pipeline.inputs.contents import UNPACK, is_compressed, unpack_advice
 from dit_scale_pipeline.inputs.layout import check_folders, check_names
-from dit_scale_pipeline.inputs.names import few, hidden_part, is_hidden, is_other_kind, shown
-from dit_scale_pipeline.inputs.places import ARCHIVE_SUFFIXES, KINDS, listing_errors, pattern_of
+from dit_scale_pipeline.inputs.names import few, hidden_part, is_hidden, is_not_image, printable
+from dit_scale_pipeline.inputs.places import ARCHIVE_SUFFIXES, SUPPORTED_SOURCES, listing_errors, pattern_of
 from dit_scale_pipeline.inputs.webdataset import IMAGE_SUFFIXES
 
 
 class ClassFolders(Input):
-    """Labels count the folders in bytewise order, the empty ones too."""
+    """Images in class folders. Labels number the folders in bytewise order, including empty ones."""
 
     kind = "class_folders"
 
@@ -40,25 +40,28 @@ class ClassFolders(Input):
     def archives(self) -> tuple[Archive, ...]:
         return ()
 
-    def list(self, progress: Progress = silent) -> Listing:
+    def list(self, progress: ListingProgress = no_progress) -> Listing:
         storage = self._storage
-        found = _walk(storage) if isinstance(storage, DiskStorage) else _list(storage)
-        _refuse_archives(self.url, found.inside)
-        images = [path for path in found.inside if not is_other_kind(path)]
-        others = [path for path in found.inside if is_other_kind(path)]
+        tree = _walk(storage) if isinstance(storage, DiskStorage) else _list(storage)
+        _refuse_archives(self.url, tree.files)
+        images = [path for path in tree.files if not is_not_image(path)]
+        others = [path for path in tree.files if is_not_image(path)]
         if not images:
-            raise DataError(f"{self.url}: expected {KINDS}. Found {_instead([*others, *found.outside])}")
-        class_names = sorted(found.folders, key=os.fsencode)
+            raise DataError(
+                f"{self.url}: expected {SUPPORTED_SOURCES}. Got "
+                f"{_describe_content([*others, *tree.top_files])}"
+            )
+        class_names = sorted(tree.folders, key=os.fsencode)
         check_names(self.url, class_names)
         check_folders(self.url, class_names, images)
         label = {name: number for number, name in enumerate(class_names)}
-        ordered = [images[row] for row in in_order(images, self.url)]
+        ordered = [images[row] for row in sorted_rows(images, self.url)]
         return Listing(
             kind=self.kind,
             class_names=tuple(class_names),
             paths=ordered,
             labels=np.array([label[path.partition("/")[0]] for path in ordered], np.int32),
-            ignored=tuple(sorted((*found.outside, *others, *found.left_out), key=os.fsencode)),
+            ignored=tuple(sorted((*tree.top_files, *others, *tree.ignored), key=os.fsencode)),
         )
 
     def read(self, entry: Entry) -> bytes:
@@ -67,38 +70,38 @@ class ClassFolders(Input):
         except MissingKeyError:
             local = self._storage.local_path(entry.path)
             if local is not None and local.is_symlink():
-                raise InputError("a link to nothing") from None
+                raise InputError("a broken symbolic link") from None
             raise DataError(
-                f"{self.url}/{entry.path} is in the listing but not here; if it was deleted, begin another "
-                "output, else make the source visible on every node and start again"
+                f"{self.url}/{entry.path} is in the listing but does not exist here. If it was deleted, "
+                "start a new output; otherwise make the source visible on every node and start again"
             ) from None
 
 
 _Inode = tuple[int, int]
-"""Device and number: what a folder is, whatever links lead to it."""
+"""Device and inode number: identify a folder regardless of links."""
 
 
 @dataclass
 class _FolderTree:
-    """What lies below a place, by paths."""
+    """The paths below a folder or prefix, by their role."""
 
     folders: set[str] = field(default_factory=set)
-    """Those at the top, empty ones too."""
-    inside: list[str] = field(default_factory=list)
-    """Files in folders."""
-    outside: list[str] = field(default_factory=list)
-    """Files in none."""
-    left_out: set[str] = field(default_factory=set)
-    """Files and folders (with a slash) that are hidden, or a system's, or markers of nothing."""
+    """Folders at the top, including empty ones: the classes."""
+    files: list[str] = field(default_factory=list)
+    """Files in a folder."""
+    top_files: list[str] = field(default_factory=list)
+    """Files in no folder."""
+    ignored: set[str] = field(default_factory=set)
+    """Hidden or system files and folders (with a slash), and empty folder markers."""
 
 
 def _walk(storage: DiskStorage) -> _FolderTree:
-    """A disk's files. Raises StorageError for a folder that cannot be read, DataError for what is no file."""
-    found = _FolderTree()
+    """List a folder on disk; StorageError for an unreadable folder, DataError for a special file."""
+    tree = _FolderTree()
     top = storage.folder
     with listing_errors(top):
         if not top.is_dir():
-            raise DataError(f"no folder at {top}; expected {KINDS}")
+            raise DataError(f"no folder at {top}; expected {SUPPORTED_SOURCES}")
         left: list[tuple[str, tuple[_Inode, ...]]] = [("", (_inode(top),))]
         while left:
             folder, above = left.pop()
@@ -106,16 +109,16 @@ def _walk(storage: DiskStorage) -> _FolderTree:
                 for child in children:
                     path = f"{folder}/{child.name}" if folder else child.name
                     if is_hidden(child.name):
-                        # What it is does not matter: lost+found cannot be read by everybody.
-                        found.left_out.add(f"{path}/" if child.is_dir(follow_symlinks=False) else path)
+                        # Do not read it: lost+found may be unreadable.
+                        tree.ignored.add(f"{path}/" if child.is_dir(follow_symlinks=False) else path)
                     elif child.is_dir():
                         left.append((path, (*above, _new_inode(top / path, above))))
                     else:
                         _check_file(child)
-                        (found.inside if folder else found.outside).append(path)
+                        (tree.files if folder else tree.top_files).append(path)
             if folder and "/" not in folder:
-                found.folders.add(folder)
-    return found
+                tree.folders.add(folder)
+    return tree
 
 
 def _inode(folder: Path) -> _Inode:
@@ -124,68 +127,70 @@ def _inode(folder: Path) -> _Inode:
 
 
 def _new_inode(folder: Path, above: Sequence[_Inode]) -> _Inode:
-    """Identity of a folder; DataError when it is one of those that it lies in."""
+    """Return the identity of a folder; DataError when it links to a folder that contains it."""
     if (inode := _inode(folder)) in above:
         raise DataError(
-            f"{shown(str(folder))} is a link to {shown(os.path.realpath(folder))}, which holds the link: its "
-            "images would be listed without end. Remove the link"
+            f"{printable(str(folder))} links to {printable(os.path.realpath(folder))}, which contains the "
+            "link: the listing would never end. Remove the link"
         )
     return inode
 
 
 def _check_file(child: "os.DirEntry[str]") -> None:
-    """DataError for what no image can be: reading a pipe would wait for ever. A link may lead to nothing."""
+    """DataError for a special file: reading a pipe would block forever. A broken link is accepted."""
     if not child.is_file() and (not child.is_symlink() or os.path.exists(child.path)):
-        raise DataError(f"{shown(child.path)} is a pipe, a socket or a device; expected files. Remove it")
+        raise DataError(
+            f"{printable(child.path)} is a pipe, a socket or a device; expected files and folders. Remove it"
+        )
 
 
 def _list(storage: Storage) -> _FolderTree:
-    """Objects under a prefix."""
-    found, markers = _FolderTree(), set()
+    """List the objects under a prefix."""
+    tree, markers = _FolderTree(), set()
     for key in filter(None, (key for key, _ in storage.list())):
         parts = key.removesuffix("/").split("/")
         if any(part in ("", ".", "..") for part in parts):
             raise DataError(
-                f"{storage.url}/{shown(key)}: expected a key without empty parts, '.' or '..', as a path "
-                "has it. Copy the object to such a key, or delete it"
+                f"{storage.url}/{printable(key)}: expected a key without empty components, '.' or '..'. Copy "
+                "the object to such a key, or delete it"
             )
         if hidden := hidden_part(key):
-            found.left_out.add(hidden)
+            tree.ignored.add(hidden)
         elif key.endswith("/"):
             markers.add(f"{parts[0]}/")
         elif len(parts) > 1:
-            found.folders.add(parts[0])
-            found.inside.append(key)
+            tree.folders.add(parts[0])
+            tree.files.append(key)
         else:
-            found.outside.append(key)
-    found.left_out |= markers - {f"{folder}/" for folder in found.folders}
-    return found
+            tree.top_files.append(key)
+    tree.ignored |= markers - {f"{folder}/" for folder in tree.folders}
+    return tree
 
 
 def _refuse_archives(url: str, paths: Sequence[str]) -> None:
-    """DataError when the files of a folder are archives and what accompanies them."""
+    """DataError when a folder contains archives instead of images."""
     by_folder = defaultdict(list)
     for path in paths:
         by_folder[path.partition("/")[0]].append(path)
     for inside in by_folder.values():
         archives = [path for path in inside if path.endswith(ARCHIVE_SUFFIXES) or is_compressed(path)]
         others = set(inside) - set(archives)
-        if archives and all(map(is_other_kind, others)):
+        if archives and all(map(is_not_image, others)):
             named = f"source={url.rstrip('/')}/{pattern_of(archives[0])}"
             raise DataError(
-                f"{url}: expected images in the folders, found archives ({few(archives)}). "
-                + (f"Name them: {named}" if archives[0].endswith(ARCHIVE_SUFFIXES) else UNPACK.capitalize())
+                f"{url}: expected images in the folders, got archives ({few(archives)}). "
+                + (f"Pass them as {named}" if archives[0].endswith(ARCHIVE_SUFFIXES) else UNPACK.capitalize())
             )
 
 
-def _instead(found: Sequence[str]) -> str:
-    """What lies in a folder without images in folders, and what to do with it."""
+def _describe_content(found: Sequence[str]) -> str:
+    """Describe what is there instead of class folders, with advice."""
     files = sorted(found, key=os.fsencode)
-    if packed := compressed(files):
+    if packed := unpack_advice(files):
         return packed
     if images := [name for name in files if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES]:
         return (
-            f"{len(images)} images in no folder ({few(images)}): move them into one folder per class. "
-            "Images without classes are one class, in one folder"
+            f"{len(images)} images in no folder ({few(images)}): move them into one folder per class, or "
+            "into a single folder if they have no classes"
         )
-    return "no image in any folder, and no archive" + (f", only {few(files)}" if files else "")
+    return "no image in any folder and no archive" + (f", only {few(files)}" if files else "")

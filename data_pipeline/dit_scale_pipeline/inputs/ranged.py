@@ -1,4 +1,4 @@
-"""A part of a stored object as a file to read and seek in: each read is one ranged read."""
+"""A byte range of a stored object as a seekable file: each read is one ranged read."""
 
 import io
 import os
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class RangedFile(io.RawIOBase):
-    """Bytes `start` to `end` of an object; `buffered` reads ahead."""
+    """Bytes `start` to `end` of an object, unbuffered; see `buffered`."""
 
     def __init__(self, storage: Storage, key: str, start: int, end: int) -> None:
         super().__init__()
@@ -45,5 +45,5 @@ class RangedFile(io.RawIOBase):
 
 
 def buffered(storage: Storage, key: str, start: int, end: int, window_bytes: int) -> io.BufferedReader:
-    """Such a part, read a window at a time; a seek within the window reads nothing."""
+    """Open a byte range that is read one window at a time; seeking within the window reads nothing."""
     return io.BufferedReader(RangedFile(storage, key, start, end), window_bytes)

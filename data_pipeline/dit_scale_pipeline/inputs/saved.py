@@ -1,6 +1,6 @@
-"""The listing as a job leaves it in its output: for the next start, and for people who ask what a key was.
+"""The listing that a job saves in its output. It shows which image each key is.
 
-A later start compares it with what is there now, and need not walk unchanged archives again.
+The next attempt compares it with the current source and does not list unchanged archives again.
 """
 
 import os
@@ -13,16 +13,16 @@ import numpy.typing as npt
 from dit_scale.data.listing import LISTING_KEY, pack, unpack
 from dit_scale.errors import DataError
 from dit_scale.storage import MissingKeyError, Storage
-from dit_scale_pipeline.inputs.base import COLUMNS, Archive, Input, Listing, Progress, silent
+from dit_scale_pipeline.inputs.base import COLUMNS, Archive, Input, Listing, ListingProgress, no_progress
 from dit_scale_pipeline.inputs.names import few
 
 _COLUMNS = ("labels", "archive_numbers", "starts", "sizes")
-_MEND = "delete it, the next start makes it again"
+_REMEDY = "delete it, the next attempt creates it again"
 _FACTS = ("kind", "class_names", "labels_in_paths", "ignored", "columns")
 
 
 def save_listing(storage: Storage, listing: Listing) -> None:
-    """Put the listing; an earlier one is replaced."""
+    """Write the listing, replacing an earlier one."""
     facts = {name: getattr(listing, name) for name in _FACTS}
     facts |= {"archives": [asdict(archive) for archive in listing.archives], "sha256": listing.sha256}
     arrays: dict[str, npt.NDArray[Any]] = {
@@ -33,7 +33,7 @@ def save_listing(storage: Storage, listing: Listing) -> None:
 
 
 def load_listing(storage: Storage) -> Listing | None:
-    """The listing that the output was begun with; None when there is none, DataError when it is damaged."""
+    """Return the listing that the output was created with, or None; DataError when it is damaged."""
     where = f"{storage.url}/{LISTING_KEY}"
     try:
         facts, arrays = unpack(storage.read(LISTING_KEY), where)
@@ -50,18 +50,18 @@ def load_listing(storage: Storage) -> Listing | None:
             **{name: arrays[name] for name in _COLUMNS if name in arrays},
         )
         if listing.sha256 != sha256:
-            raise DataError(f"{where} is damaged (its checksum does not fit)")
+            raise DataError(f"{where} is damaged (wrong checksum)")
     except MissingKeyError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where} is damaged ({error}); {_MEND}") from None
+        raise DataError(f"{where} is damaged ({error}); {_REMEDY}") from None
     except DataError as error:
-        raise DataError(f"{error}; {_MEND}") from None
+        raise DataError(f"{error}; {_REMEDY}") from None
     return listing
 
 
-def current_listing(source: Input, saved: Listing | None, progress: Progress = silent) -> Listing:
-    """What the source holds now; archives that are as they were for `saved` are not walked again."""
+def current_listing(source: Input, saved: Listing | None, progress: ListingProgress = no_progress) -> Listing:
+    """List the source, or return `saved` if its archives are unchanged."""
     archives = source.archives()
     now = (source.kind, archives, source.columns)
     if saved is not None and archives and (saved.kind, saved.archives, saved.columns) == now:
@@ -69,21 +69,21 @@ def current_listing(source: Input, saved: Listing | None, progress: Progress = s
     return source.list(progress)
 
 
-def difference(old: Listing, new: Listing) -> str:
-    """What became of the images between two listings, in words; empty when nothing that matters."""
+def describe_changes(old: Listing, new: Listing) -> str:
+    """Describe how two listings differ; empty when they name the same images, classes and columns."""
     if all(getattr(old, name) == getattr(new, name) for name in ("sha256", "class_names", "columns")):
         return ""
     if old.columns != new.columns:
-        return f"columns {' and '.join(new.columns)}, where it had {' and '.join(old.columns)}"
+        return f"columns {' and '.join(new.columns)} instead of {' and '.join(old.columns)}"
     before, now = set(old.paths), set(new.paths)
     parts = []
-    for paths, verb in ((now - before, "new"), (before - now, "gone")):
+    for paths, state in ((now - before, "new"), (before - now, "missing")):
         if paths:
-            parts.append(f"{len(paths)} {verb} ({few(sorted(paths))})")
-    for names, verb in (
+            parts.append(f"{len(paths)} {state} ({few(sorted(paths))})")
+    for names, state in (
         (set(new.class_names) - set(old.class_names), "new"),
-        (set(old.class_names) - set(new.class_names), "gone"),
+        (set(old.class_names) - set(new.class_names), "missing"),
     ):
         if names and not parts:
-            return f"classes without an image are {verb} ({few(sorted(names))}), and labels count them"
-    return " and ".join(parts) or "the same names with other labels"
+            return f"classes without an image are {state} ({few(sorted(names))}), which changes the labels"
+    return " and ".join(parts) or "the same names with different labels"

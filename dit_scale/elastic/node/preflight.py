@@ -45,14 +45,13 @@ class Preflight:
         return problems or collective_problems(self._config.engine.device, self._slots)
 
 
-def preflight(config: TrainConfig, slots: int, say: Say = print, query: Query | None = None) -> list[str]:
+def preflight(config: TrainConfig, slots: int, say: Say) -> list[str]:
     """Return the problems of this node, which is to run `slots` ranks; empty if it is fit.
 
     `say` receives what is unusual but no reason to stay out, and which checks were skipped.
     """
-    query = query or run_command
     return [
-        *gpu_problems(config.engine.device, slots, say, query),
+        *gpu_problems(config.engine.device, slots, say, run_command),
         *space_problems(config),
         *data_problems(config),
         *folder_problems(config, say),
@@ -100,7 +99,7 @@ def data_problems(config: TrainConfig) -> list[str]:
     return []
 
 
-def say_unless_shared(root: Storage, most_nodes: int, say: Say, query: Query | None = None) -> None:
+def say_unless_shared(root: Storage, most_nodes: int, say: Say, query: Query = run_command) -> None:
     """Warn if several nodes are to meet in a folder that seems to be local to this node.
 
     This node may export it, so it is not a problem. If it does not, each node trains alone.
@@ -108,7 +107,7 @@ def say_unless_shared(root: Storage, most_nodes: int, say: Say, query: Query | N
     folder = root.local_path("elastic")
     if most_nodes == 1 or folder is None:
         return
-    kind = ((query or run_command)(("stat", "-f", "-c", "%T", str(_existing(folder)))) or "").strip()
+    kind = (query(("stat", "-f", "-c", "%T", str(_existing(folder)))) or "").strip()
     if kind in LOCAL_FILE_SYSTEMS:
         say(
             f"{root.url} is on a disk of this node ({kind}), but up to {most_nodes} nodes are to meet there: "

@@ -1,6 +1,5 @@
 """A small training run as a job of the shipped script: tests submit, follow and compare it."""
 
-import json
 import os
 import sys
 import time
@@ -11,11 +10,12 @@ from pathlib import Path
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, MANIFEST, CheckpointId
 from dit_scale.config import TrainConfig, dump
+from dit_scale.journal import read_journal
 from dit_scale.train.run_folder import root_of
 from tests.support.cluster.slurm import WAIT_S, Slurm, processes
 from tests.support.latents import write_latents
 from tests.support.ranks import jobs
-from tests.support.ranks.record import last_step, whole
+from tests.support.ranks.record import last_step
 from tests.support.ranks.runs import events, final_files
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -162,8 +162,8 @@ def is_of_training(pid: int) -> bool:
 
 def supervisor_events(job: Job, node: str) -> list[str]:
     """Return the names of the events in its journal."""
-    data = Path(job.config.run, "supervisors", f"{node}.jsonl").read_bytes()
-    return [json.loads(line)["event"] for line in whole(data.splitlines(keepends=True))]
+    journal = read_journal(Path(job.config.run, "supervisors", f"{node}.jsonl"))
+    return [event["event"] for event in journal]
 
 
 def assert_moved_on(job: Job, victim: str, restarts: int = 1) -> None:

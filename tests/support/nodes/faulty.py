@@ -115,7 +115,7 @@ FAULTS = {
 SLOW = {
     "step": ("dit_scale.train.trainer:Trainer", "accumulate", 1 / 1000, (1.0, 6.0)),
     "read": ("dit_scale.data.shards:LatentDataset", "read_views", 1 / 3000, (9.0, 15.0)),
-    "log": ("dit_scale.train.session:Session", "log", 1 / 50, (1.0, 6.0)),
+    "log": ("dit_scale.train.attempt:Attempt", "log", 1 / 50, (1.0, 6.0)),
     "snapshot": ("dit_scale.checkpoint.saver:Snapshot", "take", 1 / 3, (1.0, 6.0)),
 }
 """Kind => owner and name of the function, the share of its calls that are slow, their duration in seconds."""

@@ -1,6 +1,5 @@
 """Nodes of a run for tests: real `dit-scale launch` processes with real launchers and ranks."""
 
-import json
 import os
 import signal
 import subprocess
@@ -16,10 +15,11 @@ from dit_scale.elastic.board import Board
 from dit_scale.elastic.node.processes import is_alive
 from dit_scale.elastic.node.rank import SUPERVISOR_VARIABLE
 from dit_scale.elastic.run_progress import committed_step
+from dit_scale.journal import read_journal
 from dit_scale.train.run_folder import root_of
 from tests.support.latents import write_latents
 from tests.support.ranks import jobs
-from tests.support.ranks.record import last_step, whole
+from tests.support.ranks.record import last_step
 from tests.support.speed import scaled
 
 TIMEOUT_S = scaled(400.0)
@@ -79,8 +79,7 @@ class Node:
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return the events of this name in the journal of the node, over all starts of its supervisor."""
         path = Path(self.config.run) / "supervisors" / f"{self.name}.jsonl"
-        lines = whole(path.read_bytes().splitlines(keepends=True)) if path.exists() else []
-        return [event for event in map(json.loads, lines) if event["event"] == name]
+        return [event for event in read_journal(path) if event["event"] == name]
 
     def endings(self) -> list[tuple[str, str]]:
         """Return reason and node of every round that ended, from the journal of the node."""

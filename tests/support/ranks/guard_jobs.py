@@ -13,7 +13,8 @@ from dit_scale.checkpoint.partition import MASTER, OPTIMIZER_KINDS
 from dit_scale.checkpoint.reader import fill
 from dit_scale.config import TrainConfig
 from dit_scale.data.batch_plan import batch_plan
-from dit_scale.data.loader import Batch, Loader
+from dit_scale.data.loader import Loader
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.shards import LatentDataset
 from dit_scale.models import dit
 from dit_scale.train import engine as engines
@@ -26,19 +27,19 @@ BAD_SAMPLE = 4
 Bits = dict[tuple[str, str, int], torch.Tensor]
 """(kind, parameter, start) => a copy of what this rank owns; padding has no defined value."""
 
-Harm = Callable[[Batch, torch.Tensor], Batch]
+Harm = Callable[[MicroBatch, torch.Tensor], MicroBatch]
 """(batch, mask of the bad sample (B,)) => what the step gets instead."""
 
 
-def no_harm(batch: Batch, bad_B: torch.Tensor) -> Batch:
+def no_harm(batch: MicroBatch, bad_B: torch.Tensor) -> MicroBatch:
     return batch
 
 
-def nan_in_the_latent(batch: Batch, bad_B: torch.Tensor) -> Batch:
+def nan_in_the_latent(batch: MicroBatch, bad_B: torch.Tensor) -> MicroBatch:
     return replace(batch, moments_B2CHW=batch.moments_B2CHW.masked_fill(bad_B.view(-1, 1, 1, 1), torch.nan))
 
 
-def heavy_sample(batch: Batch, bad_B: torch.Tensor) -> Batch:
+def heavy_sample(batch: MicroBatch, bad_B: torch.Tensor) -> MicroBatch:
     """Make a step whose loss and gradient are finite and far above their means."""
     return replace(batch, weight_B=batch.weight_B.masked_fill(bad_B, 1000.0))
 
@@ -96,7 +97,7 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
     step.start()
 
     def take(number: int, harm: Harm = no_harm) -> list[float]:
-        loader = Loader(dataset, config.data, plan, world.rank, config.seed, number)
+        loader = Loader(dataset, config.data, plan, rank=world.rank, seed=config.seed, first_step=number)
         bad = number * config.global_batch + BAD_SAMPLE
         batches = (harm(batch, (batch.position_B == bad) & (batch.weight_B > 0)) for batch in loader)
         row: list[float] = step.take(batches, number).tolist()
@@ -106,14 +107,14 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
     def take_failing(harm: Harm = no_harm) -> list[float]:
         before, updates_before = owned_bits(step), updates(step)
         row = take(1, harm)
-        behind = owned_bits(step)
-        assert same_optimizer_state(behind, before)
+        after = owned_bits(step)
+        assert same_optimizer_state(after, before)
         assert updates(step) == updates_before
         for kind, *where in before:
             if kind == MASTER:
                 masters, averages = before[MASTER, *where], before["ema.constant", *where]
                 torch._foreach_lerp_((averages,), (masters,), 1.0 - 0.9)
-                assert torch.equal(behind["ema.constant", *where], averages)
+                assert torch.equal(after["ema.constant", *where], averages)
         return row
 
     first = take(0)
@@ -128,15 +129,15 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
     with infinite_gradient(step) if world.rank == world.size - 1 else nullcontext():
         failed.append(take_failing())
     failed.append(take_failing(heavy_sample))
-    behind = take(1)
-    assert behind == alone
+    after = take(1)
+    assert after == alone
     assert same_optimizer_state(owned_bits(step), end)
     assert updates(step) == {2.0}
     parameters = list(step.engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters):
         weights = torch.cat([parameter.detach().float().flatten() for parameter in parameters])
     return Outcome(
-        [first, *failed, behind],
+        [first, *failed, after],
         step.guard.state(),
         weights.cpu().numpy().tobytes(),
         groups=len(step.engine.owned),

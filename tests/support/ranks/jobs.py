@@ -14,12 +14,15 @@ import torch
 
 from dit_scale.checkpoint import saver
 from dit_scale.config import TrainConfig
-from dit_scale.data.loader import read_batch
 from dit_scale.data.shards import LatentDataset
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
-from dit_scale.train import engine, loop, session
+from dit_scale.train import engine, loop
+from dit_scale.train.attempt import Attempt
 from dit_scale.train.objective import losses as losses_of
+from dit_scale.train.saving import Saves
+from dit_scale.train.trainer import Trainer
+from tests.support.micro_batches import read_micro_batch
 from tests.support.ranks.points import Hold, held
 
 LossRow = dict[str, float]
@@ -70,14 +73,14 @@ def train(config: TrainConfig, random_start: bool = False) -> int:
 @contextmanager
 def paced() -> Iterator[None]:
     """Make training wait for a save two steps after it starts: saves fall on the same steps everywhere."""
-    follow = session.Session.follow_save
+    follow = Saves.follow
 
-    def follow_save(run: session.Session, *vote: bool) -> None:
-        follow(run, *vote)
-        if run.saver.in_flight and run.state.step - run._saved_step >= 2:
-            run._report(run.saver.wait())
+    def follow_closely(saves: Saves, *vote: bool) -> None:
+        follow(saves, *vote)
+        if saves._saver.in_flight and saves._attempt.state.step - saves._saved_step >= 2:
+            saves.wait()
 
-    with patch.object(session.Session, "follow_save", follow_save):
+    with patch.object(Saves, "follow", follow_closely):
         yield
 
 
@@ -109,16 +112,16 @@ def in_environment(environment: dict[str, str], job: Callable[..., Any], *args: 
 
 def train_and_report(config: TrainConfig) -> tuple[dict[str, object], ...]:
     """Train as one rank; return the hyper-parameters of its optimizer groups right after the load."""
-    told: list[tuple[dict[str, object], ...]] = []
-    begin = session.Session.begin
+    found: list[tuple[dict[str, object], ...]] = []
+    resume = Trainer.resume
 
-    def begin_and_tell(run: session.Session) -> None:
-        begin(run)
-        told.append(run.trainer.engine.hyper_parameters())
+    def resume_and_report(trainer: Trainer, guard: dict[str, float]) -> None:
+        resume(trainer, guard)
+        found.append(trainer.engine.hyper_parameters())
 
-    with patch.object(session.Session, "begin", begin_and_tell):
+    with patch.object(Trainer, "resume", resume_and_report):
         assert loop.train(config) == 0
-    return told[0]
+    return found[0]
 
 
 def losses(config: TrainConfig) -> list[LossRow]:
@@ -142,10 +145,16 @@ def plain_sums(config: TrainConfig, model: dit.DiT, dataset: LatentDataset, step
     """Return (loss, mse, bound) of a global batch in one forward pass, mean over its samples."""
     count = config.global_batch
     positions = torch.arange(step * count, (step + 1) * count).numpy()
-    batch = read_batch(dataset, positions, count, config.seed, config.data.horizontal_flip)
+    batch = read_micro_batch(dataset, positions, count, config.seed, config.data.horizontal_flip)
     schedule = schedules.linear(config.diffusion.timesteps)
     by_sample = losses_of(
-        model, schedule, batch, config.seed, dataset.info.vae.scale, 10, config.diffusion.label_dropout
+        model,
+        schedule,
+        batch,
+        seed=config.seed,
+        latent_scale=dataset.info.vae.scale,
+        null_class=config.model.num_classes,
+        label_dropout=config.diffusion.label_dropout,
     )
     return by_sample.sums(batch.weight_B) / count
 
@@ -176,10 +185,11 @@ def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndar
 
     found: dict[tuple[str, int], np.ndarray] = {}
 
-    def keep(run: session.Session) -> None:
-        for partition in run.trainer.engine.owned:
+    def keep(attempt: Attempt) -> None:
+        zero_engine = attempt._trainer.engine
+        for partition in zero_engine.owned:
             master = partition.buffers[engine.MASTER]
-            momentum = run.trainer.engine._optimizer.state[master]["momentum_buffer"]
+            momentum = zero_engine._optimizer.state[master]["momentum_buffer"]
             for slice_ in partition.slices:
                 piece = momentum[slice_.offset : slice_.offset + slice_.length]
                 found[slice_.parameter, slice_.start] = piece.numpy().copy()
@@ -187,8 +197,8 @@ def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndar
     with (
         patch.object(dit, "initialise_weights", randomise),
         patch.object(engine, "build_optimizer", sgd),
-        patch.object(session.Session, "log", keep),
-        patch.object(session.Session, "save_and_wait", lambda run: None),  # SGD has other hyper-parameters
+        patch.object(Attempt, "log", keep),
+        patch.object(Saves, "save_and_wait", lambda saves: None),  # SGD has other hyper-parameters
     ):
         loop.train(config)
     return found

@@ -23,7 +23,7 @@ from dit_scale import lines
 from dit_scale.checkpoint import attempts, retention, saver, writer
 from dit_scale.storage import disk
 from dit_scale.telemetry import record
-from dit_scale.train import session
+from dit_scale.train import attempt
 
 
 @dataclass
@@ -186,11 +186,11 @@ RANK_POINTS: dict[str, Patch] = {
     "inside the snapshot": _inside_snapshot,
     "after the snapshot": after(saver.Snapshot, "take"),
     "before the commit": lambda hold: _asked(hold, "commit"),
-    "restoring": before(session.Checkpoint, "read"),
+    "restoring": before(attempt.Checkpoint, "read"),
     "before the claim": before(attempts, "claim"),
     "after the claim": after(attempts, "claim"),
-    "before its files": before(session, "carried_over"),
-    "after the fencing check": after(session, "check_current"),
+    "before its files": before(attempt, "carried_over"),
+    "after the fencing check": after(attempt, "check_current"),
     "starting its record": before(lines.LineFile, "append_lines"),
     "before its own config": before(disk.DiskStorage, "write"),
     "before its names": before(record, "publish"),

@@ -34,7 +34,7 @@ class Journal:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 lines = file.read().splitlines(keepends=True)
-            for line in whole(lines):
+            for line in complete_lines(lines):
                 self._offset += len(line)
                 with suppress(json.JSONDecodeError):  # half a line that a killed writer left
                     self._take(json.loads(line))
@@ -48,7 +48,7 @@ class Journal:
             self.saves_s.append(event["seconds"])
 
 
-def whole(lines: list[bytes]) -> list[bytes]:
+def complete_lines(lines: list[bytes]) -> list[bytes]:
     """Drop a last line that is incomplete."""
     return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
 
@@ -60,14 +60,14 @@ def last_step(metrics: Path) -> int:
     with metrics.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL_BYTES))
-        lines = whole(file.read().splitlines(keepends=True))
+        lines = complete_lines(file.read().splitlines(keepends=True))
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def rows(config: TrainConfig) -> list[Row]:
     """Return the record, without the speed."""
     path = Path(config.run) / "metrics.jsonl"
-    lines = whole(path.read_bytes().splitlines(keepends=True)) if path.exists() else []
+    lines = complete_lines(path.read_bytes().splitlines(keepends=True)) if path.exists() else []
     return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dit_scale.config import TrainConfig
-from dit_scale.data.loader import Batch
+from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.order import Order
 from dit_scale.data.shards import LATENT_DTYPE, LatentDataset, encode_sample, write_index
 from dit_scale.train import loop
@@ -88,10 +88,10 @@ def train_and_report(config: TrainConfig) -> Fed:
     samples: list[tuple[int, int]] = []
     accumulate, update = Trainer.accumulate, Trainer.update
 
-    def accumulate_and_tell(self: Trainer, batches: Iterator[Batch]) -> torch.Tensor:
+    def accumulate_and_tell(self: Trainer, batches: Iterator[MicroBatch]) -> torch.Tensor:
         samples.clear()
 
-        def tell(batch: Batch, _: SampleLosses) -> None:
+        def tell(batch: MicroBatch, _: SampleLosses) -> None:
             real = batch.weight_B > 0
             samples.extend(zip(batch.position_B[real].tolist(), batch.y_B[real].tolist(), strict=True))
 

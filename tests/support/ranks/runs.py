@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.config import TrainConfig
+from dit_scale.journal import read_journal
 from dit_scale.train.run_folder import root_of
 from tests.support.ranks import jobs
 from tests.support.ranks.points import Hold
@@ -26,9 +27,8 @@ def final_files(config: TrainConfig) -> list[bytes]:
 
 def events(config: TrainConfig, name: str) -> list[dict[str, Any]]:
     """Return the events of a kind in the journal."""
-    path = Path(config.run) / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [event for event in map(json.loads, lines) if event["event"] == name]
+    journal = read_journal(Path(config.run) / "events.jsonl")
+    return [event for event in journal if event["event"] == name]
 
 
 def steps_of(config: TrainConfig) -> list[int]:
@@ -63,7 +63,7 @@ def kill(processes: Sequence[Any]) -> None:
         process.join()
 
 
-def kill_at(world: int, config: TrainConfig, folder: Path, point: str, nth: int, victim: int) -> None:
+def kill_at(world: int, config: TrainConfig, folder: Path, *, point: str, nth: int, victim: int) -> None:
     """Start a run and kill it when rank `victim`, or its writer, is held at the point."""
     folder.mkdir()
     hold = Hold(folder, point, nth)

@@ -1,0 +1,53 @@
+"""What a training process opens once and keeps through all its attempts."""
+
+from dataclasses import dataclass
+
+from dit_scale.config import TrainConfig
+from dit_scale.data.batch_plan import BatchPlan
+from dit_scale.data.shards import LatentDataset
+from dit_scale.dist import World
+from dit_scale.heartbeat import Heart
+from dit_scale.storage import Storage
+from dit_scale.telemetry.sinks import check_installed
+from dit_scale.train.dataset_check import check_dataset, data_digest
+from dit_scale.train.memory import plan_of
+from dit_scale.train.precision import choose_precision
+from dit_scale.train.run_folder import root_of
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The configuration of a run with everything that follows from it alone."""
+
+    config: TrainConfig
+    """With the precision resolved."""
+    world: World
+    heart: Heart
+    dataset: LatentDataset
+    data_sha256: str
+    """Digest of dataset.json."""
+    plan: BatchPlan
+    root: Storage
+    notes: tuple[str, ...]
+    """What the user should know about these choices, one line each."""
+
+    @classmethod
+    def open(cls, config: TrainConfig, world: World, heart: Heart) -> "RunContext":
+        """Resolve and check the configuration against this machine and the data; all ranks call this.
+
+        Raises ConfigError, DataError or StorageError.
+        """
+        config, precision_note = choose_precision(config, world)
+        check_installed(config.log)
+        dataset = LatentDataset.open(config.data.url, config.data.cache_dir, config.data.cache_bytes)
+        notes = (precision_note, check_dataset(config, dataset), *dataset.notes)
+        return cls(
+            config=config,
+            world=world,
+            heart=heart,
+            dataset=dataset,
+            data_sha256=data_digest(dataset),
+            plan=plan_of(config, world.size),
+            root=root_of(config),
+            notes=tuple(filter(None, notes)),
+        )
