@@ -103,7 +103,7 @@ def test_an_entry_without_a_reason_is_refused() -> None:
 
 
 def mutant_of(line: int) -> Mutant:
-    return Mutant("a.py", "area", line, source="", removed=f"x = {line}", added="x = 0")
+    return Mutant(file="a.py", definition="area", line=line, source="", removed=f"x = {line}", added="x = 0")
 
 
 @pytest.mark.parametrize(("survivors", "passed"), [(5, True), (6, False)])

@@ -171,7 +171,7 @@ def test_another_listing_and_another_vae_are_explained(storage: Storage) -> None
         output.check_identity(storage, found, wanted, listing(4), listing(3))
     assert "The source has changed since this output was created: 1 new (a/3.png)" in str(caught.value)
     assert "vae is not the autoencoder that encoded the existing shards" in str(caught.value)
-    assert "its shards stay as they are" in str(caught.value)
+    assert "its shards are unchanged" in str(caught.value)
 
 
 def test_labels_that_an_empty_class_moves_are_refused(storage: Storage) -> None:
@@ -432,7 +432,7 @@ def test_the_command_line_without_ray(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "out").mkdir()
     (tmp_path / "out/encode.json").write_text(json.dumps({"image_size": 32}))
     assert main(["encode", *paths]) == 2
-    assert "image_size: 32 there, 256 here" in capsys.readouterr().err
+    assert "image_size: 32 in the output, 256 now" in capsys.readouterr().err
 
 
 def test_names_with_brackets_are_shown_as_they_are(
