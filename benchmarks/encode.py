@@ -51,7 +51,7 @@ from dit_scale_pipeline.shards_writer import ShardRecord
 from tests.support.tiny_vae import save_full_vae, save_tiny_vae
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
-"""Of a typical ImageNet JPEG, about 110 kB."""
+"""A typical ImageNet JPEG, about 110 kB."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "bf16": {"precision": "bf16"},

@@ -86,7 +86,14 @@ def measure(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
     for image_size, views in RECORDS:
         sets[image_size, views] = folder / f"{image_size}-{views}"
         num = args.megabytes * 2**20 // record_bytes(image_size, views)
-        write_latents(sets[image_size, views], num, image_size, 1000, -(-num // 8), views)
+        write_latents(
+            sets[image_size, views],
+            num=num,
+            image_size=image_size,
+            num_classes=1000,
+            shard_samples=-(-num // 8),
+            views=views,
+        )
     with one_core() as ours, one_core() as theirs:
         for (image_size, views), path in sets.items():
             rates = [

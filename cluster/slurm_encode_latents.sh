@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Images to latents on a SLURM cluster: a Ray cluster inside the allocation, the encoding job on it.
+# Images to latents on a SLURM cluster: starts a Ray cluster inside the allocation and runs the encoding job.
 #
 #   sbatch cluster/slurm_encode_latents.sh source=/data/imagenet/train output=s3://bucket/imagenet256
 #   sbatch --nodes=4 --partition=a100 cluster/slurm_encode_latents.sh \
 #       --config configs/encode_imagenet_512.yaml source=/data/imagenet/train output=/scratch/imagenet512
 #
-# Submit from the root of the project (or with --chdir=ROOT), which all nodes must see, as they must see
-# source and output. The options below are defaults: those given to sbatch win. Arguments are --config FILE,
-# first, if it is not CONFIG or configs/encode_imagenet_256.yaml, then keys of EncodeConfig in
-# dit_scale/config.py.
+# Submit from the root of the project (or with --chdir=ROOT). All nodes must see the project, the source and
+# the output. The options below are defaults; options of sbatch override them. Arguments: first, optionally,
+# --config FILE (default: $CONFIG or configs/encode_imagenet_256.yaml), then key=value overrides
+# (`dit-scale config encode` explains the keys).
 #
-# The environment (PATH, AWS_*, HF_*) is the one at submission. For a cluster that wants `module load` or an
-# activation inside the job: put it into a file, DIT_SCALE_ENV=$HOME/dit_scale_env.sh sbatch ...; it is
-# sourced first.
+# The job inherits the environment (PATH, AWS_*, HF_*) of the submission. If the cluster needs `module load` or
+# an activation inside the job, write it to a file that is sourced first:
+# DIT_SCALE_ENV=$HOME/dit_scale_env.sh sbatch ...
 #
-# Two minutes before the time limit, and when it is preempted, the job stops and queues itself again; finished
-# shards are kept. After anything else the same command goes on, too. The exit code is that of the encoding
-# job: 2 is a mistake that the end of the log names.
+# Two minutes before the time limit, and on preemption, the job stops and requeues itself; finished shards are
+# kept. After any other failure, submit the same command again. The exit code is that of the encoding job: 2
+# is an error that the end of the log explains.
 #
-# RAY_TMPDIR is where Ray keeps its sockets, its logs and what does not fit into memory: a short path on a
-# disk of each node, /tmp if not set. Each start makes a token of its own, without which nobody else can use
-# the Ray cluster (RAY_AUTH_MODE=disabled turns that off).
+# RAY_TMPDIR is the folder for Ray's sockets, logs and spilled objects: a short path on a local disk of each
+# node (default /tmp). Each attempt creates an access token, so other users cannot use the Ray cluster
+# (RAY_AUTH_MODE=disabled turns this off).
 
 #SBATCH --job-name=encode-latents
 #SBATCH --output=encode-latents-%j.log
@@ -34,7 +34,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 
-# Functions are called by traps.
+# shellcheck does not see that traps call functions.
 # shellcheck disable=SC2317,SC2329
 # shellcheck source=/dev/null
 [ -z "${DIT_SCALE_ENV:-}" ] || source "$DIT_SCALE_ENV" || exit
@@ -51,16 +51,16 @@ if ! [ -f data_pipeline/encode_latents.py ]; then
 fi
 
 export PYTHONUNBUFFERED=1 RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
-export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # nobody's work is left on a node that is told to end
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # a node that is stopped has no work to drain
 RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
 export RAY_AUTH_TOKEN
 
-# One Ray node in the foreground: ray_node FOLDER OPTION ... Its folder goes with it. It has the CPUs and GPUs
-# that SLURM gave, and takes its ports from the system, because several jobs may share a machine. On SIGTERM
-# (SLURM) or SIGUSR1 (srun hands it on) it ends, after 20 s by force; Ray ends its processes with it. What Ray
-# said at its start is told only when it ends by itself.
+# Run one Ray node in the foreground: ray_node FOLDER OPTION ... The node uses the CPUs and GPUs of the
+# allocation and free ports, because several jobs may share a machine. On SIGTERM (from SLURM) or SIGUSR1
+# (forwarded by srun) it stops, after 20 s by SIGKILL, and Ray's processes stop with it. Its startup log is
+# printed only if it exits on its own. The folder is removed at the end.
 ray_node() {
-    local folder=$1 told='' ray
+    local folder=$1 stopping='' ray
     shift
     mkdir -p "$folder"
     timeout --foreground --kill-after=20 0 python -m dit_scale_pipeline.ray_start --block \
@@ -68,11 +68,11 @@ ray_node() {
         --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
         --dashboard-agent-listen-port=0 "$@" >"$folder/start.log" 2>&1 &
     ray=$!
-    trap 'told=yes; kill -TERM "$ray" 2>/dev/null' TERM USR1
-    # a signal ends a wait, but not yet Ray
+    trap 'stopping=yes; kill -TERM "$ray" 2>/dev/null' TERM USR1
+    # a signal interrupts wait before Ray has stopped
     while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
-    if [ -z "$told" ]; then
-        echo "error: Ray on $SLURMD_NODENAME ended by itself:" >&2
+    if [ -z "$stopping" ]; then
+        echo "error: Ray on $SLURMD_NODENAME exited unexpectedly:" >&2
         cat "$folder/start.log" >&2
     fi
     rm -rf "$folder"
@@ -82,7 +82,7 @@ export -f ray_node
 folder=$(mktemp -d "${RAY_TMPDIR:-/tmp}/ds-$SLURM_JOB_ID-XXXXXX")
 job='' workers='' head=''
 
-# Ends what was started, the encoding job first, by process ids. SLURM kills what is left after this script.
+# Stop all processes by id, the encoding job first. SLURM kills the rest after this script.
 stop() {
     trap '' TERM USR1
     set +e
@@ -96,7 +96,7 @@ stop() {
     rm -rf "$folder"
 }
 requeue() {
-    echo "stopping $(date +%T): the time limit is near or the job is preempted; it queues itself again" >&2
+    echo "stopping $(date +%T): time limit or preemption; requeueing" >&2
     stop
     trap - EXIT
     scontrol requeue "$SLURM_JOB_ID"
@@ -106,7 +106,7 @@ trap stop EXIT
 trap 'exit 143' TERM
 trap requeue USR1
 
-# Ray chooses all ports but that of its client server; this one lies beneath those that systems hand out.
+# Ray chooses all ports except that of its client server, which gets one below the ephemeral ports.
 start_head() {
     ray_node "$folder" --head --port=0 --ray-client-server-port=$((20000 + SLURM_JOB_ID % 10000)) \
         --include-dashboard=false &
@@ -124,7 +124,7 @@ until [ -s "$folder/ray_current_cluster" ]; do
 done
 address=$(cat "$folder/ray_current_cluster")
 
-# All nodes behind the first. The job goes on when one of them is lost, so srun must not end the others.
+# All nodes after the first. The job continues when one of them is lost, so srun must not stop the others.
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     others=$((SLURM_JOB_NUM_NODES - 1))
     # shellcheck disable=SC2016

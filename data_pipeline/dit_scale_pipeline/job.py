@@ -78,9 +78,8 @@ def encode(config: EncodeConfig, console: Console) -> DatasetInfo:
                 with cluster(config.ray_address):
                     stored = make_shards(plan, storage, records, progress, console)
     assert stored is not None, "read_identity refuses shards without an identity"
-    return output.commit(
-        storage, config, plan.listing, plan.vae, stored, [records[name] for name in plan.shards]
-    )
+    in_order = [records[name] for name in plan.shards]
+    return output.commit(storage, config, plan.listing, vae=plan.vae, stored=stored, records=in_order)
 
 
 def make_plan(config: EncodeConfig, saved: Listing | None, console: Console) -> EncodePlan:

@@ -192,6 +192,7 @@ def commit(
     storage: Storage,
     config: EncodeConfig,
     listing: Listing,
+    *,
     vae: VaeIdentity,
     stored: Identity,
     records: Sequence[ShardRecord],

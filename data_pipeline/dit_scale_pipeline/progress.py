@@ -77,6 +77,38 @@ def summary(info: DatasetInfo) -> str:
     return "\n".join(lines)
 
 
+class QuarantineLimit:
+    """The quarantined inputs of a job, and how many of them its configuration allows."""
+
+    def __init__(self, total: int, config: EncodeConfig) -> None:
+        self._total, self._share = total, config.max_quarantined
+        self._shard_samples = config.shard_samples
+        self._items: dict[int, Quarantined] = {}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, items: Iterable[Quarantined]) -> None:
+        """Add inputs; one that is already there counts once."""
+        self._items |= {item.key: item for item in items}
+
+    def check(self) -> None:
+        """Raise DataError if more inputs are quarantined than allowed."""
+        allowed = int(self._share * self._total)
+        if len(self) > allowed:
+            raise DataError(
+                f"{len(self)} of {self._total} inputs are quarantined, max_quarantined="
+                f"{self._share:g} allows {allowed}: "
+                f"{few(map(_describe, self._items.values()))}. Repair them and delete their shards, if "
+                f"they exist ({few(self._shards())}), or raise max_quarantined. Then start again; finished "
+                "shards are kept"
+            )
+
+    def _shards(self) -> list[str]:
+        """Return the files to delete so that quarantined inputs are read again."""
+        return sorted({f"shards/{shard_name(key // self._shard_samples)}.*" for key in self._items})
+
+
 class JobProgress:
     """Progress of a job: bar, rate and remaining time, metrics, and the limit of quarantined inputs."""
 
@@ -89,15 +121,15 @@ class JobProgress:
         metrics: Metrics,
     ) -> None:
         self._total, self._console, self._metrics = total, console, metrics
-        self._max_quarantined, self._shard_samples = config.max_quarantined, config.shard_samples
         self._log_every_s = config.log_every_s
         records = list(done)
-        self._quarantined = {item.key: item for record in records for item in record.quarantined}
+        self._quarantine = QuarantineLimit(total, config)
+        self._quarantine.add(item for record in records for item in record.quarantined)
         self._num_before = sum(record.samples + len(record.quarantined) for record in records)
         self._num_shards = len(records)
         self._num_seen = 0
-        self._started_s = self._logged_s = time.monotonic()
-        self._num_logged = 0
+        self._started_s = time.monotonic()
+        self._last_row = (self._started_s, 0)
         self._bar = Progress(
             TextColumn("encoding"),
             BarColumn(),
@@ -110,7 +142,7 @@ class JobProgress:
         self._task = self._bar.add_task("encoding", total=total, completed=self._num_before, rate=0.0)
 
     def __enter__(self) -> "JobProgress":
-        self._check()
+        self._quarantine.check()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -120,29 +152,32 @@ class JobProgress:
 
     def start(self) -> None:
         """Start the clock and the bar; call it when the encoders are ready."""
-        self._started_s = self._logged_s = time.monotonic()
+        self._started_s = time.monotonic()
+        self._last_row = (self._started_s, self._num_seen)
         self._bar.start()
 
     def batch_done(self, batch: DecodedBatch) -> None:
         """Count a VAE batch that is encoded."""
         self._num_seen += len(batch)
-        for entry, reason in batch.rejected:
-            self._quarantined[entry.key] = Quarantined(key=entry.key, path=to_utf8(entry.path), reason=reason)
+        self._quarantine.add(
+            Quarantined(key=entry.key, path=to_utf8(entry.path), reason=reason)
+            for entry, reason in batch.rejected
+        )
         self._bar.update(self._task, advance=len(batch), rate=self._rate())
-        self._check()
-        if time.monotonic() - self._logged_s >= self._log_every_s:
+        self._quarantine.check()
+        if time.monotonic() - self._last_row[0] >= self._log_every_s:
             self._log()
 
     def shard_done(self, record: ShardRecord) -> None:
         """Count a shard that is committed."""
-        self._quarantined |= {item.key: item for item in record.quarantined}
+        self._quarantine.add(record.quarantined)
         self._num_shards += 1
         if not self._console.is_terminal:
             self._console.print(
                 f"shard {record.name}: {record.samples} samples; {self._num_seen} of "
                 f"{self._total - self._num_before} images, {self._rate():.1f} images/s"
             )
-        self._check()
+        self._quarantine.check()
 
     def stalled(self, reason: str) -> None:
         """Report a stall or a retry."""
@@ -153,33 +188,19 @@ class JobProgress:
 
     def _log(self) -> None:
         now_s = time.monotonic()
-        images_per_s = (self._num_seen - self._num_logged) / max(now_s - self._logged_s, 1e-9)
-        self._logged_s, self._num_logged = now_s, self._num_seen
+        last_s, num_last = self._last_row
+        images_per_s = (self._num_seen - num_last) / max(now_s - last_s, 1e-9)
+        self._last_row = (now_s, self._num_seen)
         self._metrics.write(
             self._num_before + self._num_seen,
             {
                 "of_images": self._total,
                 "shards": self._num_shards,
-                "quarantined": len(self._quarantined),
+                "quarantined": len(self._quarantine),
                 "images_per_s": round(images_per_s, 2),
                 "elapsed_s": round(now_s - self._started_s, 2),
             },
         )
-
-    def _shards(self) -> list[str]:
-        """Return the files to delete so that quarantined inputs are read again."""
-        return sorted({f"shards/{shard_name(key // self._shard_samples)}.*" for key in self._quarantined})
-
-    def _check(self) -> None:
-        allowed = int(self._max_quarantined * self._total)
-        if len(self._quarantined) > allowed:
-            raise DataError(
-                f"{len(self._quarantined)} of {self._total} inputs are quarantined, max_quarantined="
-                f"{self._max_quarantined:g} allows {allowed}: "
-                f"{few(map(_describe, self._quarantined.values()))}. Repair them and delete their shards, if "
-                f"they exist ({few(self._shards())}), or raise max_quarantined. Then start again; finished "
-                "shards are kept"
-            )
 
 
 def _describe(item: Quarantined) -> str:

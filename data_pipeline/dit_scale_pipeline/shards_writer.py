@@ -93,8 +93,8 @@ def write_once(storage: Storage, key: str, data: bytes) -> None:
     if (found := hashlib.sha256(storage.read(key)).hexdigest()) != (made := hashlib.sha256(data).hexdigest()):
         raise DataError(
             f"{storage.url}/{key} exists with SHA-256 {found[:12]}, expected {made[:12]}: it was damaged or "
-            "written on another kind of machine. Delete all files of that shard and start again, or choose "
-            "another output"
+            "written on another kind of machine. Delete it (of a shard: tar, index, record) and start again, "
+            "or choose another output"
         )
 
 

@@ -9,7 +9,7 @@ TAG = "KEEP"
 
 
 def kept(ids: list[CheckpointId], keep: int, keep_every_steps: int) -> set[CheckpointId]:
-    """Of these checkpoints (newest first), keep the newest `keep` and the first of every N-step window."""
+    """Return the newest `keep` of these checkpoints (newest first) and the first of every N-step window."""
     stay = set(ids[:keep])
     if keep_every_steps:
         first = {checkpoint_id.step // keep_every_steps: checkpoint_id for checkpoint_id in ids}
@@ -20,7 +20,7 @@ def kept(ids: list[CheckpointId], keep: int, keep_every_steps: int) -> set[Check
 def superfluous(root: Storage, newest: CheckpointId, keep: int, keep_every_steps: int) -> list[str]:
     """Return the paths of the folders to delete.
 
-    Checkpoints newer than `newest` do not count: the run has passed over them. Older folders that have no
+    Checkpoints newer than `newest` do not count: the run has skipped them. Older folders that have no
     manifest or are not on the chain are leftovers of kills and superseded attempts; they are deleted too.
     """
     on_chain = [checkpoint_id for checkpoint_id in attempts.committed(root) if checkpoint_id <= newest]

@@ -184,10 +184,14 @@ class Saver:
             if reply.superseded:
                 raise SupersededError(reply.problem)
         problem = "; ".join(f"rank {rank}: {reply.problem}" for rank, reply in bad)
-        first = replies[0]
-        took_s = time.monotonic() - self._since_s
-        is_final = any(reply.taken for reply in replies)
-        return SaveResult(manifest, problem, first.dropped, first.retention_problem, is_final, took_s)
+        return SaveResult(
+            manifest=manifest,
+            problem=problem,
+            dropped=replies[0].dropped,
+            retention_problem=replies[0].retention_problem,
+            is_final=any(reply.taken for reply in replies),
+            seconds=time.monotonic() - self._since_s,
+        )
 
     def _start(self) -> None:
         options = {

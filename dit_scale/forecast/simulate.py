@@ -59,7 +59,7 @@ class SimulationSetup:
     measured: Mapping[int, Costs] = field(default_factory=dict)
     """Measured durations by number of nodes, where they are known."""
     policy: Policy = field(default_factory=Policy)
-    """Its `max_nodes` is set to `nodes`."""
+    """Settings of the supervisors; `max_nodes` is set to `nodes`."""
     deadlines: Deadlines = field(default_factory=Deadlines)
     repair_s: float = DAY_S
     limit_s: float = 1000 * DAY_S

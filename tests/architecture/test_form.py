@@ -29,16 +29,6 @@ MAX_POSITIONAL = 5
 """A call with more arguments than this names them."""
 NO_LIMIT = 1_000
 
-OPEN = {
-    "Supervisor": "split by lifetime in progress",
-    "LaunchedGroup": "split by lifetime in progress",
-    "Loader": "split in progress",
-    "Flow": "split in progress",
-    "JobProgress": "split in progress",
-}
-OPEN_FILES = ("dit_scale.storage.s3",)
-OPEN_CALLS = True
-
 
 def lines_of(node: ast.stmt) -> int:
     return (node.end_lineno or 0) - node.lineno + 1
@@ -46,7 +36,7 @@ def lines_of(node: ast.stmt) -> int:
 
 def test_files_are_short() -> None:
     lines = {module_name(path): len(path.read_text().splitlines()) for path in sources(*PACKAGES, *PROGRAMS)}
-    assert {n: count for n, count in lines.items() if count > MAX_FILE_LINES and n not in OPEN_FILES} == {}
+    assert {name: count for name, count in lines.items() if count > MAX_FILE_LINES} == {}
 
 
 def test_functions_are_short() -> None:
@@ -67,7 +57,7 @@ def classes_of(*folders: str) -> dict[str, ast.ClassDef]:
         f"{module_name(path)}:{node.name}": node
         for path in sources(*folders)
         for node in ast.walk(parse(path))
-        if isinstance(node, ast.ClassDef) and node.name not in OPEN
+        if isinstance(node, ast.ClassDef)
     }
 
 
@@ -251,7 +241,7 @@ def test_calls_by_position_are_recognised(tmp_path: Path) -> None:
 
 
 def test_calls_with_many_arguments_name_them() -> None:
-    paths = sources(*PACKAGES, *PROGRAMS, "tests") if not OPEN_CALLS else []
+    paths = sources(*PACKAGES, *PROGRAMS, "tests")
     assert [call for path in paths for call in calls_by_position(path)] == []
 
 
@@ -273,6 +263,20 @@ def test_no_error_is_swallowed() -> None:
 def test_every_file_has_a_docstring() -> None:
     written = [path for path in sources(*PACKAGES, *PROGRAMS, "tests") if path.stat().st_size]
     assert [str(path) for path in written if not ast.get_docstring(parse(path))] == []
+
+
+def test_docstrings_are_full_thoughts() -> None:
+    """A docstring that starts with "Of" or a possessive needs its context to be understood."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.value.value[:40]}"
+        for path in sources(*PACKAGES, *PROGRAMS, "tests")
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        and re.match(r"(Of|Its|Their)\b", node.value.value)
+    ]
+    assert found == []
 
 
 def test_text_is_ascii() -> None:

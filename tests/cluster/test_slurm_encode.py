@@ -153,7 +153,8 @@ def reference(folder: Path) -> Path:
         moments = encoder.encode(pixels, runtime)
         channels = plan.vae.latent_channels
         records.append(write_shard(config.output, name, [account], channels, moments))
-    output.commit(open_storage(config.output), config, plan.listing, plan.vae, claimed, records)
+    storage = open_storage(config.output)
+    output.commit(storage, config, plan.listing, vae=plan.vae, stored=claimed, records=records)
     return folder / "reference"
 
 
@@ -210,7 +211,7 @@ def test_near_its_time_limit_a_job_requeues_itself_and_keeps_its_shards(
     assert 0 < len(kept) < 3 * NUM_SHARDS
     assert slurm.wait(job) == ("COMPLETED", 0), log(job, output)
     assert slurm.job(job)["Restarts"] == "1"
-    assert "it queues itself again" in log(job, output)
+    assert "requeueing" in log(job, output)
     now = shards(output)
     assert {name: now[name] for name in kept} == kept
     assert_same_files(output, reference)

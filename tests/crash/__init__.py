@@ -1,1 +1,1 @@
-"""What is left of a save after a power cut, and of stored objects after damage."""
+"""What survives of a save after a power cut, and of stored objects after damage."""

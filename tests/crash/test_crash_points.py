@@ -1,8 +1,8 @@
-"""The power goes at any byte of a save: the newest committed checkpoint is there, or the one before.
+"""Power cuts at any byte of a save: the newest committed checkpoint survives, or the one before.
 
-Two ranks write by the shipped code, and every call that it makes to the file system is recorded. Then
-every state that a POSIX file system may be in after a cut at every call, and inside every write, is laid
-out as a folder, and the shipped reader reads it.
+Two ranks write with the shipped code, and every call to the file system is recorded. Then every state that a
+POSIX file system may be in after a cut at any call, or inside any write, is created as a folder and read with
+the shipped reader.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ from tests.support.faults.recorder import Call, Killed, Recorder
 SHAPES = {"weight": (6, 8), "bias": (9,)}
 KINDS = ("master", "exp_avg", "ema.wide")
 RANKS = {"weight": (0, 30, 48), "bias": (0, 5, 9)}
-"""Where the parts of the two ranks begin and end."""
+"""The elements at which the slices of the two ranks start and end."""
 BLOCK_BYTES = 128
 
 STATES = 10_000
-"""At least so many that differ."""
+"""Smallest number of distinct states."""
 CUTS_PER_WRITE = 8
 SAMPLES = 20
 
@@ -48,7 +48,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """Folders in memory, where there is such a place: nothing here has to outlive a power cut."""
+    """A folder in memory if possible: no file of this test has to survive a power cut."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         yield Path(folder)
@@ -63,7 +63,7 @@ def values(step: int, kind: str, parameter: str) -> np.ndarray:
 
 
 def snapshot(step: int, rank: int) -> tuple[np.ndarray, list[tuple[str, ParameterSlice]]]:
-    """The memory that a rank shares with its writer, and what lies in it."""
+    """The memory that a rank shares with its writer, and its layout."""
     parts, slices, offset = [], list[tuple[str, ParameterSlice]](), 0
     for kind in KINDS:
         for parameter, edges in RANKS.items():
@@ -75,7 +75,7 @@ def snapshot(step: int, rank: int) -> tuple[np.ndarray, list[tuple[str, Paramete
 
 
 def save(root: Storage, step: int, attempt: int, keep: int, averages: bool = False) -> None:
-    """All of one save, as the writers of two ranks do it."""
+    """Make an entire save, as the writers of two ranks do."""
     folders: dict[str, tuple[str, ...]] = {EMA: ("ema.wide",)} if averages else {}
     folders[CHECKPOINTS] = KINDS
     request = writer.Write(checkpoint=CheckpointId(step, attempt), folders=folders)
@@ -97,27 +97,27 @@ def save(root: Storage, step: int, attempt: int, keep: int, averages: bool = Fal
 
 @dataclass
 class History:
-    """What a run has done to its folder."""
+    """The calls of a run to the file system, and what they completed."""
 
     calls: list[Call] = field(default_factory=list)
     done: list[tuple[int, str, int]] = field(default_factory=list)
-    """(number of calls before the end of it, "attempt" or "save", its number or step)."""
+    """(number of calls up to its end, "attempt" or "save", its number or step)."""
 
     def promised(self, calls: int) -> tuple[int, list[int]]:
-        """After so many calls: the last attempt that was claimed, and the steps whose save has ended."""
+        """Return the last attempt claimed and the steps saved after this number of calls."""
         past = [(what, number) for end, what, number in self.done if end <= calls]
         saves = [number for what, number in past if what == "save"]
         return max((number for what, number in past if what == "attempt"), default=0), saves
 
     def without(self, forgotten: Callable[[Call], bool]) -> "History":
-        """The same, but for some of the calls."""
+        """Return the history without some of the calls."""
         kept = [0 if forgotten(call) else 1 for call in self.calls]
         calls = [call for call in self.calls if not forgotten(call)]
         return History(calls, [(sum(kept[:end]), what, number) for end, what, number in self.done])
 
 
 def record(folder: Path) -> History:
-    """Two attempts and four saves from an empty folder, retention among them."""
+    """Record two attempts and four saves, including retention, from an empty folder."""
     folder.mkdir()
     recorder, history = Recorder(folder), History()
     root = open_storage(folder)
@@ -142,24 +142,24 @@ def record(folder: Path) -> History:
     return history
 
 
-# What the reader finds
+# What the reader sees
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the shipped reader makes of a folder."""
+    """What the shipped reader sees in a folder."""
 
     step: int | None
-    """Of the newest checkpoint, passing over those that cannot be read, as a run does."""
+    """Step of the newest readable checkpoint, as a run chooses it."""
     damaged: tuple[str, ...]
-    """Of all that is listed, averages too."""
+    """Problems of all listed checkpoints and averages."""
     averages: tuple[int, ...]
     """Steps with stored averages."""
     attempt: int
 
 
 def problem_of(root: Storage, checkpoint_id: CheckpointId, folder: str) -> str:
-    """Why a checkpoint cannot be read; empty when every value of it is as it was saved."""
+    """Return why a checkpoint cannot be read; empty if every value is as it was saved."""
     try:
         checkpoint = Checkpoint(root, checkpoint_id, folder)
         checkpoint.verify()
@@ -173,7 +173,7 @@ def problem_of(root: Storage, checkpoint_id: CheckpointId, folder: str) -> str:
 
 
 def broken_promise(found: Found, attempt: int, saves: list[int]) -> str:
-    """What is not as it must be once these saves have ended; empty when all is well."""
+    """Return what is wrong given that these saves have ended; empty if nothing is."""
     if outcome(found, saves) == "lost":
         return f"step {found.step} was found, the saves of {saves} had ended"
     if found.damaged:
@@ -193,15 +193,15 @@ def outcome(found: Found, saves: list[int]) -> str:
 
 
 class Shelf:
-    """A folder that takes the shape of one tree after another, and what was found in each."""
+    """A folder that is rewritten to one tree after another, and what the reader saw in each."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._shown: Tree = {}
         self._problems: dict[bytes, str] = {}
-        """By the hash of a checkpoint's folder: most states share most checkpoints."""
+        """Hash of a checkpoint's folder => its problem: most states share most checkpoints."""
         self.found: dict[bytes, Found] = {}
-        """By the hash of the tree."""
+        """Hash of the tree => what the reader saw."""
         folder.mkdir()
 
     def look(self, tree: Tree) -> Found:
@@ -246,7 +246,7 @@ def _digest(tree: Tree) -> bytes:
 
 
 def cuts(calls: list[Call]) -> Iterator[tuple[int, Disk]]:
-    """(number of calls that were made whole, the disk): after every call, and inside of every write."""
+    """Yield (number of complete calls, disk): after every call, and inside every write."""
     disk = Disk()
     for number, call in enumerate(calls, 1):
         if call.kind == "write":
@@ -260,7 +260,7 @@ def cuts(calls: list[Call]) -> Iterator[tuple[int, Disk]]:
 
 
 def read_all(history: History, shelf: Shelf, samples: int, from_call: int = 0) -> Iterator[tuple[str, str]]:
-    """(which save was found, broken promise or nothing) of every state that cuts from this call on leave."""
+    """Yield (which save was found, broken promise or "") for every state after cuts from this call on."""
     draws = random.Random(0)
     for number, disk in cuts(history.calls):
         if number >= from_call:
@@ -274,7 +274,7 @@ def read_all(history: History, shelf: Shelf, samples: int, from_call: int = 0) -
 # Tests
 
 
-def test_every_state_after_a_power_cut_is_read(place: Path) -> None:
+def test_every_state_after_a_power_cut_is_readable(place: Path) -> None:
     history, shelf = record(place / "run"), Shelf(place / "shelf")
     outcomes = Counter[str]()
     for name, problem in read_all(history, shelf, SAMPLES):
@@ -286,7 +286,7 @@ def test_every_state_after_a_power_cut_is_read(place: Path) -> None:
     assert {found.step for found in shelf.found.values()} == {None, 10, 20, 30, 40}
 
 
-def test_the_record_explains_the_folder(place: Path) -> None:
+def test_replaying_the_calls_gives_the_folder(place: Path) -> None:
     history, run, disk = record(place / "run"), place / "run", Disk()
     for call in history.calls:
         disk.apply(call)
@@ -308,16 +308,16 @@ def test_the_record_explains_the_folder(place: Path) -> None:
         ("sync folder", "$"),
     ],
 )
-def test_a_sync_that_is_missing_is_found(place: Path, kind: str, below: str) -> None:
-    """What the first test would say of code without it."""
+def test_a_missing_sync_is_detected(place: Path, kind: str, below: str) -> None:
+    """The first test would fail for code without this sync."""
     history = record(place / "run").without(
         lambda call: call.kind == kind and bool(re.match(below, call.path))
     )
     assert any(problem for _, problem in read_all(history, Shelf(place / "shelf"), samples=2))
 
 
-def test_a_save_that_was_killed_and_tried_again(place: Path) -> None:
-    """Killed at every call; then the folders that nobody has synced lie there already."""
+def test_a_killed_save_and_its_retry(place: Path) -> None:
+    """Killed at every call; the retry finds folders that were never synced."""
 
     def first(root: Storage) -> None:
         attempts.claim(root, AttemptRecord(1))
@@ -347,7 +347,7 @@ def test_a_save_that_was_killed_and_tried_again(place: Path) -> None:
 def killed(
     run: Path, kill_at: int, first: Callable[[Storage], None], again: Callable[[Storage], None]
 ) -> list[Call]:
-    """The calls of `first`, killed before the one of this number, and of `again`; none if `first` ends."""
+    """Record `first`, killed before this call, then `again`; no calls if `first` completes."""
     run.mkdir(parents=True)
     recorder, root = Recorder(run, kill_at), open_storage(run)
     with recorder.recording():

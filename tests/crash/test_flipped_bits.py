@@ -1,6 +1,6 @@
-"""One flipped bit in any file of a data set, or of a run: named by those who read it, or it changes nothing.
+"""A flipped bit in any file of a data set or run: readers name it, or it changes nothing.
 
-Every file that is there is tried, whatever it is called, so that a new kind of file needs no new test.
+Every existing file is tried, so a new kind of file needs no new test.
 """
 
 from collections.abc import Iterator
@@ -35,10 +35,7 @@ VAE = VaeIdentity(name="x", weights_sha256="1", scale=1.00287, downsample=8, lat
 
 
 def flips(path: Path, num: int = 25, last: int = 80) -> Iterator[tuple[int, int]]:
-    """Bits of a file, each flipped while it is the current one: so many, and one in each of the last bytes.
-
-    There are the digests.
-    """
+    """Flip `num` bits of a file, and one in each of the `last` bytes with the digests, one bit at a time."""
     whole, draws = path.read_bytes(), np.random.default_rng(len(path.name))
     for at in (*draws.integers(0, len(whole), num).tolist(), *range(max(0, len(whole) - last), len(whole))):
         bit = int(draws.integers(8))
@@ -64,7 +61,7 @@ LISTING = Listing(
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """All that an encoding job leaves, by its own pieces."""
+    """All files of an encoding job, written by its own code."""
     storage, config = open_storage(tmp_path), EncodeConfig(source="images", image_size=32, shard_samples=2)
     claimed = output.identity(config, LISTING, VAE) | dict.fromkeys(output.ENCODING_KEYS, "x")
     save_listing(storage, LISTING)
@@ -75,7 +72,8 @@ def data(tmp_path: Path) -> Path:
     shards = [build_shard("00000", rows[:2], [], 4), build_shard("00001", rows[2:], [torn], 4)]
     for shard in shards:
         shard.write(storage)
-    output.commit(storage, config, LISTING, VAE, claimed, [shard.record for shard in shards])
+    records = [shard.record for shard in shards]
+    output.commit(storage, config, LISTING, vae=VAE, stored=claimed, records=records)
     return tmp_path
 
 
@@ -97,7 +95,7 @@ def test_a_flipped_bit_of_any_file_of_a_data_set_is_named(data: Path) -> None:
     assert problems(data) == []
 
 
-def test_the_job_that_goes_on_names_it_too(data: Path) -> None:
+def test_a_resumed_encoding_job_names_it(data: Path) -> None:
     storage = open_storage(data)
 
     def start_again() -> None:
@@ -157,7 +155,7 @@ def test_a_flipped_bit_of_any_file_of_a_run_is_named_or_changes_nothing(
     root = open_storage(run.run)
 
     def resume() -> tuple[CheckpointId, dict[str, bytes], list[str]]:
-        """The checkpoint that the run would go on from, all its values, and what is said."""
+        """Return the checkpoint that the run would resume from, all its values, and the notes."""
         notes: list[str] = []
         values: dict[str, bytes] = {}
 

@@ -1,6 +1,6 @@
-"""A thousand injuries of stored objects: each is found and named, and what is whole is still read.
+"""A thousand injuries of stored objects: each is detected and named, and intact data can still be read.
 
-An injury is one bit that flipped, a file that ends early, or a page of 4 KiB that became zeros.
+An injury is a flipped bit, a truncated file, or a 4 KiB page of zeros.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ from tests.support import checkpoints
 from tests.support.latents import write_latents
 
 INJURIES = 500
-"""Of checkpoints, and as many of data."""
+"""Number of injuries of checkpoints, and of data."""
 PAGE_BYTES = 4096
 BLOCK_BYTES = 2048
 SAMPLES, SHARD_SAMPLES = 20, 8
@@ -44,13 +44,13 @@ DATA_SHA256 = "1" * 64
 class Injury:
     kind: str
     data: bytes
-    """What is left."""
+    """The content after the injury."""
     changed: np.ndarray
-    """Places of the bytes that are not as they were, lost ones too."""
+    """Offsets of the changed bytes, including lost ones."""
 
 
 def injure(data: bytes, draws: np.random.Generator) -> Injury:
-    """One random injury, which changes at least one byte."""
+    """Return a random injury that changes at least one byte."""
     array = np.frombuffer(data, np.uint8)
     while True:
         kind = str(draws.choice(["bit", "end", "page"]))
@@ -59,7 +59,7 @@ def injure(data: bytes, draws: np.random.Generator) -> Injury:
             return Injury(kind, data[:length], np.arange(length, len(data)))
         after = array.copy()
         if kind == "bit":
-            # more often near the beginning, where headers are
+            # more often near the start, where the headers are
             after[draws.integers(-(-len(data) // 2 ** draws.integers(5)))] ^= 1 << draws.integers(8)
         else:
             start = PAGE_BYTES * int(draws.integers(-(-len(data) // PAGE_BYTES)))
@@ -69,7 +69,7 @@ def injure(data: bytes, draws: np.random.Generator) -> Injury:
 
 
 def injured(folder: Path, keys: list[str], num: int) -> Iterator[tuple[str, Injury]]:
-    """So many injuries of random objects, (key, injury); each is mended before the next one."""
+    """Injure `num` random objects, yielding (key, injury); each is repaired before the next."""
     draws = np.random.default_rng(0)
     for _ in range(num):
         key = str(draws.choice(keys))
@@ -103,7 +103,7 @@ def ranks(step: int) -> list[list[Partition]]:
 
 
 def write_checkpoints(root: Storage, config: TrainConfig) -> None:
-    """Two attempts with a checkpoint each."""
+    """Write two attempts with a checkpoint each."""
     for number, checkpoint_id, before in ((1, OLDER, None), (2, NEWEST, OLDER)):
         attempts.claim(root, AttemptRecord(number, before))
         fields = {"config": config.model_dump(mode="json"), "data_sha256": DATA_SHA256}
@@ -113,14 +113,14 @@ def write_checkpoints(root: Storage, config: TrainConfig) -> None:
 
 
 def read_all(checkpoint: Checkpoint) -> None:
-    """All values, which must be those that were written."""
+    """Check that all values are those that were written."""
     for kind in OPTIMIZER_KINDS:
         for name, tensor in checkpoint.read_whole(kind).items():
             assert torch.equal(tensor, values(checkpoint.manifest.step, kind, name))
 
 
 def problems(root: Storage) -> list[str]:
-    """What a look at everything finds."""
+    """Return the problems of all attempts and checkpoints."""
     found = []
     for number in attempts.numbers(root):
         try:
@@ -136,7 +136,7 @@ def problems(root: Storage) -> list[str]:
 
 
 def expected(root: Storage, key: str, injury: Injury, whole: tuple[StoredSlice, ...]) -> tuple[str, ...]:
-    """How messages for this injury may begin: of several tensors that are hit any may be found first."""
+    """Return how the message for this injury may start: any of several damaged tensors may be found first."""
     where = f"{root.url}/{key}"
     if not whole:
         return (f"{where} is damaged",)
@@ -185,7 +185,7 @@ def test_injuries_of_checkpoints(tmp_path: Path, world: World, monkeypatch: pyte
 
 
 def read_samples(dataset: LatentDataset) -> tuple[dict[int, bytes], dict[int, str]]:
-    """(what every sample holds, why it cannot be read), both by sample id, one by one as training does."""
+    """Return sample id => content and sample id => problem, reading one by one as training does."""
     held, wrong, place = {}, {}, np.empty((1, *dataset.info.latent_shape[1:]), np.float16)
     for sample_id in range(len(dataset)):
         try:
@@ -200,7 +200,7 @@ def read_samples(dataset: LatentDataset) -> tuple[dict[int, bytes], dict[int, st
 
 
 def expected_of_data(dataset: LatentDataset, key: str, injury: Injury) -> tuple[str, set[int], str]:
-    """(the part that is hit, the samples that cannot be read any more, how the message begins)."""
+    """Return (the damaged part, the unreadable samples, the start of the message)."""
     shard = int(Path(key).stem)
     ids = range(SHARD_SAMPLES * shard, min(SHARD_SAMPLES * (shard + 1), SAMPLES))
     url = dataset.storage.url

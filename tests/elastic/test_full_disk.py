@@ -6,16 +6,11 @@ import pytest
 
 from dit_scale.elastic.node.preflight import SPARE_BYTES
 from tests.support.faults.small_disk import fill, small_disk
-from tests.support.nodes.nodes import Node, cluster, config_of
+from tests.support.nodes.nodes import cluster, config_of
 from tests.support.ranks import jobs
 from tests.support.ranks.runs import events
 
 pytestmark = pytest.mark.dist
-
-
-def alarms_of(node: Node) -> list[str]:
-    """Alarms about failed saves."""
-    return [line for line in node.log.read_text().splitlines() if "was not saved" in line]
 
 
 def test_a_disk_is_full_for_a_while(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""What is on disks and in old runs already: these literals may never change.
+"""Formats that exist on disk and in old runs: these literals must never change.
 
-A change that breaks one of them changes the order of samples, the draws, or bytes that must stay readable
-under runs that exist: it needs a new format version, not a new literal. docs/formats.md quotes them.
+A change that breaks one of them changes the sample order, the random draws, or bytes of existing runs that
+must stay readable: it needs a new format version, not a new literal. docs/formats.md quotes them.
 """
 
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_order_in_windows(seed: int, epoch: int, expected: str) -> None:
     assert ids.tolist() == [int(sample_id) for sample_id in expected.split()]
 
 
-def test_positions_left_out() -> None:
+def test_excluded_positions() -> None:
     excluded = [(2, 4), (4, 5), (7, 100)]
     assert positions_of(np.arange(6), excluded).tolist() == [0, 1, 5, 6, 100, 101]
 
@@ -105,7 +105,7 @@ WORDS = {
     Purpose.SAMPLE_START: "1657b92c 3984bdc7 493a7ae7 8803a121 ede8eb21 0f16bfbe",
     Purpose.SAMPLE_STEP: "456a9d19 fe96eab4 9ab22796 1c635dbd 8c64cf3f fcf32ba8",
 }
-"""Of seed 42 at position 2^32 + 5, stream 0."""
+"""Words of seed 42 at position 2^32 + 5, stream 0."""
 
 
 def test_every_purpose_has_its_words() -> None:
@@ -208,9 +208,7 @@ ATTEMPT = """\
 @pytest.mark.parametrize(
     ("text", "ema_since"), [(MANIFEST, {"late": 2}), (MANIFEST_WITHOUT_EMA_SINCE, {})], ids=["now", "before"]
 )
-def test_a_checkpoint_of_version_2_stays_readable(
-    tmp_path: Path, text: str, ema_since: dict[str, int]
-) -> None:
+def test_a_checkpoint_of_version_2_can_be_read(tmp_path: Path, text: str, ema_since: dict[str, int]) -> None:
     root = open_storage(tmp_path)
     root.write(f"{CHECKPOINT}/rank-00000.safetensors", RANK_FILE)
     root.write(f"{CHECKPOINT}/MANIFEST.json", text.encode())

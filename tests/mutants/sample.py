@@ -114,7 +114,14 @@ def places_of(file: str, source: str) -> list[Place]:
             _, changes = found.setdefault(span, (ASTQuery(node).get_definition_name() or "", []))
             changes.append((name, occurrence))
     return [
-        Place(file, definition, line, column, lines[line - 1].strip(), tuple(changes))
+        Place(
+            file=file,
+            definition=definition,
+            line=line,
+            column=column,
+            text=lines[line - 1].strip(),
+            changes=tuple(changes),
+        )
         for ((line, column), _), (definition, changes) in found.items()
     ]
 
@@ -166,7 +173,14 @@ def _first(source: str, place: Place, seed: int) -> Iterator[Mutant]:
             " ".join(word for line in difference if line.startswith(sign) for word in line[2:].split())
             for sign in ("- ", "+ ")
         )
-        yield Mutant(place.file, place.definition, place.line, changed, removed, added)
+        yield Mutant(
+            file=place.file,
+            definition=place.definition,
+            line=place.line,
+            source=changed,
+            removed=removed,
+            added=added,
+        )
         return
 
 

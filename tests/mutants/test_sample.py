@@ -102,9 +102,13 @@ def test_an_entry_without_a_reason_is_refused() -> None:
         equivalent.read("a.py, area\n- x = 1\n+ x = 2\n")
 
 
+def mutant_of(line: int) -> Mutant:
+    return Mutant(file="a.py", definition="area", line=line, source="", removed=f"x = {line}", added="x = 0")
+
+
 @pytest.mark.parametrize(("survivors", "passed"), [(5, True), (6, False)])
 def test_enough_must_be_killed(survivors: int, passed: bool) -> None:
-    some = [Mutant("a.py", "area", line, "", f"x = {line}", "x = 0") for line in range(1, 103)]
+    some = [mutant_of(line) for line in range(1, 103)]
     codes = [0] * (survivors + 2) + [1, 2, -9, None] + [1] * (96 - survivors)
     verdicts = [Verdict(code, 1.0, "") for code in codes]
     reasons = {some[0].name: "nobody reads x", some[1].name: "the same"}
@@ -116,7 +120,7 @@ def test_enough_must_be_killed(survivors: int, passed: bool) -> None:
 
 
 def test_a_killed_mutant_is_no_equivalent() -> None:
-    mutant = Mutant("a.py", "area", 1, "", "x = 1", "x = 0")
+    mutant = mutant_of(1)
     text, enough = mutants.report([mutant], [Verdict(1, 1.0, "")], {mutant.name: "nobody reads x"})
     assert not enough
     assert "remove them from the file" in text

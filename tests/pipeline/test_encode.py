@@ -49,7 +49,7 @@ ENCODER = ("ray::Encoder", "ray::encode")
 """How the process of an encoder is called, at rest and at work."""
 MARK = f"dit-scale-test-{uuid.uuid4().hex}"
 ENVIRONMENT = clean_environment(DIT_SCALE_TEST=MARK)
-"""Of every process that these tests start."""
+"""Environment of every process that these tests start."""
 HANGS_S = scaled(600.0)
 """Far more than anything here takes."""
 
@@ -102,7 +102,7 @@ def encode(folder: Path, output: str | Path, *overrides: str) -> subprocess.Comp
 
 
 def wait_until(there: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Until it is true; the process must live so long."""
+    """Wait until a condition holds, while the process runs."""
     end_s = time.monotonic() + HANGS_S
     while not there():
         assert process.poll() is None, process.communicate()
@@ -185,7 +185,7 @@ def test_too_many_bad_inputs_stop_the_job_and_keep_what_was_done(
 ) -> None:
     assert first_try.returncode == 2
     assert "max_quarantined=0.052 allows 2" in first_try.stderr
-    assert "n1/notes.jpg (not a picture in a known format)" in first_try.stderr
+    assert "n1/notes.jpg (not an image in a known format)" in first_try.stderr
     wrong = ", ".join(f"shards/0000{shard}.*" for shard in (1, 3, 4))
     assert f"delete their shards as far as they are there ({wrong})" in first_try.stderr
     assert "Traceback" not in first_try.stderr
@@ -211,7 +211,7 @@ def test_a_start_after_the_end_does_nothing(latents: Path, folder: Path) -> None
 def test_another_configuration_is_refused_by_name(latents: Path, folder: Path) -> None:
     ran = encode(folder, "latents", "vae_batch=8", "image_size=64")
     assert ran.returncode == 2
-    assert "image_size: 32 there, 64 here\n  vae_batch: 4 there, 8 here\n" in ran.stderr
+    assert "image_size: 32 in the output, 64 now\n  vae_batch: 4 in the output, 8 now\n" in ran.stderr
     assert "shard_samples" not in ran.stderr
 
 
@@ -221,8 +221,8 @@ def test_what_dataset_json_says(latents: Path, folder: Path) -> None:
     assert info.class_names == ("empty", "n0", "n1", "n2")
     assert (info.samples, info.source.count) == (36, 39)
     assert [(item.path, item.reason.split(":")[0]) for item in info.quarantined] == [
-        (r"n0/damag\xe9d.jpg", "not a picture in a known format"),
-        ("n1/notes.jpg", "not a picture in a known format"),
+        (r"n0/damag\xe9d.jpg", "not an image in a known format"),
+        ("n1/notes.jpg", "not an image in a known format"),
         ("n2/truncated.jpg", "cannot be decoded"),
     ]
     assert [shard.samples for shard in info.shards] == [8, 7, 8, 7, 6]
@@ -376,7 +376,7 @@ def test_an_interrupt_leaves_no_process_behind(folder: Path, tmp_path: Path, num
     os.killpg(job.pid, number)  # as a terminal does: to the whole group
     error = job.communicate(timeout=HANGS_S)[1]
     assert job.returncode == 130, error
-    assert "interrupted; start the same command again to go on" in error
+    assert "interrupted; run the same command again to continue" in error
     end_s = time.monotonic() + HANGS_S
     while left := marked_processes(mark):
         assert time.monotonic() < end_s, left

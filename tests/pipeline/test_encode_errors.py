@@ -160,7 +160,7 @@ def test_a_listing_that_changed_between_two_starts(
     (images / "n0/000.png").rename(images / "n0/new.png")
     source = f"source={images}"
     error = encode(folder, tmp_path / "set", source)
-    assert "1 new (n0/new.png) and 1 gone (n0/000.png). Make it what it was, or encode what is there" in error
+    assert "1 new (n0/new.png) and 1 missing (n0/000.png). Restore it, or encode the new source" in error
     assert objects(tmp_path / "set") == before
     (images / "n0/new.png").rename(images / "n0/000.png")
     assert "1 of 6 shards to encode" in encode(folder, tmp_path / "set", source, expected=0)
@@ -175,8 +175,8 @@ def test_another_vae_than_that_of_the_shards(folder: Path, whole: dict[str, byte
     other = save_tiny_vae(tmp_path / "vae", seed=1)
     error = encode(folder, tmp_path / "set", f"vae={other}")
     assert "vae_weights_sha256: " in error
-    assert "vae is another autoencoder than the one that made the shards that are there" in error
-    assert "Go on with that configuration, or choose another output" in error
+    assert "vae is not the autoencoder that encoded the existing shards" in error
+    assert "Continue with that configuration, or choose another output" in error
     assert objects(tmp_path / "set") == before
 
 
@@ -184,7 +184,7 @@ def test_a_class_without_images(folder: Path, tmp_path: Path) -> None:
     images = Path(shutil.copytree(folder / "images", tmp_path / "images"))
     (images / "n9").mkdir()
     error = encode(folder, tmp_path / "set", f"source={images}")
-    assert "classes without an image: n9. Bring its images" in error
+    assert "classes without an image: n9. Add images" in error
     assert "allow_empty_classes=true" in error
 
 
@@ -194,7 +194,7 @@ def test_a_class_of_which_no_image_can_be_decoded(folder: Path, tmp_path: Path) 
     (images / "n9/only.png").write_bytes(b"no picture")
     keys = (f"source={images}", "max_quarantined=0.5")
     error = encode(folder, tmp_path / "set", *keys)
-    assert "classes of which no image could be decoded: n9. Bring its images" in error
+    assert "classes whose images are all quarantined: n9. Add images" in error
     assert not (tmp_path / "set/dataset.json").exists()
     encode(folder, tmp_path / "set", *keys, "allow_empty_classes=true", expected=0)
 
@@ -208,7 +208,7 @@ def test_a_damaged_shard_is_not_taken_for_a_finished_one(
     storage.write("shards/00003.tar", whole["shards/00003.tar"][:-512])
     error = encode(folder, tmp_path / "set")
     assert "shards/00003.tar: expected" in error
-    assert "Delete shards/00003.json and shards/00003.tar, and start again" in error
+    assert "Delete shards/00003.json and shards/00003.tar, then start again" in error
     storage.delete("shards/00003.json")
     storage.delete("shards/00003.tar")
     encode(folder, tmp_path / "set", expected=0)

@@ -45,7 +45,7 @@ def hunt(hunted: Grounds, request: pytest.FixtureRequest) -> Iterator[Hunt]:
 
 
 def wait_for(there: Callable[[], object], hunt: Hunt) -> None:
-    """Until it is true; the driver must live so long."""
+    """Wait until a condition holds, while the driver runs."""
     end_s = time.monotonic() + RUN_S
     while not there():
         assert hunt.drivers[-1].poll() is None, hunt.said()
@@ -160,7 +160,7 @@ def test_the_whole_cluster_dies(hunt: Hunt) -> None:
     assert "Traceback" not in hunt.said()
     last = hunt.said().splitlines()[-1]
     assert last.startswith("dit-scale encode: the Ray cluster at ")
-    assert last.endswith("is gone. Bring it back and start the same command again; finished shards are kept")
+    assert last.endswith("Restart it and run the same command again; finished shards are kept")
     hunt.look()
     hunt.grounds.nodes.start(HEAD)
     hunt.start(*FEW)

@@ -23,7 +23,7 @@ NUM_CLASSES = 100
 SLOPES = {"driver": 350, "object store": 50}
 """Bytes per further image that the peak may grow by; ImageNet's 1.28 million make 450 MB of the first."""
 OTHER_SLOPE = 150
-"""Of any other process; what it grows by is noise of some MB, and Ray's account of its tasks."""
+"""The same for any other process, which grows by noise of some MB and by Ray's account of its tasks."""
 
 
 class Peaks:

@@ -84,7 +84,7 @@ def test_a_recipe_by_its_name(site: Site) -> None:
 
 
 def test_the_life_of_a_run(site: Site) -> None:
-    """By the installed commands: Ray encodes, a process trains, draws and exports."""
+    """The installed commands encode with Ray, train, sample and export."""
     write_images(site.work / "images", 12, classes=2)
     vae = save_tiny_vae(site.work / "vae")
     sizes = ("image_size=32", "shard_samples=8", "vae_batch=4", "encoders=1", "cpus_per_encoder=0.5")

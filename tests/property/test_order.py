@@ -1,4 +1,4 @@
-"""The order of samples is a permutation of every epoch, whatever the data set, batch and world."""
+"""The sample order is a permutation of every epoch, for any data set, batch and world size."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -17,7 +17,7 @@ def test_permute_is_a_bijection(num_samples: int, seed: int, epoch: int) -> None
 
 
 @given(st.integers(3000, 2**62), SEED, st.integers(0, 10**6), st.data())
-def test_permute_stays_in_range_and_apart(
+def test_permute_stays_in_range_without_collisions(
     num_samples: int, seed: int, epoch: int, data: st.DataObject
 ) -> None:
     index = data.draw(st.lists(st.integers(0, num_samples - 1), min_size=2, max_size=50, unique=True))
@@ -88,7 +88,7 @@ RANGES = st.lists(st.integers(0, 200), min_size=2, max_size=12, unique=True).map
 
 
 @given(RANGES, st.integers(1, 50))
-def test_indices_are_the_positions_that_are_left(excluded: list[tuple[int, int]], length: int) -> None:
+def test_indices_map_to_the_remaining_positions(excluded: list[tuple[int, int]], length: int) -> None:
     left = [p for p in range(1000) if not any(start <= p < end for start, end in excluded)]
     indices = np.arange(500)
     positions = positions_of(indices, excluded)
@@ -99,7 +99,7 @@ def test_indices_are_the_positions_that_are_left(excluded: list[tuple[int, int]]
     assert (later[250:] >= start + length).all()
 
 
-def test_nothing_left_out_changes_nothing() -> None:
+def test_excluding_nothing_changes_nothing() -> None:
     indices = np.arange(12).reshape(3, 4)
     assert positions_of(indices, ()) is indices
     assert positions_of(indices, [(12, 13)]).tolist() == indices.tolist()

@@ -36,7 +36,7 @@ max_quarantined: 0.2
 cpus_per_encoder: 0.5
 """
 CPUS = 2.0
-"""Of each node, as Ray counts; they may be fewer."""
+"""CPUs of each node as Ray counts them; the machine may have fewer."""
 MANY = ("encoders=3", "decoders=3")
 FEW = ("encoders=1", "decoders=1")
 RUN_S = scaled(600.0)

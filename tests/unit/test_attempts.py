@@ -1,4 +1,4 @@
-"""The chain of attempts: which checkpoints a reader takes, and who may still write."""
+"""The chain of attempts: which checkpoints a reader accepts, and which attempts may still write."""
 
 import multiprocessing
 from multiprocessing.connection import Connection
@@ -13,12 +13,13 @@ from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, MANIFEST, CheckpointId, read_manifest
 from dit_scale.errors import CheckpointError, SupersededError
+from dit_scale.sealed import sealed
 from dit_scale.storage import Storage, open_storage
 from tests.support import checkpoints
 
 
 def put(root: Storage, *ids: CheckpointId, folder: str = CHECKPOINTS) -> None:
-    """Manifests that nobody opens here; put as by an attempt that asked `check_current` long ago."""
+    """Write manifests that no test opens, like a stale process that called `check_current` long ago."""
     for checkpoint_id in ids:
         root.write(f"{checkpoint_id.path(folder)}/{MANIFEST}", b"")
 
@@ -30,7 +31,7 @@ def claim(root: Storage, number: int, resumed_from: CheckpointId | None = None) 
 # Records
 
 
-def test_a_record_comes_back_as_it_was_claimed(root: Storage) -> None:
+def test_a_record_round_trip(root: Storage) -> None:
     assert attempts.numbers(root) == []
     assert attempts.newest(root) is None
     one = AttemptRecord(1)
@@ -42,7 +43,7 @@ def test_a_record_comes_back_as_it_was_claimed(root: Storage) -> None:
     assert attempts.newest(root) == attempts.read(root, 2) == two
 
 
-def test_numbers_have_no_largest(root: Storage) -> None:
+def test_attempt_numbers_are_unbounded(root: Storage) -> None:
     for number in (9999, 10000):
         claim(root, number)
     root.write(f"{ATTEMPTS}/notes.json", b"a user's")
@@ -54,7 +55,7 @@ CLAIMERS, ROUNDS = 3, 20
 
 
 def claimer(folder: Path, barrier: Barrier, answers: Connection) -> None:
-    """One of several processes that start the same run, at the same moment, again and again."""
+    """One of several processes that repeatedly start the same run at the same moment."""
     root = open_storage(folder)
     for number in range(1, ROUNDS + 1):
         barrier.wait()
@@ -65,7 +66,7 @@ def claimer(folder: Path, barrier: Barrier, answers: Connection) -> None:
             answers.send(str(error))
 
 
-def test_of_many_claimers_one_wins(tmp_path: Path) -> None:
+def test_one_of_many_claims_wins(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, pipes = context.Barrier(CLAIMERS), [context.Pipe() for _ in range(CLAIMERS)]
     started = [
@@ -73,7 +74,7 @@ def test_of_many_claimers_one_wins(tmp_path: Path) -> None:
     ]
     for process, (_, there) in zip(started, pipes, strict=True):
         process.start()
-        there.close()  # so that its end is seen here
+        there.close()  # so that this process sees EOF when the child exits
     for number in range(1, ROUNDS + 1):
         won, *lost = sorted(here.recv() for here, _ in pipes)
         assert won == ""
@@ -96,7 +97,7 @@ def test_an_attempt_is_current_until_the_next_one(root: Storage) -> None:
 # The chain
 
 
-def test_names_are_listed_newest_first(root: Storage) -> None:
+def test_checkpoints_are_listed_newest_first(root: Storage) -> None:
     put(
         root,
         *(CheckpointId(step, attempt) for step, attempt in ((9, 1), (100, 1), (10, 1), (10, 2), (10, 10000))),
@@ -110,7 +111,7 @@ def test_names_are_listed_newest_first(root: Storage) -> None:
     ]
 
 
-def test_only_folders_of_the_format_are_listed(root: Storage) -> None:
+def test_other_folders_are_not_listed(root: Storage) -> None:
     name = CheckpointId(10, 1).name
     for path in ("best", f"old/{name}", f"{name}/old"):
         root.write(f"checkpoints/{path}/{MANIFEST}", b"")
@@ -120,13 +121,13 @@ def test_only_folders_of_the_format_are_listed(root: Storage) -> None:
     assert committed(root) == []
 
 
-def test_without_a_record_all_count(root: Storage) -> None:
+def test_without_records_all_checkpoints_count(root: Storage) -> None:
     ids = [CheckpointId(20, 2), CheckpointId(10, 1)]
     put(root, *ids)
     assert committed(root) == ids
 
 
-def test_what_an_old_attempt_puts_later_does_not_count(root: Storage) -> None:
+def test_late_commits_of_a_superseded_attempt_do_not_count(root: Storage) -> None:
     claim(root, 1)
     put(root, CheckpointId(10, 1), CheckpointId(20, 1))
     claim(root, 2, CheckpointId(20, 1))
@@ -139,7 +140,7 @@ def test_what_an_old_attempt_puts_later_does_not_count(root: Storage) -> None:
     assert committed(root, EMA) == [CheckpointId(30, 2), CheckpointId(20, 1)]
 
 
-def test_a_damaged_one_that_was_passed_over_does_not_count(root: Storage) -> None:
+def test_a_checkpoint_that_was_skipped_does_not_count(root: Storage) -> None:
     claim(root, 1)
     put(root, CheckpointId(10, 1), CheckpointId(20, 1))
     claim(root, 2, CheckpointId(10, 1))
@@ -148,7 +149,7 @@ def test_a_damaged_one_that_was_passed_over_does_not_count(root: Storage) -> Non
     assert committed(root) == [CheckpointId(20, 2), CheckpointId(10, 1)]
 
 
-def test_an_attempt_of_which_nothing_was_taken_is_off_the_chain(root: Storage) -> None:
+def test_an_attempt_that_no_other_resumed_from_is_off_the_chain(root: Storage) -> None:
     claim(root, 1)
     put(root, CheckpointId(10, 1))
     claim(root, 2, CheckpointId(10, 1))
@@ -157,7 +158,7 @@ def test_an_attempt_of_which_nothing_was_taken_is_off_the_chain(root: Storage) -
     assert committed(root) == [CheckpointId(10, 1)]
 
 
-def test_a_start_from_nothing_has_no_past(root: Storage) -> None:
+def test_a_start_from_step_0_has_no_past(root: Storage) -> None:
     claim(root, 1)
     put(root, CheckpointId(10, 1))
     claim(root, 2)
@@ -166,7 +167,7 @@ def test_a_start_from_nothing_has_no_past(root: Storage) -> None:
     assert committed(root) == [CheckpointId(5, 2)]
 
 
-def test_a_damaged_record_is_named_and_passed_over(root: Storage, tmp_path: Path) -> None:
+def test_a_damaged_record_is_named_and_skipped(root: Storage, tmp_path: Path) -> None:
     claim(root, 1)
     attempts.claim(root, AttemptRecord(2, CheckpointId(10, 1), ((0, 8),)))
     claim(root, 3, CheckpointId(20, 2))
@@ -179,7 +180,7 @@ def test_a_damaged_record_is_named_and_passed_over(root: Storage, tmp_path: Path
 
 
 @pytest.mark.parametrize("damaged", [1, 2, 3])
-def test_a_damaged_record_loses_no_checkpoint(root: Storage, damaged: int) -> None:
+def test_a_damaged_record_invalidates_no_checkpoint(root: Storage, damaged: int) -> None:
     ids = [CheckpointId(30, 3), CheckpointId(20, 2), CheckpointId(10, 1)]
     for number, resumed_from in ((1, None), (2, CheckpointId(10, 1)), (3, CheckpointId(20, 2))):
         claim(root, number, resumed_from)
@@ -188,7 +189,7 @@ def test_a_damaged_record_loses_no_checkpoint(root: Storage, damaged: int) -> No
     assert committed(root) == ids
 
 
-# Records that are gone
+# Missing records
 
 
 def save(root: Storage, *ids: CheckpointId, folder: str = CHECKPOINTS) -> None:
@@ -197,7 +198,7 @@ def save(root: Storage, *ids: CheckpointId, folder: str = CHECKPOINTS) -> None:
         checkpoints.write(root, checkpoint_id, [], folder)
 
 
-def test_the_newest_record_is_gone(root: Storage) -> None:
+def test_the_newest_record_is_missing(root: Storage) -> None:
     claim(root, 1)
     save(root, CheckpointId(10, 1), CheckpointId(20, 1))
     claim(root, 2, CheckpointId(10, 1))
@@ -216,13 +217,13 @@ def test_the_newest_record_is_gone(root: Storage) -> None:
     assert committed(root) == [CheckpointId(16, 3), CheckpointId(15, 2), CheckpointId(10, 1)]
 
 
-def test_an_average_alone_takes_its_number(root: Storage) -> None:
+def test_a_stored_average_without_a_checkpoint_takes_its_number(root: Storage) -> None:
     claim(root, 1)
     save(root, CheckpointId(10, 2), folder=EMA)
     assert attempts.numbers(root) == [1, 2]
 
 
-def test_all_records_are_gone(root: Storage) -> None:
+def test_all_records_are_missing(root: Storage) -> None:
     save(root, CheckpointId(10, 1), CheckpointId(20, 3))
     assert attempts.numbers(root) == [1, 3]
     assert attempts.unrecorded(root) == attempts.problems(root) == []
@@ -230,15 +231,15 @@ def test_all_records_are_gone(root: Storage) -> None:
     assert committed(root) == [CheckpointId(20, 3), CheckpointId(10, 1)]
 
 
-def test_a_checkpoint_whose_attempt_left_nothing_else(root: Storage) -> None:
-    """Attempt 2 went on from attempt 1; of attempt 2, neither record nor checkpoint is left."""
+def test_an_attempt_without_record_and_checkpoints(root: Storage) -> None:
+    """Attempt 3 resumed from attempt 2, whose record and checkpoints are missing."""
     claim(root, 1)
     save(root, CheckpointId(10, 1))
     claim(root, 3, CheckpointId(20, 2))
     assert committed(root) == [CheckpointId(10, 1)]
 
 
-def test_numbers_with_gaps_keep_old_attempts_out(root: Storage) -> None:
+def test_gaps_in_the_numbers_do_not_admit_superseded_attempts(root: Storage) -> None:
     claim(root, 1)
     claim(root, 4)
     with pytest.raises(SupersededError, match="attempt 4 of this run has started; attempt 1 is superseded"):
@@ -261,6 +262,38 @@ def test_a_record_under_another_name(root: Storage, tmp_path: Path) -> None:
     assert committed(root) == [CheckpointId(20, 2), CheckpointId(10, 1)]
 
 
+def test_a_record_that_resumed_from_something_else(root: Storage) -> None:
+    tree = {"attempt": 2, "resumed_from": "checkpoints/latest", "excluded_positions": []}
+    root.write(f"{ATTEMPTS}/0002.json", sealed(tree))
+    with pytest.raises(CheckpointError, match=r"0002\.json: expected the path of .*, got checkpoints/latest"):
+        attempts.read(root, 2)
+
+
+# Checkpoint ids
+
+
+def test_ids_and_their_names_sort_alike() -> None:
+    ids = [CheckpointId(step, attempt) for step in (0, 9, 10, 123) for attempt in (1, 2, 10)]
+    assert sorted(ids, reverse=True) == ids[::-1]
+    assert sorted(checkpoint_id.name for checkpoint_id in ids) == [str(one) for one in ids]
+
+
+def test_an_id_has_a_name_and_a_path() -> None:
+    checkpoint_id = CheckpointId(30, 2)
+    assert checkpoint_id.name == str(checkpoint_id) == "0000000030-0002"
+    assert checkpoint_id.path() == "checkpoints/0000000030-0002"
+    assert checkpoint_id.path(EMA) == "ema/0000000030-0002"
+    assert checkpoint_id.path("") == "0000000030-0002"
+    assert CheckpointId.parse(CheckpointId(30, 12345).name) == CheckpointId(30, 12345)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "best", "30-2", "0000000030-002", "00000000030-0002", "0000000030-0002x", "x0000000030-0002"]
+)
+def test_other_names_are_no_ids(name: str) -> None:
+    assert CheckpointId.parse(name) is None
+
+
 # Checkpoints under wrong names
 
 
@@ -277,7 +310,7 @@ def test_a_checkpoint_under_another_name_is_not_read(root: Storage, tmp_path: Pa
     assert [one for one in committed(root) if attempts.is_readable(root, one)] == [CheckpointId(9, 1)]
 
 
-def test_a_folder_that_was_moved_is_read(root: Storage, tmp_path: Path) -> None:
+def test_a_moved_folder_can_be_read(root: Storage, tmp_path: Path) -> None:
     claim(root, 1)
     save(root, CheckpointId(6, 1))
     (tmp_path / CHECKPOINTS).rename(tmp_path / "elsewhere")
@@ -290,15 +323,15 @@ def test_a_folder_that_was_moved_is_read(root: Storage, tmp_path: Path) -> None:
 
 @given(st.data())
 @settings(max_examples=15, deadline=None)
-def test_any_records_may_go(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Starts, saves, late saves and deleted records, in any order.
+def test_any_records_may_be_deleted(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Attempts, saves, saves of stale processes and deleted records, in any order.
 
-    The newest checkpoint stays the newest, no number is used twice, the running attempt can save, and none
-    that has a recorded successor can.
+    The newest checkpoint stays the newest, no number is used twice, the current attempt can save, and no
+    attempt with a recorded successor can.
     """
     root = open_storage(tmp_path_factory.mktemp("run"))
     elsewhere = open_storage(tmp_path_factory.mktemp("elsewhere"))
-    steps: dict[int, int] = {}  # attempt => step that it is at
+    steps: dict[int, int] = {}  # attempt => its current step
     for _ in range(data.draw(st.integers(1, 5), "attempts")):
         resumed_from = next(iter(committed(root)), None)
         number = max(attempts.numbers(root), default=0) + 1
@@ -314,7 +347,7 @@ def test_any_records_may_go(tmp_path_factory: pytest.TempPathFactory, data: st.D
                 continue
             with pytest.raises(SupersededError):
                 save(root, saved)
-            save(elsewhere, saved)  # the chain was asked long ago
+            save(elsewhere, saved)  # by a stale process that checked the chain long ago
             key = f"{saved.path()}/{MANIFEST}"
             root.write(key, elsewhere.read(key))
         records = [key for key, _ in root.list(f"{ATTEMPTS}/")]
@@ -329,10 +362,10 @@ def test_any_records_may_go(tmp_path_factory: pytest.TempPathFactory, data: st.D
 def test_the_list_is_the_past_of_the_newest_attempt(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Any starts, saves and late saves, against a list that each start cuts and each save makes longer."""
+    """Compare with a list that each attempt truncates, each save extends, and no stale process changes."""
     root = open_storage(tmp_path_factory.mktemp("run"))
     past: list[CheckpointId] = []
-    steps: dict[int, int] = {}  # attempt => step that it is at
+    steps: dict[int, int] = {}  # attempt => its current step
     for number in range(1, data.draw(st.integers(1, 5), "attempts") + 1):
         resumed_from = data.draw(st.sampled_from([None, *past]), "resumed from")
         past = past[: past.index(resumed_from) + 1] if resumed_from else []

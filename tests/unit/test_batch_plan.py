@@ -31,13 +31,13 @@ def test_known_plans(
 
 
 @given(st.integers(1, 5000), st.integers(1, 300), st.integers(1, 300))
-def test_a_plan_holds_its_samples_and_little_more(global_batch: int, micro_batch: int, world: int) -> None:
+def test_a_plan_has_all_samples_and_little_padding(global_batch: int, micro_batch: int, world: int) -> None:
     world = min(world, global_batch)
     plan = batch_plan(global_batch, micro_batch, world)
     shares = [len(plan.rank_samples(rank)) for rank in range(world)]
     assert sum(shares) == global_batch
     assert plan.micro_batch <= micro_batch
-    # As few passes as the limit allows, and fewer fillers on the fullest rank than passes.
+    # As few micro-steps as the limit allows, and less padding on the fullest rank than micro-steps.
     assert plan.micro_steps == -(-max(shares) // micro_batch)
     assert 0 <= plan.micro_steps * plan.micro_batch - max(shares) < plan.micro_steps
 

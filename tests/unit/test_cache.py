@@ -1,4 +1,4 @@
-"""The node's cache of shards: verified, downloaded once by many processes, within its budget."""
+"""The shard cache of a node: verified, downloaded once by several processes, within its budget."""
 
 import hashlib
 import multiprocessing
@@ -75,7 +75,7 @@ def reading(shards: ShardCache, file: ShardFile) -> Iterator[int]:
 
 
 def when_reading(storage: Storage, change: Callable[[bytes], bytes]) -> list[tuple[str, int]]:
-    """Let `change` see whatever is read of the storage from now on; returns the growing list of requests."""
+    """Pass all reads from the storage through `change`. Returns the growing list of requests."""
     requests: list[tuple[str, int]] = []
     read = storage.read_range
 
@@ -107,7 +107,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-# What other processes do
+# Other processes
 
 
 def fetch_all(folder: Path, log: Path, barrier: Barrier) -> None:
@@ -154,7 +154,7 @@ def fetch_with_little_disk(folder: Path) -> None:
 # Verified
 
 
-def test_a_shard_is_its_bytes_under_the_name_of_its_digest(remote: Storage, tmp_path: Path) -> None:
+def test_a_cached_shard_is_named_by_its_digest(remote: Storage, tmp_path: Path) -> None:
     shards = ShardCache(remote, tmp_path / "new" / "folder")
     assert shards.open(FILES[2]) is None
     assert not shards.holds(FILES[2])
@@ -165,14 +165,14 @@ def test_a_shard_is_its_bytes_under_the_name_of_its_digest(remote: Storage, tmp_
     assert names(tmp_path / "new" / "folder") == tars(2)
 
 
-def test_what_is_there_is_not_fetched_again_even_by_a_later_run(remote: Storage, tmp_path: Path) -> None:
+def test_a_cached_shard_is_not_fetched_again_even_by_a_later_run(remote: Storage, tmp_path: Path) -> None:
     assert ShardCache(remote, tmp_path).fetch(FILES[0])
     requests = when_reading(remote, lambda data: data)
     assert ShardCache(remote, tmp_path).fetch(FILES[0])
     assert requests == []
 
 
-def test_a_shard_that_came_damaged_is_fetched_again(remote: Storage, tmp_path: Path) -> None:
+def test_a_shard_damaged_in_transit_is_fetched_again(remote: Storage, tmp_path: Path) -> None:
     requests = when_reading(remote, lambda data: data if len(requests) == 3 else b"\0" + data[1:])
     shards = ShardCache(remote, tmp_path)
     assert shards.fetch(FILES[1])
@@ -181,7 +181,7 @@ def test_a_shard_that_came_damaged_is_fetched_again(remote: Storage, tmp_path: P
         assert os.pread(descriptor, SIZE, 0) == content(1)
 
 
-def test_a_shard_that_stays_damaged_is_not_kept(remote: Storage, tmp_path: Path) -> None:
+def test_a_shard_that_is_damaged_every_time_is_not_cached(remote: Storage, tmp_path: Path) -> None:
     requests = when_reading(remote, lambda data: data[:-1] + b"\0")
     with pytest.raises(
         DataError, match=r"00001.tar: expected SHA-256 .*, got .*, 4 times; the shard is not cached"
@@ -202,7 +202,7 @@ def test_a_file_of_another_size_is_dropped_when_it_is_opened(
     assert names(tmp_path) == []
 
 
-def test_only_the_damaged_file_is_dropped_and_not_its_successor(remote: Storage, tmp_path: Path) -> None:
+def test_dropping_a_damaged_file_spares_its_replacement(remote: Storage, tmp_path: Path) -> None:
     shards = ShardCache(remote, tmp_path)
     shards.fetch(FILES[0])
     with reading(shards, FILES[0]) as damaged:
@@ -216,7 +216,7 @@ def test_only_the_damaged_file_is_dropped_and_not_its_successor(remote: Storage,
 # Once per node
 
 
-def test_processes_that_ask_at_once_download_each_shard_once(server: None, tmp_path: Path) -> None:
+def test_concurrent_processes_download_each_shard_once(server: None, tmp_path: Path) -> None:
     log, barrier = tmp_path / "log", SPAWN.Barrier(4)
     with processes(*[(fetch_all, (tmp_path / "cache", log, barrier))] * 4) as started:
         for process in started:
@@ -241,7 +241,9 @@ def test_a_killed_download_is_taken_over(remote: Storage, tmp_path: Path) -> Non
         assert os.pread(descriptor, SIZE, 0) == content(0)
 
 
-def test_what_a_killed_download_left_goes_with_the_next_one(remote: Storage, tmp_path: Path) -> None:
+def test_the_leftover_of_a_killed_download_is_deleted_by_the_next_one(
+    remote: Storage, tmp_path: Path
+) -> None:
     folder, begun = tmp_path / "cache", tmp_path / "begun"
     with processes((hang_in_mid_download, (folder, begun))) as (process,):
         wait_for(begun)
@@ -253,9 +255,7 @@ def test_what_a_killed_download_left_goes_with_the_next_one(remote: Storage, tmp
     assert names(folder) == tars(1, 2)
 
 
-def test_a_download_stops_when_it_is_told_to(
-    remote: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_can_be_stopped(remote: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "PART_BYTES", SIZE // 4)
     stop = Event()
     requests = when_reading(remote, lambda data: (stop.set() if len(requests) == 2 else None, data)[1])
@@ -267,7 +267,7 @@ def test_a_download_stops_when_it_is_told_to(
 # Within the budget
 
 
-def test_the_least_recently_opened_shard_makes_room(remote: Storage, tmp_path: Path) -> None:
+def test_the_least_recently_opened_shard_is_evicted(remote: Storage, tmp_path: Path) -> None:
     shards = ShardCache(remote, tmp_path, limit_bytes=2 * SIZE)
     (tmp_path / "notes.txt").write_text("somebody else's")
     for number in (0, 1):
@@ -279,7 +279,7 @@ def test_the_least_recently_opened_shard_makes_room(remote: Storage, tmp_path: P
     assert names(tmp_path) == sorted([*tars(0, 2), "notes.txt"])
 
 
-def test_a_shard_that_another_process_reads_stays(remote: Storage, tmp_path: Path) -> None:
+def test_a_shard_that_another_process_reads_is_not_evicted(remote: Storage, tmp_path: Path) -> None:
     folder, opened = tmp_path / "cache", tmp_path / "opened"
     shards = ShardCache(remote, folder, limit_bytes=SIZE)
     shards.fetch(FILES[0])
@@ -294,7 +294,7 @@ def test_a_shard_that_another_process_reads_stays(remote: Storage, tmp_path: Pat
     assert names(folder) == tars(1)
 
 
-def test_nothing_is_evicted_that_is_wanted_or_in_vain(remote: Storage, tmp_path: Path) -> None:
+def test_wanted_shards_are_not_evicted_and_no_shard_needlessly(remote: Storage, tmp_path: Path) -> None:
     shards = ShardCache(remote, tmp_path, limit_bytes=2 * SIZE)
     shards.fetch(FILES[0])
     shards.fetch(FILES[1])
@@ -307,7 +307,7 @@ def test_nothing_is_evicted_that_is_wanted_or_in_vain(remote: Storage, tmp_path:
     assert names(tmp_path) == tars(0, 2)
 
 
-def test_a_download_under_way_counts_with_its_full_size(remote: Storage, tmp_path: Path) -> None:
+def test_a_running_download_counts_with_its_full_size(remote: Storage, tmp_path: Path) -> None:
     folder, begun = tmp_path / "cache", tmp_path / "begun"
     shards = ShardCache(remote, folder, limit_bytes=2 * SIZE - 1)
     with processes((hang_in_mid_download, (folder, begun))):
@@ -322,14 +322,14 @@ def test_without_a_limit_nothing_is_evicted(remote: Storage, tmp_path: Path) -> 
     assert names(tmp_path) == tars(0, 1, 2, 3)
 
 
-def test_a_full_disk_is_an_error_of_its_own_and_leaves_nothing(server: None, tmp_path: Path) -> None:
+def test_a_full_disk_raises_no_room_and_leaves_no_file(server: None, tmp_path: Path) -> None:
     with processes((fetch_with_little_disk, (tmp_path,))) as (process,):
         process.join(300)
         assert process.exitcode == 0
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_used_is_the_same_error(remote: Storage, tmp_path: Path) -> None:
+def test_an_unusable_folder_raises_no_room(remote: Storage, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     shards = ShardCache(remote, tmp_path / "file" / "folder")
     with pytest.raises(NoRoomError, match=r"cannot keep shard 00000 .*: Not a directory; set data.cache_dir"):

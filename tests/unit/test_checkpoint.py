@@ -1,4 +1,4 @@
-"""Checkpoints on disk: any split writes, any split reads, damage is named, each exists once."""
+"""Checkpoints on disk: any layout reads what any other wrote, errors name damage, commits are idempotent."""
 
 import hashlib
 import json
@@ -40,19 +40,19 @@ PATH = ID.path()
 
 
 def numbers(kind: str, parameter: str) -> Tensor:
-    """What a kind of a parameter holds, flattened; no two elements of a checkpoint are alike."""
+    """The flattened values of one kind of a parameter; no two elements of a checkpoint are equal."""
     start = 1000 * (10 * KINDS.index(kind) + list(SHAPES).index(parameter)) + 1
     return torch.arange(start, start + math.prod(SHAPES[parameter])).float()
 
 
 def layout(cuts: list[int], padding: int = 0) -> list[tuple[Partition, ...]]:
-    """ZeRO 1 and 2: all parameters in one row, cut at these places; each piece is a rank's partition."""
+    """ZeRO-1 and 2: all parameters concatenated and cut at these elements, one partition per rank."""
     edges = [0, *sorted(cuts), TOTAL]
     return [(_partition(_slices(low, high), high - low + padding),) for low, high in pairwise(edges)]
 
 
 def layout_by_parameter(world: int) -> list[tuple[Partition, ...]]:
-    """ZeRO 3: every parameter cut in `world` equal parts, the last ones short or empty."""
+    """ZeRO-3: every parameter cut into `world` equal slices; the last ones are short or empty."""
     ranks: list[tuple[Partition, ...]] = []
     for rank in range(world):
         slices, offset = [], 0
@@ -117,7 +117,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("written", LAYOUTS)
 @pytest.mark.usefixtures("small_blocks")
-def test_any_split_reads_what_any_split_wrote(root: Storage, written: str) -> None:
+def test_any_layout_reads_what_any_other_wrote(root: Storage, written: str) -> None:
     manifest = write(root, LAYOUTS[written])
     checkpoint = Checkpoint(root, ID)
     assert checkpoint.manifest == manifest
@@ -155,8 +155,8 @@ def test_any_range_of_a_parameter(
             assert torch.equal(checkpoint.read(MASTER, parameter, start, end - start), values[start:end])
 
 
-def test_blocks_of_the_real_size(root: Storage) -> None:
-    """Three blocks, the last one short; ranges within, across and at the ends of blocks."""
+def test_blocks_of_the_default_size(root: Storage) -> None:
+    """Three blocks, the last one short; ranges within blocks, across them and at their ends."""
     elements = rankfile.BLOCK_BYTES // 4
     size = 2 * elements + 5
     values = torch.arange(size).float()
@@ -189,11 +189,14 @@ def test_only_the_blocks_of_a_range_are_read(
     assert ranges == [64]
 
 
-def test_verify_asks_for_as_many_blocks_at_once_as_fit(
+def test_verify_reads_as_many_blocks_per_request_as_fit(
     root: Storage, monkeypatch: pytest.MonkeyPatch, small_blocks: None
 ) -> None:
     monkeypatch.setattr(rankfile, "RUN_BYTES", 4 * 64)
-    sizes = {"a": 9 * 16 + 5, "b": 3}  # ten blocks of one tensor, the last one short; one of the other
+    sizes = {
+        "a": 9 * 16 + 5,
+        "b": 3,
+    }  # ten blocks of one tensor, the last one short, and one block of the other
     ranks = [
         [Partition({MASTER: torch.ones(n)}, (ParameterSlice(name, 0, n, 0),)) for name, n in sizes.items()]
     ]
@@ -223,7 +226,7 @@ def test_rank_files_are_plain_safetensors(root: Storage, tmp_path: Path) -> None
         assert torch.equal(tensor, numbers(kind, parameter)[int(start) : int(start) + len(tensor)])
 
 
-def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_states_are_written_as_equal_bytes(tmp_path: Path) -> None:
     written = []
     for place in ("a", "b"):
         root = open_storage(tmp_path / place)
@@ -246,7 +249,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mended(finished: Path, small_blocks: None) -> Iterator[Path]:
-    """The root; whatever a test does to the checkpoint's files is undone."""
+    """The root; all changes of a test to the checkpoint's files are undone."""
     files = {path: path.read_bytes() for path in (finished / PATH).iterdir()}
     yield finished
     for path, data in files.items():
@@ -262,7 +265,7 @@ def damage(data: bytes, at: int, new: bytes) -> bytes:
 
 
 def rank_file(folder: Path, rank: int) -> tuple[Path, bytes, int]:
-    """Path, content and the first byte behind the header."""
+    """Return the path, the content and the first byte after the header."""
     path = folder / PATH / rankfile.file_name(rank)
     data = path.read_bytes()
     return path, data, 8 + int.from_bytes(data[:8], "little")
@@ -274,7 +277,7 @@ def slices_of(folder: Path, rank: int) -> tuple[StoredSlice, ...]:
 
 
 def tensor_at(folder: Path, rank: int, byte: int) -> str:
-    """ "kind of parameter" of the tensor that holds this byte of a rank's file."""
+    """Return "KIND of PARAMETER" for the tensor that holds this byte of a rank's file."""
     for stored in slices_of(folder, rank):
         if stored.byte_offset <= byte < stored.byte_offset + stored.bytes:
             return f"{stored.kind} of {stored.parameter}"
@@ -316,7 +319,7 @@ def test_a_flipped_bit_of_a_header_is_named(mended: Path) -> None:
             Checkpoint(open_storage(mended), ID)
 
 
-def test_a_flipped_bit_of_the_manifest_is_found(mended: Path) -> None:
+def test_a_flipped_bit_of_the_manifest_is_detected(mended: Path) -> None:
     path = mended / PATH / MANIFEST
     data = path.read_bytes()
     draws = np.random.default_rng(5)
@@ -327,7 +330,7 @@ def test_a_flipped_bit_of_the_manifest_is_found(mended: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", range(3))
-def test_zeroed_pages_are_found(mended: Path, rank: int) -> None:
+def test_zeroed_pages_are_detected(mended: Path, rank: int) -> None:
     path, data, body = rank_file(mended, rank)
     for start in range(0, len(data), 64):
         path.write_bytes(damage(data, start, bytes(min(64, len(data) - start))))
@@ -371,7 +374,7 @@ def test_a_file_that_shrinks_while_it_is_read(mended: Path) -> None:
 
 
 class FlippingDisk(DiskStorage):
-    """The first answers to every range have a wrong bit."""
+    """A disk whose first answers for every range have a flipped bit."""
 
     def __init__(self, folder: Path, wrong_answers: int) -> None:
         super().__init__(folder)
@@ -385,8 +388,8 @@ class FlippingDisk(DiskStorage):
         return damage(data, length // 2, bytes([data[length // 2] ^ 1])) if wrong else data
 
 
-def test_bits_that_flip_on_their_way_are_no_damage(finished: Path, small_blocks: None) -> None:
-    """Four answers are looked at: three wrong ones in a row are no damage, a fourth is."""
+def test_bits_flipped_in_transit_are_no_damage(finished: Path, small_blocks: None) -> None:
+    """Three wrong answers in a row are retried; the fourth counts as damage."""
     assert_whole(Checkpoint(FlippingDisk(finished, wrong_answers=3), ID))
     with pytest.raises(CheckpointError, match="its header is damaged"):
         Checkpoint(FlippingDisk(finished, wrong_answers=4), ID)
@@ -399,7 +402,7 @@ def test_a_missing_file_is_named(root: Storage) -> None:
         Checkpoint(root, ID)
 
 
-def test_what_it_does_not_hold_is_named(root: Storage) -> None:
+def test_a_missing_kind_or_parameter_is_named(root: Storage) -> None:
     write(root, layout([40]))
     checkpoint = Checkpoint(root, ID)
     with pytest.raises(CheckpointError, match=f"ema.other of {BIAS} has 0 of 9 elements"):
@@ -413,7 +416,7 @@ def test_what_it_does_not_hold_is_named(root: Storage) -> None:
     [[(0, 5)], [(0, 4), (5, 4)], [(0, 5), (4, 4)], [(0, 4), (0, 5)], [(0, 9), (9, 1)]],
     ids=["too short", "a hole", "an overlap", "twice the same", "too long"],
 )
-def test_a_parameter_that_is_not_there_whole_and_once(root: Storage, slices: list[tuple[int, int]]) -> None:
+def test_missing_and_overlapping_slices_are_named(root: Storage, slices: list[tuple[int, int]]) -> None:
     ranks = [
         [Partition({MASTER: torch.ones(n)}, (ParameterSlice(BIAS, start, n, 0),))] for start, n in slices
     ]
@@ -422,7 +425,7 @@ def test_a_parameter_that_is_not_there_whole_and_once(root: Storage, slices: lis
         Checkpoint(root, ID).verify()
 
 
-def test_a_loss_that_is_not_finite_is_kept_too(root: Storage) -> None:
+def test_losses_that_are_not_finite_round_trip(root: Storage) -> None:
     rows = ((math.nan, math.inf, -math.inf, 1.0),)
     write(root, [], pending_metrics=rows, guard={"mean": math.inf})
     manifest = Checkpoint(root, ID).manifest
@@ -450,7 +453,7 @@ def test_a_configuration_of_another_version_is_refused(root: Storage) -> None:
     [
         (ParameterSlice("w", 0, 4, 0), "offset"),
         (Partition({}, ()), "slices"),
-        (StoredSlice(MASTER, "w", 0, 4, 8, ()), "byte_offset"),
+        (StoredSlice(MASTER, "w", start=0, length=4, byte_offset=8, crc32c=()), "byte_offset"),
         (AttemptRecord(1), "resumed_from"),
         (FileRecord(key="k", bytes=8, header_bytes=8, header_sha256=""), "bytes"),
         (writer.Reply(), "problem"),
@@ -478,7 +481,7 @@ def test_a_checkpoint_is_committed_once(root: Storage) -> None:
     before = root.read(f"{PATH}/{MANIFEST}")
     with pytest.raises(CheckpointError, match="has a manifest already: another process writes to this run"):
         writer.write_manifest(root, manifest.model_copy(update={"samples": 0}))
-    writer.write_manifest(root, manifest)  # a commit whose answer was lost is tried again
+    writer.write_manifest(root, manifest)  # retry of a commit whose answer was lost
     assert root.read(f"{PATH}/{MANIFEST}") == before
 
 
@@ -490,13 +493,13 @@ def test_the_manifest_is_json_sealed_by_its_last_key(root: Storage) -> None:
     assert tree["sha256"] == hashlib.sha256(data[: data.rindex(b',"sha256"')]).hexdigest()
 
 
-# The writer's part: the memory that a rank shares with it
+# The writer: the memory that a rank shares with it
 
 
 def written(
     root: Storage, owned: tuple[Partition, ...], rank: int, folders: dict[str, tuple[str, ...]]
 ) -> dict[str, FileRecord]:
-    """Have a rank's snapshot written, as the process beside it does."""
+    """Write a rank's snapshot as its writer process does."""
     snapshot = Snapshot(owned)
     snapshot.take()
     with open(snapshot.file, "rb") as file:
@@ -506,7 +509,7 @@ def written(
 
 
 def commit(root: Storage, ranks: list[dict[str, FileRecord]], **fields: Any) -> writer.Reply:
-    """Commit what these ranks have written."""
+    """Commit the files of these ranks."""
     with tempfile.TemporaryDirectory() as elsewhere:
         manifest = write(open_storage(elsewhere), [], **fields)
     files = {folder: tuple(rank[folder] for rank in ranks) for folder in ranks[0]}
@@ -514,7 +517,7 @@ def commit(root: Storage, ranks: list[dict[str, FileRecord]], **fields: Any) -> 
 
 
 @pytest.mark.parametrize("split", LAYOUTS)
-def test_what_writers_write(root: Storage, split: str) -> None:
+def test_a_commit_of_several_writers(root: Storage, split: str) -> None:
     ranks = LAYOUTS[split]
     folders = {EMA: ("ema.paper",), CHECKPOINTS: KINDS}
     files = [written(root, owned, rank, folders) for rank, owned in enumerate(ranks)]
@@ -529,7 +532,7 @@ def test_what_writers_write(root: Storage, split: str) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.9, 1.0], ids=lambda share: f"at {share:.0%}")
-def test_a_disk_that_writes_something_else_is_found(
+def test_a_disk_that_corrupts_writes_is_detected(
     root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     real = DiskStorage.write_stream
@@ -545,7 +548,7 @@ def test_a_disk_that_writes_something_else_is_found(
         written(root, layout([])[0], 0, {CHECKPOINTS: KINDS})
 
 
-def test_an_old_attempt_commits_nothing(root: Storage) -> None:
+def test_a_superseded_attempt_commits_nothing(root: Storage) -> None:
     for number in (2, 3):
         attempts.claim(root, AttemptRecord(number))
     files = written(root, layout([])[0], 0, {CHECKPOINTS: KINDS})

@@ -69,7 +69,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records.append(write_shard(config.output, name, [account], plan.vae.latent_channels, moments))
     save_listing(storage, plan.listing)
     identity = {**plan.identity, **encoder.runtime()}
-    output.commit(storage, config, plan.listing, plan.vae, identity, records)
+    output.commit(storage, config, plan.listing, vae=plan.vae, stored=identity, records=records)
     return folder
 
 
@@ -158,7 +158,7 @@ def test_other_images_under_the_same_names_show(
     one.write_bytes(b"no picture")
     assert verify(moved, *grid) == 2
     assert re.search(
-        rf"1/{one.name}, of which sample [23] was made, gives no sample now: not an im",
+        rf"1/{one.name}, the source of sample [23], can no longer be decoded: not an im",
         capsys.readouterr().err,
     )
 

@@ -64,7 +64,7 @@ def test_the_vae_runs_on_what_the_cluster_has() -> None:
         (
             {"encoders": 4, "cpus_per_encoder": 0.5},
             [{"CPU": 2.0}],
-            r"leave 0 of 2 CPUs, a decoder reserves 0.5",
+            r"leave 0 of 2 CPUs, but a decoder reserves 0.5",
         ),
         ({}, [{"CPU": 1.0}], "leave 0 of 1 CPUs"),
         ({}, [], "room for 0"),
@@ -129,10 +129,10 @@ def test_an_output_belongs_to_one_identity(storage: Storage, key: str) -> None:
     found = output.read_identity(storage)
     assert found == wanted | {"device": "cpu"}
     output.check_identity(storage, found, wanted, images, images)
-    with pytest.raises(ConfigError, match="device: 'cpu' there, 'H200' here"):
+    with pytest.raises(ConfigError, match="device: 'cpu' in the output, 'H200' now"):
         output.claim(storage, wanted | {"device": "H200"}, images)
     other = output.identity(config(**{key: BOUND[key]}), images, VAE)
-    with pytest.raises(ConfigError, match="begun with another configuration"):
+    with pytest.raises(ConfigError, match="created with another configuration"):
         output.check_identity(storage, found, other, images, images)
 
 
@@ -148,7 +148,7 @@ def test_auto_precision_goes_on_as_the_output_was_begun(storage: Storage, begun:
     output.check_identity(storage, found, output.identity(resumed, images, VAE), images, images)
     other = config(precision="fp32" if begun == "bf16" else "bf16")
     assert output.with_precision_of(found, other) == other
-    with pytest.raises(ConfigError, match=f"precision: '{begun}' there"):
+    with pytest.raises(ConfigError, match=f"precision: '{begun}' in the output"):
         output.check_identity(storage, found, output.identity(other, images, VAE), images, images)
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_identity_is_named(storage: Storage) -> None:
 
 def test_an_output_that_holds_something_else_is_refused(storage: Storage) -> None:
     storage.write("dataset.json", b"{}")
-    with pytest.raises(ConfigError, match="holds another data set"):
+    with pytest.raises(ConfigError, match="contains another data set"):
         output.read_identity(storage)
 
 
@@ -169,9 +169,9 @@ def test_another_listing_and_another_vae_are_explained(storage: Storage) -> None
     wanted = output.identity(config(), listing(4), VAE.model_copy(update={"weights_sha256": "2"}))
     with pytest.raises(ConfigError) as caught:
         output.check_identity(storage, found, wanted, listing(4), listing(3))
-    assert "other images than when this output was begun: 1 new (a/3.png)" in str(caught.value)
-    assert "vae is another autoencoder than the one that made the shards" in str(caught.value)
-    assert "its shards stay as they are" in str(caught.value)
+    assert "The source has changed since this output was created: 1 new (a/3.png)" in str(caught.value)
+    assert "vae is not the autoencoder that encoded the existing shards" in str(caught.value)
+    assert "its shards are unchanged" in str(caught.value)
 
 
 def test_labels_that_an_empty_class_moves_are_refused(storage: Storage) -> None:
@@ -179,9 +179,7 @@ def test_labels_that_an_empty_class_moves_are_refused(storage: Storage) -> None:
     now = Listing("class_folders", ("a", "b"), ["b/1.png"], np.array([1], np.int32))
     assert before.sha256 == now.sha256
     wanted = output.identity(config(), before, VAE)
-    with pytest.raises(
-        ConfigError, match=r"classes without an image are new \(a\), which changes the labels"
-    ):
+    with pytest.raises(ConfigError, match=r"classes without an image are new \(a\), which changes"):
         output.check_identity(storage, wanted, output.identity(config(), now, VAE), now, before)
 
 
@@ -304,10 +302,11 @@ def test_a_class_that_lost_all_its_images_is_an_error(storage: Storage) -> None:
     row = IndexRow(0, "a/0.png", 0, np.zeros((2, 8, 32, 32), np.float16))
     record = build_shard("00000", [row], [Quarantined(key=1, path="b/1.png", reason="torn")], 4).record
     claimed = output.identity(config(), images, VAE) | dict.fromkeys(output.ENCODING_KEYS, "")
-    with pytest.raises(DataError, match=r"no image could be decoded: b. .*allow_empty_classes=true"):
-        output.commit(storage, config(), images, VAE, claimed, [record])
+    rest = {"vae": VAE, "stored": claimed, "records": [record]}
+    with pytest.raises(DataError, match=r"images are all quarantined: b. .*allow_empty_classes=true"):
+        output.commit(storage, config(), images, **rest)
     assert not storage.exists("dataset.json")
-    info = output.commit(storage, config(allow_empty_classes=True), images, VAE, claimed, [record])
+    info = output.commit(storage, config(allow_empty_classes=True), images, **rest)
     assert (info.samples, info.num_classes) == (1, 2)
 
 
@@ -362,13 +361,13 @@ def tiny_encoder(folder: Path, **setting: object) -> tuple[Encoder, dict[str, st
 
 def test_an_encoder_on_another_kind_of_machine_refuses(tmp_path: Path) -> None:
     encoder, runtime = tiny_encoder(tmp_path)
-    with pytest.raises(DeviceError, match=r"another kind of machine.*finished shards are kept"):
+    with pytest.raises(DeviceError, match=r"different device .*finished shards are kept"):
         encoder.encode(np.zeros((1, 32, 32, 3), np.uint8), runtime | {"device": "cpu AVX7"})
 
 
 def test_an_encoder_that_finds_another_vae_refuses(tmp_path: Path) -> None:
     encoder = Encoder(config(vae=save_tiny_vae(tmp_path / "vae")), VAE, "cpu")
-    with pytest.raises(WeightsError, match=r"not the same on every node.*copy one to all nodes"):
+    with pytest.raises(WeightsError, match=r"differs between nodes.*copy the same weights to all nodes"):
         encoder.runtime()
 
 
@@ -427,13 +426,13 @@ def test_the_command_line_without_ray(tmp_path: Path, capsys: pytest.CaptureFixt
         assert message in capsys.readouterr().err
     (tmp_path / "images/b").mkdir()
     assert main(["encode", *paths, "image_size=32"]) == 2
-    assert "classes without an image: b. Bring its images" in capsys.readouterr().err
+    assert "classes without an image: b. Add images" in capsys.readouterr().err
     (tmp_path / "images/b").rmdir()
     assert not (tmp_path / "out").exists(), "nothing is written before the listing is accepted"
     (tmp_path / "out").mkdir()
     (tmp_path / "out/encode.json").write_text(json.dumps({"image_size": 32}))
     assert main(["encode", *paths]) == 2
-    assert "image_size: 32 there, 256 here" in capsys.readouterr().err
+    assert "image_size: 32 in the output, 256 now" in capsys.readouterr().err
 
 
 def test_names_with_brackets_are_shown_as_they_are(
@@ -445,4 +444,4 @@ def test_names_with_brackets_are_shown_as_they_are(
     vae = save_tiny_vae(tmp_path / "vae")
     paths = [f"source={tmp_path}/images", f"vae={vae}", f"output={tmp_path}/out", "vae_batch=2"]
     assert main(["encode", "--dry-run", "image_size=32", *paths]) == 0
-    assert "not images of a class: 1 (stray[red].png)" in capsys.readouterr().err
+    assert "ignored files and folders: 1 (stray[red].png)" in capsys.readouterr().err

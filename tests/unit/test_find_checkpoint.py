@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it is one of the same run, and what is said of changes."""
+"""Which checkpoint a run resumes from, whether it belongs to the same run, and which changes are reported."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ DATA_SHA256 = "1" * 64
 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The way to a server that this process knows."""
+    """A proxy between this process and its server."""
     monkeypatch.setattr(s3, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(s3, "LONGEST_PAUSE_S", 0.01)
     with (
@@ -66,15 +66,15 @@ RATE = "the learning rate of step 41 is {}; with the saved values it would be 5.
                 RATE.format("0.001"),
             ],
         ),
-        ({"steps": 40}, ["steps: 100 -> 40"]),  # no step is left
+        ({"steps": 40}, ["steps: 100 -> 40"]),  # no steps remain
         ({"checkpoint": {"url": "s3://a/b"}}, ['checkpoint.url: "" -> s3://a/b']),
         ({"log": {"tensorboard": True}}, ["log.tensorboard: false -> true"]),
-        ({"ema": [{"name": "new", "sigma_rel": 0.1}]}, []),  # told when its averages are restored
+        ({"ema": [{"name": "new", "sigma_rel": 0.1}]}, []),  # reported when the averages are restored
         ({"run": str(Path("runs/dit_xl2_256").absolute())}, []),  # the same as in an older checkpoint
         ({"data": {"url": "/elsewhere"}}, [f"data.url: {Path('data/imagenet256').absolute()} -> /elsewhere"]),
     ],
 )
-def test_all_that_changed_is_said(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
+def test_all_changes_are_reported(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
     saved = {"steps": 100, "optimizer": {"decay": "linear"}}
     owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice(WEIGHT, 0, SIZE, 0),))]
     config = TrainConfig.model_validate(saved).model_dump(mode="json")
@@ -86,7 +86,7 @@ def test_all_that_changed_is_said(tmp_path: Path, changes: dict[str, Any], said:
 
 
 def write(root: Storage, config: TrainConfig, *ids: CheckpointId, **fields: Any) -> None:
-    """Checkpoints of one small tensor, of a run with this configuration."""
+    """Write checkpoints of one small tensor, of a run with this configuration."""
     for checkpoint_id in ids:
         owned = [Partition({MASTER: torch.zeros(SIZE)}, (ParameterSlice(WEIGHT, 0, SIZE, 0),))]
         known = {"config": config.model_dump(mode="json"), "data_sha256": DATA_SHA256}
@@ -97,7 +97,7 @@ def read(checkpoint: Checkpoint) -> None:
     checkpoint.read(MASTER, WEIGHT, 0, SIZE)
 
 
-def test_a_server_that_does_not_answer_is_no_damage(proxy: FaultProxy, world: World) -> None:
+def test_an_unavailable_server_is_no_damage(proxy: FaultProxy, world: World) -> None:
     config = TrainConfig(checkpoint=CheckpointConfig(url=f"s3://{BUCKET}/run"))
     root = root_of(config)
     write(root, config, OLDER, NEWEST)
@@ -132,7 +132,7 @@ def test_a_server_that_does_not_answer_is_no_damage(proxy: FaultProxy, world: Wo
     ("at_most_step", "expected"),
     [(41, NEWEST), (40, NEWEST), (39, OLDER), (30, OLDER), (29, OLDEST), (20, OLDEST), (19, None), (0, None)],
 )
-def test_the_newest_up_to_a_step_is_taken_that_of_the_step_too(
+def test_the_newest_checkpoint_up_to_a_step_is_chosen(
     tmp_path: Path, world: World, at_most_step: int, expected: CheckpointId | None
 ) -> None:
     config = TrainConfig(run=str(tmp_path))
@@ -142,7 +142,7 @@ def test_the_newest_up_to_a_step_is_taken_that_of_the_step_too(
     assert (found.id if found else None, notes) == (expected, [])
 
 
-def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world: World) -> None:
+def test_an_older_one_under_the_newest_name_is_skipped(tmp_path: Path, world: World) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, NEWEST, OLDER)
     wrong = CheckpointId(90, 1).path()
@@ -158,7 +158,7 @@ def test_an_older_one_under_the_newest_name_is_passed_over(tmp_path: Path, world
     assert committed_step(root_of(config)) == 40
 
 
-def test_a_run_whose_newest_record_is_gone_says_so_and_goes_on(tmp_path: Path, world: World) -> None:
+def test_a_run_reports_a_missing_newest_record_and_resumes(tmp_path: Path, world: World) -> None:
     config, newest = TrainConfig(run=str(tmp_path)), CheckpointId(35, 2)
     root = root_of(config)
     attempts.claim(root, AttemptRecord(1))
@@ -188,7 +188,7 @@ FREE = {
     "data.damaged",
     "ema",
 }
-"""Keys that may change within a run (docs/determinism.md), beside those of whole sections."""
+"""Keys that may change within a run (docs/determinism.md), in addition to entire sections."""
 FREE_SECTIONS = ("optimizer", "engine", "checkpoint", "guard", "log")
 BOUND: dict[str, object] = {
     "seed": 1,
@@ -202,7 +202,7 @@ BOUND: dict[str, object] = {
     "diffusion.timesteps": 999,
     "diffusion.label_dropout": 0.2,
 }
-"""Keys that may not, each with another value than the default."""
+"""Keys that must not change, each with a value other than the default."""
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -223,14 +223,14 @@ def changed(config: TrainConfig, key: str, value: object) -> TrainConfig:
     return TrainConfig.model_validate(tree)
 
 
-def test_every_key_may_change_within_a_run_or_may_not() -> None:
+def test_every_key_either_may_or_must_not_change() -> None:
     of_free_sections = {key for key in keys_of(TrainConfig) if key.startswith(FREE_SECTIONS)}
     assert not BOUND.keys() & (FREE | of_free_sections)
     assert FREE | of_free_sections | BOUND.keys() == {*keys_of(TrainConfig)}, "say where a new key belongs"
 
 
 @pytest.mark.parametrize("key", BOUND)
-def test_a_run_keeps_what_decides_its_numbers(tmp_path: Path, world: World, key: str) -> None:
+def test_keys_that_determine_the_numbers_must_not_change(tmp_path: Path, world: World, key: str) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, NEWEST)
     other = changed(config, key, BOUND[key])
@@ -254,7 +254,7 @@ OTHER_VALUES: dict[str, object] = {
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
-def test_a_run_may_change_the_rest(tmp_path: Path, world: World, key: str) -> None:
+def test_other_keys_may_change(tmp_path: Path, world: World, key: str) -> None:
     config = TrainConfig(run=str(tmp_path))
     write(root_of(config), config, NEWEST)
     other = changed(config, key, OTHER_VALUES[key])

@@ -14,7 +14,7 @@ TAIL = "Fix the cause, then run the same command again"
 
 
 def ending(**details: Any) -> Ending:
-    return Ending(3, Reason.FAILED, "n1", "it broke", -1, details)
+    return Ending(3, Reason.FAILED, "n1", "it broke", details=details)
 
 
 @pytest.mark.parametrize("phase", Phase, ids=lambda phase: phase.name)

@@ -192,7 +192,7 @@ def png(bits: int, color: int, rows: bytes, before: bytes = b"", after: bytes = 
 ROWS8 = b"".join(b"\0" + row.tobytes() for row in RAMP8)
 BOMB = zlib.compress(bytes(100_000_000))
 FRAME = struct.pack(">IIIIIHHBB", 7, WIDTH, HEIGHT, 0, 0, 0, 0, 0, 0)
-"""Of an animation, with a number that is out of sequence."""
+"""A frame of an animation, with a number out of sequence."""
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_a_damaged_saved_listing_is_named(tmp_path: Path) -> None:
 
 
 def test_the_place_of_an_image_in_an_archive() -> None:
-    assert ARCHIVES.entries(range(1, 2)) == (Entry(1, "a/\udcff", 0, "y.tar", 1024, 2),)
+    assert ARCHIVES.entries(range(1, 2)) == (Entry(1, "a/\udcff", 0, archive="y.tar", start=1024, size=2),)
 
 
 def test_what_became_of_a_source_is_said_in_words() -> None:

@@ -44,7 +44,7 @@ def walk(data: bytes) -> list[TarMember]:
 
 
 def entry_of(member: TarMember, archive: str = "a.tar") -> Entry:
-    return Entry(0, f"x/{member.name}", 0, archive, member.start, member.span)
+    return Entry(0, f"x/{member.name}", 0, archive=archive, start=member.start, size=member.span)
 
 
 letters = st.text(
@@ -86,7 +86,7 @@ def test_an_archive_that_is_cut_off_is_damaged_or_lacks_only_its_padding(
     try:
         found = walk(data[:cut])
     except DataError as error:
-        assert "a.tar is damaged or was truncated at byte" in str(error)  # noqa: PT017
+        assert "a.tar is damaged or truncated at byte" in str(error)  # noqa: PT017
         assert data[cut:].strip(b"\0") or cut < _end_mark(data) + 512, "an archive that has its mark is whole"
     else:
         assert found == walk(data)

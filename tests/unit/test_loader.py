@@ -1,4 +1,4 @@
-"""Micro-batches of a rank: which samples, which views, and what happens when reading fails."""
+"""Micro-batches of a rank: which samples, which views, and what happens if a read fails."""
 
 import itertools
 import shutil
@@ -81,7 +81,7 @@ def assert_same(one: MicroBatch, other: MicroBatch) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 3, 7])
-def test_a_step_is_its_positions_whatever_the_world(dataset: LatentDataset, world: int) -> None:
+def test_a_step_has_the_same_positions_at_any_world_size(dataset: LatentDataset, world: int) -> None:
     plan = batch_plan(global_batch=22, micro_batch=4, world=world)
     num_steps = 5  # 110 samples: into the third epoch of 40
     real: dict[int, tuple[int, np.ndarray]] = {}
@@ -102,8 +102,10 @@ def test_a_step_is_its_positions_whatever_the_world(dataset: LatentDataset, worl
         assert np.array_equal(real[position][1], moments[views[position]])
 
 
-def test_fillers_weigh_nothing(dataset: LatentDataset) -> None:
-    plan = batch_plan(global_batch=7, micro_batch=2, world=3)  # shares 3, 2, 2 in two passes of two
+def test_padding_has_weight_0(dataset: LatentDataset) -> None:
+    plan = batch_plan(
+        global_batch=7, micro_batch=2, world=3
+    )  # shares of 3, 2 and 2 samples in two micro-steps of two
     weights = []
     for rank in range(3):
         with loading(dataset, plan, rank) as loader:
@@ -111,14 +113,14 @@ def test_fillers_weigh_nothing(dataset: LatentDataset) -> None:
     assert weights == [[[1, 1], [1, 0]], [[1, 1], [0, 0]], [[1, 1], [0, 0]]]
 
 
-def test_a_filler_repeats_the_ranks_last_sample(dataset: LatentDataset) -> None:
+def test_padding_repeats_the_last_sample_of_the_rank(dataset: LatentDataset) -> None:
     plan = batch_plan(global_batch=7, micro_batch=2, world=3)
     assert plan.indices(0, first_step=4).tolist() == [[[28, 29], [30, 30]]]
     assert plan.num_real(0) == [2, 1]
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 9])
-def test_reading_ahead_changes_nothing(dataset: LatentDataset, prefetch: int) -> None:
+def test_prefetching_changes_nothing(dataset: LatentDataset, prefetch: int) -> None:
     plan = batch_plan(global_batch=6, micro_batch=2, world=1)
     with loading(dataset, plan, prefetch_batches=prefetch) as loader:
         batches = take(loader, 12)
@@ -126,7 +128,7 @@ def test_reading_ahead_changes_nothing(dataset: LatentDataset, prefetch: int) ->
         assert_same(batch, read_micro_batch(dataset, positions, 2, SEED, flip=True))
 
 
-def test_a_later_start_goes_on_where_an_earlier_one_would_be(dataset: LatentDataset) -> None:
+def test_a_later_start_continues_the_sequence_of_an_earlier_one(dataset: LatentDataset) -> None:
     plan = batch_plan(global_batch=6, micro_batch=2, world=2)
     with loading(dataset, plan, rank=1) as from_start, loading(dataset, plan, 1, first_step=3) as later:
         for one, other in zip(take(from_start, 12)[6:], take(later, 6), strict=True):
@@ -137,10 +139,10 @@ def test_a_later_start_goes_on_where_an_earlier_one_would_be(dataset: LatentData
     ("global_batch", "micro_batch", "world"),
     [(1024, 512, 1), (1000, 300, 1), (1500, 256, 2), (BLOCK_SAMPLES, 4096, 1), (5000, 5000, 1), (200, 30, 3)],
 )
-def test_no_step_is_left_out_or_repeated_where_a_block_ends(
+def test_no_step_is_skipped_or_repeated_at_the_end_of_a_block(
     dataset: LatentDataset, global_batch: int, micro_batch: int, world: int
 ) -> None:
-    """Several blocks of what is computed at once, from the first step and from one inside a block."""
+    """Several blocks of BLOCK_SAMPLES, from the first step and from a step inside a block."""
     plan = batch_plan(global_batch, micro_batch, world)
     rank, share = world - 1, -(-global_batch // world)
     mine = np.arange(global_batch - global_batch // world, global_batch)
@@ -190,14 +192,14 @@ def test_latents_are_drawn_from_each_samples_posterior(dataset: LatentDataset) -
     assert torch.equal(draw_latents(alone, SEED, 0.5)[0], z_BCHW[3])
 
 
-def test_a_batch_moves_whole(dataset: LatentDataset) -> None:
+def test_a_micro_batch_moves_to_the_device(dataset: LatentDataset) -> None:
     batch = read_micro_batch(dataset, np.arange(4), 3, SEED, flip=True)
     assert_same(batch.to(torch.device("cpu")), batch)
     assert {tensor.device.type for tensor in vars(batch.to(torch.device("meta"))).values()} == {"meta"}
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_excluded_positions_are_stepped_over(dataset: LatentDataset, world: int) -> None:
+def test_excluded_positions_are_skipped(dataset: LatentDataset, world: int) -> None:
     plan = batch_plan(global_batch=6, micro_batch=2, world=world)
     excluded = ((3, 4), (8, 20))
     positions = positions_of(np.arange(36), excluded)
@@ -214,7 +216,7 @@ def test_excluded_positions_are_stepped_over(dataset: LatentDataset, world: int)
 
 
 @pytest.mark.parametrize("window_shards", [1, 2])
-def test_windows_are_read_in_their_order(dataset: LatentDataset, window_shards: int) -> None:
+def test_windows_are_read_in_order(dataset: LatentDataset, window_shards: int) -> None:
     order = Order(NUM, SEED, [16, 16, 8], window_shards)
     with loading(dataset, batch_plan(8, 4, 1), window_shards=window_shards) as loader:
         batches = take(loader, 30)
@@ -226,7 +228,7 @@ def test_windows_are_read_in_their_order(dataset: LatentDataset, window_shards: 
         assert np.array_equal(moments.numpy(), dataset.read(int(ids[i]))[0][views[i]])
 
 
-def test_batches_that_were_given_out_stay_as_they_are(dataset: LatentDataset) -> None:
+def test_returned_micro_batches_never_change(dataset: LatentDataset) -> None:
     with loading(dataset, batch_plan(4, 4, 1), prefetch_batches=1) as loader:
         batches = take(loader, 30)
         copies = [batch.moments_B2CHW.clone() for batch in batches]
@@ -234,7 +236,7 @@ def test_batches_that_were_given_out_stay_as_they_are(dataset: LatentDataset) ->
     assert all(torch.equal(batch.moments_B2CHW, copy) for batch, copy in zip(batches, copies, strict=True))
 
 
-def test_views_that_are_not_there_are_not_drawn(tmp_path: Path) -> None:
+def test_missing_views_are_not_drawn(tmp_path: Path) -> None:
     write_latents(tmp_path, num=4, views=1)
     dataset = LatentDataset.open(tmp_path)
     with pytest.raises(ConfigError, match=r"has no mirrored views: set data.horizontal_flip=false"):
@@ -254,7 +256,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def damage(folder: Path, *sample_ids: int) -> LatentDataset:
-    """The data set in this folder, after a bit of each of these samples was flipped."""
+    """Flip a bit of each of these samples and open the data set in this folder."""
     whole = LatentDataset.open(folder)
     for sample_id in sample_ids:
         at = whole.locate(sample_id)
@@ -270,11 +272,11 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "set"))
 
 
-def test_damage_reaches_the_next_that_would_have_returned_it(copy: Path, no_pauses: None) -> None:
+def test_damage_raises_from_the_next_that_would_have_returned_it(copy: Path, no_pauses: None) -> None:
     position = int(np.flatnonzero(sample_ids(np.arange(NUM), NUM, SEED) == 21)[0])
     with loading(damage(copy, 21), batch_plan(1, 1, 1)) as loader:
         assert [int(batch.position_B[0]) for batch in take(loader, position)] == list(range(position))
-        for _ in range(2):  # it stays an error
+        for _ in range(2):  # the error is raised again
             with pytest.raises(DataError, match=r"shard 00001, sample 21: .* or set data.damaged=quarantine"):
                 next(loader)
 
@@ -288,16 +290,16 @@ def test_a_missing_shard_is_an_error_too(copy: Path) -> None:
 
 
 DAMAGED = {21: 22, 6: 8, 7: 8, 39: 1, 0: 1}
-"""Sample id => the one that stands in for it: the next that is whole, and 0 comes after 39."""
+"""Sample id => its replacement: the next intact sample, where 0 follows 39."""
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("known", [(), (0, 7)])
-def test_damaged_samples_are_replaced_by_the_next_whole_one(
+def test_damaged_samples_are_replaced_by_the_next_intact_one(
     dataset: LatentDataset, copy: Path, no_pauses: None, world: int, known: tuple[int, ...]
 ) -> None:
     plan = batch_plan(global_batch=7, micro_batch=2, world=world)
-    steps = 12  # two epochs and a bit
+    steps = 12  # a little more than two epochs
     positions = np.arange(7 * steps)
     ids = [DAMAGED.get(int(sample_id), int(sample_id)) for sample_id in sample_ids(positions, NUM, SEED)]
     views = views_at(positions)
@@ -323,9 +325,7 @@ def test_damaged_samples_are_replaced_by_the_next_whole_one(
     assert all(f"sample {sample_id}: expected CRC-32C" in reason for sample_id, reason in found.items())
 
 
-def test_known_damage_is_not_read_and_stops_nothing(
-    dataset: LatentDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_known_damaged_samples_are_not_read(dataset: LatentDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     real = LatentDataset.read_views
 
@@ -340,7 +340,7 @@ def test_known_damage_is_not_read_and_stops_nothing(
     assert set(read) == set(range(NUM)) - DAMAGED.keys()
 
 
-def test_much_damage_is_an_error(copy: Path, no_pauses: None) -> None:
+def test_too_much_damage_is_an_error(copy: Path, no_pauses: None) -> None:
     with loading(
         damage(copy, *range(5)), batch_plan(4, 4, 1), quarantined=range(20, 26), damaged="quarantine"
     ) as loader:
@@ -349,7 +349,7 @@ def test_much_damage_is_an_error(copy: Path, no_pauses: None) -> None:
 
 
 @pytest.mark.parametrize("damaged", ["stop", "quarantine"])
-def test_much_known_damage_is_an_error_at_once(
+def test_too_much_known_damage_is_an_immediate_error(
     dataset: LatentDataset, damaged: Literal["stop", "quarantine"]
 ) -> None:
     config = DataConfig(damaged=damaged)
@@ -357,7 +357,7 @@ def test_much_known_damage_is_an_error_at_once(
         Loader(dataset, config, batch_plan(4, 4, 1), rank=0, seed=SEED, first_step=0, quarantined=range(11))
 
 
-def test_a_batch_that_does_not_come_is_an_error_that_says_what_is_missing(
+def test_an_overdue_micro_batch_is_an_error_that_names_the_read(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = LatentDataset.open(copy)
@@ -374,12 +374,12 @@ def test_a_batch_that_does_not_come_is_an_error_that_says_what_is_missing(
         with pytest.raises(DataError, match=message):
             next(loader)
         answers.set()
-        with pytest.raises(DataError, match=message):  # it stays an error
+        with pytest.raises(DataError, match=message):  # the error is raised again
             next(loader)
 
 
 @pytest.mark.parametrize("consume", [lambda _: None, next], ids=["queue full", "after one"])
-def test_close_ends_the_thread(dataset: LatentDataset, consume: Callable[[Loader], object]) -> None:
+def test_close_stops_the_thread(dataset: LatentDataset, consume: Callable[[Loader], object]) -> None:
     loader = Loader(
         dataset, DataConfig(prefetch_batches=1), batch_plan(4, 2, 1), rank=0, seed=SEED, first_step=0
     )

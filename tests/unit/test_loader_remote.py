@@ -1,4 +1,4 @@
-"""The loader on S3: nothing waits for whole shards, the cache fills up behind it, and failures are borne."""
+"""The loader on S3: it never waits for entire shards, fills the cache in parallel, tolerates failures."""
 
 import threading
 import time
@@ -69,7 +69,7 @@ def loading(dataset: LatentDataset, **config: object) -> Iterator[Loader]:
 
 
 class Requests(list[tuple[str, int]]):
-    """(key, bytes) of each range that a data set's storage is asked for, in order; `before` sees it first."""
+    """(key, bytes) of each range requested from a data set's storage, in order; `before` is called first."""
 
     def __init__(self, dataset: LatentDataset, before: Callable[[str, int], None] = lambda *_: None) -> None:
         read = dataset.storage.read_range
@@ -110,12 +110,12 @@ def all_cached(dataset: LatentDataset, shards: Sequence[ShardFile] = ()) -> bool
 def bytes_in(folder: Path) -> int:
     total = 0
     for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # renamed or evicted since
+        with suppress(FileNotFoundError):  # renamed or evicted in the meantime
             total += path.stat().st_size
     return total
 
 
-def test_batches_come_before_any_shard_is_whole_and_then_from_the_cache(
+def test_micro_batches_come_before_any_shard_is_cached_and_then_from_the_cache(
     remote: LatentDataset, folder: Path
 ) -> None:
     may_download = threading.Event()
@@ -126,7 +126,7 @@ def test_batches_come_before_any_shard_is_whole_and_then_from_the_cache(
         assert not any(map(remote.cache.holds, remote.files.shards))
         may_download.set()
         wait_until(lambda: all_cached(remote))
-        batches += [next(loader) for _ in range(5)]  # read ahead before
+        batches += [next(loader) for _ in range(5)]  # prefetched earlier
         asked = requests.samples()
         batches += [next(loader) for _ in range(10)]
         assert requests.samples() == asked
@@ -135,7 +135,7 @@ def test_batches_come_before_any_shard_is_whole_and_then_from_the_cache(
     assert_right(batches, LatentDataset.open(folder))
 
 
-def test_samples_of_a_batch_are_asked_for_together(remote: LatentDataset, folder: Path) -> None:
+def test_samples_of_a_micro_batch_are_requested_concurrently(remote: LatentDataset, folder: Path) -> None:
     together = threading.Barrier(4)  # of the four samples of a batch
     Requests(remote, lambda *_: together.wait(60))
     batch = read_micro_batch(remote, np.arange(4), 4, SEED, flip=True)
@@ -152,7 +152,7 @@ def test_a_later_run_finds_the_cache_filled(remote: LatentDataset, folder: Path)
     assert requests == []
 
 
-def test_a_damaged_copy_is_replaced_behind_the_readers_back(remote: LatentDataset, folder: Path) -> None:
+def test_a_damaged_cached_copy_is_replaced(remote: LatentDataset, folder: Path) -> None:
     with loading(remote) as loader:
         wait_until(lambda: all_cached(remote))
         for path in remote.cache.folder.iterdir():
@@ -170,7 +170,7 @@ def test_a_damaged_copy_is_replaced_behind_the_readers_back(remote: LatentDatase
 
 
 @pytest.mark.parametrize("budget_shards", [4, 0])
-def test_windows_are_fetched_in_their_order_within_the_budget(
+def test_windows_are_fetched_in_order_within_the_budget(
     server: None, folder: Path, tmp_path: Path, budget_shards: int
 ) -> None:
     limit = budget_shards * LatentDataset.open(folder).info.shards[0].bytes
@@ -181,7 +181,7 @@ def test_windows_are_fetched_in_their_order_within_the_budget(
     with loading(dataset, window_shards=2, prefetch_batches=1) as loader:
         for step in range(30):  # three epochs
             labels += next(loader).y_B.tolist()
-            if step % 10 in (0, 4):  # the loader is two steps further, in the same window of four
+            if step % 10 in (0, 4):  # the loader is two steps ahead, in the same window of four
                 ahead = [dataset.files.shards[shard] for shard in order.shards_ahead(4 * step)]
                 wait_until(partial(all_cached, dataset, ahead))
             assert not limit or bytes_in(tmp_path) <= limit
@@ -192,7 +192,7 @@ def test_windows_are_fetched_in_their_order_within_the_budget(
     assert (len(requests.whole()) > 5) == bool(limit)
 
 
-def test_a_cache_too_small_for_two_windows_says_so_and_costs_no_sample(
+def test_a_cache_too_small_for_two_windows_is_reported_and_loses_no_sample(
     server: None, folder: Path, tmp_path: Path
 ) -> None:
     shard_bytes = LatentDataset.open(folder).info.shards[0].bytes
@@ -205,7 +205,7 @@ def test_a_cache_too_small_for_two_windows_says_so_and_costs_no_sample(
         assert labels.tolist() == (order.ids(np.arange(80)) % 10).tolist()
 
 
-def test_a_cache_without_room_says_so_once_and_costs_no_sample(
+def test_a_full_cache_is_reported_once_and_loses_no_sample(
     server: None, folder: Path, tmp_path: Path
 ) -> None:
     shard_bytes = LatentDataset.open(folder).info.shards[0].bytes
@@ -219,10 +219,10 @@ def test_a_cache_without_room_says_so_once_and_costs_no_sample(
     assert len(notes) == 1
     assert "no room for shard 00002" in notes[0]
     assert "read from the storage one by one" in notes[0]
-    assert requests.whole() == [0, 1]  # what is there is not evicted for what is not
+    assert requests.whole() == [0, 1]  # wanted shards are not evicted for each other
 
 
-def test_a_folder_that_cannot_be_used_costs_no_sample(server: None, folder: Path, tmp_path: Path) -> None:
+def test_an_unusable_cache_folder_loses_no_sample(server: None, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     dataset = LatentDataset.open(f"s3://{BUCKET}/set", tmp_path / "file")
     notes: list[str] = []
@@ -232,10 +232,10 @@ def test_a_folder_that_cannot_be_used_costs_no_sample(server: None, folder: Path
     assert "cannot keep shard 00000" in notes[0]
 
 
-def test_a_shard_that_stays_wrong_is_read_by_samples_and_the_others_cached(
+def test_a_damaged_shard_is_read_by_sample_and_the_others_are_cached(
     server: None, folder: Path, tmp_path: Path
 ) -> None:
-    """A byte between the samples is wrong: the shard's digest does not fit, all samples do."""
+    """A byte between the samples is wrong: so is the shard's digest, but no checksum of a sample."""
     source, target = open_storage(folder), open_storage(f"s3://{BUCKET}/odd")
     for key, _ in source.list():
         data = bytearray(source.read(key))

@@ -86,8 +86,8 @@ def test_loss_is_the_float64_statement_at_every_timestep(schedule, output_scale)
 def test_a_model_at_its_initial_zero_loses_1_016():
     """The published runs start at 1.016: the mean square of the noise, and 0.016 bits over uniform t."""
     t_B = torch.arange(1000).repeat(8)
-    _, x_start, x_t, noise, _ = example(FULL, t_B, 0.0)
-    loss = loss_of(FULL, torch.zeros(8000, 8, 3, 3), x_start, x_t, noise, t_B)
+    _, *rest = example(FULL, t_B, 0.0)
+    loss = loss_of(FULL, torch.zeros(8000, 8, 3, 3), *rest)
     assert loss.mse_B.mean().item() == pytest.approx(1.0, abs=0.01)
     assert loss.vb_B.mean().item() == pytest.approx(0.016, abs=0.001)
     assert loss.total_B.mean().item() == pytest.approx(1.016, abs=0.01)

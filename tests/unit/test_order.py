@@ -1,4 +1,4 @@
-"""The order of samples at the size of ImageNet, far into a run, and how random it looks."""
+"""The sample order at the size of ImageNet, far into a run, and how random it looks."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ def first_epoch() -> np.ndarray:
 
 
 def python_permute(index: int, num_samples: int, seed: int, epoch: int, *branch: int) -> int:
-    """The permutation as docs/formats.md states it, in Python's own integers."""
+    """The permutation as docs/formats.md defines it, in Python integers."""
     low = 2**64 - 1
 
     def mix(value: int) -> int:
@@ -49,7 +49,7 @@ def python_permute(index: int, num_samples: int, seed: int, epoch: int, *branch:
 
 
 def python_windows(sizes: list[int], window_shards: int, seed: int, epoch: int) -> list[int]:
-    """An epoch of windows as docs/formats.md states it."""
+    """An epoch of windows as docs/formats.md defines it."""
     shards = [python_permute(i, len(sizes), seed, epoch, 0) for i in range(len(sizes))]
     ids = []
     for window, first in enumerate(range(0, len(sizes), window_shards)):
@@ -91,7 +91,7 @@ def test_windows_are_as_documented(sizes: list[int], window_shards: int) -> None
         assert ids.tolist() == python_windows(sizes, window_shards, seed, epoch)
 
 
-def test_without_windows_all_is_mixed() -> None:
+def test_without_windows_the_entire_data_set_is_mixed() -> None:
     positions = np.arange(250)
     order = Order(100, 3, [40, 60])
     assert order.ids(positions).tolist() == sample_ids(positions, 100, 3).tolist()
@@ -99,7 +99,7 @@ def test_without_windows_all_is_mixed() -> None:
     assert order.shards_ahead(10**12) is order.shards_ahead(0)
 
 
-def test_windows_ahead_go_on_into_the_next_epoch() -> None:
+def test_windows_ahead_continue_into_the_next_epoch() -> None:
     order = Order(70, 3, [10] * 7, window_shards=3)
     first, later = (
         [order.shards_ahead(epoch * 70 + window * 30) for window in range(3)] for epoch in (10**9, 10**9 + 1)
@@ -124,13 +124,13 @@ def test_an_epoch_of_imagenet_has_each_sample_once(first_epoch: np.ndarray, worl
     assert np.array_equal(np.bincount(ids.astype(np.int64), minlength=IMAGENET), np.ones(IMAGENET))
 
 
-def test_sample_ids_go_on_into_the_next_epoch(first_epoch: np.ndarray) -> None:
+def test_sample_ids_continue_into_the_next_epoch(first_epoch: np.ndarray) -> None:
     around = sample_ids(np.arange(IMAGENET - 100, IMAGENET + 100), IMAGENET, 0)
     assert np.array_equal(around[:100], first_epoch[-100:])
     assert np.array_equal(around[100:], epoch_of(0, 1)[:100])
 
 
-def test_epochs_and_seeds_have_orders_of_their_own(first_epoch: np.ndarray) -> None:
+def test_every_epoch_and_seed_has_its_own_order(first_epoch: np.ndarray) -> None:
     # Two random orders agree in about one place; Poisson with mean 1 exceeds 10 once in 10^8.
     others = [epoch_of(0, 1), epoch_of(0, 2), epoch_of(1, 0), epoch_of(2**32 - 1, 0)]
     orders = [first_epoch, *others]
@@ -163,7 +163,7 @@ def test_an_epoch_looks_random(first_epoch: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("num_samples", [3, 4])
-def test_every_order_of_a_few_samples_is_as_likely(num_samples: int) -> None:
+def test_every_order_of_a_few_samples_is_equally_likely(num_samples: int) -> None:
     from scipy import stats
 
     counts = Counter(tuple(epoch_of(0, epoch, num_samples).tolist()) for epoch in range(2000))
@@ -186,12 +186,12 @@ def test_work_does_not_grow_with_the_position(monkeypatch: pytest.MonkeyPatch) -
         for first in (0, 10**6, 10**9, 10**12, 10**15):
             worked.clear()
             one.ids(np.arange(first, first + 1000))
-            # Cycle walking sends a value through less than 4 times on average, wherever it is; a windowed
-            # epoch (two, across a border) begins with a permutation of 313 shards.
+            # Cycle walking permutes a value less than 4 times on average, at any position; a windowed
+            # epoch (two, across a border) starts with a permutation of 313 shards.
             assert sum(worked) < 1.2 * 4 * (1000 + 2 * 313)
 
 
-def test_positions_follow_from_the_step_without_counting_up_to_it() -> None:
+def test_positions_are_computed_from_the_step_directly() -> None:
     plan = batch_plan(256, 32, 7)
     step = 10**15 // 256
     firsts = [int(plan.indices(rank, step)[0, 0, 0]) for rank in range(7)]

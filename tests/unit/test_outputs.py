@@ -1,4 +1,4 @@
-"""Output files: looked at before the work, replaced whole, and left as they were when the disk is full."""
+"""Output files: checked before the work, replaced atomically, and unchanged if the disk is full."""
 
 import resource
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ LIMIT_BYTES = 4096
 
 @contextmanager
 def little_room() -> Iterator[None]:
-    """No file of this process may become longer than LIMIT_BYTES: a write fails in the middle."""
+    """Limit files of this process to LIMIT_BYTES, so that a write fails in the middle."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES, hard))
     try:
@@ -40,9 +40,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_disk_that_is_full_in_the_middle_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_disk_that_fills_up_leaves_only_the_old_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"old")
     with little_room(), pytest.raises(StorageError, match=f"cannot write .*{name}: "):
         WRITERS[name](tmp_path / name)
@@ -51,12 +49,12 @@ def test_a_disk_that_is_full_in_the_middle_leaves_the_old_file_and_nothing_else(
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_folders_above_are_made(tmp_path: Path, name: str) -> None:
+def test_parent_folders_are_created(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / "a" / "b" / name)
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [name]
 
 
-def test_an_error_of_the_work_leaves_nothing(tmp_path: Path) -> None:
+def test_an_error_of_the_command_leaves_no_file(tmp_path: Path) -> None:
     def fail() -> None:
         with new_file(tmp_path / "out") as temporary:
             temporary.write_text("half")
@@ -67,7 +65,7 @@ def test_an_error_of_the_work_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_check_makes_nothing(tmp_path: Path) -> None:
+def test_a_check_creates_nothing(tmp_path: Path) -> None:
     check_output(tmp_path / "a" / "b" / "c.png", ".png")
     assert list(tmp_path.iterdir()) == []
 
@@ -83,7 +81,7 @@ def test_a_check_makes_nothing(tmp_path: Path) -> None:
         (f"{'x' * 300}.png", "File name too long"),
     ],
 )
-def test_places_where_nothing_can_be_written(
+def test_paths_that_cannot_be_written(
     tmp_path: Path, out: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -114,10 +112,10 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_commands_look_at_their_output_first(
+def test_commands_check_their_output_first(
     tmp_path: Path, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """There is no run and no data set, and still it is the output that they name."""
+    """The error names the output although run and data set do not exist either."""
     (tmp_path / "file").touch()
     for suffix in (".safetensors", ".png"):
         (tmp_path / f"folder{suffix}").mkdir()
@@ -129,7 +127,7 @@ def test_commands_look_at_their_output_first(
     assert len(said.splitlines()) == 1
 
 
-def test_a_home_directory_that_the_shell_has_not_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_directory_that_the_shell_did_not_expand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert weights_file("~/x.safetensors") == "/home/somebody/x.safetensors"
     assert cli._parse(["sample", "x", "--out=~/y"]).out == "/home/somebody/y"

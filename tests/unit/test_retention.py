@@ -1,4 +1,4 @@
-"""Retention: what stays, in which order the rest goes, and who may delete."""
+"""Retention: what it keeps, in which order it deletes the rest, and which attempts may delete."""
 
 import threading
 from pathlib import Path
@@ -31,7 +31,7 @@ def path_of(step: int, attempt: int = 1, folder: str = CHECKPOINTS) -> str:
 
 
 def put(root: Storage, *ids: CheckpointId, folder: str = CHECKPOINTS) -> None:
-    """Checkpoints of two ranks each."""
+    """Write checkpoints of two ranks each."""
     for checkpoint_id in ids:
         checkpoints.write(root, checkpoint_id, RANKS, folder)
 
@@ -41,13 +41,13 @@ def start(root: Storage, number: int, resumed_from: CheckpointId | None = None) 
 
 
 def folders(root: Storage) -> list[str]:
-    """All that holds something, newest first."""
+    """Return all folders that are not empty, newest first."""
     return sorted({key.rpartition("/")[0] for key, _ in root.list()} - {"attempts"}, reverse=True)
 
 
 @pytest.fixture
 def deleted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Keys, as they are deleted."""
+    """The keys in the order in which they are deleted."""
     keys: list[str] = []
     delete = DiskStorage.delete
 
@@ -59,7 +59,7 @@ def deleted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return keys
 
 
-# What stays
+# What is kept
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def deleted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (1, 1, [60, 50, 40, 30, 20, 10]),
     ],
 )
-def test_the_newest_and_the_first_of_every_so_many_steps(
+def test_the_newest_and_the_first_of_every_window_are_kept(
     root: Storage, keep: int, keep_every_steps: int, left: list[int]
 ) -> None:
     start(root, 1)
@@ -88,7 +88,7 @@ def test_the_newest_and_the_first_of_every_so_many_steps(
         Checkpoint(root, id_of(step)).verify()
 
 
-def test_the_same_stay_whether_it_passes_often_or_once(tmp_path: Path) -> None:
+def test_pruning_often_or_once_keeps_the_same(tmp_path: Path) -> None:
     often, once = open_storage(tmp_path / "often"), open_storage(tmp_path / "once")
     for step in range(7, 130, 7):
         for root in (often, once):
@@ -98,7 +98,7 @@ def test_the_same_stay_whether_it_passes_often_or_once(tmp_path: Path) -> None:
     assert committed(often) == committed(once) == [id_of(s) for s in (126, 119, 105, 77, 56, 28)]
 
 
-def test_what_is_tagged_stays(root: Storage) -> None:
+def test_tagged_checkpoints_are_kept(root: Storage) -> None:
     start(root, 1)
     put(root, *map(id_of, (10, 20, 30)))
     root.write(f"{path_of(10)}/{retention.TAG}", b"")
@@ -107,7 +107,7 @@ def test_what_is_tagged_stays(root: Storage) -> None:
     assert folders(root) == [path_of(30), path_of(10)]
 
 
-def test_stored_averages_stay_when_they_are_on_the_chain(root: Storage) -> None:
+def test_stored_averages_on_the_chain_are_kept(root: Storage) -> None:
     start(root, 1)
     for folder in (EMA, CHECKPOINTS):
         put(root, *map(id_of, (10, 20, 30)), folder=folder)
@@ -120,8 +120,8 @@ def test_stored_averages_stay_when_they_are_on_the_chain(root: Storage) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_damaged_one_that_the_run_passed_over_does_not_count(root: Storage, keep: int) -> None:
-    """Attempt 2 went on from step 20 because step 40 of attempt 1 had lost a file."""
+def test_a_damaged_checkpoint_that_the_run_skipped_is_not_counted(root: Storage, keep: int) -> None:
+    """Attempt 2 resumed from step 20 because a file of step 40 of attempt 1 was missing."""
     start(root, 1)
     put(root, *map(id_of, (10, 20, 40)))
     root.delete(f"{path_of(40)}/rank-00000.safetensors")
@@ -134,7 +134,7 @@ def test_a_damaged_one_that_the_run_passed_over_does_not_count(root: Storage, ke
     assert folders(root) == [path_of(50, 2), path_of(40, 2)][:keep]
 
 
-def test_a_copy_under_another_name_takes_no_place(root: Storage, tmp_path: Path) -> None:
+def test_a_copy_under_another_name_is_not_counted(root: Storage, tmp_path: Path) -> None:
     start(root, 1)
     put(root, *map(id_of, (10, 20, 30, 50)))
     (tmp_path / path_of(10)).rename(tmp_path / path_of(40))
@@ -142,8 +142,8 @@ def test_a_copy_under_another_name_takes_no_place(root: Storage, tmp_path: Path)
     assert folders(root) == [path_of(50), path_of(40), path_of(30)]
 
 
-def test_what_killed_saves_left_behind_goes(root: Storage, tmp_path: Path) -> None:
-    """Also the part of a file that its writer was killed in."""
+def test_leftovers_of_killed_saves_are_deleted(root: Storage, tmp_path: Path) -> None:
+    """Also partial files of killed writers."""
     start(root, 1)
     for step, folder in ((5, CHECKPOINTS), (5, EMA), (20, CHECKPOINTS)):
         checkpoints.write_rank(root, id_of(step), 0, RANKS[0], folder)
@@ -166,10 +166,10 @@ def test_what_killed_saves_left_behind_goes(root: Storage, tmp_path: Path) -> No
     assert root.leftovers() == [f"{path_of(10)}/.rank-00000.safetensors.{0:016x}.tmp"]
 
 
-# How it goes
+# How it is deleted
 
 
-def test_the_manifest_goes_first(root: Storage, deleted: list[str]) -> None:
+def test_the_manifest_is_deleted_first(root: Storage, deleted: list[str]) -> None:
     put(root, id_of(10), id_of(20))
     retention.prune(root, 1, id_of(20), 1, 0)
     files = [MANIFEST, "rank-00000.safetensors", "rank-00001.safetensors"]
@@ -180,7 +180,7 @@ def test_the_manifest_goes_first(root: Storage, deleted: list[str]) -> None:
 def test_a_later_attempt_stops_it_before_the_next_delete(
     root: Storage, deleted: list[str], monkeypatch: pytest.MonkeyPatch, before_delete: int
 ) -> None:
-    """Attempt 2 begins while attempt 1 deletes two checkpoints of three objects each."""
+    """Attempt 2 starts while attempt 1 deletes two checkpoints of three objects each."""
     start(root, 1)
     put(root, *map(id_of, (10, 20, 30)))
     check_current, asked = attempts.check_current, list[Any]()
@@ -199,7 +199,7 @@ def test_a_later_attempt_stops_it_before_the_next_delete(
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}"])
-def test_nothing_goes_when_the_newest_manifest_is_damaged(root: Storage, damage: bytes) -> None:
+def test_nothing_is_deleted_if_the_newest_manifest_is_damaged(root: Storage, damage: bytes) -> None:
     put(root, id_of(10), id_of(20))
     root.write(f"{path_of(20)}/{MANIFEST}", damage)
     with pytest.raises(CheckpointError, match=f"{path_of(20)}/{MANIFEST} is damaged"):
@@ -227,7 +227,7 @@ def test_a_commit_whose_retention_fails_is_a_commit(root: Storage, monkeypatch: 
 def test_a_commit_whose_retention_meets_a_later_attempt_is_superseded(
     root: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attempt 2 begins when the manifest is there and the first delete is asked for."""
+    """Attempt 2 starts after the manifest is written and before the first delete."""
     start(root, 1)
     put(root, id_of(10))
     manifest = checkpoints.write(open_storage(Path(root.url) / "elsewhere"), id_of(20), [])
@@ -244,7 +244,7 @@ def test_a_commit_whose_retention_meets_a_later_attempt_is_superseded(
 
 
 def test_a_run_can_be_listed_while_it_deletes(root: Storage) -> None:
-    """Folders vanish under the reader."""
+    """Folders disappear while the reader lists them."""
     put(root, id_of(900))
     done = threading.Event()
 

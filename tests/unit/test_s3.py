@@ -1,4 +1,4 @@
-"""S3 storage between a server and a network that both fail: every operation, every kind of fault."""
+"""S3 storage with failures of the server and the network: every operation, every kind of fault."""
 
 import socket
 import ssl
@@ -40,7 +40,7 @@ def environment(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def proxy(server: dict[str, str], environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """Between the storage and its server."""
+    """A proxy between the storage and its server."""
     with FaultProxy(int(server["AWS_ENDPOINT_URL"].rpartition(":")[2])) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
         yield proxy
@@ -58,7 +58,7 @@ def s3(environment: None, request: pytest.FixtureRequest) -> S3Storage:
 
 @pytest.fixture
 def direct(server: dict[str, str]) -> Any:
-    """A client of the server, past the proxy."""
+    """A client of the server that bypasses the proxy."""
     client = boto3.client(
         "s3",
         endpoint_url=server["AWS_ENDPOINT_URL"],
@@ -75,7 +75,7 @@ def pieces(data: bytes, size: int) -> Iterator[memoryview]:
 
 
 def unfinished(direct: Any, s3: S3Storage) -> list[str]:
-    """Keys with uploads that were neither completed nor aborted."""
+    """Return the keys of uploads that were neither completed nor aborted."""
     answer = direct.list_multipart_uploads(Bucket=BUCKET, Prefix=s3.prefix)
     return [upload["Key"] for upload in answer.get("Uploads", ())]
 
@@ -128,14 +128,14 @@ OPERATIONS = (read, read_range, write, write_stream, write_new, exists, size, li
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_operation_outlives_every_fault(
+def test_every_operation_survives_every_fault(
     kind: str, s3: S3Storage, proxy: FaultProxy, impatient: None
 ) -> None:
     s3.write("there", FEW)
     met = set()
     for operation in OPERATIONS:
         if kind == "flip" and operation is read_range:
-            continue  # S3 has no checksum for it, its reader does
+            continue  # S3 has no checksum of a range; its readers have
         before = proxy.injected[kind]
         proxy.set({kind: 1.0}, at_most=1)
         operation(s3)
@@ -160,8 +160,8 @@ def test_a_lost_answer_to_the_last_request_of_an_upload(kind: str, s3: S3Storage
     assert s3.read("key") == DATA
 
 
-def test_an_upload_that_the_server_knows_no_more(s3: S3Storage, proxy: FaultProxy) -> None:
-    """Because it is complete, or because somebody aborted it: an object of its size proves nothing."""
+def test_an_upload_that_the_server_has_forgotten(s3: S3Storage, proxy: FaultProxy) -> None:
+    """The upload is complete, or another client aborted it: an object of the right size proves nothing."""
     proxy.errors = [("404 Not Found", "NoSuchUpload")]
     proxy.set({"late_error": 1.0}, only="POST .*uploadId=", at_most=1)
     s3.write_stream("key", pieces(DATA, PART), len(DATA))
@@ -174,7 +174,7 @@ def test_an_upload_that_the_server_knows_no_more(s3: S3Storage, proxy: FaultProx
 
 
 @pytest.mark.parametrize("kind", ["drop_reply", "late_error"])
-def test_write_new_knows_its_own_object(kind: str, s3: S3Storage, proxy: FaultProxy) -> None:
+def test_write_new_recognises_its_own_object(kind: str, s3: S3Storage, proxy: FaultProxy) -> None:
     proxy.set({kind: 1.0}, only="PUT ", at_most=1)
     assert s3.write_new("key", b"the same bytes")
     proxy.set({"error": 1.0}, only="PUT ", at_most=1)
@@ -182,7 +182,7 @@ def test_write_new_knows_its_own_object(kind: str, s3: S3Storage, proxy: FaultPr
     assert proxy.injected == {kind: 1, "error": 1}
 
 
-def test_a_list_is_whole_across_pages(
+def test_a_list_is_complete_across_pages(
     s3: S3Storage, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
@@ -194,15 +194,15 @@ def test_a_list_is_whole_across_pages(
     assert proxy.injected["short"] + proxy.injected["error"] > 0
 
 
-def test_bytes_that_others_checked_in_are_checked(s3: S3Storage, direct: Any, proxy: FaultProxy) -> None:
-    """Objects with a checksum of S3's own, as boto3 adds it by default."""
+def test_checksums_of_other_clients_are_verified(s3: S3Storage, direct: Any, proxy: FaultProxy) -> None:
+    """Objects with a checksum of S3, which boto3 adds by default."""
     direct.put_object(Bucket=BUCKET, Key=f"{s3.prefix}key", Body=FEW)
     proxy.set({"flip": 1.0}, at_most=2)
     assert s3.read("key") == FEW
     assert proxy.injected["flip"] == 2
 
 
-def test_an_etag_of_another_kind_is_believed(s3: S3Storage, direct: Any) -> None:
+def test_an_etag_of_unknown_parts_is_accepted(s3: S3Storage, direct: Any) -> None:
     upload = {"Bucket": BUCKET, "Key": f"{s3.prefix}key"}
     upload["UploadId"] = direct.create_multipart_upload(**upload)["UploadId"]
     cut = PART + 1000
@@ -218,7 +218,7 @@ def test_an_etag_of_another_kind_is_believed(s3: S3Storage, direct: Any) -> None
 
 
 def count_gets(s3: S3Storage) -> list[str]:
-    """The keys of all further requests for objects."""
+    """Record the keys of all object requests from now on."""
     asked: list[str] = []
     events = s3._client_here().meta.events
     events.register(
@@ -240,12 +240,14 @@ def test_an_etag_that_is_no_md5_costs_no_second_request(
     requests = count_gets(s3)
     for key in keys:
         assert s3.read(key) == FEW
-    # Without a word of encryption, one object shows that this server's ETags are something else.
+    # If no answer mentions encryption, one object shows that the ETags of this server are not MD5.
     assert requests == (keys if encryption else [keys[0], *keys])
 
 
 @pytest.mark.parametrize("size", [len(FEW), len(DATA)])
-def test_an_etag_that_is_the_md5_of_our_parts_is_checked(size: int, s3: S3Storage, proxy: FaultProxy) -> None:
+def test_an_etag_that_is_the_md5_of_our_parts_is_verified(
+    size: int, s3: S3Storage, proxy: FaultProxy
+) -> None:
     s3.write("key", DATA[:size])
     for _ in range(3):
         proxy.set({"flip": 1.0}, at_most=1)
@@ -253,7 +255,7 @@ def test_an_etag_that_is_the_md5_of_our_parts_is_checked(size: int, s3: S3Storag
     assert proxy.injected["flip"] == 3
 
 
-# A server that does not come back
+# Retries
 
 
 @pytest.mark.parametrize("mode", ["down", "blackhole"])
@@ -328,7 +330,7 @@ def test_a_permanent_error_is_not_retried(answer: tuple[str, str], s3: S3Storage
 
 
 class Clock:
-    """Takes the place of the time module: only pauses take time."""
+    """Replaces the time module: only pauses take time."""
 
     def __init__(self) -> None:
         self.pauses_s: list[float] = []
@@ -362,7 +364,7 @@ def clock(environment: None, monkeypatch: pytest.MonkeyPatch) -> Clock:
         (10**6, 20, 71),  # MAX_TRIES
     ],
 )
-def test_retries_end_at_the_deadline_and_at_the_largest_number(
+def test_retries_stop_at_the_deadline_or_after_max_tries(
     s3: S3Storage,
     proxy: FaultProxy,
     clock: Clock,
@@ -379,7 +381,7 @@ def test_retries_end_at_the_deadline_and_at_the_largest_number(
     assert proxy.requests == proxy.injected["error"] == tries
 
 
-def test_an_upload_that_failed_is_not_aborted_forever(s3: S3Storage, proxy: FaultProxy, clock: Clock) -> None:
+def test_aborting_a_failed_upload_has_a_deadline(s3: S3Storage, proxy: FaultProxy, clock: Clock) -> None:
     def failing() -> Iterator[memoryview]:
         yield from pieces(DATA[:PART], PART)
         raise ValueError("no more")
@@ -387,7 +389,7 @@ def test_an_upload_that_failed_is_not_aborted_forever(s3: S3Storage, proxy: Faul
     proxy.set({"error": 1.0}, only="DELETE .*uploadId=")
     with pytest.raises(ValueError, match="no more"):
         s3.write_stream("key", failing(), len(DATA))
-    # 19 s are spent, and the next try would start later than STALL_S.
+    # 19 s have passed, and the next try would start after STALL_S.
     assert clock.pauses_s == [1.0, 2.0, 4.0, 4.0, 4.0, 4.0]
     assert proxy.injected["error"] == 7
 
@@ -396,7 +398,7 @@ def test_an_upload_that_failed_is_not_aborted_forever(s3: S3Storage, proxy: Faul
 def test_an_untrusted_certificate_is_not_retried(
     is_tls: bool, s3: S3Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other errors of TLS are: here the server does not speak it."""
+    """Other TLS errors are retried: here, the server does not support TLS."""
     certificate = self_signed(tmp_path) if is_tls else None
     monkeypatch.setattr(s3_module, "MAX_TRIES", 4)
     with counting_server(certificate) as (port, connections):
@@ -435,7 +437,7 @@ def counting_server(certificate: Path | None) -> Iterator[tuple[int, list[str]]]
 
 
 def self_signed(folder: Path) -> Path:
-    """A file with a certificate for 127.0.0.1 that nobody trusts, and its key."""
+    """Write a file with an untrusted certificate for 127.0.0.1 and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.now(UTC)
@@ -459,7 +461,7 @@ def self_signed(folder: Path) -> Path:
     return file
 
 
-def test_mistakes_are_not_repeated(s3: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_errors_are_not_retried(s3: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_module, "FIRST_PAUSE_S", 10**6)
     with pytest.raises(StorageError, match="there is no bucket"):
         S3Storage("no-such-bucket", "").write_stream("key", pieces(DATA, PART), len(DATA))
@@ -470,7 +472,7 @@ def test_mistakes_are_not_repeated(s3: S3Storage, monkeypatch: pytest.MonkeyPatc
 # Objects in parts
 
 
-def test_an_upload_holds_one_part_and_shows_nothing_before_its_end(s3: S3Storage, direct: Any) -> None:
+def test_an_upload_holds_one_part_and_is_invisible_until_complete(s3: S3Storage, direct: Any) -> None:
     def watched() -> Iterator[memoryview]:
         for number, piece in enumerate(pieces(DATA, PART)):
             assert not s3.exists("key")
@@ -485,7 +487,7 @@ def test_an_upload_holds_one_part_and_shows_nothing_before_its_end(s3: S3Storage
     assert unfinished(direct, s3) == []
 
 
-def test_a_buffer_that_is_used_again(s3: S3Storage) -> None:
+def test_chunks_may_share_a_buffer(s3: S3Storage) -> None:
     buffer = bytearray(1_000_003)
 
     def reused() -> Iterator[memoryview]:
@@ -497,14 +499,14 @@ def test_a_buffer_that_is_used_again(s3: S3Storage) -> None:
     assert s3.read("key") == DATA
 
 
-def test_pieces_may_hold_numbers(s3: S3Storage) -> None:
+def test_chunks_may_hold_numbers(s3: S3Storage) -> None:
     values = np.arange(PART // 4 + 5, dtype=np.float32)
     s3.write_stream("key", [values[:7].data, values[7:].data], values.nbytes)
     assert s3.read("key") == values.tobytes()
 
 
 class Stop(KeyboardInterrupt):
-    """As Ctrl-C, but nobody else's."""
+    """Like Ctrl-C, but only raised by this test."""
 
 
 @pytest.mark.parametrize("end", [ValueError("no more"), Stop()])
@@ -521,7 +523,7 @@ def test_an_upload_whose_source_fails_is_aborted(end: BaseException, s3: S3Stora
 
 @pytest.mark.parametrize("size", [10, len(DATA)])
 @pytest.mark.parametrize("too_much", [-1, 1])
-def test_pieces_that_do_not_add_up(size: int, too_much: int, s3: S3Storage, direct: Any) -> None:
+def test_chunks_that_do_not_add_up(size: int, too_much: int, s3: S3Storage, direct: Any) -> None:
     data = DATA[: size - 1] + bytes(1 + too_much)
     hold = "more" if too_much == 1 else str(size - 1)
     with pytest.raises(StorageError, match=f"key: expected {size} bytes, the chunks hold {hold}"):

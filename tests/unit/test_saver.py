@@ -1,4 +1,4 @@
-"""The rank's side of a save: a writer that does not start costs the save, not the run."""
+"""The rank's side of a save: a failed writer fails the save, not the run."""
 
 import os
 import sys
@@ -48,19 +48,19 @@ def manifest(step: int = 3) -> Manifest:
 
 def saved(saver: Saver, step: int = 3) -> SaveResult:
     saver.begin(manifest(step), FOLDERS)
-    outcome = saver.wait()
-    assert outcome is not None
-    return outcome
+    result = saver.wait()
+    assert result is not None
+    return result
 
 
-def test_a_save_is_what_was_there_when_it_began(world: World, tmp_path: Path) -> None:
+def test_a_save_holds_the_state_at_its_start(world: World, tmp_path: Path) -> None:
     owned = partition()
     saver = Saver(world, str(tmp_path), [owned], CheckpointConfig())
     saver.begin(manifest(), FOLDERS)
-    owned.buffers[MASTER].fill_(-1)  # training goes on
-    outcome = saver.wait()
-    assert outcome is not None
-    assert (outcome.problem, outcome.dropped) == ("", ())
+    owned.buffers[MASTER].fill_(-1)  # training continues
+    result = saver.wait()
+    assert result is not None
+    assert (result.problem, result.dropped) == ("", ())
     root = open_storage(tmp_path)
     assert committed(root) == [CHECKPOINT]
     assert Checkpoint(root, CHECKPOINT).read(MASTER, "w", 0, 6).tolist() == [0, 1, 2, 3, 4, 5]
@@ -73,9 +73,9 @@ def test_retention_keeps_what_the_configuration_says(world: World, tmp_path: Pat
     dropped: list[str] = []
     for step in range(3, 22, 3):
         saver.begin(manifest(step), FOLDERS)
-        outcome = saver.wait()
-        assert outcome is not None
-        dropped += outcome.dropped
+        result = saver.wait()
+        assert result is not None
+        dropped += result.dropped
     assert committed(open_storage(tmp_path)) == [id_of(step) for step in (21, 18, 9)]
     assert dropped == [id_of(step).path() for step in (3, 6, 12, 15)]
     saver.close()
@@ -89,7 +89,7 @@ def test_a_snapshot_has_room_for_every_element_in_fp32(world: World, tmp_path: P
     saver.close()
 
 
-def test_a_checkpoint_takes_the_record_along(world: World, tmp_path: Path) -> None:
+def test_a_checkpoint_carries_the_record(world: World, tmp_path: Path) -> None:
     record = tmp_path / "run" / "metrics.jsonl"
     record.parent.mkdir()
     record.write_text('{"step": 3}\n')
@@ -104,7 +104,7 @@ def test_a_checkpoint_takes_the_record_along(world: World, tmp_path: Path) -> No
     saver.close()
 
 
-def test_a_rank_without_a_save_says_that_nothing_is_at_work(world: World, tmp_path: Path) -> None:
+def test_a_rank_without_a_save_is_not_busy(world: World, tmp_path: Path) -> None:
     saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
     assert saver.flags() == (False, False)
     assert saved(saver).problem == ""
@@ -112,7 +112,7 @@ def test_a_rank_without_a_save_says_that_nothing_is_at_work(world: World, tmp_pa
     saver.close()
 
 
-def test_a_rank_does_not_wait_for_its_writer_when_it_votes(
+def test_a_rank_votes_without_waiting_for_its_writer(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits_s: list[float] = []
@@ -129,7 +129,7 @@ def test_a_rank_does_not_wait_for_its_writer_when_it_votes(
     saver.close()
 
 
-def test_a_writer_that_died_before_it_was_asked_costs_the_save_alone(
+def test_a_writer_that_died_before_the_request_fails_only_the_save(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -145,7 +145,7 @@ def test_a_writer_that_died_before_it_was_asked_costs_the_save_alone(
 
 
 @pytest.mark.parametrize("lives_s", [0, 0.5])
-def test_a_writer_that_does_not_start_costs_the_save_alone(
+def test_a_writer_that_does_not_start_fails_only_the_save(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives_s: float
 ) -> None:
     with monkeypatch.context() as patch:
@@ -160,9 +160,7 @@ def test_a_writer_that_does_not_start_costs_the_save_alone(
     saver.close()
 
 
-def test_a_save_that_takes_too_long_has_failed(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_fails_at_its_deadline(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(savers, "WRITER", (sys.executable, "-c", "import time; time.sleep(1000)"))
         saver = Saver(world, str(tmp_path), [partition()], CheckpointConfig(deadline_s=0.2))
@@ -170,8 +168,8 @@ def test_a_save_that_takes_too_long_has_failed(
     saver.close()
 
 
-def test_a_name_that_another_process_took_is_left_as_it_is(world: World, tmp_path: Path) -> None:
-    """Told as final: to try the same name again would fail again, and the next step has another one."""
+def test_a_name_taken_by_another_process_is_not_overwritten(world: World, tmp_path: Path) -> None:
+    """The result is final: a retry under the same name would fail again, but the next step has a new name."""
     theirs = Saver(world, str(tmp_path), [partition()], CheckpointConfig())
     assert saved(theirs).problem == ""
     theirs.close()
@@ -180,12 +178,12 @@ def test_a_name_that_another_process_took_is_left_as_it_is(world: World, tmp_pat
     saver = Saver(world, str(tmp_path), [ours], CheckpointConfig())
     assert (saved(saver).problem, saved(saver).is_final) == ("", False), "the same one again is ours"
     ours.buffers[MASTER].fill_(-1)
-    outcome = saved(saver)
-    assert outcome.is_final
-    assert outcome.problem.startswith(f"rank 0: {tmp_path}/{CHECKPOINT.path()} has a manifest already")
+    result = saved(saver)
+    assert result.is_final
+    assert result.problem.startswith(f"rank 0: {tmp_path}/{CHECKPOINT.path()} has a manifest already")
     assert {path: path.read_bytes() for path in (tmp_path / CHECKPOINT.path()).iterdir()} == before
     saver.begin(manifest(6), FOLDERS)
-    outcome = saver.wait()
-    assert outcome is not None
-    assert (outcome.problem, outcome.is_final) == ("", False)
+    result = saver.wait()
+    assert result is not None
+    assert (result.problem, result.is_final) == ("", False)
     saver.close()

@@ -1,4 +1,4 @@
-"""JSON with a digest of itself: its bytes, what is refused, and what earlier versions wrote."""
+"""JSON with a digest of itself: its bytes, what is refused, and files of earlier versions."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def test_the_digest_is_of_all_bytes_before_its_comma() -> None:
 
 
 @given(TREES, st.sampled_from([None, 1]), st.sampled_from(["sha256", "record_sha256"]), st.data())
-def test_what_is_sealed_comes_back_or_is_refused(
+def test_sealed_objects_round_trip_or_are_refused(
     tree: dict[str, object], indent: int | None, key: str, data: st.DataObject
 ) -> None:
     whole = sealed(tree, indent, key)
@@ -45,7 +45,7 @@ def test_what_is_sealed_comes_back_or_is_refused(
 
 
 @given(TREES)
-def test_what_was_never_sealed_is_read_where_it_may_be(tree: dict[str, object]) -> None:
+def test_unsealed_objects_are_read_by_unseal_any(tree: dict[str, object]) -> None:
     for data in (json.dumps(tree).encode(), json.dumps(tree, indent=1).encode() + b"\n"):
         assert unseal_any(data, "here", DataError) == (tree, False)
         with pytest.raises(CheckpointError, match=r"here is damaged \(its SHA-256 is wrong\)"):
@@ -53,7 +53,7 @@ def test_what_was_never_sealed_is_read_where_it_may_be(tree: dict[str, object]) 
 
 
 def test_a_sealed_file_that_was_edited_is_refused() -> None:
-    """Also when an editor has put it into another form."""
+    """Even if an editor has reformatted it."""
     tree = json.loads(sealed({"scale": 1.0})) | {"scale": 2.0}
     for text in (
         json.dumps(tree),
@@ -65,13 +65,13 @@ def test_a_sealed_file_that_was_edited_is_refused() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\xff"])
-def test_what_is_no_object_is_refused(data: bytes) -> None:
+def test_other_json_is_refused(data: bytes) -> None:
     with pytest.raises(DataError, match="here"):
         unseal_any(data, "here", DataError)
 
 
 def test_the_bytes_of_a_listing() -> None:
-    """The digest of the arrays, made again as docs/formats.md describes it."""
+    """The digest of the arrays, recomputed as docs/formats.md describes it."""
     arrays = {"b": np.array([1, 2, 3, 4], np.int64), "a": np.array([5], np.uint8)}
     data = pack({"kind": "x"}, arrays)
     digest = hashlib.sha256(b"a\0|u1\0(1,)\0" + b"\5" + b"b\0<i8\0(4,)\0" + arrays["b"].tobytes()).hexdigest()
@@ -81,7 +81,7 @@ def test_the_bytes_of_a_listing() -> None:
     assert {name: array.tolist() for name, array in found.items()} == {"a": [5], "b": [1, 2, 3, 4]}
 
 
-def test_what_supervisors_tell_each_other(tmp_path: Path) -> None:
+def test_board_objects_are_sealed(tmp_path: Path) -> None:
     board = Board(open_storage(tmp_path))
     member = member_of("node0")
     board.join(1, member)

@@ -1,4 +1,4 @@
-"""The latent data set's bytes: indexes, samples, ids, damage that is found, the cache of remote shards."""
+"""The bytes of a latent data set: indexes, samples, ids, detected damage, the cache of remote shards."""
 
 import hashlib
 import json
@@ -74,7 +74,7 @@ def test_index_bytes_are_as_documented() -> None:
 
 
 @pytest.mark.parametrize("at", [0, 7, 8, 11, 12, 15, 16, 19, 24, 31, 48, 71])
-def test_a_flipped_bit_of_an_index_is_found(at: int) -> None:
+def test_a_flipped_bit_of_an_index_is_detected(at: int) -> None:
     data = bytearray(write_index(np.array([(1, 2, 3, 4, 5), (6, 7, 8, 9, 10)], RECORD)))
     data[at] ^= 4
     with pytest.raises(DataError, match="here"):
@@ -93,7 +93,7 @@ def test_sample_round_trip_shares_the_bytes() -> None:
     assert not array.flags.writeable
 
 
-def test_a_sample_is_checked_before_it_is_understood() -> None:
+def test_a_sample_is_verified_before_it_is_parsed() -> None:
     npy = encode_sample(np.zeros((2, 8, 4, 4), np.float16))
     with pytest.raises(DataError, match="shard 00001, sample 3: expected CRC-32C"):
         decode_sample(npy, google_crc32c.value(npy) ^ 1, "shard 00001, sample 3")
@@ -175,7 +175,7 @@ def test_an_index_of_another_encoding_is_an_error(copy: Path, no_pauses: None) -
         LatentDataset.open(copy).read(16)
 
 
-def test_what_is_no_finished_data_set_says_so(copy: Path, tmp_path: Path) -> None:
+def test_an_unfinished_data_set_is_explained(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"not a latent data set; make one with"):
         read_info(open_storage(tmp_path / "nothing"))
     edit_info(copy, version=2)
@@ -210,7 +210,7 @@ def test_a_shard_is_a_pure_function_of_its_rows(finished: Path) -> None:
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
 
 
-def test_rows_that_are_not_finite_join_the_quarantine() -> None:
+def test_rows_that_are_not_finite_are_quarantined() -> None:
     moments = np.zeros((2, 8, 2, 2), np.float16)
     moments[1, 3, 0, 0] = np.inf
     good = IndexRow(0, "a.png", 0, np.zeros((2, 8, 2, 2), np.float16))
@@ -254,7 +254,7 @@ Change = Callable[[int, bytes], bytes]
 
 
 def when_reading(storage: Storage, change: Change, method: str) -> list[str]:
-    """Let `change` see each answer and its number; returns the growing list of keys that were asked for."""
+    """Pass each answer and its number through `change`. Returns the growing list of requested keys."""
     keys: list[str] = []
     real = getattr(storage, method)
 
@@ -270,7 +270,7 @@ def flipped(data: bytes) -> bytes:
     return data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
 
 
-def test_a_remote_sample_is_a_range_until_its_shard_is_in_the_cache(
+def test_a_remote_sample_is_read_as_a_range_until_its_shard_is_cached(
     remote: Storage, finished: Path, tmp_path: Path
 ) -> None:
     here, there = LatentDataset.open(finished), LatentDataset(remote, tmp_path)
@@ -287,7 +287,7 @@ def test_a_remote_sample_is_a_range_until_its_shard_is_in_the_cache(
     assert keys == []
 
 
-def test_what_came_wrong_is_asked_for_again(remote: Storage, tmp_path: Path, no_pauses: None) -> None:
+def test_wrong_bytes_are_read_again(remote: Storage, tmp_path: Path, no_pauses: None) -> None:
     dataset = LatentDataset(remote, tmp_path)
     indexes = when_reading(remote, lambda n, data: data if n == 3 else flipped(data), "read")
     ranges = when_reading(remote, lambda n, data: data if n == 3 else flipped(data), "read_range")
@@ -295,7 +295,9 @@ def test_what_came_wrong_is_asked_for_again(remote: Storage, tmp_path: Path, no_
     assert (indexes, ranges) == (["shards/00001.idx"] * 3, ["shards/00001.tar"] * 3)
 
 
-def test_what_stays_wrong_is_an_error_that_names_it(remote: Storage, tmp_path: Path, no_pauses: None) -> None:
+def test_bytes_that_are_wrong_every_time_are_an_error(
+    remote: Storage, tmp_path: Path, no_pauses: None
+) -> None:
     dataset = LatentDataset(remote, tmp_path)
     ranges = when_reading(remote, lambda _, data: flipped(data), "read_range")
     with pytest.raises(DamagedError, match=r"shard 00001, sample 20: expected CRC-32C .*, 4 times"):
@@ -312,7 +314,7 @@ def test_what_stays_wrong_is_an_error_that_names_it(remote: Storage, tmp_path: P
     ],
     ids=["flipped", "zeroed", "truncated"],
 )
-def test_a_damaged_copy_in_the_cache_is_found_dropped_and_made_up_for(
+def test_a_damaged_cached_copy_is_dropped_and_read_from_the_storage(
     remote: Storage, finished: Path, tmp_path: Path, damage: Callable[[Path, int], None]
 ) -> None:
     expected = LatentDataset.open(finished).read(20)[0]
@@ -336,7 +338,7 @@ def views_of(dataset: LatentDataset, ids: list[int]) -> tuple[np.ndarray, np.nda
 
 
 @pytest.mark.parametrize("where", ["disk", "storage", "cache", "cache in part"])
-def test_many_views_are_those_of_one_sample_at_a_time(
+def test_reading_many_views_equals_reading_one_sample_at_a_time(
     remote: Storage, finished: Path, tmp_path: Path, where: str
 ) -> None:
     here = LatentDataset.open(finished)
@@ -364,8 +366,8 @@ def test_damaged_samples_among_many_are_named(copy: Path, no_pauses: None) -> No
         assert np.array_equal(out[row], expected[0][row])
 
 
-def test_an_array_with_another_header_is_read_all_the_same(tmp_path: Path) -> None:
-    """Other programs may write the same array with more padding, or with its keys in another order."""
+def test_an_array_with_another_header_can_be_read(tmp_path: Path) -> None:
+    """Other programs may write the same array with more padding or another order of the keys."""
     moments = np.arange(2 * 8 * 4 * 4).reshape(2, 8, 4, 4).astype("<f2")
     header = "{'shape': (2, 8, 4, 4), 'fortran_order': False, 'descr': '<f2'}"
     npys = [
@@ -387,7 +389,7 @@ def test_an_array_with_another_header_is_read_all_the_same(tmp_path: Path) -> No
     assert np.array_equal(out, moments)
 
 
-def test_what_is_being_read_can_be_asked(copy: Path) -> None:
+def test_the_current_read_is_reported(copy: Path) -> None:
     dataset = LatentDataset.open(copy)
     assert dataset.waits_for() == ""
     seen: list[str] = []

@@ -1,4 +1,4 @@
-"""Storage on disk and on S3: the same behaviour, whole objects, one winner, clear errors."""
+"""Storage on disk and on S3: same behaviour, atomic writes, one winner, clear errors."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return open_storage(tmp_path / "set") if request.param == "disk" else request.getfixturevalue("s3")
 
 
-def test_an_object_comes_back_as_it_was_put(storage: Storage) -> None:
+def test_an_object_round_trip(storage: Storage) -> None:
     data = bytes(range(256)) * 33
     storage.write("shards/00000.tar", data)
     assert storage.read("shards/00000.tar") == data
@@ -55,7 +55,7 @@ def test_list_is_by_prefix_and_sorted(storage: Storage) -> None:
     assert storage.list("nothing/") == []
 
 
-def test_what_is_not_there(storage: Storage) -> None:
+def test_missing_objects(storage: Storage) -> None:
     assert not storage.exists("nothing")
     for action in (storage.read, storage.size, lambda key: storage.read_range(key, 0, 1)):
         with pytest.raises(MissingKeyError, match="nothing"):
@@ -85,7 +85,7 @@ def test_write_new_has_one_winner(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", ".", "a\0b"])
-def test_keys_do_not_leave_the_url(storage: Storage, key: str) -> None:
+def test_keys_cannot_leave_the_url(storage: Storage, key: str) -> None:
     for action in (storage.read, storage.exists, storage.delete, storage.local_path):
         with pytest.raises(StorageError, match="expected a relative path"):
             action(key)
@@ -112,7 +112,7 @@ def test_boto3_is_imported_only_for_s3() -> None:
     assert ran.stdout == "False False\n"
 
 
-def test_a_failed_write_leaves_the_old_object_and_no_litter(
+def test_a_failed_write_leaves_the_old_object_and_no_temporary_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = DiskStorage(tmp_path)
@@ -130,7 +130,9 @@ def test_a_failed_write_leaves_the_old_object_and_no_litter(
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
-def test_disk_writes_are_synced_before_they_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_writes_are_synced_before_they_are_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
     for name in ("fsync", "replace", "link"):
         real = getattr(os, name)
@@ -148,7 +150,7 @@ def test_a_writer_in_progress_is_not_listed(tmp_path: Path) -> None:
 
 
 class _FaultyS3(BaseHTTPRequestHandler):
-    """Answers every GET with 1000 bytes, but breaks the first `faults` bodies off in the middle."""
+    """Answers every GET with 1000 bytes, but cuts off the first `faults` bodies in the middle."""
 
     body = bytes(1000)
     faults = 0
@@ -183,14 +185,14 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[_FaultyS3], S
     server.server_close()
 
 
-def test_a_body_that_breaks_off_is_read_again(faulty: tuple[type[_FaultyS3], S3Storage]) -> None:
+def test_a_truncated_body_is_read_again(faulty: tuple[type[_FaultyS3], S3Storage]) -> None:
     handler, remote = faulty
     handler.faults = 3
     assert remote.read("key") == bytes(1000)
     assert handler.requests == 4
 
 
-def test_a_body_that_always_breaks_off_is_an_error(
+def test_a_body_that_is_always_truncated_is_an_error(
     faulty: tuple[type[_FaultyS3], S3Storage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler, remote = faulty
@@ -204,7 +206,7 @@ def test_a_body_that_always_breaks_off_is_an_error(
     assert "very-secret" not in str(caught.value)
 
 
-def test_s3_mistakes_are_named(s3: S3Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_s3_user_errors_are_explained(s3: S3Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     absent = S3Storage("no-such-bucket", "")
     with pytest.raises(StorageError, match="there is no bucket 'no-such-bucket'"):
         absent.write("key", b"x")

@@ -1,4 +1,4 @@
-"""Verification of a data set: what is sound, every kind of damage by its name, and what it takes."""
+"""Verification of a data set: sound data, every kind of damage, and the memory that it needs."""
 
 import io
 import json
@@ -40,18 +40,18 @@ def test_a_sound_data_set(finished: Path) -> None:
     assert sound(info) == "sound: 20 samples in 4 shards, 10 classes, 0 of 20 inputs quarantined"
 
 
-def test_statistics_are_those_of_all_samples_at_once(finished: Path) -> None:
+def test_statistics_equal_those_of_all_samples_together(finished: Path) -> None:
     dataset = LatentDataset.open(finished)
     moments = np.stack([dataset.read(sample_id)[0] for sample_id in range(len(dataset))])
     mean, std = np.split(moments.astype(np.float64), 2, axis=2)
     axes = (0, 1, 3, 4)
-    # the variance of means that differ, and that of each posterior
+    # the variance of the means plus that of each posterior
     variance = mean.var(axis=axes) + (std**2).mean(axis=axes)
     assert np.allclose(dataset.info.channel_mean, mean.mean(axis=axes), rtol=0, atol=1e-8)
     assert np.allclose(dataset.info.channel_std, np.sqrt(variance), rtol=0, atol=1e-8)
 
 
-def test_quarantined_inputs_take_the_places_between_samples(tmp_path: Path) -> None:
+def test_quarantined_inputs_fill_the_gaps_between_samples(tmp_path: Path) -> None:
     write_latents(tmp_path, num=20, shard_samples=6)
     item = {"key": 20, "path": "a.png", "reason": "no picture"}
     source = json.loads((tmp_path / INFO_KEY).read_text())["source"]
@@ -134,7 +134,7 @@ TOO_LARGE = "expected a label below 2, got 2"
         ),
     ],
 )  # fmt: skip
-def test_what_dataset_json_says_must_fit(copy: Path, change: dict[str, Any], expected: str) -> None:
+def test_dataset_json_must_match_the_data(copy: Path, change: dict[str, Any], expected: str) -> None:
     edit_info(copy, **change)
     assert problems(copy)[0].startswith(expected)
 
@@ -156,7 +156,7 @@ def test_shards_out_of_order(copy: Path) -> None:
     assert problems(copy) == ["keys: expected every key once and in the order of the listing"]
 
 
-def test_no_sample_at_all(tmp_path: Path) -> None:
+def test_no_samples(tmp_path: Path) -> None:
     write_latents(tmp_path, num=0)
     assert problems(tmp_path) == ["count: no samples"]
 
@@ -183,14 +183,14 @@ def test_dataset_json_of_an_earlier_version_is_read_with_a_note(copy: Path) -> N
     assert note.startswith(f"{copy}/dataset.json has no digest, because")
 
 
-def test_what_is_no_finished_data_set(copy: Path) -> None:
+def test_an_unfinished_data_set(copy: Path) -> None:
     (copy / INFO_KEY).unlink()
     with pytest.raises(DataError, match="not a latent data set"):
         verify(open_storage(copy))
 
 
 class Refusing(DiskStorage):
-    """A storage that gives no answer for one key."""
+    """A storage that does not answer for one key."""
 
     def read(self, key: str) -> bytes:
         if key == "shards/00002.idx":
@@ -198,16 +198,16 @@ class Refusing(DiskStorage):
         return super().read(key)
 
 
-def test_a_storage_that_does_not_answer_is_no_damage(finished: Path) -> None:
+def test_an_unavailable_storage_is_no_damage(finished: Path) -> None:
     with pytest.raises(UnavailableError, match="no answer"):
         verify(Refusing(finished), 2)
 
 
-# What it takes
+# Resources
 
 
 class Counted(bytes):
-    """Bytes of a tar; how many of them are in memory."""
+    """The bytes of a tar, counting the instances in memory."""
 
     lock = threading.Lock()
     alive = most = 0
@@ -223,7 +223,7 @@ class Counted(bytes):
 
 
 class Counting(DiskStorage):
-    """A folder that counts the tars in memory, read when as many threads want one as there are."""
+    """A folder that counts the tars in memory; reads wait until every thread wants one."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         super().__init__(folder)
@@ -245,7 +245,7 @@ def test_as_many_shards_in_memory_as_threads(finished: Path, threads: int) -> No
     assert (Counted.alive, Counted.most) == (0, threads)
 
 
-def test_a_bar_on_a_terminal_and_nothing_elsewhere(finished: Path) -> None:
+def test_a_progress_bar_only_on_a_terminal(finished: Path) -> None:
     said = io.StringIO()
     verify(open_storage(finished), 2, Console(file=said))
     assert said.getvalue() == ""

@@ -1,4 +1,4 @@
-"""The writer's requests and replies: what fails is told to the rank, which decides."""
+"""Requests and replies of the writer: it reports failures to the rank, which decides how to react."""
 
 import io
 import json
@@ -22,7 +22,7 @@ REQUEST = {"do": "write", "checkpoint": asdict(CHECKPOINT), "folders": {CHECKPOI
 
 
 class FailingDisk(DiskStorage):
-    """The first file does not come to be."""
+    """A disk on which the first writes fail."""
 
     def __init__(self, folder: Path, errors: list[BaseException]) -> None:
         super().__init__(folder)
@@ -45,7 +45,7 @@ class FailingDisk(DiskStorage):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_fails_is_told_and_the_next_request_is_answered(
+def test_a_failure_is_reported_and_the_next_request_is_answered(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -69,7 +69,7 @@ ARGUMENTS = {"rank": "0", "memory": "3", "memory-bytes": "8", "parent": "1", "ro
 
 
 @pytest.mark.parametrize("missing", ARGUMENTS)
-def test_it_does_not_start_without_an_argument(
+def test_all_arguments_are_required(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
     given = [f"--{name}={value}" for name, value in ARGUMENTS.items() if name != missing]

@@ -97,7 +97,8 @@ class Listing:
         if self.archive_numbers is None or self.starts is None or self.sizes is None:
             return Entry(row, path, label)
         archive = self.archives[self.archive_numbers[row]].name
-        return Entry(row, path, label, archive, int(self.starts[row]), int(self.sizes[row]))
+        start, size = int(self.starts[row]), int(self.sizes[row])
+        return Entry(row, path, label, archive=archive, start=start, size=size)
 
     @cached_property
     def sha256(self) -> str:

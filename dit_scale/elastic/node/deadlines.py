@@ -29,7 +29,7 @@ class Deadlines:
     restore_s: float = 600.0
     """One tensor, or finding the newest checkpoint. A storage request gives up long before."""
     restored_s: float = 3600.0
-    """Until the slowest rank has read its part."""
+    """Seconds until the slowest rank has read its part."""
     save_s: float = 120.0
     """Between two votes on a commit: a copy of the state, or a pause of at most a minute before a retry."""
     data_s: float = 300.0 + LEAVE_S
