@@ -144,7 +144,7 @@ def test_a_disk_that_cannot_be_written_to(folder: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2**20) as disk:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         error = encode(folder, disk / "set")
-        assert "Read-only file system; choose a folder that can be written" in error
+        assert "Read-only file system; choose a writable folder" in error
         assert "starting Ray" not in error
 
 

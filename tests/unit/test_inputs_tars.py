@@ -32,7 +32,7 @@ class Memory(DiskStorage):
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         if start + length > len(self._data):
-            raise StorageError("the object is shorter than it was")
+            raise StorageError("the object is truncated")
         return self._data[start : start + length]
 
     def size(self, key: str) -> int:
