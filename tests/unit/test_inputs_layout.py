@@ -384,7 +384,7 @@ def test_classes_and_their_numbers_of_images_are_said(tmp_path: Path) -> None:
     assert said(few_classes) == [
         "3 images of 3 classes: class_folders",
         "images per class: n01 (1), n02 (1), n03 (1)",
-        "ignored, not images of a class: 1 (.git[b]/)",
+        "ignored files and folders: 1 (.git[b]/)",
     ]
 
 
