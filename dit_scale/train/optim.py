@@ -43,7 +43,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
         return torch.optim.AdamW(parameters, fused=True, **settings)
     if device.type != "cuda":
         raise DeviceError(
-            f"optimizer.implementation={config.implementation} needs CUDA, this is a {device.type}; use torch"
+            f"optimizer.implementation={config.implementation} needs CUDA, but the device is "
+            f"{device.type}; use torch"
         )
     if config.implementation == "deepspeed":
         from deepspeed.ops.adam import FusedAdam as DeepSpeedFusedAdam

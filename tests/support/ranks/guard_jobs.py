@@ -45,9 +45,9 @@ def heavy_sample(batch: MicroBatch, bad_B: torch.Tensor) -> MicroBatch:
 
 
 @contextmanager
-def infinite_gradient(step: Trainer) -> Iterator[None]:
+def infinite_gradient(trainer: Trainer) -> Iterator[None]:
     """Damage one parameter's gradient on this rank; the loss stays the same."""
-    bias = step.engine.module.final_layer.linear.bias
+    bias = trainer.engine.module.final_layer.linear.bias
     handle = bias.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     yield
     handle.remove()
@@ -93,23 +93,23 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
 
     plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
     dataset = LatentDataset.open(config.data.url)
-    step = Trainer(config, world, plan, dataset.info.vae.scale)
-    step.start()
+    trainer = Trainer(config, world, plan, dataset.info.vae.scale)
+    trainer.start()
 
     def take(number: int, harm: Harm = no_harm) -> list[float]:
         loader = Loader(dataset, config.data, plan, rank=world.rank, seed=config.seed, first_step=number)
         bad = number * config.global_batch + BAD_SAMPLE
         batches = (harm(batch, (batch.position_B == bad) & (batch.weight_B > 0)) for batch in loader)
-        row: list[float] = step.take(batches, number).tolist()
+        row: list[float] = trainer.take(batches, number).tolist()
         loader.close()
         return row
 
     def take_failing(harm: Harm = no_harm) -> list[float]:
-        before, updates_before = owned_bits(step), updates(step)
+        before, updates_before = owned_bits(trainer), updates(trainer)
         row = take(1, harm)
-        after = owned_bits(step)
+        after = owned_bits(trainer)
         assert same_optimizer_state(after, before)
-        assert updates(step) == updates_before
+        assert updates(trainer) == updates_before
         for kind, *where in before:
             if kind == MASTER:
                 masters, averages = before[MASTER, *where], before["ema.constant", *where]
@@ -118,36 +118,36 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
         return row
 
     first = take(0)
-    start, guard = owned_bits(step), step.guard.state()
+    start, guard = owned_bits(trainer), trainer.guard.state()
     alone = take(1)
-    end = owned_bits(step)
+    end = owned_bits(trainer)
 
-    kinds = step.engine.owned[0].buffers
-    fill(step.engine.owned, kinds, lambda kind, parameter, first, _: start[kind, parameter, first])
-    step.resume(guard)
+    kinds = trainer.engine.owned[0].buffers
+    fill(trainer.engine.owned, kinds, lambda kind, parameter, first, _: start[kind, parameter, first])
+    trainer.resume(guard)
     failed = [take_failing(nan_in_the_latent)]
-    with infinite_gradient(step) if world.rank == world.size - 1 else nullcontext():
+    with infinite_gradient(trainer) if world.rank == world.size - 1 else nullcontext():
         failed.append(take_failing())
     failed.append(take_failing(heavy_sample))
     after = take(1)
     assert after == alone
-    assert same_optimizer_state(owned_bits(step), end)
-    assert updates(step) == {2.0}
-    parameters = list(step.engine.module.parameters())
+    assert same_optimizer_state(owned_bits(trainer), end)
+    assert updates(trainer) == {2.0}
+    parameters = list(trainer.engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters):
         weights = torch.cat([parameter.detach().float().flatten() for parameter in parameters])
     return Outcome(
         [first, *failed, after],
-        step.guard.state(),
+        trainer.guard.state(),
         weights.cpu().numpy().tobytes(),
-        groups=len(step.engine.owned),
+        groups=len(trainer.engine.owned),
     )
 
 
-def owned_bits(step: Trainer) -> Bits:
+def owned_bits(trainer: Trainer) -> Bits:
     return {
         (kind, slice_.parameter, slice_.start): buffer.detach()[slice_.offset :][: slice_.length].clone()
-        for partition in step.engine.owned
+        for partition in trainer.engine.owned
         for kind, buffer in partition.buffers.items()
         for slice_ in partition.slices
     }
@@ -158,7 +158,7 @@ def same_optimizer_state(got: Bits, expected: Bits) -> bool:
     return all(torch.equal(got[key], expected[key]) for key in got if key[0] in OPTIMIZER_KINDS)
 
 
-def updates(step: Trainer) -> set[float]:
+def updates(trainer: Trainer) -> set[float]:
     """Return AdamW's step count of all partitions."""
-    state = step.engine._optimizer.state
-    return {state[partition.buffers[MASTER]]["step"].item() for partition in step.engine.owned}
+    state = trainer.engine._optimizer.state
+    return {state[partition.buffers[MASTER]]["step"].item() for partition in trainer.engine.owned}
