@@ -296,10 +296,10 @@ def _text(row: Row) -> str:
                 f"{where} with a stub of {row['stub_images_per_s']:.1f}: efficiency {row['efficiency']:.3f} "
                 f"over {row['images']} images; {row['device']}"
             )
-    beside = ", ".join(f"{value:.2f} {key.replace('_', ' ')}" for key, value in row.items() if "times" in key)
+    ratios = ", ".join(f"{value:.2f} {key.replace('_', ' ')}" for key, value in row.items() if "times" in key)
     return (
         f"{where}, {row['setting']}, batch {row['vae_batch']}: {row['share_of_matmul']:.1%} of "
-        f"{row['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s, {beside}; {row['device']}"
+        f"{row['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s, {ratios}; {row['device']}"
     )
 
 

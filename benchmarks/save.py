@@ -269,15 +269,15 @@ def share_of(owned: Iterable[Partition], rank: int, world: int) -> tuple[Partiti
     """Return what a rank would own at another world size: an equal part of each flat buffer."""
     shares = []
     for partition in owned:
-        kinds, whole = tuple(partition.buffers), next(iter(partition.buffers.values()))
-        length = -(-whole.numel() // world)
+        kinds, buffer = tuple(partition.buffers), next(iter(partition.buffers.values()))
+        length = -(-buffer.numel() // world)
         begin = rank * length
         slices = []
         for e in partition.slices:
             low, high = max(begin, e.offset), min(begin + length, e.offset + e.length)
             if low < high:
                 slices.append(ParameterSlice(e.parameter, e.start + low - e.offset, high - low, low - begin))
-        buffers = {kind: torch.empty(length, device=whole.device).zero_() for kind in kinds}
+        buffers = {kind: torch.empty(length, device=buffer.device).zero_() for kind in kinds}
         shares.append(Partition(buffers, tuple(slices)))
     return tuple(shares)
 

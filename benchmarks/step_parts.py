@@ -153,12 +153,12 @@ def profiled(take: Callable[[], object], steps: int) -> Operators:
 
 def show(title: str, times: Times, operators: Operators) -> None:
     """Print both tables."""
-    whole = median(times["step"])
+    step_s = median(times["step"])
     parts = {part: median(seconds) for part, seconds in times.items() if part != "step"}
-    parts["everything else"] = whole - sum(parts.values())
+    parts["everything else"] = step_s - sum(parts.values())
     caption = f"{cpu_name()}  " + " ".join(f"{name} {version}" for name, version in versions().items())
     console = Console(soft_wrap=True)
-    _print(console, title, "part of the step", {**parts, "whole step": whole}, whole)
+    _print(console, title, "part of the step", {**parts, "whole step": step_s}, step_s)
     total = sum(operators.values())
     shown = dict(list(operators.items())[:SHOWN_OPERATORS])
     shown[f"{len(operators) - len(shown)} others"] = total - sum(shown.values())
@@ -166,13 +166,13 @@ def show(title: str, times: Times, operators: Operators) -> None:
     console.print(caption, highlight=False)
 
 
-def _print(console: Console, title: str, kind: str, seconds: dict[str, float], whole: float) -> None:
+def _print(console: Console, title: str, kind: str, seconds: dict[str, float], step_s: float) -> None:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(kind, no_wrap=True)
     for column in ("ms", "share"):
         table.add_column(column, justify="right")
     for name, value in seconds.items():
-        table.add_row(name, f"{value * 1e3:.2f}", f"{value / whole:.1%}")
+        table.add_row(name, f"{value * 1e3:.2f}", f"{value / step_s:.1%}")
     console.print(table)
 
 

@@ -34,7 +34,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 
-# shellcheck does not see that traps call functions.
+# Traps call the functions below, which the linter does not see.
 # shellcheck disable=SC2317,SC2329
 # shellcheck source=/dev/null
 [ -z "${DIT_SCALE_ENV:-}" ] || source "$DIT_SCALE_ENV" || exit

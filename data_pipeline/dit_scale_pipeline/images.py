@@ -56,10 +56,10 @@ def decode(data: bytes) -> Image.Image:
 
 
 def _critical_chunks(data: bytes) -> bytes:
-    """A PNG without its ancillary chunks; anything else as it is. InputError when a checksum is wrong.
+    """Return a PNG without its ancillary chunks, and other data unchanged; InputError for a wrong checksum.
 
-    No ancillary chunk changes the color of a pixel, and some keep Pillow from reading sound pictures: it
-    decompresses texts and color profiles, and refuses large ones. Of checksums it skips the pixels' own.
+    Ancillary chunks do not change the color of a pixel, but Pillow rejects intact images with large
+    compressed texts or color profiles. Pillow also does not check the checksums of pixel chunks.
     """
     if not data.startswith(PNG_SIGNATURE):
         return data

@@ -145,7 +145,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.grid:
         check_output(args.grid, ".png")
     storage = open_storage(args.url)
-    # Names may hold brackets and colons, which are not markup.
+    # Names may contain brackets and colons, which are not markup.
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     info, problems = verify(storage, args.threads, console, _note)
     if args.json:

@@ -28,6 +28,7 @@ from dit_scale.train.run_folder import root_of_folder
 
 _DIGEST = "dit_scale_sha256"
 """Metadata key of an exported file: the SHA-256 of everything else in the file."""
+_OWN_MODEL = "defines its own model; omit --model, --image-size and --num-classes"
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ def open_source(path: str, ema: str | None = None, model: ModelConfig | None = N
     """
     if Path(path).is_file():
         return _from_file(Path(path), model)
+    _, open_newest = checkpoints_at(path)[0]
     if model is not None:
-        raise ConfigError(f"{path} defines its own model; omit --model, --image-size and --num-classes")
-    newest = checkpoints_at(path)[0][1]
-    return _from_checkpoint(newest(), ema)
+        raise ConfigError(f"{path} {_OWN_MODEL}")
+    return _from_checkpoint(open_newest(), ema)
 
 
 def checkpoints_at(path: str) -> list[tuple[str, Callable[[], Checkpoint]]]:
@@ -129,7 +130,7 @@ def _from_file(path: Path, model: ModelConfig | None) -> WeightsSource:
         raise WeightsError(f"{path} is damaged (SHA-256 mismatch); download or export it again")
     if "model" in metadata:
         if model is not None:
-            raise ConfigError(f"{path} defines its own model; omit --model, --image-size and --num-classes")
+            raise ConfigError(f"{path} {_OWN_MODEL}")
         model = ModelConfig.model_validate_json(metadata["model"])
     return WeightsSource(
         model=model or ModelConfig(),

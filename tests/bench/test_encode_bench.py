@@ -31,7 +31,7 @@ def test_every_part_has_a_row_with_device_and_versions(rows: dict[str, dict[str,
         assert {"torch", "ray", "pillow", "diffusers"} <= row["versions"].keys()
 
 
-def test_ratios_are_those_of_their_figures(rows: dict[str, dict[str, Any]]) -> None:
+def test_ratios_match_their_figures(rows: dict[str, dict[str, Any]]) -> None:
     decode, pipeline, encoder = rows.values()
     assert decode["ratio"] == pytest.approx(decode["images_per_s"] / decode["plain_images_per_s"])
     assert pipeline["efficiency"] == pytest.approx(pipeline["images_per_s"] / pipeline["stub_images_per_s"])

@@ -38,7 +38,7 @@ def test_every_size_is_read_by_both(rows: list[dict[str, Any]]) -> None:
         assert row["ratio"] == pytest.approx(row["samples_per_s"] / row["webdataset_samples_per_s"])
 
 
-def test_order_resume_and_cold_start_are_there(rows: list[dict[str, Any]]) -> None:
+def test_order_resume_and_cold_start(rows: list[dict[str, Any]]) -> None:
     assert [row["window_shards"] for row in of_kind(rows, "order") if row["ids_per_s"] > 0] == [0, 16]
     assert [row["position"] for row in of_kind(rows, "resume") if row["first_batch_s"] > 0] == [0, 10**12]
     (cold,) = of_kind(rows, "cold")

@@ -44,13 +44,13 @@ def test_the_state_is_all_that_a_checkpoint_holds(rows: list[dict[str, Any]]) ->
         assert row["state_bytes"] == pytest.approx(4 * COPIES * num_parameters(shape_of(model)), rel=1e-4)
 
 
-def test_the_stall_is_beside_a_plain_copy(rows: list[dict[str, Any]]) -> None:
+def test_the_stall_is_compared_to_a_plain_copy(rows: list[dict[str, Any]]) -> None:
     row = of_kind(rows, "stall")
     for name in ("take", "copy"):
         assert row[f"{name}_bytes_per_s"] == pytest.approx(row["state_bytes"] / row[f"{name}_s"])
 
 
-def test_steps_with_and_without_a_save_are_there(rows: list[dict[str, Any]]) -> None:
+def test_steps_with_and_without_a_save(rows: list[dict[str, Any]]) -> None:
     row = of_kind(rows, "step")
     assert row["quiet_s"] > 0
     assert 0 < row["save_s"] < row["beginning_s"]
@@ -64,7 +64,7 @@ def test_a_file_is_written_by_both(rows: list[dict[str, Any]]) -> None:
     assert row["write_s"] < row["verified_s"]
 
 
-def test_a_run_is_resumed_and_filled_in_at_two_world_sizes(rows: list[dict[str, Any]]) -> None:
+def test_a_run_is_resumed_and_read_at_two_world_sizes(rows: list[dict[str, Any]]) -> None:
     resume = of_kind(rows, "resume")
     assert all(resume[name] > 0 for name in ("built_s", "filled_s", "first_batch_s"))
     fills = [row for row in rows if row["what"] == "fill"]
@@ -73,7 +73,7 @@ def test_a_run_is_resumed_and_filled_in_at_two_world_sizes(rows: list[dict[str, 
         assert row["bytes_per_s"] == pytest.approx(row["state_bytes"] / row["fill_s"])
 
 
-def test_shares_of_ranks_are_the_whole() -> None:
+def test_shares_of_ranks_cover_everything() -> None:
     """Also if a parameter is split twice, and if the last rank owns less."""
     slices = (ParameterSlice("a", 5, 2, 0), ParameterSlice("b", 0, 7, 2), ParameterSlice("c", 3, 1, 9))
     whole = Partition({MASTER: torch.zeros(10)}, slices)
@@ -99,7 +99,7 @@ def test_nothing_is_left_behind(rows: list[dict[str, Any]], folder: Path) -> Non
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_is_refused() -> None:
+def test_a_missing_folder_is_refused() -> None:
     command = [sys.executable, str(SCRIPT), "--smoke", "--folder", "/nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0))
     assert done.returncode == 2

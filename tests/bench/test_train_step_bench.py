@@ -29,7 +29,7 @@ def rows(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_figures_are_positive_and_fit_together(rows: list[dict[str, Any]]) -> None:
+def test_figures_are_positive_and_consistent(rows: list[dict[str, Any]]) -> None:
     row = rows[1]
     for figure in ("step_s", "images_per_s", "model_flops_per_s", "matmul_flops_per_s", "share_of_matmul"):
         assert row[figure] > 0, figure
@@ -48,8 +48,8 @@ def test_settings_and_versions_are_in_the_row(rows: list[dict[str, Any]]) -> Non
     assert {"python", "deepspeed", "cuda"} <= set(row["versions"])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the backend is there with CUDA")
-def test_a_missing_backend_is_a_row_that_says_so(
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the backend is available with CUDA")
+def test_a_missing_backend_has_a_row_with_the_reason(
     rows: list[dict[str, Any]], done: subprocess.CompletedProcess[str]
 ) -> None:
     assert done.returncode == 0

@@ -105,7 +105,7 @@ def test_a_read_only_folder_is_refused_before_any_work(data: Path, tmp_path: Pat
     log = process.log.read_text()
     assert "Traceback" not in log
     assert f"cannot write {disk}/run/.writable-" in log
-    assert "Read-only file system; choose a folder that can be written" in log
+    assert "Read-only file system; choose a writable folder" in log
     assert not (tmp_path / "bucket/attempts").exists()
 
 

@@ -51,6 +51,7 @@ TESTS = {
     "checkpoint/reader.py": "golden/test_formats unit/test_checkpoint unit/test_retention",
     "checkpoint/retention.py": "unit/test_retention",
     "checkpoint/saver.py": "unit/test_saver unit/test_checkpoint",
+    "checkpoint/slices.py": "golden/test_formats unit/test_checkpoint unit/test_saver",
     "checkpoint/writer.py": "unit/test_writer unit/test_checkpoint unit/test_retention unit/test_saver",
     "rng.py": "golden/test_formats unit/test_rng",
     "train/objective.py": "unit/test_objective",

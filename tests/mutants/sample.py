@@ -38,7 +38,7 @@ class Place:
     line: int
     column: int
     text: str
-    """The whole line."""
+    """The full line."""
     changes: tuple[tuple[str, int], ...]
     """(operator name, occurrence) of each mutant of this place."""
 

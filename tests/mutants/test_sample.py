@@ -82,7 +82,7 @@ def test_every_file_gets_its_share() -> None:
     assert sum(shares.values()) == 100
 
 
-def test_all_files_of_the_pure_layers_are_mutated_and_their_tests_are_there() -> None:
+def test_all_files_of_the_pure_layers_are_mutated_and_have_tests() -> None:
     folders = ("models", "diffusion", "checkpoint")
     files = {
         f"{name}/{path.name}" for name in folders for path in (ROOT / "dit_scale" / name).glob("[!_]*.py")
@@ -91,7 +91,7 @@ def test_all_files_of_the_pure_layers_are_mutated_and_their_tests_are_there() ->
     assert all((ROOT / test).is_file() for file in mutants.TESTS for test in mutants.tests_of(file))
 
 
-def test_the_list_of_equivalents_is_of_lines_that_are_there() -> None:
+def test_the_listed_equivalents_refer_to_existing_lines() -> None:
     reasons = equivalent.read(equivalent.LIST.read_text())
     for file, _, removed, _ in reasons:
         assert removed in " ".join((ROOT / file).read_text().split())
@@ -119,7 +119,7 @@ def test_enough_must_be_killed(survivors: int, passed: bool) -> None:
     assert "a.py:3: survived\n" in text
 
 
-def test_a_killed_mutant_is_no_equivalent() -> None:
+def test_a_killed_mutant_is_not_equivalent() -> None:
     mutant = mutant_of(1)
     text, enough = mutants.report([mutant], [Verdict(1, 1.0, "")], {mutant.name: "nobody reads x"})
     assert not enough

@@ -1,4 +1,4 @@
-"""The encoding job as users start it: alone and on a cluster, to disk and S3, stopped and started again."""
+"""The encoding job as users run it: alone and on a cluster, to disk and S3, interrupted and resumed."""
 
 import gc
 import os
@@ -46,12 +46,12 @@ encoders: 1
 """
 DAMAGED = b"damag\xe9d.jpg"
 ENCODER = ("ray::Encoder", "ray::encode")
-"""How the process of an encoder is called, at rest and at work."""
+"""Names of an encoder's process, idle and working."""
 MARK = f"dit-scale-test-{uuid.uuid4().hex}"
 ENVIRONMENT = clean_environment(DIT_SCALE_TEST=MARK)
 """Environment of every process that these tests start."""
 HANGS_S = scaled(600.0)
-"""Far more than anything here takes."""
+"""Timeout far above the duration of any step here."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def arguments(folder: Path, output: str | Path, *overrides: str) -> list[str]:
 def start(
     folder: Path, output: str | Path, *overrides: str, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """The script in a session of its own, as a terminal would start it."""
+    """Start the script in its own session, like a terminal."""
     return subprocess.Popen(
         job_command(*arguments(folder, output, *overrides)),
         env=environment or ENVIRONMENT,
@@ -102,7 +102,7 @@ def encode(folder: Path, output: str | Path, *overrides: str) -> subprocess.Comp
 
 
 def wait_until(there: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Wait until a condition holds, while the process runs."""
+    """Wait until the condition holds; the process must stay alive."""
     end_s = time.monotonic() + HANGS_S
     while not there():
         assert process.poll() is None, process.communicate()
@@ -112,7 +112,7 @@ def wait_until(there: Callable[[], object], process: subprocess.Popen[str]) -> N
 
 @pytest.fixture(scope="module")
 def first_try(folder: Path) -> subprocess.CompletedProcess[str]:
-    """A start that fails near the end, because it allows for two bad inputs only.
+    """An attempt that fails near the end, because it allows only two quarantined inputs.
 
     By then at least two shards are done: of the batches before the last one at most three are under way in
     front of the encoder and in it, and it is not begun while two shards are being written.
@@ -122,7 +122,7 @@ def first_try(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def kept(first_try: subprocess.CompletedProcess[str], folder: Path) -> dict[str, int]:
-    """Files of the shards that the first try finished, and when they were written."""
+    """Files of the shards finished by the first attempt, with their modification times."""
     shards = folder / "latents/shards"
     done = [mark.stem for mark in shards.glob("*.json")]
     return {path.name: path.stat().st_mtime_ns for path in shards.iterdir() if path.stem in done}
@@ -130,7 +130,7 @@ def kept(first_try: subprocess.CompletedProcess[str], folder: Path) -> dict[str,
 
 @pytest.fixture(scope="module")
 def latents(kept: dict[str, int], folder: Path) -> Path:
-    """The data set that the second start finished, with what a killed writer left behind."""
+    """The data set finished by the second attempt, with leftovers of a killed writer."""
     (folder / "latents/shards/.00003.tar.0123456789abcdef.tmp").write_bytes(b"half a shard")
     ran = encode(folder, "latents")
     assert ran.returncode == 0, ran.stderr
@@ -139,7 +139,7 @@ def latents(kept: dict[str, int], folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[tuple[FaultProxy, dict[str, str]]]:
-    """The way to an S3 server, and the variables that lead there."""
+    """A proxy to an S3 server, and the environment that selects it."""
     with s3_server() as environment:
         with FaultProxy(int(environment["AWS_ENDPOINT_URL"].rpartition(":")[2])) as proxy:
             yield proxy, environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
@@ -149,7 +149,7 @@ def s3() -> Iterator[tuple[FaultProxy, dict[str, str]]]:
 def cluster(
     s3: tuple[FaultProxy, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
-    """A Ray head on loopback that can reach the S3 server; yields the environment of its drivers.
+    """Start a Ray head on loopback that can reach the S3 server; yield the environment of its drivers.
 
     The project is not installed for the Python of the head and its workers: they get it from the driver.
     """
@@ -187,7 +187,7 @@ def test_too_many_bad_inputs_stop_the_job_and_keep_what_was_done(
     assert "max_quarantined=0.052 allows 2" in first_try.stderr
     assert "n1/notes.jpg (not an image in a known format)" in first_try.stderr
     wrong = ", ".join(f"shards/0000{shard}.*" for shard in (1, 3, 4))
-    assert f"delete their shards as far as they are there ({wrong})" in first_try.stderr
+    assert f"delete their shards, if they exist ({wrong})" in first_try.stderr
     assert "Traceback" not in first_try.stderr
     assert len(kept) >= 2 * 3
     assert not (folder / "latents/dataset.json").exists()

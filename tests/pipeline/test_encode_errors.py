@@ -1,4 +1,4 @@
-"""What a person can get wrong with an encoding job: a clear error each time, and what was done stays."""
+"""Mistakes with an encoding job: each gives a clear error, and finished work stays."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> dict[str, bytes]:
-    """What a job without accidents makes."""
+    """The output of an undisturbed job."""
     encode(folder, folder / "whole", expected=0)
     return objects(folder / "whole")
 
@@ -55,7 +55,7 @@ def encode(
     environment: dict[str, str] | None = None,
     expected: int = 2,
 ) -> str:
-    """Run a job to its end, with the exit code that is expected; returns what it says on stderr."""
+    """Run a job that must exit with the expected code; return its stderr."""
     command = job_command(f"source={folder}/images", f"vae={folder}/vae", f"output={output}", *KEYS, *keys)
     variables = clean_environment(**(environment or {}))
     ran = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=scaled(600.0))
@@ -144,7 +144,7 @@ def test_a_disk_that_cannot_be_written_to(folder: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2**20) as disk:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         error = encode(folder, disk / "set")
-        assert "Read-only file system; choose a folder that can be written" in error
+        assert "Read-only file system; choose a writable folder" in error
         assert "starting Ray" not in error
 
 

@@ -1,4 +1,4 @@
-"""The encoding job on two nodes and a real S3 server, killed in all its parts: the same objects, put once."""
+"""The encoding job on two nodes and a real S3 server, with processes killed: same objects, written once."""
 
 import os
 import random
@@ -35,7 +35,7 @@ def hunted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grounds]:
 
 @pytest.fixture
 def hunt(hunted: Grounds, request: pytest.FixtureRequest) -> Iterator[Hunt]:
-    """A job with an output of its own."""
+    """A job with its own output."""
     found = Hunt(hunted, request.node.name.partition("[")[0])
     try:
         yield found
@@ -45,7 +45,7 @@ def hunt(hunted: Grounds, request: pytest.FixtureRequest) -> Iterator[Hunt]:
 
 
 def wait_for(there: Callable[[], object], hunt: Hunt) -> None:
-    """Wait until a condition holds, while the driver runs."""
+    """Wait until the condition holds; the driver must stay alive."""
     end_s = time.monotonic() + RUN_S
     while not there():
         assert hunt.drivers[-1].poll() is None, hunt.said()
@@ -54,7 +54,7 @@ def wait_for(there: Callable[[], object], hunt: Hunt) -> None:
 
 
 def hold(hunt: Hunt, key: str) -> None:
-    """Wait until somebody is in the middle of the put of an object, which does not get on."""
+    """Wait until a process is blocked in the middle of writing an object."""
     proxy = hunt.grounds.proxy
     before = proxy.injected["stall_request"]
     proxy.set({"stall_request": 1.0}, only=rf"^PUT /\S*{key}")
@@ -142,7 +142,7 @@ def check_that_a_put_and_a_bit_are_seen(hunt: Hunt) -> None:
     storage = open_storage(hunt.url)
     data = storage.read("shards/00001.tar")
     storage.write("shards/00001.tar", data)
-    with pytest.raises(HuntError, match=r"shards/00001.tar was put once more"):
+    with pytest.raises(HuntError, match=r"shards/00001.tar was written again"):
         hunt.look()
     storage.write("shards/00001.tar", data[:-1] + b"\1")
     with pytest.raises(HuntError, match=r"other bytes: \['shards/00001.tar'\]"):
@@ -151,7 +151,7 @@ def check_that_a_put_and_a_bit_are_seen(hunt: Hunt) -> None:
 
 @pytest.mark.long
 def test_the_whole_cluster_dies(hunt: Hunt) -> None:
-    """The driver says so in a line, and a smaller cluster goes on."""
+    """The driver reports it in one line, and a smaller cluster continues."""
     driver = hunt.start(*MANY)
     wait_for(lambda: hunt.look() or hunt.shards_done(), hunt)
     for node in (HEAD, SECOND):
@@ -159,7 +159,7 @@ def test_the_whole_cluster_dies(hunt: Hunt) -> None:
     assert driver.wait(RUN_S) == 2, hunt.said()
     assert "Traceback" not in hunt.said()
     last = hunt.said().splitlines()[-1]
-    assert last.startswith("dit-scale encode: the Ray cluster at ")
+    assert last.startswith("dit-scale encode: lost the Ray cluster at ")
     assert last.endswith("Restart it and run the same command again; finished shards are kept")
     hunt.look()
     hunt.grounds.nodes.start(HEAD)

@@ -1,4 +1,4 @@
-"""Memory of an encoding job does not grow with its input: 10,000 and 100,000 images, each process watched."""
+"""Memory of an encoding job does not grow with its input: every process, for 10,000 and 100,000 images."""
 
 import io
 import os
@@ -21,13 +21,13 @@ pytestmark = pytest.mark.pipeline
 NUMBERS = (10_000, 100_000)
 NUM_CLASSES = 100
 SLOPES = {"driver": 350, "object store": 50}
-"""Bytes per further image that the peak may grow by; ImageNet's 1.28 million make 450 MB of the first."""
+"""Allowed growth of the peak, in bytes per image; 350 is 450 MB for the 1.28 million images of ImageNet."""
 OTHER_SLOPE = 150
-"""The same for any other process, which grows by noise of some MB and by Ray's account of its tasks."""
+"""Allowed growth of any other process: a few MB of noise, and Ray's task records."""
 
 
 class Peaks:
-    """Largest private memory of each kind of process that carries a mark, and of Ray's object store."""
+    """Peak private memory of each kind of marked process, and of Ray's object store."""
 
     def __init__(self, mark: str) -> None:
         self.bytes: dict[str, int] = {}
@@ -78,7 +78,7 @@ def kind_of(command: str) -> str:
 
 
 def write_images(folder: Path, number: int) -> None:
-    """Tiny PNGs, a hundred different ones."""
+    """Write tiny PNGs, a hundred different ones."""
     draws = np.random.default_rng(0)
     pictures = []
     for _ in range(100):
@@ -93,7 +93,7 @@ def write_images(folder: Path, number: int) -> None:
 
 
 def run(folder: Path, number: int, vae: str) -> dict[str, int]:
-    """Peaks of a whole job, in bytes."""
+    """Run a complete job and return the peaks in bytes."""
     write_images(folder / "images", number)
     mark = f"dit-scale-memory-{uuid.uuid4().hex}"
     command = job_command(f"source={folder}/images", f"output={folder}/out", f"vae={vae}", "image_size=16")

@@ -1,4 +1,4 @@
-"""The whole way with the commands of the README: images, Ray, latents, deepspeed, pictures, export."""
+"""End to end with the commands of the README: images, Ray, latents, deepspeed, samples, export."""
 
 import json
 import os
@@ -26,12 +26,12 @@ CLI = "dit_scale.cli"
 
 
 def launcher() -> tuple[object, ...]:
-    """Two processes by the deepspeed launcher, at a port that nobody else has."""
+    """Return the command of two processes under the deepspeed launcher, on a free port."""
     return "deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--no_local_rank", "--module", CLI
 
 
 def command(*words: object) -> str:
-    """Run a command as a user would; its output. Fails with all that it printed."""
+    """Run a command like a user and return its output; on failure, show all of it."""
     environment = {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -53,7 +53,7 @@ def command(*words: object) -> str:
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of coloured noise as PNG files, encoded by the job with the demo's autoencoder."""
+    """Two classes of colored noise as PNG files, encoded by the job with the demo's autoencoder."""
     folder = tmp_path_factory.mktemp("digits")
     draws = np.random.Generator(np.random.Philox(key=1))
     for index in range(24):
@@ -69,7 +69,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(latents: Path) -> Path:
-    """A few steps in bf16 at ZeRO-3 on two processes, by the deepspeed launcher."""
+    """A few steps in bf16 at ZeRO-3 on two processes under the deepspeed launcher."""
     folder = latents.parent / "run"
     settings = (
         "steps=6",

@@ -1,4 +1,4 @@
-"""The encoding job with an autoencoder of Stable Diffusion's size, beside a plain loop; compiled encoders."""
+"""The encoding job with a full-size autoencoder, compared with a plain loop; compiled encoders."""
 
 import subprocess
 from pathlib import Path
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.pipeline
 NUM_PARAMETERS = 83_653_863
 THREADS = 2
 OTHER_BATCH_TOLERANCE = 2e-3
-"""Largest difference of a moment to that of another VAE batch size, as a share of all moments' deviation.
+"""Largest difference of moments between VAE batch sizes, relative to the standard deviation of all moments.
 
 fp16 storage alone rounds by up to 5e-4 of a value; convolutions over another number of images may add
 in another order.
@@ -36,7 +36,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def write_images(folder: Path, number: int) -> list[Path]:
-    """Smooth pictures with fine noise, of odd sizes, on both sides of the crop's halving."""
+    """Write smooth images with fine noise, of odd sizes, with and without halving in the crop."""
     draws = np.random.default_rng(0)
     paths = []
     for index, size in enumerate([(1100, 1063), (527, 700)][:number]):
@@ -50,7 +50,7 @@ def write_images(folder: Path, number: int) -> list[Path]:
 
 
 def plain_loop(vae: str, paths: list[Path], size: int, batch: int) -> npt.NDArray[np.float32]:
-    """What the paper's code does: crop, scale, encode, image and mirror: (N, 2, 8, size/8, size/8)."""
+    """Encode like the paper's code: crop, scale, encode image and mirror => (N, 2, 8, size/8, size/8)."""
     from diffusers import AutoencoderKL
 
     model = AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False).eval()

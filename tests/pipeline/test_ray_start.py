@@ -1,4 +1,4 @@
-"""A local Ray that fails to start is started anew, and one that takes long to end is not taken for lost."""
+"""A local Ray that fails to start is retried, and one that shuts down slowly does not count as lost."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The built wheel, installed where nothing else of the project is: a small run from images to weights."""
+"""The built wheel, installed without the rest of the project: a small run from images to weights."""
 
 import json
 import shutil
@@ -16,11 +16,11 @@ from tests.support.tiny_vae import save_tiny_vae
 pytestmark = pytest.mark.pipeline
 
 SOURCES = ("pyproject.toml", "README.md", "dit_scale", "data_pipeline", "configs")
-"""What the wheel is built from."""
+"""Sources of the wheel."""
 
 
 class Site:
-    """A folder with the installed wheel alone, and another folder to work in."""
+    """A folder with only the installed wheel, and a separate working folder."""
 
     def __init__(self, top: Path) -> None:
         self.packages, self.work = top / "site", top / "work"
@@ -30,7 +30,7 @@ class Site:
         self._environment.pop("PIP_CONSTRAINT", None)  # a path below another folder
 
     def run(self, *words: object) -> str:
-        """What a command prints; fails with all of it."""
+        """Run a command and return its output; on failure, show all of it."""
         done = subprocess.run(
             [str(word) for word in words],
             cwd=self.work,
@@ -40,7 +40,7 @@ class Site:
             stderr=subprocess.STDOUT,
             timeout=600,
         )
-        assert done.returncode == 0, f"{words} left with {done.returncode}:\n{done.stdout}"
+        assert done.returncode == 0, f"{words} exited with {done.returncode}:\n{done.stdout}"
         return done.stdout
 
     def dit_scale(self, *words: object) -> str:
@@ -84,7 +84,7 @@ def test_a_recipe_by_its_name(site: Site) -> None:
 
 
 def test_the_life_of_a_run(site: Site) -> None:
-    """The installed commands encode with Ray, train, sample and export."""
+    """With the installed commands: Ray encodes, one process trains, samples and exports."""
     write_images(site.work / "images", 12, classes=2)
     vae = save_tiny_vae(site.work / "vae")
     sizes = ("image_size=32", "shard_samples=8", "vae_batch=4", "encoders=1", "cpus_per_encoder=0.5")

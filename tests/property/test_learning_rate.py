@@ -48,8 +48,8 @@ def test_after_the_warm_up_it_only_falls_and_by_no_more_than_the_steepest_slope(
     """Also at the end of warm-up: the first step down is no larger than any other."""
     falling = rates(lr, warmup, warmup + after, decay=decay, final_lr_fraction=final)[max(1, warmup) - 1 :]
     slope = (math.pi / 2 if decay == "cosine" else 1.0) * lr * (1.0 - final) / max(1, len(falling) - 1)
-    for before, behind in pairwise(falling):
-        assert -1e-15 * lr <= before - behind <= slope * (1 + 1e-9) + 1e-15 * lr
+    for before, after_it in pairwise(falling):
+        assert -1e-15 * lr <= before - after_it <= slope * (1 + 1e-9) + 1e-15 * lr
 
 
 @given(LR, WARMUP, st.integers(2, 100), FINAL)

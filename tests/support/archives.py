@@ -13,7 +13,7 @@ import webdataset
 from dit_scale.storage import DiskStorage, S3Storage, open_storage
 
 Images = Mapping[str, Mapping[str, bytes]]
-"""Class => file's name => its bytes."""
+"""Class => file name => contents."""
 
 
 def tar_of(
@@ -21,7 +21,7 @@ def tar_of(
     format_: int = tarfile.GNU_FORMAT,
     pax_headers: Mapping[str, str] | None = None,
 ) -> bytes:
-    """A tar of regular files; the headers of all of them are written in the PAX format only."""
+    """Return a tar of regular files; `pax_headers` are global headers of the PAX format."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=format_, pax_headers=pax_headers) as tar:
         for name, data in members.items():
@@ -54,7 +54,7 @@ def imagenet_tar(folder: Path, images: Images) -> str:
 
 
 def web_dataset(folder: Path, images: Images) -> str:
-    """Two tars by webdataset's own writer, with the members of timm's ImageNet-1k: jpg, cls, json."""
+    """Write two tars with webdataset's own writer and the members of timm's ImageNet-1k: jpg, cls, json."""
     folder.mkdir()
     samples = [
         (label, name, file, data)
@@ -72,7 +72,7 @@ def web_dataset(folder: Path, images: Images) -> str:
 
 
 def parquet(folder: Path, images: Images, rows_per_group: int = 3) -> str:
-    """Two files, as Hugging Face has them."""
+    """Write two Parquet files in the form of Hugging Face."""
     folder.mkdir()
     rows = [
         ({"bytes": data, "path": file}, label)
@@ -116,7 +116,7 @@ KINDS = {"class_folders": class_folders, **ARCHIVES}
 
 
 def upload(source: str, url: str) -> str:
-    """Put a folder, or a file, below a url; its url there."""
+    """Copy a folder or a file to a URL and return its new URL."""
     path = Path(source)
     folder = path if path.is_dir() else path.parent
     storage = open_storage(url)
@@ -128,7 +128,7 @@ def upload(source: str, url: str) -> str:
 
 @dataclass
 class Reads:
-    """What was read of the storages of this process."""
+    """The reads from storages in this process."""
 
     ranges: list[tuple[str, int, int]] = field(default_factory=list)
     """(key, start, bytes)"""
@@ -145,7 +145,7 @@ class Reads:
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """Write down each read of a folder or bucket from now on."""
+    """Record each read of a folder or bucket from now on."""
     reads = Reads()
     for kind in (DiskStorage, S3Storage):
         read_range, read, listing = kind.read_range, kind.read, kind.list

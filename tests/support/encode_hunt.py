@@ -1,4 +1,4 @@
-"""An encoding job on a Ray of two nodes, writing to S3, that is killed in all its parts and started again."""
+"""An encoding job on two Ray nodes that writes to S3, with random processes killed and restarted."""
 
 import os
 import random
@@ -27,7 +27,7 @@ from tests.support.tiny_vae import save_tiny_vae
 
 IMAGES, SHARD_SAMPLES, VAE_BATCH = 80, 8, 4
 NUM_SHARDS = -(-(IMAGES + 1) // SHARD_SAMPLES)
-"""One input more is no image."""
+"""One additional input is not an image."""
 CONFIG = f"""\
 image_size: 256
 shard_samples: {SHARD_SAMPLES}
@@ -36,29 +36,29 @@ max_quarantined: 0.2
 cpus_per_encoder: 0.5
 """
 CPUS = 2.0
-"""CPUs of each node as Ray counts them; the machine may have fewer."""
+"""CPUs of each node as declared to Ray; the machine may have fewer."""
 MANY = ("encoders=3", "decoders=3")
 FEW = ("encoders=1", "decoders=1")
 RUN_S = scaled(600.0)
-"""Far more than a run needs: who takes longer hangs."""
+"""Far more than a job needs: a longer one hangs."""
 TASKS = {"decoder": "ray::decode", "encoder": "ray::encode", "writer": "ray::write"}
-"""Victim => the name of its process while it works."""
+"""Victim => name of its process while it works."""
 VICTIMS = {"encoder": 8, "decoder": 6, "writer": 4, "driver": 5, "node": 2, "head": 1}
-"""Victim => how often it is drawn."""
+"""Victim => weight of its selection."""
 DRIVER_ENDS = (-signal.SIGKILL, 2, 0)
-"""Killed; or it said that the cluster is lost; or it was quicker."""
+"""Exit codes of a driver: killed, cluster lost, or finished earlier."""
 PATIENCE_S = 3.0
-"""Time in which a victim must be found at work; else whoever works is taken."""
+"""Time within which a working victim must appear; after that, any working process is killed."""
 LONGEST_PAUSE_S = 3.0
 
 
 class HuntError(Exception):
-    """The job did what it should not."""
+    """The job violated a guarantee."""
 
 
 @dataclass(frozen=True)
 class Put:
-    """Which put an object comes from: each has its own writer's name."""
+    """Identity of the write that created an object; every writer has its own name."""
 
     etag: str
     modified: str
@@ -67,24 +67,24 @@ class Put:
 
 @dataclass
 class Grounds:
-    """What all jobs share: images, a VAE, an S3 server behind a proxy, a Ray cluster, the expected bytes."""
+    """What all jobs share: images, VAE, S3 server behind a proxy, Ray cluster, expected objects."""
 
     folder: Path
     proxy: FaultProxy
     nodes: RayNodes
     s3: Any
-    """A client that asks the server itself."""
+    """A client that bypasses the proxy."""
     baseline: "subprocess.Popen[bytes]"
 
     def expected(self) -> dict[str, bytes]:
-        """The objects that one encoder, which nobody disturbed, left on a disk."""
+        """Return the objects written to disk by one undisturbed encoder."""
         assert self.baseline.wait(RUN_S) == 0, (self.folder / "baseline.log").read_text()
         return objects(self.folder / "baseline")
 
 
 @contextmanager
 def grounds(folder: Path, ceph: CephServer) -> Iterator[Grounds]:
-    """Start everything; the end of the block ends it."""
+    """Start everything, and stop it at the end of the block."""
     import boto3
 
     write_images(folder / "images", IMAGES)
@@ -104,7 +104,7 @@ def grounds(folder: Path, ceph: CephServer) -> Iterator[Grounds]:
 
 
 def _undisturbed(folder: Path) -> "subprocess.Popen[bytes]":
-    """The job alone: on a Ray of its own, with one encoder."""
+    """Start the undisturbed job: on its own Ray, with one encoder."""
     with (folder / "baseline.log").open("wb") as log:
         return subprocess.Popen(
             command(folder, folder / "baseline", "ray_address=local", *FEW),
@@ -121,7 +121,7 @@ def command(folder: Path, output: str | Path, *overrides: str) -> list[str]:
 
 @dataclass
 class Hunt:
-    """One output: the drivers that were started for it, what was killed, the objects that were seen."""
+    """One output: its drivers, the kills and the objects seen so far."""
 
     grounds: Grounds
     name: str
@@ -129,14 +129,14 @@ class Hunt:
     kills: Counter[str] = field(default_factory=Counter)
     seen: dict[str, Put] = field(default_factory=dict)
     blows: int = 0
-    """Kills since the last driver was started."""
+    """Kills since the start of the last driver."""
 
     @property
     def url(self) -> str:
         return f"s3://{BUCKET}/{self.name}"
 
     def start(self, *overrides: str) -> "subprocess.Popen[bytes]":
-        """Start a driver; what it says goes to a file of its own."""
+        """Start a driver with its own log file."""
         with self._log(len(self.drivers)).open("wb") as log:
             driver = subprocess.Popen(
                 command(self.grounds.folder, self.url, *overrides),
@@ -159,26 +159,26 @@ class Hunt:
         except subprocess.TimeoutExpired:
             raise HuntError(f"the driver hangs:\n{self.said()}") from None
         if code:
-            raise HuntError(f"the driver ended with {code}:\n{self.said()}")
+            raise HuntError(f"the driver exited with {code}:\n{self.said()}")
         self.look()
 
     def close(self) -> None:
-        """End drivers that live."""
+        """Kill the drivers that are still alive."""
         for driver in self.drivers:
             with suppress(ProcessLookupError):
                 driver.kill()
             driver.wait()
 
     def look(self) -> None:
-        """HuntError when an object that was there before is gone or was put again."""
+        """HuntError when a known object is missing or was written again."""
         now = dict(self._puts())
         for key, put in self.seen.items():
             if now.get(key) != put:
-                raise HuntError(f"{key} was put once more: {now.get(key)}, before {put}")
+                raise HuntError(f"{key} was written again: {now.get(key)}, before {put}")
         self.seen = now
 
     def compare(self) -> None:
-        """HuntError unless the objects are those of the job that nobody disturbed, and sound."""
+        """HuntError unless the objects are intact and equal to those of the undisturbed job."""
         expected, found = self.grounds.expected(), objects(open_storage(self.url))
         if found.keys() != expected.keys():
             raise HuntError(f"other objects: {sorted(found.keys() ^ expected.keys())}")
@@ -191,7 +191,7 @@ class Hunt:
         return sum(key.endswith(".json") for key in self.seen if key.startswith("shards/"))
 
     def strike(self, victim: str, draws: random.Random) -> str | None:
-        """Kill a victim at work, or another that works if there is none; its kind, None when all is done."""
+        """Kill a working victim, or else another working process; return its kind, None if all is done."""
         if victim in ("node", "head"):
             for node in (SECOND,) if victim == "node" else (HEAD, SECOND):
                 self.grounds.nodes.kill(node)
@@ -216,14 +216,14 @@ class Hunt:
         return None
 
     def recover(self, victim: str, *overrides: str) -> None:
-        """Start again what a person, or a scheduler, would; the driver when it has died of it."""
+        """Restart what an operator or a scheduler would, and the driver if it has exited."""
         nodes = self.grounds.nodes
         driver = self.drivers[-1]
         if victim in ("driver", "head"):
             with suppress(subprocess.TimeoutExpired):
                 driver.wait(RUN_S)
             if driver.returncode not in DRIVER_ENDS:
-                raise HuntError(f"the driver ended with {driver.returncode}:\n{self.said()}")
+                raise HuntError(f"the driver exited with {driver.returncode}:\n{self.said()}")
             if "Traceback" in self.said():
                 raise HuntError(f"the driver shows its stack:\n{self.said()}")
         if victim == "head":
@@ -246,11 +246,11 @@ class Hunt:
 
 
 def hunt_at_random(hunt: Hunt, draws: random.Random, most: int, victims: dict[str, int] = VICTIMS) -> None:
-    """Follow a job to its end, with at most so many kills; `victims`: kind => how often it is drawn."""
+    """Follow a job to its end with at most `most` kills; `victims` maps kinds to weights."""
     while sum(hunt.kills.values()) < most:
         victim = draws.choices(list(victims), list(victims.values()))[0]
         if hunt.blows == MAX_LOSSES:
-            victim = "driver"  # all of them may have met one batch, and one more would end the job
+            victim = "driver"  # all may have hit the same batch, and one more would fail the job
         with suppress(subprocess.TimeoutExpired):
             hunt.drivers[-1].wait(draws.uniform(0, LONGEST_PAUSE_S))
         if hunt.drivers[-1].poll() is not None or not (struck := hunt.strike(victim, draws)):

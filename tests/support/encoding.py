@@ -1,4 +1,4 @@
-"""The encoding job as tests start it: images, environment, command, and what it leaves."""
+"""What tests of the encoding job share: images, environment, command line, and the objects of an output."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ SCRIPT = "data_pipeline/encode_latents.py"
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
-    """This process's environment without another Ray's address and another S3's keys."""
+    """Return the environment of this process without Ray addresses and S3 credentials."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
     # a submitted job's `python` is looked up by the head
     kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"
@@ -23,12 +23,12 @@ def clean_environment(**changes: str) -> dict[str, str]:
 
 
 def job_command(*arguments: str | Path) -> list[str]:
-    """The command line of a job."""
+    """Return the command line of a job."""
     return [sys.executable, str(ROOT / SCRIPT), *map(str, arguments)]
 
 
 def write_images(folder: Path, number: int, classes: int = 3) -> None:
-    """Smooth noise of odd sizes, PNG and JPEG by turns, in class folders n0, n1, ..."""
+    """Write smooth noise of odd sizes, alternating PNG and JPEG, in class folders n0, n1, ..."""
     draws = np.random.default_rng(0)
     for index in range(number):
         path = folder / f"n{index % classes}/{index:03d}.{('png', 'JPEG')[index % 2]}"
@@ -39,6 +39,6 @@ def write_images(folder: Path, number: int, classes: int = 3) -> None:
 
 
 def objects(where: Storage | str | Path) -> dict[str, bytes]:
-    """Everything in an output but its metrics, which tell the time."""
+    """Return all objects of an output except its metrics, which depend on time."""
     storage = where if isinstance(where, Storage) else open_storage(where)
     return {key: storage.read(key) for key, _ in storage.list() if key != METRICS_KEY}

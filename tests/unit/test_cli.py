@@ -1,4 +1,4 @@
-"""The command line: quick help, and one message with exit code 2 for every mistake that people make."""
+"""The command line: quick help, and one message with exit code 2 for every mistake of a user."""
 
 import argparse
 import json
@@ -59,7 +59,7 @@ def small(folder: Path, data: Path) -> list[str]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The message of a command that leaves with code 2, printed once and without a traceback."""
+    """Return the message of a command that must exit with code 2, without a traceback."""
     assert cli.main(list(arguments)) == cli.USER_ERROR_EXIT_CODE
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -72,7 +72,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
-    """All commands and actions, `checkpoint` and `checkpoint list`, with their parsers."""
+    """Return the parsers of all commands and actions, such as `checkpoint` and `checkpoint list`."""
     found = dict(COMMANDS)
     for name, parser in COMMANDS.items():
         for action in parser._subparsers._group_actions if parser._subparsers else ():
@@ -119,7 +119,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", parsers())
 def test_help_has_an_example_that_can_be_run(name: str) -> None:
-    """Every example in it is a command line that the parser takes; one is of this command."""
+    """The parser accepts every example, and at least one is of this command."""
     text = str(parsers()[name].description).replace("\\\n", " ")
     lines = r"^  (?:dit-scale|deepspeed .*dit_scale\.cli) (\S.*?)(?:  +\(.*\))?$"
     examples = re.findall(lines, text, re.MULTILINE)

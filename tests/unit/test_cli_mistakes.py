@@ -1,4 +1,4 @@
-"""What people get wrong, through every command: one message, code 2, no traceback."""
+"""Mistakes of users with every command: one message, exit code 2, no traceback."""
 
 import os
 from pathlib import Path
@@ -66,7 +66,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names of the hub are not asked for."""
+    """Do not query the hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

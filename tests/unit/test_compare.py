@@ -32,12 +32,12 @@ from tests.support.tiny_vae import save_tiny_vae
 VAE = str(Path(__file__).parents[2] / "demo" / "vae")
 SIDE = 64
 NUM_DIGITS = 8
-"""Two of each class from 0 to 3; a damaged file before them all makes keys differ from sample ids."""
+"""Two of each class from 0 to 3; a damaged file sorts first, so keys differ from sample ids."""
 
 
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
-    """An encoder sets the threads of its process, which here is this one."""
+    """Restore the number of threads, which an encoder sets for its process."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -54,7 +54,7 @@ def write_digits(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of digits, `images`, and their latents, `set`, as the job makes them."""
+    """A folder of digits, `images`, and their latents, `set`, encoded like in the job."""
     folder = tmp_path_factory.mktemp("encoded")
     write_digits(folder / "images")
     config = EncodeConfig(
@@ -75,7 +75,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def moved(encoded: Path, tmp_path: Path) -> Path:
-    """A copy whose images are not where dataset.json says: that other place is the one of `encoded`."""
+    """A copy of `encoded`; its dataset.json still refers to the original images."""
     return Path(shutil.copytree(encoded, tmp_path / "moved"))
 
 

@@ -95,12 +95,12 @@ def test_a_wrong_value_says_what_was_expected_and_got(override: str, said: str) 
     assert complaint(override).startswith(f"command line: {said}")
 
 
-def test_every_mistake_is_listed_at_once() -> None:
+def test_all_errors_are_listed_together() -> None:
     lines = complaint("sed=1", "steps=0", "engine.zero_stage=0").splitlines()
     assert len(lines) == 3
 
 
-def test_an_override_cannot_open_a_value(tmp_path: Path) -> None:
+def test_an_override_cannot_go_through_a_value(tmp_path: Path) -> None:
     said = complaint("data.url=x", text="data: folder\n", folder=tmp_path)
     assert said == "command line: 'data.url=x': data is a value, not a section"
 
@@ -114,11 +114,11 @@ def test_an_override_cannot_open_a_value(tmp_path: Path) -> None:
         ("1: 2", "config.yaml: unknown key '1'; did you mean"),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, said: str) -> None:
+def test_a_file_without_a_configuration(tmp_path: Path, text: str, said: str) -> None:
     assert said in complaint(text=text, folder=tmp_path)
 
 
-def test_a_missing_file_says_where_recipes_are(tmp_path: Path) -> None:
+def test_a_missing_file_lists_the_recipes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no configuration file at .*none.yaml, .*; recipes: demo, "):
         load(TrainConfig, tmp_path / "none.yaml")
 
@@ -147,7 +147,7 @@ def test_wandb_can_be_off(value: str) -> None:
         load(TrainConfig, None, ["log.wandb=on"])
 
 
-def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+def test_a_binary_file(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not valid YAML"):
         load(TrainConfig, tmp_path / "config.yaml")
@@ -178,7 +178,7 @@ def fields_without_help(section: type[Section]) -> list[str]:
 
 
 @pytest.mark.parametrize("root", [TrainConfig, EncodeConfig, EmaProfile])
-def test_every_knob_says_what_it_is(root: type[Section]) -> None:
+def test_every_key_has_a_help_text(root: type[Section]) -> None:
     assert fields_without_help(root) == []
 
 

@@ -23,20 +23,20 @@ def refused(folder: Path, text: str | bytes, *overrides: str) -> str:
     return str(caught.value).replace(f"{folder}/", "")
 
 
-# What a value means
+# Values
 
 
 @pytest.mark.parametrize(
     ("text", "steps"),
     [("7", 7), ("010", 10), ("1_000", 1000), ("1e5", 100_000), ("1.0", 1), ("'7'", 7), ("2e+3", 2000)],
 )
-def test_whole_numbers_as_people_write_them(tmp_path: Path, text: str, steps: int) -> None:
+def test_integers_in_any_notation(tmp_path: Path, text: str, steps: int) -> None:
     assert of_file(tmp_path, f"steps: {text}").steps == steps
     assert load(TrainConfig, None, [f"steps={text}"]).steps == steps
 
 
 @pytest.mark.parametrize("text", ["1:30", "2024-01-01", "true", "on", "0x10", "1.5", "1e400", "seven"])
-def test_no_whole_numbers(tmp_path: Path, text: str) -> None:
+def test_values_that_are_no_integers(tmp_path: Path, text: str) -> None:
     assert refused(tmp_path, f"steps: {text}").startswith(
         "config.yaml: steps: Input should be a valid integer"
     )
@@ -62,7 +62,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", [*NAMES, "true", "null", "~", "a: b", "a #1", "'", '"', "d\u00e4ta \u96ea"])
-def test_text_is_text_whatever_it_looks_like(tmp_path: Path, name: str) -> None:
+def test_text_stays_text(tmp_path: Path, name: str) -> None:
     """In a file that the program wrote, and in an override, quoted where YAML needs quotes."""
     config = TrainConfig(ema=(EmaProfile(name=name, decay=0.5),))
     assert of_file(tmp_path, dump(config)).ema[0].name == name
@@ -78,7 +78,7 @@ def test_switches(tmp_path: Path, text: str, is_on: bool) -> None:
     assert of_file(tmp_path, f"log: {{tensorboard: {text}}}").log.tensorboard is is_on
 
 
-def test_a_choice_may_be_called_off(tmp_path: Path) -> None:
+def test_a_choice_may_be_named_off(tmp_path: Path) -> None:
     assert of_file(tmp_path, "log: {wandb: off}").log.wandb == "off"
 
 
@@ -88,7 +88,7 @@ def test_an_empty_section_is_an_absent_one(tmp_path: Path, text: str) -> None:
     assert of_file(tmp_path, text, "model.name=DiT-S/8", "ema.0.decay=0.5").model.name == "DiT-S/8"
 
 
-def test_null_takes_a_value_away(tmp_path: Path) -> None:
+def test_null_removes_a_value(tmp_path: Path) -> None:
     config = of_file(tmp_path, "ema: [{name: a, decay: 0.9}]", "ema.0.decay=null", "ema.0.sigma_rel=0.1")
     assert (config.ema[0].decay, config.ema[0].sigma_rel) == (None, 0.1)
 
@@ -114,17 +114,17 @@ def test_an_item_of_a_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", ["1", "-1", "x"])
-def test_an_item_that_is_not_there(number: str) -> None:
+def test_a_missing_item(number: str) -> None:
     with pytest.raises(
         ConfigError, match=rf"expected an index below 1 after ema, got '{number}'; ema=\[...\]"
     ):
         load(TrainConfig, None, ["ema.0.decay=0.5", f"ema.{number}.decay=0.5"])
 
 
-# Where a mistake is
+# Origin of errors
 
 
-def test_a_mistake_is_blamed_on_where_it_stands(tmp_path: Path) -> None:
+def test_an_error_names_its_origin(tmp_path: Path) -> None:
     said = refused(tmp_path, "seed: -1\nsteps: 7\nsed: 1", "optimizer.lr=fast", "stepz=1").splitlines()
     assert [line.partition(": ")[::2][0] for line in said] == [
         "config.yaml",
@@ -136,7 +136,7 @@ def test_a_mistake_is_blamed_on_where_it_stands(tmp_path: Path) -> None:
     assert said[3] == "command line: unknown key 'stepz'; did you mean 'steps'?"
 
 
-def test_a_section_that_both_have_part_in(tmp_path: Path) -> None:
+def test_a_section_that_file_and_command_line_set(tmp_path: Path) -> None:
     text = "optimizer: {final_lr_fraction: 0.5, decay: cosine}"
     said = refused(tmp_path, text, "optimizer.decay=none")
     assert said.startswith("config.yaml and command line: optimizer: final_lr_fraction=0.5 has no effect")
@@ -160,13 +160,13 @@ def test_an_unknown_key_of_an_item(tmp_path: Path) -> None:
         ("run: !!python/object:os.system x", "could not determine a constructor"),
     ],
 )
-def test_no_yaml(tmp_path: Path, text: str | bytes, said: str) -> None:
+def test_invalid_yaml(tmp_path: Path, text: str | bytes, said: str) -> None:
     message = refused(tmp_path, text)
     assert message.startswith("config.yaml is not valid YAML: ")
     assert said in message
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is a folder; expected a YAML file or a recipe name$"):
         load(TrainConfig, tmp_path)
     (tmp_path / "config.yaml").touch()
@@ -174,7 +174,7 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         load(TrainConfig, tmp_path)
 
 
-# What is written is read again
+# Round trips
 
 TEXT = st.text(min_size=1) | st.sampled_from(
     [*NAMES, "null", "~", "-", "?", "&a", "*a", "!!int", "<<", "a\n"]

@@ -97,7 +97,7 @@ def round_trip(crops):
     return crops[0][chosen], crops[1][chosen], autoencoder.decode(z).numpy(), z
 
 
-def test_vae_ships_small_and_is_of_stable_diffusions_kind(round_trip):
+def test_the_shipped_vae_is_small_and_has_the_geometry_of_stable_diffusion(round_trip):
     assert sum(path.stat().st_size for path in (DEMO / "vae").iterdir()) < train_vae.MAX_BYTES
     identity = vae.find_vae(str(DEMO / "vae")).identity
     assert (identity.downsample, identity.latent_channels) == (8, 4)
@@ -137,7 +137,7 @@ def test_reconstructions_count_as_copies(round_trip, write):
     assert result["copies"] == len(labels)
 
 
-def test_held_out_digits_are_no_copies(crops):
+def test_held_out_digits_are_not_copies(crops):
     levels = digits.to_levels(crops[0])
     fit, held_out = digits.split(crops[1])
     found = score.distances(levels[held_out], levels[fit])
@@ -152,7 +152,7 @@ def test_noise_scores_near_chance(write):
     assert result["copies"] == 0
 
 
-def test_nearest_is_the_plain_distance():
+def test_nearest_equals_the_direct_computation():
     rng = np.random.default_rng(0)
     a, b = rng.uniform(0, 16, (5, 8, 8)), rng.uniform(0, 16, (7, 8, 8))
     slow = np.sqrt(((a[:, None] - b) ** 2).sum((2, 3)))
@@ -181,7 +181,7 @@ def test_no_samples_are_refused(tmp_path):
         score.score(tmp_path / "samples.npz")
 
 
-def test_a_poor_classifier_is_no_judge(crops, write, monkeypatch):
+def test_a_poor_classifier_is_refused(crops, write, monkeypatch):
     shuffled = np.random.default_rng(0).permutation(crops[1])
     monkeypatch.setattr(score, "crops", lambda size, folder: (crops[0], shuffled))
     with pytest.raises(DataError, match="the classifier recognises"):

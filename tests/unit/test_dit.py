@@ -41,7 +41,7 @@ def draw_batch(batch=3, latent_size=8, seed=0):
 # --- the start of training
 
 
-@pytest.mark.long  # the small models below show the same
+@pytest.mark.long  # the small models below cover the same
 def test_xl2_predicts_exactly_zero_at_initialisation():
     model = build(ModelConfig(name="DiT-XL/2"), seed=0)
     x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -80,7 +80,7 @@ def test_initial_distribution_of_every_parameter(conditioning):
             assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.05), name
 
 
-def test_weights_are_a_function_of_the_seed_alone():
+def test_weights_depend_only_on_the_seed():
     first = build(small_config(), seed=5).state_dict()
     torch.rand(7)
     again, other = (build(small_config(), seed=seed).state_dict() for seed in (5, 6))
@@ -88,7 +88,7 @@ def test_weights_are_a_function_of_the_seed_alone():
     assert not torch.equal(first["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
 
 
-def test_building_leaves_the_global_generator_alone():
+def test_building_does_not_use_the_global_generator():
     state = torch.get_rng_state()
     build(small_config(), seed=5)
     assert torch.equal(torch.get_rng_state(), state)
@@ -197,12 +197,12 @@ def test_gradient_reaches_every_parameter(conditioning):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        # The bias of a key adds one number to all scores of a query: softmax does not see it.
+        # A key bias adds the same number to all scores of a query, so it does not change the softmax.
         rows = parameter.grad.count_nonzero() / parameter.grad.numel()
         assert rows > (0.2 if name.startswith("y_embedder") else 0.6), (name, rows)
 
 
-def test_samples_of_a_batch_do_not_mix():
+def test_samples_of_a_batch_are_independent():
     model = random_model()
     x, t, y = draw_batch()
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_samples_of_a_batch_do_not_mix():
 def test_unpatchify_puts_each_number_in_its_place():
     shape = shape_of(small_config(name="DiT-Ti/4"))
     assert (shape.grid, shape.patch) == (2, 4)
-    # A token's numbers are (row, column, channel); each is coded as its own position.
+    # A token's values are ordered (row, column, channel); each value encodes its position.
     tokens = torch.arange(4 * 4 * 4 * 8).view(1, 4, 4 * 4 * 8)
     image = unpatchify(tokens, shape)
     assert image.shape == (1, 8, 8, 8)
@@ -253,7 +253,7 @@ def test_loaded_position_embedding_survives_a_cast():
     assert torch.equal(model.bfloat16().pos_embed, loaded["pos_embed"])
 
 
-def test_meta_model_has_shapes_and_gets_its_positions_when_it_becomes_real():
+def test_leaving_the_meta_device_computes_the_position_embedding():
     model = build(small_config(), seed=0, device="meta", initialise=False)
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     assert model.bfloat16().pos_embed.dtype == torch.float32
@@ -291,10 +291,10 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_forward_and_backward_read_nothing_on_the_host(conditioning):
+def test_forward_and_backward_do_not_synchronize_the_host(conditioning):
     model, batch = random_model(conditioning), draw_batch()
     with HostReads() as reads:
-        assert batch[0].sum().item() != 0  # the counter counts
+        assert batch[0].sum().item() != 0  # checks the counter itself
         model(*batch).square().mean().backward()
     assert reads.count == 1
 
@@ -302,7 +302,7 @@ def test_forward_and_backward_read_nothing_on_the_host(conditioning):
 # --- attention backend and compilation
 
 
-def test_model_knows_its_attention_backend():
+def test_model_records_its_attention_backend():
     assert build(small_config(attention="sdpa_math"), seed=0).attention_backend == "sdpa_math"
     with pytest.raises(ConfigError, match="unknown attention backend 'best'"):
         build(small_config(attention="best"), seed=0)

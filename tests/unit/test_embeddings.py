@@ -81,7 +81,7 @@ def test_timestep_sinusoid_equals_float64():
     assert difference < 2e-4  # an angle near 1000 has fp32 steps of 6e-5
 
 
-def test_timesteps_stay_apart_under_bf16_weights():
+def test_timesteps_stay_distinct_with_bf16_weights():
     """The sinusoid is fp32 for any type of weights: in bf16, 998 and 999 would be the same number."""
     embedder = TimestepEmbedder(32).bfloat16()
     first, last = embedder(torch.tensor([998, 999]), torch.bfloat16)
@@ -94,7 +94,7 @@ def test_timesteps_may_be_integers_or_floats():
     assert torch.equal(timestep_sinusoid(whole), timestep_sinusoid(whole.float()))
 
 
-def test_label_embedder_has_a_last_row_for_no_class():
+def test_label_embedder_has_a_last_row_for_the_null_class():
     embedder = LabelEmbedder(10, 8).train()
     assert embedder.embedding_table.weight.shape == (11, 8)
     assert torch.equal(embedder(torch.tensor([10, 3])), embedder.embedding_table.weight[[10, 3]])

@@ -1,4 +1,4 @@
-"""The parts of the encoding job that need no Ray: placing, paths, identity, what a later start finds."""
+"""The parts of the encoding job without Ray: placement, paths, identity, and resuming from an output."""
 
 import json
 from pathlib import Path
@@ -243,7 +243,7 @@ def test_a_shard_without_its_mark_is_not_finished(storage: Storage, shard: Shard
 
 
 class Dies(Exception):
-    """The process ends here."""
+    """Do not return: the process exits."""
 
 
 def test_the_mark_of_a_shard_is_put_when_all_else_is_there(

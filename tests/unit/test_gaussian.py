@@ -56,7 +56,7 @@ def test_q_sample_scales_signal_and_noise(schedule):
     torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_predict_x_start_undoes_q_sample():
+def test_predict_x_start_inverts_q_sample():
     t = torch.arange(1000)
     x_start, noise = randn(1000, 4, 2, 2), randn(1000, 4, 2, 2, seed=1)
     x_t = q_sample(FULL, x_start, t, noise)
@@ -108,7 +108,7 @@ def test_learned_variance_runs_from_posterior_to_beta(schedule):
     torch.testing.assert_close(learned_range_log_variance(schedule, ones, T_B), upper, rtol=0, atol=0)
     middle = learned_range_log_variance(schedule, 0 * ones, T_B)
     torch.testing.assert_close(middle, (lower + upper) / 2)
-    # Not clamped: v outside [-1, 1] goes on along the line.
+    # Not clamped: v outside [-1, 1] extrapolates.
     beyond = learned_range_log_variance(schedule, 3 * ones, T_B)
     torch.testing.assert_close(beyond, 2 * upper - lower)
 
@@ -148,7 +148,7 @@ LOG_VARIANCES = st.floats(-10, 2, width=32)
 
 @given(MEANS, LOG_VARIANCES, MEANS, LOG_VARIANCES)
 @settings(deadline=None)
-def test_normal_kl_is_that_of_torch(mean_q, log_variance_q, mean_p, log_variance_p):
+def test_normal_kl_equals_torch_distributions(mean_q, log_variance_q, mean_p, log_variance_p):
     numbers = torch.tensor([mean_q, log_variance_q, mean_p, log_variance_p], dtype=torch.float64)
     q, p = Gaussian(numbers[0], numbers[1]), Gaussian(numbers[2], numbers[3])
     expected = kl_divergence(
@@ -160,7 +160,7 @@ def test_normal_kl_is_that_of_torch(mean_q, log_variance_q, mean_p, log_variance
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_normal_kl_keeps_its_digits_between_near_equals():
+def test_normal_kl_of_nearly_equal_gaussians_is_accurate():
     """KL of variances that differ by a factor of exp(d) is about d^2 / 4, below the fp32 rounding of 1."""
     d = 2**-13
     kl = normal_kl(Gaussian(torch.zeros(()), torch.tensor(0.0)), Gaussian(torch.zeros(()), torch.tensor(d)))
@@ -169,7 +169,7 @@ def test_normal_kl_keeps_its_digits_between_near_equals():
 
 @pytest.mark.parametrize("mean", [-1.3, -0.4, 0.0, 0.99])
 @pytest.mark.parametrize("log_variance", [-9.0, -4.0, 0.0])
-def test_the_bins_of_all_pixels_hold_probability_one(mean, log_variance):
+def test_the_bins_of_all_pixels_have_total_probability_one(mean, log_variance):
     pixels = (torch.arange(256, dtype=torch.float64) * 2 / 255 - 1).reshape(1, 1, 16, 16)
     p = Gaussian(torch.full_like(pixels, mean), torch.full_like(pixels, log_variance))
     probability = discretized_log_likelihood(pixels, p).exp()

@@ -1,4 +1,4 @@
-"""Samples of more than 8 bits, and what Pillow would convert wrongly or not read at all."""
+"""Samples of more than 8 bits, and images that Pillow would convert wrongly or not read."""
 
 import io
 import struct
@@ -27,7 +27,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def grey(data: bytes) -> npt.NDArray[np.uint8]:
-    """(H, W) of a picture whose three channels must be alike."""
+    """Return (H, W) of an image whose three channels must be equal."""
     pixels = np.asarray(decode(data))
     assert (pixels == pixels[..., :1]).all()
     return pixels[..., 0]
@@ -192,7 +192,7 @@ def png(bits: int, color: int, rows: bytes, before: bytes = b"", after: bytes = 
 ROWS8 = b"".join(b"\0" + row.tobytes() for row in RAMP8)
 BOMB = zlib.compress(bytes(100_000_000))
 FRAME = struct.pack(">IIIIIHHBB", 7, WIDTH, HEIGHT, 0, 0, 0, 0, 0, 0)
-"""A frame of an animation, with a number out of sequence."""
+"""Chunk of an animation with a sequence number out of order."""
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_texts_that_pillow_wrote() -> None:
 
 
 def test_every_flipped_bit_of_a_png_is_found() -> None:
-    """Without compression too, where Pillow takes other pixels for granted."""
+    """Also without compression, where Pillow assumes another layout."""
     data = encoded(Image.fromarray(RAMP8), "PNG", compress_level=0)
     for at in range(8, len(data)):
         for bit in range(8):

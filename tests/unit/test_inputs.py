@@ -1,4 +1,4 @@
-"""Class folders, and listings as they are saved."""
+"""Class folders, and saved listings."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""The same images from every kind of input: the same crops, odd ones too, and the same saved listing."""
+"""The same images from every kind of input: same crops, including unusual images, and same saved listing."""
 
 import io
 import os
@@ -43,7 +43,7 @@ def turned() -> Image.Exif:
 
 
 def adobe_cmyk() -> bytes:
-    """As Photoshop saves it: inverted, with a marker that says so."""
+    """Encode like Photoshop: inverted, with Adobe's marker."""
     data = saved(photo("CMYK"), "JPEG")
     assert b"Adobe" in data[:60]
     return data
@@ -79,7 +79,7 @@ def images() -> Images:
 
 
 def reference_crop(data: bytes) -> np.ndarray:
-    """ADM's center_crop_arr, in its own words; 16 bits are scaled to 8 before it."""
+    """ADM's center_crop_arr, copied; 16-bit samples are scaled to 8 bits first."""
     with Image.open(io.BytesIO(data)) as file:
         if file.mode == "I;16":
             grey = np.round(np.asarray(file) / 257).astype(np.uint8)
@@ -127,7 +127,7 @@ def _reason(bad: tuple[tuple[Entry, str], ...]) -> str:
 
 
 def find(source: str, output: Path) -> Listing:
-    """What a start of the job does."""
+    """List the source like an attempt of the job."""
     storage = open_storage(output)
     listing = current_listing(open_input(source), load_listing(storage))
     save_listing(storage, listing)
@@ -231,7 +231,7 @@ def test_hidden_members_and_archives_are_left_out(kind: str, tmp_path: Path) -> 
 
 
 def change(kind: str, archive: Path) -> None:
-    """Another archive of the same name."""
+    """Replace an archive by another of the same name."""
     fewer: dict[str, Callable[[], bytes]] = {
         "class_tars": lambda: tar_of({"n01_7.JPEG": b"."}),
         "imagenet_tar": lambda: archive.read_bytes() + bytes(10240),

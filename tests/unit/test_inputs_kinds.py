@@ -1,4 +1,4 @@
-"""Each kind of archive, on disk and on S3: what it lists, what it reads, what it refuses."""
+"""Each kind of archive, on disk and on S3: listing, reading and errors."""
 
 import json
 import os
@@ -39,7 +39,7 @@ EMPTY: Images = {**IMAGES, "n015": {}}
 
 @pytest.fixture(params=["disk", "s3"])
 def put(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Leaves a source where it is, or puts it on S3."""
+    """Leave a source on disk, or copy it to S3."""
     if request.param == "disk":
         return lambda source: source
     for name, value in request.getfixturevalue("server").items():

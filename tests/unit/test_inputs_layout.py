@@ -1,4 +1,4 @@
-"""Layouts that look like classes and are none, folders that cannot be read, and what is said of a listing."""
+"""Layouts that only look like classes, unreadable folders, and notes on a listing."""
 
 import io
 import os
@@ -28,7 +28,7 @@ CLASSES: Images = {name: {"0.jpg": b"."} for name in ("n01", "n02", "n03")}
 
 
 def put(folder: Path, *paths: str) -> str:
-    """Files at these paths below a folder; its name."""
+    """Write files at these paths below a folder and return its name."""
     for path in paths:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(b".")
@@ -237,7 +237,7 @@ def test_hidden_names() -> None:
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Run as a user to whom permissions apply."""
+    """Run as a user who is subject to permissions."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(NOBODY)
@@ -250,7 +250,7 @@ def as_nobody() -> Iterator[None]:
 
 @pytest.fixture
 def readable() -> Iterator[Path]:
-    """Class folders that everybody may read; unlike pytest's own folders."""
+    """Class folders that every user may read, unlike pytest's own folders."""
     folder = Path(tempfile.mkdtemp())
     class_folders(folder / "x", CLASSES)
     for path in (folder, *folder.rglob("*")):
@@ -334,7 +334,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 @pytest.fixture
 def prefix(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Any]]:
-    """A name of a prefix, and a function that puts an object there under any key."""
+    """A prefix, and a function that writes an object with any key below it."""
     for name, value in server.items():
         monkeypatch.setenv(name, value)
     client = boto3.client("s3")

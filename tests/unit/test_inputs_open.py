@@ -1,4 +1,4 @@
-"""Which kind of input a source is taken for, and what that costs."""
+"""Detection of the kind of input, and how many reads it needs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Parquet files: row groups among threads, rows and files that are none, damage."""
+"""Parquet files: row groups shared by threads, invalid rows and files, damage."""
 
 import json
 import os

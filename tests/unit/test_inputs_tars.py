@@ -1,4 +1,4 @@
-"""Walking tars: what the standard library and GNU tar write, and what damage does."""
+"""Reading tars: those of the standard library and GNU tar, and damaged ones."""
 
 import io
 import shutil
@@ -24,7 +24,7 @@ FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
 class Memory(DiskStorage):
-    """One object in memory, read as from a disk."""
+    """One object in memory that reads like a disk."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(Path("/memory"))
@@ -32,7 +32,7 @@ class Memory(DiskStorage):
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         if start + length > len(self._data):
-            raise StorageError("the object is shorter than it was")
+            raise StorageError("the object is truncated")
         return self._data[start : start + length]
 
     def size(self, key: str) -> int:

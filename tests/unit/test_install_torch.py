@@ -46,13 +46,13 @@ def asked_of_pip(index: str) -> str:
     return done.stdout
 
 
-def test_the_cpu_build_where_its_index_answers(index: str) -> None:
+def test_the_cpu_build_if_its_index_answers(index: str) -> None:
     said, arguments = asked_of_pip(index).splitlines()
     assert "torch for the CPU" in said
     assert arguments == f"install --quiet --extra-index-url {index} torch"
 
 
-def test_what_pip_finds_where_it_does_not() -> None:
+def test_pips_default_if_it_does_not() -> None:
     said, arguments = asked_of_pip(f"http://127.0.0.1:{free_port()}").splitlines()
     assert "cannot be reached" in said
     assert arguments == "install --quiet torch"

@@ -1,4 +1,4 @@
-"""`dit-scale latents`: what it prints, its exit codes, the picture that it writes."""
+"""`dit-scale latents`: output, exit codes and pictures."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def latents(tmp_path: Path, tiny_vae: str) -> Path:
-    """Random latents of ten classes with names, and inputs that gave none; its VAE is the tiny one."""
+    """Random latents of ten named classes, with quarantined inputs, encoded by the tiny VAE."""
     folder = tmp_path / "set"
     write_latents(folder, num=20, shard_samples=6)
     edit_info(

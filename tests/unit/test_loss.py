@@ -70,7 +70,7 @@ def float64_loss(betas, output, x_start, x_t, noise, t):
 
 @pytest.mark.parametrize("output_scale", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("schedule", [FULL, SHORT], ids=["1000", "250"])
-def test_loss_is_the_float64_statement_at_every_timestep(schedule, output_scale):
+def test_loss_equals_the_float64_implementation_at_every_timestep(schedule, output_scale):
     t_B = torch.arange(len(schedule))
     batch = example(schedule, t_B, output_scale)
     loss = loss_of(schedule, *batch)
@@ -78,13 +78,13 @@ def test_loss_is_the_float64_statement_at_every_timestep(schedule, output_scale)
     mse_B, vb_B = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
     torch.testing.assert_close(loss.mse_B.double(), mse_B, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(loss.vb_B.double(), vb_B, rtol=2e-4, atol=2e-6)
-    # The whole bound: the sum over all timesteps of one bits-per-element term each.
+    # The full bound is the sum of one term in bits per element per timestep.
     assert loss.vb_B.double().sum().item() == pytest.approx(vb_B.sum().item(), rel=2e-5)
     torch.testing.assert_close(loss.total_B, loss.mse_B + loss.vb_B, rtol=0, atol=0)
 
 
-def test_a_model_at_its_initial_zero_loses_1_016():
-    """The published runs start at 1.016: the mean square of the noise, and 0.016 bits over uniform t."""
+def test_an_all_zero_output_has_a_loss_of_1_016():
+    """The published runs start at 1.016: the mean square of the noise, plus 0.016 bits for uniform t."""
     t_B = torch.arange(1000).repeat(8)
     _, *rest = example(FULL, t_B, 0.0)
     loss = loss_of(FULL, torch.zeros(8000, 8, 3, 3), *rest)
@@ -103,7 +103,7 @@ def test_the_bound_is_not_rescaled():
     assert loss_of(FULL, output, *rest).vb_B.item() == pytest.approx(bits, rel=1e-5)
 
 
-def test_perfect_prediction_loses_nothing_but_the_decoder_term():
+def test_a_perfect_prediction_leaves_only_the_decoder_term():
     t_B = torch.tensor([0, 1, 500, 999])
     output, *rest = example(FULL, t_B, 0.0)
     output[:, 4:] = -1.0
@@ -114,7 +114,7 @@ def test_perfect_prediction_loses_nothing_but_the_decoder_term():
 
 
 @pytest.mark.parametrize("t", [0, 1, 500, 999])
-def test_each_term_moves_its_own_channels_only(t):
+def test_each_term_has_gradients_only_in_its_own_channels(t):
     output, *rest = example(FULL, torch.tensor([t, t]), 0.01)
 
     def gradient_of(term):
@@ -128,7 +128,7 @@ def test_each_term_moves_its_own_channels_only(t):
     assert (mse[:, :4] != 0).all()
     assert (vb[:, 4:] != 0).any()
     torch.testing.assert_close(total, mse + vb, rtol=0, atol=0)
-    # d mse / d eps by hand: 2 (eps - noise) over all elements.
+    # d mse / d eps computed directly: 2 (eps - noise) / number of elements.
     torch.testing.assert_close(mse[:, :4], 2 * (output[:, :4] - rest[2]) / rest[2].numel())
 
 
@@ -145,7 +145,7 @@ def test_gradient_of_the_bound_is_its_slope():
     assert leaf.grad[:, 4:].sum().item() == pytest.approx(slope, rel=2e-3)
 
 
-def test_a_wild_early_prediction_has_finite_gradients():
+def test_a_large_early_prediction_has_finite_gradients():
     t_B = torch.tensor([0, 1, 999])
     output, *rest = example(FULL, t_B, 30.0)
     leaf = output.clone().requires_grad_()
@@ -153,7 +153,7 @@ def test_a_wild_early_prediction_has_finite_gradients():
     assert torch.isfinite(leaf.grad).all()
 
 
-def test_samples_do_not_see_each_other():
+def test_samples_are_independent():
     t_B = torch.tensor([0, 7, 999])
     batch = example(FULL, t_B, 0.5)
     together = loss_of(FULL, *batch)
@@ -182,7 +182,7 @@ class CountHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_loss_and_its_gradient_read_nothing_back():
+def test_the_loss_and_its_gradient_do_not_synchronize_the_host():
     t_B = torch.tensor([0, 7, 999])
     output, *rest = example(FULL, t_B, 0.5)
     leaf = output.clone().requires_grad_()

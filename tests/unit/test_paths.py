@@ -54,13 +54,13 @@ def test_every_path_is_absolute(root: Any, key: str, text: str, here: Path) -> N
 
 @pytest.mark.parametrize(("root", "key"), KEYS)
 @pytest.mark.parametrize("name", ["2024", "010", "a b", "a #1", "#", "1:30", "on", "d\u00e4ta", "a=b"])
-def test_every_name_is_a_name(root: Any, key: str, name: str, here: Path) -> None:
-    Path(name).mkdir()  # a VAE is a folder if there is one
+def test_any_name_is_a_path(root: Any, key: str, name: str, here: Path) -> None:
+    Path(name).mkdir()  # a VAE name means a folder if that folder exists
     assert read(root, key, name) == f"{here}/{name}"
 
 
 @given(st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1).filter(str.strip))
-def test_an_absolute_path_stays(name: str) -> None:
+def test_an_absolute_path_is_unchanged(name: str) -> None:
     path = absolute(f"/x/{name}", PathKind.FOLDER) if "://" not in name else "/"
     assert absolute(path, PathKind.FOLDER) == path == os.path.abspath(path)
 
@@ -100,11 +100,11 @@ def test_a_vae_is_a_folder_if_there_is_one(here: Path) -> None:
     assert load(EncodeConfig, None, ["vae=~/a"], keep_relative=True).vae == f"{here}/a"
 
 
-def test_without_a_home_only_what_is_needed_is_refused(
+def test_without_a_home_directory_only_required_paths_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without an entry
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without a passwd entry
     config = load(TrainConfig, None)
     assert config.data.cache_dir == "~/.cache/dit_scale/shards"
     with pytest.raises(ConfigError, match=r"run is ~/x: its home directory is unknown"):
@@ -122,7 +122,7 @@ def test_a_run_is_found_from_any_folder_and_where_it_moved(
 ) -> None:
     save_tiny_vae(here / "weights")
     write_run(Path("runs/x"), "weights")
-    config = load(TrainConfig, "runs/x/config.yaml", ["data.vae=weights"])  # as a start of the run saves it
+    config = load(TrainConfig, "runs/x/config.yaml", ["data.vae=weights"])  # as saved at the start of the run
     open_storage("runs/x").write("config.yaml", dump(config).encode())
     assert (config.run, config.data.vae) == (f"{here}/runs/x", f"{here}/weights")
     for folder, run in (("a", "../runs/x"), ("runs", "x"), (".", "runs/x"), ("a", f"{here}/runs/x")):
@@ -139,7 +139,7 @@ def test_a_run_is_found_from_any_folder_and_where_it_moved(
     assert root_of_folder("../a/y").exists(f"{CheckpointId(STEP, ATTEMPT).path()}/MANIFEST.json")
 
 
-def test_a_run_that_moved_does_not_begin_anew_in_the_old_place(
+def test_a_moved_run_does_not_start_over_in_its_old_folder(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("old").mkdir()
@@ -168,7 +168,7 @@ def test_a_run_that_moved_does_not_begin_anew_in_the_old_place(
         ("elsewhere", [], "elsewhere"),
     ],
 )
-def test_a_run_that_moved_goes_on_from_the_checkpoints_that_moved_with_it(
+def test_a_moved_run_resumes_from_the_checkpoints_that_moved_with_it(
     here: Path, url: str, more: list[str], found: str
 ) -> None:
     Path("new").mkdir()
@@ -196,9 +196,7 @@ def test_checkpoints_below_a_run_move_with_it(url: str, found: str) -> None:
     assert (config.run, config.checkpoint.url) == ("/new/run", found)
 
 
-def test_nodes_may_have_the_same_folders_under_other_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nodes_may_have_folders_with_different_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digests = set()
     for node in ("a", "b"):
         (tmp_path / node).mkdir()

@@ -93,7 +93,7 @@ def test_overlaps_are_cosines_at_any_width_and_step(
 @pytest.mark.parametrize(
     "target", [PowerProfile(0.07, 1000), PowerProfile(0.03, 1000), PowerProfile(0.2, 600)]
 )
-def test_the_error_is_that_of_what_each_step_counts(target: PowerProfile) -> None:
+def test_the_error_is_the_distance_of_the_step_coefficients(target: PowerProfile) -> None:
     stored = [profile for profile in stored_at(range(40, 1001, 40)) if profile.step <= target.step]
     found = fit(stored, target)
     assert sum(found.weights) == pytest.approx(1, abs=1e-12)
@@ -181,7 +181,7 @@ TARGET_WIDTHS = (0.03, 0.04, 0.07, 0.12, 0.15, 0.20)
 
 @pytest.mark.parametrize("step", [STEPS, STEPS - 4 * STORE_EVERY])
 @pytest.mark.parametrize("sigma_rel", TARGET_WIDTHS)
-def test_a_rebuilt_average_is_the_tracked_one(sigma_rel: float, step: int) -> None:
+def test_a_reconstructed_average_equals_the_tracked_one(sigma_rel: float, step: int) -> None:
     """Within 1e-3 of the distance that the average moved, and within 1e-4 of its norm."""
     begin, averages = tracked((*STORED_WIDTHS, *TARGET_WIDTHS))
     stored = [profile for profile in averages if profile.sigma_rel in STORED_WIDTHS and profile.step <= step]
@@ -198,7 +198,7 @@ def test_a_rebuilt_average_is_the_tracked_one(sigma_rel: float, step: int) -> No
     assert of_change < found.error < MAX_ERROR
 
 
-# Out of a run's files
+# From a run's files
 
 SHAPES = {"head.weight": (5, 8), "head.bias": (SIZE - 40,)}
 RANKS = ((0, 25), (25, SIZE))
@@ -281,7 +281,7 @@ def test_reconstruct_writes_the_tracked_average(
     assert (flat(out) - wanted).norm() < 1e-3 * (wanted - begin).norm()
 
 
-def test_a_reconstructed_file_says_what_it_is(run: Path) -> None:
+def test_a_reconstructed_file_has_metadata(run: Path) -> None:
     out = run / "between.safetensors"
     assert cli.main(["ema", "reconstruct", str(run), "--sigma-rel", "0.07", "--out", str(out)]) == 0
     state, said = weights.read(out), weights.read_metadata(out)
@@ -304,7 +304,7 @@ def test_a_reconstructed_file_says_what_it_is(run: Path) -> None:
     assert sum(part["weight"] for part in parts) == pytest.approx(1)
 
 
-def test_what_a_run_has_stored_is_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stored_averages_are_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ema", "list", str(run), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 2 * STEPS // STORE_EVERY
@@ -341,7 +341,7 @@ def test_a_damaged_manifest_is_skipped(run: Path, capsys: pytest.CaptureFixture[
     assert "is damaged" in json.loads(capsys.readouterr().out)[-1]["problem"]
 
 
-def test_a_tensor_that_is_damaged_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_tensor_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = run / CheckpointId(800, 1).path(EMA) / rankfile.file_name(1)
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

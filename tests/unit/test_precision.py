@@ -32,12 +32,12 @@ def config_of(run: Path, precision: str) -> TrainConfig:
 
 @pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="the instructions of this CPU are limited")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc/cpuinfo")
-def test_auto_is_bf16_where_the_processor_multiplies_it() -> None:
+def test_auto_is_bf16_with_hardware_support() -> None:
     assert dist.choose_precision("auto", CPU) == ("bf16" if has_instructions() else "fp32")
 
 
 @pytest.mark.parametrize("limit", ["AVX2"])
-def test_auto_is_fp32_where_onednn_would_emulate_bf16(limit: str) -> None:
+def test_auto_is_fp32_if_onednn_would_emulate_bf16(limit: str) -> None:
     limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
     said = subprocess.run(
         [sys.executable, "-c", SAY], env=limited, check=True, capture_output=True, text=True
@@ -46,18 +46,18 @@ def test_auto_is_fp32_where_onednn_would_emulate_bf16(limit: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp32"])
-def test_a_precision_that_is_asked_for_is_taken(name: str) -> None:
+def test_a_requested_precision_is_used(name: str) -> None:
     assert dist.choose_precision(name, CPU) == name
 
 
-def test_a_new_run_takes_what_suits_the_device_and_says_so(tmp_path: Path, world: World) -> None:
+def test_a_new_run_selects_and_reports_its_precision(tmp_path: Path, world: World) -> None:
     config, note = choose_precision(config_of(tmp_path, "auto"), world)
     assert config.engine.precision == dist.choose_precision("auto", CPU)
     assert note.startswith(f"precision auto: {config.engine.precision}, this CPU ")
 
 
 @pytest.mark.parametrize("begun", ["bf16", "fp32"])
-def test_a_run_keeps_what_it_began_with_unless_told(tmp_path: Path, world: World, begun: str) -> None:
+def test_a_run_keeps_its_precision_unless_overridden(tmp_path: Path, world: World, begun: str) -> None:
     written = config_of(tmp_path, begun).model_dump(mode="json")
     checkpoints.write(open_storage(tmp_path), CheckpointId(40, 1), [[]], config=written)
     config, note = choose_precision(config_of(tmp_path, "auto"), world)
@@ -69,7 +69,7 @@ def test_a_run_keeps_what_it_began_with_unless_told(tmp_path: Path, world: World
     assert choose_precision(config_of(tmp_path, told), world)[0].engine.precision == told
 
 
-def test_bf16_without_instructions_is_taken_with_a_warning(
+def test_bf16_without_hardware_support_is_used_with_a_warning(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for has, warned in ((True, False), (False, True)):

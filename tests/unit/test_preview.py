@@ -35,7 +35,7 @@ def named(folder: Path, tiny_vae: str, **changes: object) -> None:
     edit_info(folder, vae=vae.load(tiny_vae).identity().model_dump(mode="json") | changes)
 
 
-def test_random_samples_are_those_that_a_run_of_this_seed_begins_with() -> None:
+def test_random_samples_are_the_first_of_a_run_with_this_seed() -> None:
     assert random_ids(1000, 16, 3) == Order(1000, 3).ids(np.arange(16)).tolist()
     assert random_ids(1000, 16, 3)[:5] == random_ids(1000, 5, 3)
     assert random_ids(1000, 16, 3) != random_ids(1000, 16, 4)
@@ -65,7 +65,7 @@ def test_another_vae_is_refused_with_both_digests(dataset: LatentDataset, tmp_pa
         load_decoder(dataset, other, CPU)
 
 
-def test_the_vae_is_looked_for_under_its_name(
+def test_the_vae_is_looked_up_by_name(
     dataset: LatentDataset, tiny_vae: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(tiny_vae).parent)
@@ -83,7 +83,7 @@ def test_a_missing_vae_folder_is_not_looked_up_on_the_hub(
         load_decoder(dataset, None, CPU)
 
 
-def test_a_hub_name_is_looked_for(tmp_path: Path, tiny_vae: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_is_looked_up(tmp_path: Path, tiny_vae: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_latents(tmp_path, num=2)
     named(tmp_path, tiny_vae, name="someone/tiny")
     find, asked = vae.find_vae, []

@@ -1,4 +1,4 @@
-"""Placing encoders so that decoders find room, and what is said when there is no cluster."""
+"""Placement of encoders that leaves room for decoders, and errors without a cluster."""
 
 import itertools
 import signal
@@ -26,7 +26,7 @@ def test_a_decoder_finds_room_wherever_ray_puts_the_encoders(
     most = max_encoders(config, "cpu", [{"CPU": amount} for amount in cpus])
 
     def finds_room(number: int) -> bool:
-        """Whether it does in all ways to spread so many encoders."""
+        """Whether a decoder fits for every distribution of `number` encoders."""
         ways = itertools.product(*(range(int(amount / encoder) + 1) for amount in cpus))
         left = [
             max(amount - count * encoder for amount, count in zip(cpus, way, strict=True))
@@ -40,7 +40,7 @@ def test_a_decoder_finds_room_wherever_ray_puts_the_encoders(
 
 
 def test_room_that_no_single_node_has_is_none() -> None:
-    """0.4 of 2 CPUs are left on each of two nodes, and a decoder reserves 0.5."""
+    """Each of two nodes has 0.4 of 2 CPUs left, but a decoder reserves 0.5."""
     nodes = [{"CPU": 2.0}, {"CPU": 2.0}]
     with pytest.raises(DeviceError, match=r"4 encoders leave 0.8 of 4 CPUs, .* 0.5 of one node"):
         place_encoders(EncodeConfig(encoders=4, cpus_per_encoder=0.8), nodes)

@@ -18,7 +18,7 @@ def test_a_name_is_the_file_in_configs(name: str) -> None:
     assert load(root, name) == load(root, CONFIGS / f"{name}.yaml")
 
 
-def test_all_of_configs_have_names() -> None:
+def test_every_recipe_has_a_name() -> None:
     assert recipes.names() == sorted(path.stem for path in CONFIGS.iterdir())
 
 
@@ -42,7 +42,7 @@ def test_a_file_wins_over_a_recipe_and_a_folder_does_not(
         ("zzz", r"no configuration file at zzz, and no recipe with that name; recipes: demo, design_space, "),
     ],
 )
-def test_a_missing_one_names_those_there_are(
+def test_a_missing_recipe_lists_the_others(
     wanted: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

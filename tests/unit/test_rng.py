@@ -29,7 +29,7 @@ def tensor_philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, 
         ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
     ],
 )
-def test_published_answers(counter: str, key: str, words: str) -> None:
+def test_published_test_vectors(counter: str, key: str, words: str) -> None:
     def read(text: str) -> tuple[int, ...]:
         return tuple(int(word, 16) for word in text.split())
 
@@ -39,7 +39,7 @@ def test_published_answers(counter: str, key: str, words: str) -> None:
 
 
 @given(st.tuples(WORD, WORD, WORD, WORD), st.tuples(WORD, WORD))
-def test_philox_agrees_with_whole_integers(counter: tuple[int, ...], key: tuple[int, int]) -> None:
+def test_philox_agrees_with_python_integers(counter: tuple[int, ...], key: tuple[int, int]) -> None:
     assert tensor_philox(counter, key) == philox.philox(counter, key)
 
 
@@ -52,7 +52,7 @@ def test_words_are_blocks_of_the_positions_counter(
 
 
 @given(st.lists(POSITION, min_size=1, max_size=12), st.data())
-def test_draws_depend_on_their_position_alone(positions: list[int], data: st.DataObject) -> None:
+def test_draws_depend_only_on_their_position(positions: list[int], data: st.DataObject) -> None:
     chosen = data.draw(st.lists(st.sampled_from(range(len(positions))), min_size=1, max_size=20))
     position_N = torch.tensor(positions)
     for draw in (
@@ -149,7 +149,7 @@ def test_no_word_gives_an_infinite_normal(monkeypatch: pytest.MonkeyPatch) -> No
     assert drawn.abs().max().item() == pytest.approx(math.sqrt(66 * math.log(2)))
 
 
-def test_normals_have_the_moments_and_tails_of_the_normal_law() -> None:
+def test_normals_have_the_moments_and_tails_of_the_normal_distribution() -> None:
     from scipy import stats
 
     drawn = rng.normals(11, Purpose.NOISE, torch.arange(1000), (500,)).double().numpy().ravel()

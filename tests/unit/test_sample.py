@@ -73,7 +73,7 @@ def latents(
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
-def test_an_image_depends_on_its_number_and_class_alone(model: DiT, schedule: Schedule, method: str) -> None:
+def test_an_image_depends_only_on_its_number_and_class(model: DiT, schedule: Schedule, method: str) -> None:
     settings = SamplingSettings(seed=3, method=method, guidance=2.0)
     together = latents(model, schedule, [0, 1, 2, 3, 4], settings)
     alone = latents(model, schedule, [3], settings)
@@ -100,7 +100,7 @@ def test_number_class_seed_and_guidance_all_matter(model: DiT, schedule: Schedul
     assert (first - other_class).abs().max() > 1e-6
 
 
-def test_every_step_has_noise_of_its_own(
+def test_every_step_has_its_own_noise(
     model: DiT, schedule: Schedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[Purpose, int]] = []
@@ -115,7 +115,7 @@ def test_every_step_has_noise_of_its_own(
 
     monkeypatch.setattr(rng, "normals", recording)
     latents(model, schedule, [2, 0])
-    # The last of six steps takes none.
+    # The last of six steps needs no noise.
     assert drawn == [(Purpose.SAMPLE_START, 0), *((Purpose.SAMPLE_STEP, step) for step in range(5))]
 
 
@@ -123,7 +123,9 @@ def test_the_same_call_gives_the_same_bits(model: DiT, schedule: Schedule) -> No
     assert torch.equal(latents(model, schedule, [0, 1]), latents(model, schedule, [0, 1]))
 
 
-def test_batches_and_processes_do_not_show(model: DiT, schedule: Schedule, decoder: vae.Vae) -> None:
+def test_images_do_not_depend_on_batches_and_processes(
+    model: DiT, schedule: Schedule, decoder: vae.Vae
+) -> None:
     steps: list[int] = []
 
     def draw(images: range, batch: int) -> np.ndarray:
@@ -181,7 +183,7 @@ def test_grids(tmp_path: Path, num: int, columns: int, rows: int) -> None:
     assert shown.tolist() == list(range(min(num, 100)))
 
 
-def test_npz_is_that_of_the_evaluation_suite(tmp_path: Path) -> None:
+def test_npz_has_the_format_of_the_evaluation_suite(tmp_path: Path) -> None:
     images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
     write_npz(images, np.array([7, 8]), tmp_path / "new" / "samples.npz")
     with np.load(tmp_path / "new" / "samples.npz", allow_pickle=False) as file:
@@ -189,14 +191,14 @@ def test_npz_is_that_of_the_evaluation_suite(tmp_path: Path) -> None:
         assert np.array_equal(file["arr_0"], images)
 
 
-def test_classes_come_in_turn() -> None:
+def test_classes_are_used_in_turn() -> None:
     assert balanced_labels([3, 7], 5) == [3, 7, 3, 7, 3]
     assert balanced_labels(range(3), 2) == [0, 1]
     with pytest.raises(ConfigError, match="no classes"):
         balanced_labels([], 2)
 
 
-# Refusals
+# Errors
 
 
 def test_another_vae_is_refused(source: WeightsSource, tmp_path: Path) -> None:
@@ -205,11 +207,11 @@ def test_another_vae_is_refused(source: WeightsSource, tmp_path: Path) -> None:
         sample(source, LABELS, SETTINGS, vae_name=other, out=tmp_path / "out", engine=CPU)
     assert not (tmp_path / "out").exists()
     assert not torch.distributed.is_initialized()
-    vae.load(other).require_weights(None)  # a weights file that does not know its VAE takes any
+    vae.load(other).require_weights(None)  # a weights file without VAE metadata accepts any
 
 
 @pytest.mark.parametrize("label", [-1, 5, 1000])
-def test_a_class_that_is_not_there_is_refused(
+def test_an_unknown_class_is_refused(
     source: WeightsSource, tiny_vae: str, tmp_path: Path, label: int
 ) -> None:
     with pytest.raises(ConfigError, match=f"class {label}: expected 0 to 4"):
@@ -224,7 +226,7 @@ def test_more_steps_than_the_diffusion_has_are_refused(
     assert not torch.distributed.is_initialized()
 
 
-def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_refused_if_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match="no CUDA device is visible"):
         dist.start(EngineConfig(device="cuda"))
@@ -283,7 +285,7 @@ def test_export_and_open_is_the_same_source(source: WeightsSource, tmp_path: Pat
 
 
 @pytest.mark.parametrize("part", ["what it says", "weights"])
-def test_an_export_that_was_damaged_is_refused(source: WeightsSource, tmp_path: Path, part: str) -> None:
+def test_a_damaged_export_is_refused(source: WeightsSource, tmp_path: Path, part: str) -> None:
     path = tmp_path / "weights.safetensors"
     export(source, path)
     data = bytearray(path.read_bytes())
@@ -293,7 +295,7 @@ def test_an_export_that_was_damaged_is_refused(source: WeightsSource, tmp_path: 
         open_source(str(path))
 
 
-def test_a_bare_weights_file_takes_the_model_it_is_told(source: WeightsSource, tmp_path: Path) -> None:
+def test_a_bare_weights_file_uses_the_given_model(source: WeightsSource, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save(source.state, path)
     opened = open_source(str(path), model=source.model)
@@ -322,7 +324,7 @@ def test_the_newest_checkpoint_is_taken(tiny_vae: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("made", [[], ["config.yaml"]])
-def test_a_place_without_weights(tmp_path: Path, made: list[str]) -> None:
+def test_a_folder_without_weights(tmp_path: Path, made: list[str]) -> None:
     for name in made:
         (tmp_path / name).touch()
     expected = "no committed checkpoint yet" if made else "expected a run folder, a checkpoint folder"
@@ -335,5 +337,7 @@ def test_a_checkpoint_of_another_version_is_named(tiny_vae: str, tmp_path: Path)
     root = open_storage(tmp_path)
     config = Checkpoint(root, CheckpointId(STEP, 1)).manifest.config
     checkpoints.write(root, CheckpointId(STEP + 1, 1), [], config={**config, "new_knob": 1})
-    with pytest.raises(CheckpointError, match=r"is of another version of this program: .*\n.*new_knob"):
+    with pytest.raises(
+        CheckpointError, match=r"was written by another version of this program: .*\n.*new_knob"
+    ):
         open_source(str(tmp_path))

@@ -64,7 +64,7 @@ def test_ddpm_takes_the_steps_of_diffusers(spec, monkeypatch):
             "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, step=step, **__: step_noise(step)
         )
         x_BCHW = theirs.step(model(x_BCHW, t.expand(2)), t, x_BCHW).prev_sample
-        # Random outputs are no denoiser: x grows, so errors are measured against its size.
+        # With random outputs x grows, so the error is relative to its size.
         torch.testing.assert_close(ours[step], x_BCHW.float(), rtol=0, atol=1e-5 * float(x_BCHW.abs().max()))
 
 
@@ -116,7 +116,7 @@ def test_sampling_keeps_fp32_no_graph_and_its_input(sampler):
     assert torch.equal(x_T, randn(*LATENTS))
 
 
-# Data of a Gaussian N(mean, std^2), for which the best possible model is known.
+# Gaussian data N(mean, std^2), for which the optimal model is known.
 DATA_MEAN, DATA_STD = 0.8, 0.5
 MANY = (64, 4, 16, 16)
 
@@ -183,7 +183,7 @@ class LabelledModel:
 
 
 @pytest.mark.parametrize(("guidance_channels", "num_guided"), [("first3", 3), ("all", 4)])
-def test_guidance_extrapolates_its_channels_only(guidance_channels, num_guided):
+def test_guidance_extrapolates_only_its_channels(guidance_channels, num_guided):
     x, t, y = randn(*LATENTS), torch.tensor([980, 980]), torch.tensor([207, 360])
     output = guided(LabelledModel(), y, NULL_CLASS, 4.0, guidance_channels)(x, t)
     labelled = LabelledModel()(x, t, y)

@@ -67,7 +67,7 @@ def test_alphas_cumprod_is_the_chain_of_single_steps():
 def test_other_lengths_scale_the_betas():
     half = linear(500)
     assert half.betas_float64[[0, -1]].tolist() == pytest.approx([2e-4, 4e-2])
-    # About the same signal is left at the end.
+    # About the same amount of signal remains at the end.
     assert float64_tables(half.betas_float64)["alphas_cumprod"][-1] == pytest.approx(4e-5, rel=0.2)
 
 
@@ -126,7 +126,7 @@ def test_respacing_to_every_step_changes_nothing():
     np.testing.assert_allclose(same.betas_float64, FULL.betas_float64, rtol=1e-11)
 
 
-def test_respacing_twice_still_names_original_timesteps():
+def test_respacing_twice_keeps_original_timesteps():
     assert respace(respace(FULL, "ddim50"), "ddim10").timesteps.tolist() == list(range(0, 1000, 100))
 
 
@@ -199,7 +199,7 @@ def test_kept_indices_are_a_dense_spread_of_each_section(case):
             stride = Fraction(size - 1, count - 1)
             assert inside[-1] == lower + size - 1
             assert all(math.floor(stride) <= gap <= math.ceil(stride) for gap in np.diff(inside))
-            # Each is the integer next to its exact place; only halves may go either way.
+            # Each is the nearest integer to its exact value; only halves may round either way.
             assert all(abs(i - lower - n * stride) <= Fraction(1, 2) for n, i in enumerate(inside))
 
 

@@ -1,4 +1,4 @@
-"""Standard streams of short commands: closed, full, not blocking, of an encoding that lacks a character."""
+"""Standard streams of short commands: closed, full, non-blocking, or with a limited character set."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ def test_closed_streams(closed: str) -> None:
 
 
 def test_a_pipe_that_somebody_set_to_not_block() -> None:
-    """More than a pipe holds, to a slow reader."""
+    """Print more than the capacity of a pipe, to a slow reader."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     got: list[bytes] = []

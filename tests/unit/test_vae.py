@@ -38,7 +38,7 @@ def test_moments_are_the_posteriors_mean_and_std(folder: Path, tiny: vae.Vae) ->
     assert torch.equal(moments, torch.cat([posterior.mean, posterior.std], dim=1))
 
 
-def test_pixels_are_truncated_as_the_papers(tiny: vae.Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_truncated_as_in_the_paper(tiny: vae.Vae, monkeypatch: pytest.MonkeyPatch) -> None:
     class Fixed:
         def decode(self, z: torch.Tensor) -> "Fixed":
             self.seen = z
@@ -76,11 +76,11 @@ def test_identity(folder: Path, tiny: vae.Vae) -> None:
     assert identity == vae_files.find_vae(str(folder)).identity
 
 
-def test_fewer_levels_divide_by_less(tmp_path: Path) -> None:
+def test_fewer_levels_downsample_less(tmp_path: Path) -> None:
     assert vae_files.find_vae(save_tiny_vae(tmp_path / "x", num_levels=3)).identity.downsample == 4
 
 
-def test_what_is_no_vae_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_vaes_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

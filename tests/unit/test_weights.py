@@ -93,7 +93,7 @@ def test_published_names_and_shapes_load_strictly(image_size, tokens, suffix, wr
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_weights_arrive_with_their_bits(suffix, tmp_path):
+def test_weights_are_read_bit_for_bit(suffix, tmp_path):
     source, path = random_model(), tmp_path / f"weights.{suffix}"
     if suffix == "pt":
         torch.save(source.state_dict(), path)
@@ -113,7 +113,7 @@ def test_loading_keeps_the_type_of_the_model(tmp_path):
     }
 
 
-def test_training_checkpoint_gives_its_ema(tmp_path):
+def test_a_training_checkpoint_yields_its_ema(tmp_path):
     model, ema = random_model(seed=1).state_dict(), random_model(seed=2).state_dict()
     checkpoint = {
         "model": model,
@@ -164,7 +164,7 @@ def test_file_that_would_run_code_is_refused(tmp_path):
         ({"model": {"a": torch.zeros(1)}}, "or a training checkpoint with 'ema'; got dict under 'model'"),
     ],
 )
-def test_content_of_another_kind(content, complaint, tmp_path):
+def test_invalid_content(content, complaint, tmp_path):
     torch.save(content, tmp_path / "odd.pt")
     with pytest.raises(WeightsError, match=complaint):
         weights.read(tmp_path / "odd.pt")
@@ -184,7 +184,7 @@ def test_damaged_file(suffix, keep, tmp_path):
         weights.read(path)
 
 
-def test_missing_file_and_foreign_suffix(tmp_path):
+def test_missing_file_and_unknown_suffix(tmp_path):
     with pytest.raises(WeightsError, match=r"no weights file at .*nowhere.pt"):
         weights.read(tmp_path / "nowhere.pt")
     (tmp_path / "weights.ckpt").touch()
@@ -192,7 +192,7 @@ def test_missing_file_and_foreign_suffix(tmp_path):
         weights.read(tmp_path / "weights.ckpt")
 
 
-def test_weights_of_another_model_are_named():
+def test_weights_of_another_model_are_refused():
     model = build(SMALL, seed=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = dict(random_model(SMALL.model_copy(update={"image_size": 128})).state_dict())
@@ -219,7 +219,7 @@ def test_weights_of_another_model_are_named():
 # --- writing
 
 
-def test_written_file_is_fp32_with_metadata_and_nothing_beside_it(tmp_path):
+def test_written_file_is_fp32_with_metadata_and_leaves_no_other_file(tmp_path):
     state = random_model().bfloat16().state_dict()
     path = tmp_path / "export" / "ema.safetensors"
     weights.write(state, path, {"profile": "paper", "step": "400000"})
@@ -252,7 +252,7 @@ def their_model():
         num_embeds_ada_norm=shape.num_classes,
     )
     for block in model.transformer_blocks:
-        # Theirs are 10000**(-i / 127); the paper's code, and ours, 10000**(-i / 128).
+        # diffusers uses 10000**(-i / 127); the paper's code and ours use 10000**(-i / 128).
         block.norm1.emb.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
     return model.eval()
 
@@ -269,7 +269,7 @@ def test_diffusers_computes_the_same_from_our_weights(their_model):
 
 
 def test_we_compute_the_same_from_diffusers_weights(their_model, tmp_path):
-    # Random in every tensor, modulation too, with one embedder for all blocks as the published model has.
+    # Every tensor is random, including modulation; all blocks share one embedder, as in the published model.
     generator = torch.Generator().manual_seed(3)
     first = "transformer_blocks.0.norm1.emb"
     state = {
@@ -288,7 +288,7 @@ def test_we_compute_the_same_from_diffusers_weights(their_model, tmp_path):
     assert (out - theirs).abs().max().item() < 1e-5
 
 
-def test_there_and_back_keeps_every_bit(tmp_path):
+def test_round_trip_keeps_every_bit(tmp_path):
     ours = random_model()
     weights.write(weights.to_diffusers(ours.state_dict(), ours.shape), tmp_path / "theirs.safetensors", {})
     state = weights.from_diffusers(weights.read(tmp_path / "theirs.safetensors"), ours.shape)
@@ -311,7 +311,7 @@ def test_diffusers_states_without_a_published_form():
 
 
 @pytest.mark.parametrize("convert", [weights.to_diffusers, weights.from_diffusers])
-def test_diffusers_has_one_design_only(convert):
+def test_diffusers_supports_only_one_design(convert):
     shape = shape_of(SMALL.model_copy(update={"conditioning": "in_context"}))
     with pytest.raises(
         WeightsError, match="diffusers supports only conditioning adaln_zero, got 'in_context'"

@@ -40,7 +40,7 @@ def test_counts_of_the_paper(name, image_size, conditioning, tokens, gmacs, para
     assert row["parameters"] == row["parameters_formula"]
     assert row["forward_macs"] == row["forward_macs_formula"]
     assert row["forward_macs"] / 1e9 == pytest.approx(gmacs, abs=5.1e-4)
-    # The smallest print has two digits: 0.36 for 0.358.
+    # The smallest published value has two digits: 0.36 for 0.358.
     assert gmacs == pytest.approx(row["paper_gmacs"], rel=1e-3, abs=5.1e-3)
 
 
@@ -50,7 +50,7 @@ def test_paper_column_is_complete():
 
 def test_depth_width_and_heads_are_those_of_the_paper():
     assert {name: tuple(row) for name, row in zoo.SIZES.items()} == {
-        "Nano": (2, 64, 2),  # this one and the next are ours: runs that exist have them
+        "Nano": (2, 64, 2),  # this and the next are not in the paper; existing runs use them
         "Ti": (6, 128, 4),
         "S": (12, 384, 6),
         "B": (12, 768, 12),
@@ -86,7 +86,7 @@ def test_formulas_equal_the_model_outside_the_paper(name, image_size, conditioni
     assert row["paper_gmacs"] is None
 
 
-def test_shape_of_parses_row_and_patch():
+def test_shape_of_parses_size_and_patch():
     shape = shape_of(ModelConfig(name="DiT-XL/4", image_size=512, num_classes=7))
     assert (shape.depth, shape.width, shape.heads) == (28, 1152, 16)
     assert (shape.latent_size, shape.grid, shape.tokens, shape.patch_channels) == (64, 16, 256, 64)
@@ -94,7 +94,7 @@ def test_shape_of_parses_row_and_patch():
 
 
 @pytest.mark.parametrize("name", ["DiT-M/2", "XL/2", "DiT-XL", "DiT-XL/0", "DiT-XL/-2", "dit-xl/2"])
-def test_unknown_name_lists_the_rows(name):
+def test_unknown_name_lists_the_sizes(name):
     with pytest.raises(
         ConfigError, match=r"unknown model .*DiT-XL/2; sizes: DiT-Nano, DiT-Ti, DiT-S, DiT-B, DiT-L, DiT-XL"
     ):
@@ -108,7 +108,7 @@ def test_unknown_name_lists_the_rows(name):
         ("DiT-S/8", 32, "expected a multiple of 64 .* for example 64"),
     ],
 )
-def test_image_that_patches_do_not_fill(name, image_size, advice):
+def test_image_size_that_is_no_multiple_of_the_patch(name, image_size, advice):
     with pytest.raises(ConfigError, match=advice):
         shape_of(ModelConfig(name=name, image_size=image_size))
 
@@ -118,7 +118,7 @@ def test_zoo_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_run_prints_a_table_that_fits_80_columns(capsys):
+def test_the_printed_table_fits_80_columns(capsys):
     table.print_table(as_json=False, names=["DiT-S/8"])
     lines = capsys.readouterr().out.splitlines()
     [line] = [line for line in lines if "256" in line and "adaln_zero" in line]
@@ -133,7 +133,7 @@ def test_run_prints_a_table_that_fits_80_columns(capsys):
     assert "DIFFERS" not in "".join(lines)
 
 
-def test_run_prints_json(capsys):
+def test_the_table_as_json(capsys):
     table.print_table(as_json=True, names=["DiT-Ti/8"])
     rows = json.loads(capsys.readouterr().out)
     assert [(row["image_size"], row["conditioning"]) for row in rows] == [
@@ -144,7 +144,7 @@ def test_run_prints_json(capsys):
 
 
 @pytest.mark.parametrize("counted", ["parameters", "parameters_with_pos_embed", "forward_macs"])
-def test_run_says_when_a_count_is_not_that_of_the_formula(counted, capsys, monkeypatch):
+def test_the_table_marks_a_count_that_differs_from_the_formula(counted, capsys, monkeypatch):
     row = table.count(ModelConfig(name="DiT-Ti/8"))
     monkeypatch.setattr(table, "rows", lambda names: iter([{**row, counted: row[counted] + 1}, row]))
     table.print_table(as_json=False, names=None)
@@ -153,7 +153,7 @@ def test_run_says_when_a_count_is_not_that_of_the_formula(counted, capsys, monke
 
 
 def test_progress_on_a_terminal_is_no_part_of_the_output(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich treat its output as a terminal
     row = table.count(ModelConfig(name="DiT-Ti/8"))
     monkeypatch.setattr(table, "rows", lambda names: iter([row]))
     table.print_table(as_json=True, names=None)
@@ -167,7 +167,7 @@ def test_rows_refuses_an_unknown_name_before_counting():
         table.rows(["DiT-Ti/8", "DiT-M/2"])
 
 
-def test_run_refuses_an_unknown_name_before_printing(capsys):
+def test_an_unknown_name_is_refused_before_printing(capsys):
     with pytest.raises(ConfigError, match="unknown model 'DiT-M/2'"):
         table.print_table(as_json=True, names=["DiT-Ti/8", "DiT-M/2"])
     assert capsys.readouterr().out == ""
