@@ -81,10 +81,10 @@ class RestoreClock(Heart):
         self.restore_s = 0.0
         super().__init__(rank)
 
-    def beat(self, section: Phase, step: int) -> None:
-        if section is Phase.RESTORE and not self.restore_s:
+    def beat(self, phase: Phase, step: int) -> None:
+        if phase is Phase.RESTORE and not self.restore_s:
             self.restore_s = time.perf_counter()
-        super().beat(section, step)
+        super().beat(phase, step)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
