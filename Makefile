@@ -71,10 +71,10 @@ chaos: $(VENV)/ready
 	$(BIN)/python -m pytest tests/chaos/kubernetes_pods.py
 
 bench: $(VENV)/ready
-	$(BIN)/python benchmarks/encode.py --smoke
-	$(BIN)/python benchmarks/train_step.py --smoke
-	$(BIN)/python benchmarks/save.py --smoke
-	$(BIN)/python benchmarks/loader.py --smoke
+	$(BIN)/python -m benchmarks.encode --smoke
+	$(BIN)/python -m benchmarks.train_step --smoke
+	$(BIN)/python -m benchmarks.save --smoke
+	$(BIN)/python -m benchmarks.loader --smoke
 
 clean:
 	rm -rf $(VENV) runs/demo

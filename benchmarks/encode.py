@@ -1,8 +1,8 @@
 """Benchmark encoding: image decoding, the pipeline around the VAE, and the VAE.
 
-    python benchmarks/encode.py
-    python benchmarks/encode.py --vae stabilityai/sd-vae-ft-ema --image-sizes 256 512    # with CUDA
-    python benchmarks/encode.py --smoke
+    python -m benchmarks.encode
+    python -m benchmarks.encode --vae stabilityai/sd-vae-ft-ema --image-sizes 256 512    # with CUDA
+    python -m benchmarks.encode --smoke
 
 - `decode`: images/s of a decoding task in one process, compared to a plain Pillow loop (open, convert,
   the same crop, array) on JPEGs of ImageNet's typical size. Both alternate; figures are medians over the
@@ -25,10 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-# The packages may not be installed, and Python adds only the folder of a script to its path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_pipeline"))
 
 import numpy as np
 import numpy.typing as npt

@@ -1,7 +1,7 @@
 """Benchmark the data loader: samples/s on one core compared to webdataset, order, resume, cold cache.
 
-    python benchmarks/loader.py
-    python benchmarks/loader.py --smoke
+    python -m benchmarks.loader
+    python -m benchmarks.loader --smoke
 
 Data sets are random numbers in the real format, in a temporary folder. They stay in the page cache, so
 the benchmark measures the reading program and not the disk.
@@ -33,9 +33,6 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-# The package may not be installed, and Python adds only the folder of a script to its path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch

@@ -1,7 +1,7 @@
 """Benchmark checkpoints: stall of the training loop, write speed compared to dd, and time to resume.
 
-    python benchmarks/save.py --folder /where/checkpoints/go
-    python benchmarks/save.py --smoke
+    python -m benchmarks.save --folder /where/checkpoints/go
+    python -m benchmarks.save --smoke
 
 One process trains a real run on random latents, saves it and resumes it. The state is fp32: master
 weights, both moments and one moving average. Figures are medians over the rounds; compared operations
@@ -40,9 +40,6 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-# The package may not be installed, and Python adds only the folder of a script to its path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch

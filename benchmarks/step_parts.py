@@ -1,7 +1,7 @@
 """Break down the time of a training step on a CPU, by part of the step and by operator.
 
-    python benchmarks/step_parts.py configs/demo.yaml --processes 2
-    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/step_parts.py configs/demo.yaml
+    python -m benchmarks.step_parts configs/demo.yaml --processes 2
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m benchmarks.step_parts configs/demo.yaml
 
 It runs real training steps on random latents, as benchmarks/train_step.py does, and times each part of
 the step with the host clock. A CPU executes the parts one after the other, so they add up to the step.

@@ -1,7 +1,7 @@
 """Benchmark a training step: images/s, model FLOP/s, and their ratio to a measured matrix product.
 
-    python benchmarks/train_step.py --model DiT-XL/2 --image-size 256 --compile --attention all
-    python benchmarks/train_step.py --smoke
+    python -m benchmarks.train_step --model DiT-XL/2 --image-size 256 --compile --attention all
+    python -m benchmarks.train_step --smoke
 
 It runs the step of real training on one device: copy of the micro-batch to the device, draws, noising,
 forward and backward pass, guard, AdamW, moving averages and meters. Latents are random numbers in host

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         "committed checkpoints of a run, newest first",
         example="dit-scale checkpoint list runs/dit_xl2_256",
     )
-    listing.add_argument("run", help="the run's folder")
+    listing.add_argument("run", help="the run folder")
     listing.add_argument("--json", action="store_true", help="print a JSON list of objects")
     verify = add_command(
         actions,
@@ -55,7 +55,7 @@ def _add_retention(actions: Any) -> None:
         "keep one checkpoint permanently, regardless of retention",
         example="dit-scale checkpoint keep runs/dit_xl2_256 0000400000-0003",
     )
-    keep.add_argument("run", help="the run's folder")
+    keep.add_argument("run", help="the run folder")
     keep.add_argument(
         "checkpoint", metavar="NAME", help="name as printed by `checkpoint list`, for example 0000400000-0003"
     )
@@ -68,7 +68,7 @@ def _add_retention(actions: Any) -> None:
 Without --yes, only prints what would be deleted. With --yes, verifies the newest checkpoint first.""",
         example="dit-scale checkpoint prune runs/dit_xl2_256 --keep 2 --yes",
     )
-    prune.add_argument("run", help="the run's folder")
+    prune.add_argument("run", help="the run folder")
     prune.add_argument(
         "--keep",
         type=int_between(1),

@@ -39,7 +39,7 @@ a failure rate. docs/goodput.md describes the model.
   dit-scale plan dit_xl2_256 --gpus 8192 --images-per-s 400 --spares 11 \\
       global_batch=524288 steps=60000 --simulate 14
 
-`python benchmarks/train_step.py --json` measures the speed; pass its output with --speed-from. Default
+`python -m benchmarks.train_step --json` measures the speed; pass its output with --speed-from. Default
 durations are assumptions: measure them on your machines.""",
     )
     parser.add_argument("config", help=f"{CONFIG_HELP}, for steps, global batch and checkpoint interval")

@@ -16,7 +16,7 @@ from dit_scale.elastic.node.exits import Exit
 from dit_scale.elastic.policy import Policy
 from dit_scale.elastic.supervisor import Supervisor
 from dit_scale.forecast.polls import EventQueue, Node, Polls
-from dit_scale.forecast.timeline import SECOND, Costs, FailureKind, Halt, Job, Schedule, ticks
+from dit_scale.forecast.timeline import SECOND, Costs, FailureKind, Halt, Job, SaveSchedule, ticks
 from dit_scale.forecast.virtual import VirtualBoard, VirtualGroup, last_beat
 from dit_scale.ledger import Heading, Ledger
 
@@ -180,7 +180,7 @@ class Simulation:
         self._account()
         setup = self._setup
         costs = setup.costs_of(len(round_.members))
-        schedule = Schedule(
+        schedule = SaveSchedule(
             costs,
             full_step_s=setup.costs.step_s,
             every_steps=setup.every_steps,

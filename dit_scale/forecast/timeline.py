@@ -68,7 +68,7 @@ class Stop:
     """Steps of this round taken by then."""
 
 
-class Schedule:
+class SaveSchedule:
     """Training from one step to the last one without failures; times in ticks since it started.
 
     One save at a time: a save that takes longer than the interval delays the next one until its commit. The
@@ -142,7 +142,7 @@ class Schedule:
 class Job:
     """The ranks of all members of one round; times in ticks."""
 
-    def __init__(self, costs: Costs, schedule: Schedule, round_: Round, sealed_at: int) -> None:
+    def __init__(self, costs: Costs, schedule: SaveSchedule, round_: Round, sealed_at: int) -> None:
         """`costs` and `schedule` are those of this number of members."""
         self.costs, self.schedule, self.round, self.sealed_at = costs, schedule, round_, sealed_at
         self.halt: Halt | None = None

@@ -65,7 +65,9 @@ def history_of(config: TrainConfig, step: int, attempt: int | None) -> StepHisto
     )
     # The run may have taken some steps since its last entry, but `steps` may also have been lowered since.
     if step > max(reached, min(reached + config.log.every_steps, config.steps)):
-        raise ConfigError(f"{config.run}: step {step} is not taken yet; the run has reached about {reached}")
+        raise ConfigError(
+            f"{config.run}: step {step} has not been taken yet; the run has reached about {reached}"
+        )
     taker = _taker(root, step, attempt)
     later = [number for number in attempts.numbers(root) if number > taker.number]
     resumed_at = min((_resumed_at(attempts.read(root, number)) for number in later), default=step)

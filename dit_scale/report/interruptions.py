@@ -34,6 +34,8 @@ def interruptions(journal: Sequence[Entry], supervisors: Mapping[str, Sequence[E
         started = [span for span in rounds if span.start_us <= attempt.start_us]
         if started and (started[-1].end_us is None or attempt.start_us <= started[-1].end_us):
             by_round[started[-1].number].append(attempt)
+        elif attempt.last_entry["event"] == Event.DONE:
+            continue  # it reached the last step; the run continues because `steps` was raised
         elif attempt is not attempts[-1] or attempt.last_entry["event"] in (Event.WAITED, Event.ROLLBACK):
             found.append(_of_attempt(attempt, attempts))
     for span in rounds:

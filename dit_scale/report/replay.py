@@ -1,7 +1,7 @@
 """Take one step of a run again, and report what each of its samples contributed.
 
 Training starts from the newest checkpoint before the step, or from step 0, and takes all steps as the run
-did. Nothing is written to the run's folder.
+did. Nothing is written to the run folder.
 """
 
 import math
@@ -87,8 +87,8 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
     """Take a step (counted from 1) of the run in this folder again; all ranks call this.
 
     It is the step of the run as it is now, or as it was in `attempt`. Returns None on all ranks except the
-    first. Raises ConfigError if the folder contains no run or the step is not taken yet, CheckpointError for
-    an unknown attempt, and whatever training raises.
+    first. Raises ConfigError if the folder contains no run or the step has not been taken yet,
+    CheckpointError for an unknown attempt, and whatever training raises.
     """
     asked = config_of_folder(run)
     determinism.pin(asked.engine)

@@ -153,7 +153,7 @@ def _read(run: str, now_s: float) -> _Contents:
     files = [path for path in files if path.is_file()]
     if not files:
         raise ConfigError(
-            f"{run}: expected a run's folder with events.jsonl or supervisors/ in it; a run writes them "
+            f"{run}: expected a run folder with events.jsonl or supervisors/ in it; a run writes them "
             "when it first starts (into run=FOLDER of its configuration)"
         )
     has_config = (folder / "config.yaml").is_file()

@@ -56,7 +56,7 @@ class Record:
         return problem or self._problem
 
     def publish(self) -> None:
-        """Point the links of the run's folder to the newest attempt, if they do not yet. Raises nothing."""
+        """Point the links of the run folder to the newest attempt, if they do not yet. Raises nothing."""
         if not self._lines.is_complete:
             return
         try:
@@ -130,7 +130,7 @@ def recorded(folder: Path) -> list[int]:
 
 
 def own_key(attempt: int, name: str) -> str:
-    """Return the key of an attempt's own file of this name, relative to the run's folder."""
+    """Return the key of an attempt's own file of this name, relative to the run folder."""
     return f"{RECORDS}/{attempt:04d}{Path(name).suffix}"
 
 

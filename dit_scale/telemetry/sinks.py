@@ -88,7 +88,7 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files in the run's folder."""
+    """Event files in the run folder."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -224,7 +224,7 @@ def test_every_runtime_dependency_is_imported() -> None:
 
 
 def test_no_module_changes_the_import_path() -> None:
-    scripts = [ROOT / name for name in SCRIPTS]
+    scripts = [*(ROOT / name for name in SCRIPTS), *sources("benchmarks", "demo")]
     found = [path for path in (*MODULES.values(), *scripts) if "sys.path" in path.read_text()]
     assert found == []
 

@@ -4,20 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.speed import scaled
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "encode.py"
+MODULE = "benchmarks.encode"
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, Any]]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, str(SCRIPT), "--smoke", "--json"]
+    command = [sys.executable, "-m", MODULE, "--smoke", "--json"]
     ran = subprocess.run(command, env=kept, capture_output=True, text=True, timeout=scaled(300.0))
     assert ran.returncode == 0, ran.stderr
     return {row["what"]: row for row in map(json.loads, ran.stdout.splitlines())}

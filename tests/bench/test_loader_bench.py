@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +10,12 @@ import torch
 
 from tests.support.speed import scaled
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loader.py"
+MODULE = "benchmarks.loader"
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    command = [sys.executable, str(SCRIPT), "--smoke", "--json"]
+    command = [sys.executable, "-m", MODULE, "--smoke", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0), check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -16,7 +16,7 @@ from dit_scale.config import ModelConfig
 from dit_scale.models.zoo import num_parameters, shape_of
 from tests.support.speed import scaled
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "save.py"
+MODULE = "benchmarks.save"
 COPIES = 4
 """Master weights, two moments, one moving average."""
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(folder: Path) -> list[dict[str, Any]]:
-    command = [sys.executable, str(SCRIPT), "--smoke", "--json", "--folder", str(folder)]
+    command = [sys.executable, "-m", MODULE, "--smoke", "--json", "--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0), check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -100,7 +100,7 @@ def test_nothing_is_left_behind(rows: list[dict[str, Any]], folder: Path) -> Non
 
 
 def test_a_missing_folder_is_refused() -> None:
-    command = [sys.executable, str(SCRIPT), "--smoke", "--folder", "/nowhere"]
+    command = [sys.executable, "-m", MODULE, "--smoke", "--folder", "/nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0))
     assert done.returncode == 2
     assert "--folder /nowhere: expected an existing folder" in done.stderr

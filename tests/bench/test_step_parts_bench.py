@@ -21,7 +21,8 @@ SMALL = (
 def test_parts_and_operators_add_up() -> None:
     command = [
         sys.executable,
-        str(ROOT / "benchmarks" / "step_parts.py"),
+        "-m",
+        "benchmarks.step_parts",
         str(ROOT / "configs" / "demo.yaml"),
     ]
     done = subprocess.run(

@@ -1,26 +1,25 @@
 """The training-step benchmark runs and its figures are consistent; speed is not tested."""
 
 import json
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import train_step
 from dit_scale.config import ModelConfig
 from dit_scale.models.zoo import forward_macs, shape_of
 from tests.support.speed import scaled
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
+MODULE = "benchmarks.train_step"
 
 
 @pytest.fixture(scope="module")
 def done() -> subprocess.CompletedProcess[str]:
     """Measure a backend that needs CUDA, then one that is always available."""
-    command = [sys.executable, str(SCRIPT), "--smoke", "--json", "--attention", "sdpa_cudnn,sdpa"]
+    command = [sys.executable, "-m", MODULE, "--smoke", "--json", "--attention", "sdpa_cudnn,sdpa"]
     return subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0))
 
 
@@ -61,5 +60,5 @@ def test_a_missing_backend_has_a_row_with_the_reason(
 
 def test_an_unknown_backend_is_refused_immediately(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        runpy.run_path(str(SCRIPT))["main"](["--attention", "flash5"])
+        train_step.main(["--attention", "flash5"])
     assert "--attention flash5: expected `all`, or a list of sdpa" in capsys.readouterr().err

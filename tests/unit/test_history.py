@@ -223,11 +223,13 @@ def test_a_replay_uses_the_settings_of_the_attempt(config: TrainConfig) -> None:
 def test_steps_that_were_not_taken(config: TrainConfig) -> None:
     assert history_of(config, 40, None).attempt.number == 4
     for beyond, log_every_steps in ((41, 10), (36, 5)):
-        with pytest.raises(ConfigError, match=f"step {beyond} is not taken yet; .* reached about 30"):
+        with pytest.raises(
+            ConfigError, match=f"step {beyond} has not been taken yet; .* reached about step 30"
+        ):
             history_of(config_of(Path(config.run), log_every_steps), beyond, None)
     lowered = config.model_copy(update={"steps": 12})
     assert history_of(lowered, 30, None).attempt.number == 4
-    with pytest.raises(ConfigError, match="step 31 is not taken yet"):
+    with pytest.raises(ConfigError, match="step 31 has not been taken yet"):
         history_of(lowered, 31, None)
 
 

@@ -1,4 +1,4 @@
-"""The record of an attempt: the rows it starts with, its own rows, and the links of the run's folder."""
+"""The record of an attempt: the rows it starts with, its own rows, and the links of the run folder."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.support.faults.small_disk import fill, small_disk
 
 
 class Run:
-    """A run's folder, and the attempts that write into it."""
+    """A run folder, and the attempts that write into it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root = folder, open_storage(folder)

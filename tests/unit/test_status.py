@@ -299,4 +299,4 @@ def test_no_torch_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "nothing"])
 def test_a_folder_without_a_run(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", str(tmp_path / name)]) == 2
-    assert "expected a run's folder" in capsys.readouterr().err
+    assert "expected a run folder" in capsys.readouterr().err
