@@ -135,12 +135,13 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         with _opened(self.folder, os.O_RDONLY | os.O_DIRECTORY) as folder:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            if self.holds(file):
-                return None
             part = stack.enter_context(_opened(path, os.O_RDWR | os.O_CREAT))
             if not _locked(part, fcntl.LOCK_EX):
                 return None
             stack.callback(_unlink, path, part)
+            # Only now: a download that finishes after the file was opened turns it into the cached shard.
+            if self.holds(file):
+                return None
             os.ftruncate(part, 0)  # discard what a killed download wrote
             self._make_room(file, keep)
             os.posix_fallocate(part, 0, file.size_bytes)

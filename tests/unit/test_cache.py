@@ -11,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 
@@ -224,6 +225,28 @@ def test_concurrent_processes_download_each_shard_once(server: None, tmp_path: P
         assert [process.exitcode for process in started] == [0] * 4
     assert sorted(log.read_text().split()) == [file.key for file in FILES]
     assert names(tmp_path / "cache") == tars(0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("is_open", [True, False], ids=["after its file was opened", "before"])
+def test_a_download_that_another_process_finishes_meanwhile_is_not_repeated(
+    is_open: bool, remote: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, shard = (tmp_path / f"{FILES[0].sha256}.{suffix}" for suffix in ("tmp", "tar"))
+    part.write_bytes(content(0))
+    when = "_locked" if is_open else "_opened"
+    act = getattr(cache, when)
+
+    def finish_first(*args: Any) -> Any:
+        if part.exists() and (is_open or args[0] == part):
+            part.rename(shard)
+        return act(*args)
+
+    monkeypatch.setattr(cache, when, finish_first)
+    requests = when_reading(remote, lambda data: data)
+    assert ShardCache(remote, tmp_path).fetch(FILES[0])
+    assert requests == []
+    assert shard.read_bytes() == content(0)
+    assert names(tmp_path) == tars(0)
 
 
 def test_a_killed_download_is_taken_over(remote: Storage, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from dit_scale.config import TrainConfig
 from dit_scale.data.shards import LatentDataset
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
-from dit_scale.train import engine, loop
+from dit_scale.train import engine, loop, restore, session
 from dit_scale.train.attempt import Attempt
+from dit_scale.train.context import RunContext
 from dit_scale.train.objective import losses as losses_of
 from dit_scale.train.saving import Saves
 from dit_scale.train.trainer import Trainer
@@ -111,15 +112,15 @@ def in_environment(environment: dict[str, str], job: Callable[..., Any], *args: 
 
 
 def train_and_report(config: TrainConfig) -> tuple[dict[str, object], ...]:
-    """Train as one rank; return the hyper-parameters of its optimizer groups right after the load."""
+    """Train as one rank; return the hyper-parameters of its optimizer groups right after the restore."""
     found: list[tuple[dict[str, object], ...]] = []
-    resume = Trainer.resume
 
-    def resume_and_report(trainer: Trainer, guard: dict[str, float]) -> None:
-        resume(trainer, guard)
+    def restore_and_report(context: RunContext, trainer: Trainer, *args: Any, **keywords: Any) -> Any:
+        checkpoint = restore.restore(context, trainer, *args, **keywords)
         found.append(trainer.engine.hyper_parameters())
+        return checkpoint
 
-    with patch.object(Trainer, "resume", resume_and_report):
+    with patch.object(session, "restore", restore_and_report):
         assert loop.train(config) == 0
     return found[0]
 
