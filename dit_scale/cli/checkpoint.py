@@ -98,13 +98,31 @@ def _list(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
-    for row in rows:
-        print(
-            row["name"],
-            row.get("problem") or f"step {row['step']:>9}  {row['bytes'] / 1e6:10.1f} MB",
-            sep="  ",
-        )
+    _print(rows)
     return 0
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from dit_scale.cli.tables import UNLIMITED_WIDTH, print_table
+
+    if not rows:
+        print("no committed checkpoint")
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("checkpoint", no_wrap=True)
+    for name in ("step", "MB"):
+        table.add_column(name, justify="right")
+    if any("problem" in row for row in rows):
+        table.add_column("problem")
+    for row in rows:
+        if "problem" in row:
+            table.add_row(row["name"], "", "", row["problem"])
+        else:
+            table.add_row(row["name"], str(row["step"]), f"{row['bytes'] / 1e6:,.1f}")
+    print_table(table, UNLIMITED_WIDTH)
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -357,8 +357,14 @@ def test_checkpoint_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         {"name": NEWEST, "step": STEP, "bytes": whole.bytes},
     ]
     assert cli.main(["checkpoint", "list", str(run)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    _, _, *lines = filter(str.strip, capsys.readouterr().out.splitlines())
     assert [line.split()[0] for line in lines] == [damaged["name"], *(row["name"] for row in rows)]
+
+
+def test_checkpoint_list_of_a_run_without_any(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / CHECKPOINTS)
+    assert cli.main(["checkpoint", "list", str(run)]) == 0
+    assert capsys.readouterr().out == "no committed checkpoint\n"
 
 
 def test_checkpoint_list_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
