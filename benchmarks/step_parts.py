@@ -27,8 +27,8 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from train_step import LATENT_SCALE, cpu_name, random_batch, versions
 
+from benchmarks.train_step import LATENT_SCALE, cpu_name, random_batch, versions
 from dit_scale import dist, rng
 from dit_scale.config import TrainConfig, load
 from dit_scale.dist import World

@@ -66,7 +66,7 @@ def history_of(config: TrainConfig, step: int, attempt: int | None) -> StepHisto
     # The run may have taken some steps since its last entry, but `steps` may also have been lowered since.
     if step > max(reached, min(reached + config.log.every_steps, config.steps)):
         raise ConfigError(
-            f"{config.run}: step {step} has not been taken yet; the run has reached about {reached}"
+            f"{config.run}: step {step} has not been taken yet; the run has reached about step {reached}"
         )
     taker = _taker(root, step, attempt)
     later = [number for number in attempts.numbers(root) if number > taker.number]
