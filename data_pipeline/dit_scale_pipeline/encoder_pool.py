@@ -42,6 +42,7 @@ class EncoderPool:
 
     @property
     def num_ready(self) -> int:
+        """Number of encoders that have loaded their VAE."""
         return len(self._ready)
 
     def mark_ready(self, encoder: int, runtime: dict[str, str]) -> None:

@@ -93,6 +93,7 @@ class TasksInFlight:
         return list(self._tasks)
 
     def encoding(self) -> list[EncodeTask]:
+        """Return the batches submitted to encoders."""
         return [task for task in self._tasks.values() if isinstance(task, EncodeTask)]
 
     def loading(self) -> "dict[ObjectRef, int]":
@@ -100,6 +101,7 @@ class TasksInFlight:
         return {result: task.encoder for result, task in self._tasks.items() if isinstance(task, LoadTask)}
 
     def count(self, kind: type[Task]) -> int:
+        """Return the number of tasks of a kind."""
         return sum(isinstance(task, kind) for task in self._tasks.values())
 
 
@@ -111,6 +113,7 @@ class BatchQueue:
         self._lost: deque[EncodeBatch] = deque()
 
     def pop(self) -> EncodeBatch | None:
+        """Return the next batch; None if no batch is waiting."""
         return self._lost.popleft() if self._lost else next(self._fresh, None)
 
     def retry(self, batch: EncodeBatch, error: Exception) -> None:

@@ -118,6 +118,7 @@ class Saver:
 
     @property
     def in_flight(self) -> bool:
+        """Whether a save has started and has no result yet."""
         return self._phase != "idle"
 
     def begin(self, manifest: Manifest, folders: dict[str, tuple[str, ...]]) -> None:

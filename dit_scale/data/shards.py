@@ -132,6 +132,7 @@ class DatasetInfo(_Part):
 
     @property
     def num_classes(self) -> int:
+        """Number of classes; labels are smaller."""
         return len(self.class_names)
 
 

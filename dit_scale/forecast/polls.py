@@ -42,6 +42,7 @@ class EventQueue:
         return True
 
     def seconds(self) -> float:
+        """Return the virtual time in seconds."""
         return self.now / SECOND
 
 

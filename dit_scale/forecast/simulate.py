@@ -141,6 +141,7 @@ class Simulation:
         self._running = len(self._nodes)
 
     def run(self) -> SimulationResult:
+        """Simulate until the run ends or reaches its time limit."""
         interval = ticks(self._setup.policy.look_s)
         for i, node in enumerate(self._nodes.values()):
             self._boot(node, i * interval // len(self._nodes))
@@ -165,6 +166,7 @@ class Simulation:
     # What supervisors and their board ask and report
 
     def committed_step(self) -> int:
+        """Return the newest committed step as a supervisor sees it now; -1 if there is none."""
         if self.job is None:
             return -1
         now, at = self.queue.now, self.job.next_commit(self.queue.now)
@@ -174,9 +176,11 @@ class Simulation:
         return self.job.committed(now)
 
     def last_sign(self, node: str) -> int:
+        """Return the tick of the last sign of life of a node."""
         return self.queue.now if self._nodes[node].supervisor is not None else self._nodes[node].lost_at
 
     def begin(self, round_: Round) -> None:
+        """Start the job of a sealed round."""
         self._account()
         setup = self._setup
         costs = setup.costs_of(len(round_.members))
@@ -193,11 +197,13 @@ class Simulation:
                 self._halt(member.node, FailureKind.LOSS)
 
     def end(self, ending: Ending) -> None:
+        """Count the end of a round."""
         self._tally.endings[ending.reason] += 1
         if self.job is not None:
             self.job.ended_at = self.queue.now
 
     def notify_groups(self, job: Job) -> None:
+        """Wake the supervisors whose ranks run."""
         for node in sorted(job.running):
             self.polls.notify("group", node)
 

@@ -190,6 +190,7 @@ class Job:
 
     @property
     def is_asked(self) -> bool:
+        """Whether the ranks were asked to save and exit."""
         return self._stop is not None
 
     @property

@@ -50,6 +50,7 @@ class ReplayedSample:
 
     @property
     def finite(self) -> bool:
+        """Whether all losses of the sample are finite."""
         return all(map(math.isfinite, (self.loss, self.mse, self.vb)))
 
 

@@ -122,6 +122,7 @@ def committed_step(attempts: Sequence[AttemptSpan]) -> int:
 
 
 def microseconds(seconds: float) -> int:
+    """Round seconds to whole microseconds."""
     return round(seconds * MICRO)
 
 

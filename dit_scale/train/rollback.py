@@ -31,6 +31,7 @@ class Rollback:
 
     @property
     def reason(self) -> str:
+        """Describe the failed steps, for the log and for errors."""
         count = self.last_failed_step - self.at_most_step
         return f"{count} steps in a row failed, starting at step {self.first_failed_step}"
 

@@ -47,6 +47,7 @@ class Session:
 
     @property
     def state(self) -> RunState:
+        """The state of the current attempt."""
         return self.attempt.state
 
     def roll_back(self) -> None:

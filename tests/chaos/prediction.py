@@ -320,9 +320,8 @@ def main() -> int:
     run = run_with(config_for(out / "real", setup.steps), failures, BACK_S, None)
     real = run.ledger()
     print(table(real, predicted.ledger))
-    print(
-        f"rounds ended: {', '.join(run.reasons())}; predicted {', '.join(sorted(predicted.endings.elements()))}"
-    )
+    endings = ", ".join(sorted(predicted.endings.elements()))
+    print(f"rounds ended: {', '.join(run.reasons())}; predicted {endings}")
     loads = statistics.mean(measured.loads), statistics.mean(run.loads)
     print(f"load {loads[0]:.1f} while measuring, {loads[1]:.1f} in the run, on {os.cpu_count()} cores")
     print(f"durations in that run:\n{_durations(setup_of(run))}")
