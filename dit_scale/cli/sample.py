@@ -73,8 +73,10 @@ def _run(args: argparse.Namespace) -> int:
 
     from dit_scale.config import EngineConfig
     from dit_scale.errors import ConfigError
-    from dit_scale.inference.sample import SamplingSettings, balanced_labels, sample
+    from dit_scale.inference.sample import sample
     from dit_scale.inference.sources import open_source
+    from dit_scale.sampling.labels import balanced_labels
+    from dit_scale.sampling.settings import SamplingSettings
     from dit_scale.storage.outputs import check_output
 
     is_folder = Path(args.source).is_dir()
@@ -92,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
         method=args.sampler,
         guidance=args.guidance,
         guidance_channels=args.guidance_channels,
-        batch=min(args.batch, args.images),
+        tile=min(args.batch, args.images),
     )
     engine = EngineConfig(device=args.device, precision=args.precision, cpu_threads=args.threads)
     if sample(source, labels, settings, vae_name=vae_name, out=Path(out), engine=engine):

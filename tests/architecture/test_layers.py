@@ -46,6 +46,8 @@ LAYERS = (
     "vae_files",
     "vae",
     "weights",
+    "sampling",
+    "evaluate",
     "checkpoint",
     "telemetry",
     "elastic",
@@ -53,6 +55,7 @@ LAYERS = (
     "inference",
     "report",
     "forecast",
+    "scaling",
     "cli",
 )
 """The parts of dit_scale, lowest layer first. A part imports only itself and the parts listed before it."""

@@ -12,7 +12,7 @@ import torch
 from dit_scale import cli, weights
 from dit_scale.cli.arguments import weights_file
 from dit_scale.errors import StorageError
-from dit_scale.inference.image_files import write_grid, write_npz
+from dit_scale.sampling.image_files import write_grid, write_npz
 from dit_scale.storage.outputs import check_output, new_file
 from tests.support.bare_user import without_power
 

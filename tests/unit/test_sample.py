@@ -15,24 +15,21 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EngineConfig, ModelConfig
 from dit_scale.diffusion.schedule import Schedule, linear, respace
 from dit_scale.errors import CheckpointError, ConfigError, DeviceError, WeightsError
-from dit_scale.inference.image_files import write_grid, write_npz
-from dit_scale.inference.sample import (
-    SamplingSettings,
-    balanced_labels,
-    generate,
-    sample,
-    sample_latents,
-)
+from dit_scale.inference.sample import sample
 from dit_scale.inference.sources import WeightsSource, build_model, export, open_source
 from dit_scale.models.dit import DiT
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.rng import Purpose
+from dit_scale.sampling.denoise import denoise, sample_tile
+from dit_scale.sampling.image_files import write_grid, write_npz
+from dit_scale.sampling.labels import balanced_labels
+from dit_scale.sampling.settings import SamplingSettings
 from dit_scale.storage import open_storage
 from tests.support import checkpoints
 from tests.support.tiny_run import PROFILES, STEP, write_run
 from tests.support.tiny_vae import save_tiny_vae
 
-SETTINGS = SamplingSettings(seed=3, steps="6", guidance=2.0, batch=4)
+SETTINGS = SamplingSettings(seed=3, steps="6", guidance=2.0, tile=4)
 LABELS = [0, 1, 2, 3, 4, 0, 1]
 CPU = EngineConfig(device="cpu")
 
@@ -68,7 +65,7 @@ def latents(
     model: DiT, schedule: Schedule, images: list[int], settings: SamplingSettings = SETTINGS
 ) -> Tensor:
     y_B = torch.tensor([LABELS[image] for image in images])
-    (*_, z_BCHW) = sample_latents(model, schedule, y_B, torch.tensor(images), settings)
+    (*_, z_BCHW) = denoise(model, schedule, y_B, torch.tensor(images), settings)
     return z_BCHW
 
 
@@ -96,7 +93,7 @@ def test_number_class_seed_and_guidance_all_matter(model: DiT, schedule: Schedul
     ]
     for other in others:
         assert (first - other).abs().max() > 1e-3
-    (*_, other_class) = sample_latents(model, schedule, torch.tensor([1]), torch.tensor([0]), SETTINGS)
+    (*_, other_class) = denoise(model, schedule, torch.tensor([1]), torch.tensor([0]), SETTINGS)
     assert (first - other_class).abs().max() > 1e-6
 
 
@@ -128,27 +125,31 @@ def test_images_do_not_depend_on_batches_and_processes(
 ) -> None:
     steps: list[int] = []
 
-    def draw(images: range, batch: int) -> np.ndarray:
-        settings = SamplingSettings(seed=3, guidance=2.0, batch=batch)
-        return generate(
-            model,
-            decoder,
-            schedule,
-            labels=LABELS,
-            images=images,
-            settings=settings,
-            advance=lambda: steps.append(1),
-        )
+    def draw(images: range, tile: int) -> np.ndarray:
+        settings = SamplingSettings(seed=3, guidance=2.0, tile=tile)
+        parts = [
+            sample_tile(
+                model,
+                decoder,
+                schedule,
+                labels=LABELS,
+                images=range(start, min(start + tile, images.stop)),
+                settings=settings,
+                advance=lambda: steps.append(1),
+            ).numpy()
+            for start in range(images.start, images.stop, tile)
+        ]
+        return np.concatenate(parts)
 
     whole = draw(range(7), 7)
     assert whole.shape == (7, 32, 32, 3)
     assert whole.dtype == np.uint8
     assert len(np.unique(whole)) > 10
     steps.clear()
-    short_last_batch = draw(range(7), 4)
+    short_last_tile = draw(range(7), 4)
     assert len(steps) == 2 * len(schedule)
-    spread = np.concatenate([draw(range(3), 2), draw(range(3, 3), 2), draw(range(3, 7), 2)])
-    for other in (short_last_batch, spread):
+    spread = np.concatenate([draw(range(3), 2), draw(range(3, 7), 2)])
+    for other in (short_last_tile, spread):
         assert np.abs(whole.astype(int) - other).max() <= 1
 
 

@@ -1,0 +1,1 @@
+"""Images from a model in memory: settings, labels, denoising, image files."""
