@@ -24,8 +24,8 @@ def check_finite(features_NF: NDArray[Any]) -> None:
     num_bad = np.count_nonzero(~np.isfinite(features_NF))
     if num_bad:
         raise DataError(
-            f"{num_bad} of {features_NF.size} features are infinite or not a number; check the weights of the "
-            "feature network, and do not run it in half precision"
+            f"{num_bad} of {features_NF.size} features are infinite or not a number; check the weights of "
+            "the feature network, and do not run it in half precision"
         )
 
 
