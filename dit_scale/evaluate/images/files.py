@@ -37,7 +37,7 @@ class FileImages(ABC):
         if crop is None and first.width != first.height:
             raise DataError(
                 f"{source}: {names[0]} has {first.width} x {first.height} pixels; expected square images. "
-                "Pass --image-size to crop them"
+                "Pass --crop PIXELS"
             )
         self.image_size = crop or first.width
         self.preparation = f"{CROP} crop to {crop} px" if crop else "pixels as stored"
@@ -70,8 +70,8 @@ class FileImages(ABC):
         if image.size != (self.image_size, self.image_size):
             raise DataError(
                 f"{self.source}: mixed sizes: {self.names[0]} has {self.image_size} x {self.image_size} "
-                f"pixels, {self.names[index]} has {image.width} x {image.height}; pass --image-size to crop "
-                "all to one size"
+                f"pixels, {self.names[index]} has {image.width} x {image.height}; pass --crop PIXELS "
+                "to cut all to one size"
             )
         return to_array(image)
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from dit_scale.data.pixels import Pixels
 from dit_scale.errors import DataError
-from dit_scale.evaluate.images.base import BLOCK_BYTES
+from dit_scale.evaluate.images.base import BLOCK_BYTES, file_sha256
 
 IMAGES = "arr_0"
 _LOCAL_HEADER = struct.Struct("<26xHH")
@@ -78,6 +78,10 @@ class NpzFile:
                 return loaded
         except (*_DAMAGE, ValueError) as error:
             raise DataError(f"{self.path}: {name} is damaged ({error})") from None
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the file."""
+        return file_sha256(self.path)
 
     def member(self, name: str) -> zipfile.ZipInfo:
         """Return where the archive holds an array."""
