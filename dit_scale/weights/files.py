@@ -55,8 +55,8 @@ def read_file(path: str | Path) -> WeightsFile:
     """Read a .safetensors file, the index of a sharded one, or a .pt, .pth, .ckpt or .bin file.
 
     From a training checkpoint it reads "ema" if there is one, else "model". Half precision becomes fp32.
-    Raises WeightsError if the file is missing, damaged, of another format, or cannot be read without executing
-    code from it.
+    Raises WeightsError if the file is missing, damaged or of another format, or cannot be read without
+    executing code from it.
     """
     path = Path(path)
     if not path.is_file():
