@@ -69,7 +69,7 @@ DOORS = {
     "flash_attn": ("dit_scale.models.attention", "dit_scale.train.optim"),
     "boto3": ("dit_scale.storage.s3",),
     "botocore": ("dit_scale.storage.s3",),
-    "diffusers": ("dit_scale.vae", "dit_scale.weights"),
+    "diffusers": ("dit_scale.vae",),
     "huggingface_hub": ("dit_scale.vae_files",),
     "psutil": ("dit_scale.elastic.node.processes", "dit_scale_pipeline.ray_start"),
     "pyarrow": ("dit_scale_pipeline.inputs.parquet",),
