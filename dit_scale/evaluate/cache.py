@@ -92,7 +92,7 @@ class FeatureCache:
         Raises DataError, and removes the chunk, if one is damaged.
         """
         digests = {}
-        for kind in sorted(self._read_chunk(range(0, min(CHUNK, self._count)))):
+        for kind in sorted(self._read_chunk(range(min(CHUNK, self._count)))):
             digests[f"{kind}.npy"] = self._assemble(kind)
         with new_file(self.folder / MARK) as temporary:
             record = {"format": "dit-scale features", "version": 1, **self._subject, "files": digests}

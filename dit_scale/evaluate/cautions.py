@@ -1,4 +1,4 @@
-"""What a reader of a score card must know before comparing its figures: deviations from the paper's protocol."""
+"""What to know before comparing figures: bias, and deviations from the paper's protocol."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +13,8 @@ def cautions(subject: Subject, results: Sequence[Result], biases: Sequence[str])
     notes = [*biases]
     if subject.images < PAPER_IMAGES:
         notes.append(
-            f"{subject.images:,} samples: figures of {PAPER_IMAGES:,} samples, as papers report, are lower for "
-            "every Frechet distance (the bias falls with 1 / n). Compare figures of equal n only"
+            f"{subject.images:,} samples: the Frechet distance of {PAPER_IMAGES:,}, as in papers, is lower "
+            "(its bias falls with 1 / n). Compare figures of equal n only"
         )
     if subject.protocol is None:
         notes.append(

@@ -1,4 +1,6 @@
-"""Published figures to stand beside our own: Peebles & Xie, "Scalable Diffusion Models with Transformers", 2023.
+"""Figures of the paper to stand beside our own.
+
+Peebles, Xie, "Scalable Diffusion Models with Transformers", 2023.
 
 All of 50,000 samples of ImageNet by 250 steps of DDPM, guidance on the first three latent channels.
 """

@@ -33,8 +33,8 @@ FORMAT, VERSION = "dit-scale reference", 1
 PROTOCOL = "protocol"
 """Name of the array in a file of ours that holds its protocol: sealed JSON as bytes."""
 
-Extract = Callable[[ImageSet], FeatureRows]
-"""Features of a set of images under one network; collective."""
+Extract = Callable[[ImageSet, str], FeatureRows]
+"""Features of a set of images, whose digest is given, under one network; collective."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class ImageReference:
         }
 
     def statistics(self, network: FeatureNetwork, extract: Extract, world: World) -> Statistics:
-        rows = extract(self.images)
+        rows = extract(self.images, self._sha256)
         return Statistics(
             pool=moments_of(rows.pool_NF, world),
             count=self.images.count,
@@ -118,7 +118,7 @@ class PublishedReference:
                     f"{self._path} has {len(gaussian.mean_F)} features in {name}, the network "
                     f"{network.identity.name} has {width}; pass the network that made the reference"
                 )
-        rows_MF = extract(self._images).pool_NF if self._images else None
+        rows_MF = extract(self._images, self._sha256).pool_NF if self._images else None
         return Statistics(self._pool, None, self._spatial, rows_MF)
 
 
@@ -129,10 +129,11 @@ class OwnReference:
         self._path, self._npz, self._sha256 = path, npz, sha256
         data = npz.array(PROTOCOL)
         self._protocol = unseal(data.tobytes(), f"{path}: {PROTOCOL}", DataError)
-        if (self._protocol.get("format"), self._protocol.get("version")) != (FORMAT, VERSION):
+        format_, version = self._protocol.get("format"), self._protocol.get("version")
+        if (format_, version) != (FORMAT, VERSION):
             raise DataError(
-                f"{path}: expected {FORMAT!r} version {VERSION}, got {self._protocol.get('format')!r} version "
-                f"{self._protocol.get('version')}; write it again with --make-reference"
+                f"{path}: expected {FORMAT!r} version {VERSION}, got {format_!r} version {version}; write "
+                "it again with --make-reference"
             )
         self.image_size: int | None = self._protocol["image_size"]
 
@@ -204,7 +205,7 @@ class MadeReference:
 
 
 def write_reference(reference: MadeReference, path: Path) -> None:
-    """Write a reference: the same bytes for the same images and networks."""
+    """Write a reference: the same bytes for the same source and networks."""
     protocol = {
         "format": FORMAT,
         "version": VERSION,
@@ -229,9 +230,7 @@ def write_reference(reference: MadeReference, path: Path) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the keywords for options
 
 
-def num_features(
-    network: FeatureNetwork, image_size: int, device: torch.device
-) -> tuple[int, int | None]:
+def num_features(network: FeatureNetwork, image_size: int, device: torch.device) -> tuple[int, int | None]:
     """Return how many pooled and spatial features a network has, by showing it one black image."""
     blank_1HW3 = torch.zeros((1, image_size, image_size, 3), dtype=torch.uint8, device=device)
     with torch.inference_mode():

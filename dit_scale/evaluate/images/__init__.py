@@ -25,8 +25,9 @@ def open_images(
 ) -> ImageSet:
     """Open the images at a path or URL.
 
-    `crop` cuts image files to squares of this side as encoding does. `vae` is the autoencoder of a latent data set, by
-    default the one that it names. Raises DataError for anything else, and WeightsError for another VAE.
+    `crop` cuts image files to squares of this side as encoding does. `vae` is the autoencoder of a latent
+    data set, by default the one that it names. Raises DataError for anything else, and WeightsError
+    for another VAE.
     """
     path = Path(source)
     if source.startswith((LATENTS, "s3://")) or (path / "dataset.json").is_file():
@@ -34,7 +35,7 @@ def open_images(
 
         return _sized(LatentImages(source.removeprefix(LATENTS), vae, device), crop)
     if path.is_dir():
-        if (path / SAMPLES_MARK).is_file():
+        if (path / SAMPLES).is_file():
             return _sized(NpzImages(path / SAMPLES), crop)
         if (path / SAMPLES_PROTOCOL).is_file():
             raise DataError(f"{source}: its sampling has not finished; run the same command again")

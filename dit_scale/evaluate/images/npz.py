@@ -7,7 +7,6 @@ Shapes: N images, H W pixels.
 """
 
 import hashlib
-import io
 import struct
 import zipfile
 import zlib
