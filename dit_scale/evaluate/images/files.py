@@ -106,7 +106,7 @@ class TarImages(FileImages):
     """All image files in an uncompressed tar."""
 
     def __init__(self, path: str | Path, crop: int | None = None) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._path = Path(path)
         self._places: list[tuple[int, int]] = []
         names: list[str] = []
         try:
@@ -116,20 +116,29 @@ class TarImages(FileImages):
                     if member.isreg() and member.name.lower().endswith(SUFFIXES):
                         names.append(member.name)
                         self._places.append((member.offset_data, member.size))
+                end = tar.offset
         except tarfile.TarError as error:
             raise DataError(
                 f"{path} is damaged, truncated, compressed or no tar ({error}); copy it again, or unpack it"
             ) from None
+        if self._read(end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            # tarfile takes the end of a file for the end of the archive.
+            raise DataError(f"{path} is truncated: it has no end-of-archive block; copy it again")
         if not names:
             raise DataError(f"{path} contains no images ({', '.join(SUFFIXES)})")
         super().__init__(str(path), names, crop)
 
     def data(self, index: int) -> bytes:
         start, size = self._places[index]
-        data = os.pread(self._descriptor, size, start)
+        data = self._read(start, size)
         if len(data) != size:
             raise DataError(f"{self.source} is truncated in {self.names[index]}; copy it again")
         return data
+
+    def _read(self, start: int, size: int) -> bytes:
+        with self._path.open("rb") as file:
+            file.seek(start)
+            return file.read(size)
 
 
 def _walk(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ import hashlib
 import struct
 import zipfile
 import zlib
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -116,18 +117,17 @@ class NpzImages:
             raise DataError(
                 f"{path} is damaged: {IMAGES} has {member.file_size} bytes, not those of {self.count} images"
             )
-        self._header_bytes, self._is_stored = header_bytes, member.compress_type == zipfile.ZIP_STORED
         # A stored member is read from the file itself, a compressed one from its decompressed stream.
-        self._file: IO[bytes] = (
-            Path(path).open("rb") if self._is_stored else self._npz.stream(IMAGES)  # noqa: SIM115
-        )
-        self._start = header_bytes + (self._member_start(member) if self._is_stored else 0)
+        is_stored = member.compress_type == zipfile.ZIP_STORED
+        self._stream = None if is_stored else self._npz.stream(IMAGES)
+        self._header_bytes = header_bytes
+        self._start = header_bytes + (self._member_start(member) if is_stored else 0)
 
     def digest(self) -> str:
         """Return the SHA-256 of the file, the one that samples.json records; verifies a stored array."""
         member, position, checksum = self._npz.member(IMAGES), 0, 0
-        first = self._start - self._header_bytes if self._is_stored else 0
-        last = first + (member.file_size if self._is_stored else 0)
+        first = self._start - self._header_bytes
+        last = first + member.file_size
         hasher = hashlib.sha256()
         with self._npz.path.open("rb") as file:
             while block := file.read(BLOCK_BYTES):
@@ -135,7 +135,7 @@ class NpzImages:
                 inside = memoryview(block)[max(0, first - position) : max(0, last - position)]
                 checksum = zlib.crc32(inside, checksum)
                 position += len(block)
-        if self._is_stored and checksum != member.CRC:
+        if self._stream is None and checksum != member.CRC:
             raise DataError(
                 f"{self.source} is damaged: the checksum of {IMAGES} is wrong; copy or write it again"
             )
@@ -144,13 +144,18 @@ class NpzImages:
     def read(self, images: range) -> Pixels:
         """Read a range of images => (N, H, W, 3)."""
         try:
-            self._file.seek(self._start + images.start * self._image_bytes)
-            data = self._file.read(len(images) * self._image_bytes)
+            with self._stream_or_file() as file:
+                file.seek(self._start + images.start * self._image_bytes)
+                data = file.read(len(images) * self._image_bytes)
         except _DAMAGE as error:
             raise DataError(f"{self.source} is damaged ({error}); copy or write it again") from None
         if len(data) != len(images) * self._image_bytes:
             raise DataError(f"{self.source} is truncated at image {images.start}; copy or write it again")
         return np.frombuffer(data, np.uint8).reshape(-1, self.image_size, self.image_size, 3)
+
+    def _stream_or_file(self) -> AbstractContextManager[IO[bytes]]:
+        """Open the file, or return the stream, which stays open because it decompresses forwards."""
+        return self._npz.path.open("rb") if self._stream is None else nullcontext(self._stream)
 
     def _member_start(self, member: zipfile.ZipInfo) -> int:
         """Return the offset of a member's first byte; its local header differs from that of the directory."""
