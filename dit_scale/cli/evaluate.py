@@ -31,66 +31,72 @@ A run, a checkpoint or a weights file is sampled first.
   dit-scale evaluate --compare runs/a/samples runs/b/samples""",
     )
     parser.add_argument("source", nargs="?", help="images, a run, a checkpoint or a weights file")
-    what = parser.add_argument_group("what to compute")
-    what.add_argument(
-        "--reference", help="npz with mu and sigma (ADM, EDM, --make-reference), or images of any kind above"
-    )
-    what.add_argument(
-        "--network",
-        action="append",
-        default=[],
-        metavar="KIND:PATH",
-        help="feature network; repeat the option for several",
-    )
-    what.add_argument(
-        "--metrics",
-        type=_metrics,
-        default=METRICS,
-        help=f"comma-separated groups of figures (default {','.join(METRICS)})",
-    )
-    what.add_argument(
-        "--errors",
-        action="store_true",
-        help="also the standard error of each Frechet distance (10 x as long)",
-    )
-    what.add_argument(
-        "--crop",
-        type=int_between(1),
-        default=None,
-        metavar="PIXELS",
-        help="crop image files to squares of this side, as `dit-scale encode` does",
-    )
-    what.add_argument(
-        "--cache",
-        type=output_path,
-        default=DEFAULT_CACHE,
-        help=f"folder for features, shared by all processes (default {DEFAULT_CACHE})",
-    )
-    what.add_argument(
-        "--out",
-        type=output_path,
-        default=None,
-        help="score card to write (default: metrics.json beside the images)",
-    )
-    other = parser.add_argument_group("instead of an evaluation")
-    other.add_argument(
-        "--make-reference",
-        type=output_path,
-        metavar="FILE.npz",
-        help="write the statistics of the source as a reference",
-    )
-    other.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="CARD",
-        help="print what differs between the protocols of score cards, then their figures",
-    )
+    _add_what(parser.add_argument_group("what to compute"))
+    _add_other(parser.add_argument_group("instead of an evaluation"))
     parser.add_argument(
         "--vae", default=None, help="folder or hub name of the VAE of latents (default: theirs)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto)")
     parser.add_argument(
         "--threads", type=int_between(1), default=1, help="CPU threads per process (default 1)"
+    )
+
+
+def _add_what(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--reference", help="npz with mu and sigma (ADM, EDM, --make-reference), or images of any kind above"
+    )
+    group.add_argument(
+        "--network",
+        action="append",
+        default=[],
+        metavar="KIND:PATH",
+        help="feature network; repeat the option for several",
+    )
+    group.add_argument(
+        "--metrics",
+        type=_metrics,
+        default=METRICS,
+        help=f"comma-separated groups of figures (default {','.join(METRICS)})",
+    )
+    group.add_argument(
+        "--errors",
+        action="store_true",
+        help="also the standard error of each Frechet distance, in ten times its time",
+    )
+    group.add_argument(
+        "--crop",
+        type=int_between(1),
+        default=None,
+        metavar="PIXELS",
+        help="crop image files to squares of this side, as `dit-scale encode` does",
+    )
+    group.add_argument(
+        "--cache",
+        type=output_path,
+        default=DEFAULT_CACHE,
+        help=f"folder for features, shared by all processes (default {DEFAULT_CACHE})",
+    )
+    group.add_argument(
+        "--out",
+        type=output_path,
+        default=None,
+        help="score card to write (default: metrics.json beside the images)",
+    )
+
+
+def _add_other(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--make-reference",
+        type=output_path,
+        metavar="FILE.npz",
+        help="write the statistics of the source as a reference",
+    )
+    group.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="CARD",
+        help="print what differs between the protocols of score cards, then their figures",
     )
 
 

@@ -90,10 +90,17 @@ def evaluate(
     statistics = scored.reference.statistics(network, rows_of, world)
     rows = rows_of(scored.images, scored.sha256)
     result = partial(Result, network=network.identity.name, samples=scored.images.count)
-    results, biases = _frechet(network, rows, statistics, metrics, with_errors, world)
+    results, biases = _frechet(
+        network=network,
+        rows=rows,
+        statistics=statistics,
+        metrics=metrics,
+        with_errors=with_errors,
+        world=world,
+    )
     if "is" in metrics and rows.probabilities_NC is not None:
         results += [
-            result(metric=name, value=score.mean, note=f"std {score.std:.4g} over {score.num_splits} splits")
+            result(metric=name, value=score.mean, note=_spread(score))
             for name, seed in (("IS", SHUFFLE_SEED), ("IS, as stored", None))
             for score in (_inception_score(rows.probabilities_NC, seed),)
         ]
@@ -103,6 +110,7 @@ def evaluate(
 
 
 def _frechet(
+    *,
     network: FeatureNetwork,
     rows: FeatureRows,
     statistics: Statistics,
@@ -167,6 +175,10 @@ def _pairwise(
         )
         for name, (value, note) in figures.items()
     ]
+
+
+def _spread(score: InceptionScore) -> str:
+    return "one split" if score.num_splits == 1 else f"std {score.std:.4g} over {score.num_splits} splits"
 
 
 def _inception_score(probabilities_NC: F32, seed: int | None) -> InceptionScore:
