@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from dit_scale.choices import GUIDANCE_CHANNELS, METHODS, SPACINGS
 from dit_scale.cli.arguments import finite_float, int_between
 
 if TYPE_CHECKING:
@@ -84,8 +85,10 @@ def sample_request(args: argparse.Namespace) -> "SampleRequest":
             seed=args.seed,
             steps=args.steps,
             method=args.sampler,
+            spacing=args.spacing,
             guidance=args.guidance,
             guidance_channels=args.guidance_channels,
+            guidance_interval=args.guidance_interval,
             tile=args.tile,
         ),
         engine=EngineConfig(device=args.device, precision=args.precision, cpu_threads=args.threads),
@@ -105,16 +108,26 @@ def _add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--seed", type=int_between(0, 2**32 - 1), default=0, help="random seed of the noise (default 0)"
     )
-    group.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="sampler (default ddpm)")
+    group.add_argument("--sampler", choices=METHODS, default="ddpm", help="sampler (default ddpm)")
     group.add_argument("--steps", default="250", help='denoising steps, or "ddim50" (default 250)')
+    group.add_argument(
+        "--spacing", choices=SPACINGS, default="uniform", help="how the steps are spread (default uniform)"
+    )
     group.add_argument(
         "--guidance", type=finite_float, default=1.5, help="guidance scale (default 1.5); 1 disables guidance"
     )
     group.add_argument(
         "--guidance-channels",
-        choices=("first3", "all"),
+        choices=GUIDANCE_CHANNELS,
         default="first3",
         help="latent channels to guide (default first3, as in the paper)",
+    )
+    group.add_argument(
+        "--guidance-interval",
+        type=_interval,
+        default=None,
+        metavar="LOW:HIGH",
+        help="timesteps of the training diffusion to guide, inclusive (default: all)",
     )
 
 
@@ -143,3 +156,10 @@ def _bare_model(args: argparse.Namespace) -> "ModelConfig | None":
 
 def _classes(text: str) -> list[int]:
     return [int_between(0)(part.strip()) for part in text.split(",")]
+
+
+def _interval(text: str) -> tuple[int, int]:
+    low, colon, high = text.partition(":")
+    if not (colon and low.isdecimal() and high.isdecimal() and int(low) <= int(high)):
+        raise argparse.ArgumentTypeError(f"expected LOW:HIGH, for example 200:800, got {text!r}")
+    return int(low), int(high)

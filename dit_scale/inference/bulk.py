@@ -24,14 +24,13 @@ from torch import Tensor
 
 from dit_scale import dist, vae, vae_files
 from dit_scale.config import EngineConfig
-from dit_scale.diffusion.schedule import linear, respace
 from dit_scale.errors import ConfigError
 from dit_scale.inference.protocol import protocol_of
 from dit_scale.inference.sampling_progress import SamplingProgress
 from dit_scale.inference.sources import WeightsSource, build_model
 from dit_scale.models.dit import DiT
 from dit_scale.sampling.assembly import assemble, has_formats
-from dit_scale.sampling.denoise import sample_tile
+from dit_scale.sampling.denoise import sample_tile, sampling_schedule
 from dit_scale.sampling.labels import LabelChoice
 from dit_scale.sampling.sample_folder import DamagedPartError, SampleFolder, claim
 from dit_scale.sampling.settings import SamplingSettings
@@ -129,7 +128,7 @@ class _Job:
         )
         self.labels: list[int] = self.labels_N.tolist()
         self.device = dist.choose_device(engine.device)
-        self.schedule = respace(linear(source.timesteps), self.settings.steps).to(self.device)
+        self.schedule = sampling_schedule(source.timesteps, self.settings, self.device)
         if self.device.type == "cpu":
             torch.set_num_threads(engine.cpu_threads)
         self.precision = dist.choose_precision(engine.precision, self.device)
@@ -175,7 +174,7 @@ class _Job:
                 if pending is not None:
                     pending.result()
                 pending = writer.submit(self._commit, folder, images, tiles)
-                progress.committed(len(images))
+                progress.commit(len(images))
             if pending is not None:
                 pending.result()
 

@@ -109,8 +109,7 @@ def test_the_protocol_says_what_pixels_depend_on(whole: Path, request_: SampleRe
     assert set(protocol["versions"]) == {"dit_scale", "torch", "diffusers"}
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-@pytest.mark.parametrize("batch", [None, 1, 4, 5, 100])
+@pytest.mark.parametrize(("count", "batch"), [(1, 4), (2, None), (2, 5), (3, 1), (3, 4), (2, 100), (7, None)])
 def test_shares_and_batches_change_no_byte(
     whole: Path, request_: SampleRequest, tmp_path: Path, count: int, batch: int | None
 ) -> None:
@@ -133,8 +132,7 @@ def test_a_batch_is_one_part(request_: SampleRequest, tmp_path: Path) -> None:
     assert parts(tmp_path) == ["00000004-00000008"]
 
 
-@pytest.mark.parametrize("tiles", [0, 1, 2, 5])
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(("tiles", "batch"), [(0, 1), (1, 1), (5, 1), (1, 4), (5, 4)])
 def test_an_interrupted_worker_keeps_what_is_committed(
     whole: Path,
     request_: SampleRequest,
