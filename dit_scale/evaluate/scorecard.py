@@ -13,8 +13,9 @@ from typing import Any
 from dit_scale import __version__
 from dit_scale.errors import DataError
 from dit_scale.evaluate.features import NetworkIdentity
-from dit_scale.evaluate.images import SAMPLES_MARK, ImageSet
+from dit_scale.evaluate.images import ImageSet
 from dit_scale.evaluate.paper import PaperRow
+from dit_scale.sampling.sample_folder import read_mark
 from dit_scale.sealed import sealed, unseal
 from dit_scale.storage.outputs import new_file
 
@@ -67,11 +68,8 @@ def subject_of(images: ImageSet, sha256: str) -> Subject:
 
 
 def _protocol_beside(samples: Path, sha256: str) -> Mapping[str, Any] | None:
-    mark = samples.parent / SAMPLES_MARK
-    if not samples.is_file() or not mark.is_file():
-        return None
-    record = unseal(mark.read_bytes(), str(mark), DataError)
-    if record.get("files", {}).get(samples.name, {}).get("sha256") != sha256:
+    record = read_mark(samples.parent) if samples.is_file() else None
+    if record is None or record["files"].get(samples.name, {}).get("sha256") != sha256:
         return None
     protocol: Mapping[str, Any] = record["protocol"]
     return protocol
