@@ -29,11 +29,12 @@ class Op:
     padding: str = "SAME"
 
 
-def _conv(name: str, source: str, kernel: str, channels: int, stride: int = 1, padding: str = "SAME") -> Op:
+def _conv(name: str, source: str, kernel: str, channels: int, valid: int = 0) -> Op:
+    """Build a convolution: with a stride `valid` and without padding, or padded to its input's size."""
     height, width = map(int, kernel.split("x"))
-    return Op(
-        name, "conv", (source,), kernel=(height, width), channels=channels, stride=stride, padding=padding
-    )
+    stride, padding = (valid, "VALID") if valid else (1, "SAME")
+    shape = (height, width)
+    return Op(name, "conv", (source,), kernel=shape, channels=channels, stride=stride, padding=padding)
 
 
 def _mixed_35(scope: str, source: str, pooled: int) -> Iterator[Op]:
@@ -81,20 +82,20 @@ def _mixed_8(scope: str, source: str, pool: str) -> Iterator[Op]:
 
 
 def _graph() -> Iterator[Op]:
-    yield _conv("conv", "pixels", "3x3", 32, 2, "VALID")
-    yield _conv("conv_1", "conv", "3x3", 32, 1, "VALID")
+    yield _conv("conv", "pixels", "3x3", 32, valid=2)
+    yield _conv("conv_1", "conv", "3x3", 32, valid=1)
     yield _conv("conv_2", "conv_1", "3x3", 64)
     yield Op("pool", "max", ("conv_2",), stride=2, padding="VALID")
     yield _conv("conv_3", "pool", "1x1", 80)
-    yield _conv("conv_4", "conv_3", "3x3", 192, 1, "VALID")
+    yield _conv("conv_4", "conv_3", "3x3", 192, valid=1)
     yield Op("pool_1", "max", ("conv_4",), stride=2, padding="VALID")
     yield from _mixed_35("mixed", "pool_1", 32)
     yield from _mixed_35("mixed_1", "mixed", 64)
     yield from _mixed_35("mixed_2", "mixed_1", 64)
-    yield _conv("mixed_3/conv", "mixed_2", "3x3", 384, 2, "VALID")
+    yield _conv("mixed_3/conv", "mixed_2", "3x3", 384, valid=2)
     yield _conv("mixed_3/tower/conv", "mixed_2", "1x1", 64)
     yield _conv("mixed_3/tower/conv_1", "mixed_3/tower/conv", "3x3", 96)
-    yield _conv("mixed_3/tower/conv_2", "mixed_3/tower/conv_1", "3x3", 96, 2, "VALID")
+    yield _conv("mixed_3/tower/conv_2", "mixed_3/tower/conv_1", "3x3", 96, valid=2)
     yield Op("mixed_3/pool", "max", ("mixed_2",), stride=2, padding="VALID")
     yield Op("mixed_3", "join", ("mixed_3/conv", "mixed_3/tower/conv_2", "mixed_3/pool"))
     yield from _mixed_17("mixed_4", "mixed_3", 128)
@@ -102,11 +103,11 @@ def _graph() -> Iterator[Op]:
     yield from _mixed_17("mixed_6", "mixed_5", 160)
     yield from _mixed_17("mixed_7", "mixed_6", 192)
     yield _conv("mixed_8/tower/conv", "mixed_7", "1x1", 192)
-    yield _conv("mixed_8/tower/conv_1", "mixed_8/tower/conv", "3x3", 320, 2, "VALID")
+    yield _conv("mixed_8/tower/conv_1", "mixed_8/tower/conv", "3x3", 320, valid=2)
     yield _conv("mixed_8/tower_1/conv", "mixed_7", "1x1", 192)
     yield _conv("mixed_8/tower_1/conv_1", "mixed_8/tower_1/conv", "1x7", 192)
     yield _conv("mixed_8/tower_1/conv_2", "mixed_8/tower_1/conv_1", "7x1", 192)
-    yield _conv("mixed_8/tower_1/conv_3", "mixed_8/tower_1/conv_2", "3x3", 192, 2, "VALID")
+    yield _conv("mixed_8/tower_1/conv_3", "mixed_8/tower_1/conv_2", "3x3", 192, valid=2)
     yield Op("mixed_8/pool", "max", ("mixed_7",), stride=2, padding="VALID")
     yield Op("mixed_8", "join", ("mixed_8/tower/conv_1", "mixed_8/tower_1/conv_3", "mixed_8/pool"))
     yield from _mixed_8("mixed_9", "mixed_8", "average")

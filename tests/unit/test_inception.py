@@ -15,7 +15,7 @@ from tests.support import tf_inception
 
 TOLERANCE = 1e-5
 PUBLISHED_NAMES_SHA256 = "d84f693f2abd7fea61cb31c87d3b2f268bf707c1bae1db219afdad3363959cb0"
-"""Of the lines "name shape", sorted, of pytorch-fid's and torch-fidelity's state dict."""
+"""Digest of the sorted lines "name shape" of the state dict that pytorch-fid and torch-fidelity load."""
 
 
 @pytest.fixture(scope="module")
