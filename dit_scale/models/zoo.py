@@ -21,6 +21,9 @@ TIMESTEP_CHANNELS = 256
 """Channels of the timestep sinusoid, before its MLP."""
 MLP_RATIO = 4
 """Ratio of the MLP's hidden width to the model's width."""
+FLOPS_PER_MAC = 2
+TRAINING_FORWARDS = 3
+"""Cost of a training step in forward passes: one forward, two for backward, recomputation not counted."""
 
 
 class ModelSize(NamedTuple):
