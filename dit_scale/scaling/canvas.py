@@ -34,7 +34,7 @@ STYLE: dict[Any, Any] = {
 }
 PANEL_INCHES = (3.8, 3.0)
 DPI = 150
-KEY_COLUMNS = 5
+KEY_COLUMNS = 3
 """Entries of the key for each column of panels."""
 WIDE = 8.0
 """A logarithmic axis that spans less than this factor has evenly spaced ticks."""

@@ -124,8 +124,8 @@ def draw_compute(subjects: Sequence[Subject]) -> Canvas | None:
             log_axis(axes, "x", x)
             axes.set_xlabel(label)
             axes.set_ylabel(subject.label)
-            axes.set_title(subject.title + ("" if r is None else f": correlation {r:.2f}"))
-    canvas.key(_key([one for subject in subjects for one in subject.finished()]))
+            axes.set_title(subject.title + ("" if r is None else f"\ncorrelation {r:.2f}"))
+    canvas.key(_key([one for subject in subjects for one in subject.finished()], lines=False))
     return canvas
 
 
@@ -153,7 +153,7 @@ def draw_training_compute(subjects: Sequence[Subject]) -> Canvas | None:
         axes.set_xlabel("training FLOPs")
         axes.set_ylabel(subject.label)
         shown += runs
-    canvas.key(_key(shown))
+    canvas.key(_key(shown, lines=any(one.curves for one in shown)))
     return canvas
 
 
@@ -165,7 +165,7 @@ def _draw_law(axes: "Axes", subject: Subject) -> None:
     ends = [min(one.training_flops for one in runs), max(one.training_flops for one in runs)]
     axes.plot(ends, [law(x) for x in ends], color="#666666", linewidth=3, alpha=0.4, zorder=0)
     error = "" if law.exponent_standard_error is None else f" +- {law.exponent_standard_error:.3f}"
-    axes.set_title(f"{subject.title}: exponent {law.exponent:.3f}{error}")
+    axes.set_title(f"{subject.title}\nexponent {law.exponent:.3f}{error}")
 
 
 # Curves over training
@@ -190,7 +190,7 @@ def draw_conditioning(subjects: Sequence[Subject]) -> Canvas | None:
                 axes.plot(*_columns(curve), color=COLOURS[index], linestyle=LINES[index])
             else:
                 axes.scatter(place, subject.value(one), 45, color=COLOURS[index], marker=MARKERS[index])
-        axes.set_title(model if subject is subjects[0] else f"{subject.title}: {model} at 400K steps")
+        axes.set_title(model if subject is subjects[0] else f"{subject.title}\n{model} at 400K steps")
         _finish_curves(axes, subject, runs)
         if not any(subject.metric in one.curves for one in runs):
             axes.set_xticks(range(len(runs)), [DESIGNS[one.conditioning] for one in runs], fontsize=7)
@@ -224,7 +224,7 @@ def draw_training(subjects: Sequence[Subject]) -> Canvas | None:
         axes.set_title(title)
         _finish_curves(axes, own, group)
     canvas.hide_empty()
-    canvas.key(_key(runs))
+    canvas.key(_key(runs, lines=True))
     return canvas
 
 
@@ -256,7 +256,7 @@ def draw_sampling(subjects: Sequence[Subject]) -> Canvas | None:
     log_axis(axes, "y", [score.frechet_distance for score in scores])
     axes.set_xlabel("GFLOP per sampled image")
     axes.set_ylabel(own.label)
-    canvas.key(_key(runs))
+    canvas.key(_key(runs, lines=True))
     return canvas
 
 
@@ -292,12 +292,13 @@ def _point(**properties: Any) -> dict[str, Any]:
     return {"linestyle": "none", **properties}
 
 
-def _key(runs: Sequence[RunResult]) -> list[tuple[str, dict[str, Any]]]:
-    """Explain the colour of each size and the marker and line of each patch size."""
+def _key(runs: Sequence[RunResult], lines: bool) -> list[tuple[str, dict[str, Any]]]:
+    """Explain the colour of each size, and the marker and perhaps the line of each patch size."""
     sizes = {one.size: _colour(one) for one in sorted(runs, key=lambda one: list(SIZES).index(one.size))}
     entries = [(f"DiT-{size}", _point(color=colour, marker="s")) for size, colour in sizes.items()]
     for patch in _patches(runs):
-        style = {"color": "#666666", "linestyle": _line(patch), "marker": _marker(patch)}
+        line = _line(patch) if lines else "none"
+        style = {"color": "#666666", "linestyle": line, "marker": _marker(patch)}
         entries.append((f"patch {patch}", style))
     return entries
 

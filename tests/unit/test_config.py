@@ -12,7 +12,7 @@ from dit_scale.paths import with_absolute_paths
 from dit_scale.train import dry_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-TRAIN_CONFIGS = [path for path in CONFIGS if not path.name.startswith(("encode_", "evaluate_"))]
+TRAIN_CONFIGS = [path for path in CONFIGS if not path.name.startswith(("encode_", "evaluate_", "scaling_"))]
 
 
 def complaint(*overrides: str, text: str = "", folder: Path | None = None) -> str:
