@@ -33,6 +33,9 @@ class Purpose(enum.IntEnum):
     POSTERIOR = 4
     SAMPLE_START = 5
     SAMPLE_STEP = 6
+    HELD_OUT_TIMESTEP = 7
+    HELD_OUT_NOISE = 8
+    HELD_OUT_POSTERIOR = 9
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -104,6 +104,9 @@ WORDS = {
     Purpose.POSTERIOR: "57f1c9bc 5ae47b98 ad11292a bf335982 6e98f98f 115d0bab",
     Purpose.SAMPLE_START: "1657b92c 3984bdc7 493a7ae7 8803a121 ede8eb21 0f16bfbe",
     Purpose.SAMPLE_STEP: "456a9d19 fe96eab4 9ab22796 1c635dbd 8c64cf3f fcf32ba8",
+    Purpose.HELD_OUT_TIMESTEP: "e3acf78c 2b7d5a7b 92921e98 bfcc1986 0d09e950 f4b08828",
+    Purpose.HELD_OUT_NOISE: "b5bfbb40 4eef49fa 404bf135 8c2b7144 9c0b6538 1470fa07",
+    Purpose.HELD_OUT_POSTERIOR: "de5abcc2 9e07b0af 3628c2d2 e31c8efb 07420b6e 23750683",
 }
 """Words of seed 42 at position 2^32 + 5, stream 0."""
 
