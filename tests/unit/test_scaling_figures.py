@@ -86,7 +86,18 @@ def test_figures_are_png_and_svg_and_the_same_bytes_each_time(tmp_path: Path) ->
 
 
 def test_runs_without_any_value_give_no_figure(tmp_path: Path) -> None:
-    bare = [RunResult("DiT-S/2", "adaln_zero", 1, 1.0, 0, 0.0, finished=False, metrics={})]
+    bare = [
+        RunResult(
+            model="DiT-S/2",
+            conditioning="adaln_zero",
+            parameters=1,
+            gmacs=1.0,
+            images=0,
+            training_flops=0.0,
+            finished=False,
+            metrics={},
+        )
+    ]
     assert metrics_of(bare) == []
     assert draw_all(bare, [LOSS], "adaln_zero", tmp_path) == []
 
