@@ -16,6 +16,7 @@ from dit_scale.cli import (
     config,
     ema,
     encode,
+    evaluate,
     latents,
     launch,
     models,
@@ -40,7 +41,7 @@ GROUPS = {
     "Plan a run": (config, models, plan),
     "Images to latents": (encode, latents),
     "Train": (train, launch, status, replay, scaling),
-    "Use a trained model": (sample, checkpoint, ema),
+    "Use a trained model": (sample, evaluate, checkpoint, ema),
 }
 
 

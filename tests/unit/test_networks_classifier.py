@@ -33,7 +33,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    from dit_scale_pipeline.images import center_crop, to_array
+    from dit_scale.data.pixels import center_crop, to_array
 
     bunch = load_digits()
     order = np.argsort(bunch.target, kind="stable")
