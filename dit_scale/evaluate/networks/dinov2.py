@@ -11,7 +11,7 @@ Shapes: B N images, H W pixels, P positions with that of the class token first, 
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from dit_scale.errors import ConfigError, WeightsError
 from dit_scale.evaluate.features import Features, NetworkIdentity
 from dit_scale.evaluate.networks.files import file_sha256
 from dit_scale.evaluate.networks.precision import PRECISION, plain_fp32
-
-if TYPE_CHECKING:
-    from transformers import Dinov2Model
 
 INPUT_SIZE = 224
 MEAN = (0.485, 0.456, 0.406)
@@ -93,7 +90,8 @@ def resample_positions(table_1PD: Tensor, side: int) -> Tensor:
     return torch.cat([class_11D, resampled_1DHW.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _load(folder: Path) -> "Dinov2Model":
+def _load(folder: Path) -> Any:
+    """Load the Dinov2Model of transformers, whose types are too loose to check."""
     _require_dinov2(folder)
     try:
         from transformers import Dinov2Model
@@ -104,7 +102,7 @@ def _load(folder: Path) -> "Dinov2Model":
         ) from None
     logging.disable_progress_bar()
     try:
-        model, report = Dinov2Model.from_pretrained(
+        loaded: Any = Dinov2Model.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -114,6 +112,7 @@ def _load(folder: Path) -> "Dinov2Model":
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"cannot load the DINOv2 in {folder}: {error}") from error
+    model, report = loaded
     # Without this check, a missing tensor would keep its random initial value.
     problems = {what: sorted(map(str, names)) for what, names in report.items() if names}
     if problems:
