@@ -60,7 +60,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 
 def subject(protocol: Mapping[str, Any] | None, images: int = 50_000) -> Subject:
-    return Subject("samples.npz", "3" * 64, images, 256, "pixels as stored", protocol)
+    return Subject("samples.npz", "3" * 64, images, 256, preparation="", protocol=protocol)
 
 
 def result(metric: str = "FID", value: float = 2.27) -> Result:
