@@ -35,6 +35,7 @@ LAYERS = (
     "recipes",
     "paths",
     "configfile",
+    "choices",
     "config",
     "keys",
     "storage",
@@ -88,6 +89,7 @@ LIGHT = ("psutil",)
 WITHOUT_TORCH = (
     "dit_scale.errors",
     "dit_scale.cli",
+    "dit_scale.choices",
     "dit_scale.config",
     "dit_scale.configfile",
     "dit_scale.paths",
@@ -102,6 +104,7 @@ WITHOUT_TORCH = (
     "dit_scale.data.statistics",
     "dit_scale.data.verify",
     "dit_scale.models.zoo",
+    "dit_scale.sampling.settings",
     "dit_scale.vae_files",
     "dit_scale.checkpoint.writer",
     "dit_scale.recipes",
