@@ -61,8 +61,12 @@ _DEFAULTS = {
     "sample_size": 32,
     "patch_size": 2,
     "num_embeds_ada_norm": 1000,
+    "norm_eps": 1e-5,
 }
 """What diffusers assumes for a missing key."""
+_NORM_EPS = (1e-6, 1e-5)
+"""Epsilon of the LayerNorms before the MLPs: the paper's and diffusers' default. Every model computes with the
+paper's; docs/formats.md says how little the other one changes."""
 _BETAS: dict[str, Any] = {
     "beta_schedule": "linear",
     "trained_betas": None,
@@ -160,6 +164,7 @@ def _model_of(path: Path, timestep_embedding: TimestepEmbedding) -> ModelConfig:
     _require(config["_class_name"] in _CLASSES_OF_TRANSFORMER, path, config, "_class_name", "a DiT")
     for key, expected in _FIXED.items():
         _require(config[key] == expected, path, config, key, repr(expected))
+    _require(config["norm_eps"] in _NORM_EPS, path, config, "norm_eps", " or ".join(map(str, _NORM_EPS)))
     numbers = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "sample_size")
     for key in (*numbers, "num_embeds_ada_norm"):
         _require(type(config[key]) is int and config[key] > 0, path, config, key, "a number above 0")
@@ -238,7 +243,7 @@ def _transformer_config(model: ModelConfig) -> dict[str, Any]:
         "patch_size": shape.patch,
         "sample_size": shape.latent_size,
         "num_embeds_ada_norm": NULL_CLASS,
-        "norm_eps": 1e-6,  # diffusers' default, 1e-5, is not the paper's
+        "norm_eps": _NORM_EPS[0],
     }
 
 

@@ -1,0 +1,82 @@
+"""Write weights for other programs, and for this one: safetensors, the published .pt layout, a DiTPipeline folder.
+
+`FORMS` names the forms on the command line. Every form holds fp32 weights, bit for bit those of the source.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from dit_scale import weights
+from dit_scale.data.shards import read_info
+from dit_scale.errors import DataError, StorageError, WeightsError
+from dit_scale.inference.sources import WeightsSource
+from dit_scale.lines import Say
+from dit_scale.storage import open_storage
+from dit_scale.vae_files import find_vae
+from dit_scale.weights.pipeline import Pipeline, write_pipeline
+
+FORMS = {
+    "safetensors": "one fp32 file that also describes model, VAE and classes",
+    "pt": "the layout of the published weights: a flat fp32 state dict",
+    "diffusers": "a folder for DiTPipeline.from_pretrained",
+}
+"""Each form, and what it is."""
+
+
+def export(source: WeightsSource, path: Path) -> None:
+    """Write the weights to one fp32 safetensors file, with all metadata that `open_source` needs."""
+    state = {name: tensor.float() for name, tensor in source.state.items()}
+    metadata = {**_metadata(source), **({"vae": source.vae} if source.vae else {}), **source.details}
+    weights.write(state, path, weights.with_digest(state, metadata))
+
+
+def export_pt(source: WeightsSource, path: Path) -> None:
+    """Write the weights as a flat fp32 state dict, which says nothing of the model.
+
+    Raises WeightsError unless the model is one that programs with the published code can build.
+    """
+    if source.model.conditioning != "adaln_zero":
+        raise WeightsError(
+            f"the published .pt layout has only conditioning adaln_zero, got {source.model.conditioning!r}; "
+            "export to safetensors"
+        )
+    weights.write_pt(source.state, path)
+
+
+def export_pipeline(source: WeightsSource, folder: Path, vae: str | None = None) -> None:
+    """Write a folder that diffusers' DiTPipeline loads; `vae` replaces the source's VAE.
+
+    Raises WeightsError for a model or VAE that does not fit.
+    """
+    name = vae or source.vae
+    if name is None:
+        raise WeightsError(f"{source.description} does not name its VAE; pass --vae FOLDER_OR_HUB_NAME")
+    found = find_vae(name)
+    found.require_weights(source.vae_sha256)
+    # The VAE is in the folder, so its name is not.
+    pipeline = Pipeline(source.model, source.state, source.timesteps, source.class_names, _metadata(source))
+    write_pipeline(pipeline, found, folder)
+
+
+def with_class_names(source: WeightsSource, say: Say) -> WeightsSource:
+    """Return the source with the names of its classes, read from its data set; report to `say` if it cannot."""
+    if source.class_names or source.data is None:
+        return source
+    try:
+        names = read_info(open_storage(source.data)).class_names
+    except (DataError, StorageError) as error:
+        say(f"the names of the classes are unknown: {error}")
+        return source
+    return replace(source, class_names=dict(enumerate(names)))
+
+
+def _metadata(source: WeightsSource) -> dict[str, str]:
+    optional = {
+        "model": source.model.model_dump_json(),
+        "source": source.description,
+        "timesteps": str(source.timesteps),
+        "vae_sha256": source.vae_sha256,
+        "class_names": json.dumps(dict(source.class_names)) if source.class_names else None,
+    }
+    return {key: value for key, value in optional.items() if value is not None}
