@@ -1,6 +1,7 @@
-"""Write weights for other programs, and for this one: safetensors, the published .pt layout, a DiTPipeline folder.
+"""Write weights for other programs, and for this one.
 
-`FORMS` names the forms on the command line. Every form holds fp32 weights, bit for bit those of the source.
+The forms are a safetensors file, the published .pt layout and a folder of diffusers' DiTPipeline. All hold
+fp32 weights, bit for bit those of the source.
 """
 
 import json
@@ -13,15 +14,8 @@ from dit_scale.errors import DataError, StorageError, WeightsError
 from dit_scale.inference.sources import WeightsSource
 from dit_scale.lines import Say
 from dit_scale.storage import open_storage
-from dit_scale.vae_files import find_vae
+from dit_scale.vae_files import find_vae, require_weights
 from dit_scale.weights.pipeline import Pipeline, write_pipeline
-
-FORMS = {
-    "safetensors": "one fp32 file that also describes model, VAE and classes",
-    "pt": "the layout of the published weights: a flat fp32 state dict",
-    "diffusers": "a folder for DiTPipeline.from_pretrained",
-}
-"""Each form, and what it is."""
 
 
 def export(source: WeightsSource, path: Path) -> None:
@@ -32,14 +26,15 @@ def export(source: WeightsSource, path: Path) -> None:
 
 
 def export_pt(source: WeightsSource, path: Path) -> None:
-    """Write the weights as a flat fp32 state dict, which says nothing of the model.
+    """Write the weights as a flat fp32 state dict.
 
-    Raises WeightsError unless the model is one that programs with the published code can build.
+    It says nothing of the model, so its readers assume the paper's. Raises WeightsError for a model with
+    another conditioning than adaLN-Zero or with another number of diffusion steps than 1000.
     """
-    if source.model.conditioning != "adaln_zero":
+    if source.model.conditioning != "adaln_zero" or source.timesteps != 1000:
         raise WeightsError(
-            f"the published .pt layout has only conditioning adaln_zero, got {source.model.conditioning!r}; "
-            "export to safetensors"
+            "programs that read the published .pt layout assume conditioning adaln_zero and 1000 diffusion "
+            f"steps, got {source.model.conditioning} and {source.timesteps}; export to safetensors"
         )
     weights.write_pt(source.state, path)
 
@@ -53,14 +48,14 @@ def export_pipeline(source: WeightsSource, folder: Path, vae: str | None = None)
     if name is None:
         raise WeightsError(f"{source.description} does not name its VAE; pass --vae FOLDER_OR_HUB_NAME")
     found = find_vae(name)
-    found.require_weights(source.vae_sha256)
+    require_weights(found.identity, source.vae_sha256)
     # The VAE is in the folder, so its name is not.
     pipeline = Pipeline(source.model, source.state, source.timesteps, source.class_names, _metadata(source))
     write_pipeline(pipeline, found, folder)
 
 
 def with_class_names(source: WeightsSource, say: Say) -> WeightsSource:
-    """Return the source with the names of its classes, read from its data set; report to `say` if it cannot."""
+    """Add the names of the classes from the run's data set; report to `say` if it cannot be read."""
     if source.class_names or source.data is None:
         return source
     try:

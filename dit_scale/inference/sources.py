@@ -63,8 +63,8 @@ def open_source(
 
     `ema` names the EMA profile of a run or checkpoint; None selects the first of its configuration. `model`
     describes a bare weights file, DiT-XL/2 at 256 pixels by default; every other source defines its model
-    itself. `timestep_embedding` is for a bare file ("paper" by default) or a pipeline ("diffusers" by default,
-    which computes what diffusers computes). Raises CheckpointError, WeightsError or ConfigError.
+    itself. `timestep_embedding` is for a bare file, by default "paper", or a pipeline, by default
+    "diffusers", which computes what diffusers computes. Raises CheckpointError, WeightsError or ConfigError.
     """
     if (is_folder := is_pipeline(path)) or Path(path).is_file():
         if ema is not None:

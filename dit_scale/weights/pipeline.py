@@ -65,8 +65,8 @@ _DEFAULTS = {
 }
 """What diffusers assumes for a missing key."""
 _NORM_EPS = (1e-6, 1e-5)
-"""Epsilon of the LayerNorms before the MLPs: the paper's and diffusers' default. Every model computes with the
-paper's; docs/formats.md says how little the other one changes."""
+"""Epsilon of the LayerNorms before the MLPs: the paper's, with which all models here compute, and diffusers'
+default. docs/formats.md says how little the other one changes."""
 _BETAS: dict[str, Any] = {
     "beta_schedule": "linear",
     "trained_betas": None,
