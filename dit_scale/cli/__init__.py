@@ -16,6 +16,7 @@ from dit_scale.cli import (
     config,
     ema,
     encode,
+    export,
     latents,
     launch,
     models,
@@ -39,7 +40,7 @@ GROUPS = {
     "Plan a run": (config, models, plan),
     "Images to latents": (encode, latents),
     "Train": (train, launch, status, replay),
-    "Use a trained model": (sample, checkpoint, ema),
+    "Use a trained model": (sample, export, checkpoint, ema),
 }
 
 

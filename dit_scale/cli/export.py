@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command, output_path
-from dit_scale.cli.sampling_arguments import add_weights_arguments
+from dit_scale.cli.weights_arguments import SOURCE_HELP, add_weights_arguments
 
 if TYPE_CHECKING:
     from dit_scale.inference.sources import WeightsSource
@@ -37,9 +37,7 @@ diffusers computes other timestep frequencies than the paper's code. Only a mode
 model.timestep_embedding=diffusers is the same function there; for any other, latents differ by 6 % and
 pixels by 2 of 255 on average, measured on the demo's model (docs/formats.md).""",
     )
-    parser.add_argument(
-        "source", help="run folder, checkpoint folder, weights file, or folder of a diffusers pipeline"
-    )
+    parser.add_argument("source", help=SOURCE_HELP)
     parser.add_argument("--to", choices=FORMS, default=FORMS[0], help="form (default safetensors)")
     parser.add_argument("--out", type=output_path, required=True, help="file or folder to write")
     add_weights_arguments(parser.add_argument_group("weights"))
@@ -49,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     import sys
     from pathlib import Path
 
-    from dit_scale.cli.sampling_arguments import open_weights
+    from dit_scale.cli.weights_arguments import open_weights
     from dit_scale.inference.export import export, export_pipeline, export_pt, with_class_names
     from dit_scale.storage.outputs import check_new_folder, check_output
 

@@ -5,7 +5,7 @@ Each yields a `WeightsSource`: the model's configuration and its fp32 state unde
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_scale import weights
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import MANIFEST, CheckpointId
+from dit_scale.checkpoint.partition import MASTER
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import ModelConfig
 from dit_scale.errors import CheckpointError, ConfigError, WeightsError
@@ -28,7 +29,10 @@ from dit_scale.train.ema import ema_kind
 from dit_scale.train.run_folder import root_of_folder
 from dit_scale.weights.files import SUFFIXES
 from dit_scale.weights.pipeline import VAE, TimestepEmbedding, is_pipeline, read_pipeline
+from dit_scale.weights.wrappers import EMA
 
+RAW = "raw"
+"""Name of the weights themselves, where an EMA profile is expected."""
 _OWN_MODEL = "defines its own model; omit --model, --image-size and --num-classes"
 _OWN_EMBEDDING = "defines its own timestep embedding; omit --timestep-embedding"
 
@@ -45,6 +49,10 @@ class WeightsSource:
     """Folder or hub name of the run's VAE, or None if unknown."""
     vae_sha256: str | None = None
     """SHA-256 of the weights of the VAE that made the latents, or None if unknown."""
+    ema: str | None = None
+    """EMA profile, RAW for the weights themselves, or None if unknown."""
+    step: int | None = None
+    """Optimizer steps taken, or None if unknown."""
     data: str | None = None
     """Folder or URL of the run's data set, or None if unknown."""
     class_names: Mapping[int, str] = field(default_factory=dict)
@@ -61,10 +69,11 @@ def open_source(
 ) -> WeightsSource:
     """Read the weights of a run folder, a checkpoint folder, a weights file or a folder of a DiTPipeline.
 
-    `ema` names the EMA profile of a run or checkpoint; None selects the first of its configuration. `model`
-    describes a bare weights file, DiT-XL/2 at 256 pixels by default; every other source defines its model
-    itself. `timestep_embedding` is for a bare file, by default "paper", or a pipeline, by default
-    "diffusers", which computes what diffusers computes. Raises CheckpointError, WeightsError or ConfigError.
+    `ema` names the EMA profile of a run or checkpoint; None selects the first of its configuration, and RAW
+    the weights themselves. `model` describes a bare weights file, DiT-XL/2 at 256 pixels by default; every
+    other source defines its model itself. `timestep_embedding` is for a bare file, by default "paper", or a
+    pipeline, by default "diffusers", which computes what diffusers computes. Raises CheckpointError,
+    WeightsError or ConfigError.
     """
     if (is_folder := is_pipeline(path)) or Path(path).is_file():
         if ema is not None:
@@ -106,11 +115,17 @@ def checkpoints_at(path: str) -> list[tuple[str, Callable[[], Checkpoint]]]:
 
 def _from_checkpoint(checkpoint: Checkpoint, ema: str | None) -> WeightsSource:
     profile = ema or checkpoint.config.ema[0].name
+    if profile == RAW:
+        trained, described = checkpoint.read_whole(MASTER), f"raw weights of {checkpoint}"
+        return replace(source_of_run(checkpoint, trained, described), ema=RAW)
     if ema_kind(profile) not in checkpoint.kinds():
         names = sorted(kind.removeprefix("ema.") for kind in checkpoint.kinds() if kind.startswith("ema."))
-        raise CheckpointError(f"{checkpoint} has no EMA profile {profile!r}; it has {', '.join(names)}")
+        raise CheckpointError(
+            f"{checkpoint} has no EMA profile {profile!r}; it has {', '.join(names) or 'none'}; "
+            f"--ema {RAW} takes the weights themselves"
+        )
     trained = checkpoint.read_whole(ema_kind(profile))
-    return source_of_run(checkpoint, trained, _described(checkpoint, profile))
+    return replace(source_of_run(checkpoint, trained, _described(checkpoint, profile)), ema=profile)
 
 
 def _described(checkpoint: Checkpoint, profile: str) -> str:
@@ -140,6 +155,7 @@ def source_of_run(
         timesteps=config.diffusion.timesteps,
         vae=config.data.vae,
         vae_sha256=checkpoint.manifest.vae_sha256,
+        step=checkpoint.manifest.step,
         data=config.data.url,
         details=details or {},
     )
@@ -162,6 +178,7 @@ def _from_file(
         model=model,
         state=file.tensors,
         description=str(file),
+        ema=RAW if file.keys and EMA not in file.keys else None,
         timesteps=int(file.metadata.get("timesteps", 1000)),
         vae=file.metadata.get("vae"),
         vae_sha256=file.metadata.get("vae_sha256"),

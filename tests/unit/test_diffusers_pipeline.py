@@ -117,7 +117,7 @@ def our_latents(source: WeightsSource, guidance: float, steps: int) -> Tensor:
 
 
 def distance(one_BChw: Tensor, other_BChw: Tensor) -> float:
-    """Return the largest difference, in units of the standard deviation, which is about 1 in a trained model."""
+    """Return the largest difference in standard deviations; a trained model's latents have about 1."""
     return float((one_BChw - other_BChw).abs().max() / other_BChw.std())
 
 
