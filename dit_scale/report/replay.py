@@ -16,6 +16,7 @@ from dit_scale.checkpoint import reader
 from dit_scale.checkpoint.partition import OPTIMIZER_KINDS
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
+from dit_scale.data.held_out import held_out_mask
 from dit_scale.data.loader import Loader
 from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.order import positions_of
@@ -127,6 +128,7 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
             first_step=state.step,
             excluded=state.excluded,
             quarantined={*state.quarantined, *history.quarantined},
+            held_out=held_out_mask(len(dataset), config.evaluate.held_out, config.evaluate.seed),
         )
         stack.callback(loader.close)
         _advance(config, training, loader, status, range(state.step, step - 1))

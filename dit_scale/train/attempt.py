@@ -9,7 +9,6 @@ from dit_scale.checkpoint.attempts import AttemptRecord, Ranges, check_current
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.data.loader import Loader
 from dit_scale.data.order import ranges_of
-from dit_scale.data.quarantine import Quarantine
 from dit_scale.errors import StorageError
 from dit_scale.heartbeat import Phase
 from dit_scale.journal import Event
@@ -81,6 +80,7 @@ class Attempt:
                 first_step=self.state.step,
                 excluded=self.state.excluded,
                 quarantined=tuple(self.state.quarantined),
+                held_out=context.held_out,
             )
             stack.callback(self.loader.close)
             self._announce(notes, restore_s)
@@ -214,9 +214,7 @@ class Attempt:
         self.state.skipped = (*self.state.skipped, step)
         config = self._context.config
         positions = positions_of_steps(range(step - 1, step), config.global_batch, self.state.excluded)
-        # The loader of this rank does not know of damage that other ranks have met.
-        quarantine = Quarantine(len(self._context.dataset), self.state.quarantined, config.data.damaged)
-        sample_ids = quarantine.replace(self.loader.sample_ids(step - 1))
+        sample_ids = self.loader.sample_ids(step - 1, self.state.quarantined)
         self.write(
             Event.SKIPPED_STEP,
             skipped_step=step,
