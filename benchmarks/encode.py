@@ -34,12 +34,12 @@ from rich.console import Console
 
 from benchmarks.train_step import cpu_name, matmul_flops_per_s, versions
 from dit_scale.config import EncodeConfig
+from dit_scale.data.pixels import Pixels
 from dit_scale.data.shards import VaeIdentity
 from dit_scale.vae_files import find_vae
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.encoder import VIEWS, Encoder
 from dit_scale_pipeline.flow import Flow
-from dit_scale_pipeline.images import Pixels
 from dit_scale_pipeline.inputs import Listing, open_input
 from dit_scale_pipeline.output import plan_shards
 from dit_scale_pipeline.ray_cluster import Placement, cluster, start_encoders

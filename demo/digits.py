@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dit_scale.data.pixels import Pixels, center_crop, to_array
 from dit_scale.errors import DataError, DitScaleError
 from dit_scale_pipeline.decoder import read_batch
-from dit_scale_pipeline.images import Pixels, center_crop, to_array
 from dit_scale_pipeline.inputs import open_input
 
 SIDE = 8

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from dit_scale import vae
+from dit_scale.data.pixels import Pixels
 from dit_scale.errors import DitScaleError
 from dit_scale.sampling.image_files import write_grid
-from dit_scale_pipeline.images import Pixels
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

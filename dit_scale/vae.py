@@ -6,12 +6,13 @@ the VAE of Stable Diffusion.
 Shapes: B batch, C latent channels, H W pixels, h w = H/8 W/8 latents.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_scale.data.shards import VaeIdentity
+from dit_scale.data.shards import LatentDataset, VaeIdentity
 from dit_scale.errors import WeightsError
 from dit_scale.vae_files import VaeFiles, find_vae
 
@@ -98,6 +99,23 @@ def load(
     missing or cannot be loaded.
     """
     return Vae(find_vae(name_or_folder), device, dtype, channels_last=channels_last, compile=compile)
+
+
+def load_decoder(dataset: LatentDataset, name_or_folder: str | None, device: torch.device) -> Vae:
+    """Load the VAE that made a data set, by default the one that dataset.json names.
+
+    Raises WeightsError if the VAE is unavailable, or has other weights than the one that made the latents.
+    """
+    made_by = dataset.info.vae
+    if name_or_folder is None and "/" not in made_by.name and not Path(made_by.name).is_dir():
+        # A hub name contains a "/"; for a folder, dataset.json stores only the last path component.
+        raise WeightsError(
+            f"{dataset.storage.url} was made by a VAE in a folder named {made_by.name!r} (weights sha256 "
+            f"{made_by.weights_sha256[:12]}); pass that folder with --vae"
+        )
+    decoder = load(name_or_folder or made_by.name, device)
+    decoder.require_weights(made_by.weights_sha256)
+    return decoder
 
 
 def device_kind(device: torch.device | str) -> str:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from rich.console import Console
 
+from dit_scale.data.pixels import Pixels
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import DataError
 from dit_scale.inference.preview import decode, side_by_side
 from dit_scale.vae import Vae
 from dit_scale_pipeline.decoder import read_batch
-from dit_scale_pipeline.images import Pixels
 from dit_scale_pipeline.inputs import COLUMNS, Listing, open_input
 from dit_scale_pipeline.inputs.saved import current_listing, describe_changes, load_listing
 from dit_scale_pipeline.progress import listing_bar

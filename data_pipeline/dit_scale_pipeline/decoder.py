@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit_scale_pipeline.images import Pixels, center_crop, decode, to_array
+from dit_scale.data.pixels import Pixels, center_crop, decode, to_array
 from dit_scale_pipeline.inputs import COLUMNS, Entry, Input, InputError, open_input
 
 READ_THREADS = 8

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from dit_scale.config import EncodeConfig
+from dit_scale.data.pixels import CROP
 from dit_scale.data.shards import (
     FORMAT,
     FORMAT_VERSION,
@@ -32,7 +33,6 @@ from dit_scale.errors import ConfigError, DataError
 from dit_scale.sealed import sealed, unseal_any
 from dit_scale.storage import MissingKeyError, Storage
 from dit_scale_pipeline.encoder import VIEWS
-from dit_scale_pipeline.images import CROP
 from dit_scale_pipeline.inputs import Listing
 from dit_scale_pipeline.inputs.names import few
 from dit_scale_pipeline.inputs.places import overlap

@@ -169,8 +169,9 @@ def _write_comparison(args: argparse.Namespace, console: "Console") -> None:
 
     from dit_scale.data.shards import LatentDataset
     from dit_scale.dist import choose_device
-    from dit_scale.inference.preview import load_decoder, random_ids
+    from dit_scale.inference.preview import random_ids
     from dit_scale.sampling.image_files import write_grid
+    from dit_scale.vae import load_decoder
     from dit_scale_pipeline.compare import compare, find_source
     from dit_scale_pipeline.inputs.names import printable
 
@@ -199,9 +200,10 @@ def _show(args: argparse.Namespace) -> int:
 
     from dit_scale.data.shards import LatentDataset
     from dit_scale.dist import choose_device
-    from dit_scale.inference.preview import decode, load_decoder, random_ids, side_by_side
+    from dit_scale.inference.preview import decode, random_ids, side_by_side
     from dit_scale.sampling.image_files import write_grid
     from dit_scale.storage.outputs import check_output
+    from dit_scale.vae import load_decoder
 
     check_output(args.out, ".png")
     dataset = LatentDataset.open(args.url)

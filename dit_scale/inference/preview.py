@@ -4,7 +4,6 @@ Shapes: V views, C latent channels, h w latent sides, H W pixels.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,6 @@ import torch
 from dit_scale import vae
 from dit_scale.data.order import sample_ids
 from dit_scale.data.shards import LatentDataset
-from dit_scale.errors import WeightsError
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -24,23 +22,6 @@ GAP = 2
 def random_ids(num_samples: int, count: int, seed: int) -> list[int]:
     """Return up to `count` distinct sample ids: the first ones that a run with this seed would train on."""
     return sample_ids(np.arange(min(count, num_samples)), num_samples, seed).tolist()
-
-
-def load_decoder(dataset: LatentDataset, name_or_folder: str | None, device: torch.device) -> vae.Vae:
-    """Load the VAE that made a data set, by default the one that dataset.json names.
-
-    Raises WeightsError if the VAE is unavailable, or has other weights than the one that made the latents.
-    """
-    made_by = dataset.info.vae
-    if name_or_folder is None and "/" not in made_by.name and not Path(made_by.name).is_dir():
-        # A hub name contains a "/"; for a folder, dataset.json stores only the last path component.
-        raise WeightsError(
-            f"{dataset.storage.url} was made by a VAE in a folder named {made_by.name!r} (weights sha256 "
-            f"{made_by.weights_sha256[:12]}); pass that folder with --vae"
-        )
-    decoder = vae.load(name_or_folder or made_by.name, device)
-    decoder.require_weights(made_by.weights_sha256)
-    return decoder
 
 
 def decode(dataset: LatentDataset, decoder: vae.Vae, sample_id: int) -> tuple[Pixels, int]:

@@ -98,6 +98,7 @@ WITHOUT_TORCH = (
     "dit_scale.data.download",
     "dit_scale.data.held_out",
     "dit_scale.data.order",
+    "dit_scale.data.pixels",
     "dit_scale.data.batch_plan",
     "dit_scale.data.quarantine",
     "dit_scale.data.shards",
@@ -108,7 +109,6 @@ WITHOUT_TORCH = (
     "dit_scale.checkpoint.writer",
     "dit_scale.recipes",
     "dit_scale_pipeline.decoder",
-    "dit_scale_pipeline.images",
     "dit_scale_pipeline.inputs",
     "dit_scale_pipeline.shards_writer",
 )

@@ -238,7 +238,7 @@ def test_latents_are_those_of_the_image_and_of_its_mirror(latents: Path, folder:
     import torch
 
     from dit_scale import vae
-    from dit_scale_pipeline.images import center_crop, decode, to_array
+    from dit_scale.data.pixels import center_crop, decode, to_array
     from dit_scale_pipeline.inputs import open_input
 
     entry = open_input(str(folder / "images")).list().entries()[3]

@@ -15,6 +15,7 @@ from rich.console import Console
 from demo import digits
 from dit_scale import cli, vae
 from dit_scale.config import EncodeConfig
+from dit_scale.data.pixels import center_crop, to_array
 from dit_scale.data.shards import LatentDataset
 from dit_scale.inference.preview import decode, random_ids
 from dit_scale.storage import open_storage
@@ -22,7 +23,6 @@ from dit_scale_pipeline import output
 from dit_scale_pipeline.compare import psnr
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.encoder import Encoder
-from dit_scale_pipeline.images import center_crop, to_array
 from dit_scale_pipeline.inputs.saved import save_listing
 from dit_scale_pipeline.job import make_plan
 from dit_scale_pipeline.shards_writer import write_shard

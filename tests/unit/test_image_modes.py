@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from dit_scale_pipeline.images import decode
+from dit_scale.data.pixels import decode
 from dit_scale_pipeline.inputs import InputError
 
 Samples = npt.NDArray[np.generic]

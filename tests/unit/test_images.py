@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dit_scale.data.pixels import center_crop, decode, to_array
 from dit_scale_pipeline.decoder import read_batch
-from dit_scale_pipeline.images import center_crop, decode, to_array
 from dit_scale_pipeline.inputs import Entry, InputError, open_input
 from tests.support.adm_crop import adm_crop
 

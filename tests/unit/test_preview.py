@@ -10,7 +10,8 @@ from dit_scale import vae
 from dit_scale.data.order import Order
 from dit_scale.data.shards import LatentDataset
 from dit_scale.errors import WeightsError
-from dit_scale.inference.preview import GAP, decode, load_decoder, random_ids, side_by_side
+from dit_scale.inference.preview import GAP, decode, random_ids, side_by_side
+from dit_scale.vae import load_decoder
 from tests.support.latents import edit_info, write_latents
 from tests.support.tiny_vae import save_tiny_vae
 

@@ -28,14 +28,6 @@ def no_progress(done: int, total: int) -> None:
     """Report no progress."""
 
 
-class InputError(Exception):
-    """An input that yields no sample; the message is the reason in the quarantine list.
-
-    The message must depend only on the input's bytes, because shard records contain it: they must not
-    differ between machines or attempts.
-    """
-
-
 @dataclass(frozen=True, slots=True)
 class Archive:
     """A file that contains many images."""

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from dit_scale.data.pixels import InputError
 from dit_scale.errors import DataError
 from dit_scale.storage import DiskStorage, MissingKeyError, Storage
 from dit_scale_pipeline.inputs.base import (
     Archive,
     Entry,
     Input,
-    InputError,
     Listing,
     ListingProgress,
     no_progress,

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from dit_scale.data.pixels import InputError
 from dit_scale.errors import DataError
 from dit_scale.storage import MissingKeyError, Storage
 from dit_scale_pipeline.inputs.archives import ArchiveImages, ArchiveInput, ArchiveRange, checked_label
-from dit_scale_pipeline.inputs.base import COLUMNS, Entry, InputError
+from dit_scale_pipeline.inputs.base import COLUMNS, Entry
 from dit_scale_pipeline.inputs.contents import HEAD_BYTES, describe_file
 from dit_scale_pipeline.inputs.names import few, printable
 from dit_scale_pipeline.inputs.places import InputPlace

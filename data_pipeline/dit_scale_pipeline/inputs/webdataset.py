@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from dit_scale.data.pixels import InputError
 from dit_scale.errors import DataError
 from dit_scale_pipeline.inputs.archives import (
     ArchiveImages,
@@ -17,7 +18,7 @@ from dit_scale_pipeline.inputs.archives import (
     checked_label,
     visible,
 )
-from dit_scale_pipeline.inputs.base import Entry, InputError
+from dit_scale_pipeline.inputs.base import Entry
 from dit_scale_pipeline.inputs.names import few, printable
 from dit_scale_pipeline.inputs.tars import Tar, TarMember, read_member
 

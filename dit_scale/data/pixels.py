@@ -22,8 +22,6 @@ from PIL.TiffImagePlugin import (
     TiffImageFile,
 )
 
-from dit_scale_pipeline.inputs.base import InputError
-
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that Pillow may detect, regardless of the file name; none of them runs an external program."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -34,6 +32,14 @@ CROP = "adm_center"
 """Name of `center_crop` in dataset.json."""
 
 Pixels = npt.NDArray[np.uint8]
+
+
+class InputError(Exception):
+    """An image that cannot be used; the message is the reason in the quarantine list of an encoding.
+
+    The message must depend only on the input's bytes, because shard records contain it: they must not
+    differ between machines or attempts.
+    """
 
 
 def decode(data: bytes) -> Image.Image:
