@@ -37,7 +37,7 @@ class EvaluateConfig(Section):
     images: int = Field(0, ge=0)
     """Images for the Frechet distance; 0: no distance."""
     network: NetworkSpec = ""
-    """Feature network of the Frechet distance as KIND:PATH, for example classifier:demo/classifier.safetensors."""
+    """Feature network of the Frechet distance as KIND:PATH, for example inception:FILE.pth."""
     reference: File = ""
     """Statistics to compare with, an npz file by `dit-scale evaluate --make-reference`."""
     sampler: Literal["ddpm", "ddim"] = "ddim"

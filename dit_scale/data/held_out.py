@@ -31,8 +31,8 @@ def held_out_mask(num_samples: int, share: float, seed: int) -> Mask | None:
     mask = fractions(num_samples, seed) < share
     if mask.all() or not mask.any():
         raise ConfigError(
-            f"evaluate.held_out={share:g} holds out {np.count_nonzero(mask)} of {num_samples} samples; expected "
-            "some, but not all: choose another share"
+            f"evaluate.held_out={share:g} holds out {np.count_nonzero(mask)} of {num_samples} samples; "
+            "expected some, but not all: choose another share"
         )
     return mask
 
@@ -41,4 +41,4 @@ def fractions(num_samples: int, seed: int) -> NDArray[np.float64]:
     """Return a number in [0, 1) per sample id; those below the share are held out."""
     counts = np.arange(1, num_samples + 1, dtype=np.uint64)
     words = mix64(round_keys(seed, 0, _BRANCH)[0] + counts * _GAMMA)
-    return (words >> np.uint64(11)) * 2.0**-53
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

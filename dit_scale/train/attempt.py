@@ -2,10 +2,12 @@
 
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 from torch import Tensor
 
 from dit_scale.checkpoint.attempts import AttemptRecord, Ranges, check_current
+from dit_scale.checkpoint.manifest import Evaluated
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.data.loader import Loader
 from dit_scale.data.order import ranges_of
@@ -149,6 +151,21 @@ class Attempt:
             self._logbook.row(record)
         self._status.report(self.state.step, record)
         self.write(Event.LOG, data_s=round(self.loader.waited_s, 3))
+
+    def evaluated(
+        self, result: Evaluated, values: dict[str, float | None], grid: Path | None, seconds: float
+    ) -> None:
+        """Record an evaluation of the weights of this step, which took so long; `grid` is its picture."""
+        self.state.evaluated = result
+        self.meters.exclude(seconds)
+        values = {"samples": self.state.step * self._context.config.global_batch, **values}
+        if self._logbook:
+            self._logbook.row(values)
+            if grid is not None:
+                self._logbook.picture("evaluation", grid)
+        self.write(Event.EVALUATION, measure=result.measure, value=result.value, seconds=round(seconds, 3))
+        shown = "  ".join(f"{name} {value:.5g}" for name, value in values.items() if value is not None)
+        self.say(f"evaluation of step {self.state.step} in {seconds:.1f} s: {shown}")
 
     def finish(self) -> None:
         """Record that the run is done. Raises StorageError when its record is incomplete."""
