@@ -34,6 +34,9 @@ class ModelConfig(Section):
     """How timestep and class condition the blocks (Section 3.2 of the paper)."""
     num_classes: int = Field(1000, gt=0)
     """Number of classes, not counting the null class."""
+    timestep_embedding: Literal["paper", "diffusers"] = "paper"
+    """Frequencies of the timestep sinusoid: 10000**(-i / 128), as in the paper's code, or 10000**(-i / 127),
+    as in diffusers. Only a model trained with `diffusers` is the same function in a diffusers pipeline."""
     attention: str = "sdpa"
     """Attention backend: sdpa (torch picks a kernel), sdpa_{flash,efficient,cudnn,math} or flash{2,3,4}."""
 

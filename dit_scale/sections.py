@@ -3,10 +3,11 @@
 `dit_scale.config` has all other sections and the roots.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dit_scale.choices import Method
 from dit_scale.paths import PathKind
 
 Folder = Annotated[str, PathKind.FOLDER]
@@ -40,8 +41,8 @@ class EvaluateConfig(Section):
     """Feature network of the Frechet distance as KIND:PATH, for example inception:FILE.pth."""
     reference: File = ""
     """Statistics to compare with, an npz file by `dit-scale evaluate --make-reference`."""
-    sampler: Literal["ddpm", "ddim"] = "ddim"
-    """Sampler of grid and Frechet distance."""
+    sampler: Method = "dpmpp_2m"
+    """Sampler of grid and Frechet distance: ddpm, ddim, dpmpp_2m or unipc."""
     sampling_steps: int = Field(20, ge=2)
     """Denoising steps of an image."""
     guidance: float = Field(1.0, ge=0)

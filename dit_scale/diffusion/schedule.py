@@ -8,9 +8,7 @@ All tables are computed in float64 and cast to fp32 once.
 Shapes: T steps of a schedule, S steps that respacing keeps.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate, repeat
 from typing import Any
 
 import numpy as np
@@ -18,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dit_scale.diffusion.spacing import Float64, select
 from dit_scale.errors import ConfigError
 
-Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 
@@ -83,48 +81,19 @@ def linear(timesteps: int) -> Schedule:
     return _from_betas(np.linspace(scale * 1e-4, scale * 2e-2, timesteps), np.arange(timesteps))
 
 
-def respace(schedule: Schedule, spec: str) -> Schedule:
-    """Reduce a schedule to the steps that `spec` keeps (see `kept_indices`), on the same device.
+def respace(schedule: Schedule, spec: str, spacing: str = "uniform") -> Schedule:
+    """Reduce a schedule to the steps that `spec` keeps (see `spacing.select`), on the same device.
 
     alpha_bar of the kept steps is unchanged; the new betas follow from it. `timesteps` still refers to the
     unrespaced diffusion. Raises ConfigError for a specification that cannot be parsed or satisfied.
     """
-    kept_S = kept_indices(len(schedule), spec)
-    alphas_cumprod_S = float64_tables(schedule.betas_float64)["alphas_cumprod"][kept_S]
+    alphas_cumprod_T = float64_tables(schedule.betas_float64)["alphas_cumprod"]
+    kept_S = select(alphas_cumprod_T, spec, spacing)
+    alphas_cumprod_S = alphas_cumprod_T[kept_S]
     # Nichol & Dhariwal 2021, eq. 19.
     betas_S = 1 - alphas_cumprod_S / np.append(1.0, alphas_cumprod_S[:-1])
     device = schedule.timesteps.device
     return _from_betas(betas_S, schedule.timesteps.cpu().numpy()[kept_S]).to(device)
-
-
-def kept_indices(num_timesteps: int, spec: str) -> list[int]:
-    """Return the indices, ascending, that a respacing keeps of `num_timesteps`.
-
-    "250"       250 indices, evenly spaced from the first to the last, rounded
-    "10,15,20"  three sections of equal length (the first ones take the remainder) with 10, 15 and 20
-                evenly spaced indices
-    "ddim50"    every n-th index from 0; n is the smallest stride that gives 50 (Song et al. 2021)
-
-    Raises ConfigError for a specification that cannot be parsed or satisfied.
-    """
-    if spec.startswith("ddim"):
-        return _strided(num_timesteps, _count(spec.removeprefix("ddim"), spec))
-    counts = [_count(part, spec) for part in spec.split(",")]
-    if sum(counts) < 2:
-        raise ConfigError(f"respacing {spec!r}: expected 2 or more steps in total")
-    shortest, num_longer = divmod(num_timesteps, len(counts))
-    kept: list[int] = []
-    start = 0
-    for section, count in enumerate(counts):
-        size = shortest + (section < num_longer)
-        if count > size:
-            raise ConfigError(
-                f"respacing {spec!r}: section {section + 1} of {len(counts)} has {size} of the "
-                f"{num_timesteps} timesteps; expected at most {size} steps, got {count}"
-            )
-        kept += [start + offset for offset in _spread(size, count)]
-        start += size
-    return kept
 
 
 def float64_tables(betas_T: Float64) -> dict[str, Float64]:
@@ -158,33 +127,3 @@ def _from_betas(betas_T: Float64, timesteps_T: Int64) -> Schedule:
         name: torch.tensor(table_T, dtype=torch.float32) for name, table_T in float64_tables(betas_T).items()
     }
     return Schedule(betas_T, torch.tensor(timesteps_T, dtype=torch.int64), **tables)
-
-
-def _spread(size: int, count: int) -> Iterator[int]:
-    """Return `count` evenly spaced integers from 0 to `size` - 1; a single one is 0.
-
-    The stride accumulates in float64 and halves round to even, as in the reference code: other arithmetic
-    would select other steps.
-    """
-    stride = (size - 1) / (count - 1) if count > 1 else 1.0
-    return map(round, accumulate(repeat(stride, count - 1), initial=0.0))
-
-
-def _strided(num_timesteps: int, count: int) -> list[int]:
-    for stride in range(1, num_timesteps):
-        kept = range(0, num_timesteps, stride)
-        if len(kept) == count:
-            return list(kept)
-    raise ConfigError(
-        f"respacing 'ddim{count}': no integer stride over {num_timesteps} timesteps gives {count} steps; "
-        f"use a divisor of {num_timesteps}, or {str(count)!r} for uneven strides"
-    )
-
-
-def _count(text: str, spec: str) -> int:
-    if not (text.strip().isdecimal() and int(text) > 0):
-        raise ConfigError(
-            f"respacing {spec!r}: expected a number of steps ('250'), one number per section "
-            f"('10,15,20') or a DDIM stride ('ddim50'), got {text!r}"
-        )
-    return int(text)

@@ -19,10 +19,9 @@ from rich.progress import Progress
 from dit_scale import dist, vae
 from dit_scale.config import EngineConfig
 from dit_scale.data.order import rank_slice
-from dit_scale.diffusion.schedule import linear, respace
 from dit_scale.errors import ConfigError
 from dit_scale.inference.sources import WeightsSource, build_model
-from dit_scale.sampling.denoise import sample_tile
+from dit_scale.sampling.denoise import sample_tile, sampling_schedule
 from dit_scale.sampling.image_files import write_grid, write_npz
 from dit_scale.sampling.settings import SamplingSettings
 
@@ -51,7 +50,7 @@ def sample(
         model = build_model(source, world.device, dtype)
         decoder = vae.load(vae_name, world.device)
         decoder.require_weights(source.vae_sha256)
-        schedule = respace(linear(source.timesteps), settings.steps).to(world.device)
+        schedule = sampling_schedule(source.timesteps, settings, world.device)
         own_images = rank_slice(len(labels), world.rank, world.size)
         tiles = [
             range(start, min(start + settings.tile, own_images.stop))

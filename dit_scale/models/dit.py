@@ -27,7 +27,7 @@ from dit_scale.models.embeddings import (
     add_positions,
     sincos_pos_embed,
 )
-from dit_scale.models.zoo import Shape, shape_of
+from dit_scale.models.zoo import TIMESTEP_DIVISORS, Shape, shape_of
 
 
 class DiT(nn.Module):
@@ -35,12 +35,12 @@ class DiT(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, shape: Shape, attention: str = "sdpa") -> None:
+    def __init__(self, shape: Shape, attention: str = "sdpa", timestep_embedding: str = "paper") -> None:
         super().__init__()
         self.shape = shape
         self.attention_backend = attention
         self.x_embedder = PatchEmbed(shape.in_channels, shape.patch, shape.width)
-        self.t_embedder = TimestepEmbedder(shape.width)
+        self.t_embedder = TimestepEmbedder(shape.width, TIMESTEP_DIVISORS[timestep_embedding])
         self.y_embedder = LabelEmbedder(shape.num_classes, shape.width)
         self.blocks = make_blocks(shape, attention_backends.choose(attention))
         self.final_layer = FinalLayer(shape)
@@ -96,7 +96,7 @@ def build(config: ModelConfig, seed: int, device: str | torch.device = "cpu", in
     ConfigError for an unknown model or backend, and DeviceError for a backend that this machine cannot run.
     """
     with torch.device("meta"):
-        model = DiT(shape_of(config), config.attention)
+        model = DiT(shape_of(config), config.attention, config.timestep_embedding)
     if not initialise:
         return model.to_empty(device=device)
     model.to_empty(device="cpu")

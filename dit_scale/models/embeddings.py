@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dit_scale.models.zoo import TIMESTEP_CHANNELS
+from dit_scale.models.zoo import TIMESTEP_CHANNELS, TIMESTEP_DIVISORS
 
 
 class PatchEmbed(nn.Module):
@@ -31,13 +31,14 @@ class PatchEmbed(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Embeds timesteps: a sinusoid, then a two-layer MLP."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, divisor: int = TIMESTEP_DIVISORS["paper"]) -> None:
         super().__init__()
+        self.divisor = divisor
         self.mlp = nn.Sequential(nn.Linear(TIMESTEP_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor, dtype: torch.dtype) -> Tensor:
         """Timesteps of the unrespaced diffusion, integer or float => t_BD in `dtype`, the weights' type."""
-        return self.mlp(timestep_sinusoid(t_B).to(dtype))
+        return self.mlp(timestep_sinusoid(t_B, self.divisor).to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -54,15 +55,15 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y_B)
 
 
-def timestep_sinusoid(t_B: Tensor) -> Tensor:
+def timestep_sinusoid(t_B: Tensor, divisor: int = TIMESTEP_DIVISORS["paper"]) -> Tensor:
     """Sinusoidal features of timesteps => f_BF fp32, cosines first (Vaswani et al. 2017, Section 3.5).
 
-    Frequency i of n = F / 2 is 10000**(-i / n). Always fp32, because bf16 cannot tell neighbouring
+    Frequency i of F / 2 is 10000**(-i / divisor). Always fp32, because bf16 cannot tell neighbouring
     timesteps near 1000 apart.
     """
-    num = TIMESTEP_CHANNELS // 2
-    exponents = torch.arange(num, dtype=torch.float32, device=t_B.device) / num
-    frequencies = torch.exp(-math.log(10000.0) * exponents)
+    numbers = torch.arange(TIMESTEP_CHANNELS // 2, dtype=torch.float32, device=t_B.device)
+    # Multiplied before it is divided, as in diffusers, so that both round alike.
+    frequencies = torch.exp(-math.log(10000.0) * numbers / divisor)
     angles = t_B.float()[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 

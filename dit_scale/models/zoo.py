@@ -19,6 +19,8 @@ VAE_FACTOR = 8
 """Pixels per latent along one side: the VAE downsamples by 8."""
 TIMESTEP_CHANNELS = 256
 """Channels of the timestep sinusoid, before its MLP."""
+TIMESTEP_DIVISORS = {"paper": TIMESTEP_CHANNELS // 2, "diffusers": TIMESTEP_CHANNELS // 2 - 1}
+"""Divisor of the exponent in the sinusoid's frequencies, by `model.timestep_embedding`."""
 MLP_RATIO = 4
 """Ratio of the MLP's hidden width to the model's width."""
 

@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 
 from dit_scale import rng, vae
-from dit_scale.diffusion import sampler
-from dit_scale.diffusion.schedule import Schedule
+from dit_scale.diffusion.guidance import guided
+from dit_scale.diffusion.methods import SAMPLERS
+from dit_scale.diffusion.schedule import Schedule, linear, respace
 from dit_scale.models.dit import DiT
 from dit_scale.rng import Purpose
 from dit_scale.sampling.settings import SamplingSettings
+
+
+def sampling_schedule(timesteps: int, settings: SamplingSettings, device: torch.device | str) -> Schedule:
+    """Return the schedule of `settings` for a model trained with this number of timesteps, on `device`.
+
+    Raises ConfigError for steps that the spacing cannot give.
+    """
+    return respace(linear(timesteps), settings.steps, settings.spacing).to(device)
 
 
 def denoise(
@@ -33,12 +42,15 @@ def denoise(
     def step_noise(step: int) -> Tensor:
         return rng.normals(settings.seed, Purpose.SAMPLE_STEP, image_B, latent_shape, stream=step)
 
-    predict = sampler.guided(
-        model, y_B, model.shape.num_classes, settings.guidance, settings.guidance_channels
+    predict = guided(
+        model,
+        y_B,
+        null_class=model.shape.num_classes,
+        scale=settings.guidance,
+        guidance_channels=settings.guidance_channels,
+        interval=settings.guidance_interval,
     )
-    if settings.method == "ddim":
-        return sampler.ddim(predict, schedule, start_BChw)
-    return sampler.ddpm(predict, schedule, start_BChw, step_noise)
+    return SAMPLERS[settings.method](predict, schedule, start_BChw, step_noise)
 
 
 def sample_tile(

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit_scale.data.shards import LatentDataset
-from dit_scale.diffusion.schedule import Schedule, linear, respace
+from dit_scale.diffusion.schedule import Schedule
 from dit_scale.errors import ConfigError
 from dit_scale.evaluate.features import FeatureNetwork
 from dit_scale.evaluate.frechet import frechet_distance
 from dit_scale.evaluate.moments import Gaussian, Moments
 from dit_scale.evaluate.networks import load_network
 from dit_scale.models.dit import DiT
-from dit_scale.sampling.denoise import sample_tile
+from dit_scale.sampling.denoise import sample_tile, sampling_schedule
 from dit_scale.sampling.labels import balanced_labels
 from dit_scale.sampling.settings import SamplingSettings
 from dit_scale.sections import EvaluateConfig
@@ -93,7 +93,7 @@ class Painter:
             guidance=config.guidance,
             tile=config.tile,
         )
-        self._schedule: Schedule = respace(linear(timesteps), self._settings.steps).to(device)
+        self._schedule: Schedule = sampling_schedule(timesteps, self._settings, device)
         self._decoder: Vae = load_decoder(dataset, vae, device)
         self._comparison: Comparison | None = None
         if config.images:

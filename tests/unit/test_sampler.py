@@ -1,13 +1,13 @@
-"""The samplers against diffusers and an analytical solution; guidance against hand-computed values."""
+"""DDPM and DDIM against diffusers, against the Gaussians of the loss, and against an analytical solution."""
 
 import math
 
 import pytest
 import torch
 
-from dit_scale.diffusion.sampler import ddim, ddpm, guided
+from dit_scale.diffusion.gaussian import p_mean_variance, split_output
+from dit_scale.diffusion.sampler import ddim, ddpm
 from dit_scale.diffusion.schedule import float64_tables, linear, respace
-from dit_scale.errors import ConfigError
 
 FULL = linear(1000)
 LATENTS = (2, 4, 3, 3)
@@ -27,12 +27,11 @@ class RandomModel:
     def __init__(self):
         self.timesteps = []
 
-    def __call__(self, x_BCHW, timestep_B):
-        assert timestep_B.dtype == torch.int64
-        assert (timestep_B == timestep_B[0]).all()
-        self.timesteps.append(int(timestep_B[0]))
+    def __call__(self, x_BCHW, timestep):
+        assert type(timestep) is int
+        self.timesteps.append(timestep)
         batch, channels, *sides = x_BCHW.shape
-        return randn(batch, 2 * channels, *sides, seed=int(timestep_B[0]))
+        return randn(batch, 2 * channels, *sides, seed=timestep)
 
 
 def last(steps):
@@ -63,7 +62,7 @@ def test_ddpm_takes_the_steps_of_diffusers(spec, monkeypatch):
         monkeypatch.setattr(
             "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, step=step, **__: step_noise(step)
         )
-        x_BCHW = theirs.step(model(x_BCHW, t.expand(2)), t, x_BCHW).prev_sample
+        x_BCHW = theirs.step(model(x_BCHW, int(t)), t, x_BCHW).prev_sample
         # With random outputs x grows, so the error is relative to its size.
         torch.testing.assert_close(ours[step], x_BCHW.float(), rtol=0, atol=1e-5 * float(x_BCHW.abs().max()))
 
@@ -84,9 +83,24 @@ def test_ddim_takes_the_steps_of_diffusers(num_steps):
     assert model.timesteps == theirs.timesteps.tolist()
     x_BCHW = randn(*LATENTS)
     for step, t in enumerate(theirs.timesteps):
-        eps_BCHW = model(x_BCHW, t.expand(2))[:, :4]
+        eps_BCHW = model(x_BCHW, int(t))[:, :4]
         x_BCHW = theirs.step(eps_BCHW, int(t), x_BCHW).prev_sample
         torch.testing.assert_close(ours[step], x_BCHW.float(), rtol=0, atol=1e-5 * float(x_BCHW.abs().max()))
+
+
+def test_ddpm_takes_the_steps_of_the_gaussians_that_the_loss_trains():
+    """The sampler folds the equations into three coefficients; `gaussian` has them one by one."""
+    schedule, model = respace(FULL, "50"), RandomModel()
+    x_BCHW = randn(*LATENTS)
+    for step, ours_BCHW in enumerate(ddpm(model, schedule, x_BCHW, step_noise)):
+        t_B = torch.full((2,), 49 - step)
+        eps_BCHW, v_BCHW = split_output(RandomModel()(x_BCHW, model.timesteps[-1]))
+        p = p_mean_variance(schedule, eps_BCHW, v_BCHW, x_BCHW, t_B)
+        noise_BCHW = step_noise(step) if step < 49 else torch.zeros(LATENTS)
+        expected_BCHW = p.mean_BCHW + torch.exp(0.5 * p.log_variance_BCHW) * noise_BCHW
+        limit = 1e-5 * float(x_BCHW.abs().max())
+        torch.testing.assert_close(ours_BCHW, expected_BCHW, rtol=0, atol=limit)
+        x_BCHW = ours_BCHW
 
 
 def test_ddpm_requests_noise_once_for_each_step_except_the_last():
@@ -105,7 +119,7 @@ def test_ddpm_requests_noise_once_for_each_step_except_the_last():
 def test_sampling_keeps_fp32_no_graph_and_its_input(sampler):
     weight = torch.ones((), requires_grad=True)
 
-    def predict(x_BCHW, timestep_B):
+    def predict(x_BCHW, timestep):
         return (weight * torch.cat([x_BCHW, x_BCHW], dim=1)).bfloat16()
 
     x_T = randn(*LATENTS)
@@ -126,8 +140,8 @@ def optimal_model(schedule):
     tables = {name: torch.from_numpy(table) for name, table in float64_tables(schedule.betas_float64).items()}
     index_of = {int(t): index for index, t in enumerate(schedule.timesteps)}
 
-    def predict(x_BCHW, timestep_B):
-        now = {name: float(table[index_of[int(timestep_B[0])]]) for name, table in tables.items()}
+    def predict(x_BCHW, timestep):
+        now = {name: float(table[index_of[timestep]]) for name, table in tables.items()}
         alpha_bar = now["alphas_cumprod"]
         variance_t = alpha_bar * DATA_STD**2 + 1 - alpha_bar
         eps = math.sqrt(1 - alpha_bar) * (x_BCHW - math.sqrt(alpha_bar) * DATA_MEAN) / variance_t
@@ -165,74 +179,3 @@ def test_ddim_with_the_optimal_model_follows_the_flow(spec, tolerance):
         alpha_bar * DATA_STD**2 + 1 - alpha_bar
     )
     torch.testing.assert_close(x_BCHW, DATA_MEAN + DATA_STD * quantile_BCHW, rtol=0, atol=tolerance)
-
-
-NULL_CLASS = 1000
-
-
-class LabelledModel:
-    """A model whose output depends on x, t and y in every channel; it records its calls."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, x_BCHW, timestep_B, y_B):
-        self.calls.append((x_BCHW, timestep_B, y_B))
-        scale_B111 = (1 + 0.01 * y_B + 0.001 * timestep_B)[:, None, None, None]
-        return torch.cat([x_BCHW * scale_B111, x_BCHW.square() + scale_B111], dim=1)
-
-
-@pytest.mark.parametrize(("guidance_channels", "num_guided"), [("first3", 3), ("all", 4)])
-def test_guidance_extrapolates_only_its_channels(guidance_channels, num_guided):
-    x, t, y = randn(*LATENTS), torch.tensor([980, 980]), torch.tensor([207, 360])
-    output = guided(LabelledModel(), y, NULL_CLASS, 4.0, guidance_channels)(x, t)
-    labelled = LabelledModel()(x, t, y)
-    null = LabelledModel()(x, t, torch.full_like(y, NULL_CLASS))
-    guided_eps = null + 4.0 * (labelled - null)
-    torch.testing.assert_close(output[:, :num_guided], guided_eps[:, :num_guided])
-    assert torch.equal(output[:, num_guided:], labelled[:, num_guided:])
-    assert not torch.allclose(output[:, :num_guided], labelled[:, :num_guided])
-
-
-def test_guidance_is_one_pass_of_the_same_x_with_and_without_label():
-    model, x, y = LabelledModel(), randn(*LATENTS), torch.tensor([207, 360])
-    guided(model, y, NULL_CLASS, 1.5, "first3")(x, torch.tensor([4, 4]))
-    ((x_D, t_D, y_D),) = model.calls
-    assert torch.equal(x_D, torch.cat([x, x]))
-    assert t_D.tolist() == [4, 4, 4, 4]
-    assert y_D.tolist() == [207, 360, NULL_CLASS, NULL_CLASS]
-
-
-def test_scale_one_skips_the_pass_without_label():
-    model, x, y, t = LabelledModel(), randn(*LATENTS), torch.tensor([207, 360]), torch.tensor([4, 4])
-    output = guided(model, y, NULL_CLASS, 1.0, "first3")(x, t)
-    ((_, _, y_B),) = model.calls
-    assert torch.equal(y_B, y)
-    assert torch.equal(output, LabelledModel()(x, t, y))
-
-
-def test_scale_zero_is_the_pass_without_label():
-    x, y, t = randn(*LATENTS), torch.tensor([207, 360]), torch.tensor([4, 4])
-    output = guided(LabelledModel(), y, NULL_CLASS, 0.0, "all")(x, t)
-    assert torch.equal(output[:, :4], LabelledModel()(x, t, torch.full_like(y, NULL_CLASS))[:, :4])
-
-
-def test_guidance_refuses_other_channels():
-    with pytest.raises(ConfigError, match="expected 'first3' or 'all'"):
-        guided(LabelledModel(), torch.tensor([1]), NULL_CLASS, 1.5, "first4")
-
-
-def test_guided_sampling_gives_each_sample_its_own_class():
-    """Samples of a batch are independent: sampled together or alone, each is the same."""
-    schedule, y = respace(FULL, "10"), torch.tensor([1, 5])
-
-    def model(x_BCHW, timestep_B, y_B):
-        return torch.cat([0.1 * x_BCHW + 0.1 * y_B[:, None, None, None], 0 * x_BCHW], dim=1)
-
-    def sample(rows):
-        predict = guided(model, y[rows], 0, 1.5, "first3")
-        return last(ddpm(predict, schedule, randn(*LATENTS)[rows], lambda step: step_noise(step)[rows]))
-
-    both = sample(slice(0, 2))
-    torch.testing.assert_close(both[:1], sample(slice(0, 1)), rtol=0, atol=0)
-    torch.testing.assert_close(both[1:], sample(slice(1, 2)), rtol=0, atol=0)

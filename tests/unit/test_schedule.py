@@ -10,7 +10,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dit_scale.diffusion.schedule import Schedule, float64_tables, kept_indices, linear, respace
+from dit_scale.diffusion.schedule import Schedule, float64_tables, linear, respace
+from dit_scale.diffusion.spacing import kept_indices
 from dit_scale.errors import ConfigError
 
 FULL = linear(1000)

@@ -161,7 +161,10 @@ def test_file_that_would_run_code_is_refused(tmp_path):
         ([torch.zeros(1)], "expected tensors by name, got list"),
         ({}, "expected tensors by name, got dict"),
         ({"a": torch.zeros(1), "step": 7}, "expected tensors by name.*got int under 'step'"),
-        ({"model": {"a": torch.zeros(1)}}, "or a training checkpoint with 'ema'; got dict under 'model'"),
+        (
+            {"model": {"a": torch.zeros(1), "b": {}}},
+            r"odd.pt, under 'model': expected tensors by name, or a dict with 'ema', .* got dict under 'b'",
+        ),
     ],
 )
 def test_invalid_content(content, complaint, tmp_path):
@@ -187,9 +190,9 @@ def test_damaged_file(suffix, keep, tmp_path):
 def test_missing_file_and_unknown_suffix(tmp_path):
     with pytest.raises(WeightsError, match=r"no weights file at .*nowhere.pt"):
         weights.read(tmp_path / "nowhere.pt")
-    (tmp_path / "weights.ckpt").touch()
-    with pytest.raises(WeightsError, match=r"expected a .safetensors or .pt file, got .ckpt"):
-        weights.read(tmp_path / "weights.ckpt")
+    (tmp_path / "weights.npz").touch()
+    with pytest.raises(WeightsError, match=r"ends in .safetensors, .* .ckpt or .bin, got .npz"):
+        weights.read(tmp_path / "weights.npz")
 
 
 def test_weights_of_another_model_are_refused():

@@ -1,0 +1,14 @@
+"""Names of samplers, timestep spacings and guided channels, for configurations, commands and settings."""
+
+from typing import Literal, get_args
+
+Method = Literal["ddpm", "ddim", "dpmpp_2m", "unipc"]
+"""Sampler; `dit_scale.diffusion.methods` has a function for each."""
+Spacing = Literal["uniform", "quadratic", "logsnr"]
+"""How a respacing spreads its timesteps; `dit_scale.diffusion.spacing` defines each."""
+GuidanceChannels = Literal["first3", "all"]
+"""Latent channels that classifier-free guidance changes."""
+
+METHODS: tuple[str, ...] = get_args(Method)
+SPACINGS: tuple[str, ...] = get_args(Spacing)
+GUIDANCE_CHANNELS: tuple[str, ...] = get_args(GuidanceChannels)
