@@ -19,6 +19,7 @@ from dit_scale.telemetry.progress import StatusLine
 from dit_scale.train.claim import claim, next_attempt
 from dit_scale.train.context import RunContext
 from dit_scale.train.ema import ema_kind
+from dit_scale.train.evaluation_keys import headline
 from dit_scale.train.logbook import Carried, Logbook, carried_over, check_writable
 from dit_scale.train.rollback import failures_in_a_row, positions_of_steps, rollback_is_due
 from dit_scale.train.run_state import state_of
@@ -158,14 +159,13 @@ class Attempt:
         """Record an evaluation of the weights of this step, which took so long; `grid` is its picture."""
         self.state.evaluated = result
         self.meters.exclude(seconds)
-        values = {"samples": self.state.step * self._context.config.global_batch, **values}
         if self._logbook:
-            self._logbook.row(values)
+            self._logbook.row({"samples": self.state.step * self._context.config.global_batch, **values})
             if grid is not None:
                 self._logbook.picture("evaluation", grid)
         self.write(Event.EVALUATION, measure=result.measure, value=result.value, seconds=round(seconds, 3))
-        shown = "  ".join(f"{name} {value:.5g}" for name, value in values.items() if value is not None)
-        self.say(f"evaluation of step {self.state.step} in {seconds:.1f} s: {shown}")
+        found = headline(values) or "a grid of samples"
+        self.say(f"evaluation of step {self.state.step} in {seconds:.1f} s: {found}")
 
     def finish(self) -> None:
         """Record that the run is done. Raises StorageError when its record is incomplete."""

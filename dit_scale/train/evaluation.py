@@ -33,13 +33,11 @@ from dit_scale.train.attempt import Attempt
 from dit_scale.train.context import RunContext
 from dit_scale.train.ema import ema_kind
 from dit_scale.train.evaluation_images import Painter, Tile, grid_of
+from dit_scale.train.evaluation_keys import FRECHET, RAW, deciding_key, loss_key
 from dit_scale.train.evaluation_loss import HeldOutLoss, means
 from dit_scale.train.evaluation_weights import gather_weights
 from dit_scale.train.run_folder import evaluation_grid
 from dit_scale.train.trainer import Trainer
-
-RAW = "raw"
-"""Name of the weights without averaging, in the keys of the record."""
 
 T = TypeVar("T")
 
@@ -105,8 +103,8 @@ class Evaluation:
         except Interrupted:
             attempt.say(f"the evaluation of step {step} is dropped: the run was asked to stop")
             return True
-        measure, key = self._measure()
-        result = Evaluated(step=step, measure=measure, value=values.get(key))
+        key = deciding_key(self._context.config)
+        result = Evaluated(step=step, measure=self._measure(), value=values.get(key))
         attempt.evaluated(result, values, grid, time.monotonic() - start_s)
         return False
 
@@ -130,7 +128,7 @@ class Evaluation:
             if self._held_out is not None:
                 name = RAW if kind == MASTER else kind
                 losses = self._losses(self._held_out, model, proceed)
-                values |= {f"eval_{column}_{name}": value for column, value in losses.items()}
+                values |= {loss_key(column, name): value for column, value in losses.items()}
         return values, grid
 
     def _images(
@@ -147,7 +145,7 @@ class Evaluation:
             write_grid(grid_of(tiles), grid)
         if not config.images:
             return {}, grid
-        return {"eval_frechet": world.broadcast(lambda: painter.distance(tiles))}, grid
+        return {FRECHET: world.broadcast(lambda: painter.distance(tiles))}, grid
 
     def _losses(
         self, held_out: HeldOutLoss, model: DiT, proceed: Callable[[], None]
@@ -175,16 +173,15 @@ class Evaluation:
         model = dit.build(config.model, config.seed, device, initialise=False)
         return model.to(dtype).eval().requires_grad_(False)
 
-    def _measure(self) -> tuple[str, str]:
-        """Describe the number by which checkpoints are compared; also return its key in the record."""
+    def _measure(self) -> str:
+        """Describe the number by which checkpoints are compared; empty if there is none."""
         config = self._context.config
+        average = ema_kind(config.ema[0].name)
         if self._painter is not None and config.evaluate.images:
-            return f"{self._painter.measure}, {ema_kind(config.ema[0].name)}", "eval_frechet"
+            return f"{self._painter.measure}, {average}"
         if self._held_out is not None:
-            kind = ema_kind(config.ema[0].name)
-            count = len(self._held_out.ids)
-            return f"held-out loss, {count} samples, seed {config.evaluate.seed}, {kind}", f"eval_loss_{kind}"
-        return "", ""
+            return f"held-out loss, {len(self._held_out.ids)} samples, seed {config.evaluate.seed}, {average}"
+        return ""
 
     def _beat(self, step: int) -> None:
         self._context.heart.beat(Phase.EVALUATE, step)

@@ -29,11 +29,10 @@ DEMO = ROOT / "demo" / "classifier.safetensors"
 @pytest.fixture(scope="module")
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     """Held-out digits at 64 px, as the demo splits them."""
+    from dit_scale_pipeline.images import center_crop, to_array
     from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
-
-    from dit_scale_pipeline.images import center_crop, to_array
 
     bunch = load_digits()
     order = np.argsort(bunch.target, kind="stable")
