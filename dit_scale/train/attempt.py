@@ -160,7 +160,9 @@ class Attempt:
         self.state.evaluated = result
         self.meters.exclude(seconds)
         if self._logbook:
-            self._logbook.row({"samples": self.state.step * self._context.config.global_batch, **values})
+            if values:
+                samples = self.state.step * self._context.config.global_batch
+                self._logbook.row({"samples": samples, **values})
             if grid is not None:
                 self._logbook.picture("evaluation", grid)
         self.write(Event.EVALUATION, measure=result.measure, value=result.value, seconds=round(seconds, 3))

@@ -15,7 +15,7 @@ def loss_key(column: str, weights: str) -> str:
 
 
 def headline(values: Mapping[str, float | None]) -> str:
-    """Return the main results in words: Frechet distance and held-out losses, without the parts of the loss."""
+    """Return the main results in words: Frechet distance and held-out losses, without their parts."""
     names = [name for name in values if name == FRECHET or name.startswith(loss_key("loss", ""))]
     return ", ".join(f"{name} {values[name]:.5g}" for name in names if values[name] is not None)
 
