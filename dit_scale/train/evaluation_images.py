@@ -6,6 +6,7 @@ Shapes: N images, H W pixels, F features.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -153,7 +154,7 @@ def read_reference(path: Path) -> Gaussian:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Gaussian(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, BadZipFile) as error:
         raise ConfigError(
             f"evaluate.reference={path}: expected an npz file with mu and sigma, as `dit-scale evaluate "
             f"--make-reference` writes ({error})"
