@@ -36,6 +36,7 @@ class Purpose(enum.IntEnum):
     HELD_OUT_TIMESTEP = 7
     HELD_OUT_NOISE = 8
     HELD_OUT_POSTERIOR = 9
+    SAMPLE_LABEL = 10
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

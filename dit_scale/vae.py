@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_scale.data.shards import LatentDataset, VaeIdentity
 from dit_scale.errors import WeightsError
-from dit_scale.vae_files import VaeFiles, find_vae
+from dit_scale.vae_files import VaeFiles, find_vae, require_weights
 
 LOGVAR_RANGE = (-30.0, 20.0)
 """Clamp of the posterior's log variance, as in every Stable Diffusion encoder."""
@@ -59,12 +59,7 @@ class Vae:
 
     def require_weights(self, sha256: str | None) -> None:
         """Raise WeightsError unless this is the VAE with these weights; None accepts any VAE."""
-        identity = self.identity()
-        if sha256 is not None and identity.weights_sha256 != sha256:
-            raise WeightsError(
-                f"this VAE ({identity.name}, sha256 {identity.weights_sha256[:12]}) did not make the latents "
-                f"(sha256 {sha256[:12]}); pass the VAE that did with --vae"
-            )
+        require_weights(self.identity(), sha256)
 
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:

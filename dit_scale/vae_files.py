@@ -62,6 +62,15 @@ def find_vae(name_or_folder: str) -> VaeFiles:
     return VaeFiles(name_or_folder, _download(name_or_folder))
 
 
+def require_weights(identity: VaeIdentity, sha256: str | None) -> None:
+    """Raise WeightsError unless this VAE has these weights; None accepts any VAE."""
+    if sha256 is not None and identity.weights_sha256 != sha256:
+        raise WeightsError(
+            f"this VAE ({identity.name}, sha256 {identity.weights_sha256[:12]}) did not make the latents "
+            f"(sha256 {sha256[:12]}); pass the VAE that did with --vae"
+        )
+
+
 def _download(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

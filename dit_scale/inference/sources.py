@@ -4,7 +4,7 @@ Each yields a `WeightsSource`: the model's configuration and its fp32 state unde
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dit_scale import weights
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import MANIFEST, CheckpointId
+from dit_scale.checkpoint.partition import MASTER
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import ModelConfig
 from dit_scale.errors import CheckpointError, ConfigError, WeightsError
@@ -26,6 +27,8 @@ from dit_scale.train import averages
 from dit_scale.train.ema import ema_kind
 from dit_scale.train.run_folder import root_of_folder
 
+RAW = "raw"
+"""Name of the weights themselves, where an EMA profile is expected."""
 _DIGEST = "dit_scale_sha256"
 """Metadata key of an exported file: the SHA-256 of everything else in the file."""
 _OWN_MODEL = "defines its own model; omit --model, --image-size and --num-classes"
@@ -43,6 +46,10 @@ class WeightsSource:
     """Folder or hub name of the run's VAE, or None if unknown."""
     vae_sha256: str | None = None
     """SHA-256 of the weights of the VAE that made the latents, or None if unknown."""
+    ema: str | None = None
+    """EMA profile, RAW for the weights themselves, or None if unknown."""
+    step: int | None = None
+    """Optimizer steps taken, or None if unknown."""
     details: Mapping[str, str] = field(default_factory=dict)
     """Additional metadata for an exported file."""
 
@@ -50,7 +57,8 @@ class WeightsSource:
 def open_source(path: str, ema: str | None = None, model: ModelConfig | None = None) -> WeightsSource:
     """Read the weights of a run folder, a checkpoint folder, a .safetensors file or a published .pt file.
 
-    `ema` names the EMA profile of a run or checkpoint; None selects the first of its configuration. `model`
+    `ema` names the EMA profile of a run or checkpoint; None selects the first of its configuration, and RAW
+    the weights themselves. `model`
     describes a bare weights file, DiT-XL/2 at 256 pixels by default; every other source defines its model
     itself. Raises CheckpointError, WeightsError or ConfigError.
     """
@@ -85,11 +93,17 @@ def checkpoints_at(path: str) -> list[tuple[str, Callable[[], Checkpoint]]]:
 
 def _from_checkpoint(checkpoint: Checkpoint, ema: str | None) -> WeightsSource:
     profile = ema or checkpoint.config.ema[0].name
+    if profile == RAW:
+        trained, described = checkpoint.read_whole(MASTER), f"raw weights of {checkpoint}"
+        return replace(source_of_run(checkpoint, trained, described), ema=RAW)
     if ema_kind(profile) not in checkpoint.kinds():
         names = sorted(kind.removeprefix("ema.") for kind in checkpoint.kinds() if kind.startswith("ema."))
-        raise CheckpointError(f"{checkpoint} has no EMA profile {profile!r}; it has {', '.join(names)}")
+        raise CheckpointError(
+            f"{checkpoint} has no EMA profile {profile!r}; it has {', '.join(names) or 'none'}; "
+            f"--ema {RAW} takes the weights themselves"
+        )
     trained = checkpoint.read_whole(ema_kind(profile))
-    return source_of_run(checkpoint, trained, _described(checkpoint, profile))
+    return replace(source_of_run(checkpoint, trained, _described(checkpoint, profile)), ema=profile)
 
 
 def _described(checkpoint: Checkpoint, profile: str) -> str:
@@ -119,6 +133,7 @@ def source_of_run(
         timesteps=config.diffusion.timesteps,
         vae=config.data.vae,
         vae_sha256=checkpoint.manifest.vae_sha256,
+        step=checkpoint.manifest.step,
         details=details or {},
     )
 

@@ -6,7 +6,7 @@ did. Nothing is written to the run folder.
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,8 +115,7 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
         )
         excluded = history.attempt.excluded_positions
         state = RunState.of(checkpoint.manifest, excluded) if checkpoint else RunState(excluded=excluded)
-        status = StatusLine(step, state.step, shown=world.is_first)
-        stack.callback(status.close)
+        status = stack.enter_context(closing(StatusLine(step, state.step, shown=world.is_first)))
         for note in notes:
             status.say(note)
         loader = Loader(

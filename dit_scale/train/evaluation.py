@@ -64,7 +64,7 @@ class Evaluation:
                 context.dataset,
                 config.data.vae,
                 config.diffusion.timesteps,
-                context.world.device,
+                context.world,
             )
         if context.held_out is not None:
             self._held_out = HeldOutLoss(

@@ -6,20 +6,22 @@ Shapes: N images, H W pixels, F features.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dit_scale.data.shards import LatentDataset
 from dit_scale.diffusion.schedule import Schedule
+from dit_scale.dist import World
 from dit_scale.errors import ConfigError
+from dit_scale.evaluate.cache import FeatureRows
 from dit_scale.evaluate.features import FeatureNetwork
 from dit_scale.evaluate.frechet import frechet_distance
-from dit_scale.evaluate.moments import Gaussian, Moments
+from dit_scale.evaluate.images import ImageSet
+from dit_scale.evaluate.moments import HasGaussian, Moments
 from dit_scale.evaluate.networks import load_network
+from dit_scale.evaluate.references import open_reference
 from dit_scale.models.dit import DiT
 from dit_scale.sampling.denoise import sample_tile, sampling_schedule
 from dit_scale.sampling.labels import balanced_labels
@@ -35,20 +37,27 @@ class Comparison:
     """A feature network, and the reference with which the features of samples are compared."""
 
     network: FeatureNetwork
-    reference: Gaussian
+    reference: HasGaussian
+    reference_sha256: str
 
     @classmethod
-    def load(cls, config: EvaluateConfig, image_size: int, device: torch.device) -> "Comparison":
-        """Load both. Raises WeightsError or ConfigError if one is missing or they do not fit together."""
-        network, reference = load_network(config.network, device), read_reference(Path(config.reference))
-        blank_1HW3 = torch.zeros((1, image_size, image_size, 3), dtype=torch.uint8, device=device)
-        got, expected = network(blank_1HW3).pool_NF.shape[1], len(reference.mean_F)
-        if got != expected:
+    def load(cls, config: EvaluateConfig, image_size: int, world: World) -> "Comparison":
+        """Load both. Raises WeightsError, ConfigError or DataError if one is missing or they do not fit."""
+        path = Path(config.reference)
+        if path.suffix != ".npz" or not path.is_file():
             raise ConfigError(
-                f"evaluate.network={config.network} has {got} features, but the reference {config.reference} "
-                f"has {expected}: make the reference with this network"
+                f"evaluate.reference={path}: expected an npz file with statistics, as `dit-scale evaluate "
+                "--make-reference` writes"
             )
-        return cls(network, reference)
+        reference = open_reference(str(path), _no_digest, device=world.device)
+        if reference.image_size not in (None, image_size):
+            raise ConfigError(
+                f"evaluate.reference={path} is about images of {reference.image_size} px, and this run makes "
+                f"{image_size} px: make the reference from images of that size"
+            )
+        network = load_network(config.network, world.device)
+        pool = reference.statistics(network, _no_rows, world).pool
+        return cls(network, pool, reference.description()["sha256"])
 
     def features(self, images_NHW3: Tensor) -> Features:
         """Return the features of images on the device of the network, (N, F)."""
@@ -78,7 +87,7 @@ class Painter:
     """
 
     def __init__(
-        self, config: EvaluateConfig, dataset: LatentDataset, vae: str, timesteps: int, device: torch.device
+        self, config: EvaluateConfig, dataset: LatentDataset, vae: str, timesteps: int, world: World
     ) -> None:
         """Load decoder, feature network and reference, and keep them.
 
@@ -86,7 +95,7 @@ class Painter:
         """
         self._config = config
         self._count = max(config.grid_images, config.images)
-        self._labels = balanced_labels(range(dataset.info.num_classes), self._count)
+        self._labels = balanced_labels(range(dataset.info.num_classes), self._count).tolist()
         self._settings = SamplingSettings(
             seed=config.seed,
             steps=str(config.sampling_steps),
@@ -94,11 +103,11 @@ class Painter:
             guidance=config.guidance,
             tile=config.tile,
         )
-        self._schedule: Schedule = sampling_schedule(timesteps, self._settings, device)
-        self._decoder: Vae = load_decoder(dataset, vae, device)
+        self._schedule: Schedule = sampling_schedule(timesteps, self._settings, world.device)
+        self._decoder: Vae = load_decoder(dataset, vae, world.device)
         self._comparison: Comparison | None = None
         if config.images:
-            self._comparison = Comparison.load(config, dataset.info.image_size, device)
+            self._comparison = Comparison.load(config, dataset.info.image_size, world)
 
     @property
     def tiles(self) -> int:
@@ -134,10 +143,11 @@ class Painter:
         """Describe the Frechet distance with everything that it depends on besides the weights."""
         assert self._comparison is not None
         config, network = self._config, self._comparison.network.identity
+        reference_sha256 = self._comparison.reference_sha256
         return (
             f"Frechet distance, {config.images} images, {config.sampler}, {config.sampling_steps} steps, "
             f"guidance {config.guidance:g}, seed {config.seed}, {network.name} "
-            f"{network.weights_sha256[:12]}, reference {Path(config.reference).name}"
+            f"{network.weights_sha256[:12]}, reference {reference_sha256[:12]}"
         )
 
 
@@ -146,16 +156,14 @@ def grid_of(tiles: list[Tile]) -> NDArray[np.uint8]:
     return np.concatenate([tile.grid_NHW3 for tile in tiles])
 
 
-def read_reference(path: Path) -> Gaussian:
-    """Read mean and covariance of a reference, the keys `mu` and `sigma` of an npz file.
+def _no_digest(images: ImageSet) -> str:
+    """Refuse a file of images: their features would have to be computed at every start."""
+    raise ConfigError(
+        f"evaluate.reference={images.source} holds images; expected statistics, as `dit-scale evaluate "
+        "--make-reference` writes"
+    )
 
-    Raises ConfigError if there are none.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return Gaussian(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
-    except (OSError, KeyError, ValueError, BadZipFile) as error:
-        raise ConfigError(
-            f"evaluate.reference={path}: expected an npz file with mu and sigma, as `dit-scale evaluate "
-            f"--make-reference` writes ({error})"
-        ) from error
+
+def _no_rows(images: ImageSet, sha256: str) -> FeatureRows:
+    """Leave out the features of single images, which a Frechet distance does not need."""
+    return FeatureRows(np.empty((0, 0), np.float32), None, None)

@@ -73,6 +73,7 @@ DOORS = {
     "botocore": ("dit_scale.storage.s3",),
     "diffusers": ("dit_scale.vae",),
     "huggingface_hub": ("dit_scale.vae_files",),
+    "matplotlib": ("dit_scale.scaling.canvas",),
     "psutil": ("dit_scale.elastic.node.processes", "dit_scale_pipeline.ray_start"),
     "pyarrow": ("dit_scale_pipeline.inputs.parquet",),
     "ray": tuple(

@@ -107,6 +107,7 @@ WORDS = {
     Purpose.HELD_OUT_TIMESTEP: "e3acf78c 2b7d5a7b 92921e98 bfcc1986 0d09e950 f4b08828",
     Purpose.HELD_OUT_NOISE: "b5bfbb40 4eef49fa 404bf135 8c2b7144 9c0b6538 1470fa07",
     Purpose.HELD_OUT_POSTERIOR: "de5abcc2 9e07b0af 3628c2d2 e31c8efb 07420b6e 23750683",
+    Purpose.SAMPLE_LABEL: "d208554b 0f9d31bf a2740a72 41cabacd 6dfcca3f d244a1e9",
 }
 """Words of seed 42 at position 2^32 + 5, stream 0."""
 

@@ -98,7 +98,7 @@ def test_run_folder_holds_the_record(run: Path) -> None:
 
 
 def test_samples_are_the_same_from_one_and_from_two_processes(run: Path, tmp_path: Path) -> None:
-    sample = ("sample", run, "--images", 6, "--batch", 3, "--steps", "5", "--out")
+    sample = ("sample", run, "--images", 6, "--tile", 3, "--labels", "balanced", "--steps", "5", "--out")
     command("dit-scale", *sample, tmp_path / "one")
     command(*launcher(), *sample, tmp_path / "two")
     one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))

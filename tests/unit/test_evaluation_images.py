@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed
 
 from dit_scale.config import EvaluateConfig, ModelConfig
 from dit_scale.data.shards import LatentDataset
-from dit_scale.errors import ConfigError, WeightsError
+from dit_scale.dist import World
+from dit_scale.errors import ConfigError, DataError, WeightsError
 from dit_scale.evaluate.frechet import frechet_distance
 from dit_scale.evaluate.moments import Gaussian, Moments
 from dit_scale.models import dit
@@ -26,6 +28,11 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     return write_ground(tmp_path_factory.mktemp("ground"), num=20)
 
 
+def alone() -> World:
+    """A world of one process, without a group: nothing here communicates."""
+    return World(0, 1, torch.device("cpu"), torch.distributed.ProcessGroup(0, 1))
+
+
 def painter_of(ground: Ground, vae: str = "", **evaluate: Any) -> Painter:
     settings = {
         "every_steps": 1,
@@ -39,7 +46,7 @@ def painter_of(ground: Ground, vae: str = "", **evaluate: Any) -> Painter:
     }
     config = EvaluateConfig.model_validate(settings)
     dataset = LatentDataset.open(ground["url"])
-    return Painter(config, dataset, vae or ground["vae"], 100, torch.device("cpu"))
+    return Painter(config, dataset, vae or ground["vae"], 100, alone())
 
 
 def model() -> dit.DiT:
@@ -76,20 +83,24 @@ def test_broken_features_have_no_distance(ground: Ground) -> None:
 
 def test_a_reference_of_another_network_is_refused(ground: Ground, tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(ConfigError, match=r"has 64 features, but the reference .* has 2048"):
+    with pytest.raises(DataError, match=r"2048 features in mu, the network .* has 64"):
         painter_of(ground, reference=str(tmp_path / "other.npz"))
 
 
-@pytest.mark.parametrize("content", [None, b"no npz", "other keys"])
-def test_a_file_that_is_no_reference_is_refused(ground: Ground, tmp_path: Path, content: Any) -> None:
+@pytest.mark.parametrize("content", ["nothing", "no npz", "images", "images of another size", "other keys"])
+def test_a_file_that_is_no_reference_is_refused(ground: Ground, tmp_path: Path, content: str) -> None:
     path = tmp_path / "reference.npz"
-    if content == "other keys":
-        np.savez(path, arr_0=np.zeros(3))
-    elif content is not None:
-        path.write_bytes(content)
-    with pytest.raises(
-        ConfigError, match=re.escape(f"evaluate.reference={path}: expected an npz file with mu")
-    ):
+    match content:
+        case "no npz":
+            path.write_bytes(b"no npz")
+        case "images":
+            np.savez(path, arr_0=np.zeros((2, 32, 32, 3), np.uint8))
+        case "images of another size":
+            statistics = {"mu": np.zeros(NUM_FEATURES), "sigma": np.eye(NUM_FEATURES)}
+            np.savez(path, arr_0=np.zeros((2, 64, 64, 3), np.uint8), **statistics)
+        case "other keys":
+            np.savez(path, scores=np.zeros(3))
+    with pytest.raises((ConfigError, DataError), match=re.escape(str(path))):
         painter_of(ground, reference=str(path))
 
 

@@ -12,7 +12,8 @@ import torch
 from dit_scale import cli, weights
 from dit_scale.cli.arguments import weights_file
 from dit_scale.errors import StorageError
-from dit_scale.sampling.image_files import write_grid, write_npz
+from dit_scale.sampling.image_files import write_grid, write_tar
+from dit_scale.sampling.npz_files import write_npz
 from dit_scale.storage.outputs import check_output, new_file
 from tests.support.bare_user import without_power
 
@@ -35,7 +36,8 @@ NOISE = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8
 WRITERS: dict[str, Callable[[Path], object]] = {
     "weights.safetensors": lambda path: weights.write({"w": torch.randn(10_000)}, path, {}),
     "grid.png": lambda path: write_grid(NOISE, path),
-    "samples.npz": lambda path: write_npz(NOISE, np.zeros(4, int), path),
+    "samples.npz": lambda path: write_npz([NOISE], np.zeros(4, int), path),
+    "samples.tar": lambda path: write_tar([NOISE], [0, 0, 0, 0], path),
 }
 
 

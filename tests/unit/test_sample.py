@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -15,23 +14,18 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EngineConfig, ModelConfig
 from dit_scale.diffusion.schedule import Schedule, linear, respace
 from dit_scale.errors import CheckpointError, ConfigError, DeviceError, WeightsError
-from dit_scale.inference.sample import sample
 from dit_scale.inference.sources import WeightsSource, build_model, export, open_source
 from dit_scale.models.dit import DiT
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.rng import Purpose
 from dit_scale.sampling.denoise import denoise, sample_tile
-from dit_scale.sampling.image_files import write_grid, write_npz
-from dit_scale.sampling.labels import balanced_labels
 from dit_scale.sampling.settings import SamplingSettings
 from dit_scale.storage import open_storage
 from tests.support import checkpoints
 from tests.support.tiny_run import PROFILES, STEP, write_run
-from tests.support.tiny_vae import save_tiny_vae
 
 SETTINGS = SamplingSettings(seed=3, steps="6", guidance=2.0, tile=4)
 LABELS = [0, 1, 2, 3, 4, 0, 1]
-CPU = EngineConfig(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -153,78 +147,7 @@ def test_images_do_not_depend_on_batches_and_processes(
         assert np.abs(whole.astype(int) - other).max() <= 1
 
 
-# Files
-
-
-def test_sample_writes_a_grid_and_an_npz(source: WeightsSource, tiny_vae: str, tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    sample(source, LABELS, SETTINGS, vae_name=tiny_vae, out=tmp_path / "out", engine=CPU)
-    torch.set_num_threads(threads)
-    with np.load(tmp_path / "out" / "samples.npz", allow_pickle=False) as file:
-        images, labels = file["arr_0"], file["arr_1"]
-    assert images.shape == (7, 32, 32, 3)
-    assert images.dtype == np.uint8
-    assert labels.tolist() == LABELS
-    with Image.open(tmp_path / "out" / "grid.png") as grid:
-        assert grid.size == (4 * 34 + 2, 2 * 34 + 2)
-        assert np.array_equal(np.asarray(grid)[36:68, 2 + 34 : 34 + 34], images[5])
-    assert not torch.distributed.is_initialized()
-
-
-@pytest.mark.parametrize(
-    ("num", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (4, 2, 2), (16, 4, 4), (17, 10, 2), (250, 10, 10)]
-)
-def test_grids(tmp_path: Path, num: int, columns: int, rows: int) -> None:
-    shades = np.arange(num, dtype=np.uint8)[:, None, None, None]
-    write_grid(np.broadcast_to(shades, (num, 4, 6, 3)), tmp_path / "grid.png")
-    with Image.open(tmp_path / "grid.png") as file:
-        grid = np.asarray(file)
-    assert grid.shape == (rows * 6 + 2, columns * 8 + 2, 3)
-    shown = grid[3::6, 3::8, 0].ravel()[: min(num, 100)]
-    assert shown.tolist() == list(range(min(num, 100)))
-
-
-def test_npz_has_the_format_of_the_evaluation_suite(tmp_path: Path) -> None:
-    images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
-    write_npz(images, np.array([7, 8]), tmp_path / "new" / "samples.npz")
-    with np.load(tmp_path / "new" / "samples.npz", allow_pickle=False) as file:
-        assert sorted(file) == ["arr_0", "arr_1"]
-        assert np.array_equal(file["arr_0"], images)
-
-
-def test_classes_are_used_in_turn() -> None:
-    assert balanced_labels([3, 7], 5) == [3, 7, 3, 7, 3]
-    assert balanced_labels(range(3), 2) == [0, 1]
-    with pytest.raises(ConfigError, match="no classes"):
-        balanced_labels([], 2)
-
-
 # Errors
-
-
-def test_another_vae_is_refused(source: WeightsSource, tmp_path: Path) -> None:
-    other = save_tiny_vae(tmp_path / "other", seed=1)
-    with pytest.raises(WeightsError, match=r"this VAE \(other, sha256 .*\) did not make the latents"):
-        sample(source, LABELS, SETTINGS, vae_name=other, out=tmp_path / "out", engine=CPU)
-    assert not (tmp_path / "out").exists()
-    assert not torch.distributed.is_initialized()
-    vae.load(other).require_weights(None)  # a weights file without VAE metadata accepts any
-
-
-@pytest.mark.parametrize("label", [-1, 5, 1000])
-def test_an_unknown_class_is_refused(
-    source: WeightsSource, tiny_vae: str, tmp_path: Path, label: int
-) -> None:
-    with pytest.raises(ConfigError, match=f"class {label}: expected 0 to 4"):
-        sample(source, [0, label], SETTINGS, vae_name=tiny_vae, out=tmp_path, engine=CPU)
-
-
-def test_more_steps_than_the_diffusion_has_are_refused(
-    source: WeightsSource, tiny_vae: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match="has 100 of the 100 timesteps"):
-        sample(source, [0], SamplingSettings(steps="250"), vae_name=tiny_vae, out=tmp_path, engine=CPU)
-    assert not torch.distributed.is_initialized()
 
 
 def test_cuda_is_refused_if_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,165 @@
+"""The arguments that describe samples, shared by `sample` and `evaluate`, and the request they make."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from dit_scale.choices import GUIDANCE_CHANNELS, METHODS, SPACINGS
+from dit_scale.cli.arguments import finite_float, int_between
+
+if TYPE_CHECKING:
+    from dit_scale.config import ModelConfig
+    from dit_scale.inference.bulk import SampleRequest, Worker
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, num_images: int) -> None:
+    """Add the arguments, with `num_images` as the default of --images. The parser adds `source` itself."""
+    # No option may be a prefix of several options of the deepspeed launcher, as --num is: it would refuse it.
+    parser.add_argument(
+        "--images", type=int_between(1), default=num_images, help=f"number of images (default {num_images})"
+    )
+    labels = parser.add_argument_group("classes")
+    labels.add_argument(
+        "--classes", type=_classes, help="comma-separated class numbers (default: all classes of the model)"
+    )
+    labels.add_argument(
+        "--labels",
+        choices=("random", "balanced"),
+        default=None,
+        help="draw the class of each image at random, as the paper does,\n"
+        "or take the classes in turn (default: random; balanced with --classes)",
+    )
+    _add_sampler_arguments(parser.add_argument_group("sampler"))
+    _add_weights_arguments(parser.add_argument_group("weights"))
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--tile",
+        type=int_between(1),
+        default=32,
+        help="images per forward pass (default 32); it affects the last bits of pixels",
+    )
+    work.add_argument(
+        "--batch",
+        type=int_between(1),
+        default=None,
+        help="images between two commits, rounded up to whole tiles\n(default: one tile); it affects no bit",
+    )
+    work.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="fp32",
+        help="precision of the transformer (default fp32)",
+    )
+    work.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto)")
+    work.add_argument("--threads", type=int_between(1), default=1, help="CPU threads per process (default 1)")
+    work.add_argument(
+        "--nodes", type=int_between(1), default=1, help="nodes that work independently (default 1)"
+    )
+    work.add_argument(
+        "--node", type=int_between(0), default=0, help="number of this node, from 0 (default 0)"
+    )
+    work.add_argument(
+        "--overwrite", action="store_true", help="replace samples of another protocol in the folder"
+    )
+
+
+def sample_request(args: argparse.Namespace) -> "SampleRequest":
+    """Open the weights and describe the samples. Raises DitScaleError for what does not match."""
+    from dit_scale.config import EngineConfig
+    from dit_scale.errors import ConfigError
+    from dit_scale.inference.bulk import SampleRequest
+    from dit_scale.inference.sources import open_source
+    from dit_scale.sampling.labels import LabelChoice
+    from dit_scale.sampling.settings import SamplingSettings
+
+    source = open_source(args.source, args.ema, _bare_model(args))
+    vae_name = args.vae or source.vae
+    if vae_name is None:
+        raise ConfigError(f"{args.source} does not name its VAE; pass --vae FOLDER_OR_HUB_NAME")
+    drawn = args.labels or ("balanced" if args.classes else "random")
+    return SampleRequest(
+        source=source,
+        vae=vae_name,
+        num_images=args.images,
+        labels=LabelChoice(drawn=drawn, classes=tuple(args.classes) if args.classes else None),
+        settings=SamplingSettings(
+            seed=args.seed,
+            steps=args.steps,
+            method=args.sampler,
+            spacing=args.spacing,
+            guidance=args.guidance,
+            guidance_channels=args.guidance_channels,
+            guidance_interval=args.guidance_interval,
+            tile=args.tile,
+        ),
+        engine=EngineConfig(device=args.device, precision=args.precision, cpu_threads=args.threads),
+        batch=args.batch,
+        overwrite=args.overwrite,
+    )
+
+
+def sampling_worker(args: argparse.Namespace) -> "Worker":
+    """Return which share of the images this process computes."""
+    from dit_scale.inference.bulk import Worker
+
+    return Worker.from_environment(args.node, args.nodes)
+
+
+def _add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--seed", type=int_between(0, 2**32 - 1), default=0, help="random seed of the noise (default 0)"
+    )
+    group.add_argument("--sampler", choices=METHODS, default="ddpm", help="sampler (default ddpm)")
+    group.add_argument("--steps", default="250", help='denoising steps, or "ddim50" (default 250)')
+    group.add_argument(
+        "--spacing", choices=SPACINGS, default="uniform", help="how the steps are spread (default uniform)"
+    )
+    group.add_argument(
+        "--guidance", type=finite_float, default=1.5, help="guidance scale (default 1.5); 1 disables guidance"
+    )
+    group.add_argument(
+        "--guidance-channels",
+        choices=GUIDANCE_CHANNELS,
+        default="first3",
+        help="latent channels to guide (default first3, as in the paper)",
+    )
+    group.add_argument(
+        "--guidance-interval",
+        type=_interval,
+        default=None,
+        metavar="LOW:HIGH",
+        help="timesteps of the training diffusion to guide, inclusive (default: all)",
+    )
+
+
+def _add_weights_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ema",
+        default=None,
+        help='EMA profile (default: the first of the run), or "raw" for the weights themselves',
+    )
+    group.add_argument("--vae", default=None, help="folder or hub name of the VAE (default: the run's)")
+    bare = "of a bare weights file; other sources define it"
+    group.add_argument("--model", default=None, help=f"model {bare} (default DiT-XL/2)")
+    group.add_argument("--image-size", type=int_between(1), default=None, help=f"pixels {bare} (default 256)")
+    group.add_argument(
+        "--num-classes", type=int_between(1), default=None, help=f"classes{bare} (default 1000)"
+    )
+
+
+def _bare_model(args: argparse.Namespace) -> "ModelConfig | None":
+    from dit_scale.config import ModelConfig
+
+    chosen = {"name": args.model, "image_size": args.image_size, "num_classes": args.num_classes}
+    given = {key: value for key, value in chosen.items() if value is not None}
+    return ModelConfig.model_validate(given) if given else None
+
+
+def _classes(text: str) -> list[int]:
+    return [int_between(0)(part.strip()) for part in text.split(",")]
+
+
+def _interval(text: str) -> tuple[int, int]:
+    low, colon, high = text.partition(":")
+    if not (colon and low.isdecimal() and high.isdecimal() and int(low) <= int(high)):
+        raise argparse.ArgumentTypeError(f"expected LOW:HIGH, for example 200:800, got {text!r}")
+    return int(low), int(high)
