@@ -93,7 +93,7 @@ def steps_of_rows(config: TrainConfig) -> list[int]:
     return [row["step"] for row in evaluations(config)]
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["stage 2", "stage 3"])
+@pytest.fixture(scope="module", params=[2, 3], ids=["stage2", "stage3"])
 def evaluated(
     request: pytest.FixtureRequest, ground: Ground, tmp_path_factory: pytest.TempPathFactory
 ) -> TrainConfig:

@@ -51,13 +51,8 @@ def test_status_has_the_last_evaluation_and_the_best(run: Path) -> None:
 def test_status_prints_one_line_about_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", str(run)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  evaluation")]
-    assert (
-        line.split()
-        == (
-            "evaluation step 20: eval_loss_ema.paper 0.5, eval_loss_raw 0.4; "
-            "best eval_loss_ema.paper 0.25 at step 10"
-        ).split()
-    )
+    last, best = "eval_loss_ema.paper 0.5, eval_loss_raw 0.4", "eval_loss_ema.paper 0.25"
+    assert line == f"  evaluation  step 20: {last}; best {best} at step 10"
 
 
 def test_status_without_evaluations_has_no_such_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
