@@ -207,6 +207,7 @@ BOUND: dict[str, object] = {
     "model.image_size": 512,
     "model.conditioning": "adaln",
     "model.num_classes": 999,
+    "model.timestep_embedding": "diffusers",
     "data.horizontal_flip": False,
     "data.window_shards": 1,
     "diffusion.timesteps": 999,
