@@ -9,6 +9,7 @@
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dit_scale.config import TrainConfig, dump
 from dit_scale.errors import ConfigError
 from dit_scale.lines import Say, read_objects
 from dit_scale.scaling.config import StudyConfig, StudyRun, runs_of
-from dit_scale.scaling.processes import last_lines, run_command
+from dit_scale.scaling.processes import command_line, last_lines, run_command
 from dit_scale.scaling.results import is_trained
 from dit_scale.scaling.samples import score_samples
 from dit_scale.sealed import sealed, unseal
@@ -65,17 +66,21 @@ class Conductor:
             return True
         self._say(f"{where}: training, {run.parameters:,} parameters, {run.training_flops:.3g} FLOP")
         config, log = write_config(self._study, run), _log(self._study, run)
-        code = run_command(
-            training_command(self._study, config), log, self._stop, Progress(run.config, where, self._say)
-        )
+        command = command_line(training_command(self._study, config))
+        code = run_command(command, log, self._stop, Progress(run.config, where, self._say))
         return self._is_good(code, where, log)
 
     def _score(self, run: StudyRun, where: str) -> bool:
         log = _log(self._study, run)
+
+        def command(arguments: Sequence[str]) -> int:
+            self._say(f"{where}: dit-scale {' '.join(arguments)}")
+            return run_command(command_line(arguments, self._study.processes), log, self._stop)
+
         for steps in self._study.evaluation.all_steps:
             if self._stop.wanted:
                 return False
-            code = score_samples(self._study, run, steps, lambda args: run_command(args, log, self._stop))
+            code = score_samples(self._study, run, steps, command)
             if not self._is_good(code, f"{where}: {steps} denoising steps", log):
                 return False
         return True
