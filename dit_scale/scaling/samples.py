@@ -32,6 +32,7 @@ def score_samples(
     if code := command(sample):
         return code
     evaluate = ["evaluate", str(folder), "--reference", settings.reference, "--network", settings.network]
+    evaluate += ["--vae", run.config.data.vae]  # for a reference that is a latent data set
     return command([*evaluate, "--metrics", "frechet", "--device", run.config.engine.device])
 
 

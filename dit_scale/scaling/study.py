@@ -8,6 +8,7 @@
 <folder>/results.json   the results, see `results`
 """
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,12 +132,10 @@ def write_config(study: StudyConfig, run: StudyRun) -> Path:
 
 
 def claim_folder(study: StudyConfig) -> None:
-    """Write what all runs share into a new folder. Raises ConfigError like `check_folder`."""
+    """Write into the folder what all runs share. Raises ConfigError like `check_folder`."""
     check_folder(study)
-    path = Path(study.folder) / STUDY
-    if not path.is_file():
-        with new_file(path) as tmp:
-            tmp.write_bytes(sealed(_identity(study), indent=2))
+    with new_file(Path(study.folder) / STUDY) as tmp:
+        tmp.write_bytes(sealed(_identity(study), indent=2))
 
 
 def check_folder(study: StudyConfig) -> None:
@@ -145,10 +144,12 @@ def check_folder(study: StudyConfig) -> None:
     if not path.is_file():
         return
     before, now = _flat(unseal(path.read_bytes(), str(path), ConfigError)), _flat(_identity(study))
+    # A key that the file lacks came with a later version, and changes nothing of what was done before.
     changed = [
-        f"{key} was {before.get(key)}, is {now.get(key)}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
+        f"{key} was {_text(before[key])}, is {_text(now.get(key))}"
+        for key in before
+        if before[key] != now.get(key)
+        if not key.startswith("evaluation.") or before["evaluation.network"]  # scores may come later
     ]
     if changed:
         raise ConfigError(
@@ -170,6 +171,10 @@ def _identity(study: StudyConfig) -> dict[str, Any]:
         },
         "evaluation": study.evaluation.model_dump(mode="json", exclude={"sampling_steps"}),
     }
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _log(study: StudyConfig, run: StudyRun) -> Path:

@@ -66,6 +66,7 @@ class Machine:
 
 
 BROKEN = "in_context"
+SCORED = "evaluation={network: 'classifier:F', reference: real}"
 
 
 def test_runs_are_trained_once_and_the_cheapest_first(
@@ -106,15 +107,18 @@ def test_a_request_to_stop_starts_nothing_more(tmp_path: Path, monkeypatch: pyte
         ("train.optimizer.lr=1", "train.optimizer.lr was 0.0001, is 1.0"),
         ("train.model.num_classes=3", "train.model.num_classes was 1000, is 3"),
         ("evaluation.images=7", "evaluation.images was 10000, is 7"),
+        ("evaluation={}", 'evaluation.network was classifier:F, is ""; evaluation.reference was real, is ""'),
     ],
 )
 def test_the_folder_of_another_study_is_refused(tmp_path: Path, override: str, said: str) -> None:
-    claim_folder(tiny(tmp_path))
+    claim_folder(tiny(tmp_path, SCORED))
     with pytest.raises(ConfigError, match=f"holds another study: {said}. Restore"):
-        claim_folder(tiny(tmp_path, override))
+        claim_folder(tiny(tmp_path, SCORED, override))
 
 
-@pytest.mark.parametrize("override", ["models=DiT-Ti/4", "processes=2", "train.log.every_steps=1"])
+@pytest.mark.parametrize(
+    "override", ["models=DiT-Ti/4", "processes=2", "train.log.every_steps=1", "evaluation.images=7", SCORED]
+)
 def test_a_study_may_grow_and_change_what_results_do_not_depend_on(tmp_path: Path, override: str) -> None:
     claim_folder(tiny(tmp_path))
     claim_folder(tiny(tmp_path, override))
@@ -272,7 +276,7 @@ def test_a_dry_run_prints_costs_and_commands(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["scaling", "scaling_digits", "--dry-run", f"folder={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     commands = [line for line in printed.splitlines() if line.startswith("dit-scale train ")]
-    assert len(commands) == 9
+    assert len(commands) == 8
     config = load(TrainConfig, commands[0].split()[2])
     assert (config.model.name, config.model.conditioning) == ("DiT-Nano/4", "adaln_zero")
     assert config.run == f"{tmp_path}/runs/DiT-Nano-4-adaln_zero"
