@@ -69,7 +69,7 @@ def test_its_identity_holds_what_features_depend_on(network: FeatureNetwork) -> 
     assert identity.name == "classifier"
     assert len(identity.weights_sha256) == 64
     assert identity.preprocessing == "bilinear with antialias to 32 x 32, x / 127.5 - 1"
-    assert identity.precision == "fp32"
+    assert identity.precision == "fp32 without TF32"
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32, 3), (2, 1, 1, 3), (1, 257, 64, 3), (4, 28, 28, 3)])
@@ -155,5 +155,5 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     "spec", ["", "classifier", "classifier:", "vgg:file.pth", "demo/classifier.safetensors"]
 )
 def test_a_specification_that_names_no_network_is_refused(spec: str) -> None:
-    with pytest.raises(ConfigError, match="expected classifier:FILE"):
+    with pytest.raises(ConfigError, match="expected inception:FILE"):
         load_network(spec)
