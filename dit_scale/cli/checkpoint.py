@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
         actions,
         "export",
         _export,
-        "write EMA weights as one safetensors file with the published names",
+        "short for `dit-scale export --to safetensors`",
         example="dit-scale checkpoint export runs/dit_xl2_256 dit_xl2_256.safetensors",
     )
     export.add_argument("source", help="run folder (exports its newest checkpoint) or checkpoint folder")
