@@ -17,12 +17,14 @@ from dit_scale.cli import (
     ema,
     encode,
     evaluate,
+    export,
     latents,
     launch,
     models,
     plan,
     replay,
     sample,
+    scaling,
     status,
     train,
 )
@@ -34,13 +36,13 @@ from dit_scale.heartbeat import FOLDER_VARIABLE
 USER_ERROR_EXIT_CODE = 2
 MISTAKES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 """Errors of the operating system that you can fix; a retry may help against others, such as a full disk."""
-JOBS = ("dit-scale train", "dit-scale launch", "dit-scale encode")
+JOBS = ("dit-scale train", "dit-scale launch", "dit-scale encode", "dit-scale scaling")
 """Commands that continue when their output cannot be written."""
 GROUPS = {
     "Plan a run": (config, models, plan),
     "Images to latents": (encode, latents),
-    "Train": (train, launch, status, replay),
-    "Use a trained model": (sample, evaluate, checkpoint, ema),
+    "Train": (train, launch, status, replay, scaling),
+    "Use a trained model": (sample, evaluate, export, checkpoint, ema),
 }
 
 
