@@ -111,7 +111,7 @@ def _bench(args: argparse.Namespace) -> Bench:
         model=build_model(source, torch.device("cpu"), torch.float32),
         decoder=decoder,
         network=load_network(args.network),
-        labels=balanced_labels(range(source.model.num_classes), args.images),
+        labels=balanced_labels(range(source.model.num_classes), args.images).tolist(),
         guidance=args.guidance,
         out=args.out,
     )
@@ -189,7 +189,7 @@ def _block(number: int, settings: SamplingSettings, bench: Bench, path: Path) ->
             features = bench.network(images_BHW3)
         if features.probabilities_NC is None:
             raise ConfigError(f"{bench.network.identity.name} has no classes; expected a classifier")
-        recognised_B = features.probabilities_NC.argmax(1).numpy() == bench.labels[images.start : images.stop]
+        recognised_B = features.probabilities_NC.argmax(1).numpy() == np.asarray(bench.labels)[images]
         with new_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, pool_BF=features.pool_NF.numpy(), recognised_B=recognised_B, seconds=seconds)
     with np.load(path) as arrays:
