@@ -88,14 +88,15 @@ def main() -> int:
     try:
         bench = _bench(args)
         reference = _reference(args.run, bench)
-        rows = [_row(case, bench, reference) for case in args.cases.split(",")]
+        rows = []
+        for case in args.cases.split(","):
+            rows.append(_row(case, bench, reference))
+            if args.json:
+                print(json.dumps(rows[-1]), flush=True)
     except DitScaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _compare(rows)
-    if args.json:
-        for row in rows:
-            print(json.dumps(row))
+    compare(rows)
     Console(stderr=args.json, soft_wrap=True).print(_table(rows, bench))
     return 0
 
@@ -130,13 +131,7 @@ def _reference(run: str, bench: Bench) -> Moments:
 
 def _row(case: str, bench: Bench, reference: Moments) -> Row:
     method, steps, spacing = case.split(":")
-    settings = SamplingSettings(
-        method=method,  # type: ignore[arg-type]  # SamplingSettings checks it
-        steps=steps,
-        spacing=spacing,  # type: ignore[arg-type]
-        guidance=bench.guidance,
-        tile=bench.block,
-    )
+    settings = settings_of(case, bench.guidance, bench.block)
     folder = bench.out / f"{method}-{steps}-{spacing}-{_key(settings, bench)}"
     numbers = track(
         range(BLOCKS), case, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
@@ -156,6 +151,18 @@ def _row(case: str, bench: Bench, reference: Moments) -> Row:
         "recognised_error": math.sqrt(share * (1 - share) / num_images),
         "ms_per_image": float(np.median([block["seconds"] for block in blocks])) / bench.block * 1e3,
     }
+
+
+def settings_of(case: str, guidance: float, block: int) -> SamplingSettings:
+    """Return the settings of a case METHOD:STEPS:SPACING; a block is a tile."""
+    method, steps, spacing = case.split(":")
+    return SamplingSettings(
+        method=method,  # type: ignore[arg-type]  # SamplingSettings checks it
+        steps=steps,
+        spacing=spacing,  # type: ignore[arg-type]
+        guidance=guidance,
+        tile=block,
+    )
 
 
 def _key(settings: SamplingSettings, bench: Bench) -> str:
@@ -196,7 +203,7 @@ def _block(number: int, settings: SamplingSettings, bench: Bench, path: Path) ->
         return dict(arrays)
 
 
-def _compare(rows: list[Row]) -> None:
+def compare(rows: list[Row]) -> None:
     """Add to each row whether it is as good as the standard, if that was measured."""
     found = [row for row in rows if f"{row['method']}:{row['steps']}:{row['spacing']}" == STANDARD]
     for row in rows if found else []:
