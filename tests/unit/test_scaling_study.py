@@ -276,7 +276,7 @@ def test_a_dry_run_prints_costs_and_commands(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["scaling", "scaling_digits", "--dry-run", f"folder={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     commands = [line for line in printed.splitlines() if line.startswith("dit-scale train ")]
-    assert len(commands) == 8
+    assert len(commands) == 7
     config = load(TrainConfig, commands[0].split()[2])
     assert (config.model.name, config.model.conditioning) == ("DiT-Nano/4", "adaln_zero")
     assert config.run == f"{tmp_path}/runs/DiT-Nano-4-adaln_zero"
