@@ -105,6 +105,7 @@ def test_a_request_to_stop_starts_nothing_more(tmp_path: Path, monkeypatch: pyte
     [
         ("train.steps=5", "train.steps was 4, is 5"),
         ("train.optimizer.lr=1", "train.optimizer.lr was 0.0001, is 1.0"),
+        ("train.evaluate.held_out=0.1", "train.evaluate.held_out was 0.0, is 0.1"),
         ("train.model.num_classes=3", "train.model.num_classes was 1000, is 3"),
         ("evaluation.images=7", "evaluation.images was 10000, is 7"),
         ("evaluation={}", 'evaluation.network was classifier:F, is ""; evaluation.reference was real, is ""'),
