@@ -1,9 +1,9 @@
 """The configuration: every key, typed and frozen, in one file that does not import torch.
 
-There are two roots: `TrainConfig` for a training run and `EncodeConfig` for an encoding job. `load` reads
-defaults -> YAML -> `key=value` overrides (`configfile`) and makes all paths absolute (`paths`). A component
-receives its own section, never the root. The docstring under a field is the help text that
-`dit-scale config` prints.
+There are two roots: `TrainConfig` for a training run and `EncodeConfig` for an encoding job. A study of many
+runs has a third, `StudyConfig` in `dit_scale.scaling.config`. `load` reads defaults -> YAML -> `key=value`
+overrides (`configfile`) and makes all paths absolute (`paths`). A component receives its own section, never
+the root. The docstring under a field is the help text that `dit-scale config` prints.
 """
 
 import os.path
@@ -299,7 +299,7 @@ class EncodeConfig(Mirrored):
     """Seconds between two rows of the output's metrics.jsonl."""
 
 
-RootConfig = TypeVar("RootConfig", TrainConfig, EncodeConfig)
+RootConfig = TypeVar("RootConfig", bound=Section)
 
 
 def load(

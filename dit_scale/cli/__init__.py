@@ -16,12 +16,14 @@ from dit_scale.cli import (
     config,
     ema,
     encode,
+    evaluate,
     latents,
     launch,
     models,
     plan,
     replay,
     sample,
+    scaling,
     status,
     train,
 )
@@ -33,15 +35,15 @@ from dit_scale.heartbeat import FOLDER_VARIABLE
 USER_ERROR_EXIT_CODE = 2
 MISTAKES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 """Errors of the operating system that you can fix; a retry may help against others, such as a full disk."""
-JOBS = ("dit-scale train", "dit-scale launch", "dit-scale encode", "dit-scale sample")
+JOBS = ("dit-scale train", "dit-scale launch", "dit-scale encode", "dit-scale sample", "dit-scale scaling")
 """Commands that continue when their output cannot be written."""
 INTERRUPTED = ("dit-scale encode", "dit-scale sample")
 """Jobs that any signal interrupts like Ctrl-C: what they have committed stays."""
 GROUPS = {
     "Plan a run": (config, models, plan),
     "Images to latents": (encode, latents),
-    "Train": (train, launch, status, replay),
-    "Use a trained model": (sample, checkpoint, ema),
+    "Train": (train, launch, status, replay, scaling),
+    "Use a trained model": (sample, evaluate, checkpoint, ema),
 }
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from dit_scale.keys import KeyGroup
 
 
-ENCODE = "encode"
-"""First argument that selects the keys of the encoding job instead of those of a training run."""
+OTHER_ROOTS = ("encode", "scaling")
+"""First arguments that select the keys of an encoding job or a study instead of those of a training run."""
 
 
 def add(commands: Any) -> None:
@@ -25,8 +25,8 @@ def add(commands: Any) -> None:
         _run,
         "explain every configuration key, with its type and default",
         description="""\
-Print configuration keys with their types, defaults and meanings: those of a training run, or those
-of the encoding job after the word `encode`.
+Print configuration keys with their types, defaults and meanings: those of a training run, those of
+the encoding job after the word `encode`, or those of a study after the word `scaling`.
 
   dit-scale config
   dit-scale config optimizer engine.precision
@@ -40,11 +40,13 @@ def _run(args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from dit_scale.config import EncodeConfig, TrainConfig
+    from dit_scale.config import EncodeConfig, Section, TrainConfig
     from dit_scale.keys import groups
+    from dit_scale.scaling.config import StudyConfig
 
-    of_encoding = args.keys[:1] == [ENCODE]
-    found = groups(EncodeConfig, args.keys[1:]) if of_encoding else groups(TrainConfig, args.keys)
+    roots: dict[str, type[Section]] = dict(zip(OTHER_ROOTS, (EncodeConfig, StudyConfig), strict=True))
+    word, *keys = args.keys or [""]
+    found = groups(roots[word], keys) if word in roots else groups(TrainConfig, args.keys)
     if args.json:
         print(json.dumps([asdict(key) for group in found for key in group.keys], indent=2))
     else:

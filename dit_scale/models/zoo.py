@@ -23,6 +23,9 @@ TIMESTEP_DIVISORS = {"paper": TIMESTEP_CHANNELS // 2, "diffusers": TIMESTEP_CHAN
 """Divisor of the exponent in the sinusoid's frequencies, by `model.timestep_embedding`."""
 MLP_RATIO = 4
 """Ratio of the MLP's hidden width to the model's width."""
+FLOPS_PER_MAC = 2
+TRAINING_FORWARDS = 3
+"""Cost of a training step in forward passes: one forward, two for backward, recomputation not counted."""
 
 
 class ModelSize(NamedTuple):

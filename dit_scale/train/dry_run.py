@@ -2,12 +2,14 @@
 
 from dit_scale.config import TrainConfig, dump
 from dit_scale.data.batch_plan import BatchPlan
-from dit_scale.models.zoo import forward_macs, num_parameters, shape_of
+from dit_scale.models.zoo import (
+    FLOPS_PER_MAC,
+    TRAINING_FORWARDS,
+    forward_macs,
+    num_parameters,
+    shape_of,
+)
 from dit_scale.train.memory import GIB, Memory, estimate, plan_of
-
-FLOPS_PER_MAC = 2
-TRAINING_FORWARDS = 3
-"""Cost of a training step in forward passes: one forward, two for backward, recomputation not counted."""
 
 
 def report(config: TrainConfig, world: int) -> None:

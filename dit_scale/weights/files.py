@@ -156,7 +156,7 @@ def _read_pickle(path: Path) -> object:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Memory-mapped if the format allows it, so "model" and "opt" of a checkpoint are never read.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign is None:
             raise WeightsError(f"{path} is damaged or not a torch.save file; download it again") from error

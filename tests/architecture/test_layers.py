@@ -72,11 +72,13 @@ DOORS = {
     "botocore": ("dit_scale.storage.s3",),
     "diffusers": ("dit_scale.vae",),
     "huggingface_hub": ("dit_scale.vae_files",),
+    "matplotlib": ("dit_scale.scaling.canvas",),
     "psutil": ("dit_scale.elastic.node.processes", "dit_scale_pipeline.ray_start"),
     "pyarrow": ("dit_scale_pipeline.inputs.parquet",),
     "ray": tuple(
         f"dit_scale_pipeline.{name}" for name in ("encoder_pool", "flow", "ray_cluster", "ray_start", "tasks")
     ),
+    "transformers": ("dit_scale.evaluate.networks.dinov2",),
     "wandb": ("dit_scale.telemetry.sinks",),
     "tensorboard": ("dit_scale.telemetry.sinks",),
     "torch.utils.tensorboard": ("dit_scale.telemetry.sinks",),

@@ -9,10 +9,11 @@ from pydantic import ValidationError
 from dit_scale.config import EmaProfile, EncodeConfig, Section, TrainConfig, dump, load
 from dit_scale.errors import ConfigError
 from dit_scale.paths import with_absolute_paths
+from dit_scale.scaling.config import StudyConfig
 from dit_scale.train import dry_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-TRAIN_CONFIGS = [path for path in CONFIGS if not path.name.startswith(("encode_", "evaluate_"))]
+TRAIN_CONFIGS = [path for path in CONFIGS if not path.name.startswith(("encode_", "evaluate_", "scaling_"))]
 
 
 def complaint(*overrides: str, text: str = "", folder: Path | None = None) -> str:
@@ -184,8 +185,8 @@ def test_every_key_has_a_help_text(root: type[Section]) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_recipe_loads(path: Path) -> None:
-    root = TrainConfig if path in TRAIN_CONFIGS else EncodeConfig
-    config = load(root, path)
+    others: dict[str, type[Section]] = {"encode": EncodeConfig, "scaling": StudyConfig}
+    config = load(others.get(path.name.partition("_")[0], TrainConfig), path)
     assert set(yaml.safe_load(path.read_text())) <= set(type(config).model_fields)
 
 

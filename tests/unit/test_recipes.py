@@ -5,16 +5,19 @@ from pathlib import Path
 import pytest
 
 from dit_scale import recipes
-from dit_scale.config import EncodeConfig, TrainConfig, load
+from dit_scale.config import EncodeConfig, Section, TrainConfig, load
 from dit_scale.errors import ConfigError
+from dit_scale.scaling.config import StudyConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+ROOTS: dict[str, type[Section]] = {"encode": EncodeConfig, "scaling": StudyConfig}
+"""Configuration by the first word of a recipe's name; any other recipe is a training run."""
 
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_a_name_is_the_file_in_configs(name: str) -> None:
     assert recipes.find(name).samefile(CONFIGS / f"{name}.yaml")
-    root = EncodeConfig if name.startswith("encode_") else TrainConfig
+    root = ROOTS.get(name.partition("_")[0], TrainConfig)
     assert load(root, name) == load(root, CONFIGS / f"{name}.yaml")
 
 

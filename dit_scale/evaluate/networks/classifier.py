@@ -22,7 +22,7 @@ from dit_scale import weights
 from dit_scale.errors import WeightsError
 from dit_scale.evaluate.features import Features, NetworkIdentity
 from dit_scale.evaluate.networks.files import file_sha256
-from dit_scale.evaluate.networks.precision import plain_fp32
+from dit_scale.evaluate.networks.precision import PRECISION, plain_fp32
 
 METADATA_KEY = "dit-scale classifier, version 1"
 """The only key of the metadata; its value is the architecture. Of several keys the order would be random."""
@@ -84,6 +84,7 @@ class ClassifierNetwork:
             name="classifier",
             weights_sha256=file_sha256(path),
             preprocessing=f"bilinear with antialias to {size} x {size}, x / 127.5 - 1",
+            precision=PRECISION,
         )
 
     def __call__(self, images_NHW3: Tensor) -> Features:

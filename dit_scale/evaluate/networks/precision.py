@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+PRECISION = "fp32 without TF32"
+
 
 @contextmanager
 def plain_fp32(device: torch.device) -> Iterator[None]:

@@ -1,0 +1,316 @@
+"""`dit-scale evaluate`: score images against a reference, with their whole protocol."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_scale.cli.arguments import add_command, int_between, output_path
+
+if TYPE_CHECKING:
+    from dit_scale.dist import World
+    from dit_scale.evaluate.features import FeatureNetwork
+    from dit_scale.evaluate.suite import Extractor
+
+DEFAULT_CACHE = "~/.cache/dit_scale/features"
+METRICS = ("frechet", "sfid", "is", "kid", "neighbours")
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = add_command(
+        commands,
+        "evaluate",
+        _run,
+        "score images, or a model's samples, against a reference",
+        description="""Score images against a reference; metrics.json gets every figure with its protocol.
+The source is a samples.npz, a sample folder, a folder or a tar of images, or latents:URL.
+A run, a checkpoint or a weights file is sampled first.
+
+  dit-scale evaluate runs/xl2/samples --reference VIRTUAL_imagenet256_labeled.npz --network inception:FILE.pth
+  dit-scale evaluate --make-reference real.npz /data/imagenet/train --crop 256 --network inception:FILE.pth
+  dit-scale evaluate --compare runs/a/samples runs/b/samples""",
+    )
+    parser.add_argument("source", nargs="?", help="images, a run, a checkpoint or a weights file")
+    _add_what(parser.add_argument_group("what to compute"))
+    _add_other(parser.add_argument_group("instead of an evaluation"))
+    parser.add_argument(
+        "--vae", default=None, help="folder or hub name of the VAE of latents (default: theirs)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto)")
+    parser.add_argument(
+        "--threads", type=int_between(1), default=1, help="CPU threads per process (default 1)"
+    )
+
+
+def _add_what(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--reference", help="npz with mu and sigma (ADM, EDM, --make-reference), or images of any kind above"
+    )
+    group.add_argument(
+        "--network",
+        action="append",
+        default=[],
+        metavar="KIND:PATH",
+        help="feature network; repeat the option for several",
+    )
+    group.add_argument(
+        "--metrics",
+        type=_metrics,
+        default=METRICS,
+        help=f"comma-separated groups of figures (default {','.join(METRICS)})",
+    )
+    group.add_argument(
+        "--errors",
+        action="store_true",
+        help="also the standard error of each Frechet distance, in ten times its time",
+    )
+    group.add_argument(
+        "--crop",
+        type=int_between(1),
+        default=None,
+        metavar="PIXELS",
+        help="crop image files to squares of this side, as `dit-scale encode` does",
+    )
+    group.add_argument(
+        "--cache",
+        type=output_path,
+        default=DEFAULT_CACHE,
+        help=f"folder for features, shared by all processes (default {DEFAULT_CACHE})",
+    )
+    group.add_argument(
+        "--out",
+        type=output_path,
+        default=None,
+        help="score card to write (default: metrics.json beside the images)",
+    )
+
+
+def _add_other(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--make-reference",
+        type=output_path,
+        metavar="FILE.npz",
+        help="write the statistics of the source as a reference",
+    )
+    group.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="CARD",
+        help="print what differs between the protocols of score cards, then their figures",
+    )
+
+
+def _metrics(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no metric {unknown[0]!r}; expected some of {','.join(METRICS)}")
+    return names
+
+
+def _run(args: argparse.Namespace) -> int:
+    from dit_scale.errors import ConfigError
+    from dit_scale.storage.outputs import check_output
+
+    if args.compare is not None:
+        return _compare([*([args.source] if args.source else []), *args.compare])
+    if args.source is None:
+        raise ConfigError("expected what to score: images, a sample folder, a run or a weights file")
+    if not args.network:
+        raise ConfigError(f"expected a feature network: --network {_network_forms()}")
+    if args.make_reference is None and args.reference is None:
+        raise ConfigError(
+            "expected --reference: an npz with mu and sigma, or real images (or --make-reference FILE.npz)"
+        )
+    out = args.make_reference or args.out or _card_path(args.source)
+    check_output(out, ".npz" if args.make_reference else ".json")
+    return _with_world(args, Path(out))
+
+
+def _network_forms() -> str:
+    from dit_scale.evaluate.networks import EXPECTED
+
+    return EXPECTED
+
+
+def _with_world(args: argparse.Namespace, out: Path) -> int:
+    from dit_scale import dist
+    from dit_scale.config import EngineConfig
+    from dit_scale.evaluate.networks import load_network
+    from dit_scale.evaluate.suite import Extractor
+
+    world = dist.start(EngineConfig(device=args.device, cpu_threads=args.threads))
+    try:
+        extractor = Extractor(Path(args.cache).expanduser(), world)
+        networks = [load_network(spec, world.device) for spec in args.network]
+        if args.make_reference:
+            _make_reference(args, networks, extractor, out)
+        else:
+            _evaluate(args, networks, extractor, out)
+    finally:
+        dist.stop()
+    return 0
+
+
+def _make_reference(
+    args: argparse.Namespace, networks: "list[FeatureNetwork]", extractor: "Extractor", out: Path
+) -> None:
+    from dit_scale.evaluate.images import open_images
+    from dit_scale.evaluate.references import write_reference
+    from dit_scale.evaluate.suite import make_reference
+
+    images = open_images(args.source, device=extractor.world.device, crop=args.crop, vae=args.vae)
+    reference = make_reference(images, networks, extractor)
+    if extractor.world.is_first:
+        write_reference(reference, out)
+        print(f"{out}: {images.count:,} images of {images.image_size} px from {args.source}")
+
+
+def _evaluate(
+    args: argparse.Namespace, networks: "list[FeatureNetwork]", extractor: "Extractor", out: Path
+) -> None:
+    from dit_scale.evaluate.cautions import cautions
+    from dit_scale.evaluate.images import open_images
+    from dit_scale.evaluate.paper import rows_beside
+    from dit_scale.evaluate.references import open_reference
+    from dit_scale.evaluate.scorecard import Result, card, subject_of, write_card
+    from dit_scale.evaluate.suite import Scored, evaluate
+    from dit_scale.vae import device_kind
+
+    world: World = extractor.world
+    images = open_images(args.source, device=world.device, crop=args.crop, vae=args.vae)
+    reference = open_reference(
+        args.reference, extractor.digest, device=world.device, crop=args.crop, vae=args.vae
+    )
+    scored = Scored(images, extractor.digest(images), reference)
+    results: list[Result] = []
+    biases: list[str] = []
+    for network in networks:
+        found, notes = evaluate(scored, network, extractor, metrics=args.metrics, with_errors=args.errors)
+        results += found
+        biases += notes
+    if world.is_first:
+        subject = subject_of(images, scored.sha256)
+        tree = card(
+            subject,
+            reference.description(),
+            [network.identity for network in networks],
+            results=results,
+            cautions=cautions(subject, results, biases),
+            paper=rows_beside(subject.protocol),
+            device=device_kind(world.device),
+        )
+        write_card(tree, out)
+        _print_card(tree, out)
+
+
+def _card_path(source: str) -> str:
+    """Return where the score card of a source belongs: beside the images, under their name."""
+    path = Path(source)
+    if path.is_dir():
+        return str(path / "metrics.json")
+    if path.is_file():
+        name = "metrics.json" if path.name == "samples.npz" else f"{path.stem}.metrics.json"
+        return str(path.parent / name)
+    return "metrics.json"
+
+
+def _print_card(tree: dict[str, Any], out: Path) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from dit_scale.cli.tables import print_table
+
+    subject, reference = tree["samples"], tree["reference"]
+    count = "?" if reference["images"] is None else f"{reference['images']:,}"
+    print(f"{subject['images']:,} images of {subject['image_size']} px: {subject['source']}")
+    print(f"against {count} images: {reference['source']}")
+    for key, value in _protocol_lines(subject["protocol"]):
+        print(f"  {key:<10}{value}")
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("metric", "network"):
+        table.add_column(name)
+    for name in (
+        "value",
+        "error",
+        "samples",
+        "reference",
+        *(f"paper, {row['row']}" for row in tree["paper"]),
+    ):
+        table.add_column(name, justify="right")
+    table.add_column("note")
+    for result in tree["results"]:
+        error, real = result["standard_error"], result["reference_images"]
+        table.add_row(
+            result["metric"],
+            result["network"],
+            figure(result["value"]),
+            "" if error is None else figure(error),
+            f"{result['samples']:,}",
+            "" if real is None else f"{real:,}",
+            *(f"{row[result['metric']]:g}" if result["metric"] in row else "" for row in tree["paper"]),
+            result["note"],
+        )
+    print_table(table)
+    for caution in tree["cautions"]:
+        print(f"note: {caution}")
+    print(f"score card: {out}")
+
+
+def figure(value: float) -> str:
+    """Format a figure with the digits that are worth reading."""
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.2f}"
+
+
+def _protocol_lines(protocol: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if protocol is None:
+        return [("protocol", "unknown")]
+    weights, sampling, labels = protocol["weights"], protocol["sampling"], protocol["labels"]
+    interval = sampling.get("guidance_interval")
+    return [
+        ("weights", f"{weights['description']}, sha256 {weights['sha256'][:12]}"),
+        ("sampler", f"{sampling['method']}, {sampling['steps']} steps, spacing {sampling.get('spacing')}"),
+        (
+            "guidance",
+            f"{sampling['guidance']} on {sampling['guidance_channels']} channels"
+            + (f", timesteps {interval[0]} to {interval[1]}" if interval else ""),
+        ),
+        ("labels", f"{labels['drawn']}, {labels['classes'] or 'all classes'}; seed {sampling['seed']}"),
+        ("decoder", f"{protocol['vae']['name']}, sha256 {protocol['vae']['weights_sha256'][:12]}"),
+        ("rounding", f"{protocol['rounding']}; transformer in {protocol['precision']}"),
+    ]
+
+
+def _compare(sources: list[str]) -> int:
+    from rich import box
+    from rich.table import Table
+
+    from dit_scale.cli.tables import print_table
+    from dit_scale.errors import ConfigError
+    from dit_scale.evaluate.scorecard import differences, figures, read_card
+
+    if len(sources) < 2:
+        raise ConfigError("--compare needs two score cards or more: files, or folders with a metrics.json")
+    cards = [read_card(source) for source in sources]
+    names = [chr(ord("A") + number) for number in range(len(cards))]
+    for name, source in zip(names, sources, strict=True):
+        print(f"{name} = {source}")
+    differing = differences(cards)
+    table = Table("protocol", *names, box=box.SIMPLE_HEAD)
+    for key, values in differing.items():
+        table.add_row(key, *values)
+    if differing:
+        print_table(table)
+    else:
+        print("the protocols are equal")
+    table = Table("metric", "network", *names, box=box.SIMPLE_HEAD)
+    for (metric, network), results in figures(cards).items():
+        table.add_row(metric, network, *("-" if r is None else _with_error(r) for r in results))
+    print_table(table)
+    return 0
+
+
+def _with_error(result: Any) -> str:
+    error = result["standard_error"]
+    shown = figure(result["value"]) + ("" if error is None else f" +- {figure(error)}")
+    return f"{shown} (n {result['samples']:,})"

@@ -1,0 +1,153 @@
+"""The score card: figures with everything that they depend on, in metrics.json.
+
+A figure without its protocol cannot be compared. The protocol of samples comes from samples.json beside them,
+if it names the digest of this very file; otherwise it is unknown, and the card says so.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dit_scale import __version__
+from dit_scale.errors import DataError
+from dit_scale.evaluate.features import NetworkIdentity
+from dit_scale.evaluate.images import SAMPLES_MARK, ImageSet
+from dit_scale.evaluate.paper import PaperRow
+from dit_scale.sealed import sealed, unseal
+from dit_scale.storage.outputs import new_file
+
+FORMAT, VERSION = "dit-scale metrics", 1
+CARD = "metrics.json"
+MISSING = "-"
+"""What a comparison shows for a key that a card does not have."""
+_INFORMATIONAL = ("samples.source", "samples.protocol.weights.description", "reference.source")
+"""Keys that only say where files lay."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One figure."""
+
+    metric: str
+    network: str
+    value: float
+    samples: int
+    """Images that were scored."""
+    reference_images: int | None = None
+    """Images of the reference behind this figure; None if it needs none or the file does not say."""
+    standard_error: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was scored."""
+
+    source: str
+    sha256: str
+    images: int
+    image_size: int
+    preparation: str
+    protocol: Mapping[str, Any] | None
+    """How the samples were made; None if unknown."""
+
+
+def subject_of(images: ImageSet, sha256: str) -> Subject:
+    """Describe the images, with the protocol that lies beside them if it is theirs. Raises DataError."""
+    return Subject(
+        source=images.source,
+        sha256=sha256,
+        images=images.count,
+        image_size=images.image_size,
+        preparation=images.preparation,
+        protocol=_protocol_beside(Path(images.source), sha256),
+    )
+
+
+def _protocol_beside(samples: Path, sha256: str) -> Mapping[str, Any] | None:
+    mark = samples.parent / SAMPLES_MARK
+    if not samples.is_file() or not mark.is_file():
+        return None
+    record = unseal(mark.read_bytes(), str(mark), DataError)
+    if record.get("files", {}).get(samples.name, {}).get("sha256") != sha256:
+        return None
+    protocol: Mapping[str, Any] = record["protocol"]
+    return protocol
+
+
+def card(
+    subject: Subject,
+    reference: Mapping[str, Any],
+    networks: Sequence[NetworkIdentity],
+    *,
+    results: Sequence[Result],
+    cautions: Sequence[str],
+    paper: Sequence[PaperRow],
+    device: str,
+) -> dict[str, Any]:
+    """Return the score card as plain data."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "samples": asdict(subject),
+        "reference": dict(reference),
+        "networks": [asdict(identity) for identity in networks],
+        "results": [asdict(result) for result in results],
+        "cautions": list(cautions),
+        "paper": [{"row": row.label, **row.figures} for row in paper],
+        "evaluation": {
+            "device": device,
+            "versions": {name: version(name) for name in ("torch", "numpy", "pillow")}
+            | {"dit_scale": __version__},
+        },
+    }
+
+
+def write_card(tree: dict[str, Any], path: Path) -> None:
+    """Write the card, sealed, atomically."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(sealed(tree, indent=1))
+
+
+def read_card(source: str) -> dict[str, Any]:
+    """Read a card, or that of a folder. Raises DataError."""
+    path = Path(source) / CARD if Path(source).is_dir() else Path(source)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; `dit-scale evaluate` writes it beside the samples")
+    tree = unseal(path.read_bytes(), str(path), DataError)
+    if (tree.get("format"), tree.get("version")) != (FORMAT, VERSION):
+        raise DataError(
+            f"{path}: expected {FORMAT!r} version {VERSION}, got {tree.get('format')!r} version "
+            f"{tree.get('version')}"
+        )
+    return tree
+
+
+def differences(cards: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the keys of the protocols that are not equal in all cards, with the value of each card."""
+    parts = ("samples", "reference", "networks", "evaluation")
+    flat = [dict(_leaves({part: tree[part] for part in parts})) for tree in cards]
+    keys = dict.fromkeys(key for leaves in flat for key in leaves)
+    rows = {key: [leaves.get(key, MISSING) for leaves in flat] for key in keys if key not in _INFORMATIONAL}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def figures(cards: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any] | None]]:
+    """Return each figure by metric and network, with the result of each card or None."""
+    by_card = [{(r["metric"], r["network"]): r for r in tree["results"]} for tree in cards]
+    keys = dict.fromkeys(key for results in by_card for key in results)
+    return {key: [results.get(key) for results in by_card] for key in keys}
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield dotted keys and values, as text."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, Sequence) and not isinstance(tree, str) and tree and isinstance(tree[0], Mapping):
+        for number, value in enumerate(tree):
+            yield from _leaves(value, f"{prefix}.{number}")
+    else:
+        yield prefix, "unknown" if tree is None and prefix.endswith("protocol") else str(tree)
