@@ -96,8 +96,8 @@ def _discard_mark(path: Path) -> None:
 
 
 def _clean(path: Path) -> None:
-    """Delete files that a killed process was assembling."""
-    for name in (NPZ, GRID, MARK, FILE_OF["tar"]):
+    """Delete files that a killed process was writing."""
+    for name in (PROTOCOL, NPZ, GRID, MARK, FILE_OF["tar"]):
         for temporary in path.glob(f".{name}.*.tmp"):
             temporary.unlink()
 

@@ -87,12 +87,15 @@ class SampleFolder:
         write_npz([images_NHW3], labels_N, self.path / PARTS / name)
 
     def images(self, labels_N: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield all images in order, in pieces of at most a tile. Raises DamagedPartError."""
+        """Yield all images in order, in pieces of at most a tile.
+
+        Raises DamagedPartError, or DataError if a part is missing.
+        """
         position = 0
         for images, path in self.parts():
             if images.stop <= position:  # two runs with different batches may have committed it twice
                 continue
-            assert images.start <= position
+            self._require(images.start <= position, position)
             try:
                 if not np.array_equal(read_labels(path), labels_N[images.start : images.stop]):
                     raise DataError("its classes are not those of the protocol")
@@ -105,6 +108,11 @@ class SampleFolder:
             except DataError as error:
                 raise DamagedPartError(path, images, str(error)) from None
             position = images.stop
+        self._require(position == self.num_images, position)
+
+    def _require(self, complete: bool, position: int) -> None:
+        if not complete:
+            raise DataError(f"{self.path / PARTS} lacks image {position}; the same command samples it again")
 
     def is_finished(self) -> bool:
         """Whether the commit mark of this protocol is there. Raises DataError if a listed file is not."""
@@ -140,7 +148,8 @@ def claim(path: Path, protocol: dict[str, Any], overwrite: bool = False) -> Samp
     storage, data = DiskStorage(path), sealed(protocol, indent=1)
     if not overwrite and (path / NPZ).exists() and not (path / PROTOCOL).exists():
         raise StorageError(f"{path} holds {NPZ} without a {PROTOCOL}; {_CHOICE}")
-    if not storage.write_new(PROTOCOL, data):
+    # An existing protocol is only read: `assemble` deletes temporary files, which must be of killed processes.
+    if storage.exists(PROTOCOL) or not storage.write_new(PROTOCOL, data):
         try:
             found = unseal(storage.read(PROTOCOL), str(path / PROTOCOL), DataError)
         except DataError as error:

@@ -1,28 +1,26 @@
 """Sampling in bulk by real processes: any number of them, any batch, killed at any moment: the same bytes."""
 
+import json
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dit_scale import cli
+from dit_scale.sampling.npz_files import read_images, read_labels
+from dit_scale.sampling.sample_folder import SampleFolder
 from tests.support.faults.small_disk import fill, small_disk
-from tests.support.held_sample import POINTS
-from tests.support.speed import scaled
+from tests.support.sampling import POINTS, start, wait_until
 from tests.support.tiny_run import write_run
 from tests.support.tiny_vae import save_tiny_vae
 
 NUM_IMAGES, TILE = 90, 2
 KILLS = 10
-LIMIT_S = scaled(300.0)
 
 
 @pytest.fixture(scope="module")
@@ -33,170 +31,118 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of one process in one go."""
+def whole(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The samples of one process in one go."""
     out = tmp_path_factory.mktemp("undisturbed") / "samples"
-    finish(start(run, out, world=1))
-    return contents(out)
+    assert cli.main(["sample", *arguments(run, out)]) == 0
+    return out
 
 
 def arguments(run: Path, out: Path, batch: int = 1) -> list[str]:
     sizes = ["--images", str(NUM_IMAGES), "--tile", str(TILE), "--batch", str(batch)]
-    return [str(run), *sizes, "--steps", "4", "--guidance", "2", "--device", "cpu", "--out", str(out)]
-
-
-def start(
-    run: Path,
-    out: Path,
-    world: int,
-    batch: int = 1,
-    module: Sequence[str] = ("dit_scale.cli", "sample"),
-) -> list[subprocess.Popen[str]]:
-    """Start the workers as a launcher does."""
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", *module, *arguments(run, out, batch)],
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-
-
-def finish(workers: list[subprocess.Popen[str]]) -> str:
-    """Wait for all workers; return what they said."""
-    said = [worker.communicate(timeout=LIMIT_S)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * len(workers), "\n".join(said)
-    return "\n".join(said)
-
-
-def kill(workers: list[subprocess.Popen[str]]) -> None:
-    for worker in workers:
-        worker.send_signal(signal.SIGKILL)
-    for worker in workers:
-        worker.communicate()
+    return [str(run), *sizes, "--steps", "3", "--guidance", "2", "--device", "cpu", "--out", str(out)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def names(folder: Path) -> frozenset[str]:
-    return frozenset(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def committed(out: Path) -> list[Path]:
+    return list((out / "parts").glob("[0-9]*.npz"))
 
 
-@pytest.mark.parametrize(("world", "batch"), [(2, 1), (3, 5)])
+@pytest.mark.parametrize(("world", "batch"), [(1, 7), (2, 1), (3, 5)])
 def test_processes_and_batches_change_no_byte(
-    run: Path, undisturbed: dict[str, bytes], tmp_path: Path, world: int, batch: int
+    run: Path, whole: Path, tmp_path: Path, world: int, batch: int
 ) -> None:
-    said = finish(start(run, tmp_path, world, batch))
-    assert contents(tmp_path) == undisturbed
-    assert f"{NUM_IMAGES} images in {tmp_path}/grid.png and {tmp_path}/samples.npz" in said
-    with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
+    out = tmp_path / "out"
+    said = start(arguments(run, out, batch), tmp_path / "log", world).finish()
+    assert contents(out) == contents(whole)
+    assert f"{NUM_IMAGES} images in {out}/grid.png and {out}/samples.npz" in said
+    with np.load(out / "samples.npz", allow_pickle=False) as file:
         assert len({image.tobytes() for image in file["arr_0"]}) == NUM_IMAGES
 
 
-def test_killed_at_ten_moments(run: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    """SIGKILL after a random number of changes in the folder, with another number of processes each time."""
-    draws = random.Random(0)
-    kept = []
+def changed(folder: Path, times: int) -> Callable[[], bool]:
+    """Return a question: have the names in the folder changed so many times?"""
+    seen: list[frozenset[str]] = []
+
+    def has_changed() -> bool:
+        now = frozenset(name for _, _, names in os.walk(folder) for name in names)
+        if not seen or seen[-1] != now:
+            seen.append(now)
+        return len(seen) > times
+
+    return has_changed
+
+
+def test_killed_at_ten_random_moments(run: Path, whole: Path, tmp_path: Path) -> None:
+    """SIGKILL after a random number of changes in the folder, with 1, 2 or 3 processes and other batches."""
+    draws, kept, out = random.Random(0), [0], tmp_path / "out"
     for number in range(KILLS):
-        workers = start(run, tmp_path, world=1 + number % 3, batch=draws.choice([1, 2, 3, 4]))
-        seen, changes, until = names(tmp_path), draws.randint(1, 7), time.monotonic() + LIMIT_S
-        while changes:
-            assert time.monotonic() < until
-            assert any(worker.poll() is None for worker in workers), "finished before the last kill"
-            now = names(tmp_path)
-            changes, seen = changes - (now != seen), now
-        kill(workers)
-        kept.append(len(list((tmp_path / "parts").glob("[0-9]*.npz"))))
+        request = arguments(run, out, batch=draws.choice([1, 2, 3, 4]))
+        workers = start(request, tmp_path / "log", world=1 + number % 3)
+        wait_until(changed(out, times=draws.randint(1, 6)), workers)
+        workers.kill()
+        kept.append(len(committed(out)))
+        assert not (out / "samples.json").exists(), "finished before the last kill"
     assert kept == sorted(kept), "a committed part was lost"
-    assert kept[0] < kept[-1]
-    assert not (tmp_path / "samples.json").exists()
-    finish(start(run, tmp_path, world=2))
-    assert contents(tmp_path) == undisturbed
+    assert 2 < kept[-1] < NUM_IMAGES // TILE
+    start(arguments(run, out), tmp_path / "log", world=2).finish()
+    assert contents(out) == contents(whole)
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_at_a_point(run: Path, undisturbed: dict[str, bytes], tmp_path: Path, point: str) -> None:
+def test_killed_at_a_point(run: Path, whole: Path, tmp_path: Path, point: str) -> None:
     out, reached = tmp_path / "out", tmp_path / "reached"
-    if "part" not in point:  # only the assembly is left
-        finish(start(run, out, world=1))
-        spread_again(out)
-    module = ("tests.support.held_sample", point, str(reached), "--")
-    workers = start(run, out, world=1, module=module)
-    until = time.monotonic() + LIMIT_S
-    while not reached.exists():
-        assert time.monotonic() < until
-        assert workers[0].poll() is None, workers[0].communicate()[0]
-        time.sleep(0.01)
-    kill(workers)
-    finish(start(run, out, world=1))
-    assert contents(out) == undisturbed
+    if "part" not in point:
+        all_in_one_part(whole, out)
+    workers = start(arguments(run, out), tmp_path / "log", hold=(point, reached))
+    wait_until(reached.exists, workers)
+    workers.kill()
+    assert cli.main(["sample", *arguments(run, out)]) == 0
+    assert contents(out) == contents(whole)
 
 
-def spread_again(out: Path) -> None:
-    """Turn a finished folder back into one whose images are all committed as one part."""
-    import json
-
-    from dit_scale.sampling.npz_files import read_images, read_labels
-    from dit_scale.sampling.sample_folder import SampleFolder
-
+def all_in_one_part(whole: Path, out: Path) -> None:
+    """Make a folder in which all images are committed, and only the assembly is left."""
+    out.mkdir()
+    shutil.copy(whole / "protocol.json", out)
     protocol = json.loads((out / "protocol.json").read_text())
     del protocol["sha256"]
-    (images_NHW3,) = read_images(out / "samples.npz", NUM_IMAGES)
-    SampleFolder(out, protocol).commit(0, images_NHW3, read_labels(out / "samples.npz"))
-    for name in ("samples.npz", "samples.json", "grid.png"):
-        (out / name).unlink()
+    (images_NHW3,) = read_images(whole / "samples.npz", NUM_IMAGES)
+    SampleFolder(out, protocol).commit(0, images_NHW3, read_labels(whole / "samples.npz"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_only_committed_parts(
-    run: Path, undisturbed: dict[str, bytes], tmp_path: Path, number: signal.Signals
+    run: Path, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    workers = start(run, tmp_path, world=1)
-    until = time.monotonic() + LIMIT_S
-    while not list((tmp_path / "parts").glob("[0-9]*")):
-        assert time.monotonic() < until
-        assert workers[0].poll() is None
-    workers[0].send_signal(number)
-    said = workers[0].communicate(timeout=LIMIT_S)[0]
-    assert workers[0].returncode == 130, said
-    assert f"{tmp_path} keeps the images that are committed; the same command resumes" in said
-    left = {path.name[0] for path in (tmp_path / "parts").iterdir()}
-    assert left == {"0"}
-    finish(start(run, tmp_path, world=1, batch=9))
-    assert contents(tmp_path) == undisturbed
-
-
-@contextmanager
-def disk_of(folder: Path, size_bytes: int) -> Iterator[Path]:
-    with small_disk(folder, size_bytes) as disk:
-        yield disk
+    out = tmp_path / "out"
+    workers = start(arguments(run, out), tmp_path / "log")
+    wait_until(lambda: len(committed(out)) > 0, workers)
+    os.kill(workers.processes[0].pid, number)
+    assert workers.codes() == [130], workers.said()
+    assert f"{out} keeps the images that are committed; the same command resumes" in workers.said()
+    assert set(committed(out)) == set((out / "parts").iterdir())
+    assert cli.main(["sample", *arguments(run, out, batch=9)]) == 0
+    assert contents(out) == contents(whole)
 
 
 @pytest.mark.parametrize("images_that_fit", [30, 130])
 def test_a_full_disk_costs_nothing_that_is_committed(
-    run: Path,
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
-    images_that_fit: int,
-    capfd: pytest.CaptureFixture[str],
+    run: Path, whole: Path, tmp_path: Path, images_that_fit: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With room for some parts, or for all parts but not for samples.npz beside them."""
-    with disk_of(tmp_path / "disk", 4 * 2**20) as disk:
-        filler = fill(disk)
-        os.truncate(filler, filler.stat().st_size - images_that_fit * 32 * 32 * 3 - 64 * 1024)
-        out = disk / "out"
+    with small_disk(tmp_path / "disk", 4 * 2**20) as disk:
+        out, filler = disk / "out", fill(disk)
+        os.truncate(filler, filler.stat().st_size - images_that_fit * 8192)  # a part of 2 takes 4 pages
         assert cli.main(["sample", *arguments(run, out)]) == 2
         said = capfd.readouterr().err
         assert f"dit-scale sample: cannot write {out}/" in said
         assert "No space left on device; free some space, data already written is intact" in said
-        assert [path.name for path in out.rglob(".*")] == []
-        committed = len(list((out / "parts").glob("[0-9]*")))
+        assert list(out.rglob(".*")) == []
+        assert (len(committed(out)) == NUM_IMAGES // TILE) == (images_that_fit > NUM_IMAGES)
         filler.unlink()
-        assert committed > 5
         assert cli.main(["sample", *arguments(run, out)]) == 0
-        assert contents(out) == undisturbed
+        assert contents(out) == contents(whole)
