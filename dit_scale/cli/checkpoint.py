@@ -181,7 +181,8 @@ def _print_edits(run: str) -> None:
 def _export(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from dit_scale.inference.sources import export, open_source
+    from dit_scale.inference.export import export
+    from dit_scale.inference.sources import open_source
     from dit_scale.storage.outputs import check_output
 
     check_output(args.out)
