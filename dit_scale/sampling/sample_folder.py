@@ -148,7 +148,7 @@ def claim(path: Path, protocol: dict[str, Any], overwrite: bool = False) -> Samp
     storage, data = DiskStorage(path), sealed(protocol, indent=1)
     if not overwrite and (path / NPZ).exists() and not (path / PROTOCOL).exists():
         raise StorageError(f"{path} holds {NPZ} without a {PROTOCOL}; {_CHOICE}")
-    # An existing protocol is only read: `assemble` deletes temporary files, which must be of killed processes.
+    # An existing protocol is only read: `assemble` deletes temporary files, all of killed processes.
     if storage.exists(PROTOCOL) or not storage.write_new(PROTOCOL, data):
         try:
             found = unseal(storage.read(PROTOCOL), str(path / PROTOCOL), DataError)
@@ -167,10 +167,25 @@ def claim(path: Path, protocol: dict[str, Any], overwrite: bool = False) -> Samp
 def read_mark(path: Path) -> dict[str, Any] | None:
     """Read samples.json of a folder: its protocol and files; None if the samples are not complete.
 
-    Raises DataError if it is damaged.
+    The samples are not complete either while those of another protocol, in protocol.json, replace them.
+    Raises DataError if a file is damaged.
     """
+    mark, protocol = _read_sealed(path, MARK), _read_sealed(path, PROTOCOL)
+    if mark is None or (protocol is not None and _leaves(mark["protocol"]) != _leaves(protocol)):
+        return None
+    return mark
+
+
+def discard_mark(path: Path) -> list[str]:
+    """Delete samples.json, of whatever protocol; return the names of the files that it listed."""
+    mark = _read_sealed(path, MARK)
+    (path / MARK).unlink(missing_ok=True)
+    return [] if mark is None else list(mark["files"])
+
+
+def _read_sealed(path: Path, name: str) -> dict[str, Any] | None:
     try:
-        return unseal(DiskStorage(path).read(MARK), str(path / MARK), DataError)
+        return unseal(DiskStorage(path).read(name), str(path / name), DataError)
     except MissingKeyError:
         return None
 
