@@ -74,10 +74,15 @@ class Vae:
     @torch.no_grad()
     def decode(self, z_BChw: Tensor) -> Tensor:
         """Decode scaled latents => (B, H, W, 3) uint8 images: clamp(127.5 x + 128, 0, 255), truncated."""
-        with plain_convolutions():
-            x_B3HW = self._model.decode((z_BChw / self.scale).to(self.device, self.dtype)).sample
-        pixels = (127.5 * x_B3HW.float() + 128.0).clamp(0, 255).to(torch.uint8)
+        pixels = (127.5 * self.reconstruct(z_BChw) + 128.0).clamp(0, 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).contiguous()
+
+    @torch.no_grad()
+    def reconstruct(self, z_BChw: Tensor) -> Tensor:
+        """Decode scaled latents => (B, 3, H, W) fp32, about -1 to 1."""
+        with plain_convolutions():
+            x_B3HW: Tensor = self._model.decode((z_BChw / self.scale).to(self.device, self.dtype)).sample
+        return x_B3HW.float()
 
 
 def load(
