@@ -23,7 +23,7 @@ show deepspeed -q --num_gpus 2 --no_local_rank --module dit_scale.cli train demo
 
 step "4/5  Sample 500 images of ten classes with guidance"
 show deepspeed -q --num_gpus 2 --no_local_rank --module dit_scale.cli sample $RUN/run \
-    --images 500 --tile 125 --steps 50 --guidance 1.5
+    --images 500 --tile 125 --steps 50 --guidance 1.5 --overwrite
 
 step "5/5  Score the samples with a classifier of real digits"
 show python demo/score.py $RUN/run/samples/samples.npz --at-least 0.95

@@ -154,6 +154,8 @@ def test_help_has_an_example_that_can_be_run(name: str) -> None:
         (["launch", "x", "--lease-s", "0"], "--lease-s: expected a number > 0"),
         (["launch", "x", "--gather-s", "inf"], "--gather-s: expected a number, got 'inf'"),
         (["launch", "x", "--grow-s", "-1"], "--grow-s: expected a number >= 0, got '-1'"),
+        (["sample", "x", "--guidance-interval", "9:2"], "--guidance-interval: expected LOW:HIGH"),
+        (["sample", "x", "--format", "jpg"], "--format: expected npz, png or tar"),
         (["sample", "x", "--sampler", "euler"], "--sampler: invalid choice: 'euler'"),
     ],
 )
