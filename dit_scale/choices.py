@@ -1,4 +1,4 @@
-"""Names of samplers, timestep spacings and guided channels, for configurations, commands and settings."""
+"""Names of samplers, timestep spacings, guided channels and metrics, for configurations and commands."""
 
 from typing import Literal, get_args
 
@@ -12,3 +12,5 @@ GuidanceChannels = Literal["first3", "all"]
 METHODS: tuple[str, ...] = get_args(Method)
 SPACINGS: tuple[str, ...] = get_args(Spacing)
 GUIDANCE_CHANNELS: tuple[str, ...] = get_args(GuidanceChannels)
+METRICS = ("frechet", "sfid", "is", "kid", "neighbours")
+"""Groups of figures of an evaluation; neighbours are precision, recall, density and coverage."""

@@ -17,6 +17,7 @@ from dit_scale.cli import (
     ema,
     encode,
     evaluate,
+    export,
     latents,
     launch,
     models,
@@ -41,7 +42,7 @@ GROUPS = {
     "Plan a run": (config, models, plan),
     "Images to latents": (encode, latents),
     "Train": (train, launch, status, replay, scaling),
-    "Use a trained model": (sample, evaluate, checkpoint, ema),
+    "Use a trained model": (sample, evaluate, export, checkpoint, ema),
 }
 
 

@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
         actions,
         "export",
         _export,
-        "write EMA weights as one safetensors file with the published names",
+        "short for `dit-scale export --to safetensors`",
         example="dit-scale checkpoint export runs/dit_xl2_256 dit_xl2_256.safetensors",
     )
     export.add_argument("source", help="run folder (exports its newest checkpoint) or checkpoint folder")
@@ -181,7 +181,8 @@ def _print_edits(run: str) -> None:
 def _export(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from dit_scale.inference.sources import export, open_source
+    from dit_scale.inference.export import export
+    from dit_scale.inference.sources import open_source
     from dit_scale.storage.outputs import check_output
 
     check_output(args.out)

@@ -104,8 +104,8 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     from dit_scale.errors import CheckpointError
+    from dit_scale.inference.export import export
     from dit_scale.inference.posthoc import PowerProfile
-    from dit_scale.inference.sources import export
     from dit_scale.inference.stored_averages import reconstruct, stored_averages
     from dit_scale.storage.outputs import check_output
     from dit_scale.train.run_folder import root_of_folder

@@ -1,10 +1,13 @@
 """`dit-scale evaluate`: score images against a reference, with their whole protocol."""
 
 import argparse
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_scale.choices import METRICS
 from dit_scale.cli.arguments import add_command, int_between, output_path
+from dit_scale.cli.sampling_arguments import add_sampling_arguments, sample_request, sampling_worker
 
 if TYPE_CHECKING:
     from dit_scale.dist import World
@@ -12,7 +15,8 @@ if TYPE_CHECKING:
     from dit_scale.evaluate.suite import Extractor
 
 DEFAULT_CACHE = "~/.cache/dit_scale/features"
-METRICS = ("frechet", "sfid", "is", "kid", "neighbours")
+POLL_S = 1.0
+"""How often a process looks whether the others have completed the samples."""
 
 
 def add(commands: Any) -> None:
@@ -33,13 +37,11 @@ A run, a checkpoint or a weights file is sampled first.
     parser.add_argument("source", nargs="?", help="images, a run, a checkpoint or a weights file")
     _add_what(parser.add_argument_group("what to compute"))
     _add_other(parser.add_argument_group("instead of an evaluation"))
-    parser.add_argument(
-        "--vae", default=None, help="folder or hub name of the VAE of latents (default: theirs)"
+    samples = parser.add_argument_group("samples of a run, a checkpoint or a weights file")
+    samples.add_argument(
+        "--samples", type=output_path, default=None, help="their folder (default: RUN/samples or samples)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto)")
-    parser.add_argument(
-        "--threads", type=int_between(1), default=1, help="CPU threads per process (default 1)"
-    )
+    add_sampling_arguments(parser, num_images=50_000)
 
 
 def _add_what(group: argparse._ArgumentGroup) -> None:
@@ -122,9 +124,33 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "expected --reference: an npz with mu and sigma, or real images (or --make-reference FILE.npz)"
         )
+    if _has_weights(args.source):
+        args.source = str(_sample(args))
     out = args.make_reference or args.out or _card_path(args.source)
     check_output(out, ".npz" if args.make_reference else ".json")
     return _with_world(args, Path(out))
+
+
+def _has_weights(source: str) -> bool:
+    """Whether the source is a run, a checkpoint or a weights file, whose samples are scored."""
+    from dit_scale.checkpoint.manifest import MANIFEST
+    from dit_scale.weights.files import SUFFIXES
+
+    marks = ("config.yaml", MANIFEST, "model_index.json")
+    return source.endswith(SUFFIXES) or any((Path(source) / name).is_file() for name in marks)
+
+
+def _sample(args: argparse.Namespace) -> Path:
+    """Do this process's share of the samples, wait for the others, and return their folder."""
+    from dit_scale.inference.bulk import sample_images
+    from dit_scale.sampling.sample_folder import read_mark
+
+    default = Path(args.source) / "samples" if Path(args.source).is_dir() else Path("samples")
+    folder = Path(args.samples) if args.samples else default
+    if sample_images(sample_request(args), folder, sampling_worker(args)) is None:
+        while read_mark(folder) is None:
+            time.sleep(POLL_S)
+    return folder
 
 
 def _network_forms() -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from dit_scale.cli.arguments import add_command, output_path
 from dit_scale.cli.sampling_arguments import add_sampling_arguments, sample_request, sampling_worker
+from dit_scale.cli.weights_arguments import SOURCE_HELP
 
 
 def add(commands: Any) -> None:
@@ -22,7 +23,7 @@ resumes after an interruption, with any number of processes.
   dit-scale sample DiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema --classes 207,360
   deepspeed --num_gpus 8 --no_local_rank --module dit_scale.cli sample runs/dit_xl2_256 --images 50000""",
     )
-    parser.add_argument("source", help="run folder, checkpoint folder, .safetensors or .pt file")
+    parser.add_argument("source", help=SOURCE_HELP)
     add_sampling_arguments(parser, num_images=16)
     parser.add_argument(
         "--out", type=output_path, default=None, help="output folder (default: RUN/samples or samples)"

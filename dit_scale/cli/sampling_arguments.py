@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from dit_scale.choices import GUIDANCE_CHANNELS, METHODS, SPACINGS
 from dit_scale.cli.arguments import finite_float, int_between
+from dit_scale.cli.weights_arguments import add_weights_arguments, open_weights
 
 if TYPE_CHECKING:
-    from dit_scale.config import ModelConfig
     from dit_scale.inference.bulk import SampleRequest, Worker
 
 
@@ -29,7 +29,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, num_images: int) -> 
         "or take the classes in turn (default: random; balanced with --classes)",
     )
     _add_sampler_arguments(parser.add_argument_group("sampler"))
-    _add_weights_arguments(parser.add_argument_group("weights"))
+    add_weights_arguments(parser.add_argument_group("weights"))
     work = parser.add_argument_group("work")
     work.add_argument(
         "--tile",
@@ -67,11 +67,10 @@ def sample_request(args: argparse.Namespace) -> "SampleRequest":
     from dit_scale.config import EngineConfig
     from dit_scale.errors import ConfigError
     from dit_scale.inference.bulk import SampleRequest
-    from dit_scale.inference.sources import open_source
     from dit_scale.sampling.labels import LabelChoice
     from dit_scale.sampling.settings import SamplingSettings
 
-    source = open_source(args.source, args.ema, _bare_model(args))
+    source = open_weights(args)
     vae_name = args.vae or source.vae
     if vae_name is None:
         raise ConfigError(f"{args.source} does not name its VAE; pass --vae FOLDER_OR_HUB_NAME")
@@ -129,29 +128,6 @@ def _add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="LOW:HIGH",
         help="timesteps of the training diffusion to guide, inclusive (default: all)",
     )
-
-
-def _add_weights_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--ema",
-        default=None,
-        help='EMA profile (default: the first of the run), or "raw" for the weights themselves',
-    )
-    group.add_argument("--vae", default=None, help="folder or hub name of the VAE (default: the run's)")
-    bare = "of a bare weights file; other sources define it"
-    group.add_argument("--model", default=None, help=f"model {bare} (default DiT-XL/2)")
-    group.add_argument("--image-size", type=int_between(1), default=None, help=f"pixels {bare} (default 256)")
-    group.add_argument(
-        "--num-classes", type=int_between(1), default=None, help=f"classes{bare} (default 1000)"
-    )
-
-
-def _bare_model(args: argparse.Namespace) -> "ModelConfig | None":
-    from dit_scale.config import ModelConfig
-
-    chosen = {"name": args.model, "image_size": args.image_size, "num_classes": args.num_classes}
-    given = {key: value for key, value in chosen.items() if value is not None}
-    return ModelConfig.model_validate(given) if given else None
 
 
 def _classes(text: str) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any
 from dit_scale.evaluate.scorecard import Result, Subject
 
 PAPER_IMAGES = 50_000
+IMAGENET_CLASSES = 1000
 
 
 def cautions(subject: Subject, results: Sequence[Result], biases: Sequence[str]) -> list[str]:
@@ -43,7 +44,8 @@ def _of_protocol(protocol: Mapping[str, Any], results: Sequence[Result]) -> list
         )
     if sampling.get("guidance_interval") is not None:
         notes.append("guidance acts in an interval of timesteps only: the paper guides every step")
-    if "ema" not in str(protocol["vae"]["name"]):
+    is_imagenet = protocol["model"].get("num_classes") == IMAGENET_CLASSES
+    if is_imagenet and "ema" not in str(protocol["vae"]["name"]):
         notes.append(
             f"decoder {protocol['vae']['name']}: the paper's 2.27 is with ft-EMA (ft-MSE 2.30, original 2.46)"
         )

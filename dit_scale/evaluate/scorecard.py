@@ -13,8 +13,9 @@ from typing import Any
 from dit_scale import __version__
 from dit_scale.errors import DataError
 from dit_scale.evaluate.features import NetworkIdentity
-from dit_scale.evaluate.images import SAMPLES_MARK, ImageSet
+from dit_scale.evaluate.images import ImageSet
 from dit_scale.evaluate.paper import PaperRow
+from dit_scale.sampling.sample_folder import read_mark
 from dit_scale.sealed import sealed, unseal
 from dit_scale.storage.outputs import new_file
 
@@ -67,11 +68,8 @@ def subject_of(images: ImageSet, sha256: str) -> Subject:
 
 
 def _protocol_beside(samples: Path, sha256: str) -> Mapping[str, Any] | None:
-    mark = samples.parent / SAMPLES_MARK
-    if not samples.is_file() or not mark.is_file():
-        return None
-    record = unseal(mark.read_bytes(), str(mark), DataError)
-    if record.get("files", {}).get(samples.name, {}).get("sha256") != sha256:
+    record = read_mark(samples.parent) if samples.is_file() else None
+    if record is None or record["files"].get(samples.name, {}).get("sha256") != sha256:
         return None
     protocol: Mapping[str, Any] = record["protocol"]
     return protocol
@@ -127,11 +125,20 @@ def read_card(source: str) -> dict[str, Any]:
 
 def differences(cards: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Return the keys of the protocols that are not equal in all cards, with the value of each card."""
-    parts = ("samples", "reference", "networks", "evaluation")
-    flat = [dict(_leaves({part: tree[part] for part in parts})) for tree in cards]
+    are_known = all(tree["samples"]["protocol"] is not None for tree in cards)
+    flat = [dict(_leaves(_conditions(tree, are_known))) for tree in cards]
     keys = dict.fromkeys(key for leaves in flat for key in leaves)
     rows = {key: [leaves.get(key, MISSING) for leaves in flat] for key in keys if key not in _INFORMATIONAL}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def _conditions(tree: Mapping[str, Any], are_known: bool) -> dict[str, Any]:
+    """Return all but the figures; of the protocol of samples only whether it is known, unless `are_known`."""
+    conditions = {part: tree[part] for part in ("samples", "reference", "networks", "evaluation")}
+    if not are_known:
+        known = "unknown" if tree["samples"]["protocol"] is None else "known"
+        conditions["samples"] = {**tree["samples"], "protocol": known}
+    return conditions
 
 
 def figures(cards: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any] | None]]:
@@ -150,4 +157,4 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for number, value in enumerate(tree):
             yield from _leaves(value, f"{prefix}.{number}")
     else:
-        yield prefix, "unknown" if tree is None and prefix.endswith("protocol") else str(tree)
+        yield prefix, str(tree)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from dit_scale.choices import METRICS
 from dit_scale.dist import World
 from dit_scale.errors import DataError
 from dit_scale.evaluate.cache import F32, FeatureRows
@@ -30,8 +31,6 @@ from dit_scale.evaluate.references import (
 from dit_scale.evaluate.scorecard import Result
 from dit_scale.evaluate.statistics import moments_of, random_blocks
 
-METRICS = ("frechet", "sfid", "is", "kid", "neighbours")
-"""Groups of figures; neighbours are precision, recall, density and coverage."""
 ERROR_BLOCKS = 10
 _IS_BLOCK = 4096
 

@@ -1,8 +1,9 @@
-"""Sources of weights: a run, a checkpoint, an exported file, or the published .pt files.
+"""Sources of weights: a run, a checkpoint, an exported file, the published .pt files, a diffusers pipeline.
 
 Each yields a `WeightsSource`: the model's configuration and its fp32 state under the published names.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,12 +27,14 @@ from dit_scale.storage import open_storage
 from dit_scale.train import averages
 from dit_scale.train.ema import ema_kind
 from dit_scale.train.run_folder import root_of_folder
+from dit_scale.weights.files import SUFFIXES
+from dit_scale.weights.pipeline import VAE, TimestepEmbedding, is_pipeline, read_pipeline
+from dit_scale.weights.wrappers import EMA
 
 RAW = "raw"
 """Name of the weights themselves, where an EMA profile is expected."""
-_DIGEST = "dit_scale_sha256"
-"""Metadata key of an exported file: the SHA-256 of everything else in the file."""
 _OWN_MODEL = "defines its own model; omit --model, --image-size and --num-classes"
+_OWN_EMBEDDING = "defines its own timestep embedding; omit --timestep-embedding"
 
 
 @dataclass(frozen=True)
@@ -50,23 +53,41 @@ class WeightsSource:
     """EMA profile, RAW for the weights themselves, or None if unknown."""
     step: int | None = None
     """Optimizer steps taken, or None if unknown."""
+    data: str | None = None
+    """Folder or URL of the run's data set, or None if unknown."""
+    class_names: Mapping[int, str] = field(default_factory=dict)
+    """Names of classes by number, as far as the source tells; a run tells where its data set is instead."""
     details: Mapping[str, str] = field(default_factory=dict)
     """Additional metadata for an exported file."""
 
 
-def open_source(path: str, ema: str | None = None, model: ModelConfig | None = None) -> WeightsSource:
-    """Read the weights of a run folder, a checkpoint folder, a .safetensors file or a published .pt file.
+def open_source(
+    path: str,
+    ema: str | None = None,
+    model: ModelConfig | None = None,
+    timestep_embedding: TimestepEmbedding | None = None,
+) -> WeightsSource:
+    """Read the weights of a run folder, a checkpoint folder, a weights file or a folder of a DiTPipeline.
 
     `ema` names the EMA profile of a run or checkpoint; None selects the first of its configuration, and RAW
-    the weights themselves. `model`
-    describes a bare weights file, DiT-XL/2 at 256 pixels by default; every other source defines its model
-    itself. Raises CheckpointError, WeightsError or ConfigError.
+    the weights themselves. `model` describes a bare weights file, DiT-XL/2 at 256 pixels by default; every
+    other source defines its model itself. `timestep_embedding` is for a bare file, by default "paper", or a
+    pipeline, by default "diffusers", which computes what diffusers computes. Raises CheckpointError,
+    WeightsError or ConfigError.
     """
-    if Path(path).is_file():
-        return _from_file(Path(path), model)
+    if (is_folder := is_pipeline(path)) or Path(path).is_file():
+        if ema is not None:
+            raise ConfigError(f"{path} has no EMA profiles; omit --ema, which is for a run or a checkpoint")
+        if not is_folder:
+            return _from_file(Path(path), model, timestep_embedding)
+        if model is not None:
+            raise ConfigError(f"{path} {_OWN_MODEL}")
+        return _from_pipeline(Path(path), timestep_embedding or "diffusers")
     _, open_newest = checkpoints_at(path)[0]
     if model is not None:
         raise ConfigError(f"{path} {_OWN_MODEL}")
+    if timestep_embedding is not None:
+        raise ConfigError(f"{path} {_OWN_EMBEDDING}")
     return _from_checkpoint(open_newest(), ema)
 
 
@@ -87,7 +108,8 @@ def checkpoints_at(path: str) -> list[tuple[str, Callable[[], Checkpoint]]]:
             raise CheckpointError(f"{path} has no committed checkpoint yet")
         return [(checkpoint_id.path(), partial(Checkpoint, root, checkpoint_id)) for checkpoint_id in ids]
     raise WeightsError(
-        f"{path}: expected a run folder, a checkpoint folder, or a .safetensors or .pt weights file"
+        f"{path}: expected a run folder, a checkpoint folder, a weights file ({', '.join(SUFFIXES)}), or the "
+        "folder of a diffusers pipeline"
     )
 
 
@@ -134,27 +156,52 @@ def source_of_run(
         vae=config.data.vae,
         vae_sha256=checkpoint.manifest.vae_sha256,
         step=checkpoint.manifest.step,
+        data=config.data.url,
         details=details or {},
     )
 
 
-def _from_file(path: Path, model: ModelConfig | None) -> WeightsSource:
-    metadata, state = weights.read_metadata(path), weights.read(path)
-    expected = metadata.pop(_DIGEST, "")  # absent in files of other programs
-    if expected and expected != weights.digest(state, metadata):
-        raise WeightsError(f"{path} is damaged (SHA-256 mismatch); download or export it again")
-    if "model" in metadata:
+def _from_file(
+    path: Path, model: ModelConfig | None, timestep_embedding: TimestepEmbedding | None
+) -> WeightsSource:
+    file = weights.read_file(path)
+    if "model" in file.metadata:
         if model is not None:
             raise ConfigError(f"{path} {_OWN_MODEL}")
-        model = ModelConfig.model_validate_json(metadata["model"])
+        if timestep_embedding is not None:
+            raise ConfigError(f"{path} {_OWN_EMBEDDING}")
+        model = ModelConfig.model_validate_json(file.metadata["model"])
+    model = model or ModelConfig()
+    if timestep_embedding is not None:
+        model = model.model_copy(update={"timestep_embedding": timestep_embedding})
     return WeightsSource(
-        model=model or ModelConfig(),
-        state=state,
-        description=str(path),
-        timesteps=int(metadata.get("timesteps", 1000)),
-        vae=metadata.get("vae"),
-        vae_sha256=metadata.get("vae_sha256"),
+        model=model,
+        state=file.tensors,
+        description=str(file),
+        ema=RAW if file.keys and EMA not in file.keys else None,
+        timesteps=int(file.metadata.get("timesteps", 1000)),
+        vae=file.metadata.get("vae"),
+        vae_sha256=file.metadata.get("vae_sha256"),
+        class_names=_names_in(file.metadata),
     )
+
+
+def _from_pipeline(folder: Path, timestep_embedding: TimestepEmbedding) -> WeightsSource:
+    pipeline = read_pipeline(folder, timestep_embedding)
+    return WeightsSource(
+        model=pipeline.model,
+        state=pipeline.state,
+        description=f"diffusers pipeline {folder}, timestep embedding of {timestep_embedding}",
+        timesteps=pipeline.timesteps,
+        vae=str(folder / VAE),
+        vae_sha256=pipeline.metadata.get("vae_sha256"),
+        class_names=pipeline.class_names,
+    )
+
+
+def _names_in(metadata: Mapping[str, str]) -> dict[int, str]:
+    names: dict[str, str] = json.loads(metadata.get("class_names", "{}"))
+    return {int(label): name for label, name in names.items()}
 
 
 def build_model(source: WeightsSource, device: torch.device, dtype: torch.dtype) -> DiT:
@@ -162,18 +209,3 @@ def build_model(source: WeightsSource, device: torch.device, dtype: torch.dtype)
     model = dit.build(source.model, seed=0, initialise=False)
     weights.load_into(model, source.state)
     return model.to(device, dtype).eval().requires_grad_(False)
-
-
-def export(source: WeightsSource, path: Path) -> None:
-    """Write the weights to one fp32 safetensors file, with all metadata that `open_source` needs."""
-    optional = {
-        "model": source.model.model_dump_json(),
-        "source": source.description,
-        "timesteps": str(source.timesteps),
-        "vae": source.vae,
-        "vae_sha256": source.vae_sha256,
-        **source.details,
-    }
-    metadata = {key: value for key, value in optional.items() if value is not None}
-    state = {name: tensor.float() for name, tensor in source.state.items()}
-    weights.write(state, path, {**metadata, _DIGEST: weights.digest(state, metadata)})

@@ -30,6 +30,7 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.handlelength": 3.0,
     "svg.hashsalt": "dit-scale",  # the same figure gives the same bytes
 }
 PANEL_INCHES = (3.8, 3.0)

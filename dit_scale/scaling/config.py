@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import Field, field_validator, model_validator
 
+from dit_scale.choices import Method
 from dit_scale.config import Folder, ModelConfig, Section, TrainConfig
 from dit_scale.errors import ConfigError
 from dit_scale.models.zoo import (
@@ -27,16 +28,18 @@ class StudyEvaluation(Section):
 
     network: str = ""
     """Feature network, for example inception:FILE, dinov2:FOLDER or classifier:FILE. Empty: none."""
-    reference: Folder = ""
-    """Reference of the real images, as for `dit-scale evaluate --reference`."""
+    reference: str = ""
+    """Real images or their statistics, as for `dit-scale evaluate --reference`."""
     images: int = Field(10_000, gt=1)
     """Samples of each run."""
-    sampler: str = "ddpm"
+    sampler: Method = "ddpm"
     """Sampler, as for `dit-scale sample --sampler`."""
     steps: int = Field(250, gt=0)
     """Denoising steps."""
     sampling_steps: tuple[int, ...] = ()
     """Further numbers of denoising steps, for quality against sampling compute (Figure 10 of the paper)."""
+    tile: int = Field(32, gt=0)
+    """Images per forward pass, as for `dit-scale sample --tile`."""
     guidance: float = 1.0
     """Guidance scale; 1: none, as in the paper's studies."""
     seed: int = Field(0, ge=0, lt=2**32)

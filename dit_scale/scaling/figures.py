@@ -12,12 +12,27 @@ from typing import TYPE_CHECKING, Any
 from dit_scale.models.zoo import CONDITIONINGS, SIZES, Conditioning
 from dit_scale.scaling.canvas import COLOURS, LINES, MARKERS, Canvas, log_axis, style
 from dit_scale.scaling.config import training_flops
-from dit_scale.scaling.results import FID, FRECHET, LOSS, RunResult, fit, paper_results
+from dit_scale.scaling.results import (
+    FID,
+    FRECHET,
+    HELD_OUT,
+    LOSS,
+    WATCHED,
+    RunResult,
+    fit,
+    paper_results,
+)
 
 if TYPE_CHECKING:
     from dit_scale.scaling.canvas import Axes
 
-LABELS = {LOSS: "training loss", FRECHET: "Frechet distance", FID: "FID-50K"}
+LABELS = {
+    LOSS: "training loss",
+    HELD_OUT: "held-out loss",
+    WATCHED: "Frechet distance, few images",
+    FRECHET: "Frechet distance",
+    FID: "FID-50K",
+}
 DESIGNS: dict[Conditioning, str] = {
     "adaln_zero": "adaLN-Zero",
     "adaln": "adaLN",

@@ -4,19 +4,13 @@ Peebles & Xie, arXiv 2212.09748: Table 4 for the twelve models, Figure 5 for the
 DiT-XL/2. All runs used a global batch of 256 images of 256 pixels.
 """
 
-from dit_scale.models.zoo import PAPER_NAMES, Conditioning
+from dit_scale.evaluate.paper import AT_400K
+from dit_scale.models.zoo import Conditioning
 
 STEPS, GLOBAL_BATCH, IMAGE_SIZE = 400_000, 256, 256
 
 FID: dict[tuple[str, Conditioning], float] = {
-    **{
-        (name, "adaln_zero"): fid
-        for name, fid in zip(
-            PAPER_NAMES,
-            (153.60, 100.41, 68.40, 122.74, 68.38, 43.47, 118.87, 45.64, 23.33, 106.41, 43.01, 19.47),
-            strict=True,
-        )
-    },
+    **{(name, "adaln_zero"): fid for name, fid in AT_400K.items()},
     ("DiT-XL/2", "in_context"): 35.24,
     ("DiT-XL/2", "cross_attention"): 26.14,
     ("DiT-XL/2", "adaln"): 25.21,

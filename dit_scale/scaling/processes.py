@@ -17,10 +17,18 @@ LOG_LINES = 3
 _PR_SET_PDEATHSIG = 1
 
 
+def command_line(arguments: Sequence[str], processes: int = 1) -> list[str]:
+    """Return the command of `dit-scale ARGUMENTS` on this many processes of this machine."""
+    if processes == 1:
+        return [sys.executable, "-m", MODULE, *arguments]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"]
+    return [*launcher, "--num_gpus", str(processes), "--module", MODULE, *arguments]
+
+
 def run_command(
-    arguments: Sequence[str], log: Path, stop: StopRequest, tick: Callable[[], None] = lambda: None
+    command: Sequence[str], log: Path, stop: StopRequest, tick: Callable[[], None] = lambda: None
 ) -> int:
-    """Run `dit-scale ARGUMENTS`, append its output to a log, and return its exit code.
+    """Run a command, append its output to a log, and return its exit code.
 
     A request to stop reaches the child as SIGTERM, so that a training run saves. So does the death of this
     process. `tick` is called about twice a second. A second Ctrl-C kills the child.
@@ -36,7 +44,7 @@ def run_command(
 
     with log.open("ab") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", MODULE, *arguments],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

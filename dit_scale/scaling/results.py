@@ -19,8 +19,11 @@ from dit_scale.scaling.fits import PowerLaw, correlation, power_law
 from dit_scale.scaling.samples import frechet_of
 from dit_scale.storage import open_storage
 from dit_scale.storage.outputs import new_file
+from dit_scale.train.run_folder import METRICS
 
-LOSS, FRECHET, FID = "loss", "frechet_distance", "fid"
+LOSS, HELD_OUT, WATCHED, FRECHET, FID = "loss", "held_out_loss", "eval_frechet", "frechet_distance", "fid"
+"""Metrics: the training loss; held-out loss and Frechet distance by evaluations during training
+(`evaluate.every_steps`); the Frechet distance of the study's own samples; the paper's FID."""
 TAIL = 0.1
 """The final loss is the mean over the log points in this last part of the run."""
 FORMAT, VERSION = "dit-scale scaling results", 1
@@ -92,12 +95,15 @@ def is_trained(run: StudyRun) -> bool:
 
 
 def _result(study: StudyConfig, run: StudyRun) -> RunResult:
-    rows = read_objects(Path(run.config.run) / "metrics.jsonl", "step", "samples", LOSS)
-    curve = tuple((row["samples"], row[LOSS]) for row in rows if row[LOSS] is not None)
-    images = rows[-1]["samples"] if rows else 0
+    rows = read_objects(Path(run.config.run) / METRICS, "step")
+    images = rows[-1]["step"] * run.config.global_batch if rows else 0
+    curves = {metric: _curve(rows, key, run) for metric, key in recorded_keys(run).items()}
     finished = is_trained(run)
     sampling = tuple(_sampling(study, run))
-    metrics = {LOSS: final_value(curve)} if finished and curve else {}
+    metrics = {}
+    for metric, curve in curves.items():
+        if finished and curve:
+            metrics[metric] = final_value(curve) if metric == LOSS else curve[-1][1]
     if distance := frechet_of(study, run, study.evaluation.steps):
         metrics[FRECHET] = distance
     return RunResult(
@@ -109,9 +115,20 @@ def _result(study: StudyConfig, run: StudyRun) -> RunResult:
         training_flops=training_flops(run.gmacs, images),
         finished=finished,
         metrics=metrics,
-        curves={LOSS: curve} if curve else {},
+        curves={metric: curve for metric, curve in curves.items() if curve},
         sampling=sampling,
     )
+
+
+def recorded_keys(run: StudyRun) -> dict[str, str]:
+    """Return the key in the record of a run for each metric that is measured during training."""
+    return {LOSS: "loss", HELD_OUT: f"eval_loss_ema.{run.config.ema[0].name}", WATCHED: WATCHED}
+
+
+def _curve(rows: Sequence[dict[str, Any]], key: str, run: StudyRun) -> Curve:
+    """Return the values of a key by images seen, without those before the first step."""
+    found = ((row["step"] * run.config.global_batch, row.get(key)) for row in rows if row["step"])
+    return tuple((images, value) for images, value in found if value is not None)
 
 
 def _sampling(study: StudyConfig, run: StudyRun) -> list[SamplingScore]:
@@ -151,7 +168,7 @@ def paper_results() -> list[RunResult]:
 def metrics_of(results: Sequence[RunResult]) -> list[str]:
     """Return the metrics that any run has, in a fixed order."""
     present = {name for result in results for name in (*result.metrics, *result.curves)}
-    return [name for name in (LOSS, FRECHET, FID) if name in present]
+    return [name for name in (LOSS, HELD_OUT, WATCHED, FRECHET, FID) if name in present]
 
 
 def fit(results: Sequence[RunResult], metric: str, conditioning: Conditioning) -> Fit:

@@ -1,14 +1,14 @@
-"""The samples of a run and their score, by the commands `sample` and `evaluate`."""
+"""The samples of a run and their Frechet distance, by the commands `sample` and `evaluate`."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from dit_scale.errors import DataError
+from dit_scale.evaluate.scorecard import CARD, read_card
 from dit_scale.scaling.config import StudyConfig, StudyRun
 
-SCORE = "metrics.json"
-FRECHET = "frechet_distance"
+FRECHET_METRICS = ("FID", "FD")
+"""Names of the Frechet distance on score cards: with Inception, and with any other network."""
 
 
 def folder_of(study: StudyConfig, run: StudyRun, steps: int) -> Path:
@@ -24,21 +24,28 @@ def score_samples(
     `command` runs `dit-scale` with these arguments.
     """
     folder, settings = folder_of(study, run, steps), study.evaluation
-    if (folder / SCORE).is_file():
+    if (folder / CARD).is_file():
         return 0
     sample = ["sample", run.config.run, "--images", str(settings.images), "--sampler", settings.sampler]
     sample += ["--steps", str(steps), "--guidance", f"{settings.guidance:g}", "--seed", str(settings.seed)]
-    sample += ["--out", str(folder)]
+    sample += ["--tile", str(settings.tile), "--device", run.config.engine.device, "--out", str(folder)]
     if code := command(sample):
         return code
-    evaluate = ["evaluate", str(folder / "samples.npz"), "--reference", settings.reference]
-    return command([*evaluate, "--network", settings.network, "--out", str(folder / SCORE)])
+    evaluate = ["evaluate", str(folder), "--reference", settings.reference, "--network", settings.network]
+    evaluate += ["--vae", run.config.data.vae]  # for a reference that is a latent data set
+    return command([*evaluate, "--metrics", "frechet", "--device", run.config.engine.device])
 
 
 def frechet_of(study: StudyConfig, run: StudyRun, steps: int) -> float | None:
-    """Return the Frechet distance of a run's samples; None if they have no score."""
-    path = folder_of(study, run, steps) / SCORE
-    if not path.is_file():
+    """Return the Frechet distance of a run's samples; None if they have no score card.
+
+    Raises DataError if the score card is damaged or lacks the distance.
+    """
+    folder = folder_of(study, run, steps)
+    if not (folder / CARD).is_file():
         return None
-    tree: dict[str, Any] = json.loads(path.read_text())
-    return float(tree[FRECHET])
+    results = read_card(str(folder))["results"]
+    found = [result["value"] for result in results if result["metric"] in FRECHET_METRICS]
+    if not found:
+        raise DataError(f"{folder / CARD} has no Frechet distance; remove it to score the samples again")
+    return float(found[0])

@@ -8,7 +8,9 @@
 <folder>/results.json   the results, see `results`
 """
 
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from dit_scale.config import TrainConfig, dump
 from dit_scale.errors import ConfigError
 from dit_scale.lines import Say, read_objects
 from dit_scale.scaling.config import StudyConfig, StudyRun, runs_of
-from dit_scale.scaling.processes import last_lines, run_command
+from dit_scale.scaling.processes import command_line, last_lines, run_command
 from dit_scale.scaling.results import is_trained
 from dit_scale.scaling.samples import score_samples
 from dit_scale.sealed import sealed, unseal
@@ -65,17 +67,21 @@ class Conductor:
             return True
         self._say(f"{where}: training, {run.parameters:,} parameters, {run.training_flops:.3g} FLOP")
         config, log = write_config(self._study, run), _log(self._study, run)
-        code = run_command(
-            training_command(self._study, config), log, self._stop, Progress(run.config, where, self._say)
-        )
+        command = command_line(training_command(self._study, config))
+        code = run_command(command, log, self._stop, Progress(run.config, where, self._say))
         return self._is_good(code, where, log)
 
     def _score(self, run: StudyRun, where: str) -> bool:
         log = _log(self._study, run)
+
+        def command(arguments: Sequence[str]) -> int:
+            self._say(f"{where}: dit-scale {' '.join(arguments)}")
+            return run_command(command_line(arguments, self._study.processes), log, self._stop)
+
         for steps in self._study.evaluation.all_steps:
             if self._stop.wanted:
                 return False
-            code = score_samples(self._study, run, steps, lambda args: run_command(args, log, self._stop))
+            code = score_samples(self._study, run, steps, command)
             if not self._is_good(code, f"{where}: {steps} denoising steps", log):
                 return False
         return True
@@ -126,12 +132,10 @@ def write_config(study: StudyConfig, run: StudyRun) -> Path:
 
 
 def claim_folder(study: StudyConfig) -> None:
-    """Write what all runs share into a new folder. Raises ConfigError like `check_folder`."""
+    """Write into the folder what all runs share. Raises ConfigError like `check_folder`."""
     check_folder(study)
-    path = Path(study.folder) / STUDY
-    if not path.is_file():
-        with new_file(path) as tmp:
-            tmp.write_bytes(sealed(_identity(study), indent=2))
+    with new_file(Path(study.folder) / STUDY) as tmp:
+        tmp.write_bytes(sealed(_identity(study), indent=2))
 
 
 def check_folder(study: StudyConfig) -> None:
@@ -140,10 +144,12 @@ def check_folder(study: StudyConfig) -> None:
     if not path.is_file():
         return
     before, now = _flat(unseal(path.read_bytes(), str(path), ConfigError)), _flat(_identity(study))
+    # A key that the file lacks came with a later version, and changes nothing of what was done before.
     changed = [
-        f"{key} was {before.get(key)}, is {now.get(key)}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
+        f"{key} was {_text(before[key])}, is {_text(now.get(key))}"
+        for key in before
+        if before[key] != now.get(key)
+        if not key.startswith("evaluation.") or before["evaluation.network"]  # scores may come later
     ]
     if changed:
         raise ConfigError(
@@ -165,6 +171,10 @@ def _identity(study: StudyConfig) -> dict[str, Any]:
         },
         "evaluation": study.evaluation.model_dump(mode="json", exclude={"sampling_steps"}),
     }
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _log(study: StudyConfig, run: StudyRun) -> Path:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,13 @@ def check_output(path: str | Path, suffix: str = "") -> None:
             )
 
 
+def check_new_folder(path: str | Path) -> None:
+    """Check that a folder of this name can be created, without creating it. Raises StorageError otherwise."""
+    if os.path.lexists(path):
+        raise StorageError(f"{path} exists; choose another name, or delete it first")
+    check_output(path)
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; at the end of the block it atomically becomes `path`, durable.
@@ -49,6 +57,28 @@ def new_file(path: Path) -> Iterator[Path]:
             _sync(path.parent)
         finally:
             tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; at the end of the block it atomically becomes `path`, durable.
+
+    After an error the temporary folder is deleted. Raises StorageError for disk errors, and if `path` exists.
+    """
+    with disk_errors(DiskStorage(path.parent), "write", path.name):
+        check_new_folder(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        tmp.mkdir()
+        try:
+            yield tmp
+            for entry in (*sorted(tmp.rglob("*")), tmp):
+                _sync(entry)
+            tmp.rename(path)  # fails if a folder with files appeared meanwhile
+            _sync(path.parent)
+        finally:
+            if tmp.exists():
+                shutil.rmtree(tmp)
 
 
 def _sync(path: Path) -> None:

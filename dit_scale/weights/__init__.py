@@ -13,6 +13,7 @@ from dit_scale.weights.files import (
     read,
     read_file,
     read_metadata,
+    with_digest,
     write,
     write_pt,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "read_file",
     "read_metadata",
     "to_diffusers",
+    "with_digest",
     "write",
     "write_pt",
 ]

@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from dit_scale.weights.wrappers import EMA, StateDict, unwrap
 
 INDEX_SUFFIX = ".safetensors.index.json"
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+DIGEST = "dit_scale_sha256"
+"""Metadata key of a safetensors file of ours: the SHA-256 of everything else in the file."""
 SUFFIXES = (".safetensors", INDEX_SUFFIX, *TORCH_SUFFIXES)
 
 
@@ -38,6 +40,8 @@ class WeightsFile:
     tensors: StateDict
     keys: tuple[str, ...] = ()
     """Keys that led to the tensors, outermost first."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Metadata of a safetensors file, without the digest."""
 
     def __str__(self) -> str:
         if not self.keys:
@@ -62,10 +66,13 @@ def read_file(path: str | Path) -> WeightsFile:
     if not path.is_file():
         raise WeightsError(f"no weights file at {path}")
     content: object
+    metadata: dict[str, str] = {}
     if path.name.endswith(INDEX_SUFFIX):
         content = _read_shards(path)
     elif path.suffix == ".safetensors":
-        content = _read_safetensors(path)
+        content, metadata = _read_safetensors(path), read_metadata(path)
+        if (expected := metadata.pop(DIGEST, "")) and expected != digest(content, metadata):
+            raise WeightsError(f"{path} is damaged (SHA-256 mismatch); download or export it again")
     elif path.suffix in TORCH_SUFFIXES:
         content = _read_pickle(path)
     else:
@@ -75,7 +82,8 @@ def read_file(path: str | Path) -> WeightsFile:
             f"got {path.suffix or 'no suffix'}"
         )
     found = unwrap(content, str(path))
-    return WeightsFile(path, {name: _fp32(tensor) for name, tensor in found.tensors.items()}, found.keys)
+    tensors = {name: _fp32(tensor) for name, tensor in found.tensors.items()}
+    return WeightsFile(path, tensors, found.keys, metadata)
 
 
 def _fp32(tensor: Tensor) -> Tensor:
@@ -196,8 +204,13 @@ def _unwritten(path: str | Path, error: Exception) -> StorageError:
     return StorageError(f"cannot write {path}: {error}; an existing file is unchanged")
 
 
+def with_digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Add the digest of fp32 tensors and metadata to the metadata, for `write`; `read_file` verifies it."""
+    return {**metadata, DIGEST: digest(state, metadata)}
+
+
 def digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Compute the SHA-256 of tensors and metadata, to store in a safetensors file's metadata."""
+    """Compute the SHA-256 of tensors and metadata."""
     sha256 = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         sha256.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())

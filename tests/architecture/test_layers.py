@@ -78,6 +78,7 @@ DOORS = {
     "ray": tuple(
         f"dit_scale_pipeline.{name}" for name in ("encoder_pool", "flow", "ray_cluster", "ray_start", "tasks")
     ),
+    "transformers": ("dit_scale.evaluate.networks.dinov2",),
     "wandb": ("dit_scale.telemetry.sinks",),
     "tensorboard": ("dit_scale.telemetry.sinks",),
     "torch.utils.tensorboard": ("dit_scale.telemetry.sinks",),

@@ -331,7 +331,7 @@ def test_samples_that_cannot_be_drawn(
 
 def test_sources_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "sample", str(tmp_path))
-    assert f"{tmp_path}: expected a run folder, a checkpoint folder, or a" in said
+    assert f"{tmp_path}: expected a run folder, a checkpoint folder, a weights file (.safetensors, " in said
 
 
 def test_a_bare_weights_file_needs_a_vae(

@@ -65,6 +65,12 @@ def test_subsets_surround_the_estimate_from_all_pairs() -> None:
     assert subsets != kid_of_subsets(x_NF, y_MF, num_subsets=60, num_images=50, seed=1)
 
 
+def test_the_subsets_of_both_sets_are_independent() -> None:
+    """Equal rows of a set and its copy would score about -0.7: each image meets itself."""
+    x_NF = draw(300, 1)
+    assert kid_of_subsets(x_NF, x_NF, num_subsets=20, num_images=20).mean > -0.3
+
+
 def test_a_subset_of_everything_is_everything() -> None:
     """A subset draws without replacement, and the smaller set limits its size."""
     x_NF, y_MF = draw(30, 1), draw(30, 2)

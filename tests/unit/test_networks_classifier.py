@@ -1,11 +1,11 @@
 """The small classifier as a feature network, and the trained one of the demo."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,25 +22,23 @@ from dit_scale.evaluate.networks.classifier import (
     write,
 )
 
-ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "demo" / "classifier.safetensors"
+DEMO = Path(__file__).parents[2] / "demo" / "classifier.safetensors"
+sys.path.append(str(DEMO.parent))
+
+import digits  # noqa: E402
+import train_classifier  # noqa: E402
+
+Labelled = tuple[torch.Tensor, torch.Tensor]
+"""Images and their labels."""
 
 
 @pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Held-out digits at 64 px, as the demo splits them."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    from dit_scale.data.pixels import center_crop, to_array
-
-    bunch = load_digits()
-    order = np.argsort(bunch.target, kind="stable")
-    grey_N88, labels_N = np.round(bunch.images[order] * (255 / 16)).astype(np.uint8), bunch.target[order]
-    _, held_out = train_test_split(np.arange(len(order)), test_size=0.2, stratify=labels_N, random_state=0)
-    crops = [to_array(center_crop(Image.fromarray(grey_N88[i]).convert("RGB"), 64)) for i in held_out]
-    return torch.from_numpy(np.stack(crops)), torch.from_numpy(labels_N[held_out])
+def parts() -> tuple[Labelled, Labelled]:
+    """The demo's training and held-out digits at 64 px."""
+    pixels_NSS3, labels_N = digits.crops(64)
+    fit, held_out = (torch.from_numpy(numbers) for numbers in digits.split(labels_N))
+    images, labels = torch.from_numpy(pixels_NSS3), torch.from_numpy(labels_N)
+    return (images[fit], labels[fit]), (images[held_out], labels[held_out])
 
 
 @pytest.fixture
@@ -49,9 +47,9 @@ def network() -> FeatureNetwork:
 
 
 def test_the_demos_classifier_recognises_held_out_digits(
-    network: FeatureNetwork, digits: tuple[torch.Tensor, torch.Tensor]
+    network: FeatureNetwork, parts: tuple[Labelled, Labelled]
 ) -> None:
-    images_N64643, labels_N = digits
+    _, (images_N64643, labels_N) = parts
     features = network(images_N64643)
     assert features.pool_NF.shape == (360, 64)
     assert features.spatial_NS is None
@@ -157,3 +155,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_specification_that_names_no_network_is_refused(spec: str) -> None:
     with pytest.raises(ConfigError, match="expected inception:FILE"):
         load_network(spec)
+
+
+def test_training_learns_the_digits_and_repeats_its_bits(parts: tuple[Labelled, Labelled]) -> None:
+    (images, labels), (held_out, held_out_labels) = parts
+    x, labels = to_input(images[::2], 32), labels[::2]
+    once, again = (train_classifier.trained(x, labels, seed=0, epochs=2) for _ in range(2))
+    assert train_classifier.accuracy(once, to_input(held_out, 32), held_out_labels) > 0.6  # chance: 0.1
+    assert all(torch.equal(w, again.state_dict()[name]) for name, w in once.state_dict().items())
+    assert once.architecture == read(DEMO).architecture

@@ -14,7 +14,8 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import EngineConfig, ModelConfig
 from dit_scale.diffusion.schedule import Schedule, linear, respace
 from dit_scale.errors import CheckpointError, ConfigError, DeviceError, WeightsError
-from dit_scale.inference.sources import WeightsSource, build_model, export, open_source
+from dit_scale.inference.export import export
+from dit_scale.inference.sources import WeightsSource, build_model, open_source
 from dit_scale.models.dit import DiT
 from dit_scale.models.embeddings import sincos_pos_embed
 from dit_scale.rng import Purpose

@@ -75,7 +75,7 @@ def test_each_run_has_its_own_folder_and_storage(tmp_path: Path) -> None:
             "train.optimizer.rate=1",
             r"unknown key 'train.optimizer.rate'; did you mean 'train.optimizer.lr'\?",
         ),
-        ("evaluation.network=inception:x", "expected both network and reference, or neither"),
+        ("evaluation={network: 'inception:x'}", "expected both network and reference, or neither"),
     ],
 )
 def test_mistakes(override: str, said: str) -> None:

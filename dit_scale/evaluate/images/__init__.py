@@ -8,12 +8,11 @@ from dit_scale.errors import DataError
 from dit_scale.evaluate.images.base import TILE, ImageSet
 from dit_scale.evaluate.images.files import FolderImages, TarImages
 from dit_scale.evaluate.images.npz import NpzImages
+from dit_scale.sampling.sample_folder import NPZ, PROTOCOL
 
 __all__ = ["TILE", "ImageSet", "open_images"]
 
 LATENTS = "latents:"
-SAMPLES, SAMPLES_MARK, SAMPLES_PROTOCOL = "samples.npz", "samples.json", "protocol.json"
-"""Images, commit mark and protocol of a sample folder."""
 _PICKLES = (".pkl", ".pickle")
 _SUPPORTED = (
     "an npz file with arr_0, a folder or a tar of images, a sample folder, or a latent data set (latents:URL)"
@@ -35,9 +34,9 @@ def open_images(
 
         return _sized(LatentImages(source.removeprefix(LATENTS), vae, device), crop)
     if path.is_dir():
-        if (path / SAMPLES).is_file():
-            return _sized(NpzImages(path / SAMPLES), crop)
-        if (path / SAMPLES_PROTOCOL).is_file():
+        if (path / NPZ).is_file():
+            return _sized(NpzImages(path / NPZ), crop)
+        if (path / PROTOCOL).is_file():
             raise DataError(f"{source}: its sampling has not finished; run the same command again")
         return FolderImages(path, crop)
     if not path.exists():

@@ -8,6 +8,7 @@ import torch
 from dit_scale.errors import ConfigError
 from dit_scale.evaluate.features import FeatureNetwork
 from dit_scale.evaluate.networks.classifier import ClassifierNetwork
+from dit_scale.evaluate.networks.dinov2 import Dinov2Network
 from dit_scale.evaluate.networks.inception import InceptionNetwork, unverified
 
 _Loader = Callable[[Path, torch.device], FeatureNetwork]
@@ -15,10 +16,11 @@ _Loader = Callable[[Path, torch.device], FeatureNetwork]
 _LOADERS: dict[str, _Loader] = {
     "inception": InceptionNetwork,
     "inception-unverified": unverified,
+    "dinov2": Dinov2Network,
     "classifier": ClassifierNetwork,
 }
 
-EXPECTED = "inception:FILE.pth, inception-unverified:FILE.pth or classifier:FILE.safetensors"
+EXPECTED = "inception:FILE.pth, inception-unverified:FILE.pth, dinov2:FOLDER or classifier:FILE.safetensors"
 """The forms of a specification, for help texts and errors."""
 
 
