@@ -21,9 +21,13 @@ show dit-scale latents verify $RUN/latents
 step "3/6  Train a DiT on the latents with DeepSpeed, on two processes"
 show deepspeed -q --num_gpus 2 --no_local_rank --module dit_scale.cli train demo
 
-step "4/6  Sample 500 images of ten classes with guidance, in 20 steps of DPM-Solver++"
+step "4/6  Sample 500 images of ten classes with guidance, in 20 steps of SDE-DPM-Solver++"
 show deepspeed -q --num_gpus 2 --no_local_rank --module dit_scale.cli sample $RUN/run \
-    --images 500 --tile 125 --sampler dpmpp_2m --steps 20 --guidance 1.5
+<<<<<<< HEAD
+    --images 500 --tile 125 --sampler dpmpp_2m_sde --spacing logsnr --steps 20 --guidance 1.5
+=======
+    --images 500 --tile 125 --steps 50 --guidance 1.5 --overwrite
+>>>>>>> main
 
 step "5/6  Do they show the requested digits, and are they new? Ask a classifier of real digits"
 show python demo/score.py $RUN/run/samples/samples.npz --at-least 0.95

@@ -1,4 +1,4 @@
-"""The configuration: every key, typed and frozen, in one file that does not import torch.
+"""The configuration: every key, typed and frozen, without torch. The section `evaluate` is in `sections`.
 
 There are two roots: `TrainConfig` for a training run and `EncodeConfig` for an encoding job. A study of many
 runs has a third, `StudyConfig` in `dit_scale.scaling.config`. `load` reads defaults -> YAML -> `key=value`
@@ -12,23 +12,15 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dit_scale import configfile, recipes
 from dit_scale.errors import ConfigError
-from dit_scale.paths import PathKind, with_absolute_paths
+from dit_scale.paths import with_absolute_paths
+from dit_scale.sections import EvaluateConfig, Folder, FolderOrHubName, FolderOrUrl, NodeFolder
+from dit_scale.sections import Section as Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Folder = Annotated[str, PathKind.FOLDER]
-NodeFolder = Annotated[str, PathKind.CACHE]
-FolderOrUrl = Annotated[str, PathKind.STORAGE]
-FolderOrHubName = Annotated[str, PathKind.VAE]
-
-
-class Section(BaseModel):
-    """A frozen group of keys; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -176,6 +168,8 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints to keep."""
     keep_every_steps: int = Field(0, ge=0)
     """Keep the first checkpoint of every N-step window permanently; 0: disabled."""
+    keep_best: bool = False
+    """Save at every evaluation, and keep the checkpoint with the best one."""
     ema_every_steps: int = Field(0, ge=0)
     """Store power-function averages every N steps, for `dit-scale ema reconstruct`; 0: disabled."""
     deadline_s: float = Field(1800.0, gt=0)
@@ -233,6 +227,7 @@ class TrainConfig(Section):
     """Moving averages of the weights; sampling uses the first by default."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -240,6 +235,18 @@ class TrainConfig(Section):
         names = [profile.name for profile in self.ema]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"ema: expected one or more profiles with different names, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _best_by_a_number(self) -> "TrainConfig":
+        evaluate = self.evaluate
+        if self.checkpoint.keep_best and not (
+            evaluate.every_steps and (evaluate.images or evaluate.held_out)
+        ):
+            raise ValueError(
+                "checkpoint.keep_best=true needs evaluations to compare: set evaluate.every_steps, and "
+                "evaluate.held_out or evaluate.images"
+            )
         return self
 
 

@@ -46,6 +46,8 @@ class Phase(IntEnum):
     """Copies the state for the writer."""
     WAIT_SAVE = 8
     """Waits for a commit; a heartbeat for each vote on whether it is done."""
+    EVALUATE = 9
+    """Evaluates the weights between two steps; a heartbeat per denoising step and tile."""
 
 
 def where(phase: Phase, step: int) -> str:
@@ -91,6 +93,8 @@ class Heart:
         now_ns = time.monotonic_ns()
         if step != self._step:
             self._measure(step, now_ns / 1e9)
+        if phase == Phase.EVALUATE:
+            self._step_started_s = 0.0  # the time until the next step is no duration of a step
         odd = self._sequence + 1
         self._sequence += 2
         _SEQUENCE.pack_into(self._page, 0, odd)

@@ -30,6 +30,8 @@ class Event(StrEnum):
     """An attempt took its first step; supervisors record this as well."""
     LOG = "log"
     """A log point."""
+    EVALUATION = "evaluation"
+    """The weights were evaluated."""
     SKIPPED_STEP = "skipped_step"
     """The guard skipped the update of a step."""
     ROLLBACK = "rollback"

@@ -30,6 +30,8 @@ class Heading(StrEnum):
     """Rank 0 waited for a batch. Measured runs only."""
     CHECKPOINT = "checkpoint"
     """Training paused for a save: the copy to host memory, or the wait for the previous commit."""
+    EVALUATION = "evaluation"
+    """The weights were evaluated between two steps. Measured runs only."""
     RESTORE = "restore"
     """Finding a checkpoint and reading it."""
     DETECT = "detect"

@@ -21,6 +21,9 @@ class PathKind(Enum):
     """What a path key refers to; part of the key's annotation."""
 
     FOLDER = "a folder"
+    FILE = "a file"
+    NETWORK = "KIND:PATH"
+    """A kind of feature network and the file or folder of its weights."""
     STORAGE = "a folder, file:///folder or s3://bucket/prefix"
     VAE = "a folder or a hub name"
     """Text that could be a hub name means a folder only if that folder exists."""
@@ -59,6 +62,11 @@ def absolute(text: str, kind: PathKind, keep_relative: bool = False) -> str:
     """
     if not text.strip():
         raise ValueError(f"is empty: expected {kind.value}; check the shell variable that it comes from")
+    if kind is PathKind.NETWORK:
+        name, _, path = text.partition(":")
+        if not path or not name.isidentifier():
+            raise ValueError(f"is {text}: expected {kind.value}")
+        return f"{name}:{absolute(path, PathKind.FILE, keep_relative)}"
     scheme, separator, rest = text.partition("://")
     if separator and scheme == "s3" and kind is PathKind.STORAGE:
         return text

@@ -64,7 +64,7 @@ class Vae:
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Encode images in [-1, 1] => posterior mean, then std (B, 2C, h, w), fp32 and unscaled."""
-        with _plain_convolutions():
+        with plain_convolutions():
             x_B3HW = images_B3HW.to(self.device, self.dtype, memory_format=self._format)
             posterior = self._model.encode(x_B3HW).latent_dist
         mean_BChw, logvar_BChw = posterior.parameters.float().chunk(2, dim=1)
@@ -74,10 +74,15 @@ class Vae:
     @torch.no_grad()
     def decode(self, z_BChw: Tensor) -> Tensor:
         """Decode scaled latents => (B, H, W, 3) uint8 images: clamp(127.5 x + 128, 0, 255), truncated."""
-        with _plain_convolutions():
-            x_B3HW = self._model.decode((z_BChw / self.scale).to(self.device, self.dtype)).sample
-        pixels = (127.5 * x_B3HW.float() + 128.0).clamp(0, 255).to(torch.uint8)
+        pixels = (127.5 * self.reconstruct(z_BChw) + 128.0).clamp(0, 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).contiguous()
+
+    @torch.no_grad()
+    def reconstruct(self, z_BChw: Tensor) -> Tensor:
+        """Decode scaled latents => (B, 3, H, W) fp32, about -1 to 1."""
+        with plain_convolutions():
+            x_B3HW: Tensor = self._model.decode((z_BChw / self.scale).to(self.device, self.dtype)).sample
+        return x_B3HW.float()
 
 
 def load(
@@ -120,6 +125,6 @@ def device_kind(device: torch.device | str) -> str:
     return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _plain_convolutions() -> Any:
+def plain_convolutions() -> Any:
     """Disable algorithm search and TF32, so that every CUDA process computes the same bits."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dit_scale.errors import CheckpointError, StorageError
 from dit_scale.sealed import unseal
@@ -70,6 +70,17 @@ class FileRecord(_Record):
     header_sha256: str
 
 
+class Evaluated(_Record):
+    """The result of an evaluation."""
+
+    step: int
+    """Steps taken when it was made."""
+    measure: str
+    """What `value` is, with everything that it depends on besides the weights; empty if it has no value."""
+    value: float | None
+    """The number by which the best checkpoint is chosen, smaller is better; None if it is not finite."""
+
+
 class Manifest(_Record):
     """MANIFEST.json: the state of a run at one step, and the files that hold its tensors."""
 
@@ -101,6 +112,8 @@ class Manifest(_Record):
     """Sample id => why it cannot be read; the next sample replaces it."""
     ema_since: dict[str, int] = {}
     """EMA profile => step since which its average is tracked; 0 for the run's start, absent if unknown."""
+    evaluated: Evaluated | None = Field(None, exclude_if=lambda evaluated: evaluated is None)
+    """The last evaluation up to this step; the key is absent if there was none."""
     versions: dict[str, str] = {}
     written_by: dict[str, int] = {}
     """World size and ZeRO stage of the writer; informational."""

@@ -25,6 +25,7 @@ import torch
 
 from dit_scale.checkpoint.manifest import Manifest
 from dit_scale.checkpoint.partition import Partition
+from dit_scale.checkpoint.retention import Rule
 from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.checkpoint.writer import SLICES, Commit, Reply, Write
 from dit_scale.config import CheckpointConfig
@@ -153,8 +154,7 @@ class Saver:
                 files={folder: tuple(reply.files[folder] for reply in replies) for folder in self._folders},
                 manifest=self._manifest,
                 record=self._record,
-                keep=config.keep,
-                keep_every_steps=config.keep_every_steps,
+                rule=Rule(config.keep, config.keep_every_steps, config.keep_best),
             )
             self._ask("commit", request)
         return None

@@ -33,6 +33,7 @@ from dit_scale.checkpoint.manifest import (
     read_manifest,
 )
 from dit_scale.checkpoint.rankfile import Bytes
+from dit_scale.checkpoint.retention import Rule
 from dit_scale.checkpoint.slices import ParameterSlice, StateSlices
 from dit_scale.errors import CheckpointError, DitScaleError, SupersededError, TakenError
 from dit_scale.sealed import sealed
@@ -64,8 +65,8 @@ class Commit(_Message):
     manifest: Manifest
     record: tuple[str, ...] = ()
     """Local files that the checkpoint carries along: see dit_scale.train.run_folder."""
-    keep: int
-    keep_every_steps: int
+    rule: Rule
+    """What retention keeps."""
 
 
 class Reply(_Message):
@@ -126,9 +127,7 @@ def commit(root: Storage, request: Commit) -> Reply:
     for folder, files in request.files.items():
         write_manifest(root, request.manifest.model_copy(update={"files": files}), folder)
     try:
-        dropped = retention.prune(
-            root, request.manifest.attempt, newest, request.keep, request.keep_every_steps
-        )
+        dropped = retention.prune(root, request.manifest.attempt, newest, request.rule)
     except SupersededError:
         raise
     except DitScaleError as error:

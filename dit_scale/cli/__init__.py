@@ -36,8 +36,10 @@ from dit_scale.heartbeat import FOLDER_VARIABLE
 USER_ERROR_EXIT_CODE = 2
 MISTAKES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 """Errors of the operating system that you can fix; a retry may help against others, such as a full disk."""
-JOBS = ("dit-scale train", "dit-scale launch", "dit-scale encode", "dit-scale scaling")
+JOBS = ("dit-scale train", "dit-scale launch", "dit-scale encode", "dit-scale sample", "dit-scale scaling")
 """Commands that continue when their output cannot be written."""
+INTERRUPTED = ("dit-scale encode", "dit-scale sample")
+"""Jobs that any signal interrupts like Ctrl-C: what they have committed stays."""
 GROUPS = {
     "Plan a run": (config, models, plan),
     "Images to latents": (encode, latents),
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def _begin_job(name: str) -> None:
     """Set up signals and streams of a job before the slow imports."""
     run_as_job()
-    if name == "dit-scale encode":
+    if name in INTERRUPTED:
         signals.interrupt()
     elif FOLDER_VARIABLE not in os.environ:  # a supervised rank leaves signals to its supervisor
         signals.leave_until_ready(f"{name}: stopped before the first step, nothing to save")

@@ -222,12 +222,12 @@ def _prune(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{args.run} has no committed checkpoint")
     _print_edits(args.run)
     keep = args.keep or config.keep
-    rule = (ids[0], keep, config.keep_every_steps)
+    rule = retention.Rule(keep, config.keep_every_steps, config.keep_best)
     if args.yes:
         Checkpoint(root, ids[0]).verify()
-        paths = retention.prune(root, numbers[-1] if numbers else 0, *rule)
+        paths = retention.prune(root, numbers[-1] if numbers else 0, ids[0], rule)
     else:
-        paths = retention.superfluous(root, *rule)
+        paths = retention.superfluous(root, ids[0], rule)
     for path in paths:
         print(f"{path}: {'deleted' if args.yes else 'would be deleted'}")
     return 0

@@ -162,6 +162,7 @@ def _network_forms() -> str:
 def _with_world(args: argparse.Namespace, out: Path) -> int:
     from dit_scale import dist
     from dit_scale.config import EngineConfig
+    from dit_scale.errors import ConfigError
     from dit_scale.evaluate.networks import load_network
     from dit_scale.evaluate.suite import Extractor
 
@@ -169,6 +170,12 @@ def _with_world(args: argparse.Namespace, out: Path) -> int:
     try:
         extractor = Extractor(Path(args.cache).expanduser(), world)
         networks = [load_network(spec, world.device) for spec in args.network]
+        names = [network.identity.name for network in networks]
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"--network: {', '.join(names)}; figures are named by their network, so evaluate one "
+                "after the other"
+            )
         if args.make_reference:
             _make_reference(args, networks, extractor, out)
         else:

@@ -1,6 +1,7 @@
 """`dit-scale sample`: draw images, few or in bulk."""
 
 import argparse
+import sys
 from typing import Any
 
 from dit_scale.cli.arguments import add_command, output_path
@@ -56,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         finished = sample_images(request, out, worker)
     except KeyboardInterrupt:
-        print(f"interrupted; {out} keeps the committed images, the same command resumes", flush=True)
+        print(f"{out} keeps the images that are committed; the same command resumes", file=sys.stderr)
         raise
     if finished is None:
         print(f"worker {worker.index} of {worker.count}: done; {out} is completed by the last worker")

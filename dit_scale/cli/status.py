@@ -65,6 +65,7 @@ def _show(status: "Status") -> None:
         f"  step        {_progress(status)}",
         f"  checkpoint  {status.checkpoint or 'none yet'}{age}",
         f"  attempt     {status.attempt}; round {status.round or '-'} ({nodes})",
+        *_evaluation_lines(status),
         f"  last write  {_duration(status.silence_s)} ago",
         "",
         _interruptions_line(status.interruptions),
@@ -85,6 +86,19 @@ def _progress(status: "Status") -> str:
     speed = f"{status.steps_per_s:.3g} steps/s, " if status.steps_per_s else ""
     left = f"{_duration(status.eta_s)} left" if status.eta_s is not None else ""
     return f"{status.step} of {status.steps or '?'}  {speed}{left}".rstrip(" ,")
+
+
+def _evaluation_lines(status: "Status") -> list[str]:
+    """Return the line about the last evaluation and the best one, if there is any."""
+    from dit_scale.train.evaluation_keys import headline
+
+    if not status.evaluation:
+        return []
+    values = {name: value for name, value in status.evaluation.items() if name.startswith("eval_")}
+    best = f"; best {headline(status.best)} at step {status.best['step']}" if status.best else ""
+    return [
+        f"  evaluation  step {status.evaluation['step']}: {headline(values) or 'a grid of samples'}{best}"
+    ]
 
 
 def _interruptions_line(found: "list[Interruption]") -> str:

@@ -1,7 +1,7 @@
 """From positions to tensors: the micro-batches of one rank, read ahead of the training step.
 
-The sequence is a pure function of the data set, seed, window, excluded positions, batch plan, rank and
-first step; starting at any step costs the same. The last micro-batch of a step is padded with
+The sequence is a pure function of the data set, seed, window, held-out samples, excluded positions, batch
+plan, rank and first step; starting at any step costs the same. The last micro-batch of a step is padded with
 its last sample at weight 0, so that all ranks have the same shapes. A damaged sample stops the run or is
 replaced, as configured; a storage that does not answer stops it.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from dit_scale.config import DataConfig
 from dit_scale.data.batch_plan import BatchPlan
 from dit_scale.data.download import Downloader
+from dit_scale.data.held_out import Mask
 from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.order import I64, Order, Ranges, positions_of
 from dit_scale.data.prefetch import Prefetch
@@ -52,7 +53,8 @@ class RankPositions:
 class Loader:
     """An endless iterator over micro-batches from `first_step` on, read by its own thread.
 
-    `excluded` are positions that the run skips, `quarantined` ids of samples known to be damaged.
+    `excluded` are positions that the run skips, `quarantined` ids of samples known to be damaged, `held_out`
+    is true for the ids that it never reads.
     An error in the thread is raised by the `next` that would have returned its micro-batch, and by every
     `next` after it.
     """
@@ -68,14 +70,16 @@ class Loader:
         first_step: int,
         excluded: Ranges = (),
         quarantined: Iterable[int] = (),
+        held_out: Mask | None = None,
     ) -> None:
         info = dataset.info
         if config.horizontal_flip and info.latent_shape[0] < 2:
             raise ConfigError(f"{config.url} has no mirrored views: set data.horizontal_flip=false")
         self._dataset, self._deadline_s = dataset, config.deadline_s
         self._positions = RankPositions(plan, rank, first_step, excluded)
-        order = Order(info.samples, seed, [shard.samples for shard in info.shards], config.window_shards)
-        quarantine = Quarantine(info.samples, quarantined, config.damaged)
+        sizes = [shard.samples for shard in info.shards]
+        order = Order(info.samples, seed, sizes, config.window_shards, held_out)
+        quarantine = Quarantine(info.samples, quarantined, config.damaged, held_out)
         self._reader = SampleReader(dataset, order, seed, config.horizontal_flip, quarantine)
         self._notes: deque[str] = deque()
         self._downloader = None
@@ -109,9 +113,13 @@ class Loader:
         self._num_taken += 1
         return batch
 
-    def sample_ids(self, step: int) -> I64:
-        """Return the ids of all samples of a step, on all ranks, int64 (global_batch,)."""
-        return self._reader.quarantine.replace(self._reader.order.ids(self._positions.of_step(step)))
+    def sample_ids(self, step: int, damaged: Iterable[int] = ()) -> I64:
+        """Return the ids of all samples of a step, on all ranks, int64 (global_batch,).
+
+        `damaged` are samples that other ranks replace; this loader may not have met them.
+        """
+        ids = self._reader.order.ids(self._positions.of_step(step))
+        return self._reader.quarantine.replace(ids, damaged)
 
     def quarantined(self) -> dict[int, str]:
         """Return the damaged samples that this loader has replaced: sample id => reason."""

@@ -121,28 +121,37 @@ class Order:
 
     With `window_shards` W > 0, each epoch permutes the shards, splits them into windows of W shards, and
     permutes the samples within each window; `shard_samples` has the sizes of all shards.
+
+    With `held_out`, which is true for the ids to leave out, the other samples are numbered without gaps, and
+    everything above holds for these numbers: an epoch has only the samples that are trained on.
     """
 
     def __init__(
-        self, num_samples: int, seed: int, shard_samples: Sequence[int] = (), window_shards: int = 0
+        self,
+        num_samples: int,
+        seed: int,
+        shard_samples: Sequence[int] = (),
+        window_shards: int = 0,
+        held_out: NDArray[np.bool_] | None = None,
     ) -> None:
         assert not window_shards or sum(shard_samples) == num_samples
         self.num_samples, self.seed, self.window_shards = num_samples, seed, window_shards
         self._sizes = np.array(shard_samples, dtype=np.int64)
+        self._trained: I64 | None = None
+        """The ids that are trained on, ascending; None for all."""
+        if held_out is not None:
+            self._trained = np.flatnonzero(~held_out)
+            self.num_samples = len(self._trained)
+            edges = np.searchsorted(self._trained, np.cumsum(self._sizes))
+            self._sizes = np.diff(edges, prepend=0)
         self._firsts = np.cumsum(self._sizes) - self._sizes
         self._windows = functools.lru_cache(maxsize=2)(self._compute_windows)
         self._ahead = functools.lru_cache(maxsize=2)(self._compute_ahead)
 
     def ids(self, positions: I64) -> I64:
         """Return the sample id at each position, int64 of the same shape. Positions may span epochs."""
-        if not self.window_shards:
-            return sample_ids(positions, self.num_samples, self.seed)
-        epochs, index = np.divmod(positions, self.num_samples)
-        ids = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            ids[here] = self._ids_in_epoch(int(epoch), index[here])
-        return ids
+        numbers = self._numbers(positions)
+        return numbers if self._trained is None else self._trained[numbers]
 
     def shards_ahead(self, position: int) -> tuple[int, ...]:
         """Return the shards of this position's window, then those of the next window.
@@ -155,8 +164,19 @@ class Order:
         window = int(np.searchsorted(self._windows(epoch).window_ends, index, side="right"))
         return self._ahead(epoch, window)
 
-    def _ids_in_epoch(self, epoch: int, index: I64) -> I64:
-        """Return the ids at these indices, 0 to N - 1, of an epoch."""
+    def _numbers(self, positions: I64) -> I64:
+        """Return the number at each position among the samples that are trained on."""
+        if not self.window_shards:
+            return sample_ids(positions, self.num_samples, self.seed)
+        epochs, index = np.divmod(positions, self.num_samples)
+        numbers = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            numbers[here] = self._numbers_in_epoch(int(epoch), index[here])
+        return numbers
+
+    def _numbers_in_epoch(self, epoch: int, index: I64) -> I64:
+        """Return the numbers at these indices, 0 to N - 1, of an epoch."""
         windows = self._windows(epoch)
         numbers = np.searchsorted(windows.window_ends, index, side="right")
         places = np.empty_like(index)

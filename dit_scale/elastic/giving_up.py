@@ -17,6 +17,7 @@ ACTIVITIES = {
     Phase.LOG: "while logging",
     Phase.SAVE: "while saving",
     Phase.WAIT_SAVE: "while saving",
+    Phase.EVALUATE: "while evaluating the weights",
 }
 """What a rank was doing, by the phase of its last heartbeat."""
 

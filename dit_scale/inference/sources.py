@@ -206,6 +206,8 @@ def _names_in(metadata: Mapping[str, str]) -> dict[int, str]:
 
 def build_model(source: WeightsSource, device: torch.device, dtype: torch.dtype) -> DiT:
     """Build the model with these weights in `dtype` on `device`, in eval mode and without gradients."""
-    model = dit.build(source.model, seed=0, initialise=False)
+    # Copied straight to the device and type. A CPU copies, too: the last bits of matrix products may depend
+    # on the alignment of memory, which differs between files.
+    model = dit.build(source.model, seed=0, device=device, initialise=False).to(dtype)
     weights.load_into(model, source.state)
-    return model.to(device, dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)

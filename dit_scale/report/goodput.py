@@ -31,6 +31,7 @@ MEASURED = (
     Heading.PRODUCTIVE,
     Heading.DATA,
     Heading.CHECKPOINT,
+    Heading.EVALUATION,
     Heading.RESTORE,
     Heading.DETECT,
 )
@@ -146,6 +147,9 @@ def _claim_attempt(claims: "_Claims", attempt: AttemptSpan, last_kept: float, un
     for at_us, entry in attempt.entries:
         stall_us = microseconds(entry.get("stall_s", 0.0))
         claims.add(Heading.CHECKPOINT, max(start_us, at_us - stall_us), at_us)
+        if entry["event"] == Event.EVALUATION:
+            took_us = microseconds(entry.get("seconds", 0.0))
+            claims.add(Heading.EVALUATION, max(start_us, at_us - took_us), at_us)
     for (from_us, before), (to_us, after) in pairwise(stepping):
         _claim_steps(claims, (from_us, before["step"]), (to_us, after["step"]), last_kept)
     if stepping:

@@ -6,7 +6,7 @@ did. Nothing is written to the run folder.
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from dit_scale.checkpoint import reader
 from dit_scale.checkpoint.partition import OPTIMIZER_KINDS
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
+from dit_scale.data.held_out import held_out_mask
 from dit_scale.data.loader import Loader
 from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.order import positions_of
@@ -114,8 +115,7 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
         )
         excluded = history.attempt.excluded_positions
         state = RunState.of(checkpoint.manifest, excluded) if checkpoint else RunState(excluded=excluded)
-        status = StatusLine(step, state.step, shown=world.is_first)
-        stack.callback(status.close)
+        status = stack.enter_context(closing(StatusLine(step, state.step, shown=world.is_first)))
         for note in notes:
             status.say(note)
         loader = Loader(
@@ -127,6 +127,7 @@ def replay(run: str, step: int, attempt: int | None) -> Replay | None:
             first_step=state.step,
             excluded=state.excluded,
             quarantined={*state.quarantined, *history.quarantined},
+            held_out=held_out_mask(len(dataset), config.evaluate.held_out, config.evaluate.seed),
         )
         stack.callback(loader.close)
         _advance(config, training, loader, status, range(state.step, step - 1))

@@ -14,6 +14,7 @@ from dit_scale.report.goodput import ledger
 from dit_scale.report.interruptions import Interruption, interruptions
 from dit_scale.report.spans import AttemptSpan, RoundSpan, attempts_of, is_done, rounds_of
 from dit_scale.storage import Storage, open_storage
+from dit_scale.train.evaluation_keys import deciding_key
 
 QUIET_S = 60.0
 """After this long without a write, or after three log intervals if those are longer, a run may be dead."""
@@ -53,6 +54,10 @@ class Status:
     checkpoint_age_s: float | None
     silence_s: float
     """Seconds since a file last changed."""
+    evaluation: dict[str, Any]
+    """The last evaluation, as in metrics.jsonl; empty if there is none."""
+    best: dict[str, Any]
+    """The step of the best evaluation and the value that decides it; empty if there is none."""
     interruptions: list[Interruption]
     spent_s: dict[str, float]
     """Seconds of wall-clock time by heading of the ledger."""
@@ -69,8 +74,8 @@ class _Contents:
     supervisors: dict[str, list[Entry]]
     attempts: list[AttemptSpan]
     rounds: list[RoundSpan]
-    last_row: dict[str, Any]
-    """The last row of metrics.jsonl."""
+    rows: list[dict[str, Any]]
+    """All rows of metrics.jsonl."""
     silence_s: float
     checkpoint: str
     joined: list[str]
@@ -80,8 +85,13 @@ class _Contents:
 
     @property
     def steps_per_s(self) -> float | None:
-        speed = self.last_row.get("images_per_s")
+        speed = next((row["images_per_s"] for row in reversed(self.rows) if "images_per_s" in row), None)
         return speed / self.config.global_batch if speed and self.config else None
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Rows with the results of evaluations."""
+        return [row for row in self.rows if any(key.startswith("eval_") for key in row)]
 
     @property
     def is_quiet(self) -> bool:
@@ -139,6 +149,8 @@ def status_of(run: str, now_s: float) -> Status:
         checkpoint=contents.checkpoint,
         checkpoint_age_s=max(0.0, now_s - committed_s[-1]) if committed_s else None,
         silence_s=contents.silence_s,
+        evaluation=contents.evaluations[-1] if contents.evaluations else {},
+        best=_best(contents),
         interruptions=interruptions(contents.journal, contents.supervisors),
         spent_s=spent.by_name(),
         wall_s=spent.wall_s,
@@ -175,7 +187,7 @@ def _read(run: str, now_s: float) -> _Contents:
         supervisors=supervisors,
         attempts=attempts_of(journal),
         rounds=rounds,
-        last_row=_last_row(folder / "metrics.jsonl"),
+        rows=read_objects(folder / "metrics.jsonl", "step"),
         silence_s=max(0.0, now_s - max(path.stat().st_mtime for path in files)),
         checkpoint=checkpoint,
         joined=joined,
@@ -200,10 +212,12 @@ def _stored(root: Storage) -> tuple[str, list[str], str]:
         return "", [], f"the storage of its checkpoints is unavailable: {error}"
 
 
-def _last_row(path: Path) -> dict[str, Any]:
-    """Return the last complete line of the record; empty if there is none."""
-    rows = read_objects(path)
-    return rows[-1] if rows else {}
+def _best(contents: _Contents) -> dict[str, Any]:
+    """Return step and deciding value of the best evaluation; empty if there is none."""
+    key = deciding_key(contents.config) if contents.config else ""
+    rows = [row for row in contents.evaluations if row.get(key) is not None]
+    best = min(rows, key=lambda row: row[key], default=None)
+    return {"step": best["step"], key: best[key]} if best else {}
 
 
 def _state(contents: _Contents) -> tuple[str, str]:

@@ -7,6 +7,7 @@ the commit mark is written. Any process may assemble; while one does, the others
 import errno
 import fcntl
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +18,15 @@ import numpy as np
 
 from dit_scale.sampling.image_files import MAX_GRID_IMAGES, write_grid, write_png_folder, write_tar
 from dit_scale.sampling.npz_files import check_npz, read_images, write_npz
-from dit_scale.sampling.sample_folder import GRID, MARK, NPZ, PROTOCOL, SampleFolder, read_mark
+from dit_scale.sampling.sample_folder import (
+    GRID,
+    MARK,
+    NPZ,
+    PROTOCOL,
+    SampleFolder,
+    discard_mark,
+    read_mark,
+)
 from dit_scale.sealed import sealed
 from dit_scale.storage.disk import DiskStorage
 
@@ -40,7 +49,7 @@ def assemble(folder: SampleFolder, labels_N: np.ndarray, formats: Sequence[str] 
         if folder.is_finished():
             files = (read_mark(folder.path) or {})["files"]
         else:
-            _discard_mark(folder.path)
+            _discard(folder.path)
             write_npz(folder.images(labels_N), labels_N, folder.path / NPZ)
             check_npz(folder.path / NPZ)
             files[NPZ] = _record(folder.path / NPZ)
@@ -80,24 +89,18 @@ def _record(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": sha256.hexdigest()}
 
 
-def _discard_mark(path: Path) -> None:
-    """Delete the mark of another protocol, then the files that only it lists."""
-    mark = read_mark(path)
-    if mark is None:
-        return
-    (path / MARK).unlink()
-    for name in set(mark["files"]) & {FILE_OF["tar"]}:
-        (path / name).unlink(missing_ok=True)
-    png = path / FILE_OF["png"]
-    if png.name in mark["files"] and png.is_dir():
-        for file in png.iterdir():
-            file.unlink()
-        png.rmdir()
+def _discard(path: Path) -> None:
+    """Delete the mark of another protocol, then the formats that it lists."""
+    listed = discard_mark(path)
+    if FILE_OF["tar"] in listed:
+        (path / FILE_OF["tar"]).unlink(missing_ok=True)
+    if FILE_OF["png"] in listed and (path / FILE_OF["png"]).is_dir():
+        shutil.rmtree(path / FILE_OF["png"])
 
 
 def _clean(path: Path) -> None:
-    """Delete files that a killed process was assembling."""
-    for name in (NPZ, GRID, MARK, FILE_OF["tar"]):
+    """Delete files that a killed process was writing."""
+    for name in (PROTOCOL, NPZ, GRID, MARK, FILE_OF["tar"]):
         for temporary in path.glob(f".{name}.*.tmp"):
             temporary.unlink()
 

@@ -72,6 +72,7 @@ def sample_tile(
     numbers = [min(images.start + i, images.stop - 1) for i in range(settings.tile)]
     image_B = torch.tensor(numbers, device=device)
     y_B = torch.tensor([labels[number] for number in numbers], device=device)
-    for z_BChw in denoise(model, schedule, y_B, image_B, settings):  # noqa: B007
-        advance()
+    with vae.plain_convolutions():
+        for z_BChw in denoise(model, schedule, y_B, image_B, settings):  # noqa: B007
+            advance()
     return decoder.decode(z_BChw)[: len(images)]

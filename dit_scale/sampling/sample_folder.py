@@ -87,12 +87,15 @@ class SampleFolder:
         write_npz([images_NHW3], labels_N, self.path / PARTS / name)
 
     def images(self, labels_N: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield all images in order, in pieces of at most a tile. Raises DamagedPartError."""
+        """Yield all images in order, in pieces of at most a tile.
+
+        Raises DamagedPartError, or DataError if a part is missing.
+        """
         position = 0
         for images, path in self.parts():
             if images.stop <= position:  # two runs with different batches may have committed it twice
                 continue
-            assert images.start <= position
+            self._require(images.start <= position, position)
             try:
                 if not np.array_equal(read_labels(path), labels_N[images.start : images.stop]):
                     raise DataError("its classes are not those of the protocol")
@@ -105,6 +108,11 @@ class SampleFolder:
             except DataError as error:
                 raise DamagedPartError(path, images, str(error)) from None
             position = images.stop
+        self._require(position == self.num_images, position)
+
+    def _require(self, complete: bool, position: int) -> None:
+        if not complete:
+            raise DataError(f"{self.path / PARTS} lacks image {position}; the same command samples it again")
 
     def is_finished(self) -> bool:
         """Whether the commit mark of this protocol is there. Raises DataError if a listed file is not."""
@@ -140,7 +148,8 @@ def claim(path: Path, protocol: dict[str, Any], overwrite: bool = False) -> Samp
     storage, data = DiskStorage(path), sealed(protocol, indent=1)
     if not overwrite and (path / NPZ).exists() and not (path / PROTOCOL).exists():
         raise StorageError(f"{path} holds {NPZ} without a {PROTOCOL}; {_CHOICE}")
-    if not storage.write_new(PROTOCOL, data):
+    # An existing protocol is only read: `assemble` deletes temporary files, all of killed processes.
+    if storage.exists(PROTOCOL) or not storage.write_new(PROTOCOL, data):
         try:
             found = unseal(storage.read(PROTOCOL), str(path / PROTOCOL), DataError)
         except DataError as error:
@@ -158,10 +167,25 @@ def claim(path: Path, protocol: dict[str, Any], overwrite: bool = False) -> Samp
 def read_mark(path: Path) -> dict[str, Any] | None:
     """Read samples.json of a folder: its protocol and files; None if the samples are not complete.
 
-    Raises DataError if it is damaged.
+    The samples are not complete either while those of another protocol, in protocol.json, replace them.
+    Raises DataError if a file is damaged.
     """
+    mark, protocol = _read_sealed(path, MARK), _read_sealed(path, PROTOCOL)
+    if mark is None or (protocol is not None and _leaves(mark["protocol"]) != _leaves(protocol)):
+        return None
+    return mark
+
+
+def discard_mark(path: Path) -> list[str]:
+    """Delete samples.json, of whatever protocol; return the names of the files that it listed."""
+    mark = _read_sealed(path, MARK)
+    (path / MARK).unlink(missing_ok=True)
+    return [] if mark is None else list(mark["files"])
+
+
+def _read_sealed(path: Path, name: str) -> dict[str, Any] | None:
     try:
-        return unseal(DiskStorage(path).read(MARK), str(path / MARK), DataError)
+        return unseal(DiskStorage(path).read(name), str(path / name), DataError)
     except MissingKeyError:
         return None
 

@@ -19,6 +19,8 @@ from dit_scale.scaling.fits import PowerLaw, correlation, power_law
 from dit_scale.scaling.samples import frechet_of
 from dit_scale.storage import open_storage
 from dit_scale.storage.outputs import new_file
+from dit_scale.train import evaluation_keys
+from dit_scale.train.evaluation_keys import loss_key
 from dit_scale.train.run_folder import METRICS
 
 LOSS, HELD_OUT, WATCHED, FRECHET, FID = "loss", "held_out_loss", "eval_frechet", "frechet_distance", "fid"
@@ -122,7 +124,8 @@ def _result(study: StudyConfig, run: StudyRun) -> RunResult:
 
 def recorded_keys(run: StudyRun) -> dict[str, str]:
     """Return the key in the record of a run for each metric that is measured during training."""
-    return {LOSS: "loss", HELD_OUT: f"eval_loss_ema.{run.config.ema[0].name}", WATCHED: WATCHED}
+    held_out = loss_key("loss", f"ema.{run.config.ema[0].name}")
+    return {LOSS: "loss", HELD_OUT: held_out, WATCHED: evaluation_keys.FRECHET}
 
 
 def _curve(rows: Sequence[dict[str, Any]], key: str, run: StudyRun) -> Curve:

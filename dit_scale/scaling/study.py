@@ -30,6 +30,8 @@ FORMAT, VERSION = "dit-scale scaling study", 1
 SHARED_KEYS = ("seed", "steps", "global_batch")
 SHARED_SECTIONS = ("diffusion", "optimizer", "ema", "guard")
 SHARED_DATA_KEYS = ("url", "horizontal_flip", "window_shards")
+SHARED_EVALUATE_KEYS = ("held_out", "seed")
+"""They decide which samples training sees; the other keys of `evaluate` only measure."""
 SHARED_MODEL_KEYS = ("image_size", "num_classes")
 SAY_EVERY_S = 10.0
 
@@ -167,6 +169,7 @@ def _identity(study: StudyConfig) -> dict[str, Any]:
         "train": {
             **{key: train[key] for key in (*SHARED_KEYS, *SHARED_SECTIONS)},
             "data": {key: train["data"][key] for key in SHARED_DATA_KEYS},
+            "evaluate": {key: train["evaluate"][key] for key in SHARED_EVALUATE_KEYS},
             "model": {key: train["model"][key] for key in SHARED_MODEL_KEYS},
         },
         "evaluation": study.evaluation.model_dump(mode="json", exclude={"sampling_steps"}),

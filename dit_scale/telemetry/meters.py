@@ -27,6 +27,10 @@ class Meters:
         self._device.append(row)
         self._clock.steps += 1
 
+    def exclude(self, seconds: float) -> None:
+        """Leave the last seconds, spent on something else than steps, out of the speed."""
+        self._clock.since_s += seconds
+
     def collect(self) -> tuple[StepRow, ...]:
         """Return all rows so far on the host, in the order of the steps; waits for the device."""
         if self._device:

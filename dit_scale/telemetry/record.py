@@ -28,7 +28,7 @@ _WITHOUT_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 class Record:
-    """The record of one attempt: one object per log point, written before the next step."""
+    """The record of one attempt: one object per log point and evaluation, written before the next step."""
 
     def __init__(
         self, folder: Path, root: Storage, attempt: int, *, config: str, rows: Iterable[str], alarm: Alarm
@@ -45,7 +45,7 @@ class Record:
         self.publish()
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
-        """Append the record of a log point."""
+        """Append the record of a log point or of an evaluation."""
         self._lines.append(json.dumps({"step": step, **record}))
         self.publish()
 

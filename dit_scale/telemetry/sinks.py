@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from PIL import Image
 from pydantic import BaseModel
 
 from dit_scale.config import Mirrored, TrainConfig
@@ -23,9 +25,11 @@ _WANDB_FOLDER = re.compile(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)")
 
 
 class Sink(Protocol):
-    """Receives one record of named numbers per log point; None stands for a mean over no step."""
+    """Receives named numbers and pictures; None stands for a mean over nothing."""
 
     def write(self, step: int, record: dict[str, float | None]) -> None: ...
+
+    def picture(self, step: int, name: str, path: Path) -> None: ...
 
     def close(self) -> None: ...
 
@@ -43,6 +47,11 @@ class Mirror:
         if self._sink is not None:
             with self._guarded("failed"):
                 self._sink.write(step, record)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        if self._sink is not None:
+            with self._guarded("failed"):
+                self._sink.picture(step, name, path)
 
     def close(self) -> None:
         if self._sink is not None:
@@ -83,6 +92,11 @@ class Wandb:
     def write(self, step: int, record: dict[str, float | None]) -> None:
         self._run.log(record, step=step)
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Image(str(path))}, step=step)
+
     def close(self) -> None:
         self._run.finish()
 
@@ -99,6 +113,10 @@ class TensorBoard:
         for name, value in record.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        with Image.open(path) as image:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()

@@ -2,14 +2,15 @@
 
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 from torch import Tensor
 
 from dit_scale.checkpoint.attempts import AttemptRecord, Ranges, check_current
+from dit_scale.checkpoint.manifest import Evaluated
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.data.loader import Loader
 from dit_scale.data.order import ranges_of
-from dit_scale.data.quarantine import Quarantine
 from dit_scale.errors import StorageError
 from dit_scale.heartbeat import Phase
 from dit_scale.journal import Event
@@ -18,6 +19,7 @@ from dit_scale.telemetry.progress import StatusLine
 from dit_scale.train.claim import claim, next_attempt
 from dit_scale.train.context import RunContext
 from dit_scale.train.ema import ema_kind
+from dit_scale.train.evaluation_keys import headline
 from dit_scale.train.logbook import Carried, Logbook, carried_over, check_writable
 from dit_scale.train.rollback import failures_in_a_row, positions_of_steps, rollback_is_due
 from dit_scale.train.run_state import state_of
@@ -81,6 +83,7 @@ class Attempt:
                 first_step=self.state.step,
                 excluded=self.state.excluded,
                 quarantined=tuple(self.state.quarantined),
+                held_out=context.held_out,
             )
             stack.callback(self.loader.close)
             self._announce(notes, restore_s)
@@ -150,6 +153,22 @@ class Attempt:
         self._status.report(self.state.step, record)
         self.write(Event.LOG, data_s=round(self.loader.waited_s, 3))
 
+    def evaluated(
+        self, result: Evaluated, values: dict[str, float | None], grid: Path | None, seconds: float
+    ) -> None:
+        """Record an evaluation of the weights of this step, which took so long; `grid` is its picture."""
+        self.state.evaluated = result
+        self.meters.exclude(seconds)
+        if self._logbook:
+            if values:
+                samples = self.state.step * self._context.config.global_batch
+                self._logbook.row({"samples": samples, **values})
+            if grid is not None:
+                self._logbook.picture("evaluation", grid)
+        self.write(Event.EVALUATION, measure=result.measure, value=result.value, seconds=round(seconds, 3))
+        found = headline(values) or "a grid of samples"
+        self.say(f"evaluation of step {self.state.step} in {seconds:.1f} s: {found}")
+
     def finish(self) -> None:
         """Record that the run is done. Raises StorageError when its record is incomplete."""
         self.write(Event.DONE)
@@ -214,9 +233,7 @@ class Attempt:
         self.state.skipped = (*self.state.skipped, step)
         config = self._context.config
         positions = positions_of_steps(range(step - 1, step), config.global_batch, self.state.excluded)
-        # The loader of this rank does not know of damage that other ranks have met.
-        quarantine = Quarantine(len(self._context.dataset), self.state.quarantined, config.data.damaged)
-        sample_ids = quarantine.replace(self.loader.sample_ids(step - 1))
+        sample_ids = self.loader.sample_ids(step - 1, self.state.quarantined)
         self.write(
             Event.SKIPPED_STEP,
             skipped_step=step,

@@ -14,24 +14,30 @@ from dit_scale.lines import Say
 from dit_scale.paths import with_absolute_paths
 from dit_scale.train.optim import learning_rate
 
-BOUND_KEYS = ("seed", "global_batch", "data.horizontal_flip", "data.window_shards")
+BOUND_KEYS = ("seed", "global_batch", "data.horizontal_flip", "data.window_shards", "evaluate.held_out")
 BOUND_SECTIONS = ("model.", "diffusion.")
 FREE_KEYS = ("model.attention",)
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The keys that determine which numbers a run computes: they must not change within a run."""
+    values = _flat(config.model_dump(mode="json"))
+    # The seed of the evaluation selects the held-out samples, if there are any.
+    bound = (*BOUND_KEYS, "evaluate.seed") if config.evaluate.held_out else BOUND_KEYS
     return {
         key: value
-        for key, value in _flat(config.model_dump(mode="json")).items()
-        if key in BOUND_KEYS or (key.startswith(BOUND_SECTIONS) and key not in FREE_KEYS)
+        for key, value in values.items()
+        if key in bound or (key.startswith(BOUND_SECTIONS) and key not in FREE_KEYS)
     }
 
 
 def check_same_run(config: TrainConfig, data_sha256: str, checkpoint: Checkpoint) -> None:
     """Raise ConfigError when the checkpoint belongs to a run with another identity or data set."""
     before, now = identity(checkpoint.config), identity(config)
-    changed = [f"{key} was {before[key]}, is {now[key]}" for key in now if before[key] != now[key]]
+    both = before.keys() & now.keys()
+    changed = [
+        f"{key} was {before[key]}, is {now[key]}" for key in now if key in both and before[key] != now[key]
+    ]
     if checkpoint.manifest.data_sha256 != data_sha256:
         changed.append("data.url leads to another latent data set")
     if changed:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from dit_scale.config import TrainConfig
 from dit_scale.data.batch_plan import BatchPlan
+from dit_scale.data.held_out import Mask, held_out_mask
 from dit_scale.data.shards import LatentDataset
 from dit_scale.dist import World
 from dit_scale.heartbeat import Heart
@@ -26,6 +27,8 @@ class RunContext:
     dataset: LatentDataset
     data_sha256: str
     """Digest of dataset.json."""
+    held_out: Mask | None
+    """The samples that training never reads; None for none."""
     plan: BatchPlan
     root: Storage
     notes: tuple[str, ...]
@@ -47,6 +50,7 @@ class RunContext:
             heart=heart,
             dataset=dataset,
             data_sha256=data_digest(dataset),
+            held_out=held_out_mask(len(dataset), config.evaluate.held_out, config.evaluate.seed),
             plan=plan_of(config, world.size),
             root=root_of(config),
             notes=tuple(filter(None, notes)),

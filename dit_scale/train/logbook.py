@@ -58,7 +58,9 @@ def carried_over(config: TrainConfig, checkpoint: Checkpoint | None, attempt: in
             "lines. Repair the disk, or move the file away to continue without it"
         ) from error
     new = [line for line in events or () if line not in known]
-    return Carried(record.rows_up_to(step, rows), new, record.unreadable(rows))
+    # A run that starts over repeats even the evaluation before its first step.
+    kept = record.rows_up_to(step, rows) if checkpoint else ()
+    return Carried(kept, new, record.unreadable(rows))
 
 
 def _lines_in_checkpoint(checkpoint: Checkpoint | None, name: str) -> list[str] | None:
@@ -114,10 +116,15 @@ class Logbook:
             self.event(Event.ALARM, text=text)
 
     def row(self, values: dict[str, float | None]) -> None:
-        """Write the values of a log point."""
+        """Write the values of a log point or of an evaluation."""
         self._record.write(self._step(), values)
         for mirror in self._mirrors:
             mirror.write(self._step(), values)
+
+    def picture(self, name: str, path: Path) -> None:
+        """Show an image file in the mirrors."""
+        for mirror in self._mirrors:
+            mirror.picture(self._step(), name, path)
 
     def close(self) -> str:
         """Flush and close everything. Raises an alarm for, and returns, what could not be written; else "".

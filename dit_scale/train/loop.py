@@ -41,6 +41,9 @@ def train(config: TrainConfig) -> int:
             )
         while run.state.step < config.steps:
             attempt, saves, state = run.attempt, run.saves, run.state
+            if run.evaluate(stop):  # due here only before the first step of an attempt
+                saves.save_and_wait()
+                return REQUEUE_EXIT_CODE
             sums = run.trainer.accumulate(_beating(heart, attempt.loader, state.step))
             # Late in the step, so that a request to stop still counts for it; the answer arrives meanwhile.
             vote = world.start_vote(stop.wanted, *saves.flags(), attempt.has_new_damage())
@@ -55,13 +58,15 @@ def train(config: TrainConfig) -> int:
                 attempt.share_damage()
             last = state.step == config.steps
             log_point = last or state.step % config.log.every_steps == 0
-            save_point = last or stopping or saves.is_due()
+            best_point = config.checkpoint.keep_best and run.evaluation_is_due()
+            save_point = last or stopping or best_point or saves.is_due()
             heart.beat(Phase.LOG, state.step)
             if (log_point or save_point) and attempt.keeps_failing():
                 run.roll_back()
                 continue
             if log_point:
                 attempt.log()
+            stopping |= run.evaluate(stop)
             if last or stopping:
                 heart.beat(Phase.WAIT_SAVE, state.step)
                 saves.save_and_wait()

@@ -3,6 +3,7 @@
 <run>/config.yaml   the resolved configuration      <run>/metrics.jsonl   the record
 <run>/events.jsonl  the journal                     <run>/samples/        pictures
 <run>/records/      configuration and record of each attempt, see dit_scale.telemetry.record
+<run>/evaluations/  a grid of samples per evaluation
 
 The state root is the run folder, unless checkpoint.url names another place:
 
@@ -20,6 +21,11 @@ from dit_scale.errors import ConfigError
 from dit_scale.storage import Storage, open_storage
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+
+
+def evaluation_grid(config: TrainConfig, step: int) -> Path:
+    """The file of the grid of an evaluation."""
+    return Path(config.run) / "evaluations" / f"{step:010d}.png"
 
 
 def root_of(config: TrainConfig) -> Storage:

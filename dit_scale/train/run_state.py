@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from dit_scale.checkpoint.attempts import Ranges
-from dit_scale.checkpoint.manifest import Manifest
+from dit_scale.checkpoint.manifest import Evaluated, Manifest
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import TrainConfig
 from dit_scale.train.averages import since_steps
@@ -27,6 +27,8 @@ class RunState:
     """Sample id => why the sample is replaced."""
     ema_since: dict[str, int] = field(default_factory=dict)
     """EMA profile => step since which its average is tracked, where known."""
+    evaluated: Evaluated | None = None
+    """The last evaluation; None before the first one."""
 
     @classmethod
     def of(cls, manifest: Manifest, excluded: Ranges) -> "RunState":
@@ -38,6 +40,7 @@ class RunState:
             manifest.skipped_steps,
             merge_ranges((*manifest.excluded_positions, *excluded)),
             dict(manifest.quarantined),
+            evaluated=manifest.evaluated,
         )
 
 

@@ -40,10 +40,11 @@ class Saves:
         return not self._saver.in_flight and any(self._passed(steps, self._saved_step) for steps in intervals)
 
     def save(self) -> None:
-        """Start to save this step asynchronously.
+        """Start to save this step asynchronously, after waiting for a save in flight.
 
         A step that failed is not saved: a rollback needs the checkpoints before it.
         """
+        self._wait()
         if not self._attempt.failures():
             self._start()
 
@@ -112,6 +113,7 @@ class Saves:
             excluded_positions=state.excluded,
             quarantined=dict(state.quarantined),
             ema_since=state.ema_since,
+            evaluated=state.evaluated,
             versions={"dit_scale": __version__, "torch": torch.__version__},
             written_by={"world": context.world.size, "zero_stage": config.engine.zero_stage},
         )

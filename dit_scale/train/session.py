@@ -9,8 +9,10 @@ from dit_scale.dist import World
 from dit_scale.errors import StabilityError
 from dit_scale.heartbeat import Heart, Phase
 from dit_scale.journal import Event
+from dit_scale.signals import StopRequest
 from dit_scale.train.attempt import Attempt
 from dit_scale.train.context import RunContext
+from dit_scale.train.evaluation import Evaluation
 from dit_scale.train.restore import restore
 from dit_scale.train.rollback import Rollback, plan_rollback
 from dit_scale.train.run_folder import carried_files
@@ -20,7 +22,7 @@ from dit_scale.train.trainer import Trainer
 
 
 class Session:
-    """The trainer and the saver, which live as long as the process, and the current attempt.
+    """Trainer, saver and evaluation, which live as long as the process, and the current attempt.
 
     Creating it starts an attempt from the newest checkpoint. A rollback replaces `attempt` and `saves`.
     All ranks create it together and call the same public methods in the same order.
@@ -40,6 +42,7 @@ class Session:
             carried_files(config),
         )
         stack.callback(self.saver.close)
+        self._evaluation = Evaluation(self._context, self.trainer)
         self._rollbacks = 0
         """Rollbacks in a row, without progress between them."""
         self.attempt, self.saves = self._start_attempt()
@@ -49,6 +52,14 @@ class Session:
     def state(self) -> RunState:
         """The state of the current attempt."""
         return self.attempt.state
+
+    def evaluation_is_due(self) -> bool:
+        """Whether the current step calls for an evaluation that has not been made yet."""
+        return self._evaluation.is_due(self.attempt)
+
+    def evaluate(self, stop: StopRequest) -> bool:
+        """Evaluate the weights if that is due. Returns whether a request to stop prevented it."""
+        return self.evaluation_is_due() and self._evaluation.run(self.attempt, stop)
 
     def roll_back(self) -> None:
         """Return to a checkpoint before the failed steps, and exclude their positions from now on.

@@ -177,8 +177,11 @@ def _read_pickle(path: Path) -> object:
 def write(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
     """Write tensors as fp32 safetensors, atomically. Raises StorageError if they cannot be written."""
     with new_file(Path(path)) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file(_for_writing(state), temporary, metadata=dict(metadata))
+            temporary.chmod(mode)  # safetensors makes files that only their owner can read
         except SafetensorError as error:  # also raised when the disk is full
             raise _unwritten(path, error) from None
 

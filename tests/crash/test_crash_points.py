@@ -23,6 +23,7 @@ from dit_scale.checkpoint import attempts, rankfile, writer
 from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import ATTEMPTS, CHECKPOINTS, EMA, CheckpointId, Manifest
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.retention import Rule
 from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.errors import CheckpointError
 from dit_scale.storage import Storage, open_storage
@@ -91,7 +92,7 @@ def save(root: Storage, step: int, attempt: int, keep: int, averages: bool = Fal
         optimizer_groups=(),
     )
     files = {folder: tuple(rank[folder] for rank in ranks) for folder in folders}
-    commit = writer.Commit(files=files, manifest=manifest, keep=keep, keep_every_steps=0)
+    commit = writer.Commit(files=files, manifest=manifest, rule=Rule(keep))
     assert writer.commit(root, commit).retention_problem == ""
 
 

@@ -42,7 +42,7 @@ TESTS = {
     "diffusion/gaussian.py": "unit/test_gaussian unit/test_loss unit/test_sampler",
     "diffusion/loss.py": "unit/test_loss unit/test_objective",
     "diffusion/guidance.py": "unit/test_sampler_guidance",
-    "diffusion/multistep.py": "unit/test_solvers",
+    "diffusion/multistep.py": "unit/test_solvers unit/test_solvers_diffusers",
     "diffusion/sampler.py": "unit/test_sampler",
     "diffusion/schedule.py": "unit/test_schedule unit/test_gaussian unit/test_sampler",
     "diffusion/spacing.py": "unit/test_schedule unit/test_solvers",

@@ -295,6 +295,7 @@ def test_overwrite_replaces_a_folder_when_the_new_samples_are_complete(
     new = replace(request_, overwrite=True)
     assert sample_images(new, tmp_path, Worker(0, 2)) is None
     assert (tmp_path / "samples.npz").read_bytes() == before
+    assert read_mark(tmp_path) is None, "a reader must not take the old samples for the new ones"
     assert sample_images(new, tmp_path, Worker(1, 2)) == tmp_path
     assert contents(tmp_path) == contents(whole)
 

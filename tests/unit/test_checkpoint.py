@@ -25,6 +25,7 @@ from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId, FileRecord, Manifest
 from dit_scale.checkpoint.partition import EXP_AVG, EXP_AVG_SQ, MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint, fill
+from dit_scale.checkpoint.retention import Rule
 from dit_scale.checkpoint.saver import Snapshot
 from dit_scale.checkpoint.slices import ParameterSlice, StoredSlice
 from dit_scale.errors import CheckpointError, SupersededError
@@ -513,7 +514,7 @@ def commit(root: Storage, ranks: list[dict[str, FileRecord]], **fields: Any) -> 
     with tempfile.TemporaryDirectory() as elsewhere:
         manifest = write(open_storage(elsewhere), [], **fields)
     files = {folder: tuple(rank[folder] for rank in ranks) for folder in ranks[0]}
-    return writer.commit(root, writer.Commit(files=files, manifest=manifest, keep=1, keep_every_steps=0))
+    return writer.commit(root, writer.Commit(files=files, manifest=manifest, rule=Rule(1)))
 
 
 @pytest.mark.parametrize("split", LAYOUTS)

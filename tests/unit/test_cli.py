@@ -154,6 +154,8 @@ def test_help_has_an_example_that_can_be_run(name: str) -> None:
         (["launch", "x", "--lease-s", "0"], "--lease-s: expected a number > 0"),
         (["launch", "x", "--gather-s", "inf"], "--gather-s: expected a number, got 'inf'"),
         (["launch", "x", "--grow-s", "-1"], "--grow-s: expected a number >= 0, got '-1'"),
+        (["sample", "x", "--guidance-interval", "9:2"], "--guidance-interval: expected LOW:HIGH"),
+        (["sample", "x", "--format", "jpg"], "--format: expected npz, png or tar"),
         (["sample", "x", "--sampler", "euler"], "--sampler: invalid choice: 'euler'"),
     ],
 )
@@ -308,7 +310,15 @@ def test_an_interrupt_is_said_quietly(
 def test_sample_draws_from_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--images", "3", "--classes", "4, 2", "--steps", "2", "--device", "cpu", "--ema", "second"]
     assert cli.main(["sample", str(run), *arguments]) == 0
-    assert f"EMA second of {run}/checkpoints/{NEWEST}: 3 images" in capsys.readouterr().out
+    said = f"EMA second of {run}/checkpoints/{NEWEST}: 3 images in {run}/samples/grid.png and {run}/samples/"
+    printed = capsys.readouterr().out
+    assert printed.startswith(said)
+    assert printed.endswith("classes: balanced over classes 4,2\n")
+    assert cli.main(["sample", str(run), *arguments]) == 0
+    assert capsys.readouterr().out.startswith(f"already complete: {said}")
+    assert "sampling.seed: the folder has 0, this command 7" in refused(
+        capsys, "sample", str(run), *arguments, "--seed", "7"
+    )
     assert (run / "samples" / "grid.png").is_file()
     assert (run / "samples" / "samples.npz").is_file()
 

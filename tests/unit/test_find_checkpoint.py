@@ -187,6 +187,16 @@ FREE = {
     "data.deadline_s",
     "data.damaged",
     "ema",
+    "evaluate.every_steps",
+    "evaluate.seed",
+    "evaluate.grid_images",
+    "evaluate.images",
+    "evaluate.network",
+    "evaluate.reference",
+    "evaluate.sampler",
+    "evaluate.sampling_steps",
+    "evaluate.guidance",
+    "evaluate.tile",
 }
 """Keys that may change within a run (docs/determinism.md), in addition to entire sections."""
 FREE_SECTIONS = ("optimizer", "engine", "checkpoint", "guard", "log")
@@ -197,10 +207,12 @@ BOUND: dict[str, object] = {
     "model.image_size": 512,
     "model.conditioning": "adaln",
     "model.num_classes": 999,
+    "model.timestep_embedding": "diffusers",
     "data.horizontal_flip": False,
     "data.window_shards": 1,
     "diffusion.timesteps": 999,
     "diffusion.label_dropout": 0.2,
+    "evaluate.held_out": 0.1,
 }
 """Keys that must not change, each with a value other than the default."""
 
@@ -248,6 +260,7 @@ OTHER_VALUES: dict[str, object] = {
     "engine.precision": "fp32",
     "engine.micro_batch": 3,
     "checkpoint.every_steps": 3,
+    "evaluate.seed": 1,
     "guard.rollback_after": 3,
     "log.every_steps": 3,
 }

@@ -12,6 +12,7 @@ from dit_scale.checkpoint.attempts import AttemptRecord, committed
 from dit_scale.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST, CheckpointId
 from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.reader import Checkpoint
+from dit_scale.checkpoint.retention import Rule
 from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.errors import CheckpointError, StorageError, SupersededError
 from dit_scale.storage import DiskStorage, Storage, open_storage
@@ -80,7 +81,7 @@ def test_the_newest_and_the_first_of_every_window_are_kept(
 ) -> None:
     start(root, 1)
     put(root, *map(id_of, range(10, 70, 10)))
-    gone = retention.prune(root, 1, id_of(60), keep, keep_every_steps)
+    gone = retention.prune(root, 1, id_of(60), Rule(keep, keep_every_steps))
     assert committed(root) == [id_of(step) for step in left]
     assert folders(root) == [path_of(step) for step in left]
     assert gone == [path_of(step) for step in range(10, 70, 10) if step not in left]
@@ -93,8 +94,8 @@ def test_pruning_often_or_once_keeps_the_same(tmp_path: Path) -> None:
     for step in range(7, 130, 7):
         for root in (often, once):
             put(root, id_of(step))
-        retention.prune(often, 1, id_of(step), 2, 25)
-    retention.prune(once, 1, id_of(126), 2, 25)
+        retention.prune(often, 1, id_of(step), Rule(2, 25))
+    retention.prune(once, 1, id_of(126), Rule(2, 25))
     assert committed(often) == committed(once) == [id_of(s) for s in (126, 119, 105, 77, 56, 28)]
 
 
@@ -102,7 +103,7 @@ def test_tagged_checkpoints_are_kept(root: Storage) -> None:
     start(root, 1)
     put(root, *map(id_of, (10, 20, 30)))
     root.write(f"{path_of(10)}/{retention.TAG}", b"")
-    retention.prune(root, 1, id_of(30), 1, 0)
+    retention.prune(root, 1, id_of(30), Rule(1, 0))
     assert committed(root) == [id_of(30), id_of(10)]
     assert folders(root) == [path_of(30), path_of(10)]
 
@@ -114,7 +115,7 @@ def test_stored_averages_on_the_chain_are_kept(root: Storage) -> None:
     start(root, 2, id_of(20))
     put(root, id_of(40, 2), folder=EMA)
     put(root, id_of(40, 2))
-    retention.prune(root, 2, id_of(40, 2), 1, 0)
+    retention.prune(root, 2, id_of(40, 2), Rule(1, 0))
     assert committed(root) == [id_of(40, 2)]
     assert folders(root) == [path_of(40, 2, EMA), path_of(20, 1, EMA), path_of(10, 1, EMA), path_of(40, 2)]
 
@@ -127,10 +128,10 @@ def test_a_damaged_checkpoint_that_the_run_skipped_is_not_counted(root: Storage,
     root.delete(f"{path_of(40)}/rank-00000.safetensors")
     start(root, 2, id_of(20))
     put(root, id_of(30, 2))
-    retention.prune(root, 2, id_of(30, 2), keep, 0)
+    retention.prune(root, 2, id_of(30, 2), Rule(keep, 0))
     assert committed(root) == [id_of(30, 2), id_of(20)][:keep]
     put(root, id_of(40, 2), id_of(50, 2))
-    retention.prune(root, 2, id_of(50, 2), keep, 0)
+    retention.prune(root, 2, id_of(50, 2), Rule(keep, 0))
     assert folders(root) == [path_of(50, 2), path_of(40, 2)][:keep]
 
 
@@ -138,7 +139,7 @@ def test_a_copy_under_another_name_is_not_counted(root: Storage, tmp_path: Path)
     start(root, 1)
     put(root, *map(id_of, (10, 20, 30, 50)))
     (tmp_path / path_of(10)).rename(tmp_path / path_of(40))
-    assert retention.prune(root, 1, id_of(50), 2, 0) == [path_of(20)]
+    assert retention.prune(root, 1, id_of(50), Rule(2, 0)) == [path_of(20)]
     assert folders(root) == [path_of(50), path_of(40), path_of(30)]
 
 
@@ -154,7 +155,7 @@ def test_leftovers_of_killed_saves_are_deleted(root: Storage, tmp_path: Path) ->
     put(root, id_of(10))
     root.write("checkpoints/notes/readme", b"a user's")
     root.write(f"checkpoints/backup/{id_of(5)}/{MANIFEST}", b"a user's")
-    gone = retention.prune(root, 1, id_of(10), 2, 0)
+    gone = retention.prune(root, 1, id_of(10), Rule(2, 0))
     assert gone == [path_of(5), path_of(6), path_of(5, 1, EMA), path_of(7, 1, EMA)]
     assert not any((tmp_path / path).exists() for path in gone)
     assert folders(root) == [
@@ -171,7 +172,7 @@ def test_leftovers_of_killed_saves_are_deleted(root: Storage, tmp_path: Path) ->
 
 def test_the_manifest_is_deleted_first(root: Storage, deleted: list[str]) -> None:
     put(root, id_of(10), id_of(20))
-    retention.prune(root, 1, id_of(20), 1, 0)
+    retention.prune(root, 1, id_of(20), Rule(1, 0))
     files = [MANIFEST, "rank-00000.safetensors", "rank-00001.safetensors"]
     assert deleted == [f"{path_of(10)}/{file}" for file in files]
 
@@ -193,7 +194,7 @@ def test_a_later_attempt_stops_it_before_the_next_delete(
 
     monkeypatch.setattr(attempts, "check_current", check)
     with pytest.raises(SupersededError, match="attempt 2 of this run has started"):
-        retention.prune(root, 1, id_of(30), 1, 0)
+        retention.prune(root, 1, id_of(30), Rule(1, 0))
     assert len(deleted) == before_delete
     Checkpoint(root, id_of(30)).verify()
 
@@ -203,7 +204,7 @@ def test_nothing_is_deleted_if_the_newest_manifest_is_damaged(root: Storage, dam
     put(root, id_of(10), id_of(20))
     root.write(f"{path_of(20)}/{MANIFEST}", damage)
     with pytest.raises(CheckpointError, match=f"{path_of(20)}/{MANIFEST} is damaged"):
-        retention.prune(root, 1, id_of(20), 1, 0)
+        retention.prune(root, 1, id_of(20), Rule(1, 0))
     Checkpoint(root, id_of(10)).verify()
 
 
@@ -213,7 +214,7 @@ def test_a_commit_whose_retention_fails_is_a_commit(root: Storage, monkeypatch: 
     manifest = checkpoints.write(open_storage(Path(root.url) / "elsewhere"), id_of(20), [])
     ranks = enumerate(RANKS)
     files = {CHECKPOINTS: tuple(checkpoints.write_rank(root, id_of(20), *rank) for rank in ranks)}
-    request = writer.Commit(files=files, manifest=manifest, keep=1, keep_every_steps=0)
+    request = writer.Commit(files=files, manifest=manifest, rule=Rule(1))
 
     def refuse(self: DiskStorage, key: str) -> None:
         raise StorageError(f"cannot delete {key}")
@@ -240,7 +241,7 @@ def test_a_commit_whose_retention_meets_a_later_attempt_is_superseded(
 
     monkeypatch.setattr(retention, "read_manifest", begin_then_read)
     with pytest.raises(SupersededError, match="attempt 2 of this run has started"):
-        writer.commit(root, writer.Commit(files=files, manifest=manifest, keep=1, keep_every_steps=0))
+        writer.commit(root, writer.Commit(files=files, manifest=manifest, rule=Rule(1)))
 
 
 def test_a_run_can_be_listed_while_it_deletes(root: Storage) -> None:

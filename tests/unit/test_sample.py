@@ -187,6 +187,22 @@ def test_any_profile_can_be_chosen(run: Path, source: WeightsSource) -> None:
         open_source(str(run), ema="third")
 
 
+def test_raw_weights_are_the_master_weights(run: Path) -> None:
+    raw = open_source(str(run), ema="raw")
+    assert (raw.ema, raw.step) == ("raw", STEP)
+    assert raw.description.startswith("raw weights of ")
+    assert not raw.state["x_embedder.proj.weight"].any()  # as the support module writes them
+
+
+def test_a_checkpoint_without_ema_is_refused(tmp_path: Path, tiny_vae: str) -> None:
+    write_run(tmp_path, tiny_vae)
+    root = open_storage(tmp_path)
+    config = Checkpoint(root, CheckpointId(STEP, 1)).manifest.config
+    checkpoints.write(root, CheckpointId(STEP + 1, 1), [], config=config)
+    with pytest.raises(CheckpointError, match="has no EMA profile 'first'; it has none; --ema raw takes"):
+        open_source(str(tmp_path))
+
+
 def test_the_position_embedding_is_the_formula_to_the_bit(run: Path, model: DiT, tmp_path: Path) -> None:
     formula = sincos_pos_embed(128, 2)
     exported = tmp_path / "weights.safetensors"

@@ -105,6 +105,7 @@ def test_a_request_to_stop_starts_nothing_more(tmp_path: Path, monkeypatch: pyte
     [
         ("train.steps=5", "train.steps was 4, is 5"),
         ("train.optimizer.lr=1", "train.optimizer.lr was 0.0001, is 1.0"),
+        ("train.evaluate.held_out=0.1", "train.evaluate.held_out was 0.0, is 0.1"),
         ("train.model.num_classes=3", "train.model.num_classes was 1000, is 3"),
         ("evaluation.images=7", "evaluation.images was 10000, is 7"),
         ("evaluation={}", 'evaluation.network was classifier:F, is ""; evaluation.reference was real, is ""'),
@@ -276,7 +277,7 @@ def test_a_dry_run_prints_costs_and_commands(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["scaling", "scaling_digits", "--dry-run", f"folder={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     commands = [line for line in printed.splitlines() if line.startswith("dit-scale train ")]
-    assert len(commands) == 8
+    assert len(commands) == 7
     config = load(TrainConfig, commands[0].split()[2])
     assert (config.model.name, config.model.conditioning) == ("DiT-Nano/4", "adaln_zero")
     assert config.run == f"{tmp_path}/runs/DiT-Nano-4-adaln_zero"

@@ -147,6 +147,13 @@ def test_saved_by_the_programs_themselves(tmp_path: Path) -> None:
     assert_same(weights.read(tmp_path / "weights.ckpt"), dict(layer.state_dict()))
 
 
+def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    weights.write(EMA, tmp_path / "weights.safetensors", {})
+    weights.write_pt(EMA, tmp_path / "weights.pt")
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "usual").stat().st_mode}
+
+
 # --- shards
 
 

@@ -32,6 +32,8 @@ class Deadlines:
     """Seconds until the slowest rank has read its part."""
     save_s: float = 120.0
     """Between two votes on a commit: a copy of the state, or a pause of at most a minute before a retry."""
+    evaluate_s: float = 600.0
+    """A denoising step or a tile, or the slowest rank's last one and a Frechet distance."""
     data_s: float = 300.0 + LEAVE_S
     """Longer than the loader waits before it gives up and reports what it waited for."""
     shortest_s: float = SHORTEST_S
@@ -51,6 +53,8 @@ class Deadlines:
                 return self.restored_s
             case Phase.WAIT_SAVE:
                 return self.save_s
+            case Phase.EVALUATE:
+                return self.evaluate_s
         if beat.p99_s == 0:
             return self.start_s
         return max(self.quiet(beat), self.data_s) if beat.phase == Phase.DATA else self.quiet(beat)
