@@ -55,6 +55,7 @@ CASES = (
     *(f"ddpm:{steps}:uniform" for steps in (100, 50)),
     *(f"ddim:{steps}:uniform" for steps in (50, 20, 10)),
     *(f"{method}:{steps}:uniform" for method in ("dpmpp_2m", "unipc") for steps in (50, 20, 10, 5)),
+    *(f"dpmpp_2m_sde:{steps}:logsnr" for steps in (50, 20, 10)),
     *(f"dpmpp_2m:{steps}:{spacing}" for steps in (20, 10, 5) for spacing in ("quadratic", "logsnr")),
     *(f"unipc:{steps}:{spacing}" for steps in (20, 10, 5) for spacing in ("quadratic", "logsnr")),
 )

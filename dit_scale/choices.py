@@ -2,7 +2,7 @@
 
 from typing import Literal, get_args
 
-Method = Literal["ddpm", "ddim", "dpmpp_2m", "unipc"]
+Method = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
 """Sampler; `dit_scale.diffusion.methods` has a function for each."""
 Spacing = Literal["uniform", "quadratic", "logsnr"]
 """How a respacing spreads its timesteps; `dit_scale.diffusion.spacing` defines each."""

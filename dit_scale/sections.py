@@ -42,7 +42,7 @@ class EvaluateConfig(Section):
     reference: File = ""
     """Statistics to compare with, an npz file by `dit-scale evaluate --make-reference`."""
     sampler: Method = "dpmpp_2m"
-    """Sampler of grid and Frechet distance: ddpm, ddim, dpmpp_2m or unipc."""
+    """Sampler of grid and Frechet distance: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or unipc."""
     sampling_steps: int = Field(20, ge=2)
     """Denoising steps of an image."""
     guidance: float = Field(1.0, ge=0)

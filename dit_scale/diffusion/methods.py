@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from dit_scale.choices import Method
-from dit_scale.diffusion.multistep import dpmpp_2m, unipc
+from dit_scale.diffusion.multistep import dpmpp_2m, dpmpp_2m_sde, unipc
 from dit_scale.diffusion.sampler import Noise, Predict, ddim, ddpm
 from dit_scale.diffusion.schedule import Schedule
 
@@ -23,6 +23,7 @@ SAMPLERS: dict[Method, Sampler] = {
     "ddpm": ddpm,
     "ddim": _without_noise(ddim),
     "dpmpp_2m": _without_noise(dpmpp_2m),
+    "dpmpp_2m_sde": dpmpp_2m_sde,
     "unipc": _without_noise(unipc),
 }
 """Name => sampler."""

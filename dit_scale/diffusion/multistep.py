@@ -1,8 +1,8 @@
-"""Multistep solvers of the probability flow: DPM-Solver++(2M) and UniPC-2.
+"""Multistep solvers: DPM-Solver++(2M), its stochastic variant, and UniPC-2.
 
-Both integrate the predicted x_start exponentially over half the log SNR, lambda = log(alpha / sigma), where
+They integrate the predicted x_start exponentially over half the log SNR, lambda = log(alpha / sigma), where
 x_t = alpha x_start + sigma eps. They reuse earlier predictions, so a step costs one pass of the model, as in
-DDIM. They are deterministic and ignore the learned variance.
+DDIM. They ignore the learned variance. All but the variant are deterministic.
 
     for x_BCHW in unipc(predict, respace(linear(1000), "20", spacing="logsnr"), x_T):
         pass  # the last x_BCHW is the sample
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dit_scale.diffusion.gaussian import split_output
-from dit_scale.diffusion.sampler import Predict
+from dit_scale.diffusion.sampler import Noise, Predict
 from dit_scale.diffusion.schedule import Schedule, float64_tables
 
 
@@ -55,6 +55,25 @@ def dpmpp_2m(predict: Predict, schedule: Schedule, x_T_BCHW: Tensor) -> Iterator
     for step in _steps(schedule):
         start_BCHW = _predict_x_start(predict, step, x_BCHW)
         x_BCHW = step.along(x_BCHW, _extrapolated(step, start_BCHW, earlier))
+        earlier = (step, start_BCHW)
+        yield x_BCHW
+
+
+@torch.no_grad()
+def dpmpp_2m_sde(predict: Predict, schedule: Schedule, x_T_BCHW: Tensor, noise: Noise) -> Iterator[Tensor]:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, appendix); yields x_BCHW after each step.
+
+    It solves the reverse SDE, as DDPM does: fresh noise in each step, from `noise(step)`, removes errors of
+    earlier steps. The last step needs none.
+    """
+    x_BCHW, earlier = x_T_BCHW, None
+    for number, step in enumerate(_steps(schedule)):
+        start_BCHW = _predict_x_start(predict, step, x_BCHW)
+        direction_BCHW = _extrapolated(step, start_BCHW, earlier)
+        shrink, fresh = math.exp(-step.h) * step.sigma_t / step.sigma_s, -math.expm1(-2 * step.h)
+        x_BCHW = shrink * x_BCHW + (step.alpha_t * fresh) * direction_BCHW
+        if step.sigma_t > 0:
+            x_BCHW = x_BCHW + (step.sigma_t * math.sqrt(fresh)) * noise(number)
         earlier = (step, start_BCHW)
         yield x_BCHW
 

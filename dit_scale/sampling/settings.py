@@ -17,7 +17,7 @@ class SamplingSettings:
     steps: str = "250"
     """Respacing: a number of steps; for uniform spacing also "ddim50" or numbers per section, "10,15,20"."""
     method: Method = "ddpm"
-    """Sampler: "ddpm", "ddim", "dpmpp_2m" (DPM-Solver++ 2M) or "unipc"."""
+    """Sampler: "ddpm", "ddim", "dpmpp_2m" (DPM-Solver++ 2M), "dpmpp_2m_sde" or "unipc"."""
     spacing: Spacing = "uniform"
     """How the steps are spread: "uniform", "quadratic" or "logsnr"."""
     guidance: float = 1.5

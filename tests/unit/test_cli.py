@@ -310,7 +310,15 @@ def test_an_interrupt_is_said_quietly(
 def test_sample_draws_from_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--images", "3", "--classes", "4, 2", "--steps", "2", "--device", "cpu", "--ema", "second"]
     assert cli.main(["sample", str(run), *arguments]) == 0
-    assert f"EMA second of {run}/checkpoints/{NEWEST}: 3 images" in capsys.readouterr().out
+    said = f"EMA second of {run}/checkpoints/{NEWEST}: 3 images in {run}/samples/grid.png and {run}/samples/"
+    printed = capsys.readouterr().out
+    assert printed.startswith(said)
+    assert printed.endswith("classes: balanced over classes 4,2\n")
+    assert cli.main(["sample", str(run), *arguments]) == 0
+    assert capsys.readouterr().out.startswith(f"already complete: {said}")
+    assert "sampling.seed: the folder has 0, this command 7" in refused(
+        capsys, "sample", str(run), *arguments, "--seed", "7"
+    )
     assert (run / "samples" / "grid.png").is_file()
     assert (run / "samples" / "samples.npz").is_file()
 

@@ -32,7 +32,7 @@ def test_the_schedule_is_on_the_device_and_of_the_trained_length() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"method": "euler"}, "method 'euler': expected one of ddpm, ddim, dpmpp_2m, unipc"),
+        ({"method": "euler"}, "method 'euler': expected one of ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, unipc"),
         ({"spacing": "cosine"}, "spacing 'cosine': expected one of uniform, quadratic, logsnr"),
         ({"guidance_channels": "last"}, "guidance_channels 'last': expected one of first3, all"),
         ({"guidance_interval": (600, 200)}, "guidance interval 600 to 200: expected .* first <= last"),

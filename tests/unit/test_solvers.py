@@ -107,7 +107,7 @@ def test_each_step_is_one_pass_at_its_timestep(method, spacing):
     assert len(steps) == 20
 
 
-@pytest.mark.parametrize("method", ["ddim", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("method", ["ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
 def test_a_constant_prediction_of_x_start_is_reached_exactly(method):
     """All solvers integrate a constant x_start without error."""
     target = randn(*LATENTS, seed=5)
@@ -117,7 +117,9 @@ def test_a_constant_prediction_of_x_start_is_reached_exactly(method):
         eps = (x_BCHW.double() - math.sqrt(alpha_bar) * target) / math.sqrt(1 - alpha_bar)
         return torch.cat([eps, eps], dim=1).float()
 
-    x_BCHW = last(SAMPLERS[method](predict, respace(FULL, "20"), randn(*LATENTS), lambda step: None))
+    x_BCHW = last(
+        SAMPLERS[method](predict, respace(FULL, "20"), randn(*LATENTS), lambda step: randn(*LATENTS))
+    )
     torch.testing.assert_close(x_BCHW, target, rtol=0, atol=1e-5)
 
 

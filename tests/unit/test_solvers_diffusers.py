@@ -7,6 +7,7 @@ its spacings do not keep timestep 0, and fp32 tables lose digits at high noise.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -75,17 +76,21 @@ def ddim_of_diffusers(schedule: Schedule, _: pytest.MonkeyPatch) -> Step:
     )
 
 
+def set_levels(scheduler: Any, schedule: Schedule) -> None:
+    """Give a multistep scheduler our timesteps and noise levels; UniPC's set_timesteps takes no list."""
+    scheduler.num_inference_steps = len(schedule)
+    alphas_cumprod = float64_tables(schedule.betas_float64)["alphas_cumprod"][::-1].copy()
+    sigmas = torch.from_numpy(((1 - alphas_cumprod) / alphas_cumprod) ** 0.5)
+    scheduler.sigmas = torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+    scheduler.timesteps = schedule.timesteps.flip(0)
+
+
 def multistep_of_diffusers(name: str) -> Callable[[Schedule, pytest.MonkeyPatch], Step]:
     def make(schedule: Schedule, _: pytest.MonkeyPatch) -> Step:
         import diffusers
 
         scheduler = getattr(diffusers, name)(**BETAS, solver_order=2, final_sigmas_type="zero")
-        # set_timesteps of UniPC takes no list of timesteps, so both get timesteps and sigmas directly.
-        scheduler.num_inference_steps = len(schedule)
-        alphas_cumprod = float64_tables(schedule.betas_float64)["alphas_cumprod"][::-1].copy()
-        sigmas = torch.from_numpy(((1 - alphas_cumprod) / alphas_cumprod) ** 0.5)
-        scheduler.sigmas = torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
-        scheduler.timesteps = schedule.timesteps.flip(0)
+        set_levels(scheduler, schedule)
         return lambda output_B2CHW, step, x_BCHW: scheduler.step(
             output_B2CHW[:, :4], scheduler.timesteps[step], x_BCHW
         ).prev_sample.float()
@@ -93,10 +98,23 @@ def multistep_of_diffusers(name: str) -> Callable[[Schedule, pytest.MonkeyPatch]
     return make
 
 
+def stochastic_multistep_of_diffusers(schedule: Schedule, _: pytest.MonkeyPatch) -> Step:
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        **BETAS, solver_order=2, final_sigmas_type="zero", algorithm_type="sde-dpmsolver++"
+    )
+    set_levels(scheduler, schedule)
+    return lambda output_B2CHW, step, x_BCHW: scheduler.step(
+        output_B2CHW[:, :4], scheduler.timesteps[step], x_BCHW, variance_noise=step_noise(step)
+    ).prev_sample.float()
+
+
 THEIRS: dict[Method, Callable[[Schedule, pytest.MonkeyPatch], Step]] = {
     "ddpm": ddpm_of_diffusers,
     "ddim": ddim_of_diffusers,
     "dpmpp_2m": multistep_of_diffusers("DPMSolverMultistepScheduler"),
+    "dpmpp_2m_sde": stochastic_multistep_of_diffusers,
     "unipc": multistep_of_diffusers("UniPCMultistepScheduler"),
 }
 
@@ -118,6 +136,7 @@ SCHEDULES: list[tuple[Method, str, str]] = [
     ("dpmpp_2m", "20", "uniform"),
     ("dpmpp_2m", "20", "logsnr"),
     ("dpmpp_2m", "5", "quadratic"),
+    ("dpmpp_2m_sde", "20", "logsnr"),
     ("unipc", "20", "uniform"),
     ("unipc", "20", "logsnr"),
     ("unipc", "5", "quadratic"),
