@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_each_pitfall_has_a_row(tmp_path: Path) -> None:
     write_run(tmp_path / "run", save_tiny_vae(tmp_path / "vae"))
-    real = write_folder(random_images(40, size=32), tmp_path / "real")
+    real = write_folder(random_images(80, size=32), tmp_path / "real")
     command = [sys.executable, "-m", "benchmarks.pitfalls", str(tmp_path / "run"), "--real", str(real)]
     options = [
         "--network",
@@ -39,5 +39,5 @@ def test_each_pitfall_has_a_row(tmp_path: Path) -> None:
         "real images, one half without antialias",
     ]
     counts = [int(row[2]) for row in rows[2:]]
-    assert counts == [40, 40, 40, 40, 20, 10, 40, 40, 20, 20]
+    assert counts == [80, 80, 80, 80, 40, 20, 80, 80, 40, 40]
     assert rows[2][3] != rows[3][3]
