@@ -65,7 +65,7 @@ trap stop USR1 TERM
 
 status=0
 # a signal interrupts wait before srun has ended
-while kill -0 "$processes" 2>/dev/null; do wait "$processes" || status=$?; done
+while kill -0 "$processes" 2>/dev/null; do status=0; wait "$processes" || status=$?; done
 
 case $status in 0 | 2) exit "$status" ;; esac
 if [ -z "$stopping" ] && [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-50}" ]; then

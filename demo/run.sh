@@ -11,26 +11,36 @@ started=$SECONDS
 step() { printf '\n\033[1m== %s\033[0m  (%d s)\n' "$1" $((SECONDS - started)); }
 show() { printf '$ %s\n' "$*"; "$@"; }
 
-step "1/5  Write 1,797 handwritten digits as PNG files in class folders"
+step "1/6  Write 1,797 handwritten digits as PNG files in class folders"
 show python demo/digits.py $RUN/images
 
-step "2/5  Encode them to latents in WebDataset shards with Ray"
+step "2/6  Encode them to latents in WebDataset shards with Ray"
 show dit-scale encode --config encode_demo
 show dit-scale latents verify $RUN/latents
 
-step "3/5  Train a DiT on the latents with DeepSpeed, on two processes"
+step "3/6  Train a DiT on the latents with DeepSpeed, on two processes"
 show deepspeed -q --num_gpus 2 --no_local_rank --module dit_scale.cli train demo
 
-step "4/5  Sample 500 images of ten classes with guidance"
+step "4/6  Sample 500 images of ten classes with guidance, in 20 steps of SDE-DPM-Solver++"
 show deepspeed -q --num_gpus 2 --no_local_rank --module dit_scale.cli sample $RUN/run \
+<<<<<<< HEAD
+    --images 500 --tile 125 --sampler dpmpp_2m_sde --spacing logsnr --steps 20 --guidance 1.5
+=======
     --images 500 --tile 125 --steps 50 --guidance 1.5 --overwrite
+>>>>>>> main
 
-step "5/5  Score the samples with a classifier of real digits"
+step "5/6  Do they show the requested digits, and are they new? Ask a classifier of real digits"
 show python demo/score.py $RUN/run/samples/samples.npz --at-least 0.95
+
+step "6/6  The score card: distances between samples and real digits, with their whole protocol"
+show deepspeed -q --num_gpus 2 --no_local_rank --module dit_scale.cli evaluate $RUN/run/samples \
+    --reference latents:$RUN/latents --network classifier:demo/classifier.safetensors --errors \
+    --vae demo/vae --cache $RUN/features
 
 printf '\n\033[1mDone in %d s.\033[0m\n' $((SECONDS - started))
 cat <<TEXT
   images           $RUN/run/samples/grid.png
+  score card       $RUN/run/samples/metrics.json
   run              $RUN/run  (config.yaml, metrics.jsonl, events.jsonl, checkpoints/)
   latents          $RUN/latents
 next steps, for example:
