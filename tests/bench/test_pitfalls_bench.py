@@ -19,7 +19,7 @@ def test_each_pitfall_has_a_row(tmp_path: Path) -> None:
         "--network",
         f"classifier:{ROOT}/demo/classifier.safetensors",
         "--images",
-        "40",
+        "80",
         "--steps",
         "3",
     ]
