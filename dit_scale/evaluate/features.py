@@ -19,8 +19,6 @@ class Features:
     """Features that keep their place in the image, for sFID; None if the network has none."""
     probabilities_NC: Tensor | None = None
     """Class probabilities for the Inception Score; None if the network has none."""
-    probabilities_with_bias_NC: Tensor | None = None
-    """The same with the bias of the last layer, if `probabilities_NC` is without it as the score requires."""
 
 
 @dataclass(frozen=True)

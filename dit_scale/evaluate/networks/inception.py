@@ -63,7 +63,6 @@ class InceptionNetwork:
                 pool_NF=pool_NF,
                 spatial_NS=spatial_NHWC.flatten(1),
                 probabilities_NC=logits_NC.softmax(dim=1),
-                probabilities_with_bias_NC=(logits_NC + self.model.fc.bias).softmax(dim=1),
             )
 
 
