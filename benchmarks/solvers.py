@@ -38,7 +38,7 @@ from dit_scale.config import TrainConfig, load
 from dit_scale.errors import ConfigError, DitScaleError
 from dit_scale.evaluate.features import FeatureNetwork
 from dit_scale.evaluate.frechet import frechet_with_error
-from dit_scale.evaluate.images import open_images
+from dit_scale.evaluate.images import TILE, open_images
 from dit_scale.evaluate.moments import Moments
 from dit_scale.evaluate.networks import load_network
 from dit_scale.inference.sources import WeightsSource, build_model, open_source
@@ -123,8 +123,7 @@ def _reference(run: str, bench: Bench) -> Moments:
     """Moments of the run's training images, decoded."""
     data = load(TrainConfig, f"{run}/config.yaml").data
     images = open_images(f"latents:{data.url}", device=torch.device("cpu"), vae=data.vae)
-    starts = range(0, images.count, bench.block)
-    tiles = [range(start, min(start + bench.block, images.count)) for start in starts]
+    tiles = [range(start, min(start + TILE, images.count)) for start in range(0, images.count, TILE)]
     with torch.no_grad():
         pools = [bench.network(torch.from_numpy(images.read(tile))).pool_NF.numpy() for tile in tiles]
     return Moments.of(np.concatenate(pools))

@@ -40,6 +40,7 @@ class LatentImages:
 
     def read(self, images: range) -> Pixels:
         """Decode a range of at most a tile of images => (N, H, W, 3); passes have the shape of a tile."""
+        assert 0 < len(images) <= TILE
         ids_B = np.minimum(np.arange(images.start, images.start + TILE), images.stop - 1)
         latents_B2Chw = np.empty((TILE, *self._dataset.info.latent_shape[1:]), LATENT_DTYPE)
         _, damaged = self._dataset.read_views(ids_B, np.full(TILE, self._view), latents_B2Chw)
