@@ -193,7 +193,8 @@ def main() -> int:
     try:
         network, model = load_network(arguments.network), Model(arguments.run)
         images = open_images(arguments.real, device=CPU, crop=model.image_size)
-        real_NHW3 = images.read(range(images.count))
+        starts = range(0, images.count, TILE)
+        real_NHW3 = np.concatenate([images.read(range(images.count)[at : at + TILE]) for at in starts])
         rows = sample_rows(model, Judge(network, real_NHW3), arguments.images, arguments.steps)
         show([*rows, *resize_rows(network, real_NHW3)], Console(width=110))
     except DitScaleError as error:
