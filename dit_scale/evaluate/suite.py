@@ -66,7 +66,8 @@ class Scored:
             raise DataError(
                 f"{self.images.source} has images of {self.images.image_size} px, the reference "
                 f"{self.reference.description()['source']} has {size} px; a score across resolutions "
-                "measures the resize. Pass a reference of the same resolution"
+                "measures the resize. Pass a reference of the same resolution, or for image files --crop "
+                f"{self.images.image_size}"
             )
 
 
