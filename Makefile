@@ -75,6 +75,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.train_step --smoke
 	$(BIN)/python -m benchmarks.save --smoke
 	$(BIN)/python -m benchmarks.loader --smoke
+	$(BIN)/python -m benchmarks.sample --smoke
 
 clean:
 	rm -rf $(VENV) runs/demo
