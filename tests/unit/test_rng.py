@@ -92,6 +92,10 @@ def test_purposes_keep_their_numbers() -> None:
         ("POSTERIOR", 4),
         ("SAMPLE_START", 5),
         ("SAMPLE_STEP", 6),
+        ("HELD_OUT_TIMESTEP", 7),
+        ("HELD_OUT_NOISE", 8),
+        ("HELD_OUT_POSTERIOR", 9),
+        ("SAMPLE_LABEL", 10),
     ]
 
 
