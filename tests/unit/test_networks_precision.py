@@ -55,15 +55,17 @@ def cpu_in_bf16() -> None:
 
 @pytest.fixture
 def defaults() -> Iterator[None]:
-    before = precisions()
+    """Start and end with settings that torch's old and new switches agree on, whatever ran before."""
+    _agree()
     yield
-    for module in (torch.backends, torch.backends.cudnn, torch.backends.mkldnn):
+    _agree()
+
+
+def _agree() -> None:
+    for module in (torch.backends, torch.backends.cudnn, torch.backends.mkldnn, *OPERATIONS):
         module.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = True
-    for operation, precision in zip(OPERATIONS, before, strict=True):
-        operation.fp32_precision = precision
-    assert precisions() == before
+    torch.backends.cudnn.allow_tf32 = True  # last: it sets convolutions and recurrent layers alike
 
 
 @pytest.mark.usefixtures("defaults")
@@ -96,6 +98,7 @@ def test_an_error_inside_restores_the_settings() -> None:
     assert torch.get_float32_matmul_precision() == "high"
 
 
+@pytest.mark.usefixtures("defaults")
 def test_autocast_is_suspended() -> None:
     x = torch.ones(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
