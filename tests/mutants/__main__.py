@@ -42,6 +42,7 @@ TESTS = {
     "diffusion/gaussian.py": "unit/test_gaussian unit/test_loss unit/test_sampler",
     "diffusion/loss.py": "unit/test_loss unit/test_objective",
     "diffusion/guidance.py": "unit/test_sampler_guidance",
+    "diffusion/methods.py": "unit/test_solvers_diffusers unit/test_sample",
     "diffusion/multistep.py": "unit/test_solvers unit/test_solvers_diffusers",
     "diffusion/sampler.py": "unit/test_sampler",
     "diffusion/schedule.py": "unit/test_schedule unit/test_gaussian unit/test_sampler",
