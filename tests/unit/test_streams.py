@@ -17,7 +17,7 @@ def run(*arguments: str, **how: object) -> "subprocess.CompletedProcess[bytes]":
     return done
 
 
-@pytest.mark.parametrize("arguments", [("config",), ("config", "--json"), ("--help",), ("models",)])
+@pytest.mark.parametrize("arguments", [("config",), ("config", "--json"), ("--help",), ("models", "DiT-S/8")])
 def test_a_pipe_that_nobody_reads_ends_a_command_quietly(arguments: tuple[str, ...]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
