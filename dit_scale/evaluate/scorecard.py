@@ -4,7 +4,7 @@ A figure without its protocol cannot be compared. The protocol of samples comes 
 if it names the digest of this very file; otherwise it is unknown, and the card says so.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from dit_scale.evaluate.paper import PaperRow
 from dit_scale.sampling.sample_folder import read_mark
 from dit_scale.sealed import sealed, unseal
 from dit_scale.storage.outputs import new_file
+from dit_scale.trees import flat
 
 FORMAT, VERSION = "dit-scale metrics", 1
 CARD = "metrics.json"
@@ -126,9 +127,13 @@ def read_card(source: str) -> dict[str, Any]:
 def differences(cards: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Return the keys of the protocols that are not equal in all cards, with the value of each card."""
     are_known = all(tree["samples"]["protocol"] is not None for tree in cards)
-    flat = [dict(_leaves(_conditions(tree, are_known))) for tree in cards]
-    keys = dict.fromkeys(key for leaves in flat for key in leaves)
-    rows = {key: [leaves.get(key, MISSING) for leaves in flat] for key in keys if key not in _INFORMATIONAL}
+    by_card = [flat(_conditions(tree, are_known)) for tree in cards]
+    keys = dict.fromkeys(key for values in by_card for key in values)
+    rows = {
+        key: [str(values.get(key, MISSING)) for values in by_card]
+        for key in keys
+        if key not in _INFORMATIONAL
+    }
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
 
@@ -146,15 +151,3 @@ def figures(cards: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Ma
     by_card = [{(r["metric"], r["network"]): r for r in tree["results"]} for tree in cards]
     keys = dict.fromkeys(key for results in by_card for key in results)
     return {key: [results.get(key) for results in by_card] for key in keys}
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield dotted keys and values, as text."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(tree, Sequence) and not isinstance(tree, str) and tree and isinstance(tree[0], Mapping):
-        for number, value in enumerate(tree):
-            yield from _leaves(value, f"{prefix}.{number}")
-    else:
-        yield prefix, str(tree)

@@ -26,6 +26,7 @@ from dit_scale.sampling.npz_files import read_images, read_labels, write_npz
 from dit_scale.sealed import sealed, unseal
 from dit_scale.storage.base import MissingKeyError
 from dit_scale.storage.disk import DiskStorage
+from dit_scale.trees import flat
 
 PROTOCOL, MARK, NPZ, GRID = "protocol.json", "samples.json", "samples.npz", "grid.png"
 PARTS = "parts"
@@ -199,15 +200,9 @@ def _refusal(path: Path, got: dict[str, str], expected: dict[str, str]) -> str:
     return f"{path} holds samples of another protocol:{''.join(lines)}\n{_CHOICE}"
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested objects => dotted key: value as JSON, without what pixels do not depend on."""
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _leaves(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" not in INFORMATIONAL:
-            found[f"{prefix}{key}"] = json.dumps(value)
-    return found
+def _leaves(protocol: dict[str, Any]) -> dict[str, str]:
+    """Return dotted keys and their values as JSON, without what pixels do not depend on."""
+    return {key: json.dumps(value) for key, value in flat(protocol).items() if key not in INFORMATIONAL}
 
 
 def _files(folder: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from dit_scale.scaling.samples import score_samples
 from dit_scale.sealed import sealed, unseal
 from dit_scale.signals import REQUEUE_EXIT_CODE, StopRequest
 from dit_scale.storage.outputs import new_file
+from dit_scale.trees import flat
 
 STUDY = "study.json"
 FORMAT, VERSION = "dit-scale scaling study", 1
@@ -145,7 +146,7 @@ def check_folder(study: StudyConfig) -> None:
     path = Path(study.folder) / STUDY
     if not path.is_file():
         return
-    before, now = _flat(unseal(path.read_bytes(), str(path), ConfigError)), _flat(_identity(study))
+    before, now = flat(unseal(path.read_bytes(), str(path), ConfigError)), flat(_identity(study))
     # A key that the file lacks came with a later version, and changes nothing of what was done before.
     changed = [
         f"{key} was {_text(before[key])}, is {_text(now.get(key))}"
@@ -182,12 +183,3 @@ def _text(value: Any) -> str:
 
 def _log(study: StudyConfig, run: StudyRun) -> Path:
     return Path(study.folder) / "logs" / f"{run.name}.log"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a nested dict by dotted keys."""
-    values: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        values |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return values

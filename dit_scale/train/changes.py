@@ -13,6 +13,7 @@ from dit_scale.errors import ConfigError
 from dit_scale.lines import Say
 from dit_scale.paths import with_absolute_paths
 from dit_scale.train.optim import learning_rate
+from dit_scale.trees import flat
 
 BOUND_KEYS = ("seed", "global_batch", "data.horizontal_flip", "data.window_shards", "evaluate.held_out")
 BOUND_SECTIONS = ("model.", "diffusion.")
@@ -21,7 +22,7 @@ FREE_KEYS = ("model.attention",)
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The keys that determine which numbers a run computes: they must not change within a run."""
-    values = _flat(config.model_dump(mode="json"))
+    values = flat(config.model_dump(mode="json"))
     # The seed of the evaluation selects the held-out samples, if there are any.
     bound = (*BOUND_KEYS, "evaluate.seed") if config.evaluate.held_out else BOUND_KEYS
     return {
@@ -61,17 +62,8 @@ def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
     """One line per key: `optimizer.lr: 0.0001 -> 0.0002`. `averages` reports changes of `ema`."""
     with suppress(ConfigError):  # older runs saved relative paths
         before, now = with_absolute_paths(before), with_absolute_paths(now)
-    old, new = (_flat(config.model_dump(mode="json", exclude={"ema"})) for config in (before, now))
+    old, new = (flat(config.model_dump(mode="json", exclude={"ema"})) for config in (before, now))
     return [f"{key}: {_text(old[key])} -> {_text(new[key])}" for key in new if old[key] != new[key]]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested dict by dotted keys."""
-    values: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        values |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return values
 
 
 def _text(value: Any) -> str:

@@ -32,6 +32,7 @@ LAYERS = (
     "ledger",
     "heartbeat",
     "sealed",
+    "trees",
     "recipes",
     "paths",
     "configfile",
