@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dit_scale.choices import METRICS
 from dit_scale.cli.arguments import add_command, int_between, output_path
 from dit_scale.cli.sampling_arguments import add_sampling_arguments, sample_request, sampling_worker
+from dit_scale.cli.score_cards import print_card, print_comparison
 
 if TYPE_CHECKING:
     from dit_scale.dist import World
@@ -115,7 +116,8 @@ def _run(args: argparse.Namespace) -> int:
     from dit_scale.storage.outputs import check_output
 
     if args.compare is not None:
-        return _compare([*([args.source] if args.source else []), *args.compare])
+        print_comparison([*([args.source] if args.source else []), *args.compare])
+        return 0
     if args.source is None:
         raise ConfigError("expected what to score: images, a sample folder, a run or a weights file")
     if not args.network:
@@ -234,7 +236,7 @@ def _evaluate(
             device=device_kind(world.device),
         )
         write_card(tree, out)
-        _print_card(tree, out)
+        print_card(tree, out)
 
 
 def _card_path(source: str) -> str:
@@ -246,104 +248,3 @@ def _card_path(source: str) -> str:
         name = "metrics.json" if path.name == "samples.npz" else f"{path.stem}.metrics.json"
         return str(path.parent / name)
     return "metrics.json"
-
-
-def _print_card(tree: dict[str, Any], out: Path) -> None:
-    from rich import box
-    from rich.table import Table
-
-    from dit_scale.cli.tables import print_table
-
-    subject, reference = tree["samples"], tree["reference"]
-    count = "?" if reference["images"] is None else f"{reference['images']:,}"
-    print(f"{subject['images']:,} images of {subject['image_size']} px: {subject['source']}")
-    print(f"against {count} images: {reference['source']}")
-    for key, value in _protocol_lines(subject["protocol"]):
-        print(f"  {key:<10}{value}")
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("metric", "network"):
-        table.add_column(name)
-    for name in (
-        "value",
-        "error",
-        "samples",
-        "reference",
-        *(f"paper, {row['row']}" for row in tree["paper"]),
-    ):
-        table.add_column(name, justify="right")
-    table.add_column("note")
-    for result in tree["results"]:
-        error, real = result["standard_error"], result["reference_images"]
-        table.add_row(
-            result["metric"],
-            result["network"],
-            figure(result["value"]),
-            "" if error is None else figure(error),
-            f"{result['samples']:,}",
-            "" if real is None else f"{real:,}",
-            *(f"{row[result['metric']]:g}" if result["metric"] in row else "" for row in tree["paper"]),
-            result["note"],
-        )
-    print_table(table)
-    for caution in tree["cautions"]:
-        print(f"note: {caution}")
-    print(f"score card: {out}")
-
-
-def figure(value: float) -> str:
-    """Format a figure with the digits that are worth reading."""
-    return f"{value:.4f}" if abs(value) < 100 else f"{value:.2f}"
-
-
-def _protocol_lines(protocol: dict[str, Any] | None) -> list[tuple[str, str]]:
-    if protocol is None:
-        return [("protocol", "unknown")]
-    weights, sampling, labels = protocol["weights"], protocol["sampling"], protocol["labels"]
-    interval = sampling.get("guidance_interval")
-    return [
-        ("weights", f"{weights['description']}, sha256 {weights['sha256'][:12]}"),
-        ("sampler", f"{sampling['method']}, {sampling['steps']} steps, spacing {sampling.get('spacing')}"),
-        (
-            "guidance",
-            f"{sampling['guidance']} on {sampling['guidance_channels']} channels"
-            + (f", timesteps {interval[0]} to {interval[1]}" if interval else ""),
-        ),
-        ("labels", f"{labels['drawn']}, {labels['classes'] or 'all classes'}; seed {sampling['seed']}"),
-        ("decoder", f"{protocol['vae']['name']}, sha256 {protocol['vae']['weights_sha256'][:12]}"),
-        ("rounding", f"{protocol['rounding']}; transformer in {protocol['precision']}"),
-    ]
-
-
-def _compare(sources: list[str]) -> int:
-    from rich import box
-    from rich.table import Table
-
-    from dit_scale.cli.tables import print_table
-    from dit_scale.errors import ConfigError
-    from dit_scale.evaluate.scorecard import differences, figures, read_card
-
-    if len(sources) < 2:
-        raise ConfigError("--compare needs two score cards or more: files, or folders with a metrics.json")
-    cards = [read_card(source) for source in sources]
-    names = [chr(ord("A") + number) for number in range(len(cards))]
-    for name, source in zip(names, sources, strict=True):
-        print(f"{name} = {source}")
-    differing = differences(cards)
-    table = Table("protocol", *names, box=box.SIMPLE_HEAD)
-    for key, values in differing.items():
-        table.add_row(key, *values)
-    if differing:
-        print_table(table)
-    else:
-        print("the protocols are equal")
-    table = Table("metric", "network", *names, box=box.SIMPLE_HEAD)
-    for (metric, network), results in figures(cards).items():
-        table.add_row(metric, network, *("-" if r is None else _with_error(r) for r in results))
-    print_table(table)
-    return 0
-
-
-def _with_error(result: Any) -> str:
-    error = result["standard_error"]
-    shown = figure(result["value"]) + ("" if error is None else f" +- {figure(error)}")
-    return f"{shown} (n {result['samples']:,})"
