@@ -6,7 +6,6 @@ padded, so each forward pass has the same shape and the rows have the same bits 
 Shapes: N images, H W pixels, F pooled features.
 """
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dit_scale.data.pixels import Pixels
 from dit_scale.dist import World
@@ -22,9 +20,7 @@ from dit_scale.errors import DataError, DitScaleError
 from dit_scale.evaluate.cache import F32, FeatureCache, FeatureRows
 from dit_scale.evaluate.features import FeatureNetwork
 from dit_scale.evaluate.images import TILE, ImageSet
-
-REPORT_S = 30.0
-"""Time between two lines of progress where no terminal shows a bar."""
+from dit_scale.image_progress import ImageProgress
 
 
 def say(note: str) -> None:
@@ -58,8 +54,10 @@ def _compute(
         range(at, min(at + TILE, chunk.stop)) for chunk in own for at in range(chunk.start, chunk.stop, TILE)
     ]
     title = f"features of {images.source} ({network.identity.name})"
+    # Rank 0 shows its own share times the number of ranks.
+    total, done = sum(map(len, own)) * world.size, 0
     try:
-        with _Bar(title, sum(map(len, own)), world) as bar:
+        with ImageProgress(total, title=title, shown=world.is_first) as progress:
             read = _ahead(images, tiles)
             for chunk in own:
                 parts: dict[str, list[F32]] = {}
@@ -67,7 +65,8 @@ def _compute(
                     pixels_NHW3 = next(read)
                     for kind, rows in _features(network, pixels_NHW3, world.device).items():
                         parts.setdefault(kind, []).append(rows)
-                    bar.advance(len(pixels_NHW3))
+                    done += len(pixels_NHW3) * world.size
+                    progress.show(done)
                 cache.write_chunk(chunk, {kind: np.concatenate(rows) for kind, rows in parts.items()})
     except DitScaleError as error:
         return str(error)
@@ -102,42 +101,3 @@ def _ahead(images: ImageSet, tiles: list[range]) -> Iterator[Pixels]:
         for number in range(len(tiles)):
             waiting += [reader.submit(images.read, tile) for tile in tiles[number + 1 : number + 2]]
             yield waiting.pop(0).result()
-
-
-class _Bar:
-    """Progress in images with speed and time left; rank 0 shows its own share times the number of ranks."""
-
-    def __init__(self, title: str, total: int, world: World) -> None:
-        console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-        self._factor, self._total = world.size, total * world.size
-        self._bar = Progress(
-            TextColumn(title),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]:.0f} images/s"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (world.is_first and console.is_terminal),
-        )
-        self._task = self._bar.add_task(title, total=self._total, speed=0.0)
-        self._lines = title if world.is_first and not console.is_terminal else ""
-        self._began_s = self._said_s = time.monotonic()
-        self._done = 0
-
-    def __enter__(self) -> "_Bar":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self, count: int) -> None:
-        """Count images."""
-        self._done += count * self._factor
-        now_s = time.monotonic()
-        speed = self._done / max(now_s - self._began_s, 1e-9)
-        self._bar.update(self._task, completed=self._done, speed=speed)
-        if self._lines and now_s - self._said_s > REPORT_S:
-            self._said_s = now_s
-            left_s = (self._total - self._done) / speed
-            say(f"{self._lines}: {self._done}/{self._total}, {speed:.0f} images/s, {left_s:.0f} s left")

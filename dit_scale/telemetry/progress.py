@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
+from dit_scale.image_progress import duration
+
 RECENT = 10
 """Number of log points from which the remaining time is estimated."""
 
@@ -64,10 +66,3 @@ class StatusLine:
         before, then_s = self._recent[0]
         self._recent.append((step, now_s))
         return (self._total_steps - step) * (now_s - then_s) / max(1, step - before)
-
-
-def duration(seconds: float) -> str:
-    """Format hours, minutes and seconds, 10 characters wide: `  26:03:09`."""
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour:>4}:{minute:02}:{second:02}"

@@ -33,6 +33,7 @@ LAYERS = (
     "heartbeat",
     "sealed",
     "trees",
+    "image_progress",
     "recipes",
     "paths",
     "configfile",

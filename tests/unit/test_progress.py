@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from dit_scale.image_progress import duration
 from dit_scale.telemetry import progress
-from dit_scale.telemetry.progress import RECENT, StatusLine, duration
+from dit_scale.telemetry.progress import RECENT, StatusLine
 
 RECORD = {"loss": 0.18125, "grad_norm": 0.25, "lr": 1e-4, "images_per_s": 1234.56}
 
