@@ -38,7 +38,7 @@ class ImageProgress:
         self._bar.stop()
 
     def show(self, done: float) -> None:
-        """Show that so many images are done, fractions included."""
+        """Show the number of images done; it may have a fraction."""
         now_s, done = time.monotonic(), min(done, self._num_images)
         speed = (done - self._before) / max(now_s - self._start_s, 1e-9)
         left_s = (self._num_images - done) / speed if speed > 0 else 0.0

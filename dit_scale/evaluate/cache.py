@@ -1,4 +1,4 @@
-"""Features on disk: computed once per set of images and network, whoever asks for them.
+"""Features on disk, computed once per set of images and network.
 
     <root>/<key>/chunks/00000256.npz   rows of 256 images, written atomically by any process
     <root>/<key>/pool.npy ...          all rows, written when no chunk is missing
@@ -77,7 +77,7 @@ class FeatureCache:
         return True
 
     def missing(self) -> list[range]:
-        """Return the images of the chunks that nobody has committed."""
+        """Return the images of the chunks that no process has committed."""
         chunks = (range(at, min(at + CHUNK, self._count)) for at in range(0, self._count, CHUNK))
         return [chunk for chunk in chunks if not self._chunk(chunk).is_file()]
 
@@ -116,7 +116,7 @@ class FeatureCache:
             with temporary.open("rb") as file:
                 file.seek(header_bytes)
                 if hashlib.file_digest(file, "sha256").hexdigest() != hasher.hexdigest():
-                    raise DataError(f"{temporary} was not written as it should be; check the disk")
+                    raise DataError(f"{temporary} differs from what was written; check the disk")
         return file_sha256(path)
 
     def open(self) -> FeatureRows:

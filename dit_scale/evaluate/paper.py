@@ -1,4 +1,4 @@
-"""Figures of the paper to stand beside our own.
+"""The paper's figures, to print beside our own.
 
 Peebles, Xie, "Scalable Diffusion Models with Transformers", 2023.
 

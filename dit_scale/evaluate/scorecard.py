@@ -25,7 +25,7 @@ CARD = "metrics.json"
 MISSING = "-"
 """What a comparison shows for a key that a card does not have."""
 _INFORMATIONAL = ("samples.source", "samples.protocol.weights.description", "reference.source")
-"""Keys that only say where files lay."""
+"""Keys that only name locations."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Subject:
 
 
 def subject_of(images: ImageSet, sha256: str) -> Subject:
-    """Describe the images, with the protocol that lies beside them if it is theirs. Raises DataError."""
+    """Describe the images, with their protocol if samples.json beside them names their digest. Raises DataError."""
     return Subject(
         source=images.source,
         sha256=sha256,

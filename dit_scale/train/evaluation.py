@@ -92,7 +92,7 @@ class Evaluation:
         step = attempt.state.step
 
         def proceed() -> None:
-            """Agree on whether to go on; raise Interrupted if not."""
+            """Agree with all ranks to continue; raise Interrupted if one was asked to stop."""
             self._beat(step)
             (stopping,) = self._context.world.start_vote(stop.wanted).result()
             if stopping:
