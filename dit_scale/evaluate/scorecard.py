@@ -57,7 +57,7 @@ class Subject:
 
 
 def subject_of(images: ImageSet, sha256: str) -> Subject:
-    """Describe the images, with their protocol if samples.json beside them names their digest. Raises DataError."""
+    """Describe the images; samples.json has their protocol if it names their digest. Raises DataError."""
     return Subject(
         source=images.source,
         sha256=sha256,

@@ -127,7 +127,7 @@ def test_a_file_that_is_not_what_was_written_keeps_the_chunks(
     cache = FeatureCache(tmp_path, "digest", 8, NetworkIdentity("n", "0", "p"))
     cache.write_chunk(range(8), {"pool": np.zeros((8, 3), np.float32)})
     monkeypatch.setattr(cache_module.hashlib, "file_digest", lambda file, name: hashlib.sha256(b"other"))
-    with pytest.raises(DataError, match="was not written as it should be"):
+    with pytest.raises(DataError, match="differs from what was written"):
         cache.assemble()
     assert cache.missing() == []
 
