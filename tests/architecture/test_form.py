@@ -283,6 +283,11 @@ def test_text_is_ascii() -> None:
     assert [str(path.relative_to(ROOT)) for path in texts() if not path.read_bytes().isascii()] == []
 
 
+def test_no_text_has_conflict_markers_of_a_merge() -> None:
+    marker = re.compile(rb"^(<<<<<<<|>>>>>>>) ", re.MULTILINE)
+    assert [str(path.relative_to(ROOT)) for path in texts() if marker.search(path.read_bytes())] == []
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_has_its_command_in_the_header(path: Path) -> None:
     header = re.match(r"(#.*\n)+", path.read_text())
