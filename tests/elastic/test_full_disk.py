@@ -1,5 +1,7 @@
 """The disk of the run, its checkpoints and its board is full for a while: the same ranks continue."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,9 @@ def test_a_disk_is_full_for_a_while(tmp_path: Path) -> None:
             node = nodes.start("a")
             nodes.wait_for_step(20)
             ranks = node.ranks()
+            os.kill(ranks[0], signal.SIGSTOP)  # else the run could end before the disk is full
             filler = fill(disk)
+            os.kill(ranks[0], signal.SIGCONT)
             nodes.wait(lambda: node.says("jsonl cannot be written: No space left on device"), "alarm")
             failed = node.log.read_text().count("was not saved")
             nodes.wait(

@@ -9,6 +9,9 @@ from shutil import which
 
 from tests.support.needs import needs
 
+MARGIN_BLOCKS = 1024
+"""Blocks that others may take while most of the space is allocated; the rest is filled block by block."""
+
 
 @contextmanager
 def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
@@ -25,13 +28,12 @@ def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Use up all free space; return the file that takes it."""
+    """Use up all free space, most of it by one call, which takes less than a second; return the filler."""
     filler = disk / "filler"
-    descriptor = os.open(filler, os.O_WRONLY | os.O_CREAT)
-    try:
-        with suppress(OSError):
-            while True:
-                os.write(descriptor, bytes(4096))
-    finally:
-        os.close(descriptor)
+    space = os.statvfs(disk)
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        os.posix_fallocate(file.fileno(), 0, max(1, (space.f_bavail - MARGIN_BLOCKS) * space.f_frsize))
+        file.seek(0, os.SEEK_END)
+        while True:
+            file.write(bytes(space.f_frsize))
     return filler
