@@ -1,7 +1,5 @@
 """The disk of the run, its checkpoints and its board is full for a while: the same ranks continue."""
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -24,16 +22,18 @@ def test_a_disk_is_full_for_a_while(tmp_path: Path) -> None:
             node = nodes.start("a")
             nodes.wait_for_step(20)
             ranks = node.ranks()
-            os.kill(ranks[0], signal.SIGSTOP)  # else the run could end before the disk is full
-            filler = fill(disk)
-            os.kill(ranks[0], signal.SIGCONT)
-            nodes.wait(lambda: node.says("jsonl cannot be written: No space left on device"), "alarm")
+
+            def cannot_write_its_record() -> bool:
+                fill(disk)  # again and again: a save that fails removes its file
+                return node.says("jsonl cannot be written: No space left on device")
+
+            nodes.wait(cannot_write_its_record, "alarm")
             failed = node.log.read_text().count("was not saved")
             nodes.wait(
                 lambda: node.log.read_text().count("was not saved") > failed + 2, "two more failed saves"
             )
             assert node.ranks() == ranks
-            filler.unlink()
+            (disk / "filler").unlink()
             assert node.exit_code() == 0
             assert node.endings() == [("done", "a")]
             assert not node.says("Traceback")

@@ -9,9 +9,6 @@ from shutil import which
 
 from tests.support.needs import needs
 
-MARGIN_BLOCKS = 1024
-"""Blocks that others may take while most of the space is allocated; the rest is filled block by block."""
-
 
 @contextmanager
 def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
@@ -28,12 +25,14 @@ def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Use up all free space, most of it by one call, which takes less than a second; return the filler."""
+    """Use up all space that is free now, also in a further call; return the file that takes it."""
     filler = disk / "filler"
     space = os.statvfs(disk)
-    with filler.open("wb", buffering=0) as file, suppress(OSError):
-        os.posix_fallocate(file.fileno(), 0, max(1, (space.f_bavail - MARGIN_BLOCKS) * space.f_frsize))
-        file.seek(0, os.SEEK_END)
+    with filler.open("ab", buffering=0) as file, suppress(OSError):
+        # Nearly all at once, which takes less than a second; others may take some of it meanwhile.
+        with suppress(OSError):
+            free_bytes = max(1, space.f_bavail * space.f_frsize * 9 // 10)
+            os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, free_bytes)
         while True:
             file.write(bytes(space.f_frsize))
     return filler
