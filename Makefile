@@ -73,6 +73,7 @@ chaos: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.encode --smoke
 	$(BIN)/python -m benchmarks.train_step --smoke
+	$(BIN)/python -m benchmarks.peers --smoke
 	$(BIN)/python -m benchmarks.save --smoke
 	$(BIN)/python -m benchmarks.loader --smoke
 	$(BIN)/python -m benchmarks.sample --smoke

@@ -34,6 +34,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     rows = []
     for name in names:
-        row = _measure_in_process(_config(args, name), args.warmup, args.matmul_side)
+        row = _settings(args, name) | _measure_in_process(args, name)
         rows.append(row)
         if args.json:
             print(json.dumps(row), flush=True)
@@ -191,25 +192,32 @@ def _cuda_event() -> torch.cuda.Event:
     return event
 
 
-def _measure_in_process(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
-    settings: Row = {
-        "model": config.model.name,
-        "image_size": config.model.image_size,
-        "attention": config.model.attention,
-        "micro_batch": config.engine.micro_batch,
-        "micro_steps": config.global_batch // config.engine.micro_batch,
-        "zero_stage": config.engine.zero_stage,
-        "precision": config.engine.precision,
-        "compiled": config.engine.compile_blocks,
-        "determinism": config.engine.determinism,
+def _settings(args: argparse.Namespace, backend: str) -> Row:
+    return {
+        "model": args.model,
+        "image_size": args.image_size,
+        "attention": backend,
+        "micro_batch": args.micro_batch,
+        "micro_steps": args.micro_steps,
+        "zero_stage": args.zero_stage,
+        "precision": args.precision,
+        "compiled": args.compile,
+        "determinism": args.determinism,
         "versions": versions(),
     }
+
+
+def _measure_in_process(args: argparse.Namespace, backend: str) -> Row:
+    try:
+        config = _config(args, backend)
+    except ValidationError as error:  # a backend that these settings exclude
+        return {"problem": "; ".join(found["msg"] for found in error.errors())}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_print_to_stderr) as pool:
         try:
-            return settings | pool.submit(measure, config, warmup, matmul_side).result()
+            return pool.submit(measure, config, args.warmup, args.matmul_side).result()
         except BrokenProcessPool:
-            return settings | {"problem": "the process was killed, possibly because host memory ran out"}
+            return {"problem": "the process was killed, possibly because host memory ran out"}
 
 
 def _print_to_stderr() -> None:

@@ -19,7 +19,7 @@ MODULE = "benchmarks.train_step"
 @pytest.fixture(scope="module")
 def done() -> subprocess.CompletedProcess[str]:
     """Measure a backend that needs CUDA, then one that is always available."""
-    command = [sys.executable, "-m", MODULE, "--smoke", "--json", "--attention", "sdpa_cudnn,sdpa"]
+    command = [sys.executable, "-m", MODULE, "--smoke", "--json", "--attention", "sdpa_efficient,sdpa"]
     return subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0))
 
 
@@ -52,7 +52,7 @@ def test_a_missing_backend_has_a_row_with_the_reason(
     rows: list[dict[str, Any]], done: subprocess.CompletedProcess[str]
 ) -> None:
     assert done.returncode == 0
-    assert rows[0]["attention"] == "sdpa_cudnn"
+    assert rows[0]["attention"] == "sdpa_efficient"
     assert "needs a CUDA device" in rows[0]["problem"]
     assert "images_per_s" not in rows[0]
     assert "no figures" in done.stderr
@@ -62,3 +62,12 @@ def test_an_unknown_backend_is_refused_immediately(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         train_step.main(["--attention", "flash5"])
     assert "--attention flash5: expected `all`, or a list of sdpa" in capsys.readouterr().err
+
+
+def test_a_backend_that_the_settings_exclude_has_a_row_with_the_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train_step.main(["--smoke", "--json", "--attention", "sdpa_cudnn"]) == 1
+    row = json.loads(capsys.readouterr().out)
+    assert (row["attention"], row["determinism"]) == ("sdpa_cudnn", "strict")
+    assert "use attention: sdpa, or engine.determinism=fast" in row["problem"]
