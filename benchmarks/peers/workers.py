@@ -89,17 +89,19 @@ def loops(names: list[str], setting: Setting, processes: list[int]) -> Iterator[
             loop.close()
 
 
-def measure(started: list[Loop], *, warmup: int, rounds: int, steps: int) -> dict[Loop, list[Slice]]:
-    """Let the loops take turns: `rounds` turns of `steps` steps each, after a turn of warm-up."""
+def measure(started: list[Loop], *, warmup: int, rounds: int, steps: int) -> list[tuple[Loop, list[Slice]]]:
+    """Let the loops take turns: `rounds` turns of `steps` steps each, after a turn of warm-up.
+
+    Returns each loop with its slices; there are none for a loop with a problem.
+    """
     for loop in started:
         loop.take(warmup)
-    slices: dict[Loop, list[Slice]] = {loop: [] for loop in started}
+    slices: list[list[Slice]] = [[] for _ in started]
     for _ in range(rounds):
-        for loop in started:
-            taken = loop.take(steps)
-            if taken is not None:
-                slices[loop].append(taken)
-    return {loop: taken for loop, taken in slices.items() if not loop.problem}
+        for loop, taken in zip(started, slices, strict=True):
+            if (one := loop.take(steps)) is not None:
+                taken.append(one)
+    return [(loop, [] if loop.problem else taken) for loop, taken in zip(started, slices, strict=True)]
 
 
 def _launched(rank: int, size: int, port: int) -> dict[str, str]:
