@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dit_scale import rng
 from dit_scale.checkpoint.attempts import AttemptRecord, Ranges, check_current
 from dit_scale.checkpoint.manifest import Evaluated
 from dit_scale.checkpoint.reader import Checkpoint
@@ -212,7 +213,8 @@ class Attempt:
             self.say(note)
         self.say(
             f"{config.model.name} at {config.model.image_size} px, {config.engine.precision}, "
-            f"ZeRO-{config.engine.zero_stage}, attention {self._trainer.attention_backend}, on "
+            f"ZeRO-{config.engine.zero_stage}, attention {self._trainer.attention_backend}, "
+            f"draws by {rng.backend(context.world.device)}, on "
             f"{plan.world} x {context.world.device.type}: {plan.global_batch} samples per step in "
             f"{plan.micro_steps} micro-steps of {plan.micro_batch} per process"
         )

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import train_step
 from dit_scale.config import ModelConfig
-from dit_scale.models.zoo import forward_macs, shape_of
+from dit_scale.models.zoo import forward_macs, num_parameters, shape_of
 from tests.support.speed import scaled
 
 MODULE = "benchmarks.train_step"
@@ -37,6 +37,16 @@ def test_figures_are_positive_and_consistent(rows: list[dict[str, Any]]) -> None
     assert row["images_per_s"] == pytest.approx(row["micro_batch"] * row["micro_steps"] / row["step_s"])
     assert row["model_flops_per_s"] == pytest.approx(row["images_per_s"] * row["model_flops_per_image"])
     assert row["share_of_matmul"] == pytest.approx(row["model_flops_per_s"] / row["matmul_flops_per_s"])
+
+
+def test_the_update_is_part_of_the_step_and_has_its_bytes(rows: list[dict[str, Any]]) -> None:
+    row = rows[1]
+    shape = shape_of(ModelConfig(name=row["model"], image_size=row["image_size"]))
+    assert row["update_bytes"] == (28 + 12 + 6) * num_parameters(shape)  # one average, bf16 weights
+    assert 0 < row["update_s"] < row["step_s"]
+    share = row["update_bytes"] / row["update_s"] / row["copy_bytes_per_s"]
+    assert row["update_share_of_copy"] == pytest.approx(share)
+    assert row["predicted_memory_bytes"] > 16 * num_parameters(shape)
 
 
 def test_settings_and_versions_are_in_the_row(rows: list[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from dit_scale.models import dit
 from dit_scale.rng import Purpose
 from dit_scale.train.objective import Predict, SampleLosses, drop_labels, losses
 from tests.support import philox
+from tests.support.operators import Operators
 
 SEED, SCALE, NUM_CLASSES, LABEL_DROPOUT = 7, 0.5, 10, 0.1
 NUM = 5
@@ -127,3 +128,30 @@ def test_a_label_is_dropped_when_its_draw_is_below_the_share() -> None:
         NUM_CLASSES if draw < share else y for draw, y in zip(draws, y_B.tolist(), strict=True)
     ]
     assert int((kept == NUM_CLASSES).sum()) == 100
+
+
+def test_the_draws_of_a_micro_batch_are_four_kernels() -> None:
+    """Counted on the meta device: on CUDA, each operator that is not a view launches at least one kernel."""
+    batch = MicroBatch(
+        torch.empty((8, 8, 32, 32), dtype=torch.half),
+        *(torch.empty(8, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.float32)),
+    )
+    batch = batch.to(torch.device("meta"))
+    schedule = schedules.linear(1000).to(torch.device("meta"))
+    output = torch.empty((8, 8, 32, 32), device="meta", requires_grad=True)
+    with Operators() as seen:
+        by_sample = losses(
+            lambda *_: output,
+            schedule,
+            batch,
+            seed=SEED,
+            latent_scale=SCALE,
+            null_class=NUM_CLASSES,
+            label_dropout=LABEL_DROPOUT,
+        )
+        forward = seen.kernels()
+        by_sample.sums(batch.weight_B)[0].backward()
+    draws = {name: count for name, count in seen.called.items() if name.startswith("dit_scale::")}
+    print(f"{forward} kernels forward, {seen.kernels()} with the backward pass")
+    assert draws == {"dit_scale::normals": 2, "dit_scale::integers": 1, "dit_scale::uniforms": 1}
+    assert seen.kernels() < 200
