@@ -13,6 +13,7 @@ D width.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +69,12 @@ class DiT(nn.Module):
         """Choose what the blocks recompute in the backward pass; call it before `compile_blocks`."""
         self._run_block = block_runner(mode)
 
-    def compile_blocks(self) -> None:
-        """torch.compile the blocks; parameter names stay, and all blocks share one compilation."""
-        self._run_block = torch.compile(self._run_block)
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile the blocks; parameter names stay, and all blocks share one compilation.
+
+        `options` are arguments of torch.compile.
+        """
+        self._run_block = torch.compile(self._run_block, **options)
 
     def _positions(self, device: torch.device) -> Tensor:
         if device.type == "meta":
