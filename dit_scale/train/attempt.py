@@ -21,6 +21,7 @@ from dit_scale.train.context import RunContext
 from dit_scale.train.ema import ema_kind
 from dit_scale.train.evaluation_keys import headline
 from dit_scale.train.logbook import Carried, Logbook, carried_over, check_writable
+from dit_scale.train.memory import sharding
 from dit_scale.train.rollback import failures_in_a_row, positions_of_steps, rollback_is_due
 from dit_scale.train.run_state import state_of
 from dit_scale.train.trainer import Trainer
@@ -212,9 +213,10 @@ class Attempt:
             self.say(note)
         self.say(
             f"{config.model.name} at {config.model.image_size} px, {config.engine.precision}, "
-            f"ZeRO-{config.engine.zero_stage}, attention {self._trainer.attention_backend}, on "
-            f"{plan.world} x {context.world.device.type}: {plan.global_batch} samples per step in "
-            f"{plan.micro_steps} micro-steps of {plan.micro_batch} per process"
+            f"{sharding(config.engine.zero_stage, plan.world)}, attention "
+            f"{self._trainer.attention_backend}, on {plan.world} x {context.world.device.type}: "
+            f"{plan.global_batch} samples per step in {plan.micro_steps} micro-steps of "
+            f"{plan.micro_batch} per process"
         )
         start = f"resumed at step {self.state.step}" if self.record.resumed_from else "a new run"
         self.say(f"{config.run}: {start}, attempt {self.record.number}")
