@@ -63,7 +63,7 @@ def build_optimizer(
 
 _NEEDS = {
     "apex": "build NVIDIA apex from source with its CUDA extensions",
-    "deepspeed": "install the CUDA toolkit of the version that torch uses, and set CUDA_HOME to its folder",
+    "deepspeed": "install ninja and the CUDA toolkit of the version that torch uses, and set CUDA_HOME",
 }
 
 
