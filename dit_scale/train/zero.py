@@ -148,7 +148,7 @@ def deepspeed_config(
         },
         "steps_per_print": None,
         "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice per step
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device
     }
 
 
