@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # For the CPU kernels of the tests and the demo; it does not affect CUDA.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-quick mutants chaos check bench clean
+.PHONY: help demo test test-quick mutants chaos check bench bench-gpu clean
 
 help:
 	@echo "make demo        encode, train, sample and score on handwritten digits (2 to 5 minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make chaos       long fault-injection campaigns: training, encoding, SLURM, pods (about 3 hours)"
 	@echo "make check       run ruff and mypy"
 	@echo "make bench       run the benchmarks in their short form (about a minute)"
+	@echo "make bench-gpu   measure training, sampling and encoding on a GPU, into runs/bench (under 10 minutes)"
 	@echo "make clean       remove the virtual environment and the demo run"
 
 $(VENV)/torch: constraints.txt
@@ -37,7 +38,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 	@touch $@
 
 $(VENV)/ready: $(VENV)/demo
-	@echo "set-up 3/3: additional dependencies of the tests (about 100 MB)"
+	@echo "set-up 3/3: additional dependencies of the tests (about 300 MB)"
 	@$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
@@ -73,9 +74,13 @@ chaos: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.encode --smoke
 	$(BIN)/python -m benchmarks.train_step --smoke
+	$(BIN)/python -m benchmarks.peers --smoke
 	$(BIN)/python -m benchmarks.save --smoke
 	$(BIN)/python -m benchmarks.loader --smoke
 	$(BIN)/python -m benchmarks.sample --smoke
+
+bench-gpu: $(VENV)/ready
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) runs/demo

@@ -12,6 +12,10 @@ host clock on a CPU. Model FLOPs are 6 x the multiply-adds of one forward pass, 
 count. The matrix product, 8192^3 random numbers of the same type (1024^3 on a CPU), is measured in the
 same process immediately after the steps, while the device is warm.
 
+The update (guard, AdamW, new weights, moving averages) is also measured alone, beside a copy within the
+device's memory: its share is the bytes that it must move per second, divided by those of the copy. Peak
+memory stands beside the prediction of `dit_scale/train/memory.py`.
+
 Each row runs in its own process: DeepSpeed cannot start twice in one process, compiled code and
 allocations of one row would affect the next, and a row that runs out of memory must not abort the others.
 """
@@ -34,6 +38,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -44,16 +49,26 @@ from dit_scale.data.batch_plan import batch_plan
 from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.errors import DeviceError
 from dit_scale.models import attention
-from dit_scale.models.zoo import Shape, forward_macs, shape_of
+from dit_scale.models.zoo import Shape, forward_macs, num_parameters, shape_of
 from dit_scale.telemetry.meters import Meters
 from dit_scale.train import determinism
 from dit_scale.train.dry_run import FLOPS_PER_MAC, TRAINING_FORWARDS
+from dit_scale.train.memory import estimate
 from dit_scale.train.trainer import Trainer
 
 LATENT_SCALE = 0.18215
 MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 MATMUL_REPEATS = 50
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+COLUMNS = (
+    "ms/step",
+    "images/s",
+    "TFLOP/s (matmul)",
+    "share",
+    "update ms (of a copy)",
+    "peak GiB (predicted)",
+)
 PACKAGES = ("dit-scale", "torch", "triton", "deepspeed", "flash-attn", "flash-attn-4")
 SMOKE = {
     "model": "DiT-Ti/2",
@@ -85,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     rows = []
     for name in names:
-        row = _measure_in_process(_config(args, name), args.warmup, args.matmul_side)
+        row = _settings(args, name) | _measure_in_process(args, name)
         rows.append(row)
         if args.json:
             print(json.dumps(row), flush=True)
@@ -119,10 +134,16 @@ def _figures(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
         shape = shape_of(config.model)
         batches = cycle([random_batch(shape, plan.micro_batch, i) for i in range(plan.micro_steps)])
 
+        mark, updates = _clock(device), []
+
         def take() -> None:
-            meters.add(trainer.take(batches, 0))
+            sums = trainer.accumulate(batches)
+            started = mark()
+            meters.add(trainer.update(sums, 0))
+            updates.append((started, mark()))
 
         step_s = median_s(take, warmup, config.steps, device)
+        update_s = median(_seconds(*marks) for marks in updates[-config.steps :])
         on_cuda = device.type == "cuda"
         peak_memory_bytes = torch.cuda.max_memory_allocated(device) if on_cuda else None
         matmul = matmul_flops_per_s(DTYPES[config.engine.precision], device, matmul_side)
@@ -138,6 +159,8 @@ def _figures(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
             "matmul_flops_per_s": matmul,
             "share_of_matmul": images_per_s * flops_per_image / matmul,
             "peak_memory_bytes": peak_memory_bytes,
+            "predicted_memory_bytes": estimate(config, shape, plan).total,
+            **_update_figures(config, shape, update_s, device),
         }
     finally:
         dist.stop()
@@ -166,23 +189,38 @@ def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, side: int | Non
     return FLOPS_PER_MAC * side**3 / median_s(lambda: torch.mm(a, b, out=out), 5, MATMUL_REPEATS, device)
 
 
+def _update_figures(config: TrainConfig, shape: Shape, update_s: float, device: torch.device) -> Row:
+    """Compare an update to a copy. Per parameter, AdamW reads its gradient and reads and writes master and
+    moments, each average is read and written beside the master, and bf16 weights are cast from it."""
+    bytes_per_parameter = 28 + 12 * len(config.ema) + (6 if config.engine.precision == "bf16" else 0)
+    update_bytes = bytes_per_parameter * num_parameters(shape)
+    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    copy_s = median_s(lambda: target.copy_(source), 3, 20, device)
+    copy_bytes_per_s = 2 * COPY_BYTES[device.type] / copy_s
+    return {
+        "update_s": update_s,
+        "update_bytes": update_bytes,
+        "copy_bytes_per_s": copy_bytes_per_s,
+        "update_share_of_copy": update_bytes / update_s / copy_bytes_per_s,
+    }
+
+
 def median_s(work: Callable[[], object], warmup: int, repeats: int, device: torch.device) -> float:
     """Median seconds per call. On CUDA this is device time; the host may run ahead."""
+    mark = _clock(device)
     for _ in range(warmup):
         work()
-    if device.type == "cpu":
-        return median(b - a for a, b in pairwise(_marks(work, repeats, time.perf_counter)))
-    events = _marks(work, repeats, _cuda_event)
-    events[-1].synchronize()
-    return median(a.elapsed_time(b) / 1e3 for a, b in pairwise(events))
-
-
-def _marks(work: Callable[[], object], repeats: int, mark: Callable[[], Any]) -> list[Any]:
     marks = [mark()]
     for _ in range(repeats):
         work()
         marks.append(mark())
-    return marks
+    return median(_seconds(a, b) for a, b in pairwise(marks))
+
+
+def _clock(device: torch.device) -> Callable[[], Any]:
+    """Return a function that marks a moment: an event in a CUDA device's stream, else the host's time."""
+    return _cuda_event if device.type == "cuda" else time.perf_counter
 
 
 def _cuda_event() -> torch.cuda.Event:
@@ -191,25 +229,39 @@ def _cuda_event() -> torch.cuda.Event:
     return event
 
 
-def _measure_in_process(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
-    settings: Row = {
-        "model": config.model.name,
-        "image_size": config.model.image_size,
-        "attention": config.model.attention,
-        "micro_batch": config.engine.micro_batch,
-        "micro_steps": config.global_batch // config.engine.micro_batch,
-        "zero_stage": config.engine.zero_stage,
-        "precision": config.engine.precision,
-        "compiled": config.engine.compile_blocks,
-        "determinism": config.engine.determinism,
+def _seconds(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _settings(args: argparse.Namespace, backend: str) -> Row:
+    return {
+        "model": args.model,
+        "image_size": args.image_size,
+        "attention": backend,
+        "micro_batch": args.micro_batch,
+        "micro_steps": args.micro_steps,
+        "zero_stage": args.zero_stage,
+        "precision": args.precision,
+        "compiled": args.compile,
+        "determinism": args.determinism,
         "versions": versions(),
     }
+
+
+def _measure_in_process(args: argparse.Namespace, backend: str) -> Row:
+    try:
+        config = _config(args, backend)
+    except ValidationError as error:  # a backend that these settings exclude
+        return {"problem": "; ".join(found["msg"] for found in error.errors())}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_print_to_stderr) as pool:
         try:
-            return settings | pool.submit(measure, config, warmup, matmul_side).result()
+            return pool.submit(measure, config, args.warmup, args.matmul_side).result()
         except BrokenProcessPool:
-            return settings | {"problem": "the process was killed, possibly because host memory ran out"}
+            return {"problem": "the process was killed, possibly because host memory ran out"}
 
 
 def _print_to_stderr() -> None:
@@ -279,8 +331,8 @@ def _table(rows: list[Row]) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("attention")
-    for column in ("ms/step", "images/s", "model TFLOP/s", "matmul TFLOP/s", "share", "peak GiB"):
+    table.add_column("attention", no_wrap=True)
+    for column in COLUMNS:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(row["attention"], *_cells(row))
@@ -290,14 +342,14 @@ def _table(rows: list[Row]) -> Table:
 def _cells(row: Row) -> list[str]:
     if "problem" in row:
         return ["no figures"]
-    memory = row["peak_memory_bytes"]
+    memory, predicted = row["peak_memory_bytes"], row["predicted_memory_bytes"]
     return [
         f"{row['step_s'] * 1e3:,.2f}",
         f"{row['images_per_s']:,.1f}",
-        f"{row['model_flops_per_s'] / 1e12:,.4g}",
-        f"{row['matmul_flops_per_s'] / 1e12:,.4g}",
+        f"{row['model_flops_per_s'] / 1e12:,.4g} ({row['matmul_flops_per_s'] / 1e12:,.4g})",
         f"{row['share_of_matmul']:.1%}",
-        "" if memory is None else f"{memory / 2**30:.1f}",
+        f"{row['update_s'] * 1e3:,.2f} ({row['update_share_of_copy']:.0%})",
+        f"{'' if memory is None else f'{memory / 2**30:.1f} '}({predicted / 2**30:.1f})",
     ]
 
 

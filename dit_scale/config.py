@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from dit_scale import configfile, recipes
+from dit_scale.choices import attention_problem
 from dit_scale.errors import ConfigError
 from dit_scale.paths import with_absolute_paths
 from dit_scale.sections import EvaluateConfig, Folder, FolderOrHubName, FolderOrUrl, NodeFolder
@@ -120,7 +121,7 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto`: CUDA if available."""
     compile_blocks: bool = False
-    """Compile the transformer blocks with torch.compile; all blocks share one compilation."""
+    """Compile the transformer blocks and the loss with torch.compile; all blocks share one compilation."""
     determinism: Literal["strict", "fast"] = "strict"
     """`strict`: bitwise reproducible at the same world size; `fast`: reproducible up to rounding."""
     cpu_threads: int = Field(1, ge=1)
@@ -235,6 +236,14 @@ class TrainConfig(Section):
         names = [profile.name for profile in self.ema]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"ema: expected one or more profiles with different names, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _attention_can_run(self) -> "TrainConfig":
+        engine = self.engine
+        problem = attention_problem(self.model.attention, engine.precision, engine.determinism, engine.device)
+        if problem:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

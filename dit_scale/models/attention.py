@@ -5,10 +5,13 @@ or dropout (Vaswani et al. 2017, eq. 1). The number of keys may differ from the 
 needs only torch; the flash backends need their own package, a CUDA device and bf16 weights. A model
 records its backend as `attention_backend`.
 
+`flash3` and `flash4` stay torch's own operator: torch replaces the kernel behind its flash backend, in the
+entire process. So torch.compile sees one operator, and torch's determinism switch decides about the backward
+pass.
+
 Shapes: B batch, H heads, T tokens, K channels per head.
 """
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,8 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
 
+from dit_scale.choices import ATTENTION_BACKENDS as BACKENDS
 from dit_scale.errors import ConfigError, DeviceError
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,18 +33,15 @@ _SDPA_KERNELS = {
     "sdpa_math": SDPBackend.MATH,
 }
 _CUDA_ONLY = ("sdpa_efficient", "sdpa_cudnn")
-
-_FLASH_PACKAGES = {
-    "flash2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
-    "flash3": (
-        "flash_attn_interface",
-        "build the folder `hopper` of https://github.com/Dao-AILab/flash-attention (Hopper GPUs only)",
-    ),
-    "flash4": ("flash_attn.cute", "pip install flash-attn-4"),
+_TORCH_FLASH = {"flash3": "FA3", "flash4": "FA4"}
+"""Backend => the implementation that torch activates for it."""
+_ADVICE = {
+    "flash2": "pip install flash-attn --no-build-isolation",
+    "flash3": "build the folder `hopper` of https://github.com/Dao-AILab/flash-attention (Hopper GPUs only)",
+    # Every usable version is a pre-release, which pip ignores unless it is named. From 4.0.0b19 on,
+    # the function that torch 2.13 calls returns more values than torch expects.
+    "flash4": 'pip install "flash-attn-4==4.0.0b18" (Hopper and Blackwell GPUs only)',
 }
-
-BACKENDS = ("sdpa", *_SDPA_KERNELS, *_FLASH_PACKAGES)
-"""Backend names. `sdpa` lets torch choose a kernel; `sdpa_*` pin one of torch's kernels."""
 
 
 def choose(name: str) -> AttentionFunction:
@@ -52,20 +53,45 @@ def choose(name: str) -> AttentionFunction:
         raise ConfigError(f"unknown attention backend {name!r}; expected one of {', '.join(BACKENDS)}")
     if name == "sdpa":
         return F.scaled_dot_product_attention
-    if name in _FLASH_PACKAGES:
-        package, advice = _FLASH_PACKAGES[name]
-        try:
-            kernel = importlib.import_module(package).flash_attn_func
-        except ImportError as error:
-            raise DeviceError(
-                f"attention backend {name!r} needs the package {package}, which cannot be imported "
-                f"({error}); {advice}, or use attention: sdpa"
-            ) from None
+    if name in _ADVICE:
+        attend = _import_flash(name)
         _require_cuda(name)
-        return partial(_flash, kernel)
+        require_working(name, attend, torch.device("cuda"))
+        return attend
     if name in _CUDA_ONLY:
         _require_cuda(name)
     return partial(_sdpa_pinned, _SDPA_KERNELS[name])
+
+
+def require_working(name: str, attend: AttentionFunction, device: torch.device) -> None:
+    """Run the backend once on a tiny bf16 input. Raises DeviceError if its kernel cannot run on the device.
+
+    A package can be installed and still not fit the GPU or this version of torch.
+    """
+    x_BHTK = torch.zeros(1, 1, 16, 64, dtype=torch.bfloat16, device=device)
+    try:
+        attend(x_BHTK, x_BHTK, x_BHTK)
+    except Exception as error:  # whatever a package of another version raises
+        advice = f"expected: {_ADVICE[name]}; " if name in _ADVICE else ""
+        raise DeviceError(
+            f"attention backend {name!r} does not run on this {device.type} device ({error}); "
+            f"{advice}or use attention: sdpa"
+        ) from error
+
+
+def _import_flash(name: str) -> AttentionFunction:
+    try:
+        if name in _TORCH_FLASH:
+            activate_flash_attention_impl(_TORCH_FLASH[name])
+            return partial(_sdpa_pinned, SDPBackend.FLASH_ATTENTION)
+        from flash_attn import flash_attn_func
+    # torch raises RuntimeError when a module of the right name lacks the kernels.
+    except (ImportError, RuntimeError) as error:
+        raise DeviceError(
+            f"attention backend {name!r} needs a package that cannot be imported ({error}): {_ADVICE[name]}, "
+            "or use attention: sdpa"
+        ) from None
+    return partial(_flash2, flash_attn_func)
 
 
 def _require_cuda(name: str) -> None:
@@ -80,11 +106,11 @@ def _sdpa_pinned(kernel: SDPBackend, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Ten
         return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK)
 
 
-def _flash(kernel: Callable[..., Any], q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
-    # These packages expect (B, T, H, K). Their backward pass is deterministic only on request; torch's
-    # global switch decides, as it does for torch's own kernels.
+def _flash2(kernel: Callable[..., Any], q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
+    # The package expects (B, T, H, K). Its backward pass is deterministic only on request; torch's global
+    # switch decides, as it does for torch's own kernels.
     q_BTHK, k_BTHK, v_BTHK = (x.transpose(1, 2) for x in (q_BHTK, k_BHTK, v_BHTK))
-    out = kernel(q_BTHK, k_BTHK, v_BTHK, deterministic=torch.are_deterministic_algorithms_enabled())
-    # Some releases return (output, log-sum-exp), others only the output.
-    o_BTHK = out[0] if isinstance(out, tuple) else out
+    o_BTHK: Tensor = kernel(
+        q_BTHK, k_BTHK, v_BTHK, deterministic=torch.are_deterministic_algorithms_enabled()
+    )
     return o_BTHK.transpose(1, 2)

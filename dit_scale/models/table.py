@@ -1,12 +1,13 @@
 """`dit-scale models`: parameters and GMACs of the paper's models, counted two ways, with the paper's figures.
 
 The first count is taken from the model: it is built on the meta device, and torch counts the matrix
-products of a forward pass. The second comes from the formulas in `zoo`. A MAC is one multiply-add; the
-paper's "Gflops" are giga-MACs.
+products of a forward pass through one of its blocks, which counts for all. The second comes from the
+formulas in `zoo`. A MAC is one multiply-add; the paper's "Gflops" are giga-MACs.
 """
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TypedDict
 
 import torch
@@ -20,8 +21,10 @@ from dit_scale.config import ModelConfig
 from dit_scale.models.dit import DiT, build
 from dit_scale.models.zoo import (
     CONDITIONINGS,
+    FLOPS_PER_MAC,
     PAPER_GMACS,
     PAPER_NAMES,
+    Shape,
     forward_macs,
     num_parameters,
     num_parameters_with_pos_embed,
@@ -78,21 +81,26 @@ def count(config: ModelConfig) -> ModelRow:
         parameters_formula=num_parameters(shape),
         parameters_with_pos_embed=parameters + model.pos_embed.numel(),
         parameters_with_pos_embed_formula=num_parameters_with_pos_embed(shape),
-        forward_macs=count_forward_macs(model),
+        forward_macs=count_forward_macs(shape),
         forward_macs_formula=forward_macs(shape),
         paper_gmacs=PAPER_GMACS.get((shape.name, shape.image_size, shape.conditioning)),
     )
 
 
 @torch.no_grad()
-def count_forward_macs(model: DiT) -> int:
-    """Multiply-adds of one forward pass of one image, counted by torch during the pass."""
-    side, device = model.shape.latent_size, model.pos_embed.device
-    x_BCHW = torch.empty(1, model.shape.in_channels, side, side, device=device)
-    index_B = torch.zeros(1, dtype=torch.int64, device=device)
+def count_forward_macs(shape: Shape) -> int:
+    """Multiply-adds of one forward pass of one image, counted by torch during the pass.
+
+    All blocks do the same work, so the pass has one block, which counts `depth` times.
+    """
+    with torch.device("meta"):
+        model = DiT(replace(shape, depth=1))
+        x_BCHW = torch.empty(1, shape.in_channels, shape.latent_size, shape.latent_size)
+        index_B = torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(x_BCHW, index_B, index_B)
-    return counter.get_total_flops() // 2
+    block = sum(counter.get_flop_counts()["DiT.blocks.0"].values())
+    return (counter.get_total_flops() + (shape.depth - 1) * block) // FLOPS_PER_MAC
 
 
 def print_table(as_json: bool, names: list[str] | None) -> None:

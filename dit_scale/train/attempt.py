@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dit_scale import rng
 from dit_scale.checkpoint.attempts import AttemptRecord, Ranges, check_current
 from dit_scale.checkpoint.manifest import Evaluated
 from dit_scale.checkpoint.reader import Checkpoint
@@ -214,9 +215,9 @@ class Attempt:
         self.say(
             f"{config.model.name} at {config.model.image_size} px, {config.engine.precision}, "
             f"{sharding(config.engine.zero_stage, plan.world)}, attention "
-            f"{self._trainer.attention_backend}, on {plan.world} x {context.world.device.type}: "
-            f"{plan.global_batch} samples per step in {plan.micro_steps} micro-steps of "
-            f"{plan.micro_batch} per process"
+            f"{self._trainer.attention_backend}, draws by {rng.backend(context.world.device)}, on "
+            f"{plan.world} x {context.world.device.type}: {plan.global_batch} samples per step in "
+            f"{plan.micro_steps} micro-steps of {plan.micro_batch} per process"
         )
         start = f"resumed at step {self.state.step}" if self.record.resumed_from else "a new run"
         self.say(f"{config.run}: {start}, attempt {self.record.number}")

@@ -5,17 +5,30 @@ from contextlib import suppress
 from dit_scale import dist
 from dit_scale.checkpoint import attempts
 from dit_scale.checkpoint.manifest import read_manifest
+from dit_scale.choices import attention_problem
 from dit_scale.config import TrainConfig
 from dit_scale.dist import World
-from dit_scale.errors import CheckpointError
+from dit_scale.errors import CheckpointError, ConfigError
 from dit_scale.train.run_folder import root_of
 
 
 def choose_precision(config: TrainConfig, world: World) -> tuple[TrainConfig, str]:
     """The configuration with `engine.precision: auto` resolved, and the reason in one line.
 
-    A run keeps the precision of its newest checkpoint. A new run uses what suits the device of rank 0.
+    A run keeps the precision of its newest checkpoint. A new run uses what suits the device of rank 0. Raises
+    ConfigError when the attention backend cannot compute in that precision on this device.
     """
+    config, note = _resolve(config, world)
+    engine = config.engine
+    problem = attention_problem(
+        config.model.attention, engine.precision, engine.determinism, world.device.type
+    )
+    if problem:
+        raise ConfigError("; ".join(filter(None, (problem, note))))
+    return config, note
+
+
+def _resolve(config: TrainConfig, world: World) -> tuple[TrainConfig, str]:
     configured = config.engine.precision
     fast_bf16 = dist.multiplies_bf16(world.device)
     if configured != "auto":

@@ -229,6 +229,11 @@ def test_draws_equal_those_of_the_cpu() -> None:
     position_N = torch.arange(10**6, 10**6 + 64)
     words = partial(rng.words, 7, Purpose.TIMESTEP, num_words=9)
     assert torch.equal(words(position_N.to(DEVICE)).cpu(), words(position_N))
+    for draw in (
+        partial(rng.integers, 7, Purpose.TIMESTEP, high=1000),
+        partial(rng.uniforms, 7, Purpose.VIEW),
+    ):
+        assert torch.equal(draw(position_N=position_N.to(DEVICE)).cpu(), draw(position_N=position_N))
     normals = partial(rng.normals, 7, Purpose.NOISE, shape=(4, 32, 32))
     here, there = normals(position_N), normals(position_N.to(DEVICE)).cpu()
     ulps = (here.view(torch.int32) - there.view(torch.int32)).abs().max().item()

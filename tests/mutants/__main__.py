@@ -57,7 +57,8 @@ TESTS = {
     "checkpoint/saver.py": "unit/test_saver unit/test_checkpoint",
     "checkpoint/slices.py": "golden/test_formats unit/test_checkpoint unit/test_saver",
     "checkpoint/writer.py": "unit/test_writer unit/test_checkpoint unit/test_retention unit/test_saver",
-    "rng.py": "golden/test_formats unit/test_rng",
+    "rng/cpu.py": "golden/test_formats unit/test_rng",
+    "rng/plain.py": "golden/test_formats unit/test_rng",
     "train/objective.py": "unit/test_objective",
 }
 """File of dit_scale => tests that can detect a change of it, its own tests first."""

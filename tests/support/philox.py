@@ -4,9 +4,28 @@ Key: (seed, purpose). Counter: (position low, position high, block, stream). Pur
 """
 
 import math
+from typing import NamedTuple
 
 TIMESTEP, NOISE, LABEL_DROP, VIEW, POSTERIOR = range(5)
 _LOW = 0xFFFFFFFF
+
+
+class Vector(NamedTuple):
+    """A published test vector of Philox4x32-10."""
+
+    counter: tuple[int, ...]
+    key: tuple[int, ...]
+    words: tuple[int, ...]
+
+
+VECTORS = tuple(
+    Vector(*(tuple(int(word, 16) for word in text.split()) for text in texts))
+    for texts in (
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    )
+)
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Every backend computes softmax(q k^T K**-0.5) v; a missing one says how to get it."""
 
+import inspect
 import sys
 import types
 from functools import partial
@@ -7,12 +8,19 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import (
+    SDPBackend,
+    _fa3,
+    _fa4,
+    current_flash_attention_impl,
+    list_flash_attention_impls,
+)
 
+from dit_scale.config import TrainConfig
 from dit_scale.errors import ConfigError, DeviceError
 from dit_scale.models import attention
 
 CPU_BACKENDS = ("sdpa", "sdpa_flash", "sdpa_math")
-FLASH_PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 
 
 def draw_qkv(num_queries, num_keys, seed=0):
@@ -59,38 +67,96 @@ def test_cuda_kernel_without_cuda(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "advice"),
+    ("name", "module", "advice"),
     [
-        ("flash2", "pip install flash-attn --no-build-isolation"),
-        ("flash3", "build the folder `hopper`"),
-        ("flash4", "pip install flash-attn-4"),
+        ("flash2", "flash_attn", "pip install flash-attn --no-build-isolation"),
+        ("flash3", "flash_attn_interface", "build the folder `hopper`"),
+        ("flash4", "flash_attn", 'pip install "flash-attn-4==4.0.0b18"'),
     ],
 )
-def test_missing_package_says_how_to_get_it(name, advice, monkeypatch):
-    monkeypatch.setitem(sys.modules, FLASH_PACKAGES[name], None)
-    with pytest.raises(DeviceError, match=f"'{name}' needs the package {FLASH_PACKAGES[name]}.*{advice}"):
+def test_missing_package_says_how_to_get_it(name, module, advice, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DeviceError, match=f"'{name}' needs a package .*{module}.*{advice}.*attention: sdpa"):
         attention.choose(name)
 
 
-@pytest.mark.parametrize("returns_lse", [False, True])
-@pytest.mark.parametrize("name", sorted(FLASH_PACKAGES))
-def test_flash_package_gets_its_layout(name, returns_lse, monkeypatch):
-    """The packages need a GPU; here a stand-in with their signature records what it is handed."""
+@pytest.mark.parametrize(
+    ("name", "register", "module"),
+    [
+        ("flash3", _fa3.register_flash_attention_fa3, "flash_attn_interface"),
+        ("flash4", _fa4.register_flash_attention_fa4, "flash_attn.cute.interface"),
+    ],
+)
+def test_torch_has_the_implementation_and_imports_the_package_of_the_advice(
+    name, register, module, monkeypatch
+):
+    """A module of that name without kernels is found by torch, and refused before anything is registered."""
+    assert attention._TORCH_FLASH[name] in list_flash_attention_impls()
+    assert inspect.signature(register).parameters["module_path"].default == module
+    parents = [module.rsplit(".", count)[0] for count in range(1, module.count(".") + 1)]
+    for found in (module, *parents):
+        monkeypatch.setitem(sys.modules, found, types.ModuleType(found))
+    with pytest.raises(
+        DeviceError, match=rf"'{name}' needs a package .*{module}' does not expose .* kernels"
+    ):
+        attention.choose(name)
+    assert current_flash_attention_impl() is None
+
+
+@pytest.mark.parametrize("module", [_fa3, _fa4])
+def test_torchs_flash_kernels_obey_the_determinism_switch(module):
+    source = inspect.getsource(module)
+    assert "deterministic = torch.are_deterministic_algorithms_enabled()" in source
+    assert "_scaled_dot_product_flash_attention_backward" in source
+
+
+def test_a_kernel_that_does_not_run_is_refused_when_it_is_chosen():
+    """The memory-efficient kernel needs CUDA; on a CPU it fails as a kernel for another GPU would."""
+    attend = partial(attention._sdpa_pinned, SDPBackend.EFFICIENT_ATTENTION)
+    with pytest.raises(
+        DeviceError, match=r"'flash4' does not run on this cpu device .*; expected: pip install"
+    ):
+        attention.require_working("flash4", attend, torch.device("cpu"))
+    attention.require_working("sdpa_flash", attention.choose("sdpa_flash"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_package_of_flash2_gets_its_layout(deterministic, monkeypatch):
+    """The package needs a GPU; here a function with its signature records what it is handed."""
     calls = []
 
     def flash_attn_func(q, k, v, softmax_scale=None, causal=False, deterministic=False):
         calls.append((q.shape, k.shape, softmax_scale, causal, deterministic))
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return (out.transpose(1, 2), None) if returns_lse else out.transpose(1, 2)
+        return out.transpose(1, 2)
 
-    module = types.SimpleNamespace(flash_attn_func=flash_attn_func)
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setitem(sys.modules, FLASH_PACKAGES[name], module)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     q, k, v = draw_qkv(16, 2)
-    torch.testing.assert_close(attention.choose(name)(q, k, v), plain_attention(q, k, v))
-    assert calls == [((2, 16, 3, 24), (2, 2, 3, 24), None, False, True)]
+    torch.testing.assert_close(attention._flash2(flash_attn_func, q, k, v), plain_attention(q, k, v))
+    assert calls == [((2, 16, 3, 24), (2, 2, 3, 24), None, False, deterministic)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "engine", "problem"),
+    [
+        ("sdpa_cudnn", {"precision": "bf16"}, "sdpa_cudnn has no deterministic backward.*determinism=fast"),
+        ("sdpa_cudnn", {"determinism": "fast"}, ""),
+        ("sdpa_cudnn", {"determinism": "fast", "precision": "fp32"}, "sdpa_cudnn computes only in bf16"),
+        ("sdpa_flash", {"precision": "fp32", "device": "cuda"}, "sdpa_flash computes only .* is fp32; use"),
+        ("sdpa_flash", {"precision": "fp32", "device": "cpu"}, ""),
+        ("sdpa_flash", {"precision": "fp32"}, ""),
+        ("flash4", {"precision": "fp32"}, "flash4 computes only .* engine.precision=bf16"),
+        ("flash4", {"precision": "auto"}, ""),
+        ("sdpa", {"precision": "fp32"}, ""),
+    ],
+)
+def test_a_configuration_refuses_a_backend_that_its_settings_exclude(backend, engine, problem):
+    tree = {"model": {"attention": backend}, "engine": engine}
+    if not problem:
+        TrainConfig.model_validate(tree)
+        return
+    with pytest.raises(ValueError, match=problem):
+        TrainConfig.model_validate(tree)
 
 
 def test_pinned_backend_compiles_without_graph_breaks():

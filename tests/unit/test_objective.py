@@ -1,6 +1,7 @@
 """The training objective: losses by sample, their sums, and the draws behind them."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.rng import Purpose
+from dit_scale.train import objective
 from dit_scale.train.objective import Predict, SampleLosses, drop_labels, losses
 from tests.support import philox
+from tests.support.operators import Operators
 
 SEED, SCALE, NUM_CLASSES, LABEL_DROPOUT = 7, 0.5, 10, 0.1
 NUM = 5
@@ -37,7 +40,9 @@ def batch() -> MicroBatch:
     return MicroBatch(moments, torch.arange(NUM) % NUM_CLASSES, torch.arange(100, 100 + NUM), weights)
 
 
-def losses_of(predict: Predict, batch: MicroBatch, label_dropout: float = LABEL_DROPOUT) -> SampleLosses:
+def losses_of(
+    predict: Predict, batch: MicroBatch, label_dropout: float = LABEL_DROPOUT, compile_loss: bool = False
+) -> SampleLosses:
     return losses(
         predict,
         schedules.linear(1000),
@@ -46,6 +51,7 @@ def losses_of(predict: Predict, batch: MicroBatch, label_dropout: float = LABEL_
         latent_scale=SCALE,
         null_class=NUM_CLASSES,
         label_dropout=label_dropout,
+        compile_loss=compile_loss,
     )
 
 
@@ -127,3 +133,55 @@ def test_a_label_is_dropped_when_its_draw_is_below_the_share() -> None:
         NUM_CLASSES if draw < share else y for draw, y in zip(draws, y_B.tolist(), strict=True)
     ]
     assert int((kept == NUM_CLASSES).sum()) == 100
+
+
+def test_the_draws_of_a_micro_batch_are_four_kernels() -> None:
+    """Counted on the meta device: on CUDA, each operator that is not a view launches at least one kernel."""
+    batch = MicroBatch(
+        torch.empty((8, 8, 32, 32), dtype=torch.half),
+        *(torch.empty(8, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.float32)),
+    )
+    batch = batch.to(torch.device("meta"))
+    schedule = schedules.linear(1000).to(torch.device("meta"))
+    output = torch.empty((8, 8, 32, 32), device="meta", requires_grad=True)
+    with Operators() as seen:
+        by_sample = losses(
+            lambda *_: output,
+            schedule,
+            batch,
+            seed=SEED,
+            latent_scale=SCALE,
+            null_class=NUM_CLASSES,
+            label_dropout=LABEL_DROPOUT,
+        )
+        forward = seen.kernels()
+        by_sample.sums(batch.weight_B)[0].backward()
+    draws = {name: count for name, count in seen.called.items() if name.startswith("dit_scale::")}
+    print(f"{forward} kernels forward, {seen.kernels()} with the backward pass")
+    assert draws == {"dit_scale::normals": 2, "dit_scale::integers": 1, "dit_scale::uniforms": 1}
+    assert seen.kernels() < 200
+
+
+# torch's compiler reads .grad of the model's output and ignores the warning, unless warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_the_compiled_loss_is_one_graph_and_equal_up_to_rounding(
+    model: dit.DiT, batch: MicroBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def counting_backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(compile_function, backend=counting_backend, fullgraph=True))
+    objective.compiled_loss.cache_clear()
+    torch._dynamo.reset()
+    plain = losses_of(model, batch)
+    compiled = [losses_of(model, batch, compile_loss=True) for _ in range(2)]
+    objective.compiled_loss.cache_clear()
+    torch._dynamo.reset()
+    assert len(graphs) == 1
+    for found in compiled:
+        for name, value in zip(SampleLosses._fields, found, strict=True):
+            torch.testing.assert_close(value, getattr(plain, name))

@@ -12,6 +12,7 @@ from dit_scale import dist
 from dit_scale.checkpoint.manifest import CheckpointId
 from dit_scale.config import TrainConfig
 from dit_scale.dist import World
+from dit_scale.errors import ConfigError
 from dit_scale.storage import open_storage
 from dit_scale.train.precision import choose_precision
 from tests.support import checkpoints
@@ -77,3 +78,19 @@ def test_bf16_without_hardware_support_is_used_with_a_warning(
         config, note = choose_precision(config_of(tmp_path, "bf16"), world)
         assert (config.engine.precision, "8 to 10 times slower" in note) == ("bf16", warned)
         assert choose_precision(config_of(tmp_path, "fp32"), world)[1] == ""
+
+
+def test_a_backend_that_cannot_compute_in_the_chosen_precision_is_refused(
+    tmp_path: Path, world: World
+) -> None:
+    checkpoints.write(
+        open_storage(tmp_path),
+        CheckpointId(40, 1),
+        [[]],
+        config=config_of(tmp_path, "fp32").model_dump(mode="json"),
+    )
+    config = TrainConfig.model_validate({"run": str(tmp_path), "model": {"attention": "flash4"}})
+    with pytest.raises(
+        ConfigError, match=r"flash4 computes only in bf16 .*precision auto: fp32, the precision"
+    ):
+        choose_precision(config, world)

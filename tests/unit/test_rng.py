@@ -1,6 +1,10 @@
 """Position-keyed draws: Philox against published test vectors, and statistical tests."""
 
 import math
+import subprocess
+import sys
+from collections.abc import Callable
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -9,38 +13,56 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_scale import rng
-from dit_scale.rng import Purpose
+from dit_scale.rng import Purpose, cpu, plain
 from tests.support import philox
+from tests.support.operators import Operators
 
 WORD = st.integers(0, 2**32 - 1)
 POSITION = st.integers(0, 2**62)
 
 
-def tensor_philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
+def tensor_philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
     c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
-    return tuple(int(word) for word in rng.philox4x32((c0, c1, c2, c3), key))
+    return tuple(int(word) for word in plain.philox4x32((c0, c1, c2, c3), (key[0], key[1])))
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-    ],
-)
-def test_published_test_vectors(counter: str, key: str, words: str) -> None:
-    def read(text: str) -> tuple[int, ...]:
-        return tuple(int(word, 16) for word in text.split())
+def array_philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
+    room_611 = np.empty((6, 1, 1), np.uint64)
+    room_611[:4, 0, 0] = counter
+    cpu.philox4x32_(room_611[:4], room_611[4:], (key[0], key[1]))
+    return tuple(room_611[:4, 0, 0].tolist())
 
-    k0, k1 = read(key)
-    assert tensor_philox(read(counter), (k0, k1)) == read(words)
-    assert philox.philox(read(counter), (k0, k1)) == read(words)
+
+@pytest.mark.parametrize("generator", [philox.philox, tensor_philox, array_philox])
+@pytest.mark.parametrize("vector", philox.VECTORS)
+def test_published_test_vectors(generator: Callable[..., tuple[int, ...]], vector: philox.Vector) -> None:
+    assert generator(vector.counter, vector.key) == vector.words
 
 
 @given(st.tuples(WORD, WORD, WORD, WORD), st.tuples(WORD, WORD))
 def test_philox_agrees_with_python_integers(counter: tuple[int, ...], key: tuple[int, int]) -> None:
-    assert tensor_philox(counter, key) == philox.philox(counter, key)
+    assert tensor_philox(counter, key) == array_philox(counter, key) == philox.philox(counter, key)
+
+
+@given(st.lists(POSITION, min_size=1, max_size=9), WORD, st.sampled_from(Purpose), st.integers(1, 70), WORD)
+def test_a_cpu_draws_the_bits_of_the_plain_version(
+    positions: list[int], seed: int, purpose: Purpose, count: int, stream: int
+) -> None:
+    position_N = torch.tensor(positions)
+    expected = plain.normals(position_N, seed, int(purpose), count, stream)
+    with patch.object(cpu, "CHUNK_BLOCKS", 32):
+        assert torch.equal(rng.normals(seed, purpose, position_N, (count,), stream), expected)
+    expected = plain.integers(position_N, seed, int(purpose), 1000)
+    assert torch.equal(rng.integers(seed, purpose, position_N, 1000), expected)
+    expected = plain.uniforms(position_N, seed, int(purpose))
+    assert torch.equal(rng.uniforms(seed, purpose, position_N), expected)
+
+
+def test_a_large_draw_has_the_bits_of_the_plain_version() -> None:
+    position_N = torch.arange(10**12, 10**12 + 19)
+    drawn = rng.normals(1, Purpose.NOISE, position_N, (4, 64, 64))
+    assert len(position_N) * 4 * 64 * 64 // 4 > 2 * cpu.CHUNK_BLOCKS
+    assert torch.equal(drawn.flatten(1), plain.normals(position_N, 1, int(Purpose.NOISE), 4 * 64 * 64, 0))
 
 
 @given(POSITION, WORD, st.sampled_from(Purpose), st.integers(1, 11), st.integers(0, 999))
@@ -145,12 +167,54 @@ def test_an_odd_count_drops_the_last_of_its_pairs() -> None:
     assert torch.equal(even[:, :5], odd)
 
 
-def test_no_word_gives_an_infinite_normal(monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = torch.tensor([[0, 0, 2**32 - 1, 0, 0, 2**32 - 1, 2**32 - 1, 2**32 - 1]])
-    monkeypatch.setattr(rng, "words", lambda *_: ends)
-    drawn = rng.normals(0, Purpose.NOISE, torch.zeros(1), (8,))
-    assert bool(drawn.isfinite().all())
-    assert drawn.abs().max().item() == pytest.approx(math.sqrt(66 * math.log(2)))
+def test_no_word_gives_an_infinite_normal() -> None:
+    ends_14 = torch.tensor([[0, 0, 2**32 - 1, 0, 0, 2**32 - 1, 2**32 - 1, 2**32 - 1]])
+    drawn_18 = plain.box_muller(ends_14.unflatten(1, (-1, 2)))
+    assert bool(drawn_18.isfinite().all())
+    assert drawn_18.abs().max().item() == pytest.approx(math.sqrt(66 * math.log(2)))
+
+
+def test_a_draw_is_one_operator() -> None:
+    """On CUDA it is one kernel; the plain version has a kernel for each of its operators."""
+    position_N = torch.arange(8, device="meta")
+    with Operators() as seen:
+        drawn = rng.normals(1, Purpose.NOISE, position_N, (4, 8, 8), stream=1)
+        assert (drawn.shape, drawn.dtype) == ((8, 4, 8, 8), torch.float32)
+        drawn = rng.integers(1, Purpose.TIMESTEP, position_N, 1000)
+        assert (drawn.shape, drawn.dtype) == ((8,), torch.int64)
+        drawn = rng.uniforms(1, Purpose.LABEL_DROP, position_N)
+        assert (drawn.shape, drawn.dtype) == ((8,), torch.float64)
+    assert seen.called == {f"dit_scale::{name}": 1 for name in ("normals", "integers", "uniforms")}
+    with Operators() as seen:
+        plain.normals(position_N, 1, int(Purpose.NOISE), 4 * 8 * 8, 0)
+    print(f"{seen.kernels()} kernels in the plain version")
+    assert seen.kernels() > 100
+
+
+def test_draws_do_not_break_a_compiled_graph() -> None:
+    def two_draws(position_N: torch.Tensor) -> torch.Tensor:
+        noise_NW = rng.normals(1, Purpose.NOISE, position_N, (4,))
+        return noise_NW * rng.uniforms(1, Purpose.LABEL_DROP, position_N)[:, None]
+
+    position_N = torch.arange(5)
+    compiled = torch.compile(two_draws, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(position_N), two_draws(position_N))
+
+
+@pytest.mark.parametrize("lack", ["", "triton is not installed"])
+def test_cuda_draws_with_triton_where_it_is(lack: str) -> None:
+    """The operators choose when they are defined, so this looks at a new process."""
+    script = (
+        "import torch\n"
+        "from dit_scale import kernels\n"
+        f"kernels.missing = lambda: {lack!r}\n"
+        "from dit_scale import rng\n"
+        "names = [f'dit_scale::{name}' for name in ('integers', 'uniforms', 'normals')]\n"
+        "has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "print([has_kernel(name, 'CUDA') for name in names], rng.backend(torch.device('cuda')))"
+    )
+    output = subprocess.check_output([sys.executable, "-c", script], text=True).strip()
+    assert output == (f"[False, False, False] torch ({lack})" if lack else "[True, True, True] triton")
 
 
 def test_normals_have_the_moments_and_tails_of_the_normal_distribution() -> None:

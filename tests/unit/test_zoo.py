@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dit_scale.config import ModelConfig
 from dit_scale.errors import ConfigError
-from dit_scale.models import table, zoo
+from dit_scale.models import dit, table, zoo
+from dit_scale.models.blocks import AdaLnZeroBlock
 from dit_scale.models.zoo import forward_macs, num_parameters, num_parameters_with_pos_embed, shape_of
 
 # name, image size, conditioning, tokens, GMACs counted, parameters with the position embedding
@@ -84,6 +87,27 @@ def test_formulas_equal_the_model_outside_the_paper(name, image_size, conditioni
     assert row["parameters"] == row["parameters_formula"]
     assert row["forward_macs"] == row["forward_macs_formula"]
     assert row["paper_gmacs"] is None
+
+
+@pytest.mark.parametrize("conditioning", zoo.CONDITIONINGS)
+def test_one_counted_block_stands_for_all_blocks(conditioning):
+    config = ModelConfig(name="DiT-Ti/2", image_size=64, conditioning=conditioning, num_classes=10)
+    model = dit.build(config, seed=0, device="meta", initialise=False)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        index_B = torch.zeros(1, dtype=torch.int64, device="meta")
+        model(torch.empty(1, 4, 8, 8, device="meta"), index_B, index_B)
+    assert len(model.blocks) == 6
+    assert table.count_forward_macs(model.shape) == counter.get_total_flops() // 2
+
+
+def test_the_table_passes_through_one_block_for_each_row(monkeypatch):
+    passed = []
+    forward = AdaLnZeroBlock.forward
+    monkeypatch.setattr(
+        AdaLnZeroBlock, "forward", lambda block, x, c: passed.append(block) or forward(block, x, c)
+    )
+    table.count(ModelConfig(name="DiT-XL/2"))
+    assert len(passed) == 1
 
 
 def test_shape_of_parses_size_and_patch():
