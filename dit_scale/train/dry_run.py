@@ -11,6 +11,19 @@ from dit_scale.models.zoo import (
 )
 from dit_scale.train.memory import GIB, Memory, estimate, plan_of, sharding
 
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "ema",
+    "activations",
+    "backward",
+    "communication",
+    "evaluation",
+    "context",
+)
+"""Fields of `Memory` that add up to its bytes on the device."""
+
 
 def report(config: TrainConfig, world: int) -> None:
     """Describe a run on `world` processes. Raises ConfigError when it is impossible."""
@@ -41,9 +54,9 @@ def _report_batch(plan: BatchPlan) -> None:
 def _report_memory(config: TrainConfig, world: int, memory: Memory) -> None:
     limit = f" of {config.engine.memory_gib:g} GiB" if config.engine.memory_gib else ""
     print(
-        f"memory           about {memory.total / GIB:.2f} GiB{limit} per process "
+        f"memory           about {memory.on_device / GIB:.2f} GiB{limit} per process "
         f"{sharding(config.engine.zero_stage, world)}:"
     )
-    for part in ("weights", "gradients", "optimizer", "ema", "activations"):
+    for part in PARTS:
         print(f"  {part:<14} {getattr(memory, part) / GIB:8.3f} GiB")
     print(f"host snapshot    {memory.snapshot / GIB:8.3f} GiB per process")

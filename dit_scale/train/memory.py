@@ -1,4 +1,11 @@
-"""Estimated memory of a process at each ZeRO stage, and the largest micro-batch that fits."""
+"""Estimated memory of a process, alone and at each ZeRO stage, and the largest micro-batch that fits.
+
+A training step has three moments of high memory: the start of the backward pass, when all activations are
+live; its end, when all gradients are; and the update. An evaluation during training is a fourth. The estimate
+is the highest of them, plus what lives always.
+
+Not included: what the allocator holds without using it.
+"""
 
 from dataclasses import dataclass
 
@@ -6,13 +13,17 @@ from dit_scale.config import TrainConfig
 from dit_scale.data.batch_plan import BatchPlan, batch_plan
 from dit_scale.errors import ConfigError
 from dit_scale.models.zoo import Shape, num_parameters, shape_of
+from dit_scale.train.activations import backward_bytes, element_bytes, forward_bytes, kept_bytes
 
 GIB = 2**30
 
-_SAVED_WIDTHS_PER_BLOCK = 18
-"""What an adaLN block saves for its backward pass, in model widths per token: two residual inputs, two
-normalized and two modulated inputs (6), q, k and v (3), attention output (1), MLP hidden before and after
-GELU (8)."""
+CONTEXT_BYTES = GIB
+"""Assumed size of the CUDA context, the workspaces of cuBLAS and the buffers of NCCL; not counted."""
+AUTOENCODER_BYTES = 4 * 83_653_863
+"""The weights of SD-VAE in fp32, which evaluations with images keep."""
+DECODING_BYTES = 3_240_000_000
+"""Peak of decoding a slice of 2^20 pixels, counted (docs/performance.md)."""
+DECODED_PIXELS = 2**20
 
 
 @dataclass(frozen=True)
@@ -20,38 +31,161 @@ class Memory:
     """Estimated bytes of one process, on its device unless stated otherwise."""
 
     weights: int
-    gradients: int
+    """The weights of the forward pass; at ZeRO-3 its own share."""
     optimizer: int
+    """fp32 masters and both moments."""
     ema: int
+    gradients: int
+    """Gradients that are live at the highest moment."""
     activations: int
+    """What the forward pass kept; 0 if the highest moment is later."""
+    backward: int
+    """What the backward pass of a block needs on top."""
+    communication: int
+    """Buckets of the reduction, and weights gathered by ZeRO-3."""
+    evaluation: int
+    """A second model, the autoencoder, and the activations of an evaluation at the highest moment."""
+    context: int
+    """CUDA context and libraries, assumed; 0 on a CPU."""
     snapshot: int
     """On the host: a copy of the masters, moments and averages that the process owns."""
 
     @property
     def total(self) -> int:
-        """All bytes on the device."""
-        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+        """Bytes of all tensors on the device at the highest moment."""
+        return (
+            self.weights
+            + self.optimizer
+            + self.ema
+            + self.gradients
+            + self.activations
+            + self.backward
+            + self.communication
+            + self.evaluation
+        )
+
+    @property
+    def on_device(self) -> int:
+        """All bytes that the process needs on its device."""
+        return self.total + self.context
+
+
+@dataclass(frozen=True)
+class _State:
+    """Bytes that depend on how the model is shared, besides masters, moments and averages."""
+
+    weights: int
+    """Live always, as are `always_gradients` and `always_buckets`."""
+    always_gradients: int = 0
+    always_buckets: int = 0
+    carried: int = 0
+    """Gradients of earlier micro-steps at the start of a backward pass."""
+    buckets: int = 0
+    """Communication during the backward pass."""
+    gathered: int = 0
+    """Weights that ZeRO-3 has gathered at the start of the backward pass."""
+    end: int = 0
+    """Gradients at the end of the backward pass."""
+    update: int = 0
+    """Gradients during the update."""
 
 
 def estimate(config: TrainConfig, shape: Shape, plan: BatchPlan) -> Memory:
-    """Bytes held between the forward and the backward pass, without the allocator's overhead.
+    """The memory of the largest process of a run.
 
-    Assumes weights and activations in the configured precision (fp32 for `auto`), gradients in fp32, and
-    fp32 masters, two moments and EMA profiles on their owner. Attention saves no score matrix.
+    Assumes fp32 for precision `auto`, and attention that keeps no matrix of scores.
     """
-    element = 2 if config.engine.precision == "bf16" else 4
-    total = num_parameters(shape)
-    owned = -(-total // plan.world)
-    stage = config.engine.zero_stage
-    token_widths = plan.micro_batch * shape.tokens * shape.width
+    engine = config.engine
+    state = _state(config, num_parameters(shape), plan)
+    owned = -(-num_parameters(shape) // plan.world)
+    activations = kept_bytes(shape, engine, plan.micro_batch)
+    backward = backward_bytes(shape, engine, plan.micro_batch)
+    kept_model, evaluating = _evaluation(config, shape)
+    # Gradients, activations, backward, communication and evaluation at each moment.
+    moments = (
+        (state.carried, activations, backward, state.buckets + state.gathered, kept_model),
+        (state.end, 0, backward, state.buckets, kept_model),
+        (state.update, 0, 0, 0, kept_model),
+        (0, 0, 0, 0, kept_model + evaluating),
+    )
+    gradients, activations, backward, communication, evaluation = max(moments, key=sum)
+    # In one process in fp32, the masters are the weights.
+    masters = 12 if state.weights else 8
     return Memory(
-        weights=element * (owned if stage == 3 else total),
-        gradients=4 * (owned if stage >= 2 else total),
-        optimizer=12 * owned,
+        weights=state.weights or 4 * owned,
+        optimizer=masters * owned,
         ema=4 * owned * len(config.ema),
-        activations=element * token_widths * _SAVED_WIDTHS_PER_BLOCK * shape.depth,
+        gradients=state.always_gradients + gradients,
+        activations=activations,
+        backward=backward,
+        communication=state.always_buckets + communication,
+        evaluation=evaluation,
+        context=0 if engine.device == "cpu" else CONTEXT_BYTES,
         snapshot=4 * owned * (3 + len(config.ema)),
     )
+
+
+def _state(config: TrainConfig, total: int, plan: BatchPlan) -> _State:
+    """What each way of sharing a model keeps, counted for DeepSpeed 0.19.8."""
+    engine = config.engine
+    element, owned, again = element_bytes(engine), -(-total // plan.world), int(plan.micro_steps > 1)
+    bucket = min(engine.reduce_bucket_elements, total)
+    buffers = 2 if engine.overlap_comm and engine.device != "cpu" else 1
+    if plan.world == 1:
+        # bf16: sums in fp32 beside the gradients of the micro-step.
+        if element == 4:
+            return _State(0, carried=again * 4 * total, end=4 * total, update=4 * total)
+        return _State(2 * total, carried=again * 4 * total, end=6 * total, update=4 * total)
+    if engine.zero_stage == 1 and element == 2:
+        # fp32 sums are kept between steps; the gradients of a micro-step stay until the next one.
+        return _State(
+            2 * total,
+            always_gradients=4 * total,
+            carried=again * 2 * total,
+            end=2 * total,
+            update=2 * total,
+        )
+    if engine.zero_stage == 3:
+        # A bucket is cast to fp32 and rearranged for its reduction. All weights stay gathered between forward
+        # and backward pass, up to DeepSpeed's limit of 1e9 elements, and go as the bucket fills.
+        return _State(
+            element * owned,
+            always_gradients=4 * owned,
+            always_buckets=4 * bucket,
+            buckets=(8 - element) * bucket,
+            gathered=element * min(total, 10**9),
+            update=4 * owned,
+        )
+    # Stages 1 and 2 reduce from a bucket of the gradients' type, which bf16 casts to fp32.
+    buckets = element * bucket * buffers + (4 * bucket if element == 2 else 0)
+    if engine.zero_stage == 1:
+        return _State(
+            4 * total,
+            carried=again * 4 * total,
+            end=4 * (total - bucket) + 4 * owned,
+            buckets=buckets,
+            update=8 * owned,
+        )
+    own = 4 * owned
+    if element == 2:
+        return _State(2 * total, carried=again * own, buckets=buckets, end=own, update=own)
+    # Own gradients of the micro-step beside the sums; the update copies them into one buffer.
+    return _State(4 * total, carried=again * own, buckets=buckets, end=(1 + again) * own, update=2 * own)
+
+
+def _evaluation(config: TrainConfig, shape: Shape) -> tuple[int, int]:
+    """Bytes that evaluations keep during training, and those that they need while they run."""
+    evaluate = config.evaluate
+    if not evaluate.every_steps:
+        return 0, 0
+    model = element_bytes(config.engine) * num_parameters(shape)
+    guided = evaluate.guidance != 1 and (evaluate.grid_images or evaluate.images)
+    forward = forward_bytes(shape, config.engine, evaluate.tile * (2 if guided else 1))
+    if not (evaluate.grid_images or evaluate.images):
+        return 0, model + forward
+    pixels = min(evaluate.tile * shape.image_size**2, max(DECODED_PIXELS, shape.image_size**2))
+    decoding = DECODING_BYTES * pixels // DECODED_PIXELS
+    return AUTOENCODER_BYTES, model + max(forward, decoding)
 
 
 def sharding(stage: int, world: int) -> str:
@@ -75,7 +209,7 @@ def micro_batch_for(config: TrainConfig, shape: Shape, world: int) -> int:
         return engine.micro_batch
     for micro_batch in range(engine.micro_batch, 0, -1):
         plan = batch_plan(config.global_batch, micro_batch, world)
-        needed_gib = estimate(config, shape, plan).total / GIB
+        needed_gib = estimate(config, shape, plan).on_device / GIB
         if needed_gib <= engine.memory_gib:
             return micro_batch
     remedy = "" if engine.zero_stage == 3 else "engine.zero_stage=3, "
