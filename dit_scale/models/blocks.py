@@ -30,6 +30,13 @@ def modulation(width: int, chunks: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(width, chunks * width))
 
 
+def unpack(packed_BTNHK: Tensor) -> tuple[Tensor, ...]:
+    """Views of the N packed results of a linear layer, each of them (B, H, T, K)."""
+    # Split before transposing: the gradient is then put together in the layout of the packed tensor. If the
+    # packed tensor were permuted and split, its gradient would be copied once more.
+    return tuple(x_BTHK.transpose(1, 2) for x_BTHK in packed_BTNHK.unbind(2))
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention; one linear layer computes q, k and v, packed in that order."""
 
@@ -42,7 +49,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x_BTD => x_BTD."""
-        q_BHTK, k_BHTK, v_BHTK = self.qkv(x_BTD).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        packed_BT3HK = self.qkv(x_BTD).unflatten(2, (3, self.heads, -1))
+        q_BHTK, k_BHTK, v_BHTK = unpack(packed_BT3HK)
         return self.proj(self.attend(q_BHTK, k_BHTK, v_BHTK).transpose(1, 2).flatten(2))
 
 
@@ -60,7 +68,7 @@ class CrossAttention(nn.Module):
     def forward(self, x_BTD: Tensor, c_BSD: Tensor) -> Tensor:
         """x_BTD, c_BSD => x_BTD."""
         q_BHTK = self.q(x_BTD).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k_BHSK, v_BHSK = self.kv(c_BSD).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        k_BHSK, v_BHSK = unpack(self.kv(c_BSD).unflatten(2, (2, self.heads, -1)))
         return self.proj(self.attend(q_BHTK, k_BHSK, v_BHSK).transpose(1, 2).flatten(2))
 
 

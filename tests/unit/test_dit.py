@@ -14,6 +14,7 @@ from dit_scale.errors import ConfigError
 from dit_scale.models.dit import build, unpatchify
 from dit_scale.models.embeddings import PatchEmbed, sincos_pos_embed, timestep_sinusoid
 from dit_scale.models.zoo import CONDITIONINGS, shape_of
+from tests.support.operators import Operators
 
 
 def small_config(conditioning="adaln_zero", **knobs):
@@ -340,15 +341,29 @@ def test_the_residual_stream_is_row_major_through_all_blocks(conditioning):
     seen = []
 
     def note(block, inputs, output):
-        seen.extend((inputs[0], output))
+        for x_BTD in (inputs[0], output):
+            seen.append(x_BTD)
+            x_BTD.register_hook(seen.append)  # its gradient
 
     for block in (*model.blocks, model.final_layer):
         block.register_forward_hook(note)
-    model(*draw_batch())
-    assert len(seen) == 2 * (len(model.blocks) + 1)
+    model(*draw_batch()).square().sum().backward()
+    assert len(seen) == 4 * (len(model.blocks) + 1)
     for x_BTD in seen:
         tokens, width = x_BTD.shape[1:]
         assert x_BTD.stride()[1:] == (width, 1), f"{tokens} tokens of {width}: strides {x_BTD.stride()}"
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_a_block_copies_nothing(conditioning):
+    """Neither forward nor backward; the gradients of q, k and v are put together once."""
+    block = random_model(conditioning).blocks[1]
+    x_BTD = torch.randn(2, 16, 128, requires_grad=True)
+    c = torch.randn(*((2, 128) if "adaln" in conditioning else (2, 2, 128)), requires_grad=True)
+    with Operators() as seen:
+        block(x_BTD, c).square().sum().backward()
+    assert seen.called["aten::stack"] == (2 if conditioning == "cross_attention" else 1)
+    assert not {"aten::clone", "aten::copy_", "aten::_to_copy"} & set(seen.called)
 
 
 def test_the_layout_of_tokens_does_not_change_a_bit(monkeypatch):
