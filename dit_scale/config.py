@@ -121,7 +121,7 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto`: CUDA if available."""
     compile_blocks: bool = False
-    """Compile the transformer blocks with torch.compile; all blocks share one compilation."""
+    """Compile the transformer blocks and the loss with torch.compile; all blocks share one compilation."""
     determinism: Literal["strict", "fast"] = "strict"
     """`strict`: bitwise reproducible at the same world size; `fast`: reproducible up to rounding."""
     cpu_threads: int = Field(1, ge=1)

@@ -18,10 +18,15 @@ from dit_scale.vae_files import VaeFiles, find_vae, require_weights
 
 LOGVAR_RANGE = (-30.0, 20.0)
 """Clamp of the posterior's log variance, as in every Stable Diffusion encoder."""
+PIXELS_PER_PASS = 2**20
+"""Pixels that one pass of the decoder makes: 16 images of 256 pixels, or 4 of 512."""
+FIXED_CHOICES = {"deterministic": True}
+"""Options of torch.compile: what may change bits is chosen by rules, and not by timing kernels on the device,
+whose result may differ between processes."""
 
 
 class Vae:
-    """A frozen VAE on a device. It processes each batch as one pass, without sampling."""
+    """A frozen VAE on a device. It encodes a batch in one pass, without sampling, and decodes in slices."""
 
     def __init__(
         self,
@@ -50,7 +55,7 @@ class Vae:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._model = model.to(self.device, memory_format=self._format).eval().requires_grad_(False)
         if compile:
-            self._model.encoder.compile(dynamic=False)
+            self._model.encoder.compile(dynamic=False, options=FIXED_CHOICES)
         self.scale = files.identity.scale
 
     def identity(self) -> VaeIdentity:
@@ -73,15 +78,26 @@ class Vae:
 
     @torch.no_grad()
     def decode(self, z_BChw: Tensor) -> Tensor:
-        """Decode scaled latents => (B, H, W, 3) uint8 images: clamp(127.5 x + 128, 0, 255), truncated."""
-        pixels = (127.5 * self.reconstruct(z_BChw) + 128.0).clamp(0, 255).to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).contiguous()
+        """Decode scaled latents => (B, H, W, 3) uint8 images: clamp(127.5 x + 128, 0, 255), truncated.
+
+        The decoder's activations are hundreds of times larger than the latents, so it runs on slices; only
+        the finished images of all slices are in memory together.
+        """
+        factor = self.identity().downsample
+        limit = images_per_pass(z_BChw.shape[2] * factor, z_BChw.shape[3] * factor)
+        slices = z_BChw.tensor_split(-(-len(z_BChw) // limit))
+        return torch.cat([self._pixels(z_NChw) for z_NChw in slices])
+
+    def _pixels(self, z_NChw: Tensor) -> Tensor:
+        pixels_N3HW = (127.5 * self.reconstruct(z_NChw) + 128.0).clamp(0, 255).to(torch.uint8)
+        return pixels_N3HW.permute(0, 2, 3, 1).contiguous()
 
     @torch.no_grad()
     def reconstruct(self, z_BChw: Tensor) -> Tensor:
-        """Decode scaled latents => (B, 3, H, W) fp32, about -1 to 1."""
+        """Decode scaled latents in one pass => (B, 3, H, W) fp32, about -1 to 1."""
         with plain_convolutions():
-            x_B3HW: Tensor = self._model.decode((z_BChw / self.scale).to(self.device, self.dtype)).sample
+            z_BChw = (z_BChw / self.scale).to(self.device, self.dtype, memory_format=self._format)
+            x_B3HW: Tensor = self._model.decode(z_BChw).sample
         return x_B3HW.float()
 
 
@@ -95,8 +111,8 @@ def load(
     """Load a VAE from a folder or a hub name; safetensors only.
 
     `channels_last` selects the layout that tensor cores read without a copy; `compile` compiles the encoder
-    for the shape of its first batch. Both change the last bits of latents. Raises WeightsError if the VAE is
-    missing or cannot be loaded.
+    for the shape of its first batch. Both change the last bits of latents and pixels. Raises WeightsError if
+    the VAE is missing or cannot be loaded.
     """
     return Vae(find_vae(name_or_folder), device, dtype, channels_last=channels_last, compile=compile)
 
@@ -116,6 +132,15 @@ def load_decoder(dataset: LatentDataset, name_or_folder: str | None, device: tor
     decoder = load(name_or_folder or made_by.name, device)
     decoder.require_weights(made_by.weights_sha256)
     return decoder
+
+
+def images_per_pass(height: int, width: int) -> int:
+    """Return how many images of this size one pass of the decoder may make; at least 3.
+
+    A batch is split evenly, so with a limit of 3, no slice has a single image unless the batch has. Products
+    of a single image take other kernels than those of several and differ in the last bits.
+    """
+    return max(3, PIXELS_PER_PASS // (height * width))
 
 
 def device_kind(device: torch.device | str) -> str:

@@ -30,36 +30,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, num_images: int) -> 
     )
     _add_sampler_arguments(parser.add_argument_group("sampler"))
     add_weights_arguments(parser.add_argument_group("weights"))
-    work = parser.add_argument_group("work")
-    work.add_argument(
-        "--tile",
-        type=int_between(1),
-        default=32,
-        help="images per forward pass (default 32); it affects the last bits of pixels",
-    )
-    work.add_argument(
-        "--batch",
-        type=int_between(1),
-        default=None,
-        help="images between two commits, rounded up to whole tiles\n(default: one tile); it affects no bit",
-    )
-    work.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="fp32",
-        help="precision of the transformer (default fp32)",
-    )
-    work.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto)")
-    work.add_argument("--threads", type=int_between(1), default=1, help="CPU threads per process (default 1)")
-    work.add_argument(
-        "--nodes", type=int_between(1), default=1, help="nodes that work independently (default 1)"
-    )
-    work.add_argument(
-        "--node", type=int_between(0), default=0, help="number of this node, from 0 (default 0)"
-    )
-    work.add_argument(
-        "--overwrite", action="store_true", help="replace samples of another protocol in the folder"
-    )
+    _add_work_arguments(parser.add_argument_group("work"))
 
 
 def sample_request(args: argparse.Namespace) -> "SampleRequest":
@@ -67,6 +38,7 @@ def sample_request(args: argparse.Namespace) -> "SampleRequest":
     from dit_scale.config import EngineConfig
     from dit_scale.errors import ConfigError
     from dit_scale.inference.bulk import SampleRequest
+    from dit_scale.inference.protocol import Decoding
     from dit_scale.sampling.labels import LabelChoice
     from dit_scale.sampling.settings import SamplingSettings
 
@@ -90,7 +62,13 @@ def sample_request(args: argparse.Namespace) -> "SampleRequest":
             guidance_interval=args.guidance_interval,
             tile=args.tile,
         ),
-        engine=EngineConfig(device=args.device, precision=args.precision, cpu_threads=args.threads),
+        engine=EngineConfig(
+            device=args.device,
+            precision=args.precision,
+            cpu_threads=args.threads,
+            compile_blocks=args.compile,
+        ),
+        decoding=Decoding(precision=args.vae_precision, channels_last=args.vae_channels_last),
         batch=args.batch,
         overwrite=args.overwrite,
     )
@@ -127,6 +105,56 @@ def _add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
         default=None,
         metavar="LOW:HIGH",
         help="timesteps of the training diffusion to guide, inclusive (default: all)",
+    )
+
+
+def _add_work_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tile",
+        type=int_between(1),
+        default=32,
+        help="images per forward pass (default 32); it affects the last bits of pixels",
+    )
+    group.add_argument(
+        "--batch",
+        type=int_between(1),
+        default=None,
+        help="images between two commits, rounded up to whole tiles\n(default: one tile); it affects no bit",
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="fp32",
+        help="precision of the transformer (default fp32)",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the transformer's blocks; it affects the last bits of pixels",
+    )
+    group.add_argument(
+        "--vae-precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="precision of the VAE's decoder (default fp32)",
+    )
+    group.add_argument(
+        "--vae-channels-last",
+        action="store_true",
+        help="decode with channels-last tensors, faster with bf16 on a GPU",
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto)")
+    group.add_argument(
+        "--threads", type=int_between(1), default=1, help="CPU threads per process (default 1)"
+    )
+    group.add_argument(
+        "--nodes", type=int_between(1), default=1, help="nodes that work independently (default 1)"
+    )
+    group.add_argument(
+        "--node", type=int_between(0), default=0, help="number of this node, from 0 (default 0)"
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace samples of another protocol in the folder"
     )
 
 

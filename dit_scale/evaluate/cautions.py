@@ -51,6 +51,8 @@ def _of_protocol(protocol: Mapping[str, Any], results: Sequence[Result]) -> list
         )
     if protocol["precision"] != "fp32":
         notes.append(f"the transformer ran in {protocol['precision']}, published figures are fp32 or TF32")
+    if (precision := protocol["vae"].get("precision", "fp32")) != "fp32":
+        notes.append(f"the decoder ran in {precision}, published figures are fp32 or TF32")
     orders = {result.metric: result.value for result in results if result.metric.startswith("IS")}
     if len(orders) == 2 and abs(orders["IS"] - orders["IS, as stored"]) > 0.05 * orders["IS"]:
         notes.append(

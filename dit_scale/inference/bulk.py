@@ -13,7 +13,7 @@ Shapes: N images of a batch, H W pixels.
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from dit_scale import dist, vae, vae_files
 from dit_scale.config import EngineConfig
 from dit_scale.errors import ConfigError
-from dit_scale.inference.protocol import protocol_of
+from dit_scale.inference.protocol import Decoding, protocol_of
 from dit_scale.inference.sampling_progress import SamplingProgress
 from dit_scale.inference.sources import WeightsSource, build_model
 from dit_scale.models.dit import DiT
@@ -34,6 +34,8 @@ from dit_scale.sampling.denoise import sample_tile, sampling_schedule
 from dit_scale.sampling.labels import LabelChoice
 from dit_scale.sampling.sample_folder import DamagedPartError, SampleFolder, claim
 from dit_scale.sampling.settings import SamplingSettings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class SampleRequest:
     labels: LabelChoice
     settings: SamplingSettings
     engine: EngineConfig
+    decoding: Decoding = field(default_factory=Decoding)
     batch: int | None = None
     """Images between two commits, rounded up to whole tiles; None: one tile."""
     formats: tuple[str, ...] = ("npz",)
@@ -141,23 +144,31 @@ class _Job:
         return protocol_of(
             request.source,
             files.identity,
+            request.decoding,
             num_images=request.num_images,
             labels=request.labels,
             settings=self.settings,
             device=self.device,
             precision=self.precision,
+            compiled=request.engine.compile_blocks,
         )
 
     @cached_property
     def model(self) -> DiT:
         """The model in its precision, on the device."""
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        return build_model(self.request.source, self.device, dtype)
+        model = build_model(self.request.source, self.device, DTYPES[self.precision])
+        if self.request.engine.compile_blocks:
+            # A tile has two shapes, with guidance and without: one compilation for each.
+            model.compile_blocks(dynamic=False, options=vae.FIXED_CHOICES)
+        return model
 
     @cached_property
     def decoder(self) -> vae.Vae:
         """The VAE, on the device."""
-        return vae.load(self.request.vae, self.device)
+        decoding = self.request.decoding
+        return vae.load(
+            self.request.vae, self.device, DTYPES[decoding.precision], channels_last=decoding.channels_last
+        )
 
     def work(self, folder: SampleFolder, batches: Iterator[range], shown: bool) -> None:
         """Compute and commit the batches. A thread commits one while the device computes the next."""

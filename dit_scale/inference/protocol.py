@@ -2,7 +2,7 @@
 
 import dataclasses
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,15 +17,26 @@ ROUNDING = "clamp(127.5 x + 128, 0, 255), truncated"
 """How `Vae.decode` turns a pixel in [-1, 1] into uint8."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How the VAE decodes. Every choice but the default changes pixels."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    """Whether to use the layout that tensor cores read without a copy."""
+
+
 def protocol_of(
     source: WeightsSource,
     decoder: VaeIdentity,
+    decoding: Decoding,
     *,
     num_images: int,
     labels: LabelChoice,
     settings: SamplingSettings,
     device: torch.device,
     precision: str,
+    compiled: bool,
 ) -> dict[str, Any]:
     """Describe the samples; two folders with equal protocols hold equal images, byte for byte.
 
@@ -50,9 +61,12 @@ def protocol_of(
             "name": decoder.name,
             "weights_sha256": decoder.weights_sha256,
             "scale": decoder.scale,
+            **dataclasses.asdict(decoding),
+            "images_per_pass": vae.images_per_pass(source.model.image_size, source.model.image_size),
         },
         "rounding": ROUNDING,
         "precision": precision,
+        "compiled": compiled,
         "device": _device_of(device),
         "versions": {
             "dit_scale": __version__,

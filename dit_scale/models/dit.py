@@ -13,6 +13,7 @@ D width.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +63,13 @@ class DiT(nn.Module):
         x_BTD = x_BTD[:, : self.shape.tokens]
         return unpatchify(self.final_layer(x_BTD, c).float(), self.shape)
 
-    def compile_blocks(self) -> None:
-        """torch.compile every block in place; parameter names stay, and all blocks share one compilation."""
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile every block in place; parameter names stay, and all blocks share one compilation.
+
+        `options` are arguments of torch.compile.
+        """
         for block in self.blocks:
-            block.compile()
+            block.compile(**options)
 
     def _positions(self, device: torch.device) -> Tensor:
         if device.type == "meta":

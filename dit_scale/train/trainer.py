@@ -82,6 +82,7 @@ class Trainer:
                 latent_scale=self._latent_scale,
                 null_class=config.model.num_classes,
                 label_dropout=config.diffusion.label_dropout,
+                compile_loss=config.engine.compile_blocks,
             )
             if observer is not None:
                 observer(batch, by_sample)

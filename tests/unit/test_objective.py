@@ -1,6 +1,7 @@
 """The training objective: losses by sample, their sums, and the draws behind them."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.rng import Purpose
+from dit_scale.train import objective
 from dit_scale.train.objective import Predict, SampleLosses, drop_labels, losses
 from tests.support import philox
 from tests.support.operators import Operators
@@ -38,7 +40,9 @@ def batch() -> MicroBatch:
     return MicroBatch(moments, torch.arange(NUM) % NUM_CLASSES, torch.arange(100, 100 + NUM), weights)
 
 
-def losses_of(predict: Predict, batch: MicroBatch, label_dropout: float = LABEL_DROPOUT) -> SampleLosses:
+def losses_of(
+    predict: Predict, batch: MicroBatch, label_dropout: float = LABEL_DROPOUT, compile_loss: bool = False
+) -> SampleLosses:
     return losses(
         predict,
         schedules.linear(1000),
@@ -47,6 +51,7 @@ def losses_of(predict: Predict, batch: MicroBatch, label_dropout: float = LABEL_
         latent_scale=SCALE,
         null_class=NUM_CLASSES,
         label_dropout=label_dropout,
+        compile_loss=compile_loss,
     )
 
 
@@ -155,3 +160,28 @@ def test_the_draws_of_a_micro_batch_are_four_kernels() -> None:
     print(f"{forward} kernels forward, {seen.kernels()} with the backward pass")
     assert draws == {"dit_scale::normals": 2, "dit_scale::integers": 1, "dit_scale::uniforms": 1}
     assert seen.kernels() < 200
+
+
+# torch's compiler reads .grad of the model's output and ignores the warning, unless warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_the_compiled_loss_is_one_graph_and_equal_up_to_rounding(
+    model: dit.DiT, batch: MicroBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def counting_backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(compile_function, backend=counting_backend, fullgraph=True))
+    objective.compiled_loss.cache_clear()
+    torch._dynamo.reset()
+    plain = losses_of(model, batch)
+    compiled = [losses_of(model, batch, compile_loss=True) for _ in range(2)]
+    objective.compiled_loss.cache_clear()
+    torch._dynamo.reset()
+    assert len(graphs) == 1
+    for found in compiled:
+        for name, value in zip(SampleLosses._fields, found, strict=True):
+            torch.testing.assert_close(value, getattr(plain, name))

@@ -125,6 +125,7 @@ def test_the_protocol_of_the_paper_needs_no_caution() -> None:
         ({"sampling__guidance_interval": [200, 800]}, "guidance acts in an interval"),
         ({"vae__name": "sd-vae-ft-mse"}, "decoder sd-vae-ft-mse"),
         ({"precision": "bf16"}, "the transformer ran in bf16"),
+        ({"vae__precision": "bf16"}, "the decoder ran in bf16"),
     ],
 )
 def test_each_deviation_is_named(change: dict[str, Any], message: str) -> None:
