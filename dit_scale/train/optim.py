@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_scale import kernels
 from dit_scale.config import OptimizerConfig
 from dit_scale.errors import DeviceError
 
@@ -46,6 +47,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
             f"optimizer.implementation={config.implementation} needs CUDA, but the device is "
             f"{device.type}; use torch"
         )
+    if config.implementation == "triton":
+        if lack := kernels.missing():
+            raise DeviceError(f"optimizer.implementation=triton: {lack}; or use torch")
+        from dit_scale.kernels.adamw import TritonAdamW
+
+        return TritonAdamW(parameters, **settings)
     if config.implementation == "deepspeed":
         from deepspeed.ops.adam import FusedAdam as DeepSpeedFusedAdam
 
