@@ -42,7 +42,8 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a device tensor over all ranks, in place, and return it."""
-        dist.all_reduce(tensor)
+        if self.size > 1:
+            dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: T) -> list[T]:

@@ -22,6 +22,7 @@ from dit_scale.train.context import RunContext
 from dit_scale.train.ema import ema_kind
 from dit_scale.train.evaluation_keys import headline
 from dit_scale.train.logbook import Carried, Logbook, carried_over, check_writable
+from dit_scale.train.memory import sharding
 from dit_scale.train.rollback import failures_in_a_row, positions_of_steps, rollback_is_due
 from dit_scale.train.run_state import state_of
 from dit_scale.train.trainer import Trainer
@@ -213,8 +214,8 @@ class Attempt:
             self.say(note)
         self.say(
             f"{config.model.name} at {config.model.image_size} px, {config.engine.precision}, "
-            f"ZeRO-{config.engine.zero_stage}, attention {self._trainer.attention_backend}, "
-            f"draws by {rng.backend(context.world.device)}, on "
+            f"{sharding(config.engine.zero_stage, plan.world)}, attention "
+            f"{self._trainer.attention_backend}, draws by {rng.backend(context.world.device)}, on "
             f"{plan.world} x {context.world.device.type}: {plan.global_batch} samples per step in "
             f"{plan.micro_steps} micro-steps of {plan.micro_batch} per process"
         )

@@ -9,7 +9,7 @@ from dit_scale.models.zoo import (
     num_parameters,
     shape_of,
 )
-from dit_scale.train.memory import GIB, Memory, estimate, plan_of
+from dit_scale.train.memory import GIB, Memory, estimate, plan_of, sharding
 
 
 def report(config: TrainConfig, world: int) -> None:
@@ -25,7 +25,7 @@ def report(config: TrainConfig, world: int) -> None:
     print(f"forward          {forward_macs(shape) / 1e9:,.3f} GMACs per image")
     print(f"training step    {flops / 1e9:,.2f} GFLOP per image")
     _report_batch(plan)
-    _report_memory(config, estimate(config, shape, plan))
+    _report_memory(config, world, estimate(config, shape, plan))
 
 
 def _report_batch(plan: BatchPlan) -> None:
@@ -38,11 +38,11 @@ def _report_batch(plan: BatchPlan) -> None:
     print(f"loss scale       {plan.loss_scale:.6g}")
 
 
-def _report_memory(config: TrainConfig, memory: Memory) -> None:
+def _report_memory(config: TrainConfig, world: int, memory: Memory) -> None:
     limit = f" of {config.engine.memory_gib:g} GiB" if config.engine.memory_gib else ""
     print(
         f"memory           about {memory.total / GIB:.2f} GiB{limit} per process "
-        f"at ZeRO-{config.engine.zero_stage}:"
+        f"{sharding(config.engine.zero_stage, world)}:"
     )
     for part in ("weights", "gradients", "optimizer", "ema", "activations"):
         print(f"  {part:<14} {getattr(memory, part) / GIB:8.3f} GiB")

@@ -54,6 +54,11 @@ def estimate(config: TrainConfig, shape: Shape, plan: BatchPlan) -> Memory:
     )
 
 
+def sharding(stage: int, world: int) -> str:
+    """How a model is shared by this many processes, in words."""
+    return f"at ZeRO-{stage}" if world > 1 else "in one process"
+
+
 def plan_of(config: TrainConfig, world: int) -> BatchPlan:
     """Everything that depends on the world size. Raises ConfigError when no such run is possible."""
     micro_batch = micro_batch_for(config, shape_of(config.model), world)

@@ -1,11 +1,11 @@
 """AdamW as configured, the gate before its updates, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_scale import kernels
 from dit_scale.config import OptimizerConfig
@@ -27,13 +27,14 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     return config.lr * (config.final_lr_fraction + (1.0 - config.final_lr_fraction) * above)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters.
+def build_optimizer(
+    parameters: Sequence[Tensor], config: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW over these tensors.
 
-    Raises DeviceError when the configured implementation is unavailable: apex and DeepSpeed's fused kernels
-    need CUDA, and apex must be NVIDIA's (the package of that name on PyPI is unrelated).
+    Raises DeviceError when the configured implementation is unavailable: all except torch's need CUDA, and
+    apex must be NVIDIA's (the package of that name on PyPI is unrelated).
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,
@@ -53,19 +54,47 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
         from dit_scale.kernels.adamw import TritonAdamW
 
         return TritonAdamW(parameters, **settings)
-    if config.implementation == "deepspeed":
-        from deepspeed.ops.adam import FusedAdam as DeepSpeedFusedAdam
-
-        return DeepSpeedFusedAdam(parameters, adam_w_mode=True, **settings)
     try:
-        from apex.optimizers import FusedAdam
-    except ImportError:
+        if config.implementation == "apex":
+            from apex.optimizers import FusedAdam
+        else:
+            from deepspeed.ops.adam import FusedAdam
+        optimizer: torch.optim.Optimizer = FusedAdam(parameters, adam_w_mode=True, **settings)
+    except Exception as error:  # each compiler and loader of CUDA kernels raises exceptions of its own
         raise DeviceError(
-            "optimizer.implementation=apex: NVIDIA apex with its CUDA extensions is not installed; "
-            "build it from source, or use torch"
-        ) from None
-    optimizer: torch.optim.Optimizer = FusedAdam(parameters, adam_w_mode=True, **settings)
+            f"optimizer.implementation={config.implementation} cannot load its CUDA kernels "
+            f"({type(error).__name__}: {error}); {_NEEDS[config.implementation]}, or use torch"
+        ) from error
     return optimizer
+
+
+_NEEDS = {
+    "apex": "build NVIDIA apex from source with its CUDA extensions",
+    "deepspeed": "install ninja and the CUDA toolkit of the version that torch uses, and set CUDA_HOME",
+}
+
+
+def set_moments(
+    optimizer: torch.optim.Optimizer, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
+) -> None:
+    """Give the optimizer the moments of a master, before its first update."""
+    optimizer.state[master].update(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    set_updates(optimizer, [master], 0)
+
+
+def set_updates(optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], updates: int) -> None:
+    """Set the number of updates so far, which corrects the bias of the moments.
+
+    torch keeps it in a tensor for each master, DeepSpeed's FusedAdam in a number for each master, and apex in
+    a number for each group. Their kernels take a number: given a tensor, they would wait for the device.
+    """
+    on_device = isinstance(optimizer, torch.optim.AdamW)
+    for master in masters:
+        step = torch.full((), float(updates), device=master.device) if on_device else updates
+        optimizer.state[master]["step"] = step
+    if not on_device:
+        for group in optimizer.param_groups:
+            group["step"] = updates
 
 
 def gate(optimizer: torch.optim.Optimizer, skip: Callable[[], Tensor]) -> None:

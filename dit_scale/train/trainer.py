@@ -33,6 +33,7 @@ class Trainer:
         model = dit.build(config.model, config.seed, initialise=False)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.attention_backend = model.attention_backend
+        model.checkpoint_blocks(config.engine.activation_checkpointing)
         self.engine = Engine(model, config.engine, config.optimizer, world, plan)
         if config.engine.compile_blocks:
             model.compile_blocks()

@@ -69,7 +69,7 @@ STRANGERS = (("models", "diffusion", "data"), ("inference", "report", "forecast"
 """Groups of parts that must not import each other, in either direction."""
 
 DOORS = {
-    "deepspeed": ("dit_scale.train.engine", "dit_scale.train.optim"),
+    "deepspeed": ("dit_scale.train.zero", "dit_scale.train.optim"),
     "apex": ("dit_scale.models.attention", "dit_scale.train.optim"),
     "flash_attn": ("dit_scale.models.attention", "dit_scale.train.optim"),
     "boto3": ("dit_scale.storage.s3",),

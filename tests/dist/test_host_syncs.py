@@ -7,7 +7,8 @@ run is recorded, with every read attributed to the function that made it.
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +26,7 @@ from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
 from dit_scale.telemetry.meters import COLUMNS, Meters
-from dit_scale.train import loop
+from dit_scale.train import loop, zero
 from dit_scale.train.attempt import Attempt
 from dit_scale.train.ema import Ema
 from dit_scale.train.guard import Guard
@@ -44,6 +45,8 @@ Place = tuple[str, str]
 OUR_VOTE = {("dit_scale.dist", "result"): LOG_EVERY}
 """The vote on stopping is a host tensor on any device: read once per step, and no kernel waits for it."""
 
+MICRO_STEPS = 2
+
 # What DeepSpeed 0.19.8 reads in a step: (stage, precision, clipping) => functions of its runtime.utils.
 # Stage 1 with bf16 weights uses its BF16_Optimizer. With fp32 its check cannot be switched off.
 DEEPSPEED_READS = {
@@ -57,11 +60,18 @@ DEEPSPEED_READS = {
     (3, "bf16", True): ["is_invalid_grad_norm"],
 }
 
-# DeepSpeed copies a Python number to the device once per step; on CUDA this is a wait as well.
-DEEPSPEED_UPLOADS = {
-    1: ("deepspeed.runtime.utils", "mask_nan_or_inf_with_val_inplace"),
-    2: ("deepspeed.runtime.utils", "mask_nan_or_inf_with_val_inplace"),
-    3: ("deepspeed.runtime.zero.stage3", "get_grad_norm_direct"),
+# Where DeepSpeed waits for a device or a stream, with how often per step, on the path that it takes on CUDA.
+EPILOGUE = ("deepspeed.runtime.zero.stage_1_and_2", "independent_gradient_partition_epilogue")
+DEEPSPEED_WAITS: dict[tuple[int, str], dict[Place, int]] = {
+    (1, "bf16"): {},
+    (1, "fp32"): {EPILOGUE: 1},
+    (2, "bf16"): {EPILOGUE: MICRO_STEPS},
+    (2, "fp32"): {EPILOGUE: MICRO_STEPS},
+    (3, "bf16"): {
+        ("deepspeed.runtime.zero.stage3", "__reduce_and_partition_ipg_grads"): MICRO_STEPS,
+        ("deepspeed.runtime.zero.stage3", "independent_gradient_partition_epilogue"): MICRO_STEPS,
+        ("deepspeed.runtime.zero.partition_parameters", "_allgather_params_coalesced"): 1,
+    },
 }
 
 
@@ -72,6 +82,7 @@ class Watch:
         self.on = False
         self.reads: Counter[Place] = Counter()
         self.uploads: Counter[Place] = Counter()
+        self.waits: Counter[Place] = Counter()
         self.autocast: Counter[Place] = Counter()
         self.operators: Counter[str] = Counter()
 
@@ -133,6 +144,57 @@ def place() -> Place:
     return "?", "?"
 
 
+class Stream:
+    """A stream or an event of a device, as DeepSpeed uses them; a wait of the host is recorded."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def synchronize(self) -> None:
+        if self.watch.on:
+            self.watch.waits[place()] += 1
+
+    def wait_stream(self, *_: "Stream") -> None:
+        """Make the work enqueued later wait for another stream; the host does not wait."""
+
+    def query(self) -> bool:
+        """Whether the device has passed this event: never, as far as the host can rely on."""
+        return False
+
+    record = wait_event = wait_stream
+
+
+@contextmanager
+def path_of_cuda(watch: Watch) -> Iterator[None]:
+    """Let DeepSpeed handle streams as it does on CUDA, with overlapped communication."""
+    import deepspeed.accelerator
+
+    accelerator = type(deepspeed.accelerator.get_accelerator())
+    original = zero.deepspeed_config
+
+    def overlapping(*args: Any) -> dict[str, Any]:
+        tree = original(*args)
+        tree["zero_optimization"]["overlap_comm"] = True
+        return tree
+
+    def new_stream(*_: object, **__: object) -> Stream:
+        return Stream(watch)
+
+    with (
+        patch.object(zero, "deepspeed_config", overlapping),
+        patch.object(accelerator, "resolves_data_dependency", lambda _: False),
+        patch.object(accelerator, "is_synchronized_device", lambda _: False),
+        patch.object(accelerator, "synchronize", lambda *_: Stream(watch).synchronize()),
+        patch.object(accelerator, "Stream", new_stream),
+        patch.object(accelerator, "current_stream", new_stream),
+        patch.object(accelerator, "default_stream", new_stream),
+        patch.object(accelerator, "Event", new_stream),
+        patch.object(accelerator, "stream", lambda *_: nullcontext()),
+        patch.object(torch.Tensor, "record_stream", lambda *_: None),
+    ):
+        yield
+
+
 def watch_training(config: TrainConfig) -> Watch:
     """Train in this process and return the reads."""
     watch = Watch()
@@ -140,6 +202,7 @@ def watch_training(config: TrainConfig) -> Watch:
     with (
         patch.object(Attempt, "log", lambda attempt: watch.log(log, attempt)),
         patch.object(Attempt, "keeps_failing", lambda attempt: watch.keeps_failing(keeps_failing, attempt)),
+        path_of_cuda(watch),
         Operators(watch),
         Calls(watch),
     ):
@@ -147,12 +210,12 @@ def watch_training(config: TrainConfig) -> Watch:
     return watch
 
 
-def config_of(folder: Path, stage: int, precision: str, clipping: bool) -> TrainConfig:
+def config_of(folder: Path, world: int, stage: int, precision: str, clipping: bool) -> TrainConfig:
     return TrainConfig.model_validate(
         {
             "run": str(folder / "run"),
             "steps": 2 * LOG_EVERY,
-            "global_batch": 4,
+            "global_batch": 2 * MICRO_STEPS * world,
             "model": {"name": "DiT-Ti/2", "image_size": 32, "num_classes": 10},
             "data": {"url": str(folder / "latents")},
             "optimizer": {"clip_grad_norm": float(clipping)},
@@ -168,12 +231,24 @@ def config_of(folder: Path, stage: int, precision: str, clipping: bool) -> Train
 @pytest.mark.parametrize(("stage", "precision", "clipping"), DEEPSPEED_READS)
 def test_host_reads_of_a_training_run(tmp_path: Path, stage: int, precision: str, clipping: bool) -> None:
     write_latents(tmp_path / "latents", num=8)
-    (watch,) = run(1, watch_training, config_of(tmp_path, stage, precision, clipping))
     theirs = DEEPSPEED_READS[stage, precision, clipping]
     expected = OUR_VOTE | {("deepspeed.runtime.utils", name): LOG_EVERY for name in theirs}
-    assert watch.reads == expected
-    assert watch.uploads == {DEEPSPEED_UPLOADS[stage]: LOG_EVERY}
-    assert not watch.autocast
+    for watch in run(2, watch_training, config_of(tmp_path, 2, stage, precision, clipping)):
+        assert watch.reads == expected
+        assert watch.waits == {where: LOG_EVERY * n for where, n in DEEPSPEED_WAITS[stage, precision].items()}
+        assert not watch.uploads
+        assert not watch.autocast
+        assert watch.operators[EMA_PASS] == LOG_EVERY * len(PROFILES)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("clipping", [False, True])
+def test_a_single_process_never_waits(tmp_path: Path, precision: str, clipping: bool) -> None:
+    write_latents(tmp_path / "latents", num=8)
+    (watch,) = run(1, watch_training, config_of(tmp_path, 1, 2, precision, clipping))
+    assert watch.reads == OUR_VOTE
+    assert not watch.waits + watch.uploads + watch.autocast
     assert watch.operators[EMA_PASS] == LOG_EVERY * len(PROFILES)
 
 

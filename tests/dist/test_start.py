@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from dit_scale.config import dump
+from tests.support.faults.ports import free_port
 from tests.support.latents import write_latents
 from tests.support.ranks import jobs
 
 pytestmark = pytest.mark.dist
 
 
-def test_eager_training_does_not_import_the_compiler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [1, 2])
+def test_eager_training_does_not_import_the_compiler(tmp_path: Path, world: int) -> None:
     write_latents(tmp_path / "latents", num=8)
     config = tmp_path / "config.yaml"
     small = jobs.small_config(tmp_path / "run", tmp_path / "latents")
@@ -26,8 +28,19 @@ from dit_scale import cli
 assert cli.main(["train", {str(config)!r}]) == 0
 print("deepspeed" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "True False"
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
+    for rank in ranks:
+        said, _ = rank.communicate()
+        assert said.splitlines()[-1] == f"{world > 1} False"  # a single process does not use DeepSpeed
 
 
 def test_a_port_in_use_is_reported(tmp_path: Path) -> None:

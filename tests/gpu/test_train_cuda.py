@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,44 +125,55 @@ def train_without_saving(config: TrainConfig) -> int:
 # The same bits
 
 
+Job = Callable[[TrainConfig], int]
+
+
 @pytest.fixture(
     scope="module",
-    params=[(1, False), (2, False), (3, False), (2, True)],
-    ids=["stage1", "stage2", "stage3", "compiled"],
+    params=[
+        (jobs.train, 2, False),
+        (jobs.train, 2, True),
+        (jobs.train_sharded, 1, False),
+        (jobs.train_sharded, 2, False),
+        (jobs.train_sharded, 3, False),
+    ],
+    ids=["alone", "compiled", "stage1", "stage2", "stage3"],
 )
 def straight(
     request: pytest.FixtureRequest, data: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TrainConfig]:
-    """A run without interruption."""
-    stage, compiled = request.param
+) -> Iterator[tuple[Job, TrainConfig]]:
+    """A run without interruption, and the job that trained it."""
+    job, stage, compiled = request.param
     run = tmp_path_factory.mktemp("straight")
     config = config_of(run, data[256], zero_stage=stage, compile_blocks=compiled)
-    assert processes.run(1, jobs.train, config) == [0]
-    yield config
+    assert processes.run(1, job, config) == [0]
+    yield job, config
     shutil.rmtree(run)
 
 
-def test_started_twice_gives_the_same_bits(straight: TrainConfig, folder: Path) -> None:
-    again = straight.model_copy(update={"run": str(folder)})
-    assert processes.run(1, jobs.train, again) == [0]
-    assert jobs.losses(again) == jobs.losses(straight)
-    assert final_files(again) == final_files(straight)
+def test_started_twice_gives_the_same_bits(straight: tuple[Job, TrainConfig], folder: Path) -> None:
+    job, config = straight
+    again = config.model_copy(update={"run": str(folder)})
+    assert processes.run(1, job, again) == [0]
+    assert jobs.losses(again) == jobs.losses(config)
+    assert final_files(again) == final_files(config)
 
 
-def test_killed_and_resumed_gives_the_same_bits(straight: TrainConfig, folder: Path) -> None:
-    config = straight.model_copy(update={"run": str(folder)})
-    assert processes.run(1, jobs.train, config.model_copy(update={"steps": SAVE_EVERY})) == [0]
-    ranks, _ = processes.start(1, train_until_killed, config)
+def test_killed_and_resumed_gives_the_same_bits(straight: tuple[Job, TrainConfig], folder: Path) -> None:
+    job, whole = straight
+    config = whole.model_copy(update={"run": str(folder)})
+    assert processes.run(1, job, config.model_copy(update={"steps": SAVE_EVERY})) == [0]
+    ranks, _ = processes.start(1, train_until_killed, job, config)
     for process in ranks:
         process.join(processes.TIMEOUT_S)
         assert process.exitcode == -signal.SIGKILL
     assert newest(config).manifest.step == SAVE_EVERY
-    assert processes.run(1, jobs.train, config) == [0]
-    assert jobs.losses(config) == jobs.losses(straight)
-    assert final_files(config) == final_files(straight)
+    assert processes.run(1, job, config) == [0]
+    assert jobs.losses(config) == jobs.losses(whole)
+    assert final_files(config) == final_files(whole)
 
 
-def train_until_killed(config: TrainConfig) -> None:
+def train_until_killed(job: Job, config: TrainConfig) -> None:
     original = Ema.update
 
     def update(ema: Ema, step: int) -> None:
@@ -171,7 +182,7 @@ def train_until_killed(config: TrainConfig) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with patch.object(Ema, "update", update):
-        loop.train(config)
+        job(config)
 
 
 def newest(config: TrainConfig) -> Checkpoint:
@@ -233,9 +244,8 @@ def test_draws_equal_those_of_the_cpu() -> None:
 # The guard
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_failed_steps_have_no_effect(folder: Path, data: dict[int, Path], stage: int) -> None:
-    config = config_of(folder, data[256], zero_stage=stage)
+def test_failed_steps_have_no_effect(folder: Path, data: dict[int, Path]) -> None:
+    config = config_of(folder, data[256])
     config = config.model_copy(update={"guard": GuardConfig(spike_factor=20.0, horizon_steps=1)})
     (outcome,) = processes.run(1, guard_jobs.pass_over_failures, config)
     assert [row[-1] for row in outcome.rows] == [0, 1, 1, 1, 0]
@@ -285,14 +295,43 @@ def test_the_host_does_not_wait_between_log_points(folder: Path, data: dict[int,
     assert processes.run(1, train_without_waiting, config) == [0]
 
 
-def train_without_waiting(config: TrainConfig) -> int:
-    """Make waiting an error in all of our code, from the first log point to the second.
+@two_devices
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_host_waits_for_two_devices_only_in_deepspeed(
+    folder: Path, data: dict[int, Path], stage: int
+) -> None:
+    config = config_of(folder, data[256], zero_stage=stage)
+    log = config.log.model_copy(update={"every_steps": 3})
+    config = config.model_copy(update={"steps": 6, "log": log})
+    assert processes.run(2, train_waiting_in_deepspeed, config) == [0, 0]
 
-    DeepSpeed may wait in its backward pass and its step (tests/dist/test_host_syncs.py lists where), but the
-    guard, which it calls there, may not.
+
+def train_waiting_in_deepspeed(config: TrainConfig) -> int:
+    """Let DeepSpeed wait in its backward pass and its step (tests/dist/test_host_syncs.py lists where).
+
+    The guard, which it calls there, may not.
+    """
+    with (
+        patch.object(Engine, "backward", in_mode("default", Engine.backward)),
+        patch.object(Engine, "step", in_mode("default", Engine.step)),
+        patch.object(Guard, "judge", in_mode("error", Guard.judge)),
+    ):
+        return train_without_waiting(config)
+
+
+def train_without_waiting(config: TrainConfig) -> int:
+    """Make waiting an error, from the first log point to the second.
+
+    torch's debug mode reports what reads from the device, but not an explicit wait.
     """
     first = config.log.every_steps
     log, keeps_failing = Attempt.log, Attempt.keeps_failing
+    synchronize = torch.cuda.synchronize
+
+    def wait(*args: Any) -> None:
+        if torch.cuda.get_sync_debug_mode():
+            raise RuntimeError("torch.cuda.synchronize() between log points")
+        synchronize(*args)
 
     def start_log_point(attempt: Attempt) -> bool:
         torch.cuda.set_sync_debug_mode("default")
@@ -302,15 +341,15 @@ def train_without_waiting(config: TrainConfig) -> int:
         log(attempt)
         if attempt.state.step == first:
             torch.cuda.set_sync_debug_mode("error")
+            with pytest.raises(RuntimeError, match="between log points"):
+                torch.cuda.synchronize()
             with pytest.raises(RuntimeError, match="synchronizing"):
                 torch.ones((), device=DEVICE).item()
 
     with (
         patch.object(Attempt, "keeps_failing", start_log_point),
         patch.object(Attempt, "log", finish_log_point),
-        patch.object(Engine, "backward", in_mode("default", Engine.backward)),
-        patch.object(Engine, "step", in_mode("default", Engine.step)),
-        patch.object(Guard, "judge", in_mode("error", Guard.judge)),
+        patch.object(torch.cuda, "synchronize", wait),
     ):
         return loop.train(config)
 

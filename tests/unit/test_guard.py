@@ -100,7 +100,7 @@ def test_start_resets_the_guard() -> None:
 
 
 def adamw(weights: torch.nn.Linear) -> torch.optim.Optimizer:
-    return build_optimizer(weights, OptimizerConfig(lr=0.1, weight_decay=0.1), CPU)
+    return build_optimizer([*weights.parameters()], OptimizerConfig(lr=0.1, weight_decay=0.1), CPU)
 
 
 def plain_adam(weights: torch.nn.Linear) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ from dit_scale.data.loader import Loader
 from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.shards import LatentDataset
 from dit_scale.models import dit
-from dit_scale.train import engine as engines
+from dit_scale.train import zero
 from dit_scale.train.trainer import Trainer
 from tests.support.ranks import jobs
 
@@ -73,7 +73,7 @@ def pass_over_failures(
     At ZeRO-3 the optimizer is called once for every `sub_group_elements`. Averages move as torch.lerp moves
     them, up to the relative difference `rounding`.
     """
-    original = engines.deepspeed_config
+    original = zero.deepspeed_config
 
     def with_sub_groups(*args: Any) -> dict[str, Any]:
         tree = original(*args)
@@ -82,7 +82,7 @@ def pass_over_failures(
 
     with (
         patch.object(dit, "initialise_weights", jobs.randomise),
-        patch.object(engines, "deepspeed_config", with_sub_groups),
+        patch.object(zero, "deepspeed_config", with_sub_groups),
     ):
         world = dist.start(config.engine)
         try:
@@ -164,4 +164,4 @@ def same_optimizer_state(got: Bits, expected: Bits) -> bool:
 def updates(trainer: Trainer) -> set[float]:
     """Return AdamW's step count of all partitions."""
     state = trainer.engine._optimizer.state
-    return {state[partition.buffers[MASTER]]["step"].item() for partition in trainer.engine.owned}
+    return {state[master]["step"].item() for master in trainer.engine._sharding.masters}

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from dit_scale.checkpoint import saver
+from dit_scale.checkpoint.partition import MASTER
 from dit_scale.config import TrainConfig
 from dit_scale.data.shards import LatentDataset
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
-from dit_scale.train import engine, loop, restore, session
+from dit_scale.train import engine, loop, restore, session, zero
 from dit_scale.train.attempt import Attempt
 from dit_scale.train.context import RunContext
 from dit_scale.train.objective import losses as losses_of
@@ -69,6 +70,12 @@ def train(config: TrainConfig, random_start: bool = False) -> int:
         return loop.train(config)
     with patch.object(dit, "initialise_weights", randomise):
         return loop.train(config)
+
+
+def train_sharded(config: TrainConfig, random_start: bool = False) -> int:
+    """Train as one rank that uses ZeRO even if it is alone."""
+    with patch.object(engine, "shard", zero.Zero):
+        return train(config, random_start)
 
 
 @contextmanager
@@ -181,15 +188,15 @@ def plain_training(config: TrainConfig) -> tuple[list[LossRow], dict[str, torch.
 def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndarray]:
     """Return this rank's part of the full gradient by (parameter, start), from SGD's first momentum."""
 
-    def sgd(model: torch.nn.Module, *_: object) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    def sgd(parameters: list[torch.Tensor], *_: object) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
 
     found: dict[tuple[str, int], np.ndarray] = {}
 
     def keep(attempt: Attempt) -> None:
         zero_engine = attempt._trainer.engine
         for partition in zero_engine.owned:
-            master = partition.buffers[engine.MASTER]
+            master = partition.buffers[MASTER]
             momentum = zero_engine._optimizer.state[master]["momentum_buffer"]
             for slice_ in partition.slices:
                 piece = momentum[slice_.offset : slice_.offset + slice_.length]
@@ -197,7 +204,7 @@ def gradient_of_first_step(config: TrainConfig) -> dict[tuple[str, int], np.ndar
 
     with (
         patch.object(dit, "initialise_weights", randomise),
-        patch.object(engine, "build_optimizer", sgd),
+        patch.object(zero, "build_optimizer", sgd),
         patch.object(Attempt, "log", keep),
         patch.object(Saves, "save_and_wait", lambda saves: None),  # SGD has other hyper-parameters
     ):
