@@ -8,7 +8,8 @@ The usual loop is written here from the equations: eager, one timestep at a time
 (the null half gets noise and updates too), tables moved from the host in every step. Both loops run the
 same model in fp32 with guidance 1.5 on three channels; decoding is excluded. A measurement is one whole
 trajectory of --timed-steps; loops take turns, and each figure is the median over --rounds. With one thread
-on a CPU it is CPU time, which other programs disturb less.
+on a CPU it is CPU time, which other programs disturb less. The usual loop has a process of its own with
+default settings; ours is prepared as `dit-scale sample` prepares it (dit_scale/host_memory.py).
 
 "guidance off" are steps outside of the guidance interval. --compile adds the loops with compiled blocks, the
 usual loop included.
@@ -21,8 +22,10 @@ Shapes: B images, C latent channels, H W latent sides, 2C eps then v channels, D
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from statistics import median
@@ -36,7 +39,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.train_step import cpu_name, versions
-from dit_scale import vae
+from dit_scale import dist, host_memory, vae
 from dit_scale.config import ModelConfig
 from dit_scale.diffusion.schedule import float64_tables, linear, respace
 from dit_scale.models.dit import DiT, build
@@ -51,6 +54,13 @@ TIMESTEPS = 1000
 NOWHERE = (TIMESTEPS, TIMESTEPS)
 """An interval that contains no timestep: every step is one without guidance."""
 USUAL, COMPILED = "usual loop, ddpm", ", compiled"
+OURS: dict[str, dict[str, Any]] = {
+    "ours, ddpm": {"method": "ddpm"},
+    "ours, ddpm, interval": {"method": "ddpm", "guidance_interval": INTERVAL},
+    "ours, ddpm, guidance off": {"method": "ddpm", "guidance_interval": NOWHERE},
+    "ours, dpmpp_2m": {"method": "dpmpp_2m"},
+}
+"""Our loops, by name: what differs from the default settings."""
 SMOKE = {"model": "DiT-Nano/2", "image_size": 32, "batch": 4, "timed_steps": 4, "rounds": 2}
 PACKAGES = ("dit-scale", "torch")
 
@@ -66,22 +76,20 @@ def main() -> int:
     if args.smoke:
         parser.set_defaults(**SMOKE)
         args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    model = build(ModelConfig(name=args.model, image_size=args.image_size), seed=0, device=device)
-    named = loops(model, args.batch, args.timed_steps, device)
-    if args.compile:
-        compiled = deepcopy(model)
-        compiled.compile_blocks(dynamic=False, options=vae.FIXED_CHOICES)  # as `dit-scale sample --compile`
-        again = loops(compiled, args.batch, args.timed_steps, device)
-        named |= {f"{name}{COMPILED}": loop for name, loop in again.items()}
-    seconds = measure(named, args.rounds, device)
+    seconds = measure(args)
     rows = [_row(name, seconds, args) for name in seconds]
     if args.json:
         for row in rows:
             print(json.dumps(row))
     Console(stderr=args.json, soft_wrap=True).print(_table(rows, args, device))
     return 0
+
+
+def names(compile: bool) -> list[str]:
+    """Return the names of all loops in their order."""
+    eager = [USUAL, *OURS]
+    return eager + [f"{name}{COMPILED}" for name in eager] if compile else eager
 
 
 def loops(model: DiT, batch: int, steps: int, device: torch.device) -> dict[str, Loop]:
@@ -97,10 +105,7 @@ def loops(model: DiT, batch: int, steps: int, device: torch.device) -> dict[str,
 
     return {
         USUAL: lambda: usual_ddpm(model, steps, y_B),
-        "ours, ddpm": ours(method="ddpm"),
-        "ours, ddpm, interval": ours(method="ddpm", guidance_interval=INTERVAL),
-        "ours, ddpm, guidance off": ours(method="ddpm", guidance_interval=NOWHERE),
-        "ours, dpmpp_2m": ours(method="dpmpp_2m"),
+        **{name: ours(**changes) for name, changes in OURS.items()},
     }
 
 
@@ -145,19 +150,51 @@ def usual_ddpm(model: DiT, steps: int, y_B: Tensor) -> Iterator[Tensor]:
         yield x_DCHW
 
 
-def measure(named: dict[str, Loop], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds per step of each loop; the loops take turns, after one round of warm-up."""
-    is_cpu_time = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if is_cpu_time else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in named}
-    for _ in range(rounds + 1):
-        for name, loop in named.items():
-            _synchronize(device)
-            started = clock()
-            steps = sum(1 for _ in loop())
-            _synchronize(device)
-            seconds[name].append((clock() - started) / steps)
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds per step of each loop; the loops take turns, after one round of warm-up.
+
+    The usual loop runs in a process of its own, because ours prepares its process as `dit-scale sample` does.
+    """
+    spawn, seconds = multiprocessing.get_context("spawn"), defaultdict[str, list[float]](list)
+    with spawn.Pool(1, _begin, (args, False)) as usual, spawn.Pool(1, _begin, (args, True)) as ours:
+        for _ in range(args.rounds + 1):
+            for name in names(args.compile):
+                process = usual if name.startswith(USUAL) else ours
+                seconds[name].append(process.apply(_time, (name,)))
     return {name: median(values[1:]) for name, values in seconds.items()}
+
+
+_process: dict[str, Any] = {}
+"""The loops of this process, and how to time them."""
+
+
+def _begin(args: argparse.Namespace, is_ours: bool) -> None:
+    """Build all loops in this process."""
+    if is_ours:
+        host_memory.use_huge_pages()
+        dist.compute_on_cpu(args.threads)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    model = build(ModelConfig(name=args.model, image_size=args.image_size), seed=0, device=device)
+    _process["loops"] = loops(model, args.batch, args.timed_steps, device)
+    if args.compile:
+        compiled = deepcopy(model)
+        compiled.compile_blocks(dynamic=False, options=vae.FIXED_CHOICES)  # as `dit-scale sample --compile`
+        again = loops(compiled, args.batch, args.timed_steps, device)
+        _process["loops"] |= {f"{name}{COMPILED}": loop for name, loop in again.items()}
+    is_cpu_time = args.device == "cpu" and args.threads == 1
+    _process["clock"] = time.process_time if is_cpu_time else time.perf_counter
+    _process["device"] = device
+
+
+def _time(name: str) -> float:
+    """Seconds per step of one trajectory."""
+    device, clock = _process["device"], _process["clock"]
+    _synchronize(device)
+    started = clock()
+    steps = sum(1 for _ in _process["loops"][name]())
+    _synchronize(device)
+    return float(clock() - started) / steps
 
 
 def _synchronize(device: torch.device) -> None:
