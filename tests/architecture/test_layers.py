@@ -42,6 +42,7 @@ LAYERS = (
     "config",
     "keys",
     "storage",
+    "host_memory",
     "kernels",
     "rng",
     "dist",
