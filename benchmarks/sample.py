@@ -1,12 +1,17 @@
 """Benchmark denoising: images/s of our loop beside the usual kind of loop, at equal steps and equal quality.
 
     python -m benchmarks.sample --model DiT-XL/2 --image-size 256 --batch 32
+    python -m benchmarks.sample --model DiT-S/4 --batch 8 --compile
     python -m benchmarks.sample --smoke
 
 The usual loop is written here from the equations: eager, one timestep at a time, a doubled batch throughout
 (the null half gets noise and updates too), tables moved from the host in every step. Both loops run the
 same model in fp32 with guidance 1.5 on three channels; decoding is excluded. A measurement is one whole
-trajectory of --timed-steps; loops take turns, and each figure is the median over --rounds.
+trajectory of --timed-steps; loops take turns, and each figure is the median over --rounds. With one thread
+on a CPU it is CPU time, which other programs disturb less.
+
+"guidance off" are steps outside of the guidance interval. --compile adds the loops with compiled blocks, the
+usual loop included.
 
 images/s follows from the time of a step and the number of steps. Equal steps: 250 for both. Equal quality:
 --fast-steps of DPM-Solver++(2M) beside 250 of DDPM; `python -m benchmarks.solvers` measures the quality.
@@ -19,6 +24,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from statistics import median
 from typing import Any
 
@@ -30,6 +36,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.train_step import cpu_name, versions
+from dit_scale import vae
 from dit_scale.config import ModelConfig
 from dit_scale.diffusion.schedule import float64_tables, linear, respace
 from dit_scale.models.dit import DiT, build
@@ -40,6 +47,10 @@ STEPS = 250
 GUIDANCE, GUIDED_CHANNELS = 1.5, 3
 INTERVAL = (200, 600)
 """Guided timesteps of the row with an interval: about 40 % of a trajectory."""
+TIMESTEPS = 1000
+NOWHERE = (TIMESTEPS, TIMESTEPS)
+"""An interval that contains no timestep: every step is one without guidance."""
+USUAL, COMPILED = "usual loop, ddpm", ", compiled"
 SMOKE = {"model": "DiT-Nano/2", "image_size": 32, "batch": 4, "timed_steps": 4, "rounds": 2}
 PACKAGES = ("dit-scale", "torch")
 
@@ -58,7 +69,13 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     model = build(ModelConfig(name=args.model, image_size=args.image_size), seed=0, device=device)
-    seconds = measure(loops(model, args.batch, args.timed_steps, device), args.rounds, device)
+    named = loops(model, args.batch, args.timed_steps, device)
+    if args.compile:
+        compiled = deepcopy(model)
+        compiled.compile_blocks(dynamic=False, options=vae.FIXED_CHOICES)  # as `dit-scale sample --compile`
+        again = loops(compiled, args.batch, args.timed_steps, device)
+        named |= {f"{name}{COMPILED}": loop for name, loop in again.items()}
+    seconds = measure(named, args.rounds, device)
     rows = [_row(name, seconds, args) for name in seconds]
     if args.json:
         for row in rows:
@@ -75,13 +92,14 @@ def loops(model: DiT, batch: int, steps: int, device: torch.device) -> dict[str,
 
     def ours(**changes: Any) -> Loop:
         settings = SamplingSettings(steps=str(steps), guidance=GUIDANCE, **changes)
-        schedule = sampling_schedule(1000, settings, device)
+        schedule = sampling_schedule(TIMESTEPS, settings, device)
         return lambda: denoise(model, schedule, y_B, image_B, settings)
 
     return {
-        "usual loop, ddpm": lambda: usual_ddpm(model, steps, y_B),
+        USUAL: lambda: usual_ddpm(model, steps, y_B),
         "ours, ddpm": ours(method="ddpm"),
         "ours, ddpm, interval": ours(method="ddpm", guidance_interval=INTERVAL),
+        "ours, ddpm, guidance off": ours(method="ddpm", guidance_interval=NOWHERE),
         "ours, dpmpp_2m": ours(method="dpmpp_2m"),
     }
 
@@ -89,7 +107,7 @@ def loops(model: DiT, batch: int, steps: int, device: torch.device) -> dict[str,
 @torch.no_grad()
 def usual_ddpm(model: DiT, steps: int, y_B: Tensor) -> Iterator[Tensor]:
     """Sample as usual training repositories do; yields x_DCHW after each step."""
-    schedule, device = respace(linear(1000), str(steps)), y_B.device
+    schedule, device = respace(linear(TIMESTEPS), str(steps)), y_B.device
     tables = float64_tables(schedule.betas_float64)
     timesteps_S = schedule.timesteps.numpy()
     y_D = torch.cat([y_B, torch.full_like(y_B, model.shape.num_classes)])
@@ -129,14 +147,16 @@ def usual_ddpm(model: DiT, steps: int, y_B: Tensor) -> Iterator[Tensor]:
 
 def measure(named: dict[str, Loop], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds per step of each loop; the loops take turns, after one round of warm-up."""
+    is_cpu_time = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if is_cpu_time else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in named}
     for _ in range(rounds + 1):
         for name, loop in named.items():
             _synchronize(device)
-            started = time.perf_counter()
+            started = clock()
             steps = sum(1 for _ in loop())
             _synchronize(device)
-            seconds[name].append((time.perf_counter() - started) / steps)
+            seconds[name].append((clock() - started) / steps)
     return {name: median(values[1:]) for name, values in seconds.items()}
 
 
@@ -147,8 +167,11 @@ def _synchronize(device: torch.device) -> None:
 
 def _row(name: str, seconds: dict[str, float], args: argparse.Namespace) -> Row:
     steps = args.fast_steps if "2m" in name else STEPS
-    usual_images_per_s = args.batch / (STEPS * next(iter(seconds.values())))
     images_per_s = args.batch / (steps * seconds[name])
+
+    def ratio(usual: str) -> float | None:
+        return images_per_s * STEPS * seconds[usual] / args.batch if usual in seconds else None
+
     return {
         "model": args.model,
         "image_size": args.image_size,
@@ -157,7 +180,8 @@ def _row(name: str, seconds: dict[str, float], args: argparse.Namespace) -> Row:
         "step_s": seconds[name],
         "steps": steps,
         "images_per_s": images_per_s,
-        "ratio": images_per_s / usual_images_per_s,
+        "ratio": ratio(USUAL),
+        "ratio_to_compiled": ratio(f"{USUAL}{COMPILED}"),
         "versions": versions(PACKAGES),
     }
 
@@ -172,7 +196,8 @@ def _table(rows: list[Row], args: argparse.Namespace, device: torch.device) -> T
         padding=(0, 1, 0, 0),
     )
     table.add_column("loop")
-    for column in ("ms/step", "steps", "images/s", "ratio"):
+    columns = ("ms/step", "steps", "images/s", "ratio", *(["to compiled"] if args.compile else []))
+    for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -181,6 +206,7 @@ def _table(rows: list[Row], args: argparse.Namespace, device: torch.device) -> T
             str(row["steps"]),
             f"{row['images_per_s']:,.3f}",
             f"{row['ratio']:.2f}",
+            *([f"{row['ratio_to_compiled']:.2f}"] if args.compile else []),
         )
     return table
 
@@ -197,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="trajectories per loop (default 5)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--compile", action="store_true", help="add the loops with compiled blocks")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument(
         "--smoke", action="store_true", help="run a tiny model on a CPU to check that the benchmark works"

@@ -93,8 +93,9 @@ class OptimizerConfig(Section):
     """Final learning rate as a fraction of the peak; requires a decay."""
     clip_grad_norm: float = Field(0.0, ge=0)
     """Clip gradients to this global L2 norm; 0: no clipping."""
-    implementation: Literal["torch", "apex", "deepspeed"] = "torch"
-    """AdamW implementation: torch (fused on CUDA), or FusedAdam of apex or DeepSpeed (both require CUDA)."""
+    implementation: Literal["torch", "triton", "apex", "deepspeed"] = "torch"
+    """AdamW implementation: torch (fused on CUDA), or with CUDA: triton (updates the first EMA profile in the
+    same pass), or FusedAdam of apex or DeepSpeed."""
 
     @model_validator(mode="after")
     def _final_rate_needs_a_decay(self) -> "OptimizerConfig":
@@ -122,6 +123,9 @@ class EngineConfig(Section):
     """Device to train on; `auto`: CUDA if available."""
     compile_blocks: bool = False
     """Compile the transformer blocks and the loss with torch.compile; all blocks share one compilation."""
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    """Save memory by recomputing activations in the backward pass: `block`: all but the input of a block;
+    `selective`: all but the results of matrix products and attention. Losses keep their bits."""
     determinism: Literal["strict", "fast"] = "strict"
     """`strict`: bitwise reproducible at the same world size; `fast`: reproducible up to rounding."""
     cpu_threads: int = Field(1, ge=1)
@@ -132,11 +136,17 @@ class EngineConfig(Section):
     """Overlap gradient reduction with the backward pass."""
 
     @model_validator(mode="after")
-    def _compile_without_hooks(self) -> "EngineConfig":
+    def _stage_3_gathers_in_hooks(self) -> "EngineConfig":
         if self.compile_blocks and self.zero_stage == 3:
             raise ValueError(
                 "compile_blocks=true with zero_stage=3 is slower than without compilation, because the hooks "
                 "that gather weights recompile repeatedly; use zero_stage 1 or 2, or compile_blocks=false"
+            )
+        if self.activation_checkpointing == "selective" and self.zero_stage == 3:
+            raise ValueError(
+                "activation_checkpointing=selective with zero_stage=3 cannot run, because the hooks that "
+                "gather weights differ when repeated; use activation_checkpointing=block, or zero_stage 1 "
+                "or 2"
             )
         return self
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dit_scale.config import ModelConfig
 from dit_scale.models import attention as attention_backends
 from dit_scale.models.blocks import FinalLayer, condition, make_blocks
+from dit_scale.models.checkpointing import Checkpointing, block_runner
 from dit_scale.models.embeddings import (
     LabelEmbedder,
     PatchEmbed,
@@ -40,6 +41,7 @@ class DiT(nn.Module):
         super().__init__()
         self.shape = shape
         self.attention_backend = attention
+        self._run_block = block_runner("none")
         self.x_embedder = PatchEmbed(shape.in_channels, shape.patch, shape.width)
         self.t_embedder = TimestepEmbedder(shape.width, TIMESTEP_DIVISORS[timestep_embedding])
         self.y_embedder = LabelEmbedder(shape.num_classes, shape.width)
@@ -59,17 +61,20 @@ class DiT(nn.Module):
         if self.shape.extra_tokens:
             x_BTD = torch.cat((x_BTD, c), dim=1)
         for block in self.blocks:
-            x_BTD = block(x_BTD, c)
+            x_BTD = self._run_block(block, x_BTD, c)
         x_BTD = x_BTD[:, : self.shape.tokens]
         return unpatchify(self.final_layer(x_BTD, c).float(), self.shape)
 
+    def checkpoint_blocks(self, mode: Checkpointing) -> None:
+        """Choose what the blocks recompute in the backward pass; call it before `compile_blocks`."""
+        self._run_block = block_runner(mode)
+
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile every block in place; parameter names stay, and all blocks share one compilation.
+        """torch.compile the blocks; parameter names stay, and all blocks share one compilation.
 
         `options` are arguments of torch.compile.
         """
-        for block in self.blocks:
-            block.compile(**options)
+        self._run_block = torch.compile(self._run_block, **options)
 
     def _positions(self, device: torch.device) -> Tensor:
         if device.type == "meta":

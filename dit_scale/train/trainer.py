@@ -33,10 +33,11 @@ class Trainer:
         model = dit.build(config.model, config.seed, initialise=False)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.attention_backend = model.attention_backend
+        model.checkpoint_blocks(config.engine.activation_checkpointing)
         self.engine = Engine(model, config.engine, config.optimizer, world, plan)
         if config.engine.compile_blocks:
             model.compile_blocks()
-        self.ema = Ema(config.ema, self.engine.owned)
+        self.ema = Ema(config.ema, self.engine.owned, self.engine.followers)
         self.guard = Guard(config.guard, world.device)
 
     def start(self) -> None:
@@ -100,6 +101,7 @@ class Trainer:
         """
         means = self._world.sum(step_sums) / self._plan.global_batch
         rate = learning_rate(self._config.optimizer, step, self._config.steps)
+        self.ema.offer(step + 1)
         norm, skipped = self.engine.step(rate, lambda norm: self.guard.judge(means[0], norm))
         self.ema.update(step + 1)
         return torch.cat((means, torch.stack((norm, skipped))))
