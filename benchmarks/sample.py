@@ -207,7 +207,7 @@ def _row(name: str, seconds: dict[str, float], args: argparse.Namespace) -> Row:
     images_per_s = args.batch / (steps * seconds[name])
 
     def ratio(usual: str) -> float | None:
-        return images_per_s * STEPS * seconds[usual] / args.batch if usual in seconds else None
+        return STEPS * seconds[usual] / (steps * seconds[name]) if usual in seconds else None
 
     return {
         "model": args.model,
