@@ -69,6 +69,8 @@ class World:
 
     def start_vote(self, *flags: bool) -> "Vote":
         """Start an asynchronous vote: for each flag, whether it is set on any rank."""
+        if self.size == 1:
+            return Vote(flags)
         values = torch.tensor([int(flag) for flag in flags])
         work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True)
         return Vote(values, work)
@@ -82,13 +84,15 @@ class World:
 class Vote:
     """An asynchronous vote that `World.start_vote` started."""
 
-    flags: Tensor
-    work: dist.Work
+    flags: Tensor | tuple[bool, ...]
+    work: dist.Work | None = None
+    """None when a single process has decided by itself."""
 
     def result(self) -> tuple[bool, ...]:
         """Wait for the vote and return one answer per flag, the same on all ranks."""
-        self.work.wait()
-        return tuple(bool(flag) for flag in self.flags.tolist())
+        if self.work is not None:
+            self.work.wait()
+        return tuple(bool(flag) for flag in self.flags)
 
 
 def choose_device(name: str) -> torch.device:

@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for rank in range(args.processes)
             ]
             loop_s, batch_s, trainer_s = answers[0].get()
+            pool.close()
+            pool.join()  # the ranks catch SIGTERM, by which leaving the context would end them
     row: Row = {
         "steps": len(loop_s),
         "processes": args.processes,
