@@ -10,6 +10,7 @@ driver, versions, and the command and all rows of each part) and `bench.md` (the
 - train_256, train_512: DiT-XL/2 as the recipes train it, global batches 256 and 64: images/s, share of a
   matrix product, the update (AdamW and moving average) beside a copy, peak memory beside the prediction.
 - attention: the step without compilation and without determinism, with every backend that this machine has.
+- triton: the step with AdamW and moving average in one kernel.
 - peers: our step beside the published loop in TF32, its bf16 variant, and a bare loop over our model.
 - sample: denoising steps beside the usual loop.
 - encode: VAE encoding beside plain loops over diffusers' model.
@@ -73,13 +74,19 @@ PARTS = {
         (*XL, "256", "--settings", "b", "--batch", "32", "--device", "cuda", "--precision", "bf16")
         + ("--loops", "original", "fast", "bare", "zero2", "bare+compile", "zero2+compile"),
         ("--loops", "original", "zero2"),
-        budget_s=170,
+        budget_s=150,
     ),
     "attention": Part(
         "train_step",
         (*XL, "256", "--attention", "all", "--determinism", "fast", "--steps", "10", "--warmup", "5"),
         ("--attention", "sdpa_cudnn,sdpa_math"),
-        budget_s=110,
+        budget_s=90,
+    ),
+    "triton": Part(
+        "train_step",
+        (*XL, "256", "--optimizer", "triton", "--steps", "10", "--warmup", "5"),
+        ("--optimizer", "torch"),
+        budget_s=40,
     ),
     "sample": Part(
         "sample",
@@ -206,7 +213,8 @@ def _train_step_cells(row: Row, result: str) -> tuple[str, str, str]:
     measured = row["peak_memory_bytes"]
     peak = "" if measured is None else f"peak {measured / 2**30:.1f} GiB, "
     return (
-        f"{setting}, {row['attention']}{', compiled' if row['compiled'] else ''}",
+        f"{setting}, {row['attention']}{', compiled' if row['compiled'] else ''}"
+        f"{'' if row['optimizer'] == 'torch' else ', ' + row['optimizer']}",
         f"{result}, {row['share_of_matmul']:.1%} of a matrix product",
         f"update {row['update_s'] * 1e3:.2f} ms, {row['update_share_of_copy']:.0%} of a copy; "
         f"{peak}predicted {row['predicted_memory_bytes'] / 2**30:.1f} GiB",

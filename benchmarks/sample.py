@@ -1,12 +1,18 @@
 """Benchmark denoising: images/s of our loop beside the usual kind of loop, at equal steps and equal quality.
 
     python -m benchmarks.sample --model DiT-XL/2 --image-size 256 --batch 32
+    python -m benchmarks.sample --model DiT-S/4 --batch 8 --compile
     python -m benchmarks.sample --smoke
 
 The usual loop is written here from the equations: eager, one timestep at a time, a doubled batch throughout
 (the null half gets noise and updates too), tables moved from the host in every step. Both loops run the
 same model in fp32 with guidance 1.5 on three channels; decoding is excluded. A measurement is one whole
-trajectory of --timed-steps; loops take turns, and each figure is the median over --rounds.
+trajectory of --timed-steps; loops take turns, and each figure is the median over --rounds. With one thread
+on a CPU it is CPU time, which other programs disturb less. The usual loop has a process of its own with
+default settings; ours is prepared as `dit-scale sample` prepares it (dit_scale/host_memory.py).
+
+"guidance off" are steps outside of the guidance interval. --compile adds the loops with compiled blocks, the
+usual loop included.
 
 images/s follows from the time of a step and the number of steps. Equal steps: 250 for both. Equal quality:
 --fast-steps of DPM-Solver++(2M) beside 250 of DDPM; `python -m benchmarks.solvers` measures the quality.
@@ -16,9 +22,12 @@ Shapes: B images, C latent channels, H W latent sides, 2C eps then v channels, D
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from statistics import median
 from typing import Any
 
@@ -30,6 +39,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.train_step import cpu_name, versions
+from dit_scale import dist, host_memory, vae
 from dit_scale.config import ModelConfig
 from dit_scale.diffusion.schedule import float64_tables, linear, respace
 from dit_scale.models.dit import DiT, build
@@ -40,6 +50,17 @@ STEPS = 250
 GUIDANCE, GUIDED_CHANNELS = 1.5, 3
 INTERVAL = (200, 600)
 """Guided timesteps of the row with an interval: about 40 % of a trajectory."""
+TIMESTEPS = 1000
+NOWHERE = (TIMESTEPS, TIMESTEPS)
+"""An interval that contains no timestep: every step is one without guidance."""
+USUAL, COMPILED = "usual loop, ddpm", ", compiled"
+OURS: dict[str, dict[str, Any]] = {
+    "ours, ddpm": {"method": "ddpm"},
+    "ours, ddpm, interval": {"method": "ddpm", "guidance_interval": INTERVAL},
+    "ours, ddpm, guidance off": {"method": "ddpm", "guidance_interval": NOWHERE},
+    "ours, dpmpp_2m": {"method": "dpmpp_2m"},
+}
+"""Our loops, by name: what differs from the default settings."""
 SMOKE = {"model": "DiT-Nano/2", "image_size": 32, "batch": 4, "timed_steps": 4, "rounds": 2}
 PACKAGES = ("dit-scale", "torch")
 
@@ -55,16 +76,20 @@ def main() -> int:
     if args.smoke:
         parser.set_defaults(**SMOKE)
         args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    model = build(ModelConfig(name=args.model, image_size=args.image_size), seed=0, device=device)
-    seconds = measure(loops(model, args.batch, args.timed_steps, device), args.rounds, device)
+    seconds = measure(args)
     rows = [_row(name, seconds, args) for name in seconds]
     if args.json:
         for row in rows:
             print(json.dumps(row))
     Console(stderr=args.json, soft_wrap=True).print(_table(rows, args, device))
     return 0
+
+
+def names(compile: bool) -> list[str]:
+    """Return the names of all loops in their order."""
+    eager = [USUAL, *OURS]
+    return eager + [f"{name}{COMPILED}" for name in eager] if compile else eager
 
 
 def loops(model: DiT, batch: int, steps: int, device: torch.device) -> dict[str, Loop]:
@@ -75,21 +100,19 @@ def loops(model: DiT, batch: int, steps: int, device: torch.device) -> dict[str,
 
     def ours(**changes: Any) -> Loop:
         settings = SamplingSettings(steps=str(steps), guidance=GUIDANCE, **changes)
-        schedule = sampling_schedule(1000, settings, device)
+        schedule = sampling_schedule(TIMESTEPS, settings, device)
         return lambda: denoise(model, schedule, y_B, image_B, settings)
 
     return {
-        "usual loop, ddpm": lambda: usual_ddpm(model, steps, y_B),
-        "ours, ddpm": ours(method="ddpm"),
-        "ours, ddpm, interval": ours(method="ddpm", guidance_interval=INTERVAL),
-        "ours, dpmpp_2m": ours(method="dpmpp_2m"),
+        USUAL: lambda: usual_ddpm(model, steps, y_B),
+        **{name: ours(**changes) for name, changes in OURS.items()},
     }
 
 
 @torch.no_grad()
 def usual_ddpm(model: DiT, steps: int, y_B: Tensor) -> Iterator[Tensor]:
     """Sample as usual training repositories do; yields x_DCHW after each step."""
-    schedule, device = respace(linear(1000), str(steps)), y_B.device
+    schedule, device = respace(linear(TIMESTEPS), str(steps)), y_B.device
     tables = float64_tables(schedule.betas_float64)
     timesteps_S = schedule.timesteps.numpy()
     y_D = torch.cat([y_B, torch.full_like(y_B, model.shape.num_classes)])
@@ -127,17 +150,51 @@ def usual_ddpm(model: DiT, steps: int, y_B: Tensor) -> Iterator[Tensor]:
         yield x_DCHW
 
 
-def measure(named: dict[str, Loop], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds per step of each loop; the loops take turns, after one round of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in named}
-    for _ in range(rounds + 1):
-        for name, loop in named.items():
-            _synchronize(device)
-            started = time.perf_counter()
-            steps = sum(1 for _ in loop())
-            _synchronize(device)
-            seconds[name].append((time.perf_counter() - started) / steps)
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds per step of each loop; the loops take turns, after one round of warm-up.
+
+    The usual loop runs in a process of its own, because ours prepares its process as `dit-scale sample` does.
+    """
+    spawn, seconds = multiprocessing.get_context("spawn"), defaultdict[str, list[float]](list)
+    with spawn.Pool(1, _begin, (args, False)) as usual, spawn.Pool(1, _begin, (args, True)) as ours:
+        for _ in range(args.rounds + 1):
+            for name in names(args.compile):
+                process = usual if name.startswith(USUAL) else ours
+                seconds[name].append(process.apply(_time, (name,)))
     return {name: median(values[1:]) for name, values in seconds.items()}
+
+
+_process: dict[str, Any] = {}
+"""The loops of this process, and how to time them."""
+
+
+def _begin(args: argparse.Namespace, is_ours: bool) -> None:
+    """Build all loops in this process."""
+    if is_ours:
+        host_memory.use_huge_pages()
+        dist.compute_on_cpu(args.threads)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    model = build(ModelConfig(name=args.model, image_size=args.image_size), seed=0, device=device)
+    _process["loops"] = loops(model, args.batch, args.timed_steps, device)
+    if args.compile:
+        compiled = deepcopy(model)
+        compiled.compile_blocks(dynamic=False, options=vae.FIXED_CHOICES)  # as `dit-scale sample --compile`
+        again = loops(compiled, args.batch, args.timed_steps, device)
+        _process["loops"] |= {f"{name}{COMPILED}": loop for name, loop in again.items()}
+    is_cpu_time = args.device == "cpu" and args.threads == 1
+    _process["clock"] = time.process_time if is_cpu_time else time.perf_counter
+    _process["device"] = device
+
+
+def _time(name: str) -> float:
+    """Seconds per step of one trajectory."""
+    device, clock = _process["device"], _process["clock"]
+    _synchronize(device)
+    started = clock()
+    steps = sum(1 for _ in _process["loops"][name]())
+    _synchronize(device)
+    return float(clock() - started) / steps
 
 
 def _synchronize(device: torch.device) -> None:
@@ -147,8 +204,11 @@ def _synchronize(device: torch.device) -> None:
 
 def _row(name: str, seconds: dict[str, float], args: argparse.Namespace) -> Row:
     steps = args.fast_steps if "2m" in name else STEPS
-    usual_images_per_s = args.batch / (STEPS * next(iter(seconds.values())))
     images_per_s = args.batch / (steps * seconds[name])
+
+    def ratio(usual: str) -> float | None:
+        return STEPS * seconds[usual] / (steps * seconds[name]) if usual in seconds else None
+
     return {
         "model": args.model,
         "image_size": args.image_size,
@@ -157,7 +217,8 @@ def _row(name: str, seconds: dict[str, float], args: argparse.Namespace) -> Row:
         "step_s": seconds[name],
         "steps": steps,
         "images_per_s": images_per_s,
-        "ratio": images_per_s / usual_images_per_s,
+        "ratio": ratio(USUAL),
+        "ratio_to_compiled": ratio(f"{USUAL}{COMPILED}"),
         "versions": versions(PACKAGES),
     }
 
@@ -172,7 +233,8 @@ def _table(rows: list[Row], args: argparse.Namespace, device: torch.device) -> T
         padding=(0, 1, 0, 0),
     )
     table.add_column("loop")
-    for column in ("ms/step", "steps", "images/s", "ratio"):
+    columns = ("ms/step", "steps", "images/s", "ratio", *(["to compiled"] if args.compile else []))
+    for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -181,6 +243,7 @@ def _table(rows: list[Row], args: argparse.Namespace, device: torch.device) -> T
             str(row["steps"]),
             f"{row['images_per_s']:,.3f}",
             f"{row['ratio']:.2f}",
+            *([f"{row['ratio_to_compiled']:.2f}"] if args.compile else []),
         )
     return table
 
@@ -197,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="trajectories per loop (default 5)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--compile", action="store_true", help="add the loops with compiled blocks")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument(
         "--smoke", action="store_true", help="run a tiny model on a CPU to check that the benchmark works"

@@ -44,7 +44,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dit_scale import dist
-from dit_scale.config import EngineConfig, ModelConfig, TrainConfig
+from dit_scale.config import EngineConfig, ModelConfig, OptimizerConfig, TrainConfig
 from dit_scale.data.batch_plan import batch_plan
 from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.errors import DeviceError
@@ -245,6 +245,7 @@ def _settings(args: argparse.Namespace, backend: str) -> Row:
         "micro_steps": args.micro_steps,
         "zero_stage": args.zero_stage,
         "precision": args.precision,
+        "optimizer": args.optimizer,
         "compiled": args.compile,
         "determinism": args.determinism,
         "versions": versions(),
@@ -274,6 +275,7 @@ def _config(args: argparse.Namespace, backend: str) -> TrainConfig:
         steps=args.steps,
         global_batch=args.micro_batch * args.micro_steps,
         model=ModelConfig(name=args.model, image_size=args.image_size, attention=backend),
+        optimizer=OptimizerConfig(implementation=args.optimizer),
         engine=EngineConfig(
             zero_stage=args.zero_stage,
             precision=args.precision,
@@ -363,6 +365,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-steps", type=int, default=1, help="forward passes per step (default 1)")
     parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--optimizer", default="torch", help="optimizer.implementation (default torch)")
     parser.add_argument("--determinism", choices=("strict", "fast"), default="strict")
     parser.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile")
     parser.add_argument(

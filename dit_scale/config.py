@@ -93,8 +93,9 @@ class OptimizerConfig(Section):
     """Final learning rate as a fraction of the peak; requires a decay."""
     clip_grad_norm: float = Field(0.0, ge=0)
     """Clip gradients to this global L2 norm; 0: no clipping."""
-    implementation: Literal["torch", "apex", "deepspeed"] = "torch"
-    """AdamW implementation: torch (fused on CUDA), or FusedAdam of apex or DeepSpeed (both require CUDA)."""
+    implementation: Literal["torch", "triton", "apex", "deepspeed"] = "torch"
+    """AdamW implementation: torch (fused on CUDA), or with CUDA: triton (updates the first EMA profile in the
+    same pass), or FusedAdam of apex or DeepSpeed."""
 
     @model_validator(mode="after")
     def _final_rate_needs_a_decay(self) -> "OptimizerConfig":

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor
 
+from dit_scale import host_memory
 from dit_scale.config import EngineConfig
 from dit_scale.errors import ConfigError, DeviceError
 
@@ -68,6 +69,8 @@ class World:
 
     def start_vote(self, *flags: bool) -> "Vote":
         """Start an asynchronous vote: for each flag, whether it is set on any rank."""
+        if self.size == 1:
+            return Vote(flags)
         values = torch.tensor([int(flag) for flag in flags])
         work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True)
         return Vote(values, work)
@@ -81,13 +84,15 @@ class World:
 class Vote:
     """An asynchronous vote that `World.start_vote` started."""
 
-    flags: Tensor
-    work: dist.Work
+    flags: Tensor | tuple[bool, ...]
+    work: dist.Work | None = None
+    """None when a single process has decided by itself."""
 
     def result(self) -> tuple[bool, ...]:
         """Wait for the vote and return one answer per flag, the same on all ranks."""
-        self.work.wait()
-        return tuple(bool(flag) for flag in self.flags.tolist())
+        if self.work is not None:
+            self.work.wait()
+        return tuple(bool(flag) for flag in self.flags)
 
 
 def choose_device(name: str) -> torch.device:
@@ -100,6 +105,12 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def compute_on_cpu(threads: int) -> None:
+    """Prepare this process for work on the CPU with this number of threads."""
+    torch.set_num_threads(threads)
+    host_memory.reuse()
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -132,7 +143,7 @@ def start(config: EngineConfig) -> World:
     """
     device = choose_device(config.device)
     if device.type == "cpu":
-        torch.set_num_threads(config.cpu_threads)
+        compute_on_cpu(config.cpu_threads)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]

@@ -3,9 +3,10 @@
 - `original`: the published recipe (`original`), fp32; TF32 matrix products on CUDA.
 - `fast`: the same under autocast to bf16 with every block checkpointed, as a known follow-up trains.
 - `bare`: a strong plain loop over our model: fused AdamW and moving average over all tensors at once,
-  torch's generator, gradients dropped between steps, no DeepSpeed, no guard, no host reads. In bf16 it
+  torch's generator, gradients dropped between steps, no guard, no gradient norm, no host reads. In bf16 it
   keeps fp32 masters, as ours does.
-- `zero1`, `zero2`, `zero3`: `Trainer.take`, the step of real training.
+- `zero1`, `zero2`, `zero3`: `Trainer.take`, the step of real training. A single process has nothing to shard,
+  so there the three are one.
 - `reference`: the same step over the model and the diffusion of the published code itself, from a checkout
   whose folder is on PYTHONPATH. Where timm is not installed, the layers in `original` take its place.
 

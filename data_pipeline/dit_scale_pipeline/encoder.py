@@ -43,9 +43,10 @@ class Encoder:
     def _vae(self) -> "Vae":
         import torch
 
-        from dit_scale import vae
+        from dit_scale import dist, host_memory, vae
 
-        torch.set_num_threads(self._config.threads_per_encoder)
+        host_memory.use_huge_pages()
+        dist.compute_on_cpu(self._config.threads_per_encoder)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self._precision]
         loaded = vae.load(
             self._config.vae, self._device, dtype, self._config.channels_last, self._config.compile

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
-from dit_scale import __version__, recipes, signals
+from dit_scale import __version__, host_memory, recipes, signals
 from dit_scale.cli import (
     checkpoint,
     config,
@@ -70,6 +70,7 @@ def _begin_job(name: str) -> None:
 
 def _run(argv: list[str], begin_job: Callable[[str], None] = lambda name: None) -> int:
     args = _parse(argv or ["--help"])
+    host_memory.use_huge_pages()  # before any command makes a tensor
     if args.name in JOBS and not getattr(args, "dry_run", False):
         begin_job(args.name)
     command: Callable[[argparse.Namespace], int] = args.command

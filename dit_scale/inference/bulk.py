@@ -133,7 +133,7 @@ class _Job:
         self.device = dist.choose_device(engine.device)
         self.schedule = sampling_schedule(source.timesteps, self.settings, self.device)
         if self.device.type == "cpu":
-            torch.set_num_threads(engine.cpu_threads)
+            dist.compute_on_cpu(engine.cpu_threads)
         self.precision = dist.choose_precision(engine.precision, self.device)
 
     def protocol(self) -> dict[str, object]:

@@ -2,8 +2,8 @@
 
 Every backend maps (q_BHTK, k_BHTK, v_BHTK) => o_BHTK and computes softmax(q k^T K**-0.5) v, without mask
 or dropout (Vaswani et al. 2017, eq. 1). The number of keys may differ from the number of queries. `sdpa`
-needs only torch; the flash backends need their own package, a CUDA device and bf16 weights. A model
-records its backend as `attention_backend`.
+needs only torch; in bf16 on a CPU, it computes in fp32. The flash backends need their own package, a CUDA
+device and bf16 weights. A model records its backend as `attention_backend`.
 
 `flash3` and `flash4` stay torch's own operator: torch replaces the kernel behind its flash backend, in the
 entire process. So torch.compile sees one operator, and torch's determinism switch decides about the backward
@@ -52,7 +52,7 @@ def choose(name: str) -> AttentionFunction:
     if name not in BACKENDS:
         raise ConfigError(f"unknown attention backend {name!r}; expected one of {', '.join(BACKENDS)}")
     if name == "sdpa":
-        return F.scaled_dot_product_attention
+        return _sdpa
     if name in _ADVICE:
         attend = _import_flash(name)
         _require_cuda(name)
@@ -99,6 +99,14 @@ def _require_cuda(name: str) -> None:
         raise DeviceError(
             f"attention backend {name!r} needs a CUDA device, but none is available; use attention: sdpa"
         )
+
+
+def _sdpa(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
+    if q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16:
+        # The backward pass of torch's bf16 kernel for CPUs takes up to ten times as long as that for fp32.
+        q_BHTK, k_BHTK, v_BHTK = q_BHTK.float(), k_BHTK.float(), v_BHTK.float()
+        return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK).bfloat16()
+    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK)
 
 
 def _sdpa_pinned(kernel: SDPBackend, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:

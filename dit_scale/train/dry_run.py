@@ -10,6 +10,7 @@ from dit_scale.models.zoo import (
     shape_of,
 )
 from dit_scale.train.memory import GIB, Memory, estimate, plan_of, sharding
+from dit_scale.train.traffic import Traffic, sizes, traffic
 
 PARTS = (
     "weights",
@@ -38,6 +39,7 @@ def report(config: TrainConfig, world: int) -> None:
     print(f"forward          {forward_macs(shape) / 1e9:,.3f} GMACs per image")
     print(f"training step    {flops / 1e9:,.2f} GFLOP per image")
     _report_batch(plan)
+    _report_traffic(traffic(sizes(config.model), config.engine, plan))
     _report_memory(config, world, estimate(config, shape, plan))
 
 
@@ -49,6 +51,14 @@ def _report_batch(plan: BatchPlan) -> None:
     )
     print(f"share of a rank  {min(shares)} to {max(shares)} samples")
     print(f"loss scale       {plan.loss_scale:.6g}")
+
+
+def _report_traffic(step: Traffic) -> None:
+    print(
+        f"traffic          {step.sent / 1e9:.2f} GB sent by each process per step: "
+        f"{(step.summed + step.scattered) / 1e9:.2f} GB of gradients reduced, "
+        f"{step.gathered / 1e9:.2f} GB of weights gathered"
+    )
 
 
 def _report_memory(config: TrainConfig, world: int, memory: Memory) -> None:

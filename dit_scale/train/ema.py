@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.config import EmaProfile
@@ -41,11 +42,27 @@ def decay_at(profile: EmaProfile, step: int) -> float:
     return float((1 - 1 / step) ** (power_gamma(profile.sigma_rel) + 1))
 
 
-class Ema:
-    """All profiles of one rank. Call `start` once and `update` after each optimizer step."""
+Followers = dict[int, tuple[Tensor, float]]
+"""Address of a master => its average and a weight: what an optimizer may move in the pass of its update.
 
-    def __init__(self, profiles: tuple[EmaProfile, ...], owned: tuple[Partition, ...]) -> None:
-        self._profiles, self._owned = profiles, owned
+It removes the averages that it has moved.
+"""
+
+
+class Ema:
+    """All profiles of one rank.
+
+    Call `start` once, and with each optimizer step `offer` before and `update` after it.
+    """
+
+    def __init__(
+        self,
+        profiles: tuple[EmaProfile, ...],
+        owned: tuple[Partition, ...],
+        followers: Followers | None = None,
+    ) -> None:
+        self._profiles, self._owned, self._followers = profiles, owned, followers
+        self._offered: set[int] = set()
         for partition in owned:
             for profile in profiles:
                 partition.buffers[ema_kind(profile.name)] = torch.empty_like(partition.buffers[MASTER].data)
@@ -57,10 +74,28 @@ class Ema:
             for profile in self._profiles:
                 partition.buffers[ema_kind(profile.name)].copy_(partition.buffers[MASTER])
 
+    def offer(self, step: int) -> None:
+        """Let the optimizer's update number `step` move the first profile's averages, if it can."""
+        if self._followers is None or not self._profiles:
+            return
+        first, *_ = self._profiles
+        for partition in self._owned:
+            average = partition.buffers[ema_kind(first.name)]
+            self._followers[partition.buffers[MASTER].data_ptr()] = (average, 1.0 - decay_at(first, step))
+        self._offered = set(self._followers)
+
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Apply average += (1 - decay) * (master - average) after `step` optimizer steps."""
-        masters = [partition.buffers[MASTER].data for partition in self._owned]
+        """Apply average += (1 - decay) * (master - average) after `step` optimizer steps.
+
+        Leaves out the averages that were offered to the optimizer and that it has moved.
+        """
+        moved = self._offered - set(self._followers or ())
         for profile in self._profiles:
-            averages = [partition.buffers[ema_kind(profile.name)] for partition in self._owned]
-            torch._foreach_lerp_(averages, masters, 1.0 - decay_at(profile, step))
+            left = [part.buffers for part in self._owned if part.buffers[MASTER].data_ptr() not in moved]
+            averages = [buffers[ema_kind(profile.name)] for buffers in left]
+            masters = [buffers[MASTER].data for buffers in left]
+            if left:
+                torch._foreach_lerp_(averages, masters, 1.0 - decay_at(profile, step))
+            moved = set()
+        self._offered = set()

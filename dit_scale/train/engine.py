@@ -15,6 +15,7 @@ from dit_scale.checkpoint.partition import Partition
 from dit_scale.config import EngineConfig, OptimizerConfig
 from dit_scale.data.batch_plan import BatchPlan
 from dit_scale.dist import World
+from dit_scale.train.ema import Followers
 from dit_scale.train.one_process import OneProcess
 from dit_scale.train.optim import gate, set_updates
 from dit_scale.train.zero import Zero
@@ -91,6 +92,11 @@ class Engine:
         """The hyper-parameters of each optimizer group."""
         names = ("lr", "betas", "eps", "weight_decay")
         return tuple({name: group[name] for name in names} for group in self._optimizer.param_groups)
+
+    @property
+    def followers(self) -> Followers | None:
+        """Where averages wait to be moved by the next update; None if the optimizer moves only masters."""
+        return getattr(self._optimizer, "followers", None)
 
     @property
     def module(self) -> nn.Module:

@@ -25,11 +25,12 @@ class OneProcess:
     def __init__(
         self, model: nn.Module, precision: str, config: OptimizerConfig, device: torch.device
     ) -> None:
-        self.module = model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.module = model.to(device, dtype)
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._weights = list(trained.values())
         self._master = torch.cat([weight.detach().flatten().float() for weight in self._weights])
-        self._cast = self._master if precision == "fp32" else self._master.to(torch.bfloat16)
+        self._cast = self._master.to(dtype)  # the same tensor in fp32
         for weight, view in zip(self._weights, views(self._cast, self._weights), strict=True):
             weight.data = view
         same = self._cast is self._master

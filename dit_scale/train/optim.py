@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_scale import kernels
 from dit_scale.config import OptimizerConfig
 from dit_scale.errors import DeviceError
 
@@ -31,8 +32,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over these tensors.
 
-    Raises DeviceError when the configured implementation is unavailable: apex and DeepSpeed's fused kernels
-    need CUDA, and apex must be NVIDIA's (the package of that name on PyPI is unrelated).
+    Raises DeviceError when the configured implementation is unavailable: all except torch's need CUDA, and
+    apex must be NVIDIA's (the package of that name on PyPI is unrelated).
     """
     settings: dict[str, Any] = {
         "lr": config.lr,
@@ -47,6 +48,12 @@ def build_optimizer(
             f"optimizer.implementation={config.implementation} needs CUDA, but the device is "
             f"{device.type}; use torch"
         )
+    if config.implementation == "triton":
+        if lack := kernels.missing():
+            raise DeviceError(f"optimizer.implementation=triton: {lack}; or use torch")
+        from dit_scale.kernels.adamw import TritonAdamW
+
+        return TritonAdamW(parameters, **settings)
     try:
         if config.implementation == "apex":
             from apex.optimizers import FusedAdam

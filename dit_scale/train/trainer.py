@@ -37,7 +37,7 @@ class Trainer:
         self.engine = Engine(model, config.engine, config.optimizer, world, plan)
         if config.engine.compile_blocks:
             model.compile_blocks()
-        self.ema = Ema(config.ema, self.engine.owned)
+        self.ema = Ema(config.ema, self.engine.owned, self.engine.followers)
         self.guard = Guard(config.guard, world.device)
 
     def start(self) -> None:
@@ -101,6 +101,7 @@ class Trainer:
         """
         means = self._world.sum(step_sums) / self._plan.global_batch
         rate = learning_rate(self._config.optimizer, step, self._config.steps)
+        self.ema.offer(step + 1)
         norm, skipped = self.engine.step(rate, lambda norm: self.guard.judge(means[0], norm))
         self.ema.update(step + 1)
         return torch.cat((means, torch.stack((norm, skipped))))

@@ -23,6 +23,7 @@ from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EngineConfig, OptimizerConfig
 from dit_scale.data.batch_plan import BatchPlan
 from dit_scale.dist import World
+from dit_scale.train import traffic
 from dit_scale.train.grad_norm import gradient_norm
 from dit_scale.train.optim import build_optimizer, set_moments
 
@@ -145,6 +146,7 @@ def deepspeed_config(
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": traffic.SMALL,
         },
         "steps_per_print": None,
         "wall_clock_breakdown": False,

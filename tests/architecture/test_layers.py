@@ -42,6 +42,7 @@ LAYERS = (
     "config",
     "keys",
     "storage",
+    "host_memory",
     "kernels",
     "rng",
     "dist",
@@ -82,7 +83,7 @@ DOORS = {
     "ray": tuple(
         f"dit_scale_pipeline.{name}" for name in ("encoder_pool", "flow", "ray_cluster", "ray_start", "tasks")
     ),
-    "triton": ("dit_scale.kernels.philox",),
+    "triton": ("dit_scale.kernels.adamw", "dit_scale.kernels.philox"),
     "transformers": ("dit_scale.evaluate.networks.dinov2",),
     "wandb": ("dit_scale.telemetry.sinks",),
     "tensorboard": ("dit_scale.telemetry.sinks",),

@@ -106,3 +106,24 @@ def test_the_ema_covers_every_tensor() -> None:
     for name, parameter in model.named_parameters():
         expected = before[name].lerp(parameter.detach(), 1 - original.EMA_DECAY)
         torch.testing.assert_close(ema.get_parameter(name).detach(), expected, msg=name)
+
+
+@pytest.mark.dist
+def test_the_overhead_of_the_loop_is_measured_in_a_real_run() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.peers.overhead",
+        "--steps",
+        "30",
+        "--log-every",
+        "10",
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(120.0), check=True)
+    (line,) = done.stdout.splitlines()
+    row = json.loads(line)
+    assert row["steps"] == 27  # without a tenth as warm-up
+    assert 0 < row["batch_s"] < row["loop_s"] < row["loop_log_point_s"]
+    assert row["trainer_s"] > 0
+    assert "step 30/30" in done.stderr

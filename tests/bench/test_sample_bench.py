@@ -19,18 +19,20 @@ from tests.support.speed import scaled
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "benchmarks.sample", "--smoke", "--json"]
+    command = [sys.executable, "-m", "benchmarks.sample", "--smoke", "--compile", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0), check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_figures_are_positive_and_consistent(rows: list[dict[str, Any]]) -> None:
-    assert [row["steps"] for row in rows] == [250, 250, 250, 20]
-    assert rows[0]["ratio"] == 1
+    assert [row["steps"] for row in rows] == 2 * [250, 250, 250, 250, 20]
+    assert rows[0]["ratio"] == rows[5]["ratio_to_compiled"] == 1
+    assert [row["loop"] for row in rows[5:]] == [f"{row['loop']}, compiled" for row in rows[:5]]
     for row in rows:
         assert row["step_s"] > 0
         assert row["images_per_s"] == pytest.approx(row["batch"] / row["steps"] / row["step_s"])
         assert row["ratio"] == pytest.approx(row["images_per_s"] / rows[0]["images_per_s"])
+        assert row["ratio_to_compiled"] == pytest.approx(row["images_per_s"] / rows[5]["images_per_s"])
         assert row["versions"]["torch"] == torch.__version__
 
 

@@ -65,8 +65,11 @@ def count_step(config: TrainConfig) -> tuple[Counter[str], Counter[str], bool]:
         trainer.take(batches, 0)
         with Collectives() as sent, Operators() as accumulation:
             sums = trainer.accumulate(batches)
+        with sent:
+            vote = world.start_vote(True, False)
         with sent, Operators() as update:
             trainer.update(sums, 1)
+        assert vote.result() == (True, False)
         assert not sent.calls
         master = trainer.engine.owned[0].buffers[MASTER].untyped_storage().data_ptr()
         weights = {p.untyped_storage().data_ptr() for p in trainer.engine.module.parameters()}

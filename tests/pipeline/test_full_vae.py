@@ -11,10 +11,12 @@ from PIL import Image
 
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import LatentDataset
+from dit_scale.vae import load
 from dit_scale.vae_files import find_vae
 from dit_scale_pipeline.encoder import Encoder
 from tests.support.adm_crop import adm_crop
 from tests.support.encoding import clean_environment, job_command
+from tests.support.live_bytes import LiveBytes
 from tests.support.speed import scaled
 from tests.support.tiny_vae import save_full_vae, save_tiny_vae
 
@@ -89,6 +91,19 @@ def test_latents_are_those_of_a_plain_loop(vae: str, size: int, num_images: int,
         largest = np.abs(ours - alone).max() / alone.std()
         print(f"largest difference to batches of one image: {largest:.2e} of the moments' deviation")
         assert largest < OTHER_BATCH_TOLERANCE
+
+
+def test_decoding_needs_the_memory_of_one_slice(vae: str) -> None:
+    """Live bytes of a tile of 32 images, counted on the meta device: in slices, and in one pass."""
+    decoder = load(vae, "meta")
+    for size, largest in ((256, 3.5e9), (512, 3.5e9), (1024, 10e9)):
+        z_BChw = torch.empty(32, 4, size // 8, size // 8, device="meta")
+        with LiveBytes() as in_slices:
+            decoder.decode(z_BChw)
+        with LiveBytes() as in_one_pass:
+            decoder.reconstruct(z_BChw)
+        print(f"{size} px: {in_slices.peak / 1e9:.2f} GB in slices, {in_one_pass.peak / 1e9:.2f} in one pass")
+        assert in_slices.peak < min(largest, 0.6 * in_one_pass.peak)
 
 
 @pytest.mark.long

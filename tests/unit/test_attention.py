@@ -15,6 +15,7 @@ from torch.nn.attention import (
     current_flash_attention_impl,
     list_flash_attention_impls,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_scale.config import TrainConfig
 from dit_scale.errors import ConfigError, DeviceError
@@ -50,6 +51,26 @@ def test_gradients_of_backends_agree(name):
         gradients.append(torch.autograd.grad(attend(*qkv).square().sum(), qkv))
     for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_on_a_cpu_runs_the_kernel_of_fp32_in_both_passes():
+    types = []
+
+    class Kernels(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, _types, args=(), kwargs=None):
+            if "scaled_dot_product" in operator.name():
+                types.append((operator.name().removeprefix("aten::"), args[0].dtype))
+            return operator(*args, **(kwargs or {}))
+
+    qkv = [x.bfloat16().requires_grad_() for x in draw_qkv(16, 16)]
+    with Kernels():
+        o = attention.choose("sdpa")(*qkv)
+        gradients = torch.autograd.grad(o.square().sum(), qkv)
+    kernel = "_scaled_dot_product_flash_attention_for_cpu"
+    assert types == [(kernel, torch.float32), (f"{kernel}_backward", torch.float32)]
+    assert {x.dtype for x in (o, *gradients)} == {torch.bfloat16}
+    exact = F.scaled_dot_product_attention(*(x.detach().float() for x in qkv))
+    assert torch.equal(o, exact.bfloat16())
 
 
 def test_unknown_name_lists_the_backends():

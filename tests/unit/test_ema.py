@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dit_scale.checkpoint.partition import MASTER, Partition
 from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import EmaProfile
-from dit_scale.train.ema import Ema, decay_at, ema_kind, power_gamma
+from dit_scale.train.ema import Ema, Followers, decay_at, ema_kind, power_gamma
 
 CONSTANT = EmaProfile(name="constant", decay=0.9)
 POWER = EmaProfile(name="power", sigma_rel=0.1)
@@ -127,3 +127,25 @@ def test_masters_are_not_modified() -> None:
     partitions = owned(8)
     follow(partitions, steps)
     assert torch.equal(partitions[0].buffers[MASTER], steps[-1])
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_the_optimizer_may_move_averages_of_the_first_profile(moved: int) -> None:
+    """It takes some of those it is offered and leaves others, as when its step is dropped."""
+    steps = walk(1, 20)
+    expected, partitions = owned(12, 8), owned(12, 8)
+    follow(expected, steps)
+    followers: Followers = {}
+    ema = Ema(PROFILES, partitions, followers)
+    for values in steps:
+        for partition, piece in zip(partitions, values.split([12, 8]), strict=True):
+            partition.buffers[MASTER].copy_(piece)
+        if values is steps[0]:
+            ema.start()
+    ema.offer(1)
+    for partition in partitions[:moved]:
+        average, weight = followers.pop(partition.buffers[MASTER].data_ptr())
+        average.lerp_(partition.buffers[MASTER], weight)
+    ema.update(1)
+    for profile in PROFILES:
+        assert torch.equal(averages(partitions, profile), averages(expected, profile))

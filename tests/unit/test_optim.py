@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_scale import kernels
 from dit_scale.config import OptimizerConfig
 from dit_scale.errors import DeviceError
 from dit_scale.train.optim import build_optimizer, set_moments, set_updates
@@ -186,7 +187,23 @@ with patch("deepspeed.ops.adam.fused_adam.FusedAdamBuilder", FusedAdamBuilder):
     assert "install ninja and the CUDA toolkit of the version that torch uses" in said
 
 
-@pytest.mark.parametrize("implementation", ["apex", "deepspeed"])
+@pytest.mark.parametrize(
+    ("installed", "lack"),
+    [(False, "triton is not installed"), (True, "triton needs a C compiler: install gcc, or set CC")],
+)
+def test_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch, installed: bool, lack: str) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name if installed else None)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    kernels.missing.cache_clear()
+    try:
+        with pytest.raises(DeviceError, match=f"implementation=triton: {lack}; or use torch"):
+            build_optimizer([torch.ones(3)], CONFIG.model_copy(update={"implementation": "triton"}), CUDA)
+    finally:
+        kernels.missing.cache_clear()
+
+
+@pytest.mark.parametrize("implementation", ["triton", "apex", "deepspeed"])
 def test_the_fused_kernels_need_cuda(implementation: str) -> None:
     config = CONFIG.model_copy(update={"implementation": implementation})
     with pytest.raises(DeviceError, match=f"{implementation} needs CUDA, but the device is cpu; use torch"):

@@ -65,10 +65,13 @@ class Outcome(NamedTuple):
     """Calls of the optimizer in a step."""
 
 
-def pass_over_failures(config: TrainConfig, sub_group_elements: int = 10**9) -> Outcome:
+def pass_over_failures(
+    config: TrainConfig, sub_group_elements: int = 10**9, rounding: float = 0.0
+) -> Outcome:
     """Take a step, three that fail, and a good one, which must be what it is without them.
 
-    At ZeRO-3 the optimizer is called once for every `sub_group_elements`.
+    At ZeRO-3 the optimizer is called once for every `sub_group_elements`. Averages move as torch.lerp moves
+    them, up to the relative difference `rounding`.
     """
     original = zero.deepspeed_config
 
@@ -83,12 +86,12 @@ def pass_over_failures(config: TrainConfig, sub_group_elements: int = 10**9) -> 
     ):
         world = dist.start(config.engine)
         try:
-            return _pass_over_failures(config, world)
+            return _pass_over_failures(config, world, rounding)
         finally:
             dist.stop()
 
 
-def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
+def _pass_over_failures(config: TrainConfig, world: dist.World, rounding: float) -> Outcome:
     import deepspeed
 
     plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
@@ -114,7 +117,7 @@ def _pass_over_failures(config: TrainConfig, world: dist.World) -> Outcome:
             if kind == MASTER:
                 masters, averages = before[MASTER, *where], before["ema.constant", *where]
                 torch._foreach_lerp_((averages,), (masters,), 1.0 - 0.9)
-                assert torch.equal(after["ema.constant", *where], averages)
+                torch.testing.assert_close(after["ema.constant", *where], averages, rtol=rounding, atol=0.0)
         return row
 
     first = take(0)
