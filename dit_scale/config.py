@@ -1,9 +1,10 @@
-"""The configuration: every key, typed and frozen, without torch. The section `evaluate` is in `sections`.
+"""The configuration: every key, typed and frozen, without torch.
 
-There are two roots: `TrainConfig` for a training run and `EncodeConfig` for an encoding job. A study of many
-runs has a third, `StudyConfig` in `dit_scale.scaling.config`. `load` reads defaults -> YAML -> `key=value`
-overrides (`configfile`) and makes all paths absolute (`paths`). A component receives its own section, never
-the root. The docstring under a field is the help text that `dit-scale config` prints.
+The sections `engine` and `evaluate` are in `sections`. There are two roots: `TrainConfig` for a training run
+and `EncodeConfig` for an encoding job. A study of many runs has a third, `StudyConfig` in
+`dit_scale.scaling.config`. `load` reads defaults -> YAML -> `key=value` overrides (`configfile`) and makes
+all paths absolute (`paths`). A component receives its own section, never the root. The docstring under a
+field is the help text that `dit-scale config` prints.
 """
 
 import os.path
@@ -18,6 +19,7 @@ from dit_scale import configfile, recipes
 from dit_scale.choices import attention_problem
 from dit_scale.errors import ConfigError
 from dit_scale.paths import with_absolute_paths
+from dit_scale.sections import EngineConfig as EngineConfig
 from dit_scale.sections import EvaluateConfig, Folder, FolderOrHubName, FolderOrUrl, NodeFolder
 from dit_scale.sections import Section as Section
 
@@ -103,50 +105,6 @@ class OptimizerConfig(Section):
             raise ValueError(
                 f"final_lr_fraction={self.final_lr_fraction:g} has no effect with decay=none; "
                 "set decay=cosine or decay=linear"
-            )
-        return self
-
-
-class EngineConfig(Section):
-    """How a training step runs: parallelism, precision, devices."""
-
-    zero_stage: Literal[1, 2, 3] = 2
-    """ZeRO stage: 1 shards optimizer state, 2 also gradients, 3 also weights."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of weights and activations; master weights, moments, EMA and gradient sums are always fp32. `auto`
-    keeps the run's precision; a new run uses bf16 if the hardware supports it, else fp32."""
-    micro_batch: int = Field(32, gt=0)
-    """Maximum samples per process and forward pass; gradient accumulation reaches the global batch."""
-    memory_gib: float = Field(0.0, ge=0)
-    """Memory budget per device in GiB; the micro-batch shrinks until a step fits. 0: no limit."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to train on; `auto`: CUDA if available."""
-    compile_blocks: bool = False
-    """Compile the transformer blocks and the loss with torch.compile; all blocks share one compilation."""
-    activation_checkpointing: Literal["none", "block", "selective"] = "none"
-    """Save memory by recomputing activations in the backward pass: `block`: all but the input of a block;
-    `selective`: all but the results of matrix products and attention. Losses keep their bits."""
-    determinism: Literal["strict", "fast"] = "strict"
-    """`strict`: bitwise reproducible at the same world size; `fast`: reproducible up to rounding."""
-    cpu_threads: int = Field(1, ge=1)
-    """Threads per process on a CPU; `strict` reproduces only with the same number."""
-    reduce_bucket_elements: int = Field(50_000_000, gt=0)
-    """Gradient elements per reduction bucket."""
-    overlap_comm: bool = True
-    """Overlap gradient reduction with the backward pass."""
-
-    @model_validator(mode="after")
-    def _stage_3_gathers_in_hooks(self) -> "EngineConfig":
-        if self.compile_blocks and self.zero_stage == 3:
-            raise ValueError(
-                "compile_blocks=true with zero_stage=3 is slower than without compilation, because the hooks "
-                "that gather weights recompile repeatedly; use zero_stage 1 or 2, or compile_blocks=false"
-            )
-        if self.activation_checkpointing == "selective" and self.zero_stage == 3:
-            raise ValueError(
-                "activation_checkpointing=selective with zero_stage=3 cannot run, because the hooks that "
-                "gather weights differ when repeated; use activation_checkpointing=block, or zero_stage 1 "
-                "or 2"
             )
         return self
 

@@ -1,9 +1,9 @@
-"""What the sections of a configuration are made of, and the section `evaluate`.
+"""What the sections of a configuration are made of, and the sections `engine` and `evaluate`.
 
 `dit_scale.config` has all other sections and the roots.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -22,6 +22,50 @@ class Section(BaseModel):
     """A frozen group of keys; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class EngineConfig(Section):
+    """How a training step runs: parallelism, precision, devices."""
+
+    zero_stage: Literal[1, 2, 3] = 2
+    """ZeRO stage: 1 shards optimizer state, 2 also gradients, 3 also weights."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of weights and activations; master weights, moments, EMA and gradient sums are always fp32. `auto`
+    keeps the run's precision; a new run uses bf16 if the hardware supports it, else fp32."""
+    micro_batch: int = Field(32, gt=0)
+    """Maximum samples per process and forward pass; gradient accumulation reaches the global batch."""
+    memory_gib: float = Field(0.0, ge=0)
+    """Memory budget per device in GiB; the micro-batch shrinks until a step fits. 0: no limit."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on; `auto`: CUDA if available."""
+    compile_blocks: bool = False
+    """Compile the transformer blocks and the loss with torch.compile; all blocks share one compilation."""
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    """Save memory by recomputing activations in the backward pass: `block`: all but the input of a block;
+    `selective`: all but the results of matrix products and attention. Losses keep their bits."""
+    determinism: Literal["strict", "fast"] = "strict"
+    """`strict`: bitwise reproducible at the same world size; `fast`: reproducible up to rounding."""
+    cpu_threads: int = Field(1, ge=1)
+    """Threads per process on a CPU; `strict` reproduces only with the same number."""
+    reduce_bucket_elements: int = Field(50_000_000, gt=0)
+    """Gradient elements per reduction bucket."""
+    overlap_comm: bool = True
+    """Overlap gradient reduction with the backward pass."""
+
+    @model_validator(mode="after")
+    def _stage_3_gathers_in_hooks(self) -> "EngineConfig":
+        if self.compile_blocks and self.zero_stage == 3:
+            raise ValueError(
+                "compile_blocks=true with zero_stage=3 is slower than without compilation, because the hooks "
+                "that gather weights recompile repeatedly; use zero_stage 1 or 2, or compile_blocks=false"
+            )
+        if self.activation_checkpointing == "selective" and self.zero_stage == 3:
+            raise ValueError(
+                "activation_checkpointing=selective with zero_stage=3 cannot run, because the hooks that "
+                "gather weights differ when repeated; use activation_checkpointing=block, or zero_stage 1 "
+                "or 2"
+            )
+        return self
 
 
 class EvaluateConfig(Section):
