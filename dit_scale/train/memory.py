@@ -1,8 +1,9 @@
 """Estimated memory of a process, alone and at each ZeRO stage, and the largest micro-batch that fits.
 
 A training step has three moments of high memory: the start of the backward pass, when all activations are
-live; its end, when all gradients are; and the update. An evaluation during training is a fourth. The estimate
-is the highest of them, plus what lives always.
+live; the one when there is room for all gradients, at the end or, with buckets, after the first; and the
+update. An evaluation during training is a fourth. The estimate is the highest of them, plus what lives
+always.
 
 Not included: what the allocator holds without using it.
 """
@@ -13,7 +14,7 @@ from dit_scale.config import TrainConfig
 from dit_scale.data.batch_plan import BatchPlan, batch_plan
 from dit_scale.errors import ConfigError
 from dit_scale.models.zoo import Shape, num_parameters, shape_of
-from dit_scale.train.activations import backward_bytes, element_bytes, forward_bytes, kept_bytes
+from dit_scale.train.activations import backward_bytes, element_bytes, forward_bytes, kept_bytes, loss_bytes
 
 GIB = 2**30
 
@@ -38,7 +39,7 @@ class Memory:
     gradients: int
     """Gradients that are live at the highest moment."""
     activations: int
-    """What the forward pass kept; 0 if the highest moment is later."""
+    """What the forward pass kept and the backward pass has not freed at the highest moment."""
     backward: int
     """What the backward pass of a block needs on top."""
     communication: int
@@ -83,9 +84,13 @@ class _State:
     buckets: int = 0
     """Communication during the backward pass."""
     gathered: int = 0
-    """Weights that ZeRO-3 has gathered at the start of the backward pass."""
+    """Weights that ZeRO-3 has gathered during the backward pass, and what gathering needs on top."""
     end: int = 0
-    """Gradients at the end of the backward pass."""
+    """Gradients as soon as there is room for all of them."""
+    cast: int = 0
+    """What the reduction of a full bucket needs on top at that moment."""
+    left: float = 0.0
+    """Share of the activations that is live at that moment."""
     update: int = 0
     """Gradients during the update."""
 
@@ -101,10 +106,11 @@ def estimate(config: TrainConfig, shape: Shape, plan: BatchPlan) -> Memory:
     activations = kept_bytes(shape, engine, plan.micro_batch)
     backward = backward_bytes(shape, engine, plan.micro_batch)
     kept_model, evaluating = _evaluation(config, shape)
+    reducing, left = state.buckets + state.gathered, int(state.left * activations)
     # Gradients, activations, backward, communication and evaluation at each moment.
     moments = (
-        (state.carried, activations, backward, state.buckets + state.gathered, kept_model),
-        (state.end, 0, backward, state.buckets, kept_model),
+        (state.carried, activations, backward, reducing, kept_model),
+        (state.end, left, backward, reducing + state.cast, kept_model),
         (state.update, 0, 0, 0, kept_model),
         (0, 0, 0, 0, kept_model + evaluating),
     )
@@ -129,7 +135,9 @@ def _state(config: TrainConfig, total: int, plan: BatchPlan) -> _State:
     """What each way of sharing a model keeps, counted for DeepSpeed 0.19.8."""
     engine = config.engine
     element, owned, again = element_bytes(engine), -(-total // plan.world), int(plan.micro_steps > 1)
-    bucket = min(engine.reduce_bucket_elements, total)
+    # DeepSpeed allocates complete buckets, and fills them as far as the model goes.
+    bucket = engine.reduce_bucket_elements
+    filled = min(bucket, total)
     buffers = 2 if engine.overlap_comm and engine.device != "cpu" else 1
     if plan.world == 1:
         # bf16: sums in fp32 beside the gradients of the micro-step.
@@ -145,32 +153,35 @@ def _state(config: TrainConfig, total: int, plan: BatchPlan) -> _State:
             end=2 * total,
             update=2 * total,
         )
+    # When the first bucket is full, ZeRO-2 makes room for all gradients that the process owns.
+    own, left = 4 * owned, 1 - filled / total
     if engine.zero_stage == 3:
         # A bucket is cast to fp32 and rearranged for its reduction. All weights stay gathered between forward
-        # and backward pass, up to DeepSpeed's limit of 1e9 elements, and go as the bucket fills.
+        # and backward pass, up to DeepSpeed's limit of 1e9 elements. Those that arrive together are copied.
         return _State(
             element * owned,
-            always_gradients=4 * owned,
+            always_gradients=own,
             always_buckets=4 * bucket,
-            buckets=(8 - element) * bucket,
-            gathered=element * min(total, 10**9),
-            update=4 * owned,
+            gathered=element * (min(total, 10**9) + filled),
+            cast=(8 - element) * filled,
+            left=left,
+            update=own,
         )
     # Stages 1 and 2 reduce from a bucket of the gradients' type, which bf16 casts to fp32.
-    buckets = element * bucket * buffers + (4 * bucket if element == 2 else 0)
+    buckets = element * bucket * buffers
     if engine.zero_stage == 1:
         return _State(
             4 * total,
             carried=again * 4 * total,
-            end=4 * (total - bucket) + 4 * owned,
+            end=4 * (total - filled) + own,
             buckets=buckets,
-            update=8 * owned,
+            update=2 * own,
         )
-    own = 4 * owned
+    carried, cast = again * own, 4 * filled
     if element == 2:
-        return _State(2 * total, carried=again * own, buckets=buckets, end=own, update=own)
+        return _State(2 * total, carried=carried, buckets=buckets, cast=cast, end=own, left=left, update=own)
     # Own gradients of the micro-step beside the sums; the update copies them into one buffer.
-    return _State(4 * total, carried=again * own, buckets=buckets, end=(1 + again) * own, update=2 * own)
+    return _State(4 * total, carried=carried, buckets=buckets, end=carried + own, left=left, update=2 * own)
 
 
 def _evaluation(config: TrainConfig, shape: Shape) -> tuple[int, int]:
@@ -181,11 +192,15 @@ def _evaluation(config: TrainConfig, shape: Shape) -> tuple[int, int]:
     model = element_bytes(config.engine) * num_parameters(shape)
     guided = evaluate.guidance != 1 and (evaluate.grid_images or evaluate.images)
     forward = forward_bytes(shape, config.engine, evaluate.tile * (2 if guided else 1))
+    forward += evaluate.tile * loss_bytes(shape)
+    # The second model is made in fp32, and then cast.
+    made = 4 * num_parameters(shape)
     if not (evaluate.grid_images or evaluate.images):
-        return 0, model + forward
-    pixels = min(evaluate.tile * shape.image_size**2, max(DECODED_PIXELS, shape.image_size**2))
+        return 0, max(made, model + forward)
+    # A slice has at least 3 images (`dit_scale.vae.images_per_pass`).
+    pixels = min(evaluate.tile, max(DECODED_PIXELS // shape.image_size**2, 3)) * shape.image_size**2
     decoding = DECODING_BYTES * pixels // DECODED_PIXELS
-    return AUTOENCODER_BYTES, model + max(forward, decoding)
+    return AUTOENCODER_BYTES, max(made, model + max(forward, decoding))
 
 
 def sharding(stage: int, world: int) -> str:

@@ -9,7 +9,17 @@ from dit_scale.data.batch_plan import batch_plan
 from dit_scale.errors import ConfigError
 from dit_scale.models.zoo import num_parameters, shape_of
 from dit_scale.train import dry_run
-from dit_scale.train.memory import GIB, estimate, micro_batch_for
+from dit_scale.train.activations import forward_bytes
+from dit_scale.train.memory import (
+    AUTOENCODER_BYTES,
+    DECODED_PIXELS,
+    DECODING_BYTES,
+    GIB,
+    Memory,
+    estimate,
+    micro_batch_for,
+)
+from dit_scale.vae import images_per_pass
 
 PROFILES = [{"name": "a", "decay": 0.9}, {"name": "b", "decay": 0.99}]
 
@@ -83,3 +93,52 @@ def test_a_dry_run_prints_what_depends_on_the_world_size(capsys: pytest.CaptureF
     assert "loss scale       0.032\n" in printed
     assert f"about {memory.on_device / GIB:.2f} GiB of 6 GiB per process at ZeRO-2" in printed
     assert f"host snapshot    {memory.snapshot / GIB:8.3f} GiB" in printed
+
+
+def printed_gib(printed: str, part: str) -> float:
+    (line,) = [line for line in printed.splitlines() if line.startswith(f"  {part} ")]
+    return float(line.split()[1])
+
+
+def with_evaluations(config: TrainConfig, **evaluate: Any) -> TrainConfig:
+    evaluations = config.evaluate.model_copy(update={"every_steps": 5, **evaluate})
+    return config.model_copy(update={"evaluate": evaluations})
+
+
+def test_a_dry_run_counts_the_second_model_of_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps of one sample with recomputed blocks need less than an evaluation of a tile."""
+    plain = config_of(global_batch=8, micro_batch=1, activation_checkpointing="block")
+    config = with_evaluations(plain, held_out=0.1, grid_images=0, tile=512)
+    dry_run.report(plain, 8)
+    assert printed_gib(capsys.readouterr().out, "evaluation") == 0
+    dry_run.report(config, 8)
+    shape = shape_of(config.model)
+    forward = forward_bytes(shape, config.engine, 512)
+    # Besides model and pass, the latents of the loss.
+    wanted = 2 * num_parameters(shape) + forward + 512 * 12 * 4 * 4 * shape.latent_size**2
+    assert printed_gib(capsys.readouterr().out, "evaluation") == pytest.approx(wanted / GIB, abs=6e-4)
+    # With a small tile, the model's fp32 weights before they are cast to bf16 need most.
+    small = with_evaluations(config, tile=8)
+    assert needed(small, 1).evaluation == 4 * num_parameters(shape)
+
+
+def test_an_evaluation_with_images_keeps_the_autoencoder_during_training() -> None:
+    plain = config_of(micro_batch=32)
+    config = with_evaluations(plain, grid_images=16, tile=8)
+    assert needed(config, 32).evaluation == AUTOENCODER_BYTES
+    assert needed(config, 32).on_device - needed(plain, 32).on_device == AUTOENCODER_BYTES
+
+
+@pytest.mark.parametrize("image_size", [256, 512, 1024])
+def test_an_evaluation_decodes_as_many_images_at_a_time_as_the_autoencoder(image_size: int) -> None:
+    plain = config_of(global_batch=8, micro_batch=1, activation_checkpointing="block")
+    model = plain.model.model_copy(update={"image_size": image_size})
+    config = with_evaluations(plain.model_copy(update={"model": model}), grid_images=16)
+    shape = shape_of(model)
+    pixels = images_per_pass(image_size, image_size) * image_size**2
+    decoding = DECODING_BYTES * pixels // DECODED_PIXELS
+    assert needed(config, 1).evaluation == AUTOENCODER_BYTES + 2 * num_parameters(shape) + decoding
+
+
+def needed(config: TrainConfig, micro_batch: int) -> Memory:
+    return estimate(config, shape_of(config.model), batch_plan(config.global_batch, micro_batch, 8))
