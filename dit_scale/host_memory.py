@@ -11,7 +11,7 @@ import os
 # Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 LARGEST_REUSED_BYTES = 2**30
-"""Larger blocks are still returned when they are freed: few, and dear to keep."""
+"""Larger blocks are still returned when they are freed: they are few, and expensive to keep."""
 
 
 def reuse() -> None:
