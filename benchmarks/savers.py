@@ -3,7 +3,7 @@
 The others have a process of their own with default settings, because ours changes how its process gets
 memory (dit_scale/host_memory.py). Their state is read from a checkpoint of ours: a dictionary of kinds of
 state, each a dictionary of tensors by parameter, as a training loop passes it to them. Every method takes
-its turn in every round, on a disk that is idle.
+its turn in every round, on a disk that is idle. Old checkpoints are deleted between the turns.
 
 - `torch.save`: the call blocks the loop. It does not sync the file; the benchmark does, and counts that as
   part of the time until the checkpoint is durable.
@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from benchmarks.save_resume import drop_cached, fill, seconds, wait
-from dit_scale.checkpoint import attempts
+from dit_scale.checkpoint import attempts, retention
 from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.storage import open_storage
 from dit_scale.train.session import Session
@@ -97,8 +97,11 @@ def compare(
     times: dict[str, list[tuple[float, ...]]] = {method: [] for method in (OURS, *OTHERS)}
     device = next(iter(owned[0].buffers.values())).device
     others.submit(_start, root, device).result()
+    storage, attempt = open_storage(root), run.attempt.record.number
     for _ in range(1 + rounds):
         advance()
+        for old in attempts.committed(storage):  # else retention would, between the commit and the reply
+            retention.delete(storage, attempt, old.path())
         os.sync()
         start, cpu_start = time.perf_counter(), time.process_time()
         stall_s = seconds(run.saves.save)
