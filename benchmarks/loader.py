@@ -11,6 +11,8 @@ the benchmark measures the reading program and not the disk.
   in one process without workers. Each runs in its own process; both are pinned to the same core and
   alternate. Figures are medians over the rounds after a warm-up round. Real records hold two views, one
   of which is drawn; records with one view contain only data that is used, as in webdataset.
+  If mosaicml-streaming is installed, its StreamingDataset takes turns with both: shuffled, in one process
+  without workers, from a copy of the data in its own format, uncompressed and without checksums.
 - `order`: sample ids/s for a data set of the size of ImageNet, in blocks as the Loader requests them.
 - `resume`: time to open the data set and read the first micro-batch, at the start of a run and far into it.
 - `cold`: the same from a local S3 server with an empty cache, and the time until all shards are cached.
@@ -27,8 +29,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -51,6 +55,8 @@ RECORDS = ((256, 1), (512, 1), (256, 2), (512, 2))
 """(image size, views): records of 16, 64, 32 and 128 KiB."""
 FAR = 10**12
 """A position beyond the end of any real run."""
+HAS_STREAMING = find_spec("streaming") is not None
+PACKAGES = ("numpy", "torch", "webdataset", "google-crc32c", *["mosaicml-streaming"] * HAS_STREAMING)
 
 Row = dict[str, Any]
 
@@ -91,25 +97,30 @@ def measure(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
             shard_samples=-(-num // 8),
             views=views,
         )
-    with one_core() as ours, one_core() as theirs:
+    with ExitStack() as stack:
+        ours, webdataset, streaming = (stack.enter_context(one_core()) for _ in range(3))
+        readers = {
+            "samples_per_s": lambda path: ours.submit(loader_rate, path, args.micro_batch),
+            "webdataset_samples_per_s": lambda path: webdataset.submit(webdataset_rate, path),
+        }
+        if HAS_STREAMING:
+            readers["streaming_samples_per_s"] = lambda path: streaming.submit(
+                streaming_rate, path, args.micro_batch
+            )
         for (image_size, views), path in sets.items():
-            rates = [
-                (
-                    ours.submit(loader_rate, path, args.micro_batch).result(),
-                    theirs.submit(webdataset_rate, path).result(),
-                )
-                for _ in range(1 + args.rounds)
-            ]
-            loader, webdataset = (median(column) for column in zip(*rates[1:], strict=True))
+            found: dict[str, list[float]] = {name: [] for name in readers}
+            for _ in range(1 + args.rounds):
+                for name, read in readers.items():
+                    found[name].append(read(path).result())
             yield {
                 "what": "read",
                 "image_size": image_size,
                 "views": views,
                 "record_bytes": record_bytes(image_size, views),
-                "samples_per_s": loader,
-                "webdataset_samples_per_s": webdataset,
-                "ratio": loader / webdataset,
+                **ratios({name: median(values[1:]) for name, values in found.items()}),
             }
+        if not HAS_STREAMING:
+            yield {"what": "skipped", "reason": "StreamingDataset: mosaicml-streaming is not installed"}
         for window_shards in (0, 16):
             rates = [ours.submit(ids_per_s, window_shards, i * 10**6).result() for i in range(args.rounds)]
             yield {"what": "order", "window_shards": window_shards, "ids_per_s": median(rates)}
@@ -120,6 +131,16 @@ def measure(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
             ]
             yield {"what": "resume", "position": position, "first_batch_s": median(times)}
     yield cold(sets[256, 2], folder, args.micro_batch)
+
+
+def ratios(rates: dict[str, float]) -> dict[str, float]:
+    """Add our rate divided by each other one."""
+    ours = rates["samples_per_s"]
+    return rates | {
+        name.replace("samples_per_s", "ratio"): ours / rate
+        for name, rate in rates.items()
+        if name != "samples_per_s"
+    }
 
 
 def record_bytes(image_size: int, views: int) -> int:
@@ -154,6 +175,34 @@ def webdataset_rate(path: Path) -> float:
         assert isinstance(sample["cls"], int)
         taken += 1
     return taken / (time.perf_counter() - start)
+
+
+def streaming_rate(path: Path, micro_batch: int, epochs: int = 4) -> float:
+    """Samples/s of StreamingDataset, without its start."""
+    dataset = streaming_dataset(path, micro_batch)
+    start = time.perf_counter()
+    taken = 0
+    for _ in range(epochs):
+        for sample in dataset:
+            assert sample["latent"].dtype == np.float16
+            taken += 1
+    assert taken >= epochs * dataset.num_samples
+    return taken / (time.perf_counter() - start)
+
+
+@cache
+def streaming_dataset(path: Path, micro_batch: int) -> Any:
+    """Convert a data set to the format of StreamingDataset; a process can open a folder only once."""
+    from streaming import MDSWriter, StreamingDataset
+
+    dataset, folder = LatentDataset.open(path), path.with_name(f"{path.name}-mds")
+    shape = ",".join(map(str, dataset.info.latent_shape))
+    columns = {"latent": f"ndarray:float16:{shape}", "label": "int"}
+    with MDSWriter(out=str(folder), columns=columns) as writer:
+        for sample_id in range(len(dataset)):
+            latent, label = dataset.read(sample_id)
+            writer.write({"latent": latent, "label": label})
+    return StreamingDataset(local=str(folder), shuffle=True, batch_size=micro_batch)
 
 
 def ids_per_s(window_shards: int, first: int, num_blocks: int = 64) -> float:
@@ -231,19 +280,24 @@ def _pin_to_core(core: int) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that affect the figures."""
-    packages = ("numpy", "torch", "webdataset", "google-crc32c")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
 def text(row: Row) -> str:
     """Format a row for people."""
     match row["what"]:
         case "read":
+            others = (
+                f"{name} {row[f'{name}_samples_per_s']:,.0f}, ratio {row[f'{name}_ratio']:.1f}"
+                for name in ("webdataset", "streaming")
+                if f"{name}_ratio" in row
+            )
             return (
                 f"read    {row['image_size']} px, {row['views']} view(s), {row['record_bytes'] // 1024} KiB: "
-                f"{row['samples_per_s']:,.0f} samples/s, webdataset {row['webdataset_samples_per_s']:,.0f}, "
-                f"ratio {row['ratio']:.1f}"
+                f"{row['samples_per_s']:,.0f} samples/s; {'; '.join(others)}"
             )
+        case "skipped":
+            return f"skipped {row['reason']}"
         case "order":
             return f"order   windows of {row['window_shards']} shards: {row['ids_per_s']:,.0f} ids/s"
         case "resume":

@@ -15,6 +15,10 @@ alternate.
 - `write`: a rank's file as the writer writes it, from checksums to fsync, compared to `dd bs=4M
   conv=fsync` from the same memory to the same folder, each after a `sync`. `verified` includes reading
   every byte back.
+- `method`: for ours, `torch.save` and `torch.distributed.checkpoint` (`benchmarks/savers.py`): the stall of
+  the loop, the time until the checkpoint is durable (ours is also read back and verified), the CPU time that
+  this takes in the process of the loop, and the time to load it into the same tensors, from the disk and from
+  the page cache. No step runs meanwhile.
 - `resume`: the time from a new process, with all imports done except DeepSpeed's, to the first
   micro-batch. Neither the checkpoint nor the data is in the page cache.
 - `fill`: the time to open, read and verify a checkpoint and copy it to its owners' buffers, from the disk
@@ -31,12 +35,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,15 +46,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.save_resume import OTHER_WORLD, resuming, seconds, wait
+from benchmarks.savers import compare
 from dit_scale import dist
-from dit_scale.checkpoint import attempts, rankfile, reader
+from dit_scale.checkpoint import rankfile
 from dit_scale.checkpoint.partition import Partition
-from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.checkpoint.saver import Snapshot
-from dit_scale.checkpoint.slices import ParameterSlice
 from dit_scale.config import CheckpointConfig, DataConfig, EngineConfig, LogConfig, ModelConfig, TrainConfig
 from dit_scale.dist import World
-from dit_scale.heartbeat import Heart, Phase
+from dit_scale.heartbeat import Heart
 from dit_scale.storage import Storage, open_storage
 from dit_scale.train import determinism
 from dit_scale.train.session import Session
@@ -60,7 +62,6 @@ from tests.support.latents import write_latents
 
 WARMUP_STEPS = 3
 STEPS_BETWEEN_SAVES = 3
-OTHER_WORLD = 3
 FILLS = ((1, False), (1, True), (OTHER_WORLD, True))
 """(world size of the reader, whether the checkpoint is in the page cache)."""
 NEVER = 10**6
@@ -69,19 +70,6 @@ PACKAGES = ("dit-scale", "torch", "deepspeed", "numpy", "google-crc32c")
 SMOKE = {"model": "DiT-Ti/2", "image_size": 32, "micro_batch": 2, "rounds": 1, "device": "cpu"}
 
 Row = dict[str, Any]
-
-
-class RestoreClock(Heart):
-    """Notes when the restore starts, by time.perf_counter."""
-
-    def __init__(self, rank: int) -> None:
-        self.restore_s = 0.0
-        super().__init__(rank)
-
-    def beat(self, phase: Phase, step: int) -> None:
-        if phase is Phase.RESTORE and not self.restore_s:
-            self.restore_s = time.perf_counter()
-        super().beat(phase, step)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,7 +117,7 @@ def measure(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def saving(config: TrainConfig, folder: Path, rounds: int) -> list[Row]:
-    """Train and save, keep the newest checkpoint, and return the rows `stall`, `step` and `write`."""
+    """Train and save, keep the newest checkpoint, and return the rows from `stall` to `method`."""
     determinism.pin(config.engine)
     world = dist.start(config.engine)
     with ExitStack() as stack:
@@ -143,6 +131,8 @@ def saving(config: TrainConfig, folder: Path, rounds: int) -> list[Row]:
             step(run, world, rounds),
             write(run.saver.snapshot, open_storage(folder / "write"), folder / "dd", rounds),
         ]
+        with _process() as others:
+            rows += compare(run, lambda: turn(run, world), others, folder, rounds)
     return [row | shared for row in rows]
 
 
@@ -154,9 +144,9 @@ def stall(snapshot: Snapshot, owned: Iterable[Partition], rounds: int) -> Row:
     def copy() -> None:
         for host, buffer in zip(plain, buffers, strict=True):
             host.copy_(buffer, non_blocking=True)
-        _wait(buffers[0].device)
+        wait(buffers[0].device)
 
-    times = [(_seconds(snapshot.take), _seconds(copy)) for _ in range(1 + rounds)]
+    times = [(seconds(snapshot.take), seconds(copy)) for _ in range(1 + rounds)]
     take_s, copy_s = (median(column) for column in zip(*times[1:], strict=True))
     return {
         "what": "stall",
@@ -169,23 +159,23 @@ def stall(snapshot: Snapshot, owned: Iterable[Partition], rounds: int) -> Row:
 
 def step(run: Session, world: World, rounds: int) -> Row:
     """Turns of the loop without a save, with one that begins, and with one in flight."""
-    seconds: dict[str, list[float]] = {
+    times: dict[str, list[float]] = {
         name: [] for name in ("quiet", "beginning", "save", "writing", "committed")
     }
     for _ in range(rounds):
-        seconds["quiet"] += [_seconds(lambda: turn(run, world)) for _ in range(STEPS_BETWEEN_SAVES)]
-        turn_s, save_s = _seconds(lambda: turn(run, world)), _seconds(run.saves.save)
-        seconds["beginning"].append(turn_s + save_s)
-        seconds["save"].append(save_s)
+        times["quiet"] += [seconds(lambda: turn(run, world)) for _ in range(STEPS_BETWEEN_SAVES)]
+        turn_s, save_s = seconds(lambda: turn(run, world)), seconds(run.saves.save)
+        times["beginning"].append(turn_s + save_s)
+        times["save"].append(save_s)
         writing = []
         while run.saver.in_flight:
-            writing.append(_seconds(lambda: turn(run, world)))
-        seconds["writing"] += writing
-        seconds["committed"].append(save_s + sum(writing))
+            writing.append(seconds(lambda: turn(run, world)))
+        times["writing"] += writing
+        times["committed"].append(save_s + sum(writing))
     return {
         "what": "step",
-        **{f"{name}_s": median(values) for name, values in seconds.items()},
-        "steps_writing": len(seconds["writing"]) / rounds,
+        **{f"{name}_s": median(values) for name, values in times.items()},
+        "steps_writing": len(times["writing"]) / rounds,
     }
 
 
@@ -197,7 +187,7 @@ def turn(run: Session, world: World) -> None:
     run.state.step += 1
     run.attempt.meters.add(row)
     run.saves.follow(*vote.result())
-    _wait(world.device)
+    wait(world.device)
 
 
 def write(snapshot: Snapshot, storage: Storage, dd_file: Path, rounds: int) -> Row:
@@ -208,7 +198,7 @@ def write(snapshot: Snapshot, storage: Storage, dd_file: Path, rounds: int) -> R
     times = []
     for _ in range(rounds):
         os.sync()
-        dd_s = _seconds(lambda: subprocess.run(dd, pass_fds=[snapshot.file], check=True))
+        dd_s = seconds(lambda: subprocess.run(dd, pass_fds=[snapshot.file], check=True))
         dd_file.unlink()
         os.sync()
         begin = time.perf_counter()
@@ -227,76 +217,6 @@ def write(snapshot: Snapshot, storage: Storage, dd_file: Path, rounds: int) -> R
         "ratio": dd_s / write_s,
         "verified_s": verified_s,
     }
-
-
-def resuming(config: TrainConfig) -> tuple[float, ...]:
-    """Return the seconds of the phases of a resume (build, fill, first micro-batch), then of three fills."""
-    root = Path(config.run)
-    _drop_cached(root, Path(config.data.url))
-    determinism.pin(config.engine)
-    marks = [time.perf_counter()]
-    with ExitStack() as stack:
-        world = dist.start(config.engine)
-        stack.callback(dist.stop)
-        clock = RestoreClock(world.rank)
-        run = Session(config, world, clock, stack)
-        _wait(world.device)
-        marks += [clock.restore_s, time.perf_counter()]
-        next(run.attempt.loader)
-        marks.append(time.perf_counter())
-        owned = run.trainer.engine.owned
-        _drop_cached(root)
-        cold, cached = (_seconds(partial(fill, root, owned)) for _ in range(2))
-        other_world = 0.0
-        for rank in range(OTHER_WORLD):
-            other_world += _seconds(partial(fill, root, share_of(owned, rank, OTHER_WORLD)))
-    built_s, filled_s, first_batch_s = (b - a for a, b in pairwise(marks))
-    return built_s, filled_s, first_batch_s, cold, cached, other_world
-
-
-def fill(root: Path, owned: Sequence[Partition]) -> None:
-    """Read the newest checkpoint of a run into the owners' buffers."""
-    storage = open_storage(root)
-    found = Checkpoint(storage, attempts.committed(storage)[0])
-    reader.fill(owned, owned[0].buffers, found.read)
-    _wait(next(iter(owned[0].buffers.values())).device)
-
-
-def share_of(owned: Iterable[Partition], rank: int, world: int) -> tuple[Partition, ...]:
-    """Return what a rank would own at another world size: an equal part of each flat buffer."""
-    shares = []
-    for partition in owned:
-        kinds, buffer = tuple(partition.buffers), next(iter(partition.buffers.values()))
-        length = -(-buffer.numel() // world)
-        begin = rank * length
-        slices = []
-        for e in partition.slices:
-            low, high = max(begin, e.offset), min(begin + length, e.offset + e.length)
-            if low < high:
-                slices.append(ParameterSlice(e.parameter, e.start + low - e.offset, high - low, low - begin))
-        buffers = {kind: torch.empty(length, device=buffer.device).zero_() for kind in kinds}
-        shares.append(Partition(buffers, tuple(slices)))
-    return tuple(shares)
-
-
-def _drop_cached(*folders: Path) -> None:
-    """Drop files that were synced from the page cache."""
-    for folder in folders:
-        for path in folder.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @contextmanager
@@ -366,6 +286,12 @@ def _text(row: Row) -> str:
             return (
                 f"resume  {ms['built_s']} for model, engine and writer, {ms['filled_s']} for the state, "
                 f"{ms['first_batch_s']} for the first batch"
+            )
+        case "method":
+            return (
+                f"method  {row['method']}: stall {ms['stall_s']}, durable after {ms['durable_s']} "
+                f"({gb['durable_bytes_per_s']}/s), {ms['cpu_s']} of CPU time in the loop; "
+                f"loaded in {ms['load_s']} from the disk, {ms['load_cached_s']} from the page cache"
             )
     source = "the page cache" if row["cached"] else "the disk"
     return f"fill    world {row['world']}, from {source}: {ms['fill_s']}, {gb['bytes_per_s']}/s"
