@@ -69,9 +69,9 @@ class World:
 
     def start_vote(self, *flags: bool) -> "Vote":
         """Start an asynchronous vote: for each flag, whether it is set on any rank."""
+        values = torch.tensor(flags, dtype=torch.int64)
         if self.size == 1:
-            return Vote(flags)
-        values = torch.tensor([int(flag) for flag in flags])
+            return Vote(values)
         work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True)
         return Vote(values, work)
 
@@ -84,7 +84,7 @@ class World:
 class Vote:
     """An asynchronous vote that `World.start_vote` started."""
 
-    flags: Tensor | tuple[bool, ...]
+    flags: Tensor
     work: dist.Work | None = None
     """None when a single process has decided by itself."""
 
@@ -92,7 +92,7 @@ class Vote:
         """Wait for the vote and return one answer per flag, the same on all ranks."""
         if self.work is not None:
             self.work.wait()
-        return tuple(bool(flag) for flag in self.flags)
+        return tuple(bool(flag) for flag in self.flags.tolist())
 
 
 def choose_device(name: str) -> torch.device:
