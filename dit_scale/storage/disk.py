@@ -13,6 +13,9 @@ from dit_scale.storage.base import DiskFullError, MissingKeyError, Storage, chec
 _WINDOW_BYTES = 256 * 2**20
 """Size of the tail of a growing file that may stay in the page cache. Bounded: each fadvise call walks it."""
 
+_MAX_VANISHED = 1000
+"""How often the folder of a new file may vanish before its writer gives up."""
+
 
 class DiskStorage(Storage):
     """A folder on a local or shared file system."""
@@ -106,10 +109,9 @@ class DiskStorage(Storage):
     @contextmanager
     def _temporary(self, path: Path, chunks: Iterable[memoryview]) -> Iterator[Path]:
         """Write a synced temporary file next to `path`; it is deleted afterwards unless renamed."""
-        _make_folder(path.parent)
         tmp = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
         try:
-            descriptor = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            descriptor = _create(tmp)
             try:
                 size = 0
                 for chunk in chunks:
@@ -125,6 +127,19 @@ class DiskStorage(Storage):
             yield tmp
         finally:
             tmp.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> int:
+    """Create a file and its folder, which another process may delete whenever it is empty => descriptor."""
+    for _ in range(_MAX_VANISHED):
+        with suppress(FileNotFoundError):
+            return _create_once(path)
+    return _create_once(path)
+
+
+def _create_once(path: Path) -> int:
+    _make_folder(path.parent)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
@@ -146,7 +161,8 @@ def _is_temporary(key: str) -> bool:
 def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # pathlib's exist_ok would fail if the folder then vanished
+            folder.mkdir()
         _sync_folder(folder.parent)
 
 

@@ -35,6 +35,7 @@ EQUIVALENT, STALE = "survived, listed as equivalent", "killed, but listed as equ
 TESTS = {
     "models/attention.py": "unit/test_attention unit/test_dit",
     "models/blocks.py": "unit/test_dit unit/test_zoo unit/test_weights",
+    "models/checkpointing.py": "unit/test_checkpointing unit/test_activations",
     "models/dit.py": "unit/test_dit unit/test_zoo unit/test_weights",
     "models/embeddings.py": "unit/test_embeddings unit/test_dit",
     "models/table.py": "unit/test_zoo",

@@ -69,6 +69,18 @@ def test_delete(storage: Storage) -> None:
     assert not storage.exists("key")
 
 
+def test_writers_and_deleters_of_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
+    storage = DiskStorage(tmp_path)
+
+    def come_and_go(name: str) -> None:
+        for _ in range(300):
+            storage.write(f"deep/er/{name}", b"x")
+            storage.delete(f"deep/er/{name}")  # also deletes the folder if it is empty
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(come_and_go, "abcd"))
+
+
 def test_a_range_beyond_the_end_is_an_error(storage: Storage) -> None:
     storage.write("key", b"0123456789")
     for start, length in ((5, 6), (10, 1), (20, 5)):

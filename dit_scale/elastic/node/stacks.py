@@ -10,7 +10,7 @@ from dit_scale.lines import Say
 
 STACK_SIGNAL = signal.SIGUSR2
 """Makes a rank append the stacks of its threads to its stack file."""
-STACKS_S = 2.0
+STACKS_S = 5.0
 """Longest wait for stacks that were requested."""
 
 _PAUSE_S = 0.05
@@ -50,9 +50,9 @@ def ask_for_stacks(folder: Path, ranks: Iterable[int], signal_to: Callable[[int]
         signal_to(rank)
     end_s = time.monotonic() + STACKS_S
     sizes: dict[int, int] = {}
-    # faulthandler writes in many pieces: the text is complete when the file has stopped growing
+    # faulthandler writes in many pieces: the text is complete when it ends with a line and no longer grows.
     while (now := {rank: _size(path) for rank, path in paths.items()}) != sizes or any(
-        now[rank] == before[rank] for rank in now
+        now[rank] == before[rank] or not path.read_bytes().endswith(b"\n") for rank, path in paths.items()
     ):
         if time.monotonic() > end_s:
             break
