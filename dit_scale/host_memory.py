@@ -17,7 +17,7 @@ LARGEST_REUSED_BYTES = 2**30
 def reuse() -> None:
     """Keep freed memory in this process for its next allocations. Without glibc, nothing changes.
 
-    The resident memory of the process then stays near its peak; blocks of unlike sizes may raise the peak.
+    The resident memory of the process then stays near its peak; blocks of different sizes may raise the peak.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

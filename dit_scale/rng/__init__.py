@@ -7,9 +7,9 @@ the world size, the micro-batch or earlier draws, and a checkpoint needs no rand
 Integers and uniforms are exact on every device. Normals are computed in float64 and rounded once to fp32, so
 two devices differ by at most one fp32 ulp, where their float64 math differs.
 
-A draw is one operator of torch, which torch.compile leaves as it is: `plain` defines it, `cpu` has the same
-bits sooner, and on CUDA it is one launch of a kernel in `dit_scale/kernels/philox.py`. Without Triton, CUDA
-executes the plain version; `backend` says which.
+A draw is one operator of torch, which torch.compile leaves as it is. `plain` defines it, `cpu` computes the
+same bits in less time, and on CUDA it is one launch of a kernel in `dit_scale/kernels/philox.py`. Without
+Triton, CUDA executes the plain version; `backend` says which.
 
 Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 

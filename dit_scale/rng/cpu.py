@@ -1,4 +1,4 @@
-"""The draws on a CPU: the bits of the plain version, sooner.
+"""The draws on a CPU: the bits of the plain version, in less time.
 
 The plain version writes a new tensor for each of its operations. Here they work in place, on chunks that stay
 in a core's cache. Integers are numpy's: they can be unsigned, so that high words need no mask, and each call
