@@ -17,6 +17,7 @@ from dit_scale.heartbeat import Phase
 from dit_scale.journal import Event
 from dit_scale.telemetry.meters import COLUMNS, Meters, StepRow
 from dit_scale.telemetry.progress import StatusLine
+from dit_scale.telemetry.webhook import Notice
 from dit_scale.train.claim import claim, next_attempt
 from dit_scale.train.context import RunContext
 from dit_scale.train.ema import ema_kind
@@ -104,6 +105,11 @@ class Attempt:
         if self._logbook:
             self._logbook.event(event, **details)
 
+    def notify(self, notice: Notice, reason: str) -> None:
+        """Send a message to the webhook of the run (rank 0 alone)."""
+        if self._logbook:
+            self._logbook.notify(notice, reason)
+
     def count(self, row: Tensor) -> None:
         """Count the step that has just finished; `row` holds its `meters.COLUMNS`."""
         self.meters.add(row)
@@ -174,6 +180,7 @@ class Attempt:
     def finish(self) -> None:
         """Record that the run is done. Raises StorageError when its record is incomplete."""
         self.write(Event.DONE)
+        self.notify(Notice.DONE, "all steps are taken and saved")
         if self._logbook and (problem := self._logbook.close()):
             raise StorageError(f"all {self.state.step} steps are taken and saved, but {problem}")
         self.say(f"done: {self.state.step} steps in {self._context.config.run}")

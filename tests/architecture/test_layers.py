@@ -60,6 +60,7 @@ LAYERS = (
     "train",
     "inference",
     "report",
+    "monitoring",
     "forecast",
     "scaling",
     "cli",
@@ -78,6 +79,7 @@ DOORS = {
     "diffusers": ("dit_scale.vae",),
     "huggingface_hub": ("dit_scale.vae_files",),
     "matplotlib": ("dit_scale.scaling.canvas",),
+    "prometheus_client": ("dit_scale.monitoring.exporter", "dit_scale.monitoring.families"),
     "psutil": ("dit_scale.elastic.node.processes", "dit_scale_pipeline.ray_start"),
     "pyarrow": ("dit_scale_pipeline.inputs.parquet",),
     "ray": tuple(
@@ -85,9 +87,10 @@ DOORS = {
     ),
     "triton": ("dit_scale.kernels.adamw", "dit_scale.kernels.philox"),
     "transformers": ("dit_scale.evaluate.networks.dinov2",),
-    "wandb": ("dit_scale.telemetry.sinks",),
-    "tensorboard": ("dit_scale.telemetry.sinks",),
-    "torch.utils.tensorboard": ("dit_scale.telemetry.sinks",),
+    "trackio": ("dit_scale.telemetry.sinks.trackio_sink",),
+    "wandb": ("dit_scale.telemetry.sinks.wandb_sink",),
+    "tensorboard": ("dit_scale.telemetry.sinks.tensorboard_sink",),
+    "torch.utils.tensorboard": ("dit_scale.telemetry.sinks.tensorboard_sink",),
 }
 """Foreign library => the only modules that import it."""
 
