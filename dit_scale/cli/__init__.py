@@ -80,9 +80,9 @@ def _run(argv: list[str], begin_job: Callable[[str], None] = lambda name: None) 
     except LostOutputError:
         raise
     except Exception as error:
-        from dit_scale.cli import failures
+        from dit_scale.cli.failures import report
 
-        return failures.report(error, args)
+        return report(error, args)
     except KeyboardInterrupt:
         print(f"{args.name}: interrupted", file=sys.stderr)
         return 130
@@ -110,9 +110,9 @@ class _PrintVersions(argparse.Action):
     """Prints the versions of everything that matters and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from dit_scale.cli import versions
+        from dit_scale.cli.versions import version_report
 
-        print(versions.report())
+        print(version_report())
         parser.exit()
 
 

@@ -15,8 +15,8 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from dit_scale.cli import versions
 from dit_scale.cli.arguments import USER_ERROR_EXIT_CODE
+from dit_scale.cli.versions import version_report
 from dit_scale.errors import DitScaleError
 
 TRACEBACK_VARIABLE = "DIT_SCALE_TRACEBACK"
@@ -38,18 +38,23 @@ MEMORY = {
 def report(error: Exception, args: argparse.Namespace) -> int:
     """Report the error of a command and return its exit code: 2 for a mistake of the user, otherwise 1."""
     text = "".join(traceback.format_exception(error))
-    is_file = isinstance(error, MISTAKES) and error.filename is not None
-    is_mistake = is_file or isinstance(error, DitScaleError)
+    line = _explanation(error)
+    is_mistake = line is not None
     place = "" if is_mistake else _keep(text, args)
     if os.environ.get(TRACEBACK_VARIABLE) or not (is_mistake or place):
         sys.stderr.write(text)
-    if is_mistake:
-        line = f"{error.filename}: {error.strerror}" if is_file else str(error)
-    else:
+    if line is None:
         parts = (_describe(error), _advice(error, args.name), f"Traceback: {place}" if place else "")
         line = ". ".join(filter(None, parts))
     print(f"{args.name}: {line}", file=sys.stderr, flush=True)
     return USER_ERROR_EXIT_CODE if is_mistake else 1
+
+
+def _explanation(error: Exception) -> str | None:
+    """Return the message of a mistake of the user; None for any other error."""
+    if isinstance(error, MISTAKES) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) if isinstance(error, DitScaleError) else None
 
 
 def _keep(text: str, args: argparse.Namespace) -> str:
@@ -60,7 +65,7 @@ def _keep(text: str, args: argparse.Namespace) -> str:
     rank = os.environ.get("RANK", "")
     name = f"rank{rank}" if rank else args.name.replace(" ", "-")
     now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    head = f"{args.name}\n{versions.report()}\n\n"
+    head = f"{args.name}\n{version_report()}\n\n"
     with suppress(OSError):  # for example on the full disk that is the error
         folder = Path(run) / FOLDER if run else Path(tempfile.mkdtemp(prefix="dit-scale-"))
         folder.mkdir(parents=True, exist_ok=True)

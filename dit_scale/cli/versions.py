@@ -12,7 +12,7 @@ CUDA_RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def report() -> str:
+def version_report() -> str:
     """Return the version of this program, and below it those of Python, packages, CUDA and the system."""
     packages = [f"{name} {found}" for name in PACKAGES if (found := _version(name))]
     cuda = next(filter(None, map(_version, CUDA_RUNTIMES)), "")
