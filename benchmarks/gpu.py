@@ -38,6 +38,8 @@ from benchmarks.train_step import cpu_name, versions
 
 PACKAGES = ("dit-scale", "torch", "triton", "deepspeed", "flash-attn", "flash-attn-4", "diffusers")
 XL = ("--model", "DiT-XL/2", "--image-size")
+NAMES = {"train_step": "attention", "peers": "loop", "sample": "loop", "encode": "setting", "draws": "draw"}
+"""Benchmark => the key that names its rows."""
 
 Row = dict[str, Any]
 
