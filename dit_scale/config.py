@@ -174,6 +174,9 @@ class LogConfig(Mirrored):
     """Logging interval in steps; between log points the host never waits for metrics."""
     tensorboard: bool = False
     """Mirror metrics to TensorBoard files in the run folder."""
+    peak_tflops: float = Field(0.0, ge=0)
+    """TFLOP/s of a device to which `mfu` is relative, in the type of the weights; 0: measure a matrix
+    product at each start."""
 
 
 class TrainConfig(Section):
