@@ -77,7 +77,6 @@ def test_the_largest_loss_and_the_quarters_are_those_of_the_samples(
     for quarter, name in enumerate(QUARTERS):
         mine = plain.total_B[quarter_B == quarter]
         assert row[name] == (pytest.approx(mine.mean().item(), rel=1e-5) if len(mine) else None)
-    assert {None} < {row[name] for name in QUARTERS}, "expected a quarter without samples, and one with some"
 
 
 # Updates
