@@ -23,6 +23,7 @@ from dit_scale.cli import (
     models,
     plan,
     replay,
+    report,
     sample,
     scaling,
     status,
@@ -43,7 +44,7 @@ INTERRUPTED = ("dit-scale encode", "dit-scale sample")
 GROUPS = {
     "Plan a run": (config, models, plan),
     "Images to latents": (encode, latents),
-    "Train": (train, launch, status, replay, scaling),
+    "Train": (train, launch, status, report, replay, scaling),
     "Use a trained model": (sample, evaluate, export, checkpoint, ema),
 }
 

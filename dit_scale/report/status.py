@@ -1,5 +1,7 @@
 """What a run is doing, from its journals, its record and the ages of its files. No torch."""
 
+import math
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from dit_scale.config import TrainConfig, load, relocated
 from dit_scale.elastic.board import Board
 from dit_scale.errors import ConfigError, StorageError
 from dit_scale.journal import Entry, Event, read_journal
-from dit_scale.lines import read_objects
+from dit_scale.lines import parse_object, read_lines
 from dit_scale.report.goodput import ledger
 from dit_scale.report.interruptions import Interruption, interruptions
 from dit_scale.report.spans import AttemptSpan, RoundSpan, attempts_of, is_done, rounds_of
@@ -18,6 +20,8 @@ from dit_scale.train.evaluation_keys import deciding_key
 
 QUIET_S = 60.0
 """After this long without a write, or after three log intervals if those are longer, a run may be dead."""
+TORN_LINES = 10
+"""Unreadable lines at the end of a record, each left by a kill, before its last speed is not found."""
 STARTING = {
     Event.ROUND: "starting the launcher",
     Event.RANKS_STARTED: "launcher and imports",
@@ -66,7 +70,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class _Contents:
+class RunContents:
     """Contents of the files of a run."""
 
     config: TrainConfig | None
@@ -74,8 +78,10 @@ class _Contents:
     supervisors: dict[str, list[Entry]]
     attempts: list[AttemptSpan]
     rounds: list[RoundSpan]
-    rows: list[dict[str, Any]]
-    """All rows of metrics.jsonl."""
+    images_per_s: float | None
+    """Speed at the last log point."""
+    evaluations: list[dict[str, Any]]
+    """Rows of metrics.jsonl with the results of evaluations."""
     silence_s: float
     checkpoint: str
     joined: list[str]
@@ -85,13 +91,7 @@ class _Contents:
 
     @property
     def steps_per_s(self) -> float | None:
-        speed = next((row["images_per_s"] for row in reversed(self.rows) if "images_per_s" in row), None)
-        return speed / self.config.global_batch if speed and self.config else None
-
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Rows with the results of evaluations."""
-        return [row for row in self.rows if any(key.startswith("eval_") for key in row)]
+        return self.images_per_s / self.config.global_batch if self.images_per_s and self.config else None
 
     @property
     def is_quiet(self) -> bool:
@@ -118,7 +118,11 @@ def status_of(run: str, now_s: float) -> Status:
 
     Raises ConfigError if the folder contains no run.
     """
-    contents = _read(run, now_s)
+    return status_from(read_contents(run, now_s), run, now_s)
+
+
+def status_from(contents: RunContents, run: str, now_s: float) -> Status:
+    """Report on the run in folder `run`, given the contents of its files at `now_s`."""
     state, text = _state(contents)
     is_alive = state in ("running", "waiting")
     is_training = state == "running" and contents.current is not None
@@ -158,7 +162,8 @@ def status_of(run: str, now_s: float) -> Status:
     )
 
 
-def _read(run: str, now_s: float) -> _Contents:
+def read_contents(run: str, now_s: float) -> RunContents:
+    """Read the files of a run at `now_s`. Raises ConfigError if the folder contains no run."""
     folder = Path(run)
     journals = sorted((folder / "supervisors").glob("*.jsonl"))
     files = [folder / name for name in ("config.yaml", "events.jsonl", "metrics.jsonl")] + journals
@@ -181,13 +186,15 @@ def _read(run: str, now_s: float) -> _Contents:
         others = supervisors.keys() - _members(supervisors)
         files = [path for path in files if path.stem not in others]
     checkpoint, joined, problem = _stored(root)
-    return _Contents(
+    images_per_s, evaluations = _measured(folder / "metrics.jsonl")
+    return RunContents(
         config=config,
         journal=journal,
         supervisors=supervisors,
         attempts=attempts_of(journal),
         rounds=rounds,
-        rows=read_objects(folder / "metrics.jsonl", "step"),
+        images_per_s=images_per_s,
+        evaluations=evaluations,
         silence_s=max(0.0, now_s - max(path.stat().st_mtime for path in files)),
         checkpoint=checkpoint,
         joined=joined,
@@ -212,15 +219,33 @@ def _stored(root: Storage) -> tuple[str, list[str], str]:
         return "", [], f"the storage of its checkpoints is unavailable: {error}"
 
 
-def _best(contents: _Contents) -> dict[str, Any]:
+def _measured(record: Path) -> tuple[float | None, list[dict[str, Any]]]:
+    """Return the last speed and the rows of evaluations; parses only the lines that can hold them."""
+    newest: deque[str] = deque(maxlen=TORN_LINES + 1)
+    evaluations = []
+    for line in read_lines(record):
+        if '"images_per_s"' in line:
+            newest.append(line)
+        elif '"eval_' in line and (row := parse_object(line, "step")) is not None:
+            evaluations.append(row)
+    rows = (parse_object(line, "step", "images_per_s") for line in reversed(newest))
+    speeds = (row["images_per_s"] for row in rows if row is not None)
+    return next(filter(_is_number, speeds), None), evaluations
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _best(contents: RunContents) -> dict[str, Any]:
     """Return step and deciding value of the best evaluation; empty if there is none."""
     key = deciding_key(contents.config) if contents.config else ""
-    rows = [row for row in contents.evaluations if row.get(key) is not None]
+    rows = [row for row in contents.evaluations if _is_number(row.get(key))]
     best = min(rows, key=lambda row: row[key], default=None)
     return {"step": best["step"], key: best[key]} if best else {}
 
 
-def _state(contents: _Contents) -> tuple[str, str]:
+def _state(contents: RunContents) -> tuple[str, str]:
     """Return the state in one word, and its details."""
     ending = contents.rounds[-1].ending if contents.rounds else {}
     if is_done(contents.attempts):
@@ -241,7 +266,7 @@ def _state(contents: _Contents) -> tuple[str, str]:
     return "running", _activity(contents)
 
 
-def _activity(contents: _Contents) -> str:
+def _activity(contents: RunContents) -> str:
     """Return what the ranks of a running run are doing."""
     if contents.current is None:
         number = contents.open_round.number if contents.open_round else 0
