@@ -8,8 +8,8 @@ from dit_scale.checkpoint import attempts as chain
 from dit_scale.config import TrainConfig, load, relocated
 from dit_scale.elastic.board import Board
 from dit_scale.errors import ConfigError, StorageError
-from dit_scale.journal import Entry, Event, read_journal
-from dit_scale.lines import read_objects
+from dit_scale.journal import Entry, Event, read_journal, read_outline
+from dit_scale.lines import parse_object, parse_objects, read_lines
 from dit_scale.report.goodput import ledger
 from dit_scale.report.interruptions import Interruption, interruptions
 from dit_scale.report.spans import AttemptSpan, RoundSpan, attempts_of, is_done, rounds_of
@@ -27,12 +27,17 @@ STARTING = {
 }
 """What the ranks do after these events of a supervisor."""
 
+Row = dict[str, Any]
+"""A line of metrics.jsonl."""
+
 
 @dataclass(frozen=True)
 class Status:
     """What `dit-scale status` reports."""
 
     run: str
+    model: str
+    """Name of the model; empty until the first start has written the configuration."""
     state: str
     """finished, running, waiting, stopped, failed or silent."""
     text: str
@@ -54,6 +59,8 @@ class Status:
     checkpoint_age_s: float | None
     silence_s: float
     """Seconds since a file last changed."""
+    log_point: dict[str, Any]
+    """The last log point, as in metrics.jsonl; empty if there is none."""
     evaluation: dict[str, Any]
     """The last evaluation, as in metrics.jsonl; empty if there is none."""
     best: dict[str, Any]
@@ -74,8 +81,8 @@ class _Contents:
     supervisors: dict[str, list[Entry]]
     attempts: list[AttemptSpan]
     rounds: list[RoundSpan]
-    rows: list[dict[str, Any]]
-    """All rows of metrics.jsonl."""
+    log_point: Row
+    evaluations: list[Row]
     silence_s: float
     checkpoint: str
     joined: list[str]
@@ -85,13 +92,8 @@ class _Contents:
 
     @property
     def steps_per_s(self) -> float | None:
-        speed = next((row["images_per_s"] for row in reversed(self.rows) if "images_per_s" in row), None)
+        speed = self.log_point.get("images_per_s")
         return speed / self.config.global_batch if speed and self.config else None
-
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Rows with the results of evaluations."""
-        return [row for row in self.rows if any(key.startswith("eval_") for key in row)]
 
     @property
     def is_quiet(self) -> bool:
@@ -113,12 +115,14 @@ class _Contents:
         return last if in_round or not self.rounds else None
 
 
-def status_of(run: str, now_s: float) -> Status:
+def status_of(run: str, now_s: float, remote: bool = True) -> Status:
     """Report on the run in this folder at `now_s`, in seconds since 1970.
+
+    Without `remote`, checkpoints that are not on a disk stay unknown: nothing asks a server.
 
     Raises ConfigError if the folder contains no run.
     """
-    contents = _read(run, now_s)
+    contents = _read(run, now_s, remote)
     state, text = _state(contents)
     is_alive = state in ("running", "waiting")
     is_training = state == "running" and contents.current is not None
@@ -137,6 +141,7 @@ def status_of(run: str, now_s: float) -> Status:
     committed_s = [entry["time_s"] for entry in contents.journal if entry.get("name") == checkpoint_name]
     return Status(
         run=run,
+        model=contents.config.model.name if contents.config else "",
         state=state,
         text=text + (f" ({contents.problem})" if contents.problem else ""),
         step=step,
@@ -149,6 +154,7 @@ def status_of(run: str, now_s: float) -> Status:
         checkpoint=contents.checkpoint,
         checkpoint_age_s=max(0.0, now_s - committed_s[-1]) if committed_s else None,
         silence_s=contents.silence_s,
+        log_point=contents.log_point,
         evaluation=contents.evaluations[-1] if contents.evaluations else {},
         best=_best(contents),
         interruptions=interruptions(contents.journal, contents.supervisors),
@@ -158,7 +164,7 @@ def status_of(run: str, now_s: float) -> Status:
     )
 
 
-def _read(run: str, now_s: float) -> _Contents:
+def _read(run: str, now_s: float, remote: bool) -> _Contents:
     folder = Path(run)
     journals = sorted((folder / "supervisors").glob("*.jsonl"))
     files = [folder / name for name in ("config.yaml", "events.jsonl", "metrics.jsonl")] + journals
@@ -173,26 +179,36 @@ def _read(run: str, now_s: float) -> _Contents:
     root = open_storage((config.checkpoint.url if config else "") or run)
     leases = root.local_path("elastic/leases")
     files += leases.glob("*.json") if leases else ()
-    journal = read_journal(folder / "events.jsonl")
+    journal = read_outline(folder / "events.jsonl")
     supervisors = {path.stem: read_journal(path) for path in journals}
     rounds = rounds_of(supervisors)
     if rounds and not rounds[-1].ending:
         # Nodes that wait for the round to end are no evidence that its members are alive.
         others = supervisors.keys() - _members(supervisors)
         files = [path for path in files if path.stem not in others]
-    checkpoint, joined, problem = _stored(root)
+    checkpoint, joined, problem = _stored(root) if remote or leases else ("", [], "")
+    log_point, evaluations = _newest_rows(folder / "metrics.jsonl")
     return _Contents(
         config=config,
         journal=journal,
         supervisors=supervisors,
         attempts=attempts_of(journal),
         rounds=rounds,
-        rows=read_objects(folder / "metrics.jsonl", "step"),
+        log_point=log_point,
+        evaluations=evaluations,
         silence_s=max(0.0, now_s - max(path.stat().st_mtime for path in files)),
         checkpoint=checkpoint,
         joined=joined,
         problem=problem,
     )
+
+
+def _newest_rows(record: Path) -> tuple[Row, list[Row]]:
+    """Return the last log point and all evaluations; other lines, which are most, are not parsed."""
+    lines = read_lines(record)
+    parsed = (parse_object(line, "step", "images_per_s") for line in reversed(lines))
+    log_point = next((row for row in parsed if row is not None), {})
+    return log_point, parse_objects((line for line in lines if '"eval_' in line), "step")
 
 
 def _members(supervisors: dict[str, list[Entry]]) -> list[str]:
