@@ -2,11 +2,13 @@
 
     python -m benchmarks.draws                       # on a CPU: CPU time
     python -m benchmarks.draws --device cuda         # time of the device's stream
+    python -m benchmarks.draws --smoke               # a few positions: checks that it works
 
 Medians of alternating repetitions, with the positions of one micro-batch.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +33,11 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="(default cpu)")
     parser.add_argument("--batch", type=int, default=32, help="positions (default 32)")
     parser.add_argument("--repeats", type=int, default=15, help="timed repetitions (default 15)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per row")
+    parser.add_argument("--smoke", action="store_true", help="draw for 2 positions, twice")
     args = parser.parse_args()
+    if args.smoke:
+        args.batch, args.repeats = 2, 2
     torch.set_num_threads(1)
     device = torch.device(args.device)
     position_N = torch.arange(args.batch, device=device)
@@ -40,7 +46,9 @@ def main() -> int:
     for name, drawings in cases(position_N).items():
         before_s, after_s = compare(drawings, device, args.repeats)
         table.add_row(name, f"{before_s * 1e6:.0f}", f"{after_s * 1e6:.0f}", f"{before_s / after_s:.2f}")
-    Console(width=120).print(table)
+        if args.json:
+            print(json.dumps({"draw": name, "plain_us": before_s * 1e6, "us": after_s * 1e6}), flush=True)
+    Console(width=120, stderr=args.json).print(table)
     return 0
 
 

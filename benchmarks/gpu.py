@@ -12,6 +12,7 @@ driver, versions, and the command and all rows of each part) and `bench.md` (the
 - attention: the step without compilation and without determinism, with every backend that this machine has.
 - triton: the step with AdamW and moving average in one kernel.
 - peers: our step beside the published loop in TF32, its bf16 variant, and a bare loop over our model.
+- draws: timesteps and noise of a micro-batch, beside the version in torch's operators.
 - sample: denoising steps beside the usual loop.
 - encode: VAE encoding beside plain loops over diffusers' model.
 """
@@ -37,6 +38,8 @@ from benchmarks.train_step import cpu_name, versions
 
 PACKAGES = ("dit-scale", "torch", "triton", "deepspeed", "flash-attn", "flash-attn-4", "diffusers")
 XL = ("--model", "DiT-XL/2", "--image-size")
+NAMES = {"train_step": "attention", "peers": "loop", "sample": "loop", "encode": "setting", "draws": "draw"}
+"""Benchmark => the key that names its rows."""
 
 Row = dict[str, Any]
 
@@ -61,20 +64,20 @@ PARTS = {
         "train_step",
         (*XL, "256", "--micro-batch", "32", "--micro-steps", "8", "--compile", "--steps", "20"),
         (),
-        budget_s=110,
+        budget_s=105,
     ),
     "train_512": Part(
         "train_step",
         (*XL, "512", "--micro-batch", "16", "--micro-steps", "4", "--compile", "--steps", "20"),
         ("--micro-steps", "1"),
-        budget_s=110,
+        budget_s=105,
     ),
     "peers": Part(
         "peers",
         (*XL, "256", "--settings", "b", "--batch", "32", "--device", "cuda", "--precision", "bf16")
         + ("--loops", "original", "fast", "bare", "zero2", "bare+compile", "zero2+compile"),
         ("--loops", "original", "zero2"),
-        budget_s=150,
+        budget_s=145,
     ),
     "attention": Part(
         "train_step",
@@ -88,6 +91,7 @@ PARTS = {
         ("--optimizer", "torch"),
         budget_s=40,
     ),
+    "draws": Part("draws", ("--device", "cuda"), (), budget_s=20),
     "sample": Part(
         "sample",
         (*XL, "256", "--batch", "32", "--device", "cuda", "--timed-steps", "5", "--rounds", "2"),
@@ -98,7 +102,7 @@ PARTS = {
         "encode",
         ("--parts", "encoder", "--image-sizes", "256", "--rounds", "2"),
         ("--parts", "encoder"),
-        budget_s=50,
+        budget_s=45,
     ),
 }
 """The parts in their order; the first ones matter most."""
@@ -189,10 +193,18 @@ def run(command: list[str], budget_s: float, log: Path) -> dict[str, Any]:
 
 def cells(module: str, row: Row) -> tuple[str, str, str]:
     """Describe a row of a benchmark: measurement, result, comparison."""
-    names = {"train_step": "attention", "peers": "loop", "sample": "loop", "encode": "setting"}
+    names = {
+        "train_step": "attention",
+        "peers": "loop",
+        "sample": "loop",
+        "encode": "setting",
+        "draws": "draw",
+    }
     name = str(row.get(names[module], ""))
     if "problem" in row:
         return name, "no figures", row["problem"].replace("|", "/")
+    if module == "draws":
+        return name, f"{row['us']:.0f} us", f"{row['plain_us'] / row['us']:.2f} x the plain version"
     result = f"{row['images_per_s']:,.1f} images/s"
     if module == "train_step":
         return _train_step_cells(row, result)

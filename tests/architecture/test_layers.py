@@ -73,6 +73,7 @@ DOORS = {
     "deepspeed": ("dit_scale.train.zero", "dit_scale.train.optim"),
     "apex": ("dit_scale.models.attention", "dit_scale.train.optim"),
     "flash_attn": ("dit_scale.models.attention", "dit_scale.train.optim"),
+    "argcomplete": ("dit_scale.cli.completion",),
     "boto3": ("dit_scale.storage.s3",),
     "botocore": ("dit_scale.storage.s3",),
     "diffusers": ("dit_scale.vae",),

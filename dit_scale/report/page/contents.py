@@ -41,7 +41,6 @@ class RunPage:
 
     name: str
     status: Status
-    model: str
     curves: Mapping[str, Curve]
     latest: Mapping[str, float]
     """Last finite value of each curve."""
@@ -82,7 +81,6 @@ class RunReader:
         return RunPage(
             name=self._name,
             status=status,
-            model=config.model.name if config else "",
             curves=curves,
             latest=latest,
             restarts=_restarts(contents, status),
