@@ -8,17 +8,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # For the CPU kernels of the tests and the demo; it does not affect CUDA.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-quick mutants chaos check bench bench-gpu clean
+.PHONY: help demo test test-quick mutants chaos check bench bench-gpu docs clean
 
 help:
 	@echo "make demo        encode, train, sample and score on handwritten digits (2 to 5 minutes)"
-	@echo "make test        lint, check types, and run all tests (about 20 minutes on 2 cores)"
+	@echo "make test        lint, check types, and run all tests (about 25 minutes on 2 cores)"
 	@echo "make test-quick  run the unit, property, golden and architecture tests only (2 to 3 minutes)"
 	@echo "make mutants     mutation testing: apply 100 small changes that the tests must detect"
 	@echo "make chaos       long fault-injection campaigns: training, encoding, SLURM, pods (about 3 hours)"
 	@echo "make check       run ruff and mypy"
 	@echo "make bench       run the benchmarks in their short form (about a minute)"
 	@echo "make bench-gpu   measure training, sampling and encoding on a GPU, into runs/bench (under 10 minutes)"
+	@echo "make docs        build the documentation as a site into build/site"
 	@echo "make clean       remove the virtual environment and the demo run"
 
 $(VENV)/torch: constraints.txt
@@ -81,6 +82,15 @@ bench: $(VENV)/ready
 
 bench-gpu: $(VENV)/ready
 	$(BIN)/python -m benchmarks.gpu
+
+$(VENV)/docs: $(VENV)/demo
+	@echo "set-up: Material for MkDocs (about 30 MB)"
+	@$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "the documentation is in $(CURDIR)/build/site/index.html"
 
 clean:
 	rm -rf $(VENV) runs/demo

@@ -76,6 +76,7 @@ def _launch(args: argparse.Namespace) -> int:
     from dit_scale.elastic.policy import Policy
 
     config = load_for_training(args.config, args.overrides)
+    args.run_folder = config.run
     least, most = node_range(args.nodes)
     host = socket.gethostname()
     return launch(
