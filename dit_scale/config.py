@@ -178,6 +178,9 @@ class LogConfig(Mirrored):
     """Mirror metrics to a Trackio database in the run folder, or in TRACKIO_DIR if that is set."""
     trackio_project: str = "dit-scale"
     """Trackio project."""
+    peak_tflops: float = Field(0.0, ge=0)
+    """TFLOP/s of a device to which `mfu` is relative, in the type of the weights; 0: measure a matrix
+    product at each start."""
 
 
 class TrainConfig(Section):
