@@ -16,7 +16,7 @@ from dit_scale.config import TrainConfig, dump
 from dit_scale.telemetry.sinks.identity import run_id
 from dit_scale.telemetry.webhook import URL_VARIABLE
 from tests.support.latents import write_latents
-from tests.support.ranks import jobs
+from tests.support.ranks import jobs, rollback_jobs
 from tests.support.ranks.held_run import held_run
 from tests.support.ranks.processes import TIMEOUT_S
 from tests.support.ranks.runs import events
@@ -161,3 +161,17 @@ def test_a_webhook_that_fails_costs_one_alarm(tmp_path: Path, environment: dict[
     assert alarm["text"].endswith("failed, and its message is lost: Connection refused")
     assert process.log.read_text().count("ALARM") == 1
     assert files_with(tmp_path, SECRET) == []
+
+
+def test_a_rollback_sends_a_message(tmp_path: Path, environment: dict[str, str]) -> None:
+    write_latents(tmp_path / "data", num=rollback_jobs.NUM)
+    rollback_jobs.spoil(tmp_path / "data", [rollback_jobs.sample_of(step, 0) for step in (5, 6)])
+    config = rollback_jobs.config_of(tmp_path / "run", tmp_path / "data", rollback_after=2)
+    with receiver() as (url, received):
+        environment[URL_VARIABLE] = url
+        with held_run(config, tmp_path / "held", **environment) as process:
+            assert process.end() == 0, process.log.read_text()
+    first, last = received.messages
+    assert (first["event"], first["step"]) == ("rolled_back", 6)
+    assert first["reason"] == "2 steps in a row failed, starting at step 5"
+    assert last["event"] == "done"
