@@ -33,11 +33,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from benchmarks.train_step import cpu_name, matmul_flops_per_s, versions
+from benchmarks.train_step import cpu_name, versions
 from dit_scale.config import EncodeConfig
 from dit_scale.data.pixels import Pixels
 from dit_scale.data.shards import VaeIdentity
 from dit_scale.dist import multiplies_bf16
+from dit_scale.telemetry.matmul import matmul_flops_per_s
 from dit_scale.vae_files import find_vae
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.encoder import VIEWS, Encoder
