@@ -7,7 +7,7 @@ writer never truncates or replaces a file, because another process may append to
 import json
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,18 @@ def read_objects(path: Path, *keys: str) -> list[dict[str, Any]]:
     A kill can leave half a line at the end, and lines have no checksum: a line that does not parse, or lacks
     one of these keys, counts as never written.
     """
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return parse_objects(read_lines(path), *keys)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file, in order, in constant memory; none if there is no file."""
+    if path.is_file():
+        with path.open(errors="replace") as file:
+            yield from file
+
+
+def parse_objects(lines: Iterable[str], *keys: str) -> list[dict[str, Any]]:
+    """Return the JSON objects in lines, in order, without lines that `parse_object` rejects."""
     return [value for line in lines if (value := parse_object(line, *keys)) is not None]
 
 

@@ -10,9 +10,11 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
-from dit_scale import __version__, host_memory, recipes, signals
+from dit_scale import host_memory, recipes, signals
 from dit_scale.cli import (
     checkpoint,
+    compare,
+    completion,
     config,
     ema,
     encode,
@@ -23,19 +25,18 @@ from dit_scale.cli import (
     models,
     plan,
     replay,
+    report,
+    runs,
     sample,
     scaling,
     status,
     train,
 )
+from dit_scale.cli.arguments import USER_ERROR_EXIT_CODE as USER_ERROR_EXIT_CODE
 from dit_scale.cli.arguments import Parser
 from dit_scale.cli.streams import LostOutputError, guarded, run_as_job
-from dit_scale.errors import DitScaleError
 from dit_scale.heartbeat import FOLDER_VARIABLE
 
-USER_ERROR_EXIT_CODE = 2
-MISTAKES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""Errors of the operating system that you can fix; a retry may help against others, such as a full disk."""
 JOBS = ("dit-scale train", "dit-scale launch", "dit-scale encode", "dit-scale sample", "dit-scale scaling")
 """Commands that continue when their output cannot be written."""
 INTERRUPTED = ("dit-scale encode", "dit-scale sample")
@@ -43,16 +44,17 @@ INTERRUPTED = ("dit-scale encode", "dit-scale sample")
 GROUPS = {
     "Plan a run": (config, models, plan),
     "Images to latents": (encode, latents),
-    "Train": (train, launch, status, replay, scaling),
+    "Train": (train, launch, runs, status, compare, report, replay, scaling),
     "Use a trained model": (sample, evaluate, export, checkpoint, ema),
+    "Set up": (completion,),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    A user's mistake, such as a missing file, prints one message and returns 2. Without `argv`, run the
-    command line of this process and replace its standard streams.
+    An error prints one line: see dit_scale.cli.failures. Without `argv`, run the command line of this process
+    and replace its standard streams.
     """
     if argv is None:
         return guarded(lambda: _run(sys.argv[1:], _begin_job))
@@ -76,14 +78,12 @@ def _run(argv: list[str], begin_job: Callable[[str], None] = lambda name: None) 
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
-    except DitScaleError as error:
-        print(f"{args.name}: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
-    except OSError as error:
-        if error.filename is None or isinstance(error, LostOutputError):
-            raise
-        print(f"{args.name}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE if isinstance(error, MISTAKES) else 1
+    except LostOutputError:
+        raise
+    except Exception as error:
+        from dit_scale.cli.failures import report
+
+        return report(error, args)
     except KeyboardInterrupt:
         print(f"{args.name}: interrupted", file=sys.stderr)
         return 130
@@ -92,6 +92,7 @@ def _run(argv: list[str], begin_job: Callable[[str], None] = lambda name: None) 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; key=value overrides may follow options, where argparse does not accept them."""
     parser, commands = _parser()
+    completion.complete_if_asked(parser, commands)
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         near = difflib.get_close_matches(argv[0], commands, n=1)
         guess = f"; did you mean {near[0]!r}?" if near else ";"
@@ -106,6 +107,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+class _PrintVersions(argparse.Action):
+    """Prints the versions of everything that matters and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from dit_scale.cli.versions import version_report
+
+        print(version_report())
+        parser.exit()
+
+
 def _parser() -> tuple[Parser, Mapping[str, Parser]]:
     """Return the parser of the command line and the parsers of its commands by name."""
     parser = Parser(
@@ -114,7 +125,7 @@ def _parser() -> tuple[Parser, Mapping[str, Parser]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="`dit-scale COMMAND --help` explains a command and shows an example.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action=_PrintVersions, nargs=0, help="print versions, for a bug report")
     commands = parser.add_subparsers(
         prog=parser.prog, required=True, metavar="COMMAND", help=argparse.SUPPRESS
     )

@@ -6,6 +6,8 @@ import os.path
 from collections.abc import Callable
 from typing import Any
 
+USER_ERROR_EXIT_CODE = 2
+"""Exit code for a mistake of the user; also that of argparse."""
 CONFIG_HELP = "a recipe (`dit-scale` lists them) or a YAML file"
 
 

@@ -2,11 +2,10 @@
 
 import argparse
 import time
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command
-from dit_scale.cli.tables import UNLIMITED_WIDTH, ledger_table, print_table
+from dit_scale.cli.tables import UNLIMITED_WIDTH, in_two_units, ledger_table, new_screen, print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,6 +50,8 @@ def _status(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(asdict(status), indent=None if args.watch else 2), flush=True)
         else:
+            if args.watch:
+                new_screen()
             _show(status)
         if not args.watch:
             return 0
@@ -58,7 +59,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _show(status: "Status") -> None:
-    age = f", {_duration(status.checkpoint_age_s)} old" if status.checkpoint_age_s is not None else ""
+    age = f", {in_two_units(status.checkpoint_age_s)} old" if status.checkpoint_age_s is not None else ""
     nodes = ", ".join(status.nodes) or "no supervisor"
     print(
         f"{status.run}: {status.state}, {status.text}",
@@ -66,7 +67,7 @@ def _show(status: "Status") -> None:
         f"  checkpoint  {status.checkpoint or 'none yet'}{age}",
         f"  attempt     {status.attempt}; round {status.round or '-'} ({nodes})",
         *_evaluation_lines(status),
-        f"  last write  {_duration(status.silence_s)} ago",
+        f"  last write  {in_two_units(status.silence_s)} ago",
         "",
         _interruptions_line(status.interruptions),
         sep="\n",
@@ -74,7 +75,7 @@ def _show(status: "Status") -> None:
     )
     if status.interruptions:
         print_table(_interruptions_table(status.interruptions[-MAX_ROWS:]), UNLIMITED_WIDTH)
-    print(f"goodput {status.goodput:.1%} of {_duration(status.wall_s)}", flush=True)
+    print(f"goodput {status.goodput:.1%} of {in_two_units(status.wall_s)}", flush=True)
     spent_s = {heading: seconds for heading, seconds in status.spent_s.items() if seconds}
     if spent_s:
         print_table(ledger_table(spent_s, status.wall_s), UNLIMITED_WIDTH)
@@ -84,7 +85,7 @@ def _progress(status: "Status") -> str:
     if status.steps is not None and status.step > status.steps:
         return f"{status.step}, beyond the {status.steps} steps of the current configuration"
     speed = f"{status.steps_per_s:.3g} steps/s, " if status.steps_per_s else ""
-    left = f"{_duration(status.eta_s)} left" if status.eta_s is not None else ""
+    left = f"{in_two_units(status.eta_s)} left" if status.eta_s is not None else ""
     return f"{status.step} of {status.steps or '?'}  {speed}{left}".rstrip(" ,")
 
 
@@ -129,12 +130,3 @@ def _interruptions_table(found: "list[Interruption]") -> "Table":
             (one.text.splitlines() or [""])[0][:MAX_TEXT],
         )
     return table
-
-
-def _duration(seconds: float) -> str:
-    """Format the two largest units: 3 d 4 h, 2 min 5 s."""
-    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    for (size, name), (smaller, small_name) in pairwise(units):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {name} {seconds % size // smaller:.0f} {small_name}"
-    return f"{seconds:.0f} s"

@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import sys
 from typing import Any
 
 from dit_scale.cli.arguments import CONFIG_HELP, add_command, int_between
@@ -50,8 +49,9 @@ def _run(args: argparse.Namespace) -> int:
 
         dry_run.report(config, args.world)
         return 0
-    from dit_scale.elastic.node.exits import Exit
-    from dit_scale.elastic.node.rank import is_second_hand, supervised
+    from dit_scale.elastic.node.rank import supervised
+
+    args.run_folder = config.run
 
     def train() -> int:
         gc.disable()  # until the loop starts: objects created before it are never freed
@@ -59,14 +59,4 @@ def _run(args: argparse.Namespace) -> int:
 
         return loop.train(config)
 
-    try:
-        return supervised(train)
-    except RuntimeError as error:
-        if not is_second_hand(error):
-            raise
-        print(
-            f"{args.name}: another rank has exited, and this rank cannot continue without it; see what that "
-            f"rank printed. The same command resumes from the newest checkpoint. ({error})",
-            file=sys.stderr,
-        )
-        return Exit.FAILED
+    return supervised(train)

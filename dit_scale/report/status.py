@@ -1,5 +1,7 @@
 """What a run is doing, from its journals, its record and the ages of its files. No torch."""
 
+import sys
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,8 @@ from dit_scale.checkpoint import attempts as chain
 from dit_scale.config import TrainConfig, load, relocated
 from dit_scale.elastic.board import Board
 from dit_scale.errors import ConfigError, StorageError
-from dit_scale.journal import Entry, Event, read_journal
-from dit_scale.lines import read_objects
+from dit_scale.journal import Entry, Event, read_journal, read_outline
+from dit_scale.lines import parse_object, parse_objects, read_lines
 from dit_scale.report.goodput import ledger
 from dit_scale.report.interruptions import Interruption, interruptions
 from dit_scale.report.spans import AttemptSpan, RoundSpan, attempts_of, is_done, rounds_of
@@ -27,12 +29,20 @@ STARTING = {
 }
 """What the ranks do after these events of a supervisor."""
 
+TORN_LINES = 10
+"""Unreadable lines at the end of a record, each left by a kill, before its last log point is not found."""
+
+Row = dict[str, Any]
+"""A line of metrics.jsonl."""
+
 
 @dataclass(frozen=True)
 class Status:
     """What `dit-scale status` reports."""
 
     run: str
+    model: str
+    """Name of the model; empty until the first start has written the configuration."""
     state: str
     """finished, running, waiting, stopped, failed or silent."""
     text: str
@@ -54,6 +64,8 @@ class Status:
     checkpoint_age_s: float | None
     silence_s: float
     """Seconds since a file last changed."""
+    log_point: dict[str, Any]
+    """The last log point, as in metrics.jsonl; empty if there is none."""
     evaluation: dict[str, Any]
     """The last evaluation, as in metrics.jsonl; empty if there is none."""
     best: dict[str, Any]
@@ -66,7 +78,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class _Contents:
+class RunContents:
     """Contents of the files of a run."""
 
     config: TrainConfig | None
@@ -74,8 +86,8 @@ class _Contents:
     supervisors: dict[str, list[Entry]]
     attempts: list[AttemptSpan]
     rounds: list[RoundSpan]
-    rows: list[dict[str, Any]]
-    """All rows of metrics.jsonl."""
+    log_point: Row
+    evaluations: list[Row]
     silence_s: float
     checkpoint: str
     joined: list[str]
@@ -85,13 +97,8 @@ class _Contents:
 
     @property
     def steps_per_s(self) -> float | None:
-        speed = next((row["images_per_s"] for row in reversed(self.rows) if "images_per_s" in row), None)
-        return speed / self.config.global_batch if speed and self.config else None
-
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Rows with the results of evaluations."""
-        return [row for row in self.rows if any(key.startswith("eval_") for key in row)]
+        speed = self.log_point.get("images_per_s")
+        return speed / self.config.global_batch if speed and is_number(speed) and self.config else None
 
     @property
     def is_quiet(self) -> bool:
@@ -113,12 +120,18 @@ class _Contents:
         return last if in_round or not self.rounds else None
 
 
-def status_of(run: str, now_s: float) -> Status:
+def status_of(run: str, now_s: float, remote: bool = True) -> Status:
     """Report on the run in this folder at `now_s`, in seconds since 1970.
+
+    Without `remote`, checkpoints that are not on a disk stay unknown: nothing asks a server.
 
     Raises ConfigError if the folder contains no run.
     """
-    contents = _read(run, now_s)
+    return status_from(read_contents(run, now_s, remote), run, now_s)
+
+
+def status_from(contents: RunContents, run: str, now_s: float) -> Status:
+    """Report on the run in folder `run`, given the contents of its files at `now_s`."""
     state, text = _state(contents)
     is_alive = state in ("running", "waiting")
     is_training = state == "running" and contents.current is not None
@@ -137,6 +150,7 @@ def status_of(run: str, now_s: float) -> Status:
     committed_s = [entry["time_s"] for entry in contents.journal if entry.get("name") == checkpoint_name]
     return Status(
         run=run,
+        model=contents.config.model.name if contents.config else "",
         state=state,
         text=text + (f" ({contents.problem})" if contents.problem else ""),
         step=step,
@@ -149,6 +163,7 @@ def status_of(run: str, now_s: float) -> Status:
         checkpoint=contents.checkpoint,
         checkpoint_age_s=max(0.0, now_s - committed_s[-1]) if committed_s else None,
         silence_s=contents.silence_s,
+        log_point=contents.log_point,
         evaluation=contents.evaluations[-1] if contents.evaluations else {},
         best=_best(contents),
         interruptions=interruptions(contents.journal, contents.supervisors),
@@ -158,7 +173,8 @@ def status_of(run: str, now_s: float) -> Status:
     )
 
 
-def _read(run: str, now_s: float) -> _Contents:
+def read_contents(run: str, now_s: float, remote: bool = True) -> RunContents:
+    """Read the files of a run at `now_s`, as `status_of` does."""
     folder = Path(run)
     journals = sorted((folder / "supervisors").glob("*.jsonl"))
     files = [folder / name for name in ("config.yaml", "events.jsonl", "metrics.jsonl")] + journals
@@ -173,26 +189,46 @@ def _read(run: str, now_s: float) -> _Contents:
     root = open_storage((config.checkpoint.url if config else "") or run)
     leases = root.local_path("elastic/leases")
     files += leases.glob("*.json") if leases else ()
-    journal = read_journal(folder / "events.jsonl")
+    journal = read_outline(folder / "events.jsonl")
     supervisors = {path.stem: read_journal(path) for path in journals}
     rounds = rounds_of(supervisors)
     if rounds and not rounds[-1].ending:
         # Nodes that wait for the round to end are no evidence that its members are alive.
         others = supervisors.keys() - _members(supervisors)
         files = [path for path in files if path.stem not in others]
-    checkpoint, joined, problem = _stored(root)
-    return _Contents(
+    checkpoint, joined, problem = _stored(root) if remote or leases else ("", [], "")
+    log_point, evaluations = _newest_rows(folder / "metrics.jsonl")
+    return RunContents(
         config=config,
         journal=journal,
         supervisors=supervisors,
         attempts=attempts_of(journal),
         rounds=rounds,
-        rows=read_objects(folder / "metrics.jsonl", "step"),
+        log_point=log_point,
+        evaluations=evaluations,
         silence_s=max(0.0, now_s - max(path.stat().st_mtime for path in files)),
         checkpoint=checkpoint,
         joined=joined,
         problem=problem,
     )
+
+
+def _newest_rows(record: Path) -> tuple[Row, list[Row]]:
+    """Return the last log point and all evaluations; other lines, which are most, are not parsed."""
+    newest: deque[str] = deque(maxlen=TORN_LINES + 1)
+    evaluations = []
+    for line in read_lines(record):
+        if '"eval_' in line:
+            evaluations += parse_objects([line], "step")
+        else:
+            newest.append(line)
+    parsed = (parse_object(line, "step", "images_per_s") for line in reversed(newest))
+    return next((row for row in parsed if row is not None), {}), evaluations
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a record is a finite number: JSON can hold anything, also NaN."""
+    return isinstance(value, int | float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _members(supervisors: dict[str, list[Entry]]) -> list[str]:
@@ -212,15 +248,15 @@ def _stored(root: Storage) -> tuple[str, list[str], str]:
         return "", [], f"the storage of its checkpoints is unavailable: {error}"
 
 
-def _best(contents: _Contents) -> dict[str, Any]:
+def _best(contents: RunContents) -> dict[str, Any]:
     """Return step and deciding value of the best evaluation; empty if there is none."""
     key = deciding_key(contents.config) if contents.config else ""
-    rows = [row for row in contents.evaluations if row.get(key) is not None]
+    rows = [row for row in contents.evaluations if is_number(row.get(key))]
     best = min(rows, key=lambda row: row[key], default=None)
     return {"step": best["step"], key: best[key]} if best else {}
 
 
-def _state(contents: _Contents) -> tuple[str, str]:
+def _state(contents: RunContents) -> tuple[str, str]:
     """Return the state in one word, and its details."""
     ending = contents.rounds[-1].ending if contents.rounds else {}
     if is_done(contents.attempts):
@@ -241,7 +277,7 @@ def _state(contents: _Contents) -> tuple[str, str]:
     return "running", _activity(contents)
 
 
-def _activity(contents: _Contents) -> str:
+def _activity(contents: RunContents) -> str:
     """Return what the ranks of a running run are doing."""
     if contents.current is None:
         number = contents.open_round.number if contents.open_round else 0

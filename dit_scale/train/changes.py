@@ -13,7 +13,7 @@ from dit_scale.errors import ConfigError
 from dit_scale.lines import Say
 from dit_scale.paths import with_absolute_paths
 from dit_scale.train.optim import learning_rate
-from dit_scale.trees import flat
+from dit_scale.trees import differing, flat
 
 BOUND_KEYS = ("seed", "global_batch", "data.horizontal_flip", "data.window_shards", "evaluate.held_out")
 BOUND_SECTIONS = ("model.", "diffusion.")
@@ -62,8 +62,8 @@ def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
     """One line per key: `optimizer.lr: 0.0001 -> 0.0002`. `averages` reports changes of `ema`."""
     with suppress(ConfigError):  # older runs saved relative paths
         before, now = with_absolute_paths(before), with_absolute_paths(now)
-    old, new = (flat(config.model_dump(mode="json", exclude={"ema"})) for config in (before, now))
-    return [f"{key}: {_text(old[key])} -> {_text(new[key])}" for key in new if old[key] != new[key]]
+    changed = differing([config.model_dump(mode="json", exclude={"ema"}) for config in (before, now)])
+    return [f"{key}: {_text(old)} -> {_text(new)}" for key, (old, new) in changed.items()]
 
 
 def _text(value: Any) -> str:

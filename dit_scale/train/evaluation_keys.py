@@ -15,9 +15,15 @@ def loss_key(column: str, weights: str) -> str:
 
 
 def headline(values: Mapping[str, float | None]) -> str:
-    """Return the main results in words: Frechet distance and held-out losses, without their parts."""
-    names = [name for name in values if name == FRECHET or name.startswith(loss_key("loss", ""))]
-    return ", ".join(f"{name} {values[name]:.5g}" for name in names if values[name] is not None)
+    """Return the main results in words."""
+    return ", ".join(
+        f"{name} {value:.5g}" for name, value in values.items() if is_main(name) and value is not None
+    )
+
+
+def is_main(name: str) -> bool:
+    """Whether this is a main result: the Frechet distance or a held-out loss, but not a part of the loss."""
+    return name == FRECHET or name.startswith(loss_key("loss", ""))
 
 
 def deciding_key(config: TrainConfig) -> str:

@@ -1,12 +1,14 @@
 """The ledger of a measured run: small runs checked by hand, and exact sums for arbitrary journals."""
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_scale.journal import Entry, Journal, read_journal
+from dit_scale.journal import Entry, Journal, read_journal, read_outline
 from dit_scale.ledger import Heading, Ledger
 from dit_scale.report.goodput import MEASURED, ledger
 from dit_scale.report.spans import MICRO, attempts_of, rounds_of
@@ -256,3 +258,52 @@ def test_the_ledger_of_arbitrary_journals_sums_to_the_wall_clock_time(
     for attempt in attempts_of(journal):
         times = [at_us for at_us, _ in attempt.entries]
         assert times == sorted(times)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["log", "log", "log", "log", "save", "evaluation", "start", "stale"]),
+            st.integers(1, 20_000_000),
+            st.floats(0, 1),
+        ),
+        max_size=60,
+    )
+)
+def test_an_outline_gives_the_same_ledger(parts: list[tuple[str, int, float]]) -> None:
+    """Each part is an event, the us before it, and the share of them spent on data or on the event."""
+    at_us, attempt, step, saved, data_s = 1_000_000_000, 1, 0, 0, 0.0
+    journal = of_attempt(
+        1, (at_us / MICRO, "start", 0, {}), (at_us / MICRO, "first_step", 1, {"data_s": 0.0})
+    )
+    for kind, took_us, share in parts:
+        at_us, step = at_us + took_us, step + 10
+        at_s, spent = at_us / MICRO, round(share * took_us / MICRO, 6)
+        data_s += spent if kind == "log" else 0.0
+        more: dict[str, Any] = {"log": {"data_s": data_s}, "save": {"stall_s": spent}}.get(kind, {})
+        if kind == "start":
+            attempt, step, data_s = attempt + 1, saved, 0.0
+            journal += of_attempt(attempt, (at_s, "start", step, {}))
+            journal += of_attempt(attempt, (at_s, "first_step", step + 1, {"data_s": 0.0}))
+        elif kind == "stale":  # a process of an earlier attempt logs among the lines of this one
+            journal += of_attempt(max(1, attempt - 1), (at_s, "log", step, {"data_s": data_s}))
+        else:
+            journal += of_attempt(attempt, (at_s, kind, step, more | {"seconds": spent}))
+        if kind == "save":
+            saved = step
+            name = {"name": f"{step:010d}-{attempt:04d}"}
+            journal += of_attempt(attempt, (at_s, "checkpoint", step, name))
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in journal)
+        file.flush()
+        outline = read_outline(Path(file.name))
+    assert [entry for entry in journal if entry["event"] != "log" or entry in outline] == outline
+    for heading, us in ledger(journal, {}).spent.items():
+        assert abs(ledger(outline, {}).spent[heading] - us) <= len(journal)
+
+
+def test_an_outline_drops_log_points_between_log_points(tmp_path: Path) -> None:
+    journal = of_attempt(1, (0.0, "start", 0, {}), *((1.0 + i, "log", i, {}) for i in range(50)))
+    journal += of_attempt(1, (99.0, "save", 50, {}), *((100.0 + i, "log", 50 + i, {}) for i in range(50)))
+    (tmp_path / "j").write_text("".join(json.dumps(entry) + "\n" for entry in journal))
+    assert [entry["step"] for entry in read_outline(tmp_path / "j")] == [0, 0, 49, 50, 50, 99]

@@ -81,7 +81,8 @@ class Launcher:
         world = base64.urlsafe_b64encode(json.dumps(devices).encode()).decode()
         launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
         launcher += [f"--node_rank={index}", f"--master_addr={head.address}", f"--master_port={head.port}"]
-        launcher += ["--log_level=warning", "--no_local_rank"]
+        # Its error says only that a rank failed; the rank and the supervisor say why.
+        launcher += ["--log_level=critical", "--no_local_rank"]
         return subprocess.Popen(
             [*launcher, *self._command],
             env=os.environ | _variables(folder, mark),
