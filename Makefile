@@ -21,6 +21,7 @@ help:
 	@echo "make bench       run the benchmarks in their short form (about a minute)"
 	@echo "make bench-gpu   measure training, sampling and encoding on a GPU, into runs/bench (under 10 minutes)"
 	@echo "make docs        build the documentation as a site into build/site"
+	@echo "make vendor      fetch uPlot, the library of the report's charts, from npm (after a change of its version)"
 	@echo "make clean       remove the virtual environment and the demo run"
 
 $(VENV)/torch: constraints.txt
@@ -86,6 +87,14 @@ bench: $(VENV)/ready
 
 bench-gpu: $(VENV)/ready
 	$(BIN)/python -m benchmarks.gpu
+
+# The charts of `dit-scale report`; tests/unit/test_report_pictures.py knows their digests.
+UPLOT := 1.6.32
+vendor:
+	mkdir -p build/uplot
+	cd build/uplot && tar xzf $$(npm pack --silent uplot@$(UPLOT))
+	cp build/uplot/package/LICENSE build/uplot/package/dist/uPlot.iife.min.js \
+		build/uplot/package/dist/uPlot.min.css dit_scale/report/page/vendor
 
 $(VENV)/docs: $(VENV)/demo
 	@echo "set-up: Material for MkDocs (about 30 MB)"

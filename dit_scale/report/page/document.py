@@ -87,7 +87,8 @@ class _Page:
             "reload_s": reload_s,
             "version": __version__,
             "sections": SECTIONS,
-            "status_rows": MAX_ROWS,
+            "max_rows": MAX_ROWS,
+            "several": len(runs) > 1,
             "panels": [_panel_view(panel, runs) for panel in self._panels],
             "missing": [panel.title for panel in PANELS if panel not in self._panels],
             "headings": _headings(runs),
@@ -176,7 +177,7 @@ def _run_view(run: RunPage, pictures: _Pictures) -> dict[str, Any]:
     if status.best:
         (key,) = status.best.keys() - {"step"}
         name = "Frechet distance" if key == FRECHET else "held-out loss"
-        best = (name, status.best[key], status.best["step"])
+        best = {"name": name, "value": status.best[key], "step": status.best["step"]}
     ends = list(accumulate(status.spent_s.values(), initial=0.0))
     ledger = [
         {"heading": heading, "begin": begin / status.wall_s, "share": seconds / status.wall_s}
