@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # For the CPU kernels of the tests and the demo; it does not affect CUDA.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-quick mutants chaos check bench bench-gpu docs clean
+.PHONY: help demo test test-quick mutants chaos tour check bench bench-gpu docs clean
 
 help:
 	@echo "make demo        encode, train, sample and score on handwritten digits (2 to 5 minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-quick  run the unit, property, golden and architecture tests only (2 to 3 minutes)"
 	@echo "make mutants     mutation testing: apply 100 small changes that the tests must detect"
 	@echo "make chaos       long fault-injection campaigns: training, encoding, SLURM, pods (about 3 hours)"
+	@echo "make tour        run every command of docs/tour.md in a fresh clone (about 15 minutes)"
 	@echo "make check       run ruff and mypy"
 	@echo "make bench       run the benchmarks in their short form (about a minute)"
 	@echo "make bench-gpu   measure training, sampling and encoding on a GPU, into runs/bench (under 10 minutes)"
@@ -72,6 +73,9 @@ chaos: $(VENV)/ready
 	$(BIN)/python -m tests.chaos.prediction
 	$(BIN)/python -m pytest tests/chaos/slurm_nodes.py
 	$(BIN)/python -m pytest tests/chaos/kubernetes_pods.py
+
+tour: $(VENV)/demo
+	$(BIN)/python -m tests.tour
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.encode --smoke
