@@ -22,6 +22,7 @@ from dit_scale.telemetry.webhook import Notice
 from dit_scale.train.claim import claim, next_attempt
 from dit_scale.train.context import RunContext
 from dit_scale.train.ema import ema_kind
+from dit_scale.train.environment import environment
 from dit_scale.train.evaluation_keys import headline
 from dit_scale.train.logbook import Carried, Logbook, carried_over, check_writable
 from dit_scale.train.memory import sharding
@@ -252,6 +253,7 @@ class Attempt:
             attention=self._trainer.attention_backend,
             ema=[ema_kind(profile.name) for profile in config.ema],
             excluded_positions=self.state.excluded,
+            environment=environment(context.world),
             notes=notes,
         )
 
