@@ -82,6 +82,7 @@ def test_commands_on_a_run_use_its_folder(
         (OSError(errno.EADDRINUSE, "Address already in use"), "`deepspeed --master_port`"),
         (RuntimeError("The server socket has failed to listen: EADDRINUSE"), "`deepspeed --master_port`"),
         (RuntimeError("[gloo/pair.cc:1] Connection closed by peer"), "see what that rank printed"),
+        (RuntimeError("ProcessGroupNCCL: CUDA error: out of memory"), "lower engine.micro_batch"),
         (ZeroDivisionError("division by zero"), "report it with its traceback"),
     ],
 )
@@ -136,7 +137,7 @@ def test_a_terminal_without_a_run_folder_names_a_file(tmp_path: Path) -> None:
     said = terminal.read()
     terminal.close()
     (kept,) = tmp_path.glob("dit-scale-*/*-dit-scale-models.txt")
-    assert f"Traceback: {kept}" in said.replace("\r\n", "")
+    assert f"Traceback: {kept}" in said
     assert "Traceback (most recent call last)" not in said
     assert "ZeroDivisionError" in kept.read_text()
 
