@@ -33,10 +33,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from benchmarks.train_step import cpu_name, matmul_flops_per_s, versions
+from benchmarks.train_step import cpu_name, versions
 from dit_scale.config import EncodeConfig
 from dit_scale.data.pixels import Pixels
 from dit_scale.data.shards import VaeIdentity
+from dit_scale.dist import multiplies_bf16
+from dit_scale.telemetry.matmul import matmul_flops_per_s
 from dit_scale.vae_files import find_vae
 from dit_scale_pipeline.decoder import read_batch
 from dit_scale_pipeline.encoder import VIEWS, Encoder
@@ -211,11 +213,10 @@ def encoder(vae: str, size: int, args: argparse.Namespace) -> Iterator[Row]:
     """Compare every setting to plain loops, alternating within each round."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     crops = np.random.default_rng(0).integers(0, 256, (args.vae_batch, size, size, 3), dtype=np.uint8)
-    settings = SETTINGS
-    if (
-        device.type == "cpu"
-    ):  # a CPU lacks hardware for the others, and compilation takes longer than encoding
-        settings = {"fp32": SETTINGS["fp32"]}
+    dtypes = PLAIN if multiplies_bf16(device) else {"fp32": torch.float32}
+    settings = {name: setting for name, setting in SETTINGS.items() if setting["precision"] in dtypes}
+    if device.type == "cpu":  # compilation takes longer than encoding
+        settings = {name: setting for name, setting in settings.items() if "compile" not in setting}
     ways: dict[str, Callable[[], object]] = {}
     for name, setting in settings.items():
         config = EncodeConfig(
@@ -227,7 +228,6 @@ def encoder(vae: str, size: int, args: argparse.Namespace) -> Iterator[Row]:
         )
         ours = Encoder(config, find_vae(vae).identity, device.type)
         ways[name] = lambda ours=ours: ours.encode(crops, ours.runtime())  # type: ignore[misc]
-    dtypes = PLAIN if device.type == "cuda" else {"fp32": torch.float32}
     plain = [f"plain {name}" for name in dtypes]
     times: dict[str, list[float]] = {name: [] for name in (*ways, *plain)}
     # The plain loop has a process of its own, because an encoder changes how its process gets memory.

@@ -222,14 +222,13 @@ def cells(module: str, row: Row) -> tuple[str, str, str]:
 
 def _train_step_cells(row: Row, result: str) -> tuple[str, str, str]:
     setting = f"{row['model']} at {row['image_size']} px, {row['micro_steps']} x {row['micro_batch']} images"
-    measured = row["peak_memory_bytes"]
-    peak = "" if measured is None else f"peak {measured / 2**30:.1f} GiB, "
     return (
         f"{setting}, {row['attention']}{', compiled' if row['compiled'] else ''}"
         f"{'' if row['optimizer'] == 'torch' else ', ' + row['optimizer']}",
         f"{result}, {row['share_of_matmul']:.1%} of a matrix product",
         f"update {row['update_s'] * 1e3:.2f} ms, {row['update_share_of_copy']:.0%} of a copy; "
-        f"{peak}predicted {row['predicted_memory_bytes'] / 2**30:.1f} GiB",
+        f"peak {row['peak_memory_bytes'] / 2**30:.1f} GiB, "
+        f"predicted {row['predicted_memory_bytes'] / 2**30:.1f} GiB",
     )
 
 

@@ -14,7 +14,8 @@ same process immediately after the steps, while the device is warm.
 
 The update (guard, AdamW, new weights, moving averages) is also measured alone, beside a copy within the
 device's memory: its share is the bytes that it must move per second, divided by those of the copy. Peak
-memory stands beside the prediction of `dit_scale/train/memory.py`.
+memory stands beside the prediction of `dit_scale/train/memory.py`; on a CPU it is that of the complete
+process. `logged` in the JSON has what the same steps put into a log point of a run.
 
 Each row runs in its own process: DeepSpeed cannot start twice in one process, compiled code and
 allocations of one row would affect the next, and a row that runs out of memory must not abort the others.
@@ -25,14 +26,14 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import sys
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,16 +50,23 @@ from dit_scale.data.batch_plan import batch_plan
 from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.errors import DeviceError
 from dit_scale.models import attention
-from dit_scale.models.zoo import Shape, forward_macs, num_parameters, shape_of
+from dit_scale.models.zoo import (
+    FLOPS_PER_MAC,
+    TRAINING_FORWARDS,
+    Shape,
+    forward_macs,
+    num_parameters,
+    shape_of,
+)
+from dit_scale.telemetry.clock import marker, median_s, seconds_between
+from dit_scale.telemetry.matmul import matmul_flops_per_s
 from dit_scale.telemetry.meters import Meters
+from dit_scale.telemetry.pace import Pace, Work, over_ranks
 from dit_scale.train import determinism
-from dit_scale.train.dry_run import FLOPS_PER_MAC, TRAINING_FORWARDS
 from dit_scale.train.memory import estimate
 from dit_scale.train.trainer import Trainer
 
 LATENT_SCALE = 0.18215
-MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
-MATMUL_REPEATS = 50
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 COLUMNS = (
@@ -130,25 +138,37 @@ def _figures(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
         plan = batch_plan(config.global_batch, config.engine.micro_batch, world.size)
         trainer = Trainer(config, world, plan, LATENT_SCALE)
         trainer.start()
-        meters = Meters(config.global_batch)
+        meters, pace = Meters(), Pace(device)
         shape = shape_of(config.model)
         batches = cycle([random_batch(shape, plan.micro_batch, i) for i in range(plan.micro_steps)])
 
-        mark, updates = _clock(device), []
+        mark, updates = marker(device), []
+
+        def marked() -> Iterator[MicroBatch]:
+            while True:
+                pace.waits()
+                yield next(batches)
 
         def take() -> None:
-            sums = trainer.accumulate(batches)
+            sums = trainer.accumulate(marked(), pace.computed)
             started = mark()
-            meters.add(trainer.update(sums, 0))
+            row = trainer.update(sums, 0)
+            pace.finished()
+            meters.add(row)
             updates.append((started, mark()))
 
-        step_s = median_s(take, warmup, config.steps, device)
-        update_s = median(_seconds(*marks) for marks in updates[-config.steps :])
-        on_cuda = device.type == "cuda"
-        peak_memory_bytes = torch.cuda.max_memory_allocated(device) if on_cuda else None
+        for _ in range(warmup):
+            take()
+        if warmup:
+            pace.take(0.0)
+        step_s = median_s(take, 0, config.steps, device)
+        logged, peak_memory_bytes = pace.take(0.0), _peak_memory_bytes(device)
+        update_s = median(seconds_between(*marks) for marks in updates[-config.steps :])
         matmul = matmul_flops_per_s(DTYPES[config.engine.precision], device, matmul_side)
         images_per_s = config.global_batch / step_s
         flops_per_image = FLOPS_PER_MAC * TRAINING_FORWARDS * forward_macs(shape)
+        work = Work(config.global_batch, flops_per_image, matmul)
+        on_cuda = device.type == "cuda"
         return {
             "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
             "steps": config.steps,
@@ -160,10 +180,18 @@ def _figures(config: TrainConfig, warmup: int, matmul_side: int | None) -> Row:
             "share_of_matmul": images_per_s * flops_per_image / matmul,
             "peak_memory_bytes": peak_memory_bytes,
             "predicted_memory_bytes": estimate(config, shape, plan).total,
+            "logged": over_ranks([logged], work),
             **_update_figures(config, shape, update_s, device),
         }
     finally:
         dist.stop()
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Peak of the GPU's tensors, or of the memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def random_batch(shape: Shape, micro_batch: int, index: int) -> MicroBatch:
@@ -178,15 +206,6 @@ def random_batch(shape: Shape, micro_batch: int, index: int) -> MicroBatch:
         index * micro_batch + torch.arange(micro_batch),
         torch.ones(micro_batch),
     )
-
-
-def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, side: int | None = None) -> float:
-    """Measure the FLOP/s of a product of two square matrices of normal random numbers."""
-    side = side or MATMUL_SIDE[device.type]
-    generator = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    return FLOPS_PER_MAC * side**3 / median_s(lambda: torch.mm(a, b, out=out), 5, MATMUL_REPEATS, device)
 
 
 def _update_figures(config: TrainConfig, shape: Shape, update_s: float, device: torch.device) -> Row:
@@ -204,36 +223,6 @@ def _update_figures(config: TrainConfig, shape: Shape, update_s: float, device: 
         "copy_bytes_per_s": copy_bytes_per_s,
         "update_share_of_copy": update_bytes / update_s / copy_bytes_per_s,
     }
-
-
-def median_s(work: Callable[[], object], warmup: int, repeats: int, device: torch.device) -> float:
-    """Median seconds per call. On CUDA this is device time; the host may run ahead."""
-    mark = _clock(device)
-    for _ in range(warmup):
-        work()
-    marks = [mark()]
-    for _ in range(repeats):
-        work()
-        marks.append(mark())
-    return median(_seconds(a, b) for a, b in pairwise(marks))
-
-
-def _clock(device: torch.device) -> Callable[[], Any]:
-    """Return a function that marks a moment: an event in a CUDA device's stream, else the host's time."""
-    return _cuda_event if device.type == "cuda" else time.perf_counter
-
-
-def _cuda_event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(start: Any, end: Any) -> float:
-    if isinstance(start, float):
-        return float(end - start)
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
 
 
 def _settings(args: argparse.Namespace, backend: str) -> Row:
@@ -351,7 +340,7 @@ def _cells(row: Row) -> list[str]:
         f"{row['model_flops_per_s'] / 1e12:,.4g} ({row['matmul_flops_per_s'] / 1e12:,.4g})",
         f"{row['share_of_matmul']:.1%}",
         f"{row['update_s'] * 1e3:,.2f} ({row['update_share_of_copy']:.0%})",
-        f"{'' if memory is None else f'{memory / 2**30:.1f} '}({predicted / 2**30:.1f})",
+        f"{memory / 2**30:.1f} ({predicted / 2**30:.1f})",
     ]
 
 

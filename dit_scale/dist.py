@@ -49,6 +49,8 @@ class World:
 
     def gather(self, value: T) -> list[T]:
         """Gather a picklable host value from every rank, in rank order, on all ranks."""
+        if self.size == 1:
+            return [value]
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value, group=self.host_group)
         return [value for value in values if value is not None]

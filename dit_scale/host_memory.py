@@ -7,6 +7,8 @@ the process; `use_huge_pages` maps 2 MiB at a time. Neither changes a bit of any
 
 import ctypes
 import os
+import re
+from pathlib import Path
 
 # Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -32,3 +34,10 @@ def use_huge_pages() -> None:
     pages to give, nothing changes.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def resident() -> tuple[int, int]:
+    """Bytes of memory that this process has now, and the most that it has had since it started."""
+    status = Path("/proc/self/status").read_text()
+    now, peak = (int(re.search(rf"^{name}:\s+(\d+) kB$", status, re.M)[1]) for name in ("VmRSS", "VmHWM"))  # type: ignore[index]
+    return 1024 * now, 1024 * peak

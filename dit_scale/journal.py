@@ -109,12 +109,14 @@ def read_outline(path: Path) -> list[Entry]:
 
     The outline gives the same ledger up to rounding, and most lines need no parsing.
     """
-    lines = read_lines(path)
-    found = [_LOG.search(line) for line in lines]
-    of_attempt = [match and match[0] for match in found]
-    kept = [
-        line
-        for number, line in enumerate(lines)
-        if not (of_attempt[number] and of_attempt[number - 1 : number + 2] == [of_attempt[number]] * 3)
-    ]
-    return parse_objects(kept, "event", "time_s")
+    kept: list[str] = []
+    previous, last = None, ""
+    for line in read_lines(path):
+        found = _LOG.search(line)
+        attempt = found and found[0]
+        if attempt and attempt == previous:
+            last = line
+            continue
+        kept += [last, line] if last else [line]
+        previous, last = attempt, ""
+    return parse_objects([*kept, last], "event", "time_s")

@@ -7,7 +7,7 @@ writer never truncates or replaces a file, because another process may append to
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -166,9 +166,11 @@ def read_objects(path: Path, *keys: str) -> list[dict[str, Any]]:
     return parse_objects(read_lines(path), *keys)
 
 
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a file; none if there is no file."""
-    return path.read_text(errors="replace").splitlines() if path.is_file() else []
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file, in order, in constant memory; none if there is no file."""
+    if path.is_file():
+        with path.open(errors="replace") as file:
+            yield from file
 
 
 def parse_objects(lines: Iterable[str], *keys: str) -> list[dict[str, Any]]:

@@ -99,7 +99,7 @@ def ours(zero_stage: int, setting: Setting, compiled: bool) -> Step:
     world = dist.start(config.engine)
     trainer = Trainer(config, world, batch_plan(config.global_batch, setting.batch, world.size), LATENT_SCALE)
     trainer.start()
-    meters = Meters(config.global_batch)
+    meters = Meters()
     batches, numbers = cycle(_batches(setting)), count()
     return lambda: meters.add(trainer.take(batches, next(numbers)))
 

@@ -103,8 +103,8 @@ def measure(
         trainer_s[-1] += time.thread_time() - started
         return result
 
-    def timed_accumulate(trainer: Trainer, batches: Iterator[MicroBatch]) -> torch.Tensor:
-        return timed(accumulate, trainer, timed_batches(batches))
+    def timed_accumulate(trainer: Trainer, batches: Iterator[MicroBatch], *args: Any) -> torch.Tensor:
+        return timed(accumulate, trainer, timed_batches(batches), *args)
 
     def timed_update(trainer: Trainer, *args: Any) -> torch.Tensor:
         row = timed(update, trainer, *args)

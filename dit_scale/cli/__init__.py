@@ -25,6 +25,7 @@ from dit_scale.cli import (
     models,
     plan,
     replay,
+    report,
     runs,
     sample,
     scaling,
@@ -43,7 +44,7 @@ INTERRUPTED = ("dit-scale encode", "dit-scale sample")
 GROUPS = {
     "Plan a run": (config, models, plan),
     "Images to latents": (encode, latents),
-    "Train": (train, launch, runs, status, compare, replay, scaling),
+    "Train": (train, launch, runs, status, compare, report, replay, scaling),
     "Use a trained model": (sample, evaluate, export, checkpoint, ema),
     "Set up": (completion,),
 }

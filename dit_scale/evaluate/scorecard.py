@@ -8,17 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_scale import __version__
 from dit_scale.errors import DataError
-from dit_scale.evaluate.features import NetworkIdentity
-from dit_scale.evaluate.images import ImageSet
 from dit_scale.evaluate.paper import PaperRow
 from dit_scale.sampling.sample_folder import read_mark
 from dit_scale.sealed import sealed, unseal
 from dit_scale.storage.outputs import new_file
 from dit_scale.trees import flat
+
+if TYPE_CHECKING:
+    from dit_scale.evaluate.features import NetworkIdentity
+    from dit_scale.evaluate.images import ImageSet
 
 FORMAT, VERSION = "dit-scale metrics", 1
 CARD = "metrics.json"
@@ -56,7 +58,7 @@ class Subject:
     """How the samples were made; None if unknown."""
 
 
-def subject_of(images: ImageSet, sha256: str) -> Subject:
+def subject_of(images: "ImageSet", sha256: str) -> Subject:
     """Describe the images; samples.json has their protocol if it names their digest. Raises DataError."""
     return Subject(
         source=images.source,
@@ -79,7 +81,7 @@ def _protocol_beside(samples: Path, sha256: str) -> Mapping[str, Any] | None:
 def card(
     subject: Subject,
     reference: Mapping[str, Any],
-    networks: Sequence[NetworkIdentity],
+    networks: "Sequence[NetworkIdentity]",
     *,
     results: Sequence[Result],
     cautions: Sequence[str],

@@ -156,5 +156,6 @@ def _pending(root: Storage, committed: list[CheckpointId], step: int) -> Recorde
             manifest = read_manifest(root, checkpoint_id)
             later_rows = manifest.step - step
             if 0 <= later_rows < len(manifest.pending_metrics):
-                return RecordedStep(tuple(manifest.pending_metrics[-1 - later_rows]), checkpoint_id.path())
+                row = manifest.pending_metrics[-1 - later_rows]
+                return RecordedStep(tuple(row[: len(COLUMNS)]), checkpoint_id.path())
     return None

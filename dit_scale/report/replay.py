@@ -5,6 +5,7 @@ did. Nothing is written to the run folder.
 """
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -177,12 +178,19 @@ def _advance(
 ) -> None:
     """Take these steps (counted from 0) and show their progress."""
     status.say(f"steps to replay first: {len(steps)}")
-    meters = Meters(config.global_batch)
+    meters, since_s = Meters(), time.monotonic()
     for step in steps:
         meters.add(training.take(loader, step))
         status.advance()
         if (step + 1) % config.log.every_steps == 0:
-            status.report(step + 1, {**meters.take(), "lr": training.engine.hyper_parameters()[0]["lr"]})
+            images, now_s = len(meters.collect()) * config.global_batch, time.monotonic()
+            record = {
+                **meters.take(),
+                "images_per_s": images / (now_s - since_s),
+                "lr": training.engine.hyper_parameters()[0]["lr"],
+            }
+            status.report(step + 1, record)
+            since_s = now_s
 
 
 def _take(
@@ -194,7 +202,7 @@ def _take(
 ) -> tuple[StepRow, list[ReplayedSample]]:
     """Take a step (counted from 0); return its row and the samples of this rank."""
     taken: list[tuple[MicroBatch, SampleLosses]] = []
-    row = tuple(training.take(loader, step, lambda *batch: taken.append(batch)).tolist())
+    row = training.take(loader, step, lambda *batch: taken.append(batch)).tolist()[: len(COLUMNS)]
     indices = step * config.global_batch + np.arange(config.global_batch)
     positions = positions_of(indices, excluded).tolist()
     ids = dict(zip(positions, loader.sample_ids(step).tolist(), strict=True))
@@ -210,7 +218,7 @@ def _take(
                     zip(("label", "dropped", "t", "loss", "mse", "vb"), values, strict=True)
                 )
                 samples.append(ReplayedSample(position, ids[position], **values_by_name))
-    return row, samples
+    return tuple(row), samples
 
 
 def _relative_difference(got: float, wanted: float) -> float:

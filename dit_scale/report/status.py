@@ -1,5 +1,7 @@
 """What a run is doing, from its journals, its record and the ages of its files. No torch."""
 
+import sys
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ STARTING = {
     Event.RESTORED: "first step",
 }
 """What the ranks do after these events of a supervisor."""
+
+TORN_LINES = 10
+"""Unreadable lines at the end of a record, each left by a kill, before its last log point is not found."""
 
 Row = dict[str, Any]
 """A line of metrics.jsonl."""
@@ -73,7 +78,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class _Contents:
+class RunContents:
     """Contents of the files of a run."""
 
     config: TrainConfig | None
@@ -93,7 +98,7 @@ class _Contents:
     @property
     def steps_per_s(self) -> float | None:
         speed = self.log_point.get("images_per_s")
-        return speed / self.config.global_batch if speed and self.config else None
+        return speed / self.config.global_batch if speed and is_number(speed) and self.config else None
 
     @property
     def is_quiet(self) -> bool:
@@ -122,7 +127,11 @@ def status_of(run: str, now_s: float, remote: bool = True) -> Status:
 
     Raises ConfigError if the folder contains no run.
     """
-    contents = _read(run, now_s, remote)
+    return status_from(read_contents(run, now_s, remote), run, now_s)
+
+
+def status_from(contents: RunContents, run: str, now_s: float) -> Status:
+    """Report on the run in folder `run`, given the contents of its files at `now_s`."""
     state, text = _state(contents)
     is_alive = state in ("running", "waiting")
     is_training = state == "running" and contents.current is not None
@@ -164,7 +173,8 @@ def status_of(run: str, now_s: float, remote: bool = True) -> Status:
     )
 
 
-def _read(run: str, now_s: float, remote: bool) -> _Contents:
+def read_contents(run: str, now_s: float, remote: bool = True) -> RunContents:
+    """Read the files of a run at `now_s`, as `status_of` does."""
     folder = Path(run)
     journals = sorted((folder / "supervisors").glob("*.jsonl"))
     files = [folder / name for name in ("config.yaml", "events.jsonl", "metrics.jsonl")] + journals
@@ -188,7 +198,7 @@ def _read(run: str, now_s: float, remote: bool) -> _Contents:
         files = [path for path in files if path.stem not in others]
     checkpoint, joined, problem = _stored(root) if remote or leases else ("", [], "")
     log_point, evaluations = _newest_rows(folder / "metrics.jsonl")
-    return _Contents(
+    return RunContents(
         config=config,
         journal=journal,
         supervisors=supervisors,
@@ -205,10 +215,20 @@ def _read(run: str, now_s: float, remote: bool) -> _Contents:
 
 def _newest_rows(record: Path) -> tuple[Row, list[Row]]:
     """Return the last log point and all evaluations; other lines, which are most, are not parsed."""
-    lines = read_lines(record)
-    parsed = (parse_object(line, "step", "images_per_s") for line in reversed(lines))
-    log_point = next((row for row in parsed if row is not None), {})
-    return log_point, parse_objects((line for line in lines if '"eval_' in line), "step")
+    newest: deque[str] = deque(maxlen=TORN_LINES + 1)
+    evaluations = []
+    for line in read_lines(record):
+        if '"eval_' in line:
+            evaluations += parse_objects([line], "step")
+        else:
+            newest.append(line)
+    parsed = (parse_object(line, "step", "images_per_s") for line in reversed(newest))
+    return next((row for row in parsed if row is not None), {}), evaluations
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a record is a finite number: JSON can hold anything, also NaN."""
+    return isinstance(value, int | float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _members(supervisors: dict[str, list[Entry]]) -> list[str]:
@@ -228,15 +248,15 @@ def _stored(root: Storage) -> tuple[str, list[str], str]:
         return "", [], f"the storage of its checkpoints is unavailable: {error}"
 
 
-def _best(contents: _Contents) -> dict[str, Any]:
+def _best(contents: RunContents) -> dict[str, Any]:
     """Return step and deciding value of the best evaluation; empty if there is none."""
     key = deciding_key(contents.config) if contents.config else ""
-    rows = [row for row in contents.evaluations if row.get(key) is not None]
+    rows = [row for row in contents.evaluations if is_number(row.get(key))]
     best = min(rows, key=lambda row: row[key], default=None)
     return {"step": best["step"], key: best[key]} if best else {}
 
 
-def _state(contents: _Contents) -> tuple[str, str]:
+def _state(contents: RunContents) -> tuple[str, str]:
     """Return the state in one word, and its details."""
     ending = contents.rounds[-1].ending if contents.rounds else {}
     if is_done(contents.attempts):
@@ -257,7 +277,7 @@ def _state(contents: _Contents) -> tuple[str, str]:
     return "running", _activity(contents)
 
 
-def _activity(contents: _Contents) -> str:
+def _activity(contents: RunContents) -> str:
     """Return what the ranks of a running run are doing."""
     if contents.current is None:
         number = contents.open_round.number if contents.open_round else 0

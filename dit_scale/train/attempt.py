@@ -15,17 +15,21 @@ from dit_scale.data.order import ranges_of
 from dit_scale.errors import StorageError
 from dit_scale.heartbeat import Phase
 from dit_scale.journal import Event
-from dit_scale.telemetry.meters import COLUMNS, Meters, StepRow
+from dit_scale.telemetry.meters import COLUMNS, SKIPPED, Meters, StepRow
+from dit_scale.telemetry.pace import Pace, over_ranks
 from dit_scale.telemetry.progress import StatusLine
+from dit_scale.telemetry.webhook import Notice
 from dit_scale.train.claim import claim, next_attempt
 from dit_scale.train.context import RunContext
 from dit_scale.train.ema import ema_kind
+from dit_scale.train.environment import environment
 from dit_scale.train.evaluation_keys import headline
 from dit_scale.train.logbook import Carried, Logbook, carried_over, check_writable
 from dit_scale.train.memory import sharding
 from dit_scale.train.rollback import failures_in_a_row, positions_of_steps, rollback_is_due
 from dit_scale.train.run_state import state_of
 from dit_scale.train.trainer import Trainer
+from dit_scale.train.update_norms import update_ratio
 
 
 class Attempt:
@@ -64,7 +68,8 @@ class Attempt:
             self.state = state_of(config, checkpoint, self.record.excluded_positions)
             self._first_step = self._observed_step = self.state.step
             restore_s = time.monotonic() - start_s
-            self.meters = Meters(config.global_batch, self.state.pending)
+            self.meters = Meters(self.state.pending)
+            self.pace = Pace(world.device)
             self._logbook: Logbook | None = None
             if world.is_first:
                 self._logbook = Logbook(
@@ -104,8 +109,14 @@ class Attempt:
         if self._logbook:
             self._logbook.event(event, **details)
 
+    def notify(self, notice: Notice, reason: str) -> None:
+        """Send a message to the webhook of the run (rank 0 alone)."""
+        if self._logbook:
+            self._logbook.notify(notice, reason)
+
     def count(self, row: Tensor) -> None:
-        """Count the step that has just finished; `row` holds its `meters.COLUMNS`."""
+        """Count the step that has just finished; `row` is its `meters.StepRow`."""
+        self.pace.finished()
         self.meters.add(row)
         self._status.advance()
         if self.state.step == self._first_step + 1:
@@ -116,7 +127,7 @@ class Attempt:
         rows = self.meters.collect()
         first = self.state.step - len(rows) + 1
         for step, row in enumerate(rows, first):
-            if step > self._observed_step and row[-1]:
+            if step > self._observed_step and row[SKIPPED]:
                 self._note_skipped(step, row)
         self._observed_step = self.state.step
         config = self._context.config
@@ -142,10 +153,18 @@ class Attempt:
                     self.say(f"sample {sample_id} is replaced from now on: {reason}")
 
     def log(self) -> None:
-        """Write the means over the steps since the last log point."""
+        """Write what the steps since the last log point measured; the ranks exchange their figures.
+
+        Call `keeps_failing` before it.
+        """
+        last_updated = self.state.step - self.failures() - 1
+        mine = (self.pace.take(self.loader.waited_s), self._trainer.update_norms(last_updated))
+        figures, norms = zip(*self._context.world.gather(mine), strict=True)
         record = {
             "samples": self.state.step * self._context.config.global_batch,
             **self.meters.take(),
+            "update_ratio": update_ratio(norms),
+            **over_ranks(figures, self._context.work),
             "lr": self._trainer.engine.hyper_parameters()[0]["lr"],
         }
         for note in self.loader.notes():
@@ -160,7 +179,7 @@ class Attempt:
     ) -> None:
         """Record an evaluation of the weights of this step, which took so long; `grid` is its picture."""
         self.state.evaluated = result
-        self.meters.exclude(seconds)
+        self.pace.exclude(seconds)
         if self._logbook:
             if values:
                 samples = self.state.step * self._context.config.global_batch
@@ -174,6 +193,7 @@ class Attempt:
     def finish(self) -> None:
         """Record that the run is done. Raises StorageError when its record is incomplete."""
         self.write(Event.DONE)
+        self.notify(Notice.DONE, "all steps are taken and saved")
         if self._logbook and (problem := self._logbook.close()):
             raise StorageError(f"all {self.state.step} steps are taken and saved, but {problem}")
         self.say(f"done: {self.state.step} steps in {self._context.config.run}")
@@ -210,6 +230,7 @@ class Attempt:
         """Show how the attempt starts, and write its first journal entry."""
         context, plan, config = self._context, self._context.plan, self._context.config
         notes = [*context.notes, *notes, *self.loader.notes()]
+        peak_tflops, stated = context.work.flops_per_s / 1e12, bool(config.log.peak_tflops)
         for note in notes:
             self.say(note)
         self.say(
@@ -217,7 +238,8 @@ class Attempt:
             f"{sharding(config.engine.zero_stage, plan.world)}, attention "
             f"{self._trainer.attention_backend}, draws by {rng.backend(context.world.device)}, on "
             f"{plan.world} x {context.world.device.type}: {plan.global_batch} samples per step in "
-            f"{plan.micro_steps} micro-steps of {plan.micro_batch} per process"
+            f"{plan.micro_steps} micro-steps of {plan.micro_batch} per process; mfu is relative to "
+            f"{peak_tflops:.3g} TFLOP/s per device, {'as configured' if stated else 'measured'}"
         )
         start = f"resumed at step {self.state.step}" if self.record.resumed_from else "a new run"
         self.say(f"{config.run}: {start}, attempt {self.record.number}")
@@ -226,9 +248,12 @@ class Attempt:
             resumed_from=self.record.resumed_from and self.record.resumed_from.path(),
             restore_s=round(restore_s, 3),
             world=plan.world,
+            peak_tflops=float(f"{peak_tflops:.4g}"),
+            peak_measured=not stated,
             attention=self._trainer.attention_backend,
             ema=[ema_kind(profile.name) for profile in config.ema],
             excluded_positions=self.state.excluded,
+            environment=environment(context.world),
             notes=notes,
         )
 

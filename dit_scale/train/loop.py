@@ -17,6 +17,7 @@ from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.heartbeat import Heart, Phase
 from dit_scale.signals import REQUEUE_EXIT_CODE, StopRequest
 from dit_scale.train import determinism
+from dit_scale.train.attempt import Attempt
 from dit_scale.train.session import Session
 
 
@@ -44,7 +45,8 @@ def train(config: TrainConfig) -> int:
             if run.evaluate(stop):  # due here only before the first step of an attempt
                 saves.save_and_wait()
                 return REQUEUE_EXIT_CODE
-            sums = run.trainer.accumulate(_beating(heart, attempt.loader, state.step))
+            batches = _watched(attempt, heart, state.step)
+            sums = run.trainer.accumulate(batches, attempt.pace.computed)
             # Late in the step, so that a request to stop still counts for it; the answer arrives meanwhile.
             vote = world.start_vote(stop.wanted, *saves.flags(), attempt.has_new_damage())
             row = run.trainer.update(sums, state.step)
@@ -81,10 +83,11 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def _beating(heart: Heart, batches: Iterator[MicroBatch], step: int) -> Iterator[MicroBatch]:
-    """Yield the batches; the heartbeat tells the wait for a batch from the work on it."""
+def _watched(attempt: Attempt, heart: Heart, step: int) -> Iterator[MicroBatch]:
+    """Yield the micro-batches; heartbeat and pace tell the wait for one from the work on it."""
     while True:
         heart.beat(Phase.DATA, step)
-        batch = next(batches)
+        attempt.pace.waits()
+        batch = next(attempt.loader)
         heart.beat(Phase.COMPUTE, step)
         yield batch

@@ -18,6 +18,8 @@ from dit_scale.train.engine import Engine
 from dit_scale.train.guard import Guard
 from dit_scale.train.objective import MicroBatchObserver, losses
 from dit_scale.train.optim import learning_rate
+from dit_scale.train.sample_sums import SampleSums
+from dit_scale.train.update_norms import Norms, update_norms
 
 
 class Trainer:
@@ -30,6 +32,7 @@ class Trainer:
         self._config, self._world, self._plan = config, world, plan
         self._latent_scale = latent_scale
         self._schedule = schedules.linear(config.diffusion.timesteps).to(world.device)
+        self._sample_sums = SampleSums(config.diffusion.timesteps, world)
         model = dit.build(config.model, config.seed, initialise=False)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.attention_backend = model.attention_backend
@@ -67,12 +70,13 @@ class Trainer:
         return self.update(self.accumulate(batches, observer), step)
 
     def accumulate(self, batches: Iterator[MicroBatch], observer: MicroBatchObserver | None = None) -> Tensor:
-        """Run this rank's micro-batches of a step forward and backward; `observer` is called after each.
+        """Run this rank's micro-batches of a step forward and backward.
 
-        Returns the sums of the losses over this rank's samples, fp32 (3,) on the device.
+        `observer` is called between the forward and the backward pass of each. Returns this rank's vector of
+        `SampleSums`, fp32 on the device.
         """
         config, plan, device = self._config, self._plan, self._world.device
-        step_sums = torch.zeros(3, device=device)
+        step_sums = self._sample_sums.start()
         for micro_step in range(plan.micro_steps):
             batch = next(batches).to(device)
             by_sample = losses(
@@ -89,19 +93,33 @@ class Trainer:
                 observer(batch, by_sample)
             sums = by_sample.sums(batch.weight_B)
             self.engine.backward(sums[0] * plan.loss_scale, last=micro_step == plan.micro_steps - 1)
-            step_sums += sums.detach()
+            self._sample_sums.add(step_sums, by_sample, sums, batch.weight_B)
         return step_sums
 
     def update(self, step_sums: Tensor, step: int) -> Tensor:
         """Update weights and EMA from the gradients accumulated for step `step` (counted from 0).
 
         The guard may skip the update of the weights; the EMA is updated in any case. Returns the row of
-        `meters.COLUMNS`, fp32 (5,) on the device and equal on all ranks: global means of the losses, the
-        global gradient norm (inf when it is not finite), and 1.0 when the update was skipped.
+        `meters.COLUMNS` and `SAMPLE_COLUMNS`, fp32 (14,) on the device and equal on all ranks: global means
+        of the losses, the global gradient norm (inf when it is not finite), 1.0 when the update was skipped,
+        and what the samples measured.
         """
-        means = self._world.sum(step_sums) / self._plan.global_batch
+        sums, largest, by_quarter = self._sample_sums.over_ranks(step_sums)
+        means = sums / self._plan.global_batch
         rate = learning_rate(self._config.optimizer, step, self._config.steps)
         self.ema.offer(step + 1)
         norm, skipped = self.engine.step(rate, lambda norm: self.guard.judge(means[0], norm))
         self.ema.update(step + 1)
-        return torch.cat((means, torch.stack((norm, skipped))))
+        return torch.cat((means, torch.stack((norm, skipped, largest)), by_quarter))
+
+    def update_norms(self, step: int) -> Norms | None:
+        """Squared L2 norms of the update of step `step` (counted from 0) and of the masters, of this rank.
+
+        It must be the last step that was not skipped. None before the first update. Waits for the device.
+        """
+        updates = int(self.guard.state()["updates"])
+        if not updates:
+            return None
+        settings = self.engine.hyper_parameters()[0]
+        rate = learning_rate(self._config.optimizer, step, self._config.steps)
+        return update_norms(self.engine.owned, {**settings, "lr": rate}, updates)

@@ -1,21 +1,27 @@
-"""The laws of the documents: README, CONTRIBUTING and docs/ match the code."""
+"""The laws of the documents: README, CONTRIBUTING and docs/ match the code and each other."""
 
+import ast
 import re
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.architecture.source import ROOT
+from tests.architecture.source import PACKAGES, ROOT, parse, sources
 from tests.architecture.test_layers import LAYERS
+from tests.support.documents import DOCUMENTS, FENCE, inline_code
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PRESENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
 """Documents that describe the project as it is now."""
 
 
-def test_the_tree_in_the_readme_shows_every_part_in_the_order_of_the_layers() -> None:
+def test_the_tree_shows_every_part_in_the_order_of_the_layers() -> None:
     tree = (
-        (ROOT / "README.md").read_text().partition("    dit_scale/\n")[2].partition("    data_pipeline/")[0]
+        (ROOT / "docs/architecture.md")
+        .read_text()
+        .partition("    dit_scale/\n")[2]
+        .partition("    data_pipeline/")[0]
     )
     shown = re.findall(r"^ {6}(\w+(?:\.py|/)(?: {2}\w+(?:\.py|/))*)", tree, re.MULTILINE)
     parts = [name.removesuffix(".py").rstrip("/") for row in shown for name in row.split()]
@@ -23,10 +29,46 @@ def test_the_tree_in_the_readme_shows_every_part_in_the_order_of_the_layers() ->
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_to_files(path: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
-    local = [link for link in links if "://" not in link]
-    assert [link for link in local if not (path.parent / link).exists()] == []
+def test_links_lead_to_files_and_headings(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", FENCE.sub("", path.read_text()))
+    local = [(path.parent / link if link else path, anchor) for link, anchor in links if "://" not in link]
+    assert [link for link, _ in local if not link.exists()] == []
+    assert [(link.name, anchor) for link, anchor in local if anchor and anchor not in headings(link)] == []
+
+
+@cache
+def headings(path: Path) -> frozenset[str]:
+    """Return the anchors of a document, as GitHub and MkDocs make them from its headings."""
+    found = re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text()), re.MULTILINE)
+    slugs = [re.sub(r"[^\w -]", "", re.sub(r"\]\([^)]*\)", "", text)).lower() for text in found]
+    slugs = [slug.strip().replace(" ", "-") for slug in slugs]
+    assert [slug for slug, count in Counter(slugs).items() if "--" in slug or count > 1] == []
+    return frozenset(slugs)
+
+
+def test_the_runbook_quotes_messages_of_the_program() -> None:
+    """Each part of a quoted message between `...` is in a string of the source."""
+    texts = "\n".join(_strings())
+    text = (ROOT / "docs" / "runbook.md").read_text()
+    symptoms = re.findall(r"^\*\*You see(.*?)(?=^\*\*It means)", text, re.MULTILINE | re.DOTALL)
+    assert len(symptoms) > 15
+    quoted = [code for symptom in symptoms for _, code in inline_code(symptom) if " " in code]
+    parts = [part for code in quoted for part in re.split(r"\.\.\.", code) if len(part.strip(" .:;,()")) > 3]
+    assert [part for part in parts if part.strip(" .:;,()") not in texts] == []
+
+
+@cache
+def _strings() -> tuple[str, ...]:
+    """Return the strings of the source, with a line break where an f-string inserts a value."""
+    found = []
+    for path in sources(*PACKAGES):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\n" for part in node.values]
+                found.append("".join(map(str, parts)))
+    return tuple(found)
 
 
 @pytest.mark.parametrize("path", PRESENT, ids=lambda path: path.name)

@@ -60,6 +60,7 @@ LAYERS = (
     "train",
     "inference",
     "report",
+    "monitoring",
     "forecast",
     "scaling",
     "cli",
@@ -78,7 +79,9 @@ DOORS = {
     "botocore": ("dit_scale.storage.s3",),
     "diffusers": ("dit_scale.vae",),
     "huggingface_hub": ("dit_scale.vae_files",),
+    "jinja2": ("dit_scale.report.page.document",),
     "matplotlib": ("dit_scale.scaling.canvas",),
+    "prometheus_client": ("dit_scale.monitoring.exporter", "dit_scale.monitoring.families"),
     "psutil": ("dit_scale.elastic.node.processes", "dit_scale_pipeline.ray_start"),
     "pyarrow": ("dit_scale_pipeline.inputs.parquet",),
     "ray": tuple(
@@ -86,9 +89,10 @@ DOORS = {
     ),
     "triton": ("dit_scale.kernels.adamw", "dit_scale.kernels.philox"),
     "transformers": ("dit_scale.evaluate.networks.dinov2",),
-    "wandb": ("dit_scale.telemetry.sinks",),
-    "tensorboard": ("dit_scale.telemetry.sinks",),
-    "torch.utils.tensorboard": ("dit_scale.telemetry.sinks",),
+    "trackio": ("dit_scale.telemetry.sinks.trackio_sink",),
+    "wandb": ("dit_scale.telemetry.sinks.wandb_sink",),
+    "tensorboard": ("dit_scale.telemetry.sinks.tensorboard_sink",),
+    "torch.utils.tensorboard": ("dit_scale.telemetry.sinks.tensorboard_sink",),
 }
 """Foreign library => the only modules that import it."""
 
@@ -122,6 +126,8 @@ WITHOUT_TORCH = (
     "dit_scale.vae_files",
     "dit_scale.checkpoint.writer",
     "dit_scale.recipes",
+    "dit_scale.report.page.document",
+    "dit_scale.report.status",
     "dit_scale_pipeline.decoder",
     "dit_scale_pipeline.inputs",
     "dit_scale_pipeline.shards_writer",

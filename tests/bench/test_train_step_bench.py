@@ -20,6 +20,7 @@ MODULE = "benchmarks.train_step"
 def done() -> subprocess.CompletedProcess[str]:
     """Measure a backend that needs CUDA, then one that is always available."""
     command = [sys.executable, "-m", MODULE, "--smoke", "--json", "--attention", "sdpa_efficient,sdpa"]
+    command += ["--steps", "15"]
     return subprocess.run(command, capture_output=True, text=True, timeout=scaled(300.0))
 
 
@@ -37,6 +38,17 @@ def test_figures_are_positive_and_consistent(rows: list[dict[str, Any]]) -> None
     assert row["images_per_s"] == pytest.approx(row["micro_batch"] * row["micro_steps"] / row["step_s"])
     assert row["model_flops_per_s"] == pytest.approx(row["images_per_s"] * row["model_flops_per_image"])
     assert row["share_of_matmul"] == pytest.approx(row["model_flops_per_s"] / row["matmul_flops_per_s"])
+
+
+def test_a_log_point_of_the_same_steps_has_the_same_mfu_and_memory(rows: list[dict[str, Any]]) -> None:
+    """The benchmark times the steps from outside, and asks the kernel for its memory in another way."""
+    row, logged = rows[1], rows[1]["logged"]
+    off = logged["mfu"] / row["share_of_matmul"] - 1
+    peak_off = logged["memory_peak_gib"] * 2**30 / row["peak_memory_bytes"] - 1
+    print(f"mfu differs by {off:+.2%}, peak memory by {peak_off:+.2%}")
+    assert abs(off) < 0.02
+    assert abs(peak_off) < 0.02
+    assert 0 < logged["memory_gib"] <= logged["memory_peak_gib"]
 
 
 def test_the_update_is_part_of_the_step_and_has_its_bytes(rows: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from dit_scale.data.order import sample_ids
 from dit_scale.data.shards import LatentDataset
 from dit_scale.train import loop
 from dit_scale.train.engine import Engine
-from dit_scale.train.objective import SampleLosses
+from dit_scale.train.objective import MicroBatchObserver, SampleLosses
 from dit_scale.train.trainer import Trainer
 from tests.support import philox
 from tests.support.latents import write_latents
@@ -42,8 +42,11 @@ def train_and_report(config: TrainConfig) -> list[Given]:
         last = inputs
         return call(self, *inputs)
 
-    def accumulate_and_tell(self: Trainer, batches: Iterator[MicroBatch]) -> torch.Tensor:
-        def tell(batch: MicroBatch, _: SampleLosses) -> None:
+    def accumulate_and_tell(
+        self: Trainer, batches: Iterator[MicroBatch], observer: MicroBatchObserver
+    ) -> torch.Tensor:
+        def tell(batch: MicroBatch, by_sample: SampleLosses) -> None:
+            observer(batch, by_sample)
             x_BCHW, t_B, y_B = last
             for i in batch.weight_B.nonzero().flatten():
                 given.append((int(batch.position_B[i]), int(t_B[i]), int(y_B[i]), x_BCHW[i].numpy()))

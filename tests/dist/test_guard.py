@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dit_scale.config import GuardConfig
-from dit_scale.telemetry.meters import COLUMNS
+from dit_scale.telemetry.meters import COLUMNS, SAMPLE_COLUMNS
 from tests.support.latents import write_latents
 from tests.support.ranks import guard_jobs, jobs
 from tests.support.ranks.processes import run
@@ -44,9 +44,12 @@ def test_failed_steps_leave_nothing(
     # as text, because NaN is not equal to itself
     assert len({repr((outcome.rows, outcome.guard)) for outcome in outcomes}) == 1
     assert len({outcome.weights for outcome in outcomes}) == 1
-    first, nan, infinite, spike, after = (dict(zip(COLUMNS, row, strict=True)) for row in outcomes[0].rows)
+    names = (*COLUMNS, *SAMPLE_COLUMNS)
+    first, nan, infinite, spike, after = (dict(zip(names, row, strict=True)) for row in outcomes[0].rows)
     assert [row["skipped"] for row in (first, nan, infinite, spike, after)] == [0, 1, 1, 1, 0]
     assert isnan(nan["loss"])
+    assert isnan(nan["loss_max"])
+    assert {sum(row[f"samples_q{quarter}"] for quarter in range(4)) for row in (first, after)} == {7.0}
     assert nan["grad_norm"] == infinite["grad_norm"] == inf
     assert infinite["loss"] == after["loss"]
     assert 20 * first["loss"] < spike["loss"] < inf

@@ -25,7 +25,7 @@ from dit_scale.config import EmaProfile, GuardConfig, ModelConfig, TrainConfig
 from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.diffusion import schedule as schedules
 from dit_scale.models import dit
-from dit_scale.telemetry.meters import COLUMNS, Meters
+from dit_scale.telemetry.meters import COLUMNS, SAMPLE_COLUMNS, Meters
 from dit_scale.train import loop, zero
 from dit_scale.train.attempt import Attempt
 from dit_scale.train.ema import Ema
@@ -281,9 +281,9 @@ def test_the_objective_reads_nothing_back(dtype: torch.dtype) -> None:
 
 
 def test_meters_read_nothing_until_a_log_point() -> None:
-    meters = Meters(global_batch=4)
+    meters = Meters()
     for _ in range(3):
-        meters.add(torch.empty(len(COLUMNS), device=META))
+        meters.add(torch.empty(len(COLUMNS) + len(SAMPLE_COLUMNS), device=META))
 
 
 @pytest.mark.parametrize("spike_factor", [0.0, 3.0])

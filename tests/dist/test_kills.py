@@ -12,6 +12,7 @@ from dit_scale.config import TrainConfig
 from tests.support.ranks import jobs
 from tests.support.ranks.points import RANK_POINTS, WRITER_POINTS
 from tests.support.ranks.processes import run
+from tests.support.ranks.record import rows
 from tests.support.ranks.runs import events, final_files, kill_at
 
 pytestmark = pytest.mark.dist
@@ -79,9 +80,24 @@ def test_killed_and_resumed_gives_the_same_bits(
         kill_at(WORLD, config, tmp_path / f"hold{number}", point=point, nth=nth, victim=victim)
     assert run(WORLD, jobs.train, config) == [0] * WORLD
     assert final_files(config) == final_files(straight)
-    assert jobs.losses(config) == jobs.losses(straight)
+    assert rows(config) == rows(straight)
     print(f"ZeRO-{stage}: killed at {len(kills)} points, resumed from", end=" ")
     print([event["resumed_from"] for event in events(config, "start")])
+
+
+def test_a_log_point_after_a_kill_counts_the_steps_before_it(data: Path, tmp_path: Path) -> None:
+    """Saves fall between log points, so the checkpoint carries what the steps since the last one measured."""
+    straight = config_of(tmp_path / "straight", data, stage=2, steps=14)
+    straight = straight.model_copy(update={"log": straight.log.model_copy(update={"every_steps": 7})})
+    assert run(WORLD, jobs.train, straight) == [0] * WORLD
+    config = straight.model_copy(update={"run": str(tmp_path / "killed")})
+    for number, (nth, victim) in enumerate([(6, 0), (7, 1)]):
+        kill_at(WORLD, config, tmp_path / f"hold{number}", point="after the step", nth=nth, victim=victim)
+    assert run(WORLD, jobs.train, config) == [0] * WORLD
+    assert 0 not in [event["step"] % 7 for event in events(config, "start")[1:]]
+    assert rows(config) == rows(straight)
+    assert [row["step"] for row in rows(config)] == [7, 14]
+    assert all(None not in row.values() for row in rows(config))
 
 
 def test_every_point_is_tested() -> None:

@@ -28,6 +28,7 @@ from dit_scale.config import GuardConfig, TrainConfig
 from dit_scale.errors import DeviceError
 from dit_scale.models import attention, dit
 from dit_scale.rng import Purpose
+from dit_scale.telemetry.meters import SKIPPED
 from dit_scale.train import loop
 from dit_scale.train.attempt import Attempt
 from dit_scale.train.ema import Ema, ema_kind
@@ -248,7 +249,7 @@ def test_failed_steps_have_no_effect(folder: Path, data: dict[int, Path]) -> Non
     config = config_of(folder, data[256])
     config = config.model_copy(update={"guard": GuardConfig(spike_factor=20.0, horizon_steps=1)})
     (outcome,) = processes.run(1, guard_jobs.pass_over_failures, config)
-    assert [row[-1] for row in outcome.rows] == [0, 1, 1, 1, 0]
+    assert [row[SKIPPED] for row in outcome.rows] == [0, 1, 1, 1, 0]
 
 
 # Attention

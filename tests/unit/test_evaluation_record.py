@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from dit_scale import cli
@@ -16,8 +15,8 @@ from dit_scale.journal import Event
 from dit_scale.ledger import Heading
 from dit_scale.report.goodput import ledger
 from dit_scale.report.status import status_of
-from dit_scale.telemetry.meters import Meters
-from dit_scale.telemetry.sinks import Mirror, open_mirrors
+from dit_scale.telemetry.sinks import open_mirrors
+from dit_scale.telemetry.sinks.mirror import Mirror
 from dit_scale.train.logbook import carried_over
 
 EVALUATE = {"every_steps": 10, "held_out": 0.1}
@@ -66,18 +65,6 @@ def test_status_without_evaluations_has_no_such_line(run: Path, capsys: pytest.C
 def test_a_run_that_starts_over_carries_no_row(run: Path) -> None:
     config = TrainConfig.model_validate({"run": str(run)})
     assert carried_over(config, None, 1).rows == ()
-
-
-def test_the_time_of_an_evaluation_is_no_time_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = [100.0]
-    monkeypatch.setattr("dit_scale.telemetry.meters.time.monotonic", lambda: now_s[0])
-    meters = Meters(global_batch=8)
-    for _ in range(3):
-        now_s[0] += 1.0
-        meters.add(torch.zeros(5))
-    now_s[0] += 50.0
-    meters.exclude(50.0)
-    assert meters.take()["images_per_s"] == pytest.approx(8.0)
 
 
 def test_the_ledger_has_its_seconds() -> None:

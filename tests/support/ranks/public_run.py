@@ -18,6 +18,7 @@ from typing import Literal
 
 from dit_scale.config import TrainConfig, dump
 from dit_scale.elastic.node.processes import is_alive
+from dit_scale.telemetry.pace import TIMED_KEYS
 from tests.support.faults.ports import free_port
 from tests.support.speed import scaled
 
@@ -167,15 +168,13 @@ def wait_until(is_so: Callable[[], bool], started: Started) -> bool:
 
 
 def record_lines(run: PublicRun) -> list[dict[str, object]]:
-    """Return the complete lines of the record, without the speed."""
+    """Return the complete lines of the record, without what depends on time."""
     path = run.folder / "metrics.jsonl"
     text = path.read_bytes() if path.exists() else b""
     lines = []
     for line in text.splitlines(keepends=True):
         if line.endswith(b"\n"):
-            row = json.loads(line)
-            row.pop("images_per_s", None)
-            lines.append(row)
+            lines.append({key: value for key, value in json.loads(line).items() if key not in TIMED_KEYS})
     return lines
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from dit_scale.checkpoint.attempts import committed
 from dit_scale.checkpoint.manifest import EMA
 from dit_scale.config import TrainConfig
+from dit_scale.telemetry.pace import TIMED_KEYS
 from dit_scale.train.run_folder import root_of
 from tests.support.ranks.runs import final_files
 
@@ -65,10 +66,10 @@ def last_step(metrics: Path) -> int:
 
 
 def rows(config: TrainConfig) -> list[Row]:
-    """Return the record, without the speed."""
+    """Return the record, without what depends on time."""
     path = Path(config.run) / "metrics.jsonl"
     lines = complete_lines(path.read_bytes().splitlines(keepends=True)) if path.exists() else []
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED_KEYS} for line in lines]
 
 
 def first_difference(got: list[Row], wanted: list[Row]) -> str:

@@ -14,7 +14,7 @@ from dit_scale.data.micro_batch import MicroBatch
 from dit_scale.data.order import Order
 from dit_scale.data.shards import LATENT_DTYPE, LatentDataset, encode_sample, write_index
 from dit_scale.train import loop
-from dit_scale.train.objective import SampleLosses
+from dit_scale.train.objective import MicroBatchObserver, SampleLosses
 from dit_scale.train.trainer import Trainer
 from tests.support.latents import edit_info
 from tests.support.ranks import jobs
@@ -88,10 +88,13 @@ def train_and_report(config: TrainConfig) -> Fed:
     samples: list[tuple[int, int]] = []
     accumulate, update = Trainer.accumulate, Trainer.update
 
-    def accumulate_and_tell(self: Trainer, batches: Iterator[MicroBatch]) -> torch.Tensor:
+    def accumulate_and_tell(
+        self: Trainer, batches: Iterator[MicroBatch], observer: MicroBatchObserver
+    ) -> torch.Tensor:
         samples.clear()
 
-        def tell(batch: MicroBatch, _: SampleLosses) -> None:
+        def tell(batch: MicroBatch, by_sample: SampleLosses) -> None:
+            observer(batch, by_sample)
             real = batch.weight_B > 0
             samples.extend(zip(batch.position_B[real].tolist(), batch.y_B[real].tolist(), strict=True))
 
