@@ -49,7 +49,10 @@ def report(error: Exception, args: argparse.Namespace) -> int:
         sys.stderr.write(text)
     if line is None:
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK") else ""
-        line = rank + _describe(error, args.name) + (f". Traceback: {place}" if place else "")
+        known = _cause(error, args.name)
+        line = rank + (known or f"{_error(error)}. If this looks like a bug, report it with its traceback")
+        if place:
+            line += f". {'Details' if known else 'Traceback'}: {place}"
     # On a terminal, the bar of another rank may be in this line.
     print(f"{ERASE_LINE if sys.stderr.isatty() else ''}{args.name}: {line}", file=sys.stderr, flush=True)
     return USER_ERROR_EXIT_CODE if is_mistake else 1
@@ -92,19 +95,36 @@ def _run_folder(args: argparse.Namespace) -> str:
     return ""
 
 
-def _describe(error: Exception, command: str) -> str:
-    """Return what happened, where, and what to do."""
+def _cause(error: Exception, command: str) -> str | None:
+    """Return what happened and what to do about it; None for an error without a known cause."""
+    if advice := _advice(error, command):
+        return f"{_error(error)}. {advice}"
     from dit_scale.elastic.node.rank import is_second_hand
 
-    advice = _advice(error, command)
-    if is_second_hand(error) and advice is None:
+    if is_second_hand(error):
         return (
             "another rank has exited, and this rank cannot continue without it: see what that rank printed. "
             f"The same command resumes. ({type(error).__name__}: {_message(error)[:MAX_NOISE]})"
         )
+    return _error(error) if isinstance(error, OSError) and error.filename is not None else None
+
+
+def _advice(error: Exception, command: str) -> str:
+    """Return what to do about exhausted memory, disks and ports; empty for other errors."""
+    text, code = str(error), error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"To use less memory, {MEMORY.get(command, 'lower --batch')}"
+    if code == errno.EADDRINUSE or "EADDRINUSE" in text:
+        return "Another process uses this port: pass another one, for example `deepspeed --master_port`"
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return "Free some space, then run the same command again"
+    return ""
+
+
+def _error(error: Exception) -> str:
+    """Return type, message and place of an error."""
     place = _place_in(error)
-    text = f"{type(error).__name__}: {_message(error)}" + (f" ({place})" if place else "")
-    return f"{text}. {advice or 'If this looks like a bug, report it with its traceback'}"
+    return f"{type(error).__name__}: {_message(error)}" + (f" ({place})" if place else "")
 
 
 def _message(error: Exception) -> str:
@@ -123,15 +143,3 @@ def _place_in(error: Exception) -> str:
             if Path(frame.filename).is_relative_to(root):
                 return f"{Path(frame.filename).relative_to(root.parent)}:{frame.lineno}"
     return ""
-
-
-def _advice(error: Exception, command: str) -> str | None:
-    """Return what to do about an error; None if that is unknown."""
-    text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return f"To use less memory, {MEMORY.get(command, 'lower --batch')}"
-    if "EADDRINUSE" in text or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE):
-        return "Another process uses this port: pass another one, for example `deepspeed --master_port`"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "Free some space, then run the same command again"
-    return None
