@@ -1,8 +1,9 @@
 """How commands print tables and times: one width rule for terminals, pipes and files."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from dit_scale.report.words import in_two_units
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,15 +49,6 @@ def ledger_table(spent_s: Mapping[str, float], wall_s: float) -> "Table":
     for heading, seconds in spent_s.items():
         table.add_row(heading, f"{seconds:,.1f}", f"{seconds / wall_s:.3%}")
     return table
-
-
-def in_two_units(seconds: float) -> str:
-    """Format the two largest units: 3 d 4 h, 2 min 5 s."""
-    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    for (size, name), (smaller, small_name) in pairwise(units):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {name} {seconds % size // smaller:.0f} {small_name}"
-    return f"{seconds:.0f} s"
 
 
 def age(seconds: float) -> str:

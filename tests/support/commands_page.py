@@ -63,7 +63,7 @@ def table(parser: argparse.ArgumentParser) -> Iterator[str]:
     rows = [action for action in rows if not isinstance(action, argparse._SubParsersAction)]
     if rows:
         yield "| argument | |\n|---|---|"
-        yield from (f"| `{argument(action)}` | {action.help} |" for action in rows)
+        yield from (f"| `{argument(action)}` | {' '.join(str(action.help).split())} |" for action in rows)
         yield ""
 
 

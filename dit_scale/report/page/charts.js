@@ -200,7 +200,7 @@ class Chart {
       hooks: {
         setSelect: [(u) => this.select(u)],
         setCursor: [(u) => this.read(u)],
-        drawClear: [(u) => this.markRestarts(u)],
+        drawAxes: [(u) => this.markRestarts(u)],
       },
     }, this.data(), this.place);
     this.plot.setScale("x", {min: zoom[0], max: zoom[1]});
@@ -215,6 +215,7 @@ class Chart {
   range(low, high) {
     if (low === null || low === undefined) return this.isLog ? [0.1, 1] : [0, 1];
     if (this.isLog) return low < high ? [low / 1.08, high * 1.08] : [low / 1.5, high * 1.5];
+    if (low === 0 && high === 0) return [0, 1];
     if (this.panel.unit === "%") return [Math.min(0, low), Math.max(high * 1.1, 0.01)];
     return uPlot.rangeNum(low, high, 0.08, true);
   }

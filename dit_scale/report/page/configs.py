@@ -60,7 +60,7 @@ def differences(recipe: Recipe | None, runs: Sequence[Keys]) -> dict[str, list[s
 
     A path counts only if it differs between runs, and the run folder never does.
     """
-    expected = keys_of(load(TrainConfig, recipe.name)).text if recipe else {}
+    expected = keys_of(load(TrainConfig, recipe.name, keep_relative=True)).text if recipe else {}
     found = {}
     for key in dict.fromkeys([*expected, *(key for run in runs for key in run.text)]):
         values = [run.text.get(key, ABSENT) for run in runs]

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_scale import __version__
-from dit_scale.report.page import configs, words
+from dit_scale.report import words
+from dit_scale.report.page import configs
 from dit_scale.report.page.contents import RunPage
 from dit_scale.report.page.curves import points_per_curve, summary
 from dit_scale.report.page.panels import PANELS, Panel, series_of
@@ -220,7 +221,7 @@ def _template() -> "Template":
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters |= {
-        "duration": words.duration,
+        "duration": words.in_two_units,
         "moment": words.moment,
         "number": words.number,
         "share": lambda share: f"{100 * share:.3f}%",
