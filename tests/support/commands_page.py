@@ -22,7 +22,7 @@ the command works on a run; `DIT_SCALE_TRACEBACK=1` prints it as well. Please ad
 `dit-scale --version`, to a bug report.
 
 The Tab key completes commands, options, recipes and keys once your shell has loaded the script of
-[`dit-scale completion`](#completion).
+[`dit-scale completion`](#dit-scale-completion).
 """
 
 
@@ -43,7 +43,7 @@ def module_of(parser: argparse.ArgumentParser) -> object:
 
 def section(name: str, parser: argparse.ArgumentParser, heading: str) -> str:
     """Return the section of a command or an action, with its actions below."""
-    lines = [f"{heading} {name}\n", *description(str(parser.description)), *table(parser)]
+    lines = [f"{heading} dit-scale {name}\n", *description(str(parser.description)), *table(parser)]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             lines += [section(f"{name} {own}", inner, f"{heading}#") for own, inner in action.choices.items()]

@@ -1,5 +1,6 @@
 """docs/commands.md matches the parser."""
 
+import re
 from pathlib import Path
 
 from dit_scale import cli
@@ -13,5 +14,5 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_every_command_has_a_section() -> None:
-    headings = [line[4:] for line in PAGE.read_text().splitlines() if line.startswith("### ")]
+    headings = re.findall(r"^### dit-scale (.+)$", PAGE.read_text(), re.MULTILINE)
     assert headings == list(cli._parser()[1])
