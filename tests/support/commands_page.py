@@ -11,8 +11,7 @@ from dit_scale import cli
 HEAD = """\
 # Commands
 
-Every command and option, as `dit-scale COMMAND --help` explains them. This page is made from the parser:
-`python -m tests.support.commands_page > docs/commands.md`.
+Every command and option, as `dit-scale COMMAND --help` explains them; a program writes this page.
 
 Exit codes: 0 done, 1 failed, 2 a mistake that the message explains, 75 stopped on request and saved, 93 a
 restart would fail the same way, 130 interrupted.
