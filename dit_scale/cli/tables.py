@@ -1,11 +1,12 @@
 """How commands print tables and times: one width rule for terminals, pipes and files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dit_scale.report.words import in_two_units
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 PIPE_WIDTH = 140
@@ -16,12 +17,24 @@ UNLIMITED_WIDTH = 10_000
 
 def print_table(table: "Table", width: int = PIPE_WIDTH) -> None:
     """Print to standard output: as wide as the terminal, or at most `width` columns elsewhere."""
+    _console(width).print(table)
+
+
+def first_that_fits(tables: "Sequence[Table]") -> "Table":
+    """Return the first table whose lines fit on standard output, or the last one."""
+    from rich.console import Console
+
+    width, page = _console(PIPE_WIDTH).width, Console(width=UNLIMITED_WIDTH)
+    return next((table for table in tables if page.measure(table).maximum <= width), tables[-1])
+
+
+def _console(width: int) -> "Console":
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = width
-    console.print(table)
+    return console
 
 
 def ledger_table(spent_s: Mapping[str, float], wall_s: float) -> "Table":
