@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # For the CPU kernels of the tests and the demo; it does not affect CUDA.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-quick mutants chaos check bench bench-gpu docs clean
+.PHONY: help demo test test-quick mutants chaos tour check bench bench-gpu docs clean
 
 help:
 	@echo "make demo        encode, train, sample and score on handwritten digits (2 to 5 minutes)"
@@ -16,10 +16,12 @@ help:
 	@echo "make test-quick  run the unit, property, golden and architecture tests only (2 to 3 minutes)"
 	@echo "make mutants     mutation testing: apply 100 small changes that the tests must detect"
 	@echo "make chaos       long fault-injection campaigns: training, encoding, SLURM, pods (about 3 hours)"
+	@echo "make tour        run every command of docs/tour.md in a fresh clone (about 15 minutes)"
 	@echo "make check       run ruff and mypy"
 	@echo "make bench       run the benchmarks in their short form (about a minute)"
 	@echo "make bench-gpu   measure training, sampling and encoding on a GPU, into runs/bench (under 10 minutes)"
 	@echo "make docs        build the documentation as a site into build/site"
+	@echo "make vendor      fetch uPlot, the library of the report's charts, from npm (after a change of its version)"
 	@echo "make clean       remove the virtual environment and the demo run"
 
 $(VENV)/torch: constraints.txt
@@ -72,6 +74,9 @@ chaos: $(VENV)/ready
 	$(BIN)/python -m pytest tests/chaos/slurm_nodes.py
 	$(BIN)/python -m pytest tests/chaos/kubernetes_pods.py
 
+tour: $(VENV)/demo
+	$(BIN)/python -m tests.tour
+
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.encode --smoke
 	$(BIN)/python -m benchmarks.train_step --smoke
@@ -82,6 +87,14 @@ bench: $(VENV)/ready
 
 bench-gpu: $(VENV)/ready
 	$(BIN)/python -m benchmarks.gpu
+
+# The charts of `dit-scale report`; tests/unit/test_report_pictures.py knows their digests.
+UPLOT := 1.6.32
+vendor:
+	mkdir -p build/uplot
+	cd build/uplot && tar xzf $$(npm pack --silent uplot@$(UPLOT))
+	cp build/uplot/package/LICENSE build/uplot/package/dist/uPlot.iife.min.js \
+		build/uplot/package/dist/uPlot.min.css dit_scale/report/page/vendor
 
 $(VENV)/docs: $(VENV)/demo
 	@echo "set-up: Material for MkDocs (about 30 MB)"

@@ -168,12 +168,16 @@ class Mirrored(Section):
 
 
 class LogConfig(Mirrored):
-    """Metrics. metrics.jsonl is the record; Weights & Biases and TensorBoard mirror it."""
+    """Metrics. metrics.jsonl is the record; Weights & Biases, TensorBoard and Trackio mirror it."""
 
     every_steps: int = Field(100, gt=0)
     """Logging interval in steps; between log points the host never waits for metrics."""
     tensorboard: bool = False
     """Mirror metrics to TensorBoard files in the run folder."""
+    trackio: bool = False
+    """Mirror metrics to a Trackio database in the run folder, or in TRACKIO_DIR if that is set."""
+    trackio_project: str = "dit-scale"
+    """Trackio project."""
     peak_tflops: float = Field(0.0, ge=0)
     """TFLOP/s of a device to which `mfu` is relative, in the type of the weights; 0: measure a matrix
     product at each start."""

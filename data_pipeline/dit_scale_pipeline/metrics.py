@@ -8,7 +8,10 @@ from pathlib import Path
 from dit_scale.config import EncodeConfig
 from dit_scale.errors import StorageError
 from dit_scale.storage import MissingKeyError, Storage
-from dit_scale.telemetry.sinks import Mirror, check_installed, wandb_id_of, wandb_mirror
+from dit_scale.telemetry.sinks import check_installed
+from dit_scale.telemetry.sinks.identity import id_of
+from dit_scale.telemetry.sinks.mirror import Mirror
+from dit_scale.telemetry.sinks.wandb_sink import wandb_mirror
 
 METRICS_KEY = "metrics.jsonl"
 
@@ -32,7 +35,7 @@ class Metrics:
         self._mirrors: list[Mirror] = []
         if config.wandb != "off":
             name = storage.url.rpartition("/")[2]
-            run_id = wandb_id_of(storage.url)
+            run_id = id_of(storage.url)
             self._mirrors.append(
                 wandb_mirror(
                     Path(), name=name, run_id=run_id, mirrored=config, config=config, alarm=self._alarm

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command
-from dit_scale.cli.tables import in_two_units, print_table
+from dit_scale.cli.tables import print_table
+from dit_scale.report.words import in_two_units
 
 if TYPE_CHECKING:
     from rich.table import Table

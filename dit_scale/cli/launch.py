@@ -4,7 +4,14 @@ import argparse
 import sys
 from typing import Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, add_command, int_between, non_negative_float, positive_float
+from dit_scale.cli.arguments import (
+    CONFIG_HELP,
+    OVERRIDES_HELP,
+    add_command,
+    int_between,
+    non_negative_float,
+    positive_float,
+)
 from dit_scale.errors import ConfigError, DitScaleError
 
 
@@ -25,7 +32,9 @@ Exit codes: 0 done, 75 stopped on request and saved (run the same command again 
 option) a restart would fail the same way, 1 any other failure.""",
     )
     parser.add_argument("config", help=f"{CONFIG_HELP}; the same on all nodes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="the same on all nodes")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help=f"{OVERRIDES_HELP}; the same on all nodes"
+    )
     parser.add_argument("--nodes", default="1", help="number of nodes, or LEAST:MOST (default: 1)")
     parser.add_argument("--slots", type=int_between(1), help="ranks on this node (default: its GPUs, or 1)")
     parser.add_argument("--node", help="unique name of this node (default: its host name)")
@@ -36,6 +45,17 @@ option) a restart would fail the same way, 1 any other failure.""",
         default=0,
         metavar="NUMBER",
         help="number of this start of the job, the same on all nodes; larger numbers supersede smaller ones",
+    )
+    parser.add_argument(
+        "--metrics-port",
+        type=int_between(0, 2**16 - 1),
+        metavar="PORT",
+        help="serve metrics of this node for Prometheus on this port; 0: any free port (docs/monitoring.md)",
+    )
+    parser.add_argument(
+        "--metrics-textfile",
+        metavar="FOLDER",
+        help="write them to a file in this folder of node-exporter's textfile collector",
     )
     parser.add_argument(
         "--lease-s",
@@ -79,14 +99,29 @@ def _launch(args: argparse.Namespace) -> int:
     args.run_folder = config.run
     least, most = node_range(args.nodes)
     host = socket.gethostname()
+    node, address = args.node or host, args.address or host
+    observers = []
+    if args.metrics_port is not None or args.metrics_textfile is not None:
+        from dit_scale.monitoring.exporter import observer
+
+        observers.append(
+            observer(
+                config,
+                node=node,
+                address=address,
+                port=args.metrics_port,
+                textfiles=args.metrics_textfile,
+            )
+        )
     return launch(
         config,
         [args.config, *args.overrides],
         Policy(least, most, lease_s=args.lease_s, gather_s=args.gather_s, grow_s=args.grow_s),
-        node=args.node or host,
-        address=args.address or host,
+        node=node,
+        address=address,
         slots=args.slots or num_devices(),
         start=args.start,
+        observers=observers,
     )
 
 

@@ -5,7 +5,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command
-from dit_scale.cli.tables import UNLIMITED_WIDTH, in_two_units, ledger_table, new_screen, print_table
+from dit_scale.cli.tables import UNLIMITED_WIDTH, ledger_table, new_screen, print_table
+from dit_scale.report.words import in_two_units
 
 if TYPE_CHECKING:
     from rich.table import Table

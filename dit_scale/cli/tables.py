@@ -1,10 +1,12 @@
 """How commands print tables and times: one width rule for terminals, pipes and files."""
 
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from dit_scale.report.words import in_two_units
+
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 PIPE_WIDTH = 140
@@ -15,12 +17,24 @@ UNLIMITED_WIDTH = 10_000
 
 def print_table(table: "Table", width: int = PIPE_WIDTH) -> None:
     """Print to standard output: as wide as the terminal, or at most `width` columns elsewhere."""
+    _console(width).print(table)
+
+
+def first_that_fits(tables: "Sequence[Table]") -> "Table":
+    """Return the first table whose lines fit on standard output, or the last one."""
+    from rich.console import Console
+
+    width, page = _console(PIPE_WIDTH).width, Console(width=UNLIMITED_WIDTH)
+    return next((table for table in tables if page.measure(table).maximum <= width), tables[-1])
+
+
+def _console(width: int) -> "Console":
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = width
-    console.print(table)
+    return console
 
 
 def ledger_table(spent_s: Mapping[str, float], wall_s: float) -> "Table":
@@ -35,15 +49,6 @@ def ledger_table(spent_s: Mapping[str, float], wall_s: float) -> "Table":
     for heading, seconds in spent_s.items():
         table.add_row(heading, f"{seconds:,.1f}", f"{seconds / wall_s:.3%}")
     return table
-
-
-def in_two_units(seconds: float) -> str:
-    """Format the two largest units: 3 d 4 h, 2 min 5 s."""
-    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    for (size, name), (smaller, small_name) in pairwise(units):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {name} {seconds % size // smaller:.0f} {small_name}"
-    return f"{seconds:.0f} s"
 
 
 def age(seconds: float) -> str:

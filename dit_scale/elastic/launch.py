@@ -4,14 +4,17 @@ import hashlib
 import secrets
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from dit_scale import signals
 from dit_scale.config import TrainConfig, dump
-from dit_scale.elastic.board import Board, Member
+from dit_scale.elastic.board import Board, Member, Reason
 from dit_scale.elastic.local_node import Dependencies
 from dit_scale.elastic.node.address import check_address, free_port
 from dit_scale.elastic.node.deadlines import LEAVE_S, Deadlines
@@ -26,6 +29,7 @@ from dit_scale.errors import StorageError
 from dit_scale.journal import Event, Journal
 from dit_scale.paths import without_paths
 from dit_scale.storage import open_storage
+from dit_scale.telemetry.webhook import Notice, Webhook
 
 MODULE = "dit_scale.cli"
 
@@ -43,24 +47,35 @@ class StopSignals:
 
 
 class NodeLog:
-    """What a supervisor prints, and its journal."""
+    """What a supervisor prints, and its journal; an observer in another thread may write as well."""
 
     def __init__(self, node: str, path: Path) -> None:
-        self._node = node
+        self.node = node
         self._journal = Journal(path, lambda text: self.say(f"ALARM: {text}"))
+        self._writing = threading.RLock()
 
     def say(self, message: str) -> None:
         """Print a line."""
-        print(f"[{self._node}] {message}", flush=True)
+        print(f"[{self.node}] {message}", flush=True)
 
     def record(self, event: Event, **details: object) -> None:
         """Write an event to the journal."""
-        self._journal.write(event, node=self._node, **details)
+        with self._writing:
+            self._journal.write(event, node=self.node, **details)
+
+    def alarm(self, text: str) -> None:
+        """Print and record a failure that does not stop the run."""
+        self.say(f"ALARM: {text}")
+        self.record(Event.ALARM, text=text)
 
     def close(self) -> None:
         """Write what is still in memory; an alarm if that fails."""
         if problem := self._journal.close():
             self.say(f"ALARM: {problem}")
+
+
+Observer = Callable[[Path, NodeLog], AbstractContextManager[object]]
+"""Watches a node while it is supervised, given the folder of the ranks' heartbeats and the log."""
 
 
 def launch(
@@ -72,6 +87,7 @@ def launch(
     address: str,
     slots: int,
     start: int,
+    observers: Sequence[Observer] = (),
 ) -> Exit:
     """Supervise this node's ranks of a run; `arguments` are those of `dit-scale train`."""
     check_address(address)
@@ -80,6 +96,7 @@ def launch(
     folder = _folder_of_supervisors(config)
     stop_signals = StopSignals()
     log = NodeLog(node, folder / f"{node}.jsonl")
+    webhook = Webhook(config.run, root, node, log.alarm)
     say_unless_shared(root, policy.max_nodes, log.say)
     member = Member(
         node=node,
@@ -90,10 +107,19 @@ def launch(
         config_sha256=digest(config),
         start=start,
     )
-    with tempfile.TemporaryDirectory(prefix="dit-scale-") as heartbeats:
+
+    def record(event: Event, **details: Any) -> None:
+        log.record(event, **details)
+        notify(webhook, event, details)
+
+    with ExitStack() as stack:
+        stack.callback(log.close)
+        heartbeats = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dit-scale-")))
+        for observer in observers:
+            stack.enter_context(observer(heartbeats, log))
         launcher = Launcher(
             command=["--module", MODULE, "train", *arguments],
-            folder=Path(heartbeats),
+            folder=heartbeats,
             deadlines=Deadlines(data_s=config.data.deadline_s + LEAVE_S),
             stacks=folder / "stacks",
             record=log.record,
@@ -105,21 +131,35 @@ def launch(
             is_wanted_back=lambda: stop_signals.received,
             start_group=launcher.start,
             say=log.say,
-            record=log.record,
+            record=record,
             free_port=free_port,
             samples_of=lambda step: samples_of(config, root, step),
             problems=Preflight(config, slots, log.say),
         )
-        try:
-            return drive(Supervisor(member, Board(root), policy, dependencies).run())
-        except StorageError as error:
-            log.record(Event.BOARD_GONE, problem=str(error))
-            raise StorageError(
-                f"the supervisors cannot reach their shared storage, so the ranks of {node} were killed: "
-                f"{error}; fix the cause, then run the same command again"
-            ) from error
-        finally:
-            log.close()
+        return _supervise(Supervisor(member, Board(root), policy, dependencies), log)
+
+
+def _supervise(supervisor: Supervisor, log: NodeLog) -> Exit:
+    try:
+        return drive(supervisor.run())
+    except StorageError as error:
+        log.record(Event.BOARD_GONE, problem=str(error))
+        raise StorageError(
+            f"the supervisors cannot reach their shared storage, so the ranks of {log.node} were killed: "
+            f"{error}; fix the cause, then run the same command again"
+        ) from error
+
+
+def notify(webhook: Webhook, event: Event, details: Mapping[str, Any]) -> None:
+    """Send a message if this event of the supervisor means that no restart follows."""
+    step = max(0, details.get("after_step") or details.get("committed_step") or 0)
+    if event == Event.ROUND_ENDED and details["reason"] == Reason.MISTAKE:
+        step = details["details"].get("step") or 0
+    elif event != Event.GAVE_UP:
+        return
+    webhook.send(
+        Notice.GAVE_UP, step, details["text"], once=f"{details['round']:06d}", node=details["failed_node"]
+    )
 
 
 def _folder_of_supervisors(config: TrainConfig) -> Path:

@@ -18,9 +18,11 @@ from dit_scale.journal import Event
 from dit_scale.telemetry.meters import COLUMNS, SKIPPED, Meters, StepRow
 from dit_scale.telemetry.pace import Pace, over_ranks
 from dit_scale.telemetry.progress import StatusLine
+from dit_scale.telemetry.webhook import Notice
 from dit_scale.train.claim import claim, next_attempt
 from dit_scale.train.context import RunContext
 from dit_scale.train.ema import ema_kind
+from dit_scale.train.environment import environment
 from dit_scale.train.evaluation_keys import headline
 from dit_scale.train.logbook import Carried, Logbook, carried_over, check_writable
 from dit_scale.train.memory import sharding
@@ -107,6 +109,11 @@ class Attempt:
         if self._logbook:
             self._logbook.event(event, **details)
 
+    def notify(self, notice: Notice, reason: str) -> None:
+        """Send a message to the webhook of the run (rank 0 alone)."""
+        if self._logbook:
+            self._logbook.notify(notice, reason)
+
     def count(self, row: Tensor) -> None:
         """Count the step that has just finished; `row` is its `meters.StepRow`."""
         self.pace.finished()
@@ -186,6 +193,7 @@ class Attempt:
     def finish(self) -> None:
         """Record that the run is done. Raises StorageError when its record is incomplete."""
         self.write(Event.DONE)
+        self.notify(Notice.DONE, "all steps are taken and saved")
         if self._logbook and (problem := self._logbook.close()):
             raise StorageError(f"all {self.state.step} steps are taken and saved, but {problem}")
         self.say(f"done: {self.state.step} steps in {self._context.config.run}")
@@ -245,6 +253,7 @@ class Attempt:
             attention=self._trainer.attention_backend,
             ema=[ema_kind(profile.name) for profile in config.ema],
             excluded_positions=self.state.excluded,
+            environment=environment(context.world),
             notes=notes,
         )
 

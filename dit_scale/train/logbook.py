@@ -1,6 +1,7 @@
-"""What rank 0 records of an attempt: journal, record and mirrors. None of them can stop the run."""
+"""What rank 0 records of an attempt: journal, record, mirrors and messages. None of them can stop the run."""
 
 import secrets
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dit_scale.storage import DiskFullError, MissingKeyError, Storage, open_stor
 from dit_scale.telemetry import record
 from dit_scale.telemetry.record import Record
 from dit_scale.telemetry.sinks import open_mirrors
+from dit_scale.telemetry.webhook import Notice, Webhook
 from dit_scale.train.run_folder import EVENTS, METRICS
 
 
@@ -105,6 +107,7 @@ class Logbook:
             folder, root, attempt, config=dump(config), rows=carried.rows, alarm=self._alarm
         )
         self._mirrors = open_mirrors(config, step(), self._alarm)
+        self._webhook = Webhook(config.run, root, socket.gethostname(), self._alarm)
         if carried.damaged:
             self._alarm(f"{folder / METRICS}: dropped {carried.damaged} damaged lines")
 
@@ -114,6 +117,11 @@ class Logbook:
         early, self._early = self._early, None
         for text in early or ():
             self.event(Event.ALARM, text=text)
+
+    def notify(self, notice: Notice, reason: str) -> None:
+        """Send a message to the webhook; there is at most one of a kind per attempt and step."""
+        once = f"{self._attempt:04d}-{self._step()}" if notice != Notice.DONE else str(self._step())
+        self._webhook.send(notice, self._step(), reason, once=once)
 
     def row(self, values: dict[str, float | None]) -> None:
         """Write the values of a log point or of an evaluation."""

@@ -4,11 +4,13 @@
 <run>/events.jsonl  the journal                     <run>/samples/        pictures
 <run>/records/      configuration and record of each attempt, see dit_scale.telemetry.record
 <run>/evaluations/  a grid of samples per evaluation
+<run>/targets/      where Prometheus finds the metrics of each node, see dit_scale.monitoring
 
 The state root is the run folder, unless checkpoint.url names another place:
 
 <root>/attempts/    one file per attempt            <root>/checkpoints/   committed checkpoints
 <root>/ema/         stored averages, for `dit-scale ema reconstruct`
+<root>/notices/     marks of messages that the webhook has sent, see dit_scale.telemetry.webhook
 
 With checkpoint.url, the run folder may be local to one machine. Each checkpoint therefore carries a copy of
 the record and the journal, from which the run resumes on another machine.

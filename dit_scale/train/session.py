@@ -10,6 +10,7 @@ from dit_scale.errors import StabilityError
 from dit_scale.heartbeat import Heart, Phase
 from dit_scale.journal import Event
 from dit_scale.signals import StopRequest
+from dit_scale.telemetry.webhook import Notice
 from dit_scale.train.attempt import Attempt
 from dit_scale.train.context import RunContext
 from dit_scale.train.evaluation import Evaluation
@@ -82,8 +83,9 @@ class Session:
             excluded_positions=rollback.excluded,
         )
         attempt.say(f"{rollback.reason}: rolling back to a checkpoint before it and excluding its samples")
-        # The last rows of a mirror may take a while.
+        # The message, or the last rows of a mirror, may take a while.
         self._context.heart.beat(Phase.WAIT_SAVE, self.state.step)
+        attempt.notify(Notice.ROLLED_BACK, rollback.reason)
         attempt.close()
         self._rollbacks = self._rollbacks_in_a_row() + 1
         self.attempt, self.saves = self._start_attempt(rollback, attempt)

@@ -1,4 +1,4 @@
-"""The laws of the documents: README, CONTRIBUTING and docs/ match the code."""
+"""The laws of the documents: README, CONTRIBUTING and docs/ match the code and each other."""
 
 import ast
 import re
@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.architecture.source import PACKAGES, ROOT, parse, sources
 from tests.architecture.test_layers import LAYERS
@@ -16,9 +17,12 @@ PRESENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
 """Documents that describe the project as it is now."""
 
 
-def test_the_tree_in_the_readme_shows_every_part_in_the_order_of_the_layers() -> None:
+def test_the_tree_shows_every_part_in_the_order_of_the_layers() -> None:
     tree = (
-        (ROOT / "README.md").read_text().partition("    dit_scale/\n")[2].partition("    data_pipeline/")[0]
+        (ROOT / "docs/architecture.md")
+        .read_text()
+        .partition("    dit_scale/\n")[2]
+        .partition("    data_pipeline/")[0]
     )
     shown = re.findall(r"^ {6}(\w+(?:\.py|/)(?: {2}\w+(?:\.py|/))*)", tree, re.MULTILINE)
     parts = [name.removesuffix(".py").rstrip("/") for row in shown for name in row.split()]
@@ -41,6 +45,19 @@ def headings(path: Path) -> frozenset[str]:
     slugs = [slug.strip().replace(" ", "-") for slug in slugs]
     assert [slug for slug, count in Counter(slugs).items() if "--" in slug or count > 1] == []
     return frozenset(slugs)
+
+
+def test_the_site_has_all_pages() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    pages = {
+        name for section in yaml.safe_load(text)["nav"] for part in section.values() for name in _files(part)
+    }
+    from_root = {"index.md", "contributing.md", "changelog.md"}
+    assert pages == from_root | {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def _files(entries: list[dict[str, str]]) -> list[str]:
+    return [name for entry in entries for name in entry.values()]
 
 
 def test_the_runbook_quotes_messages_of_the_program() -> None:

@@ -60,6 +60,7 @@ LAYERS = (
     "train",
     "inference",
     "report",
+    "monitoring",
     "forecast",
     "scaling",
     "cli",
@@ -80,6 +81,7 @@ DOORS = {
     "huggingface_hub": ("dit_scale.vae_files",),
     "jinja2": ("dit_scale.report.page.document",),
     "matplotlib": ("dit_scale.scaling.canvas",),
+    "prometheus_client": ("dit_scale.monitoring.exporter", "dit_scale.monitoring.families"),
     "psutil": ("dit_scale.elastic.node.processes", "dit_scale_pipeline.ray_start"),
     "pyarrow": ("dit_scale_pipeline.inputs.parquet",),
     "ray": tuple(
@@ -87,9 +89,10 @@ DOORS = {
     ),
     "triton": ("dit_scale.kernels.adamw", "dit_scale.kernels.philox"),
     "transformers": ("dit_scale.evaluate.networks.dinov2",),
-    "wandb": ("dit_scale.telemetry.sinks",),
-    "tensorboard": ("dit_scale.telemetry.sinks",),
-    "torch.utils.tensorboard": ("dit_scale.telemetry.sinks",),
+    "trackio": ("dit_scale.telemetry.sinks.trackio_sink",),
+    "wandb": ("dit_scale.telemetry.sinks.wandb_sink",),
+    "tensorboard": ("dit_scale.telemetry.sinks.tensorboard_sink",),
+    "torch.utils.tensorboard": ("dit_scale.telemetry.sinks.tensorboard_sink",),
 }
 """Foreign library => the only modules that import it."""
 

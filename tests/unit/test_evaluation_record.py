@@ -15,7 +15,8 @@ from dit_scale.journal import Event
 from dit_scale.ledger import Heading
 from dit_scale.report.goodput import ledger
 from dit_scale.report.status import status_of
-from dit_scale.telemetry.sinks import Mirror, open_mirrors
+from dit_scale.telemetry.sinks import open_mirrors
+from dit_scale.telemetry.sinks.mirror import Mirror
 from dit_scale.train.logbook import carried_over
 
 EVALUATE = {"every_steps": 10, "held_out": 0.1}

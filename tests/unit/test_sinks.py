@@ -9,14 +9,10 @@ import pytest
 from dit_scale.config import TrainConfig
 from dit_scale.errors import ConfigError
 from dit_scale.journal import Journal, read_journal
-from dit_scale.telemetry.sinks import (
-    Mirror,
-    TensorBoard,
-    check_installed,
-    open_mirrors,
-    wandb_id,
-    wandb_id_of,
-)
+from dit_scale.telemetry.sinks import check_installed, open_mirrors
+from dit_scale.telemetry.sinks.identity import id_of, run_id
+from dit_scale.telemetry.sinks.mirror import Mirror
+from dit_scale.telemetry.sinks.tensorboard_sink import TensorBoard
 from tests.support.faults.small_disk import small_disk
 
 
@@ -103,7 +99,7 @@ def test_wandb_offline_writes_a_run(
         mirror.write(step, {"loss": 0.123456789})
     mirror.close()
     wandb.teardown()  # as at the end of a run: waits for wandb's own process, which writes the file
-    (written,) = (folder / "wandb").glob(f"offline-run-*/run-{wandb_id(folder)}.wandb")
+    (written,) = (folder / "wandb").glob(f"offline-run-*/run-{run_id(folder)}.wandb")
     data = written.read_bytes()
     assert b"loss" in data
     assert b"0.123456789" in data
@@ -132,16 +128,16 @@ def test_tensorboard_on_a_full_disk(
     assert "No space left on device" in alarm
 
 
-def test_a_run_that_moves_keeps_its_wandb_id(tmp_path: Path) -> None:
-    first = wandb_id(tmp_path / "a")
+def test_a_run_that_moves_keeps_its_run_id(tmp_path: Path) -> None:
+    first = run_id(tmp_path / "a")
     assert first.startswith(str(tmp_path / "a").strip("/").replace("/", "-"))
-    assert first not in {wandb_id(tmp_path / "b"), wandb_id(tmp_path / "a" / "a")}
-    assert len(wandb_id(tmp_path / ("x" * 200))) <= 128
-    assert wandb_id(tmp_path / "a b") != wandb_id(tmp_path / "a#b")
-    assert wandb_id_of("s3://a/imagenet256") != wandb_id_of("/a/imagenet256")
+    assert first not in {run_id(tmp_path / "b"), run_id(tmp_path / "a" / "a")}
+    assert len(run_id(tmp_path / ("x" * 200))) <= 128
+    assert run_id(tmp_path / "a b") != run_id(tmp_path / "a#b")
+    assert id_of("s3://a/imagenet256") != id_of("/a/imagenet256")
     for folder in ("offline-run-20260102_030405-runs-a", "run-20260101_000000-other"):
         (tmp_path / "moved" / "wandb" / folder).mkdir(parents=True)
-    assert wandb_id(tmp_path / "moved") == "runs-a"
+    assert run_id(tmp_path / "moved") == "runs-a"
 
 
 def test_the_journal_is_append_only(tmp_path: Path, alarms: list[str]) -> None:

@@ -31,9 +31,18 @@ function tick(value, unit) {
   const size = Math.abs(value);
   if (size >= 1e9) return Number((value / 1e9).toPrecision(4)) + "G";
   if (size >= 1e6) return Number((value / 1e6).toPrecision(4)) + "M";
-  if (size >= 1e4) return Number((value / 1e3).toPrecision(4)) + "k";
+  if (size >= 1e3) return Number((value / 1e3).toPrecision(4)) + "k";
   if (size && size < 1e-3) return value.toExponential(1).replace(".0e", "e");
   return String(Number(value.toPrecision(4)));
+}
+
+// Evenly spaced ticks at round numbers.
+function evenTicks(low, high) {
+  const rough = (high - low) / 4, power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
+  const found = [];
+  for (let i = Math.ceil(low / step); i * step <= high; i++) found.push(Number((i * step).toPrecision(12)));
+  return found;
 }
 
 // Ticks of a logarithmic axis at 1, 2 and 5 times powers of ten; at powers alone if there are many.
@@ -167,7 +176,7 @@ class Chart {
         y: {distr: this.isLog ? 3 : 1, range: (u, low, high) => this.range(low, high)},
       },
       axes: [
-        axis({space: 70, size: 30, values: (u, steps) => steps.map((step) => (Number.isInteger(step) ? tick(step) : ""))}),
+        axis({space: 70, size: 26, values: (u, steps) => steps.map((step) => (Number.isInteger(step) ? tick(step) : ""))}),
         axis({
           size: 58, space: 34, values: (u, splits) => splits.map((value) => (value === null ? "" : tick(value, unit))),
           ...(this.isLog ? {splits: (u, i, low, high) => this.splits(low, high), filter: (u, splits) => splits} : {}),
@@ -191,7 +200,7 @@ class Chart {
       hooks: {
         setSelect: [(u) => this.select(u)],
         setCursor: [(u) => this.read(u)],
-        drawClear: [(u) => this.markRestarts(u)],
+        drawAxes: [(u) => this.markRestarts(u)],
       },
     }, this.data(), this.place);
     this.plot.setScale("x", {min: zoom[0], max: zoom[1]});
@@ -206,15 +215,14 @@ class Chart {
   range(low, high) {
     if (low === null || low === undefined) return this.isLog ? [0.1, 1] : [0, 1];
     if (this.isLog) return low < high ? [low / 1.08, high * 1.08] : [low / 1.5, high * 1.5];
+    if (low === 0 && high === 0) return [0, 1];
     if (this.panel.unit === "%") return [Math.min(0, low), Math.max(high * 1.1, 0.01)];
     return uPlot.rangeNum(low, high, 0.08, true);
   }
 
   splits(low, high) {
     const found = logTicks(low, high);
-    if (found.length > 2) return found;
-    const step = (high - low) / 4;
-    return [0.5, 1.5, 2.5, 3.5].map((count) => Number((low + count * step).toPrecision(2)));
+    return found.length > 2 ? found : evenTicks(low, high);
   }
 
   select(u) {
@@ -224,18 +232,23 @@ class Chart {
     setZoom(low, high);
   }
 
-  // Show the values at the cursor, or the last ones; with several runs, only those of single lines fit.
+  // Show the values at the cursor, or the last ones.
   read(u) {
     const index = u.cursor.idx;
     for (const series of this.panel.series) {
       const shown = this.lines.map((line, i) => [line, i + 1]).filter(([line]) => line.key === series.key && this.isShown(line));
-      const texts = shown.map(([line, i]) => {
+      this.values.get(series.key).replaceChildren(...shown.map(([line, i]) => {
         const y = u.data[i];
-        if (index !== null && index !== undefined) return format(y[nearest(u, i, index)], this.panel.unit);
-        for (let k = y.length - 1; k >= 0; k--) if (typeof y[k] === "number") return format(y[k], this.panel.unit);
-        return "-";
-      });
-      this.values.get(series.key).textContent = texts.join(" | ");
+        const at = index === null || index === undefined ? y.findLastIndex((one) => typeof one === "number") : nearest(u, i, index);
+        const text = document.createElement("span");
+        text.textContent = format(y[at], this.panel.unit);
+        if (several) {
+          const swatch = document.createElement("span");
+          swatch.className = "swatch s" + (line.run % 8);
+          text.prepend(swatch);
+        }
+        return text;
+      }));
     }
     if (index !== null && index !== undefined) readout(u);
   }

@@ -60,13 +60,13 @@ def differences(recipe: Recipe | None, runs: Sequence[Keys]) -> dict[str, list[s
 
     A path counts only if it differs between runs, and the run folder never does.
     """
-    expected = keys_of(load(TrainConfig, recipe.name)).text if recipe else {}
+    expected = keys_of(load(TrainConfig, recipe.name, keep_relative=True)).text if recipe else {}
     found = {}
     for key in dict.fromkeys([*expected, *(key for run in runs for key in run.text)]):
         values = [run.text.get(key, ABSENT) for run in runs]
-        is_path = any(key in run.paths for run in runs)
-        others = set(values) if is_path else {expected.get(key, ABSENT), *values}
-        if len(others) > 1 and key != "run":
+        is_free = recipe is None or any(key in run.paths for run in runs)
+        compared = values if is_free else [expected.get(key, ABSENT), *values]
+        if len(set(compared)) > 1 and key != "run":
             found[key] = [expected.get(key, ABSENT), *values]
     return found
 

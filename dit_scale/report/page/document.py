@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_scale import __version__
-from dit_scale.report.page import configs, words
+from dit_scale.report import words
+from dit_scale.report.page import configs
 from dit_scale.report.page.contents import RunPage
 from dit_scale.report.page.curves import points_per_curve, summary
 from dit_scale.report.page.panels import PANELS, Panel, series_of
@@ -87,7 +88,8 @@ class _Page:
             "reload_s": reload_s,
             "version": __version__,
             "sections": SECTIONS,
-            "status_rows": MAX_ROWS,
+            "max_rows": MAX_ROWS,
+            "several": len(runs) > 1,
             "panels": [_panel_view(panel, runs) for panel in self._panels],
             "missing": [panel.title for panel in PANELS if panel not in self._panels],
             "headings": _headings(runs),
@@ -176,7 +178,7 @@ def _run_view(run: RunPage, pictures: _Pictures) -> dict[str, Any]:
     if status.best:
         (key,) = status.best.keys() - {"step"}
         name = "Frechet distance" if key == FRECHET else "held-out loss"
-        best = (name, status.best[key], status.best["step"])
+        best = {"name": name, "value": status.best[key], "step": status.best["step"]}
     ends = list(accumulate(status.spent_s.values(), initial=0.0))
     ledger = [
         {"heading": heading, "begin": begin / status.wall_s, "share": seconds / status.wall_s}
@@ -219,7 +221,7 @@ def _template() -> "Template":
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters |= {
-        "duration": words.duration,
+        "duration": words.in_two_units,
         "moment": words.moment,
         "number": words.number,
         "share": lambda share: f"{100 * share:.3f}%",

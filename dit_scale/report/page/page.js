@@ -125,6 +125,7 @@ if (page.panels.length) {
   drawCharts();
   startToolbar();
   setZoom(...((state && state.zoom) || whole));
+  requestAnimationFrame(() => performance.mark("drawn"));
 }
 if (page.grid_steps.length) {
   const grid = document.getElementById("grid");

@@ -45,13 +45,6 @@ PANELS = (
         logarithmic=True,
     ),
     Panel(
-        "held_out_parts",
-        "Held-out MSE and VB",
-        "The two parts of the held-out loss.",
-        {"eval_mse_*": "MSE ", "eval_vb_*": "VB "},
-        logarithmic=True,
-    ),
-    Panel(
         "quality",
         "Sample quality",
         "Frechet distance of samples to the reference; smaller is better.",
@@ -70,6 +63,13 @@ PANELS = (
         "Update ratio",
         "L2 norm of the last update of the master weights over the norm of the weights.",
         {"update_ratio": "ratio"},
+        logarithmic=True,
+    ),
+    Panel(
+        "held_out_parts",
+        "Held-out MSE and VB",
+        "The two parts of the held-out loss.",
+        {"eval_mse_*": "MSE ", "eval_vb_*": "VB "},
         logarithmic=True,
     ),
     Panel("lr", "Learning rate", "As used by the last step.", {"lr": "lr"}, logarithmic=False),

@@ -51,7 +51,8 @@ def chosen(grids: dict[int, Path], always: Iterable[int], budget_bytes: int) -> 
 
 def _within(grids: dict[int, Path], always: Iterable[int], budget_bytes: int, side: int) -> list[Picture]:
     steps = list(grids)
-    needed = [step for step in dict.fromkeys([*steps[-1:], *always, *steps[:1]]) if step in grids]
+    newest = next((step for step in reversed(steps) if _pictures(grids, [step], side)), None)
+    needed = [step for step in dict.fromkeys([newest, *always, *steps[:1]]) if step in grids]
     largest = max((len(picture.uri) for picture in _pictures(grids, needed, side)), default=1)
     count = budget_bytes // largest
     while True:

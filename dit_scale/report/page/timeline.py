@@ -11,7 +11,7 @@ from dit_scale.report.spans import MICRO, AttemptSpan, RoundSpan
 MAX_LANES = 16
 """Nodes shown on the time line; those with failures come first."""
 MAX_BARS = 400
-"""Newest attempts or rounds shown."""
+"""Newest attempts, rounds and failures shown."""
 UNKNOWN = "unknown"
 """Shown as the node of a failure that no supervisor recorded."""
 
@@ -67,13 +67,14 @@ def timeline_of(
     end_s: float,
 ) -> Timeline | None:
     """Return the time line of a run up to `end_s`; None if nothing has started."""
-    starts_s = [us / MICRO for us in (*(a.start_us for a in attempts), *(r.start_us for r in rounds))]
-    if not starts_s:
+    times_us = [us for span in attempts for us in (span.start_us, span.last_entry_us)]
+    times_us += [us for span in rounds for us in (span.start_us, span.last_entry_us)]
+    if not times_us:
         return None
-    begin_s = min(starts_s)
-    scale = _Scale(begin_s, max(end_s, *starts_s, *(one.at_s for one in interruptions), begin_s + 1e-3))
+    begin_s = min(times_us) / MICRO
+    scale = _Scale(begin_s, max(end_s, max(times_us) / MICRO, begin_s + 1e-3))
     failures: dict[str, list[Mark]] = {}
-    for one in interruptions:
+    for one in interruptions[-MAX_BARS:]:
         where = f", rank {one.rank}" if one.rank is not None else ""
         mark = Mark(scale.share(one.at_s), f"{one.reason}{where}, {one.lost_steps} steps lost")
         failures.setdefault(one.node, []).append(mark)
@@ -81,7 +82,7 @@ def timeline_of(
     nodes = sorted(
         members.keys() | failures.keys() - {""}, key=lambda node: (-len(failures.get(node, ())), node)
     )
-    lanes = [Lane("attempts", _attempt_bars(attempts, scale), failures.get("", []))]
+    lanes = [Lane("attempts", _attempt_bars(attempts, rounds, scale), failures.get("", []))]
     for node in sorted(nodes[:MAX_LANES]):
         bars = [
             _bar(scale, span, "member", f"round {span.number}")
@@ -116,10 +117,15 @@ class _Scale:
         return min(1.0, max(0.0, (at_s - self.begin_s) / (self.end_s - self.begin_s)))
 
 
-def _attempt_bars(attempts: Sequence[AttemptSpan], scale: _Scale) -> list[Bar]:
+def _attempt_bars(attempts: Sequence[AttemptSpan], rounds: Sequence[RoundSpan], scale: _Scale) -> list[Bar]:
+    """Return two bars per attempt; the first starts with its round, or after the attempt before it."""
     bars = []
+    before_us = 0
     for attempt in attempts[-MAX_BARS:]:
-        start, end = (scale.share(us / MICRO) for us in (attempt.start_us, attempt.last_entry_us))
+        of_rounds_us = [span.start_us for span in rounds if span.start_us <= attempt.start_us]
+        start_us = max(before_us, *of_rounds_us[-1:]) if of_rounds_us else attempt.start_us
+        before_us = attempt.last_entry_us
+        start, end = (scale.share(us / MICRO) for us in (start_us, attempt.last_entry_us))
         stepped_us = [us for us, entry in attempt.entries if entry["event"] == Event.FIRST_STEP]
         first = scale.share(stepped_us[0] / MICRO) if stepped_us else end
         text = f"attempt {attempt.number}, steps {attempt.first_step} to {attempt.last_step}"

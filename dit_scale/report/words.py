@@ -1,4 +1,4 @@
-"""Numbers and times as the page writes them."""
+"""Numbers and times in words, for terminals and pages."""
 
 import math
 import time
@@ -7,7 +7,7 @@ from itertools import pairwise
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
-def duration(seconds: float) -> str:
+def in_two_units(seconds: float) -> str:
     """Format the two largest units: 3 d 4 h, 2 min 5 s."""
     for (size, name), (smaller, small_name) in pairwise(UNITS):
         if seconds >= size:

@@ -1,0 +1,1 @@
+"""Metrics of a node for Prometheus: what the files of its run say, read at each scrape."""

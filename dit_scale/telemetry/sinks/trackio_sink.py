@@ -1,0 +1,51 @@
+"""Mirror in Trackio's database. The only module that imports trackio."""
+
+import io
+import os
+from collections import defaultdict
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+FOLDER_VARIABLE = "TRACKIO_DIR"
+"""Environment variable with the folder of Trackio's databases; by default `trackio` in the run folder."""
+
+
+class Trackio:
+    """A run in Trackio, continued by later attempts under the same name.
+
+    Rows of steps that an earlier attempt has logged already, and that are taken again, are not added again.
+    """
+
+    def __init__(self, folder: Path, project: str, name: str, config: dict[str, Any]) -> None:
+        os.environ.setdefault(FOLDER_VARIABLE, str(folder / "trackio"))  # read when trackio is imported
+        import trackio
+        from trackio.sqlite_storage import SQLiteStorage
+
+        with redirect_stdout(io.StringIO()):  # it prints how to show a dashboard
+            self._run = trackio.init(project=project, name=name, config=config, resume="allow", embed=False)
+        self._logged: defaultdict[int, set[str]] = defaultdict(set)
+        for row in SQLiteStorage.get_logs(project, name, run_id=self._run.id):
+            self._logged[row["step"]].update(row)
+
+    def write(self, step: int, record: dict[str, float | None]) -> None:
+        if not record.keys() <= self._logged[step]:
+            self._run.log(record, step=step)
+        self._check()
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        import trackio
+
+        if name not in self._logged[step]:
+            self._run.log({name: trackio.Image(str(path))}, step=step)
+        self._check()
+
+    def close(self) -> None:
+        with redirect_stdout(io.StringIO()):
+            self._run.finish()
+        self._check()
+
+    def _check(self) -> None:
+        """Raise OSError if Trackio has lost rows: it only warns, once, from a thread of its own."""
+        if failures := sorted(self._run._warned_failures):
+            raise OSError(f"trackio warned on stderr: {', '.join(failures)}")
