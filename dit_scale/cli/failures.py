@@ -35,6 +35,8 @@ MEMORY = {
     "dit-scale train": "lower engine.micro_batch, set engine.memory_gib to the memory of one device, or set "
     "engine.activation_checkpointing=block; `--dry-run` estimates what a step needs",
     "dit-scale encode": "lower vae_batch",
+    "dit-scale sample": "lower --tile",
+    "dit-scale evaluate": "lower --tile",
 }
 """What to do when memory is exhausted, by command."""
 
@@ -113,7 +115,7 @@ def _advice(error: Exception, command: str) -> str:
     """Return what to do about exhausted memory, disks and ports; empty for other errors."""
     text, code = str(error), error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return f"To use less memory, {MEMORY.get(command, 'lower --batch')}"
+        return f"To use less memory, {MEMORY[command]}" if command in MEMORY else "It needs more memory"
     if code == errno.EADDRINUSE or "EADDRINUSE" in text:
         return "Another process uses this port: pass another one, for example `deepspeed --master_port`"
     if code in (errno.ENOSPC, errno.EDQUOT):
