@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.architecture.source import PACKAGES, ROOT, parse, sources
 from tests.architecture.test_layers import LAYERS
@@ -44,6 +45,19 @@ def headings(path: Path) -> frozenset[str]:
     slugs = [slug.strip().replace(" ", "-") for slug in slugs]
     assert [slug for slug, count in Counter(slugs).items() if "--" in slug or count > 1] == []
     return frozenset(slugs)
+
+
+def test_the_site_has_all_pages() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    pages = {
+        name for section in yaml.safe_load(text)["nav"] for part in section.values() for name in _files(part)
+    }
+    from_root = {"index.md", "contributing.md", "changelog.md"}
+    assert pages == from_root | {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def _files(entries: list[dict[str, str]]) -> list[str]:
+    return [name for entry in entries for name in entry.values()]
 
 
 def test_the_runbook_quotes_messages_of_the_program() -> None:

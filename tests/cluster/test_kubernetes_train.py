@@ -376,3 +376,17 @@ def test_the_image_has_what_the_jobs_use() -> None:
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert {"configs", "data_pipeline", "dit_scale", "constraints.txt", "pyproject.toml"} <= set(kept)
     assert all((ROOT / path).exists() for path in kept)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pods_that_serve_metrics(tmp_path: Path, name: str) -> None:
+    text = example(KUBERNETES / "components/metrics/kustomization.yaml")
+    made = written(tmp_path, f"resources: [../cluster/kubernetes/overlays/{name}]\n{text}")
+    args, config = launch(made)
+    assert config is not None
+    assert args.metrics_port == 9470
+    (port,) = container(made)["ports"]
+    pod = job_spec(made)["template"]
+    assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(port["containerPort"]) == "9470"
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "a"}, "spec": job_spec(made)}
+    kubernetes_validate.validate(job, "1.37", strict=True)

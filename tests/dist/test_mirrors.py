@@ -1,5 +1,6 @@
-"""A mirror that fails at any time costs one alarm: the public command with the real libraries."""
+"""Mirrors of a run that is killed, and mirrors that fail: the public command with the real libraries."""
 
+import json
 import os
 import pty
 import signal
@@ -7,19 +8,25 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dit_scale.config import TrainConfig, dump
+from dit_scale.telemetry.sinks.identity import run_id
+from dit_scale.telemetry.webhook import URL_VARIABLE
 from tests.support.latents import write_latents
-from tests.support.ranks import jobs
+from tests.support.ranks import jobs, rollback_jobs
 from tests.support.ranks.held_run import held_run
 from tests.support.ranks.processes import TIMEOUT_S
 from tests.support.ranks.runs import events
+from tests.support.webhook import SECRET, receiver
 
 pytestmark = pytest.mark.dist
 
 STEPS = 8
+KEY = "0123456789abcdef0123456789abcdef01234567"
+"""An API key of W&B that must appear nowhere."""
 
 
 @pytest.fixture
@@ -87,3 +94,84 @@ def test_wandb_without_a_key_does_not_prompt(tmp_path: Path, environment: dict[s
     assert alarm["text"].startswith("wandb failed to start and gets no more rows")
     assert "No API key configured" in alarm["text"]
     assert len(jobs.losses(config)) == STEPS
+
+
+def records_of(file: Path) -> dict[str, list[Any]]:
+    """Return the records of a .wandb file by their type, as wandb's own reader prints them."""
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", str(file), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
+    found: dict[str, list[Any]] = {}
+    for record in map(json.loads, done.stdout.splitlines()):
+        found.setdefault(record["type"], []).append(record[record["type"]])
+    return found
+
+
+def files_with(folder: Path, *texts: str) -> list[str]:
+    """Return the files that contain one of these texts."""
+    found = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [str(path) for path in found if any(text.encode() in path.read_bytes() for text in texts)]
+
+
+def test_a_killed_run_is_one_run_in_wandb_and_no_secret_is_written(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """An attempt that is stopped, one that is killed and one that finishes write rows under one id."""
+    config = config_of(tmp_path, "offline")
+    config = config.model_copy(update={"log": config.log.model_copy(update={"tensorboard": True})})
+    written = Path(config.run, "wandb")
+    with receiver() as (url, received):
+        environment |= {"WANDB_API_KEY": KEY, URL_VARIABLE: url}
+        with held_run(config, tmp_path / "stopped", [2], **environment) as process:
+            process.wait()
+            process.process.send_signal(signal.SIGTERM)
+            process.go()
+            assert process.end() == 75, process.log.read_text()
+        with held_run(config, tmp_path / "killed", [3], **environment) as process:
+            process.wait()
+            # wandb's process writes its file every 15 s
+            process.wait_until(lambda: all(path.stat().st_size > 1000 for path in written.glob("*/*.wandb")))
+        for name in ("finished", "finished already"):
+            with held_run(config, tmp_path / name, **environment) as process:
+                assert process.end() == 0, process.log.read_text()
+        assert [(one["event"], one["step"]) for one in received.messages] == [("done", STEPS)]
+    files = sorted(written.glob(f"offline-run-*/run-{run_id(Path(config.run))}.wandb"))
+    attempts = [records_of(file) for file in files[:3]]
+    for records in attempts:
+        (of_run,) = records["run"]
+        assert of_run["run_id"] == run_id(Path(config.run))
+        assert of_run["config"]["update"]["model"]["name"] == config.model.name
+        assert "memory_percent" in records["stats"][0]["item"], "system metrics"
+    steps = [[row["item"]["_step"] for row in records["history"]] for records in attempts]
+    resumed = events(config, "start")[1]["step"]
+    assert steps[0] == list(range(1, resumed + 1))
+    assert steps[1]
+    assert steps[1] == list(range(resumed + 1, resumed + 1 + len(steps[1]))), "rows of the killed attempt"
+    assert steps[2] == list(range(resumed + 1, STEPS + 1))
+    rows = {row["item"]["_step"]: row["item"]["loss"] for records in attempts for row in records["history"]}
+    assert rows == {row["step"]: row["loss"] for row in jobs.losses(config)}
+    assert files_with(tmp_path, KEY, SECRET) == []
+
+
+def test_a_webhook_that_fails_costs_one_alarm(tmp_path: Path, environment: dict[str, str]) -> None:
+    config = config_of(tmp_path, "off")
+    environment[URL_VARIABLE] = f"http://127.0.0.1:1/{SECRET}"
+    with held_run(config, tmp_path / "held", **environment) as process:
+        assert process.end() == 0, process.log.read_text()
+    (alarm,) = events(config, "alarm")
+    assert alarm["text"].endswith("failed, and its message is lost: Connection refused")
+    assert process.log.read_text().count("ALARM") == 1
+    assert files_with(tmp_path, SECRET) == []
+
+
+def test_a_rollback_sends_a_message(tmp_path: Path, environment: dict[str, str]) -> None:
+    write_latents(tmp_path / "data", num=rollback_jobs.NUM)
+    rollback_jobs.spoil(tmp_path / "data", [rollback_jobs.sample_of(step, 0) for step in (5, 6)])
+    config = rollback_jobs.config_of(tmp_path / "run", tmp_path / "data", rollback_after=2)
+    with receiver() as (url, received):
+        environment[URL_VARIABLE] = url
+        with held_run(config, tmp_path / "held", **environment) as process:
+            assert process.end() == 0, process.log.read_text()
+    first, last = received.messages
+    assert (first["event"], first["step"]) == ("rolled_back", 6)
+    assert first["reason"] == "2 steps in a row failed, starting at step 5"
+    assert last["event"] == "done"

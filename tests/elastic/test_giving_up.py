@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from dit_scale.elastic.board import Board
+from dit_scale.telemetry.webhook import URL_VARIABLE
 from dit_scale.train.run_folder import root_of
 from tests.support.latents import write_latents
 from tests.support.nodes.nodes import cluster, config_of
+from tests.support.webhook import SECRET, receiver
 
 pytestmark = pytest.mark.dist
 
@@ -130,3 +132,19 @@ def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
         assert node.says(
             "--address 203.0.113.1: Cannot assign requested address; expected a name or IP address"
         )
+
+
+def test_two_nodes_send_one_message_when_they_give_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    few = config.model.model_copy(update={"num_classes": 4})
+    with receiver() as (url, received), cluster(config.model_copy(update={"model": few})) as nodes:
+        monkeypatch.setenv(URL_VARIABLE, url)
+        members = [nodes.start(name, "--nodes", "2") for name in "ab"]
+        assert [node.exit_code() for node in members] == [93, 93]
+        (message,) = received.messages
+        assert (message["event"], message["run"]) == ("gave_up", config.run)
+        (ending,) = {event["text"] for node in members for event in node.events("round_ended")}
+        assert message["reason"] == ending
+        assert not any(node.says(SECRET) for node in members)
