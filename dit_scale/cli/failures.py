@@ -8,6 +8,7 @@ file if the user sits at a terminal, and to standard error if that is a log.
 import argparse
 import errno
 import os
+import re
 import sys
 import tempfile
 import time
@@ -31,6 +32,8 @@ MAX_NOISE = 120
 """Characters of a message that says only that another rank does not respond."""
 ERASE_LINE = "\r\x1b[K"
 """Erases the current line of a terminal."""
+_FOREIGN_PLACE = re.compile(r"\[\S+\.(cc|cpp|h):\d+\] ")
+"""Place in foreign source code, at the start of messages of gloo."""
 MEMORY = {
     "dit-scale train": "lower engine.micro_batch, set engine.memory_gib to the memory of one device, or set "
     "engine.activation_checkpointing=block; `--dry-run` estimates what a step needs",
@@ -133,7 +136,8 @@ def _message(error: Exception) -> str:
     """Return the line of a message that says most: the last one if it quotes a traceback, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     quotes = any(line.startswith('File "') for line in lines)
-    return (lines[-1 if quotes else 0] if lines else "")[:MAX_MESSAGE].rstrip(".")
+    chosen = lines[-1 if quotes else 0] if lines else ""
+    return _FOREIGN_PLACE.sub("", chosen)[:MAX_MESSAGE].rstrip(".")
 
 
 def _place_in(error: Exception) -> str:

@@ -85,7 +85,10 @@ def test_commands_on_a_run_use_its_folder(
         (OSError(errno.ENOSPC, "No space left on device", "/x"), "Free some space"),
         (OSError(errno.EADDRINUSE, "Address already in use"), "--master_port"),
         (RuntimeError("The server socket has failed to listen: EADDRINUSE"), "--master_port"),
-        (RuntimeError("[gloo/pair.cc:1] Connection closed by peer"), "see what that rank printed"),
+        (
+            RuntimeError("[gloo/pair.cc:1] Connection closed by peer"),
+            "see what that rank printed. The same command resumes. (RuntimeError: Connection closed by peer)",
+        ),
         (RuntimeError("ProcessGroupNCCL: CUDA error: out of memory"), "lower engine.micro_batch"),
         (OSError(errno.EIO, "Input/output error", "/x"), "Input/output error: '/x'"),
     ],
