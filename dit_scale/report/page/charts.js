@@ -169,7 +169,7 @@ class Chart {
     this.plot = new uPlot({
       width: this.place.clientWidth,
       height: this.place.clientHeight,
-      padding: [8, 12, 0, 0],
+      padding: [8, 20, 0, 0],
       legend: {show: false},
       scales: {
         x: {time: false, range: (u, low, high) => (low === null ? whole : [low, high])},
