@@ -1,6 +1,7 @@
 """The page of `dit-scale report`: what it says about runs in every state, and that no run can break it."""
 
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from dit_scale.report.page.configs import differences, keys_of, nearest_recipe
 from dit_scale.report.page.contents import RunReader, names_of
 from dit_scale.report.page.document import MAX_BYTES, document
 from dit_scale.report.page.panels import PANELS
+from dit_scale.report.page.timeline import WIDTH
 from tests.support.report_runs import (
     BREAKOUT,
     HOSTILE,
@@ -114,6 +116,24 @@ def test_failures_are_listed_by_cause_and_node(tmp_path: Path) -> None:
     assert f"1970-01-01 00:17:30 failed node1 3 30 10 {BREAKOUT}" in text
     assert "Alarms (1)" in text
     assert "Tracebacks: errors/20261130-rank0.txt" in text
+
+
+def test_the_time_line_shows_attempts_nodes_and_failures(tmp_path: Path) -> None:
+    """From the first round at 1000 s to the last entry at 1090 s, 10,000 units wide."""
+    found = RunReader(write_run(tmp_path), "a").read(NOW_S).timeline
+    assert found is not None
+    assert (found.begin_s, found.end_s, found.left_out) == (1000.0, NOW_S, 0)
+    attempts, node0, node1 = found.lanes
+    unit = WIDTH / (NOW_S - 1000.0)
+    begins = {kind: re.findall(r"M(\d+) 0h(\d+)", path) for kind, path in attempts.paths.items()}
+    seconds = {"starting": [(0, 12), (60, 12)], "training": [(12, 28), (72, 18)]}
+    for kind, spans in seconds.items():
+        got = [(int(begin) / unit, int(length) / unit) for begin, length in begins[kind]]
+        assert got == [pytest.approx(span, abs=1) for span in spans]
+    assert [node0.name, len(node0.bars["member"]), node0.marks] == ["node0", 2, []]
+    assert node0.bars["member"][1] == (60 / (NOW_S - 1000.0), 1.0)  # the round is open
+    assert (node1.name, len(node1.bars["member"])) == ("node1", 1)
+    assert [mark.text for mark in node1.marks] == ["failed, rank 3, 10 steps lost"]
 
 
 def test_two_runs_share_charts_and_have_a_column_each(tmp_path: Path) -> None:
