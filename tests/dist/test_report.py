@@ -40,9 +40,9 @@ def test_a_run_that_was_killed_twice(tmp_path: Path) -> None:
     assert page.curves["eval_loss_raw"].x.tolist() == [*page.grids] == [0, 4, 8, 12]
     rows = [json.loads(line) for line in (Path(config.run) / "metrics.jsonl").read_text().splitlines()]
     assert page.curves["loss"].y.tolist() == [row["loss"] for row in rows if "loss" in row]
-    # A chart shows every key of a log point, except what its axis shows and the number of a rank.
+    # A chart shows every key of a log point, except those of its axis.
     shown = {key for panel in PANELS for key in series_of(panel, page.curves)}
-    assert {key for row in rows for key in row} - shown == {"step", "samples", "slowest_rank"}
+    assert {key for row in rows for key in row} - shown == {"step", "samples"}
 
     html = document([page], starts[-1]["time_s"] + 60)
     assert "all 12 steps are taken and saved" in html
