@@ -41,7 +41,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 	@touch $@
 
 $(VENV)/ready: $(VENV)/demo
-	@echo "set-up 3/3: additional dependencies of the tests (about 300 MB)"
+	@echo "set-up 3/3: additional dependencies of the tests (about 450 MB)"
 	@$(BIN)/pip install --quiet --editable '.[dev]'
 	@$(BIN)/pip install --quiet --no-deps trackio # it asks for Pillow < 13, but runs with 13
 	@touch $@

@@ -232,7 +232,6 @@ def _settings(args: argparse.Namespace, backend: str) -> Row:
         "attention": backend,
         "micro_batch": args.micro_batch,
         "micro_steps": args.micro_steps,
-        "zero_stage": args.zero_stage,
         "precision": args.precision,
         "optimizer": args.optimizer,
         "compiled": args.compile,
@@ -266,7 +265,6 @@ def _config(args: argparse.Namespace, backend: str) -> TrainConfig:
         model=ModelConfig(name=args.model, image_size=args.image_size, attention=backend),
         optimizer=OptimizerConfig(implementation=args.optimizer),
         engine=EngineConfig(
-            zero_stage=args.zero_stage,
             precision=args.precision,
             micro_batch=args.micro_batch,
             device=args.device,
@@ -316,7 +314,7 @@ def _table(rows: list[Row]) -> Table:
     versions = " ".join(f"{name} {version}" for name, version in first["versions"].items())
     table = Table(
         title=f"Training step of {first['model']} at {first['image_size']} px, {first['precision']}, "
-        f"ZeRO-{first['zero_stage']}, {first['micro_steps']} x {first['micro_batch']} images, "
+        f"{first['micro_steps']} x {first['micro_batch']} images, "
         f"{'compiled' if first['compiled'] else 'not compiled'}, {first['determinism']}",
         caption="\n".join((*devices, versions)),
         box=box.SIMPLE_HEAD,
@@ -352,7 +350,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=int, default=256, help="pixels (default 256)")
     parser.add_argument("--micro-batch", type=int, default=32, help="images per forward pass (default 32)")
     parser.add_argument("--micro-steps", type=int, default=1, help="forward passes per step (default 1)")
-    parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--optimizer", default="torch", help="optimizer.implementation (default torch)")
     parser.add_argument("--determinism", choices=("strict", "fast"), default="strict")

@@ -21,17 +21,18 @@ class ImageProgress:
         self._has_bar, self._has_lines = shown and self._console.is_terminal, shown
         self._start_s = self._said_s = time.monotonic()
         self._bar = Progress(
-            TextColumn(self._title),
+            TextColumn("{task.description}", markup=False),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             console=self._console,
             disable=not self._has_bar,
         )
-        self._task = self._bar.add_task("", total=num_images, completed=int(done), status="")
+        self._task = self._bar.add_task(self._title, total=num_images, completed=int(done), status="")
 
     def __enter__(self) -> "ImageProgress":
         self._bar.start()
+        show_cursor(self._console)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -56,3 +57,9 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour:>4}:{minute:02}:{second:02}"
+
+
+def show_cursor(console: Console) -> None:
+    """Show the cursor, which a bar hides: a process that is killed could not show it again."""
+    if console.is_terminal:
+        console.show_cursor(True)

@@ -58,10 +58,25 @@ def leave_until_ready(message: str) -> None:
         signal.signal(number, leave)
 
 
+_interrupts: list[int] = []
+"""Signals since `interrupt`."""
+
+
 def interrupt() -> None:
-    """Make all of these signals interrupt the process like Ctrl-C."""
+    """Make all of these signals interrupt the process like Ctrl-C, and be remembered by `was_interrupted`."""
+    _interrupts.clear()
     for number in caught():
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def was_interrupted() -> bool:
+    """Whether a signal has arrived since `interrupt`, even if foreign code has lost its KeyboardInterrupt."""
+    return bool(_interrupts)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import dit_scale_pipeline.inputs as inputs
 from dit_scale.config import EncodeConfig
 from dit_scale.data.shards import DatasetInfo, Quarantined
 from dit_scale.errors import DataError
+from dit_scale.image_progress import show_cursor
 from dit_scale_pipeline.decoder import DecodedBatch
 from dit_scale_pipeline.inputs import Listing
 from dit_scale_pipeline.inputs.layout import layout_notes
@@ -155,6 +156,7 @@ class JobProgress:
         self._started_s = time.monotonic()
         self._last_row = (self._started_s, self._num_seen)
         self._bar.start()
+        show_cursor(self._console)
 
     def batch_done(self, batch: DecodedBatch) -> None:
         """Count a VAE batch that is encoded."""

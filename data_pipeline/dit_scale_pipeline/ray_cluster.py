@@ -53,7 +53,7 @@ class LostError(Exception):
 def cluster(address: str) -> Iterator[None]:
     """Join a Ray cluster, or start a local one that stops at the end of the block.
 
-    Raises DeviceError when the cluster cannot be joined or is lost.
+    Raises DeviceError when the cluster cannot be joined or is lost, and KeyboardInterrupt after a signal.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -82,12 +82,14 @@ def cluster(address: str) -> Iterator[None]:
         lifeline = _Lifeline(address, over)
         try:
             yield
-        except RayTaskError:
-            raise  # an error of the code that ran there
-        except (RayError, OSError, KeyboardInterrupt) as error:
-            if isinstance(error, KeyboardInterrupt) and not lifeline.cut:
-                raise
-            raise lifeline.error from error
+        except (Exception, KeyboardInterrupt) as error:
+            if signals.was_interrupted():  # the signal may have ended Ray before it arrived here
+                raise KeyboardInterrupt from error
+            if isinstance(error, RayTaskError):
+                raise  # an error of the code that ran there
+            if isinstance(error, RayError | OSError | KeyboardInterrupt):
+                raise lifeline.error from error
+            raise
 
 
 @contextmanager
@@ -151,25 +153,32 @@ class _Lifeline:
             f"{here['NodeManagerAddress']}:{here['NodeManagerPort']}": NODE_LOST_S,
         }
         self._over = over
-        self.cut = False
         self.error = DeviceError(
             f"lost the Ray cluster at {address}: its head or the node of this process no longer answers. "
             "Restart it and run the same command again; finished shards are kept"
         )
+        # A signal that nobody else sends here.
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
     def _watch(self) -> None:
         answered_s = dict.fromkeys(self._patience_s, time.monotonic())
         while not self._over.wait(PING_S):
+            is_lost = False
             for address, patience_s in self._patience_s.items():
                 if _listens(address):
                     answered_s[address] = time.monotonic()
-                self.cut |= time.monotonic() - answered_s[address] > patience_s
-            if self.cut:
-                _thread.interrupt_main(signal.SIGTERM)
+                is_lost |= time.monotonic() - answered_s[address] > patience_s
+            if is_lost:
+                _thread.interrupt_main(signal.SIGALRM)
                 if not self._over.wait(NODE_LOST_S):
-                    print(f"dit-scale encode: {self.error}", file=sys.stderr, flush=True)
-                    os._exit(2)
+                    self._end_process()
+
+    def _end_process(self) -> None:
+        interrupted = signals.was_interrupted()
+        text = "interrupted; run the same command again to continue" if interrupted else self.error
+        print(f"dit-scale encode: {text}", file=sys.stderr, flush=True)
+        os._exit(130 if interrupted else 2)
 
 
 def is_submitted() -> bool:

@@ -33,7 +33,7 @@ from dit_scale.cli import (
     train,
 )
 from dit_scale.cli.arguments import USER_ERROR_EXIT_CODE as USER_ERROR_EXIT_CODE
-from dit_scale.cli.arguments import Parser
+from dit_scale.cli.arguments import Formatter, Parser, help_width
 from dit_scale.cli.streams import LostOutputError, guarded, run_as_job
 from dit_scale.heartbeat import FOLDER_VARIABLE
 
@@ -122,7 +122,7 @@ def _parser() -> tuple[Parser, Mapping[str, Parser]]:
     parser = Parser(
         prog="dit-scale",
         usage="dit-scale COMMAND ...",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
         epilog="`dit-scale COMMAND --help` explains a command and shows an example.",
     )
     parser.add_argument("--version", action=_PrintVersions, nargs=0, help="print versions, for a bug report")
@@ -135,12 +135,16 @@ def _parser() -> tuple[Parser, Mapping[str, Parser]]:
         for module in modules:
             module.add(commands)
         lines += ["", f"{title}:"]
-        lines += [
-            f"  {name:<12}{command.summary}"
-            for name, command in commands.choices.items()
-            if name not in before
-        ]
+        for name, command in commands.choices.items():
+            if name not in before:
+                lines += _wrapped(command.summary, f"  {name:<12}")
     lines += ["", "Recipes (pass the name as the configuration):"]
-    lines += textwrap.wrap(" ".join(recipes.names()), initial_indent="  ", subsequent_indent="  ")
+    lines += _wrapped(" ".join(recipes.names()), "  ")
     parser.description = "\n".join(lines)
     return parser, commands.choices
+
+
+def _wrapped(text: str, start: str) -> list[str]:
+    return textwrap.wrap(
+        text, help_width(), initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+    )

@@ -3,12 +3,37 @@
 import argparse
 import math
 import os.path
+import re
+import shutil
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 USER_ERROR_EXIT_CODE = 2
 """Exit code for a mistake of the user; also that of argparse."""
+MAX_WIDTH = 100
+"""Characters of a line of help; longer lines are hard to read."""
 CONFIG_HELP = "a recipe (`dit-scale` lists them) or a YAML file"
+
+OVERRIDES_HELP = "override keys of the configuration"
+
+
+class Formatter(argparse.HelpFormatter):
+    """Wraps help to the terminal, at most MAX_WIDTH; indented lines of a description stay as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=help_width())
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join(
+            part if re.search(r"^  ", part, re.MULTILINE) else textwrap.fill(part, width) for part in parts
+        )
+
+
+def help_width() -> int:
+    """Return the width of help in characters."""
+    return min(shutil.get_terminal_size().columns - 2, MAX_WIDTH)
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,9 +68,7 @@ def add_group(commands: Any, name: str, help: str, example: str) -> Any:
 
 
 def _add_parser(commands: Any, name: str, help: str, description: str) -> Parser:
-    parser: Parser = commands.add_parser(
-        name, help=help, description=description, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser: Parser = commands.add_parser(name, help=help, description=description, formatter_class=Formatter)
     parser.summary = help
     return parser
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, add_command
+from dit_scale.cli.arguments import CONFIG_HELP, OVERRIDES_HELP, add_command
 
 
 def add(commands: Any) -> None:
@@ -24,9 +24,7 @@ again: finished shards are kept.
 explains, 130 interrupted (Ctrl-C, SIGTERM, SIGHUP and similar).""",
     )
     parser.add_argument("--config", help=CONFIG_HELP)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="override keys of the configuration"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and time one synthetic batch")
 
 

@@ -29,9 +29,9 @@ def add(commands: Any) -> None:
   dit-scale export runs/dit_xl2_256 --to pt --out xl2.pt
   dit-scale export runs/dit_xl2_256 --to diffusers --out xl2_pipeline
 
-safetensors  a file that also describes the model and names its VAE
-pt           the layout of the published weights, a flat state dict that does not describe the model
-diffusers    a folder for DiTPipeline.from_pretrained: transformer, scheduler, a copy of the VAE, class names
+  safetensors  a file that also describes the model and names its VAE
+  pt           the published layout, a state dict that does not describe the model
+  diffusers    a folder for DiTPipeline.from_pretrained, with a copy of the VAE
 
 diffusers computes other timestep frequencies than the paper's code. Only a model trained with
 model.timestep_embedding=diffusers is the same function there; for any other, latents differ by 6 % and

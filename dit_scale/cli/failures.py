@@ -8,6 +8,7 @@ file if the user sits at a terminal, and to standard error if that is a log.
 import argparse
 import errno
 import os
+import re
 import sys
 import tempfile
 import time
@@ -27,10 +28,18 @@ MISTAKES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectory
 """Errors of the operating system that the user can fix, if they name a file."""
 MAX_MESSAGE = 300
 """Characters of an error's message on the screen."""
+MAX_NOISE = 120
+"""Characters of a message that says only that another rank does not respond."""
+ERASE_LINE = "\r\x1b[K"
+"""Erases the current line of a terminal."""
+_FOREIGN_PLACE = re.compile(r"\[\S+\.(cc|cpp|h):\d+\] ")
+"""Place in foreign source code, at the start of messages of gloo."""
 MEMORY = {
     "dit-scale train": "lower engine.micro_batch, set engine.memory_gib to the memory of one device, or set "
     "engine.activation_checkpointing=block; `--dry-run` estimates what a step needs",
     "dit-scale encode": "lower vae_batch",
+    "dit-scale sample": "lower --tile",
+    "dit-scale evaluate": "lower --tile",
 }
 """What to do when memory is exhausted, by command."""
 
@@ -44,9 +53,13 @@ def report(error: Exception, args: argparse.Namespace) -> int:
     if os.environ.get(TRACEBACK_VARIABLE) or not (is_mistake or place):
         sys.stderr.write(text)
     if line is None:
-        parts = (_describe(error), _advice(error, args.name), f"Traceback: {place}" if place else "")
-        line = ". ".join(filter(None, parts))
-    print(f"{args.name}: {line}", file=sys.stderr, flush=True)
+        rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK") else ""
+        known = _cause(error, args.name)
+        line = rank + (known or f"{_error(error)}. If this looks like a bug, report it with its traceback")
+        if place:
+            line += f". {'Details' if known else 'Traceback'}: {place}"
+    # On a terminal, the bar of another rank may be in this line.
+    print(f"{ERASE_LINE if sys.stderr.isatty() else ''}{args.name}: {line}", file=sys.stderr, flush=True)
     return USER_ERROR_EXIT_CODE if is_mistake else 1
 
 
@@ -87,44 +100,52 @@ def _run_folder(args: argparse.Namespace) -> str:
     return ""
 
 
-def _describe(error: Exception) -> str:
-    """Return rank, type, message and place of an error."""
-    rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK") else ""
+def _cause(error: Exception, command: str) -> str | None:
+    """Return what happened and what to do about it; None for an error without a known cause."""
+    if advice := _advice(error, command):
+        return f"{_error(error)}. {advice}"
+    from dit_scale.elastic.node.rank import is_second_hand
+
+    if is_second_hand(error):
+        return (
+            "another rank has exited, and this rank cannot continue without it: see what that rank printed. "
+            f"The same command resumes. ({type(error).__name__}: {_message(error)[:MAX_NOISE]})"
+        )
+    return _error(error) if isinstance(error, OSError) and error.filename is not None else None
+
+
+def _advice(error: Exception, command: str) -> str:
+    """Return what to do about exhausted memory, disks and ports; empty for other errors."""
+    text, code = str(error), error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"To use less memory, {MEMORY[command]}" if command in MEMORY else "It needs more memory"
+    if code == errno.EADDRINUSE or "EADDRINUSE" in text:
+        return "Another process uses this port: pass another one, for example `deepspeed --master_port`"
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return "Free some space, then run the same command again"
+    return ""
+
+
+def _error(error: Exception) -> str:
+    """Return type, message and place of an error."""
     place = _place_in(error)
-    return f"{rank}{type(error).__name__}: {_message(error)}" + (f" ({place})" if place else "")
+    return f"{type(error).__name__}: {_message(error)}" + (f" ({place})" if place else "")
 
 
 def _message(error: Exception) -> str:
     """Return the line of a message that says most: the last one if it quotes a traceback, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     quotes = any(line.startswith('File "') for line in lines)
-    return (lines[-1 if quotes else 0] if lines else "")[:MAX_MESSAGE].rstrip(".")
+    chosen = lines[-1 if quotes else 0] if lines else ""
+    return _FOREIGN_PLACE.sub("", chosen)[:MAX_MESSAGE].rstrip(".")
 
 
 def _place_in(error: Exception) -> str:
     """Return file and line of the innermost frame of this project; empty if there is none."""
+    loaded = [sys.modules[name] for name in ("dit_scale", "dit_scale_pipeline") if name in sys.modules]
+    roots = [Path(module.__file__).parent for module in loaded if module.__file__]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        for name in ("dit_scale", "dit_scale_pipeline"):
-            root = Path(getattr(sys.modules.get(name), "__file__", None) or "/nowhere").parent
+        for root in roots:
             if Path(frame.filename).is_relative_to(root):
-                return f"{name}/{Path(frame.filename).relative_to(root)}:{frame.lineno}"
+                return f"{Path(frame.filename).relative_to(root.parent)}:{frame.lineno}"
     return ""
-
-
-def _advice(error: Exception, command: str) -> str:
-    """Return what to do about an error."""
-    from dit_scale.elastic.node.rank import is_second_hand
-
-    text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return f"To use less memory, {MEMORY.get(command, 'lower --batch')}"
-    if "EADDRINUSE" in text or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE):
-        return "Another process uses this port: pass another one, for example `deepspeed --master_port`"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "Free some space, then run the same command again"
-    if is_second_hand(error):
-        return (
-            "Another rank has exited, and this rank cannot continue without it: see what that rank printed. "
-            "The same command resumes"
-        )
-    return "If this looks like a bug, report it with its traceback"

@@ -84,7 +84,9 @@ images of --grid are missing or have changed.""",
     verify.add_argument(
         "--source", default=None, help="where the images are now (default: the path in dataset.json)"
     )
-    verify.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto)")
+    verify.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the VAE (default auto)"
+    )
 
 
 def _add_show(actions: Any) -> None:
@@ -108,8 +110,12 @@ by side. The printed table lists their ids and classes in the same order, row by
     chosen.add_argument("--ids", type=_ids, help="comma-separated sample ids, instead of random ones")
     show.add_argument("--seed", type=int_between(0), default=0, help="seed of the selection (default 0)")
     show.add_argument("--vae", default=None, help="folder or hub name (default: the one in dataset.json)")
-    show.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto)")
-    show.add_argument("--out", type=output_path, default="latents.png", help="(default latents.png)")
+    show.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the VAE (default auto)"
+    )
+    show.add_argument(
+        "--out", type=output_path, default="latents.png", help="picture to write (default latents.png)"
+    )
 
 
 def _info(args: argparse.Namespace) -> int:

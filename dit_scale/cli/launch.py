@@ -4,7 +4,14 @@ import argparse
 import sys
 from typing import Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, add_command, int_between, non_negative_float, positive_float
+from dit_scale.cli.arguments import (
+    CONFIG_HELP,
+    OVERRIDES_HELP,
+    add_command,
+    int_between,
+    non_negative_float,
+    positive_float,
+)
 from dit_scale.errors import ConfigError, DitScaleError
 
 
@@ -25,7 +32,9 @@ Exit codes: 0 done, 75 stopped on request and saved (run the same command again 
 option) a restart would fail the same way, 1 any other failure.""",
     )
     parser.add_argument("config", help=f"{CONFIG_HELP}; the same on all nodes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="the same on all nodes")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help=f"{OVERRIDES_HELP}; the same on all nodes"
+    )
     parser.add_argument("--nodes", default="1", help="number of nodes, or LEAST:MOST (default: 1)")
     parser.add_argument("--slots", type=int_between(1), help="ranks on this node (default: its GPUs, or 1)")
     parser.add_argument("--node", help="unique name of this node (default: its host name)")

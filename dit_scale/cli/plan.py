@@ -3,7 +3,14 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, add_command, int_between, non_negative_float, positive_float
+from dit_scale.cli.arguments import (
+    CONFIG_HELP,
+    OVERRIDES_HELP,
+    add_command,
+    int_between,
+    non_negative_float,
+    positive_float,
+)
 from dit_scale.cli.tables import UNLIMITED_WIDTH, ledger_table, print_table
 
 if TYPE_CHECKING:
@@ -43,7 +50,7 @@ a failure rate. docs/goodput.md describes the model.
 durations are assumptions: measure them on your machines.""",
     )
     parser.add_argument("config", help=f"{CONFIG_HELP}, for steps, global batch and checkpoint interval")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON")
     speed = parser.add_mutually_exclusive_group(required=True)
     speed.add_argument("--images-per-s", type=positive_float, help="measured images/s of one GPU")
@@ -70,7 +77,7 @@ def _add_machines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus", type=int_between(1), required=True, help="GPUs that train, without standby nodes"
     )
-    parser.add_argument("--gpus-per-node", type=int_between(1), default=8, help="(default 8)")
+    parser.add_argument("--gpus-per-node", type=int_between(1), default=8, help="GPUs of a node (default 8)")
     parser.add_argument("--spares", type=int_between(0), default=0, help="standby nodes (default 0)")
     parser.add_argument(
         "--failures", type=non_negative_float, default=6.5, help="failures per 1,000 node-days (default 6.5)"

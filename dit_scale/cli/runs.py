@@ -3,10 +3,11 @@
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command
-from dit_scale.cli.tables import age, new_screen, print_table
+from dit_scale.cli.tables import age, new_screen, print_first_that_fits
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from dit_scale.report.status import Status
 
 WATCH_S = 5.0
+LEAST = ("model", "goodput", "img/s", "score")
+"""Columns that a narrow terminal does not show, the least important first."""
 
 
 def add(commands: Any) -> None:
@@ -58,35 +61,42 @@ def _runs(args: argparse.Namespace) -> int:
 
 def _show(found: "Listing", folder: str) -> None:
     if found.runs:
-        print_table(_table(found.runs, folder))
+        rows = _rows(found.runs, folder)
+        print_first_that_fits([_table(rows, LEAST[:count]) for count in range(len(LEAST) + 1)])
     else:
         print(f"no runs in {folder} yet; `dit-scale train` or `dit-scale launch` starts one")
     for path, problem in found.problems.items():
         print(f"{path}: {problem}")
 
 
-def _table(runs: "list[Status]", folder: str) -> "Table":
+def _rows(runs: "list[Status]", folder: str) -> list[dict[str, str]]:
+    """Return the cells of each run by column, in the order of the columns."""
+    return [
+        {
+            "run": _name(one.run, folder),
+            "model": one.model or "-",
+            "state": one.state,
+            "step": f"{one.step}/{one.steps or '?'}",
+            "img/s": f"{one.log_point['images_per_s']:.1f}" if one.log_point.get("images_per_s") else "-",
+            "score": _score(one),
+            "goodput": f"{one.goodput:.1%}",
+            "written": age(one.silence_s),
+        }
+        for one in runs
+    ]
+
+
+def _table(rows: list[dict[str, str]], hidden: Sequence[str] = ()) -> "Table":
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("run", overflow="fold")
-    for name in ("model", "state"):
-        table.add_column(name, no_wrap=True)
-    for name in ("step", "images/s", "score", "goodput", "last write"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for one in runs:
-        speed = one.log_point.get("images_per_s")
-        table.add_row(
-            _name(one.run, folder),
-            one.model or "-",
-            one.state,
-            f"{one.step}/{one.steps or '?'}",
-            f"{speed:.1f}" if speed else "-",
-            _score(one),
-            f"{one.goodput:.1%}",
-            age(one.silence_s),
-        )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    names = [name for name in rows[0] if name not in hidden]
+    for name in names:
+        is_text = name in ("run", "model", "state")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
     return table
 
 

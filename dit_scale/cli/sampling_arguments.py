@@ -143,7 +143,12 @@ def _add_work_arguments(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="decode with channels-last tensors, faster with bf16 on a GPU",
     )
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default auto)")
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="device to compute on (default auto)",
+    )
     group.add_argument(
         "--threads", type=int_between(1), default=1, help="CPU threads per process (default 1)"
     )

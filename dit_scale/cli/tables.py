@@ -1,11 +1,12 @@
 """How commands print tables and times: one width rule for terminals, pipes and files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dit_scale.report.words import in_two_units
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 PIPE_WIDTH = 140
@@ -16,12 +17,25 @@ UNLIMITED_WIDTH = 10_000
 
 def print_table(table: "Table", width: int = PIPE_WIDTH) -> None:
     """Print to standard output: as wide as the terminal, or at most `width` columns elsewhere."""
+    _console(width).print(table)
+
+
+def print_first_that_fits(tables: "Sequence[Table]") -> None:
+    """Print the first table whose lines fit into the terminal, or the last one; elsewhere the first."""
+    from rich.console import Console
+
+    console, page = _console(UNLIMITED_WIDTH), Console(width=UNLIMITED_WIDTH)
+    fitting = (table for table in tables if page.measure(table).maximum <= console.width)
+    console.print(next(fitting, tables[-1]))
+
+
+def _console(width: int) -> "Console":
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = width
-    console.print(table)
+    return console
 
 
 def ledger_table(spent_s: Mapping[str, float], wall_s: float) -> "Table":

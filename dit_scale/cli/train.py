@@ -4,7 +4,7 @@ import argparse
 import gc
 from typing import Any
 
-from dit_scale.cli.arguments import CONFIG_HELP, add_command, int_between
+from dit_scale.cli.arguments import CONFIG_HELP, OVERRIDES_HELP, add_command, int_between
 
 
 def add(commands: Any) -> None:
@@ -28,7 +28,7 @@ next step and exits with code 75. A second Ctrl-C or Ctrl-\\ exits immediately."
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="override keys, for example optimizer.lr=2e-4 steps=1000; `dit-scale config` lists them",
+        help=f"{OVERRIDES_HELP}, for example optimizer.lr=2e-4 steps=1000; `dit-scale config` lists them",
     )
     parser.add_argument(
         "--dry-run",

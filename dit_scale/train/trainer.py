@@ -23,7 +23,7 @@ from dit_scale.train.update_norms import Norms, update_norms
 
 
 class Trainer:
-    """A model under DeepSpeed with its EMA profiles and its guard; `take` advances all of them by one step.
+    """A model in its engine, with its EMA profiles and its guard; `take` advances all of them by one step.
 
     Call `start` first; or fill a checkpoint into `engine.owned` and call `resume`.
     """

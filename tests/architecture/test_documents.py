@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.architecture.source import PACKAGES, ROOT, parse, sources
 from tests.architecture.test_layers import LAYERS
@@ -46,6 +47,19 @@ def headings(path: Path) -> frozenset[str]:
     return frozenset(slugs)
 
 
+def test_the_site_has_all_pages() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    pages = {
+        name for section in yaml.safe_load(text)["nav"] for part in section.values() for name in _files(part)
+    }
+    from_root = {"index.md", "contributing.md", "changelog.md"}
+    assert pages == from_root | {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def _files(entries: list[dict[str, str]]) -> list[str]:
+    return [name for entry in entries for name in entry.values()]
+
+
 def test_the_runbook_quotes_messages_of_the_program() -> None:
     """Each part of a quoted message between `...` is in a string of the source."""
     texts = "\n".join(_strings())
@@ -55,6 +69,14 @@ def test_the_runbook_quotes_messages_of_the_program() -> None:
     quoted = [code for symptom in symptoms for _, code in inline_code(symptom) if " " in code]
     parts = [part for code in quoted for part in re.split(r"\.\.\.", code) if len(part.strip(" .:;,()")) > 3]
     assert [part for part in parts if part.strip(" .:;,()") not in texts] == []
+
+
+def test_the_runbook_has_an_entry_for_each_alert() -> None:
+    groups = yaml.safe_load((ROOT / "cluster/monitoring/alerts.yml").read_text())["groups"]
+    alerts = [rule["alert"] for group in groups for rule in group["rules"]]
+    text = (ROOT / "docs" / "runbook.md").read_text()
+    assert alerts
+    assert [alert for alert in alerts if f"`{alert}`" not in text] == []
 
 
 @cache

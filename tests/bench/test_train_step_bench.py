@@ -63,7 +63,7 @@ def test_the_update_is_part_of_the_step_and_has_its_bytes(rows: list[dict[str, A
 
 def test_settings_and_versions_are_in_the_row(rows: list[dict[str, Any]]) -> None:
     row = rows[1]
-    assert (row["attention"], row["zero_stage"], row["precision"]) == ("sdpa", 2, "bf16")
+    assert (row["attention"], row["precision"]) == ("sdpa", "bf16")
     assert row["device"]
     assert row["versions"]["torch"] == torch.__version__
     assert {"python", "deepspeed", "cuda"} <= set(row["versions"])

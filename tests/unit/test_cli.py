@@ -132,6 +132,24 @@ def test_help_has_an_example_that_can_be_run(name: str) -> None:
         assert cli._parse(shlex.split(example)).name.startswith(f"dit-scale {name}")
 
 
+@pytest.mark.parametrize("name", parsers())
+def test_every_argument_is_explained(name: str) -> None:
+    """A default alone is no explanation."""
+    arguments = [a for a in parsers()[name]._actions if not isinstance(a, argparse._SubParsersAction)]
+    assert [a.dest for a in arguments if not re.match(r"[\w.]", a.help or "")] == []
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("name", parsers())
+def test_help_fits_the_terminal(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All lines except those of a description that are meant to be copied."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    parser = parsers()[name]
+    copied = [line for line in str(parser.description).splitlines() if line.startswith("  ")]
+    lines = [line for line in parser.format_help().splitlines() if line not in copied]
+    assert max(map(len, lines)) <= columns
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 from dit_scale import cli
-from dit_scale.cli.failures import report
+from dit_scale.cli.failures import MEMORY, report
+from dit_scale.config import EncodeConfig, TrainConfig
 from dit_scale.elastic.node.exits import read_verdict
 from dit_scale.errors import DataError
+from dit_scale.keys import groups
 from tests.support.ranks.terminal import Terminal
 
 
@@ -48,6 +51,7 @@ def test_the_traceback_of_a_rank_is_in_the_run_folder(
     (kept,) = (run / "errors").iterdir()
     assert kept.name.endswith("-rank3.txt")
     assert line.startswith("dit-scale train: rank 3: KeyError: ")
+    assert "If this looks like a bug, report it with its traceback" in line
     assert line.endswith(f". Traceback: {kept}")
     text = kept.read_text()
     assert text.startswith("dit-scale train\ndit-scale 0")
@@ -79,16 +83,34 @@ def test_commands_on_a_run_use_its_folder(
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "engine.memory_gib"),
         (MemoryError(), "activation_checkpointing=block"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), "Free some space"),
-        (OSError(errno.EADDRINUSE, "Address already in use"), "`deepspeed --master_port`"),
-        (RuntimeError("The server socket has failed to listen: EADDRINUSE"), "`deepspeed --master_port`"),
-        (RuntimeError("[gloo/pair.cc:1] Connection closed by peer"), "see what that rank printed"),
-        (ZeroDivisionError("division by zero"), "report it with its traceback"),
+        (OSError(errno.EADDRINUSE, "Address already in use"), "--master_port"),
+        (RuntimeError("The server socket has failed to listen: EADDRINUSE"), "--master_port"),
+        (
+            RuntimeError("[gloo/pair.cc:1] Connection closed by peer"),
+            "see what that rank printed. The same command resumes. (RuntimeError: Connection closed by peer)",
+        ),
+        (RuntimeError("ProcessGroupNCCL: CUDA error: out of memory"), "lower engine.micro_batch"),
+        (OSError(errno.EIO, "Input/output error", "/x"), "Input/output error: '/x'"),
     ],
 )
-def test_known_errors_say_what_to_do(
+def test_known_causes_say_what_to_do(
     run: Path, capsys: pytest.CaptureFixture[str], error: Exception, said: str
 ) -> None:
-    assert said in line_of(capsys, error, run_folder=str(run))
+    line = line_of(capsys, error, run_folder=str(run))
+    assert said in line
+    assert "bug" not in line
+    assert ". Details: " in line
+
+
+@pytest.mark.parametrize("command", MEMORY)
+def test_advice_on_memory_names_options_and_keys_that_exist(command: str) -> None:
+    parser = cli._parser()[1][command.removeprefix("dit-scale ")]
+    config = {"dit-scale train": TrainConfig, "dit-scale encode": EncodeConfig}.get(command)
+    for option in re.findall(r"--[\w-]+", MEMORY[command]):
+        assert option in parser._option_string_actions
+    for key in re.findall(r"\w+\.\w+|vae_batch", MEMORY[command]):
+        assert config is not None
+        assert groups(config, [key])
 
 
 def test_the_line_names_the_last_place_in_this_project(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +158,7 @@ def test_a_terminal_without_a_run_folder_names_a_file(tmp_path: Path) -> None:
     said = terminal.read()
     terminal.close()
     (kept,) = tmp_path.glob("dit-scale-*/*-dit-scale-models.txt")
-    assert f"Traceback: {kept}" in said.replace("\r\n", "")
+    assert f"Traceback: {kept}" in said
     assert "Traceback (most recent call last)" not in said
     assert "ZeroDivisionError" in kept.read_text()
 

@@ -1,14 +1,17 @@
 """Progress of a run: one line per log point in a log file, a bar on a terminal."""
 
 import io
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from dit_scale.image_progress import duration
+from dit_scale import image_progress
+from dit_scale.image_progress import ImageProgress, duration
 from dit_scale.telemetry import progress
-from dit_scale.telemetry.progress import RECENT, StatusLine
+from dit_scale.telemetry.progress import IMPORTANCE, RECENT, StatusLine, fit
 
 RECORD = {"loss": 0.18125, "grad_norm": 0.25, "lr": 1e-4, "images_per_s": 1234.56}
 
@@ -16,13 +19,19 @@ RECORD = {"loss": 0.18125, "grad_norm": 0.25, "lr": 1e-4, "images_per_s": 1234.5
 class Screen:
     """A log file or a terminal, and the clocks that the status line reads."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, width: int = 120) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        is_terminal: bool,
+        width: int = 120,
+        module: ModuleType = progress,
+    ) -> None:
         self.now_s = 1000.0
         self._file = io.StringIO()
         shape = {"file": self._file, "force_terminal": is_terminal, "width": width, "color_system": None}
         clock = SimpleNamespace(monotonic=lambda: self.now_s, strftime=lambda form: f"<{form}>")
-        monkeypatch.setattr(progress, "Console", lambda stderr, **options: Console(**shape, **options))
-        monkeypatch.setattr(progress, "time", clock)
+        monkeypatch.setattr(module, "Console", lambda stderr, **options: Console(**shape, **options))
+        monkeypatch.setattr(module, "time", clock)
 
     @property
     def lines(self) -> list[str]:
@@ -75,16 +84,61 @@ def test_all_lines_of_a_run_are_equally_wide(monkeypatch: pytest.MonkeyPatch) ->
     assert "loss    nan" in screen.lines[3]
 
 
-@pytest.mark.parametrize("width", [80, 120])
-def test_a_terminal_has_a_bar_and_all_numbers(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+STATUS = {
+    60: "loss 0.1812 left 2:45:50",
+    80: "loss 0.1812 1234.6 img/s left 2:45:50",
+    100: "loss 0.1812 grad 0.250 1234.6 img/s MFU 41.2% left 2:45:50",
+    120: "<%H:%M:%S> loss 0.1812 grad 0.250 lr 1.0e-04 1234.6 img/s MFU 41.2% left 2:45:50",
+}
+
+
+@pytest.mark.parametrize("width", STATUS)
+def test_a_terminal_has_a_bar_and_the_numbers_that_fit(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     screen = Screen(monkeypatch, is_terminal=True, width=width)
     status = StatusLine(total_steps=20_000, first_step=0, shown=True)
     screen.now_s += 50.0
     status.advance()
-    status.report(100, RECORD)
+    status.report(100, RECORD | {"mfu": 0.412})
     status.close()
-    shown = " ".join(" ".join(screen.lines).split())
-    assert "1/20000 <%H:%M:%S> loss 0.1812 grad 0.250 lr 1.0e-04 1234.6 img/s left 2:45:50" in shown
+    last = next(line for line in reversed(screen.lines) if "step" in line).rpartition("step")[2]
+    assert " ".join(last.split()).endswith(STATUS[width])
+    assert last.split()[0] == "1/20000"
+
+
+@given(st.integers(0, 150))
+def test_a_status_fits_and_the_most_important_parts_are_kept(width: int) -> None:
+    parts = {"time": "12:00:00", "loss": "loss 0.1", "lr": "lr 1e-4", "left": "left    0:10:00"}
+    shown = fit(parts, width)
+    assert len(shown) <= width
+    names = [name for name in IMPORTANCE if name in parts]
+    is_shown = [" ".join(parts[name].split()) in shown for name in names]
+    assert is_shown == sorted(is_shown, reverse=True)
+
+
+@pytest.mark.parametrize("mfu", [None, 0.5])
+def test_a_log_line_has_the_utilization_if_it_is_known(
+    monkeypatch: pytest.MonkeyPatch, mfu: float | None
+) -> None:
+    screen = Screen(monkeypatch, is_terminal=False)
+    StatusLine(total_steps=10, first_step=0, shown=True).report(1, RECORD | {"mfu": mfu})
+    assert ("MFU 50.0%" in screen.lines[0]) == (mfu is not None)
+    assert "nan" not in screen.lines[0]
+
+
+def test_the_cursor_stays_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed cannot show it again."""
+    screen = Screen(monkeypatch, is_terminal=True)
+    StatusLine(total_steps=10, first_step=0, shown=True)
+    text = "".join(screen.lines)
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") >= 0
+
+
+@pytest.mark.parametrize("title", ["runs/[red]", "[/x]", "{0}", ":cat:"])
+def test_a_title_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, title: str) -> None:
+    screen = Screen(monkeypatch, is_terminal=True, module=image_progress)
+    with ImageProgress(100, title=title) as progress:
+        progress.show(50.0)
+    assert any(f"{title}: " in line for line in screen.lines)
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

@@ -73,8 +73,10 @@ def test_an_interrupt_waits_until_ray_is_started(number: signal.Signals) -> None
         with pytest.raises(KeyboardInterrupt):
             interrupted()
         assert went_on
+        assert not signals.was_interrupted()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
+        assert signals.was_interrupted()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -11,6 +11,7 @@ import pytest
 from dit_scale import cli
 from dit_scale.report.runs import MAX_DEPTH, find_runs, list_runs
 from dit_scale.report.status import status_of
+from tests.support.ranks.terminal import Terminal
 from tests.support.written_runs import NOW_S, TRAINING, event, lines, write, write_run
 
 
@@ -93,6 +94,21 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert row[:4] == ["[red]", "DiT-XL/2", "running", "30/100"]
     assert row[4:7] == ["16.0", "loss_raw", "0.25"]
     assert row[-1] == "s"
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(40, False), (100, True)])
+def test_a_narrow_terminal_shows_fewer_columns_and_complete_cells(
+    tmp_path: Path, columns: int, shown: bool
+) -> None:
+    write_run(tmp_path / "a_long_name", TRAINING, [])
+    command = [sys.executable, "-m", "dit_scale.cli", "runs", str(tmp_path)]
+    terminal = Terminal(["env", f"COLUMNS={columns}", *command])
+    assert terminal.process.wait(60) == 0
+    row = next(line for line in terminal.read().splitlines() if "a_long_name" in line).split()
+    terminal.close()
+    assert row[0] == "a_long_name"
+    assert "30/100" in row
+    assert ("DiT-XL/2" in row) == shown
 
 
 def test_a_folder_without_runs_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
