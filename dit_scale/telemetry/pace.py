@@ -1,10 +1,11 @@
 """How fast the steps between two log points were: marked on each rank, exchanged and combined at a log point.
 
     waits() -> a micro-batch -> forward pass -> computed() -> backward pass ... -> finished()
-    |------------- own work -------------|                                        |
-    |--------------------------- one step ----------------------------------------|
+    |-------------- own work --------------|
 
-In the backward pass all ranks wait for the slowest one, so only the time before it tells them apart.
+In the backward pass all ranks wait for the slowest one, so only the time before it tells them apart. A step
+lasts from the end of the step before it to its own end. After a log point or an evaluation, it starts when it
+waits for its first micro-batch.
 """
 
 import time
@@ -67,8 +68,10 @@ class Pace:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._mark = device, marker(device)
-        self._waiting: list[Mark] = []
-        """Starts of the micro-steps of the current step."""
+        self._waiting: Mark = None
+        """Start of the current micro-step."""
+        self._step: Mark = None
+        """Start of the current step; None between steps that do not follow each other immediately."""
         self._own: list[tuple[Mark, Mark]] = []
         self._steps: list[tuple[Mark, Mark]] = []
         self._waited_s = 0.0
@@ -76,20 +79,24 @@ class Pace:
 
     def waits(self) -> None:
         """Mark that the rank needs its next micro-batch."""
-        self._waiting.append(self._mark())
+        self._waiting = self._mark()
+        if self._step is None:
+            self._step = self._waiting
 
     def computed(self, *_: object) -> None:
         """Mark the end of a forward pass; an observer of `Trainer.accumulate`."""
-        self._own.append((self._waiting[-1], self._mark()))
+        self._own.append((self._waiting, self._mark()))
 
     def finished(self) -> None:
         """Mark the end of a step."""
-        self._steps.append((self._waiting[0], self._mark()))
-        self._waiting.clear()
+        end = self._mark()
+        self._steps.append((self._step, end))
+        self._step = end
 
     def exclude(self, seconds: float) -> None:
         """Leave the last seconds, spent on something else than steps, out of the window."""
         self._since_s += seconds
+        self._step = None
 
     def take(self, waited_s: float) -> RankFigures:
         """Return what was measured since the last call, and start a new window; waits for the device.
@@ -113,6 +120,7 @@ class Pace:
         )
         self._own.clear()
         self._steps.clear()
+        self._step = None
         self._waited_s, self._since_s = waited_s, now_s
         return figures
 

@@ -176,7 +176,7 @@ class Chart {
         y: {distr: this.isLog ? 3 : 1, range: (u, low, high) => this.range(low, high)},
       },
       axes: [
-        axis({space: 70, size: 26, values: (u, steps) => steps.map((step) => (Number.isInteger(step) ? tick(step) : ""))}),
+        axis({space: 55, size: 26, values: (u, steps) => steps.map((step) => (Number.isInteger(step) ? tick(step) : ""))}),
         axis({
           size: 58, space: 34, values: (u, splits) => splits.map((value) => (value === null ? "" : tick(value, unit))),
           ...(this.isLog ? {splits: (u, i, low, high) => this.splits(low, high), filter: (u, splits) => splits} : {}),
