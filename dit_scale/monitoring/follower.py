@@ -69,7 +69,7 @@ class Look:
     committed_s: float
     """When it was committed, in seconds since 1970; 0 if there is none."""
     events: Counter[str]
-    """Entries of the run's journal and this node's, by event."""
+    """Entries of the run's journal and this node's, by event, except log points."""
     interruptions: list[Interruption]
     spent: Ledger
 
@@ -80,7 +80,6 @@ class _Journals:
 
     run: list[Entry] = field(default_factory=list)
     supervisors: dict[str, list[Entry]] = field(default_factory=dict)
-    events: Counter[str] = field(default_factory=Counter)
 
 
 class Follower:
@@ -122,7 +121,7 @@ class Follower:
             stepping_since_s=_first_step_s(attempts),
             checkpoint_step=int(commits[-1]["name"].partition("-")[0]) if commits else 0,
             committed_s=commits[-1]["time_s"] if commits else 0.0,
-            events=journals.events,
+            events=Counter(entry["event"] for entry in (*journals.run, *own)),
             interruptions=interruptions(journals.run, journals.supervisors),
             spent=ledger(journals.run, journals.supervisors, now_s, is_alive and is_training),
         )
@@ -141,19 +140,16 @@ class Follower:
         journals = self._journals
         for path in sorted((self._folder / "supervisors").glob("*.jsonl")):
             self._supervisors.setdefault(path.stem, Tail(path, "event", "time_s"))
-        sources = [("", self._run, journals.run)]
+        sources = [(self._run, journals.run)]
         sources += [
-            (node, tail, journals.supervisors.setdefault(node, []))
-            for node, tail in self._supervisors.items()
+            (tail, journals.supervisors.setdefault(node, [])) for node, tail in self._supervisors.items()
         ]
-        for node, tail, entries in sources:
+        for tail, entries in sources:
             new, is_other = tail.read()
             if is_other:
                 entries.clear()
             for entry in new:
                 append(entries, entry)
-            if node in ("", self._node):
-                journals.events.update(entry["event"] for entry in new)
 
     def _step(self, attempts: list[AttemptSpan]) -> int:
         """Return the steps taken: by the heartbeats of ranks that train, else by the journal."""

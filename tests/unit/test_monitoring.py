@@ -131,6 +131,11 @@ def test_a_look_agrees_with_the_files(config: TrainConfig, tmp_path: Path) -> No
     assert [one.reason for one in look.interruptions] == ["failed"]
     assert look.spent == ledger(JOURNAL, {"a": SUPERVISOR + FAILED}, 1060.0)
 
+    copy = Path(config.run, "copy")  # of the journal, as after a repair
+    copy.write_text(lines(JOURNAL))
+    copy.rename(Path(config.run, "events.jsonl"))
+    assert follower.look(1060.0) == look
+
 
 def test_heartbeats_tell_the_step_between_log_points(config: TrainConfig, tmp_path: Path) -> None:
     folder = tmp_path / "beats/round-000001"
