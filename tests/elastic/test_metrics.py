@@ -70,11 +70,22 @@ def prometheus(folder: Path, run: str) -> Iterator[Prometheus]:
         process.wait()
 
 
+def check_metrics(address: str) -> None:
+    """Check what a node serves by the conventions for names, types and units."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=ANSWER_S) as answer:
+        text = answer.read()
+    assert b"dit_scale_mfu_ratio{" in text
+    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
+    assert (checked.returncode, checked.stderr) == (0, b"")
+
+
 def test_two_supervisors_in_prometheus(tmp_path: Path) -> None:
     config = config_of(tmp_path, STEPS)
-    targets = Path(config.run, "targets")
+    targets, textfiles = Path(config.run, "targets"), tmp_path / "textfiles"
+    textfiles.mkdir()
+    serving = ("--nodes", "2", "--metrics-port", "0", "--metrics-textfile", str(textfiles))
     with prometheus(tmp_path, config.run) as server, cluster(config) as nodes:
-        a, b = (nodes.start(name, "--nodes", "2", "--metrics-port", "0") for name in "ab")
+        a, b = (nodes.start(name, *serving) for name in "ab")
         nodes.wait(server.is_ready, "answer of Prometheus")
         nodes.wait(lambda: server.query('up{job="dit-scale"} == 1').keys() != set(), "target")
         training = 'dit_scale_state{dit_scale_state="training"} == 1'
@@ -86,6 +97,10 @@ def test_two_supervisors_in_prometheus(tmp_path: Path) -> None:
         assert server.query("dit_scale_target_step") == {"a": STEPS, "b": STEPS}
         nodes.wait(lambda: len(server.query("dit_scale_loss > 0")) == 2, "loss")
         assert all(0 < value <= 1 for value in server.query("dit_scale_goodput_ratio").values())
+
+        assert len(list(textfiles.glob("dit-scale-*.prom"))) == 2
+        for node in "ab":
+            check_metrics(json.loads((targets / f"{node}.json").read_text())[0]["targets"][0])
 
         step = max(server.query("dit_scale_step").values())
         os.kill(b.ranks()[1], signal.SIGKILL)
@@ -100,4 +115,6 @@ def test_two_supervisors_in_prometheus(tmp_path: Path) -> None:
         a.process.send_signal(signal.SIGTERM)
         assert a.exit_code() == 75
         assert [path.name for path in targets.iterdir()] == ["b.json"]
+        (left,) = textfiles.iterdir()
+        assert left.name.startswith("dit-scale-b-"), "of the killed supervisor"
         nodes.wait(lambda: server.query('up{job="dit-scale"}').keys() == {killed}, "end of the target")
