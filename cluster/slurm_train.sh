@@ -16,7 +16,7 @@
 # configuration is not available", no node of the partition has that many GPUs or CPUs or that much memory:
 # `sinfo -o "%P %G %c %m"` shows what the nodes have.
 #
-# The job runs in the environment of its submission (PATH, AWS_*, WANDB_*, NCCL_*). Optional variables:
+# The job runs in the environment of its submission (PATH, AWS_*, WANDB_*, DIT_SCALE_*, NCCL_*). Optional variables:
 #
 #   DIT_SCALE_ENV=$HOME/env.sh   sourced first, on the first node: `module load`, `conda activate`, a venv
 #   SRUN_ARGS="--container-image=IMAGE --container-mounts=..."   for pyxis, or other options of srun

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 EVERY_S = 15.0
 """Interval at which the textfile is written."""
+TURN_S = 10.0
+"""Longest wait for an earlier scrape, which a file server may hold up."""
 
 
 class NodeCollector:
@@ -36,19 +38,24 @@ class NodeCollector:
         self._failures = 0
 
     def collect(self) -> Iterator["Metric"]:
-        """Return the metrics. After a failure, only the number of failures."""
-        with self._taking_turns:
+        """Yield the metrics. After a failure, only the number of failures."""
+        found, problem = [], f"an earlier scrape has not read them within {TURN_S:g} s"
+        if self._taking_turns.acquire(timeout=TURN_S):
             try:
                 found = list(families(self._follower.look(time.time()), self._config, self._node))
+                problem = ""
             except Exception as error:  # whatever is wrong with a file, the supervisor must not notice
-                found, self._failures = [], self._failures + 1
-                if self._failures == 1:
-                    self._log.alarm(
-                        f"the metrics for Prometheus cannot be read: {type(error).__name__}: {error}"
-                    )
-            made = Families({"run": self._config.run, "node": self._node})
-            text = "Scrapes that could not read the files of the run."
-            return iter([*found, made.counter("failed_scrapes", text, {"": self._failures})])
+                problem = f"{type(error).__name__}: {error}"
+            finally:
+                self._taking_turns.release()
+        if problem:
+            self._failures += 1
+            if self._failures == 1:
+                self._log.alarm(f"the metrics for Prometheus cannot be read: {problem}")
+        yield from found
+        made = Families({"run": self._config.run, "node": self._node})
+        text = "Scrapes that could not read the files of the run."
+        yield made.counter("failed_scrapes", text, {"": self._failures})
 
 
 class Target:
@@ -59,7 +66,8 @@ class Target:
 
     def __init__(self, run: str, node: str, address: str, log: NodeLog) -> None:
         self._folder, self._key, self._log = open_storage(run), f"targets/{node}.json", log
-        self._host = f"[{address}]" if ":" in address else address
+        self.is_ipv6 = ":" in address
+        self._host = f"[{address}]" if self.is_ipv6 else address
 
     def announce(self, port: int) -> None:
         """Write the file."""
@@ -108,7 +116,7 @@ def _served(registry: "CollectorRegistry", port: int, log: NodeLog, target: Targ
     from prometheus_client import start_http_server
 
     try:
-        server, thread = start_http_server(port, registry=registry)
+        server, thread = start_http_server(port, "::" if target.is_ipv6 else "0.0.0.0", registry)
     except OSError as error:
         log.alarm(
             f"no metrics are served: port {port}: {error.strerror}; choose another one with --metrics-port, "

@@ -1,6 +1,7 @@
 """Metrics for Prometheus: following the files of a run, and serving what they say."""
 
 import json
+import os
 import socket
 import threading
 import urllib.request
@@ -22,7 +23,7 @@ from dit_scale.journal import Entry, Event
 from dit_scale.monitoring import exporter
 from dit_scale.monitoring.exporter import observer
 from dit_scale.monitoring.families import ROW, families
-from dit_scale.monitoring.follower import Follower, append
+from dit_scale.monitoring.follower import Follower, Look, append
 from dit_scale.monitoring.tail import Tail
 from dit_scale.report.goodput import ledger
 from dit_scale.report.interruptions import interruptions
@@ -272,6 +273,31 @@ def test_a_file_that_cannot_be_read_costs_one_alarm(
         found = numbers(scrape(config)[1])
         assert (found["dit_scale_failed_scrapes_total"], found["dit_scale_step"]) == (2, 20)
     assert capsys.readouterr().out.count("ALARM: the metrics for Prometheus cannot be read") == 1
+
+
+def test_a_file_server_that_hangs_costs_an_alarm(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The journal is a pipe without a writer: opening it takes until the end of the test."""
+    look, is_looking = Follower.look, threading.Event()
+
+    def look_and_tell(self: Follower, now_s: float) -> Look:
+        is_looking.set()
+        return look(self, now_s)
+
+    monkeypatch.setattr(Follower, "look", look_and_tell)
+    monkeypatch.setattr(exporter, "TURN_S", 0.2)
+    journal = Path(config.run, "events.jsonl")
+    journal.unlink()
+    os.mkfifo(journal)
+    with observed(config, tmp_path, port=0):
+        held_up = threading.Thread(target=scrape, args=[config])
+        held_up.start()
+        assert is_looking.wait(scaled(30.0))
+        assert numbers(scrape(config)[1]) == {"dit_scale_failed_scrapes_total": 1}
+        journal.write_text("")
+        held_up.join()
+    assert capsys.readouterr().out.count("ALARM") == 1
 
 
 def test_a_textfile_is_replaced_and_deleted_in_the_end(
