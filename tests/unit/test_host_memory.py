@@ -1,4 +1,4 @@
-"""Memory that is freed stays in the process: the kernel clears no page twice. Faults and sizes are counted."""
+"""Freed memory stays in the process: the kernel clears no page twice. Page faults and sizes are counted."""
 
 import mmap
 import subprocess
