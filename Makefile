@@ -41,8 +41,9 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 	@touch $@
 
 $(VENV)/ready: $(VENV)/demo
-	@echo "set-up 3/3: additional dependencies of the tests (about 300 MB)"
+	@echo "set-up 3/3: additional dependencies of the tests (about 450 MB)"
 	@$(BIN)/pip install --quiet --editable '.[dev]'
+	@$(BIN)/pip install --quiet --no-deps trackio # it asks for Pillow < 13, but runs with 13
 	@touch $@
 
 demo: $(VENV)/demo
@@ -84,6 +85,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.save --smoke
 	$(BIN)/python -m benchmarks.loader --smoke
 	$(BIN)/python -m benchmarks.sample --smoke
+	$(BIN)/python -m benchmarks.sinks --smoke
 
 bench-gpu: $(VENV)/ready
 	$(BIN)/python -m benchmarks.gpu

@@ -51,8 +51,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         row: dict[str, Any] = {}
         if args.page is None:
-            row = write_page(Path(folder), 2_000 if args.smoke else args.rows)
-        page = args.page or Path(folder) / "report.html"
+            row = write_page(Path(folder) / "long_run", 2_000 if args.smoke else args.rows)
+        page = args.page or Path(folder) / "long_run" / "report.html"
         row |= {"megabytes": round(page.stat().st_size / 1e6, 2)}
         with browser() as chromium:
             if chromium:
@@ -65,18 +65,20 @@ def main() -> int:
 
 def write_page(run: Path, rows: int) -> dict[str, Any]:
     """Write a run and its page; return how long the page took."""
+    run.mkdir()
     (run / "config.yaml").write_text(
         dump(TrainConfig.model_validate({"run": str(run), "steps": 2 * LOG_STEPS * rows}))
     )
     values = np.random.default_rng(0).random((1009, len(KEYS))).round(6).tolist()
-    entry = {"time_s": 0.0, "monotonic_s": 0.0, "event": "start", "attempt": 1, "step": 0}
+    begin_s = time.time() - rows
+    entry = {"time_s": begin_s, "monotonic_s": 0.0, "event": "start", "attempt": 1, "step": 0}
     with (run / "metrics.jsonl").open("w") as record, (run / "events.jsonl").open("w") as journal:
         journal.write(f"{json.dumps(entry)}\n")
         for number in range(1, rows + 1):
             step = LOG_STEPS * number
             row = {"step": step, "samples": 256 * step, **dict(zip(KEYS, values[number % 1009], strict=True))}
             record.write(f"{json.dumps(row)}\n")
-            entry |= {"time_s": float(number), "monotonic_s": float(number), "event": "log", "step": step}
+            entry |= {"time_s": begin_s + number, "monotonic_s": float(number), "event": "log", "step": step}
             journal.write(f"{json.dumps({**entry, 'data_s': 0.0})}\n")
             if number % EVALUATE_ROWS == 0:
                 row = {"step": step, "eval_loss_raw": row["loss"], "eval_loss_ema.paper": row["loss"]}

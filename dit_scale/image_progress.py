@@ -21,16 +21,17 @@ class ImageProgress:
         self._has_bar, self._has_lines = shown and self._console.is_terminal, shown
         self._start_s = self._said_s = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[status]}", markup=False),
             console=self._console,
             disable=not self._has_bar,
         )
-        self._task = self._bar.add_task(self._title, total=num_images, completed=int(done), status="")
+        self._task = self._bar.add_task("", total=num_images, completed=int(done), status="")
 
     def __enter__(self) -> "ImageProgress":
+        if self._title and self._has_bar:
+            self._console.print(self._title.rstrip(), highlight=False, soft_wrap=True)
         self._bar.start()
         show_cursor(self._console)
         return self
@@ -44,12 +45,17 @@ class ImageProgress:
         speed = (done - self._before) / max(now_s - self._start_s, 1e-9)
         left_s = (self._num_images - done) / speed if speed > 0 else 0.0
         status = f"{speed:.1f} images/s  left {duration(left_s).strip()}"
-        self._bar.update(self._task, completed=int(done), status=status)
+        self._bar.update(self._task, completed=_whole(done), status=status)
         if self._has_lines and not self._has_bar and now_s - self._said_s >= LINE_S:
             self._said_s = now_s
             clock = time.strftime("%H:%M:%S")
-            line = f"{clock}  {self._title}{int(done)}/{self._num_images} images  {status}"
+            line = f"{clock}  {self._title}{_whole(done)}/{self._num_images} images  {status}"
             self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _whole(done: float) -> int:
+    """Round down; a sum of fractions may fall short of a whole number by a rounding error."""
+    return int(done + 1e-6)
 
 
 def duration(seconds: float) -> str:

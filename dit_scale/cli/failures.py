@@ -8,6 +8,7 @@ file if the user sits at a terminal, and to standard error if that is a log.
 import argparse
 import errno
 import os
+import re
 import sys
 import tempfile
 import time
@@ -31,10 +32,14 @@ MAX_NOISE = 120
 """Characters of a message that says only that another rank does not respond."""
 ERASE_LINE = "\r\x1b[K"
 """Erases the current line of a terminal."""
+_FOREIGN_PLACE = re.compile(r"\[\S+\.(cc|cpp|h):\d+\] ")
+"""Place in foreign source code, at the start of messages of gloo."""
 MEMORY = {
     "dit-scale train": "lower engine.micro_batch, set engine.memory_gib to the memory of one device, or set "
     "engine.activation_checkpointing=block; `--dry-run` estimates what a step needs",
     "dit-scale encode": "lower vae_batch",
+    "dit-scale sample": "lower --tile",
+    "dit-scale evaluate": "lower --tile",
 }
 """What to do when memory is exhausted, by command."""
 
@@ -113,7 +118,7 @@ def _advice(error: Exception, command: str) -> str:
     """Return what to do about exhausted memory, disks and ports; empty for other errors."""
     text, code = str(error), error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return f"To use less memory, {MEMORY.get(command, 'lower --batch')}"
+        return f"To use less memory, {MEMORY[command]}" if command in MEMORY else "It needs more memory"
     if code == errno.EADDRINUSE or "EADDRINUSE" in text:
         return "Another process uses this port: pass another one, for example `deepspeed --master_port`"
     if code in (errno.ENOSPC, errno.EDQUOT):
@@ -131,7 +136,8 @@ def _message(error: Exception) -> str:
     """Return the line of a message that says most: the last one if it quotes a traceback, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     quotes = any(line.startswith('File "') for line in lines)
-    return (lines[-1 if quotes else 0] if lines else "")[:MAX_MESSAGE].rstrip(".")
+    chosen = lines[-1 if quotes else 0] if lines else ""
+    return _FOREIGN_PLACE.sub("", chosen)[:MAX_MESSAGE].rstrip(".")
 
 
 def _place_in(error: Exception) -> str:

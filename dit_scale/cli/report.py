@@ -57,8 +57,10 @@ def _report(args: argparse.Namespace) -> int:
     pages = [reader.read(time.time()) for reader in readers]
     check_output(out, ".html")
     if not args.watch:
-        _write(out, pages, None)
+        size = _write(out, pages, None)
+        print(f"{out}: {', '.join(page.name for page in pages)}; {size / 1e6:.2f} MB")
         return 0
+    print(f"{out} is written every {WATCH_S:g} s until Ctrl-C", flush=True)
     try:
         while True:
             _write(out, pages, WATCH_S)
@@ -69,11 +71,12 @@ def _report(args: argparse.Namespace) -> int:
         raise
 
 
-def _write(out: Path, pages: "list[RunPage]", reload_s: float | None) -> None:
+def _write(out: Path, pages: "list[RunPage]", reload_s: float | None) -> int:
+    """Write the page and return its size in bytes."""
     from dit_scale.report.page.document import document
     from dit_scale.storage.outputs import new_file
 
     html = document(pages, time.time(), reload_s).encode()
     with new_file(out) as temporary:
         temporary.write_bytes(html)
-    print(f"{out}: {', '.join(page.name for page in pages)}; {len(html) / 1e6:.2f} MB", flush=True)
+    return len(html)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command
-from dit_scale.cli.tables import age, first_that_fits, new_screen, print_table
+from dit_scale.cli.tables import age, new_screen, print_first_that_fits
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,7 +62,7 @@ def _runs(args: argparse.Namespace) -> int:
 def _show(found: "Listing", folder: str) -> None:
     if found.runs:
         rows = _rows(found.runs, folder)
-        print_table(first_that_fits([_table(rows, LEAST[:count]) for count in range(len(LEAST) + 1)]))
+        print_first_that_fits([_table(rows, LEAST[:count]) for count in range(len(LEAST) + 1)])
     else:
         print(f"no runs in {folder} yet; `dit-scale train` or `dit-scale launch` starts one")
     for path, problem in found.problems.items():

@@ -20,12 +20,13 @@ def print_table(table: "Table", width: int = PIPE_WIDTH) -> None:
     _console(width).print(table)
 
 
-def first_that_fits(tables: "Sequence[Table]") -> "Table":
-    """Return the first table whose lines fit on standard output, or the last one."""
+def print_first_that_fits(tables: "Sequence[Table]") -> None:
+    """Print the first table whose lines fit into the terminal, or the last one; elsewhere the first."""
     from rich.console import Console
 
-    width, page = _console(PIPE_WIDTH).width, Console(width=UNLIMITED_WIDTH)
-    return next((table for table in tables if page.measure(table).maximum <= width), tables[-1])
+    console, page = _console(UNLIMITED_WIDTH), Console(width=UNLIMITED_WIDTH)
+    fitting = (table for table in tables if page.measure(table).maximum <= console.width)
+    console.print(next(fitting, tables[-1]))
 
 
 def _console(width: int) -> "Console":

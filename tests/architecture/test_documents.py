@@ -71,6 +71,14 @@ def test_the_runbook_quotes_messages_of_the_program() -> None:
     assert [part for part in parts if part.strip(" .:;,()") not in texts] == []
 
 
+def test_the_runbook_has_an_entry_for_each_alert() -> None:
+    groups = yaml.safe_load((ROOT / "cluster/monitoring/alerts.yml").read_text())["groups"]
+    alerts = [rule["alert"] for group in groups for rule in group["rules"]]
+    text = (ROOT / "docs" / "runbook.md").read_text()
+    assert alerts
+    assert [alert for alert in alerts if f"`{alert}`" not in text] == []
+
+
 @cache
 def _strings() -> tuple[str, ...]:
     """Return the strings of the source, with a line break where an f-string inserts a value."""

@@ -51,7 +51,13 @@ def rows(seed: int) -> list[dict[str, Any]]:
         row |= {"grad_norm": wave, "lr": 1e-4, "skipped": 0, "images_per_s": 400 * wave, "loss_max": 2 * wave}
         row |= {f"loss_q{quarter}": wave / (quarter + 1) for quarter in range(4)}
         row |= {"update_ratio": 1e-4 * wave, "mfu": 0.4, "step_s_p50": 0.6, "step_s_p99": 0.7 * wave}
-        row |= {"slowest_ratio": wave, "data_wait": 0.01, "memory_gib": 30.0, "memory_peak_gib": 44.0}
+        row |= {
+            "slowest_ratio": wave,
+            "slowest_rank": step % 8,
+            "data_wait": 0.01,
+            "memory_gib": 30.0,
+            "memory_peak_gib": 44.0,
+        }
         found.append(row)
         if step % 500 == 0:
             found.append({"step": 10 * step, "eval_loss_raw": 0.3 * wave, "eval_frechet": 9 * wave})

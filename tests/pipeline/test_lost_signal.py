@@ -38,4 +38,5 @@ def test_a_lost_cluster_after_a_signal_is_an_interrupt(interrupted: bool, raised
         text=True,
         timeout=scaled(300.0),
     )
-    assert done.stdout == f"{raised}\n", done.stderr
+    # Ray itself prints what it knows about its end.
+    assert done.stdout.splitlines()[-1] == raised, done.stderr

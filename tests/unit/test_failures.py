@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 from dit_scale import cli
-from dit_scale.cli.failures import report
+from dit_scale.cli.failures import MEMORY, report
+from dit_scale.config import EncodeConfig, TrainConfig
 from dit_scale.elastic.node.exits import read_verdict
 from dit_scale.errors import DataError
+from dit_scale.keys import groups
 from tests.support.ranks.terminal import Terminal
 
 
@@ -82,7 +85,10 @@ def test_commands_on_a_run_use_its_folder(
         (OSError(errno.ENOSPC, "No space left on device", "/x"), "Free some space"),
         (OSError(errno.EADDRINUSE, "Address already in use"), "--master_port"),
         (RuntimeError("The server socket has failed to listen: EADDRINUSE"), "--master_port"),
-        (RuntimeError("[gloo/pair.cc:1] Connection closed by peer"), "see what that rank printed"),
+        (
+            RuntimeError("[gloo/pair.cc:1] Connection closed by peer"),
+            "see what that rank printed. The same command resumes. (RuntimeError: Connection closed by peer)",
+        ),
         (RuntimeError("ProcessGroupNCCL: CUDA error: out of memory"), "lower engine.micro_batch"),
         (OSError(errno.EIO, "Input/output error", "/x"), "Input/output error: '/x'"),
     ],
@@ -94,6 +100,17 @@ def test_known_causes_say_what_to_do(
     assert said in line
     assert "bug" not in line
     assert ". Details: " in line
+
+
+@pytest.mark.parametrize("command", MEMORY)
+def test_advice_on_memory_names_options_and_keys_that_exist(command: str) -> None:
+    parser = cli._parser()[1][command.removeprefix("dit-scale ")]
+    config = {"dit-scale train": TrainConfig, "dit-scale encode": EncodeConfig}.get(command)
+    for option in re.findall(r"--[\w-]+", MEMORY[command]):
+        assert option in parser._option_string_actions
+    for key in re.findall(r"\w+\.\w+|vae_batch", MEMORY[command]):
+        assert config is not None
+        assert groups(config, [key])
 
 
 def test_the_line_names_the_last_place_in_this_project(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,12 +133,19 @@ def test_the_cursor_stays_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") >= 0
 
 
+def test_a_sum_of_fractions_reaches_the_last_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch, is_terminal=True, module=image_progress)
+    with ImageProgress(1) as progress:
+        progress.show(sum([0.1] * 10))
+    assert any("1/1" in line for line in screen.lines)
+
+
 @pytest.mark.parametrize("title", ["runs/[red]", "[/x]", "{0}", ":cat:"])
 def test_a_title_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, title: str) -> None:
     screen = Screen(monkeypatch, is_terminal=True, module=image_progress)
     with ImageProgress(100, title=title) as progress:
         progress.show(50.0)
-    assert any(f"{title}: " in line for line in screen.lines)
+    assert any(f"{title}:" in line for line in screen.lines)
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

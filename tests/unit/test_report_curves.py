@@ -41,6 +41,17 @@ def test_spikes_gaps_and_the_last_point_survive(
         assert (np.nanmin(curve.y), np.nanmax(curve.y)) == (np.nanmin(y), np.nanmax(y))
 
 
+@given(st.integers(600, 3000), st.integers(8, 100), st.integers(1, 500))
+def test_a_curve_is_no_coarser_than_its_limit_asks_for(num: int, limit: int, chunk: int) -> None:
+    """However many chunks it comes in: its buckets are at most twice as wide as the finest that fit."""
+    x, y = np.arange(num) * 3, np.random.default_rng(num).random(num)
+    curve = Curve(limit)
+    for begin in range(0, num, chunk):
+        curve.extend(x[begin : begin + chunk], y[begin : begin + chunk])
+    width = next(2**power for power in range(30) if len(thinned(x, y, 2**power)[0]) <= limit)
+    assert {*thinned(x, y, 2 * width)[0].tolist()} <= {*curve.x.tolist()}
+
+
 @given(POINTS, st.integers(0, 5), st.integers(0, 5), st.integers(1, 299))
 def test_thinning_in_parts_equals_thinning_at_once(
     points: list[tuple[int, float]], power: int, more: int, cut: int
@@ -144,13 +155,15 @@ def test_a_long_record_needs_bounded_memory(tmp_path: Path) -> None:
     curves = Curves(path)
     curves.update()
     assert len(curves.by_key["loss"].x) <= MAX_POINTS
+    buckets = np.bincount(curves.by_key["loss"].x * 250 // 60_001, minlength=250)
+    assert buckets.min() > 0  # no part of the run is left out
     assert summary(curves.by_key["loss"])["max"] == (77.5, 31_337)
     assert summary(curves.by_key["loss"])["last"] == (0.5, 60_000)
 
 
 @pytest.mark.parametrize(("curves", "points"), [(0, 1500), (20, 1500), (80, 750), (100_000, 50)])
 def test_many_curves_share_the_points_of_a_page(curves: int, points: int) -> None:
-    assert points_per_curve(curves) == points
+    assert points_per_curve(60_000, curves) == points
 
 
 def test_keys_by_pattern_become_series_with_labels() -> None:

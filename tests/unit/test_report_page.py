@@ -1,6 +1,7 @@
 """The page of `dit-scale report`: what it says about runs in every state, and that no run can break it."""
 
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -16,6 +17,8 @@ from dit_scale.config import TrainConfig, load
 from dit_scale.report.page.configs import differences, keys_of, nearest_recipe
 from dit_scale.report.page.contents import RunReader, names_of
 from dit_scale.report.page.document import MAX_BYTES, document
+from dit_scale.report.page.panels import PANELS
+from dit_scale.report.page.timeline import WIDTH
 from tests.support.report_runs import (
     BREAKOUT,
     HOSTILE,
@@ -106,10 +109,31 @@ def test_curves_have_marks_where_attempts_resumed(tmp_path: Path) -> None:
 
 
 def test_failures_are_listed_by_cause_and_node(tmp_path: Path) -> None:
+    (tmp_path / "a" / "errors").mkdir(parents=True)
+    (tmp_path / "a" / "errors" / "20261130-rank0.txt").write_text("Traceback")
     text = page_of(write_run(tmp_path / "a")).of("timeline")
     assert "node failed steps lost node1 1 10" in text
     assert f"1970-01-01 00:17:30 failed node1 3 30 10 {BREAKOUT}" in text
     assert "Alarms (1)" in text
+    assert "Tracebacks: errors/20261130-rank0.txt" in text
+
+
+def test_the_time_line_shows_attempts_nodes_and_failures(tmp_path: Path) -> None:
+    """From the first round at 1000 s to the last entry at 1090 s, 10,000 units wide."""
+    found = RunReader(write_run(tmp_path), "a").read(NOW_S).timeline
+    assert found is not None
+    assert (found.begin_s, found.end_s, found.left_out) == (1000.0, NOW_S, 0)
+    attempts, node0, node1 = found.lanes
+    unit = WIDTH / (NOW_S - 1000.0)
+    begins = {kind: re.findall(r"M(\d+) 0h(\d+)", path) for kind, path in attempts.paths.items()}
+    seconds = {"starting": [(0, 12), (60, 12)], "training": [(12, 28), (72, 18)]}
+    for kind, spans in seconds.items():
+        got = [(int(begin) / unit, int(length) / unit) for begin, length in begins[kind]]
+        assert got == [pytest.approx(span, abs=1) for span in spans]
+    assert [node0.name, len(node0.bars["member"]), node0.marks] == ["node0", 2, []]
+    assert node0.bars["member"][1] == (60 / (NOW_S - 1000.0), 1.0)  # the round is open
+    assert (node1.name, len(node1.bars["member"])) == ("node1", 1)
+    assert [mark.text for mark in node1.marks] == ["failed, rank 3, 10 steps lost"]
 
 
 def test_two_runs_share_charts_and_have_a_column_each(tmp_path: Path) -> None:
@@ -282,6 +306,28 @@ def test_the_file_stays_below_its_limit(tmp_path: Path) -> None:
     assert 0.8 * MAX_BYTES < len(html.encode()) <= MAX_BYTES
     assert "20 evaluations are shown" in page.of("samples")
     assert min(len(run["grids"]) for run in page.data["runs"]) >= 12
+
+
+def test_sixteen_long_runs_fit_on_one_page(tmp_path: Path) -> None:
+    """Long tables, time lines and curves are cut before the file grows beyond its limit."""
+    supervisor, journal = list[dict[str, Any]](), list[dict[str, Any]]()
+    nodes = [f"a-node-with-a-long-name-{number}.example.org" for number in range(100)]
+    for number in range(1, 201):
+        at_s, failed = 1000.0 + 10 * number, nodes[number % 100]
+        ending = {"reason": "failed", "failed_node": failed, "text": "x" * 1000, "details": {"rank": 3}}
+        supervisor.append(event(at_s, "round", round=number, nodes=nodes))
+        supervisor.append(event(at_s + 9, "round_ended", round=number, **ending))
+        journal.append(event(at_s + 2, "start", attempt=number, step=0, restore_s=0.0))
+        journal.append(event(at_s + 4, "alarm", attempt=number, step=1, text="y" * 1000))
+    keys = [key for panel in PANELS for key in panel.keys if "*" not in key]
+    rows = [dict.fromkeys(keys, 1.2345 + step) | {"step": step} for step in range(1000)]
+    runs = [write_run(tmp_path / str(number), journal, supervisor, rows) for number in range(16)]
+    html = html_of(*runs)
+    assert 0.5 * MAX_BYTES < len(html.encode()) <= MAX_BYTES
+    timeline = Text(html).of("timeline")
+    assert "84 more nodes are not shown" in timeline
+    assert "Interruptions, the last 10 of 200" in timeline
+    assert "By cause and node, 10 of 100 nodes" in timeline
 
 
 # The command

@@ -28,9 +28,13 @@ def test_mirrors_only_when_asked_for(alarms: list[str]) -> None:
 def test_the_package_of_a_requested_mirror_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_installed(TrainConfig().log)
-    for key, value, name in (("wandb", "offline", "wandb"), ("tensorboard", True, "tensorboard")):
+    for key, value, name in [
+        ("wandb", "offline", "wandb"),
+        ("tensorboard", True, "tensorboard"),
+        ("trackio", True, "'dit-scale"),
+    ]:
         log = TrainConfig.model_validate({"log": {key: value}}).log
-        with pytest.raises(ConfigError, match=f"{name} is not installed; pip install {name}"):
+        with pytest.raises(ConfigError, match=f"{key} is not installed; pip install {name}"):
             check_installed(log)
 
 

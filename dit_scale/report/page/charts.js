@@ -169,14 +169,14 @@ class Chart {
     this.plot = new uPlot({
       width: this.place.clientWidth,
       height: this.place.clientHeight,
-      padding: [8, 12, 0, 0],
+      padding: [8, 20, 0, 0],
       legend: {show: false},
       scales: {
         x: {time: false, range: (u, low, high) => (low === null ? whole : [low, high])},
         y: {distr: this.isLog ? 3 : 1, range: (u, low, high) => this.range(low, high)},
       },
       axes: [
-        axis({space: 70, size: 26, values: (u, steps) => steps.map((step) => (Number.isInteger(step) ? tick(step) : ""))}),
+        axis({space: 55, size: 26, values: (u, steps) => steps.map((step) => (Number.isInteger(step) ? tick(step) : ""))}),
         axis({
           size: 58, space: 34, values: (u, splits) => splits.map((value) => (value === null ? "" : tick(value, unit))),
           ...(this.isLog ? {splits: (u, i, low, high) => this.splits(low, high), filter: (u, splits) => splits} : {}),

@@ -60,7 +60,7 @@ def differences(recipe: Recipe | None, runs: Sequence[Keys]) -> dict[str, list[s
 
     A path counts only if it differs between runs, and the run folder never does.
     """
-    expected = keys_of(load(TrainConfig, recipe.name, keep_relative=True)).text if recipe else {}
+    expected = keys_of(_load(recipe.name)).text if recipe else {}
     found = {}
     for key in dict.fromkeys([*expected, *(key for run in runs for key in run.text)]):
         values = [run.text.get(key, ABSENT) for run in runs]
@@ -77,8 +77,13 @@ def _recipes() -> dict[str, dict[str, Any]]:
     found = {}
     for name in recipes.names():
         with suppress(ConfigError):  # the recipe of an encoding job or of a study
-            found[name] = flat(without_paths(load(TrainConfig, name)).model_dump(mode="json"))
+            found[name] = flat(without_paths(_load(name)).model_dump(mode="json"))
     return found
+
+
+def _load(name: str) -> TrainConfig:
+    """Return the recipe of a training run. Raises ConfigError for another recipe."""
+    return load(TrainConfig, recipes.FOLDER / f"{name}.yaml", keep_relative=True)
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """Everything that the page shows about one run."""
 
+import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from dit_scale.report.page.thinning import Curve
 from dit_scale.report.page.timeline import Timeline
 from dit_scale.report.status import RunContents, Status, read_contents, status_from
 
-SAMPLES = "samples"
-MAX_ALARMS = 50
+SAMPLES, ERRORS = "samples", "errors"
+MAX_FILES = 10
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class RunPage:
     failures: list[tuple[str, list[int], int]]
     """Node, failures by cause, steps lost."""
     alarms: list[tuple[float, str]]
+    tracebacks: list[str]
+    """The newest files with tracebacks of ranks, relative to the run."""
     grids: dict[int, Path]
     grid_of: str
     """The weights whose samples the grids show."""
@@ -94,6 +97,9 @@ class RunReader:
             causes=causes,
             failures=failures,
             alarms=_alarms(contents),
+            tracebacks=[
+                f"{ERRORS}/{path.name}" for path in sorted((folder / ERRORS).glob("*.txt"))[-MAX_FILES:]
+            ],
             grids=grids_of(folder),
             grid_of=config.ema[0].name if config else "",
             cards=_cards(folder),
@@ -106,7 +112,7 @@ class RunReader:
 
 def names_of(runs: Sequence[str]) -> list[str]:
     """Return a name for each run: its folder, with as many parents as it takes to tell them apart."""
-    paths = [Path(run).absolute() for run in runs]
+    paths = [Path(os.path.abspath(run)) for run in runs]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
@@ -125,9 +131,9 @@ def _restarts(contents: RunContents, status: Status) -> list[tuple[int, str]]:
 
 
 def _alarms(contents: RunContents) -> list[tuple[float, str]]:
-    """Return time and text of the newest alarms."""
+    """Return time and text of the alarms."""
     alarms = [entry for entry in contents.journal if entry["event"] == Event.ALARM]
-    return [(entry["time_s"], str(entry.get("text", ""))) for entry in alarms[-MAX_ALARMS:]]
+    return [(entry["time_s"], str(entry.get("text", ""))) for entry in alarms]
 
 
 def _cards(run: Path) -> list[ScoreCard]:

@@ -78,9 +78,9 @@ def _number(value: Any) -> float:
     return float(value) if type(value) is int and abs(value) < MAX_STEP else np.nan
 
 
-def points_per_curve(num_curves: int) -> int:
-    """Return how many points each curve of a page may have."""
-    return max(MIN_POINTS, min(MAX_POINTS, ALL_POINTS // max(1, num_curves)))
+def points_per_curve(points: int, num_curves: int) -> int:
+    """Return how many points each curve may have if all of them may have `points`."""
+    return max(MIN_POINTS, min(MAX_POINTS, points // max(1, num_curves)))
 
 
 def summary(curve: Curve) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dit_scale import __version__
 from dit_scale.report import words
 from dit_scale.report.page import configs
 from dit_scale.report.page.contents import RunPage
-from dit_scale.report.page.curves import points_per_curve, summary
+from dit_scale.report.page.curves import ALL_POINTS, MIN_POINTS, points_per_curve, summary
 from dit_scale.report.page.panels import PANELS, Panel, series_of
 from dit_scale.report.page.pictures import Picture, chosen, picture_of
 from dit_scale.report.page.thinning import Curve
@@ -33,7 +33,7 @@ SCRIPTS = ("vendor/uPlot.iife.min.js", "charts.js", "page.js")
 MAX_BYTES = 2_000_000
 """Size of the file; pictures get what the rest leaves."""
 MAX_ROWS = 50
-"""Interruptions shown of a run."""
+"""Interruptions, alarms and nodes shown of one run; several runs share them, with at least 10 each."""
 MAX_RESTARTS = 200
 """Restarts marked in the curves of a run."""
 SECTIONS = (
@@ -49,9 +49,14 @@ SECTIONS = (
 
 def document(runs: Sequence[RunPage], now_s: float, reload_s: float | None = None) -> str:
     """Return the page about these runs at `now_s`; a browser loads it again every `reload_s` seconds."""
-    page = _Page(runs, now_s, reload_s)
-    budget_bytes = MAX_BYTES - len(page.html([_Pictures() for _ in runs]).encode())
-    return page.html([_pictures(run, budget_bytes // len(runs)) for run in runs])
+    points = ALL_POINTS
+    while True:
+        page = _Page(runs, now_s, reload_s, points)
+        budget_bytes = MAX_BYTES - len(page.html([_Pictures() for _ in runs]).encode())
+        if budget_bytes >= MAX_BYTES // 10 or points < MIN_POINTS:
+            break
+        points //= 2  # many runs with long tables
+    return page.html([_pictures(run, max(0, budget_bytes) // len(runs)) for run in runs])
 
 
 @dataclass(frozen=True)
@@ -78,17 +83,18 @@ def _pictures(run: RunPage, budget_bytes: int) -> _Pictures:
 class _Page:
     """Everything on the page except for its pictures."""
 
-    def __init__(self, runs: Sequence[RunPage], now_s: float, reload_s: float | None) -> None:
+    def __init__(self, runs: Sequence[RunPage], now_s: float, reload_s: float | None, points: int) -> None:
+        """`points` limits those of all curves together."""
         self._runs = runs
         self._panels = [panel for panel in PANELS if any(series_of(panel, run.curves) for run in runs)]
-        self._curves = _drawn(runs)
+        self._curves = _drawn(runs, points)
         self._context: dict[str, Any] = {
             "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
             "now_s": now_s,
             "reload_s": reload_s,
             "version": __version__,
             "sections": SECTIONS,
-            "max_rows": MAX_ROWS,
+            "max_rows": max(10, MAX_ROWS // len(runs)),
             "several": len(runs) > 1,
             "panels": [_panel_view(panel, runs) for panel in self._panels],
             "missing": [panel.title for panel in PANELS if panel not in self._panels],
@@ -130,18 +136,18 @@ class _Page:
         )
 
 
-def _drawn(runs: Sequence[RunPage]) -> list[dict[str, Any]]:
+def _drawn(runs: Sequence[RunPage], points: int) -> list[dict[str, Any]]:
     """Return the points of all curves, as many as the page may have; gaps are null."""
-    limit = points_per_curve(sum(len(run.curves) for run in runs))
+    limit = points_per_curve(points, sum(len(run.curves) for run in runs))
     drawn = []
     for run in runs:
-        points = {}
+        of_run = {}
         for key, curve in run.curves.items():
             thin = Curve(limit)
             thin.extend(curve.x, curve.y)
             y = [None if math.isnan(value) else float(f"{value:.5g}") for value in thin.y.tolist()]
-            points[key] = {"x": thin.x.tolist(), "y": y}
-        drawn.append(points)
+            of_run[key] = {"x": thin.x.tolist(), "y": y}
+        drawn.append(of_run)
     return drawn
 
 

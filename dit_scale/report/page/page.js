@@ -70,13 +70,13 @@ function showGrids() {
   });
 }
 
-// Print in light colours, and charts as wide as the paper.
+// Print in light colours, with charts in two columns: scripts cannot measure the paper.
 function startPrinting() {
   let before;
   addEventListener("beforeprint", () => {
     before = document.documentElement.dataset.theme;
     setTheme("light");
-    for (const chart of charts) chart.plot.setSize({width: Math.min(chart.place.clientWidth, 640), height: chart.place.clientHeight});
+    for (const {plot, place} of charts) plot.setSize({width: place.closest(".wide") ? 640 : 300, height: place.clientHeight});
   });
   addEventListener("afterprint", () => {
     setTheme(before);

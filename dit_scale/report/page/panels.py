@@ -111,6 +111,12 @@ PANELS = (
         {"slowest_ratio": "ratio"},
     ),
     Panel(
+        "slowest_rank",
+        "Number of the slowest rank",
+        "A level line is a rank that is always the slowest.",
+        {"slowest_rank": "rank"},
+    ),
+    Panel(
         "memory",
         "Memory",
         "Of the rank with the most: device memory, or resident memory on a CPU.",

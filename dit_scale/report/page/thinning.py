@@ -26,6 +26,8 @@ class Curve:
         if len(x) and np.any(x[1:] < x[:-1]):
             order = np.argsort(x, kind="stable")
             x, y = x[order], y[order]
+        if len(x) > self._max_points:
+            x, y = thinned(x, y, self._width)
         while len(x) > self._max_points:
             self._width *= 2
             x, y = thinned(x, y, self._width)

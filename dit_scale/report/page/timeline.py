@@ -10,22 +10,16 @@ from dit_scale.report.spans import MICRO, AttemptSpan, RoundSpan
 
 MAX_LANES = 16
 """Nodes shown on the time line; those with failures come first."""
-MAX_BARS = 400
+MAX_BARS = 100
 """Newest attempts, rounds and failures shown."""
+WIDTH, HEIGHT = 10_000, 14
+"""Units of a lane."""
 UNKNOWN = "unknown"
 """Shown as the node of a failure that no supervisor recorded."""
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A stretch of time."""
-
-    begin: float
-    """Begin and end are shares of the time line, 0 to 1."""
-    end: float
-    kind: str
-    """starting or training of an attempt; member of a node."""
-    text: str
+Bar = tuple[float, float]
+"""A stretch of time: begin and end as shares of the time line, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +36,14 @@ class Lane:
     """A row of the time line."""
 
     name: str
-    bars: list[Bar]
+    bars: dict[str, list[Bar]]
+    """By kind: starting and training of an attempt, member of a round."""
     marks: list[Mark]
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The bars by kind as an SVG path, WIDTH wide and HEIGHT high; each has at least one unit."""
+        return {kind: "".join(map(_rectangle, bars)) for kind, bars in self.bars.items() if bars}
 
 
 @dataclass(frozen=True)
@@ -84,20 +84,16 @@ def timeline_of(
     )
     lanes = [Lane("attempts", _attempt_bars(attempts, rounds, scale), failures.get("", []))]
     for node in sorted(nodes[:MAX_LANES]):
-        bars = [
-            _bar(scale, span, "member", f"round {span.number}")
-            for span in rounds[-MAX_BARS:]
-            if span.number in members.get(node, ())
-        ]
-        lanes.append(Lane(node, bars, failures.get(node, [])))
+        own = [span for span in rounds[-MAX_BARS:] if span.number in members.get(node, ())]
+        lanes.append(Lane(node, {"member": [_bar(span, scale) for span in own]}, failures.get(node, [])))
     return Timeline(scale.begin_s, scale.end_s, lanes, max(0, len(nodes) - MAX_LANES))
 
 
 def by_cause(interruptions: Sequence[Interruption]) -> tuple[list[str], list[tuple[str, list[int], int]]]:
-    """Return the causes, and for each node its failures by cause and the steps lost with them."""
+    """Return the causes, and for each node its failures by cause and the steps lost; the worst node first."""
     causes = [cause for cause, _ in Counter(one.reason for one in interruptions).most_common()]
     rows = []
-    for node in sorted({one.node for one in interruptions}):
+    for node, _ in Counter(sorted(one.node for one in interruptions)).most_common():
         own = [one for one in interruptions if one.node == node]
         counts = Counter(one.reason for one in own)
         rows.append(
@@ -117,9 +113,11 @@ class _Scale:
         return min(1.0, max(0.0, (at_s - self.begin_s) / (self.end_s - self.begin_s)))
 
 
-def _attempt_bars(attempts: Sequence[AttemptSpan], rounds: Sequence[RoundSpan], scale: _Scale) -> list[Bar]:
-    """Return two bars per attempt; the first starts with its round, or after the attempt before it."""
-    bars = []
+def _attempt_bars(
+    attempts: Sequence[AttemptSpan], rounds: Sequence[RoundSpan], scale: _Scale
+) -> dict[str, list[Bar]]:
+    """Return the bars of attempts; an attempt starts with its round, or after the attempt before it."""
+    starting, training = list[Bar](), list[Bar]()
     before_us = 0
     for attempt in attempts[-MAX_BARS:]:
         of_rounds_us = [span.start_us for span in rounds if span.start_us <= attempt.start_us]
@@ -128,9 +126,9 @@ def _attempt_bars(attempts: Sequence[AttemptSpan], rounds: Sequence[RoundSpan], 
         start, end = (scale.share(us / MICRO) for us in (start_us, attempt.last_entry_us))
         stepped_us = [us for us, entry in attempt.entries if entry["event"] == Event.FIRST_STEP]
         first = scale.share(stepped_us[0] / MICRO) if stepped_us else end
-        text = f"attempt {attempt.number}, steps {attempt.first_step} to {attempt.last_step}"
-        bars += [Bar(start, first, "starting", f"{text}: starting"), Bar(first, end, "training", text)]
-    return bars
+        starting.append((start, first))
+        training += [(first, end)] if stepped_us else []
+    return {"starting": starting, "training": training}
 
 
 def _members(supervisors: Mapping[str, Sequence[Entry]]) -> dict[str, set[int]]:
@@ -144,7 +142,12 @@ def _members(supervisors: Mapping[str, Sequence[Entry]]) -> dict[str, set[int]]:
     return members
 
 
-def _bar(scale: _Scale, span: RoundSpan, kind: str, text: str) -> Bar:
-    end_s = (span.exited_us or span.end_us or span.last_entry_us) / MICRO
-    is_open = span.exited_us is None and span.end_us is None
-    return Bar(scale.share(span.start_us / MICRO), 1.0 if is_open else scale.share(end_s), kind, text)
+def _bar(span: RoundSpan, scale: _Scale) -> Bar:
+    """Return the bar of a round, which reaches the end of the time line while the round is open."""
+    end_us = span.end_us if span.exited_us is None else span.exited_us
+    return scale.share(span.start_us / MICRO), 1.0 if end_us is None else scale.share(end_us / MICRO)
+
+
+def _rectangle(bar: Bar) -> str:
+    begin, end = (round(WIDTH * share) for share in bar)
+    return f"M{begin} 0h{max(1, end - begin)}v{HEIGHT}H{begin}z"

@@ -12,6 +12,9 @@ from dit_scale.telemetry.sinks.tensorboard_sink import TensorBoard
 from dit_scale.telemetry.sinks.trackio_sink import Trackio
 from dit_scale.telemetry.sinks.wandb_sink import wandb_mirror
 
+INSTALL = {"trackio": "'dit-scale[trackio]', then pip install --no-deps trackio (it asks for another Pillow)"}
+"""What to install where the name of the package does not say it."""
+
 
 def check_installed(mirrored: Mirrored) -> None:
     """Raise ConfigError if the package of a requested mirror is missing."""
@@ -20,7 +23,8 @@ def check_installed(mirrored: Mirrored) -> None:
     for package, is_wanted in wanted.items():
         if is_wanted and importlib.util.find_spec(package) is None:
             value = mirrored.wandb if package == "wandb" else "true"
-            raise ConfigError(f"{package}={value}: {package} is not installed; pip install {package}")
+            what = INSTALL.get(package, package)
+            raise ConfigError(f"{package}={value}: {package} is not installed; pip install {what}")
 
 
 def open_mirrors(config: TrainConfig, resume_step: int, alarm: Alarm) -> list[Mirror]:
