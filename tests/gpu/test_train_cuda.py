@@ -4,6 +4,7 @@ Every run has fresh processes, because DeepSpeed can start once per process only
 of GPU memory; two of the tests need two devices.
 """
 
+import json
 import math
 import multiprocessing
 import os
@@ -27,8 +28,10 @@ from dit_scale.checkpoint.reader import Checkpoint
 from dit_scale.config import GuardConfig, TrainConfig
 from dit_scale.errors import DeviceError
 from dit_scale.models import attention, dit
+from dit_scale.models.zoo import num_parameters, shape_of
 from dit_scale.rng import Purpose
 from dit_scale.telemetry.meters import SKIPPED
+from dit_scale.telemetry.pace import TIMED_KEYS
 from dit_scale.train import loop
 from dit_scale.train.attempt import Attempt
 from dit_scale.train.ema import Ema, ema_kind
@@ -367,6 +370,22 @@ def in_mode(mode: str, method: Any) -> Any:
             torch.cuda.set_sync_debug_mode(before)
 
     return call
+
+
+# Measurements
+
+
+def test_log_points_measure_the_device(folder: Path, data: dict[int, Path]) -> None:
+    """Events time the steps; allocated memory holds masters, both moments, an average and bf16 weights."""
+    config = config_of(folder, data[256])
+    assert processes.run(1, jobs.train, config) == [0]
+    state_gib = (4 * 4 + 2) * num_parameters(shape_of(config.model)) / 2**30
+    for line in jobs.losses_so_far(config):
+        row = json.loads(line)
+        print({key: row[key] for key in TIMED_KEYS})
+        assert 0 < row["mfu"] < 1
+        assert 0 < row["step_s_p50"] <= row["step_s_p99"]
+        assert state_gib < row["memory_gib"] < row["memory_peak_gib"]
 
 
 # Two devices

@@ -1,10 +1,13 @@
-"""Memory that is freed stays in the process: the kernel clears no page twice. Page faults are counted."""
+"""Freed memory stays in the process: the kernel clears no page twice. Page faults and sizes are counted."""
 
+import mmap
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dit_scale import host_memory
 
 NUM_BYTES = 33 * 2**20
 """More than 32 MiB: smaller blocks may be reused by default."""
@@ -12,6 +15,8 @@ WARM_UP, ROUNDS = 30, 3
 """The heap grows in the first rounds, until its free blocks suffice."""
 PAGE = 4096
 PAGES = ROUNDS * 2 * NUM_BYTES // PAGE
+COUNTER_BYTES = 2**22
+"""Far more than what the kernel's counters of a process lag behind."""
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CHILD = f"""
 import resource
@@ -58,3 +63,17 @@ def test_tensors_are_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert huge < plain // 4
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     assert faults_of("host_memory.use_huge_pages()") > plain // 2, "the environment decides"
+
+
+def test_resident_memory_counts_what_is_touched_and_remembers_its_peak() -> None:
+    before, peak_before = host_memory.resident()
+    block = mmap.mmap(-1, NUM_BYTES)
+    block.write(b"x" * NUM_BYTES)
+    during, peak = host_memory.resident()
+    block.close()
+    after, peak_after = host_memory.resident()
+    assert during - before > NUM_BYTES - COUNTER_BYTES
+    assert during - after > NUM_BYTES - COUNTER_BYTES
+    assert before <= peak_before
+    assert peak >= during
+    assert peak_after >= peak

@@ -12,7 +12,7 @@ from dit_scale.telemetry.pace import TIMED_KEYS
 from dit_scale.train.run_folder import root_of
 from tests.support.ranks.runs import final_files
 
-_TAIL_BYTES = 2048
+_TAIL_BYTES = 8192
 """Enough for several lines of metrics.jsonl."""
 
 Row = dict[str, Any]
