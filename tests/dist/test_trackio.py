@@ -1,6 +1,7 @@
 """Runs in Trackio, as its own program reads them."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dit_scale.config import TrainConfig
 from dit_scale.telemetry.sinks.identity import run_id
@@ -100,3 +102,28 @@ def test_a_folder_that_cannot_be_written_costs_one_alarm(
         alarm["text"],
     )
     assert len(jobs.losses(config)) == STEPS
+
+
+WRITER = """
+from pathlib import Path
+import sys
+from dit_scale.telemetry.sinks.trackio_sink import Trackio
+sink = Trackio(Path(sys.argv[1]), "dit-scale", "run", {})
+sink.write(1, {"loss": None, "lr": 0.5})
+sink.picture(1, "evaluation", Path(sys.argv[1], "grid.png"))
+sink.close()
+"""
+
+
+def test_grids_and_means_over_nothing(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Two attempts write them at the same step."""
+    needs((BIN / "trackio").exists(), "trackio: pip install --no-deps trackio")
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
+    for _ in range(2):
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        subprocess.run(command, env=os.environ | environment, timeout=TIMEOUT_S, check=True)
+    found = trackio(tmp_path / "trackio", "get", "snapshot", "--run", "run", "--step", "1")["metrics"]
+    assert [row["value"] for row in found["loss"]] == [None]
+    assert [row["value"] for row in found["lr"]] == [0.5]
+    (grid,) = found["evaluation"]
+    assert (tmp_path / "trackio/media" / grid["value"]["file_path"]).is_file()
