@@ -74,6 +74,6 @@ def test_resident_memory_counts_what_is_touched_and_remembers_its_peak() -> None
     after, peak_after = host_memory.resident()
     assert during - before > NUM_BYTES - COUNTER_BYTES
     assert during - after > NUM_BYTES - COUNTER_BYTES
-    assert before <= peak_before
-    assert peak >= during
-    assert peak_after >= peak
+    assert before <= peak_before + COUNTER_BYTES
+    assert peak > during - COUNTER_BYTES
+    assert peak_after > peak - COUNTER_BYTES
