@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo        encode, train, sample and score on handwritten digits (2 to 5 minutes)"
-	@echo "make test        lint, check types, and run all tests (about 25 minutes on 2 cores)"
+	@echo "make test        lint, check types, and run all tests (25 to 50 minutes on 2 cores)"
 	@echo "make test-quick  run the unit, property, golden and architecture tests only (2 to 3 minutes)"
 	@echo "make mutants     mutation testing: apply 100 small changes that the tests must detect"
 	@echo "make chaos       long fault-injection campaigns: training, encoding, SLURM, pods (about 3 hours)"

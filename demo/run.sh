@@ -43,6 +43,7 @@ cat <<TEXT
   run              $RUN/run  (config.yaml, metrics.jsonl, events.jsonl, checkpoints/)
   latents          $RUN/latents
 next steps, for example:
+  $(command -v dit-scale | sed "s|$PWD/||") report $RUN/run
   $(command -v dit-scale | sed "s|$PWD/||") sample $RUN/run --classes 3,7 --images 20 --guidance 4 --out $RUN/threes_and_sevens
   $(command -v dit-scale | sed "s|$PWD/||") train dit_xl2_256 --dry-run --world 8
 TEXT
