@@ -45,7 +45,7 @@ def _runs(args: argparse.Namespace) -> int:
     from dit_scale.report.runs import list_runs
 
     if not os.path.isdir(args.folder):
-        raise ConfigError(f"{args.folder} is no folder; pass the folder that contains your runs")
+        raise ConfigError(f"{args.folder} is not a folder; pass the folder that contains your runs")
     while True:
         found = list_runs(args.folder, time.time())
         if args.json:

@@ -37,7 +37,7 @@ TEXTS = {Notice.DONE: "is done", Notice.GAVE_UP: "gave up", Notice.ROLLED_BACK: 
 
 
 class Webhook:
-    """Sends the messages of one process. A failure costs one alarm, and nothing waits for long."""
+    """Sends the messages of one process. A failure costs one alarm; sending blocks for at most TIMEOUT_S."""
 
     def __init__(self, run: str, root: Storage, node: str, alarm: Alarm) -> None:
         """`root` is the state root of the run, where messages that were sent are marked."""

@@ -15,6 +15,7 @@ from dit_scale.report.page.contents import RunReader, names_of
 from dit_scale.report.page.document import document
 from tests.support.needs import needs
 from tests.support.report_runs import BREAKOUT, HOSTILE, JOURNAL, write_grid, write_run
+from tests.support.speed import scaled
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -37,7 +38,9 @@ def browser() -> "Iterator[Browser]":
 
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=arguments)
+        chromium = playwright.chromium.launch(
+            executable_path=program, args=arguments, timeout=scaled(120_000.0)
+        )
         yield chromium
         chromium.close()
 
@@ -90,6 +93,7 @@ def opened(
     """Open a page; at the end, it must have logged nothing, asked nothing, and requested only itself."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)  # type: ignore[arg-type]
     page = context.new_page()
+    page.set_default_timeout(scaled(120_000.0))
     seen: list[str] = []
     page.on("console", lambda message: seen.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: seen.append(f"error: {error}"))

@@ -14,6 +14,7 @@ from dit_scale.config import TrainConfig
 from dit_scale.monitoring.families import ROW, families
 from dit_scale.monitoring.follower import Follower
 from tests.support.needs import needs
+from tests.support.speed import scaled
 
 FOLDER = Path(__file__).resolve().parents[2] / "cluster/monitoring"
 COMPONENT = FOLDER.parent / "kubernetes/components/metrics/kustomization.yaml"
@@ -50,7 +51,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
 
 
 def run(*command: str, text: str | None = None) -> str:
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=scaled(60.0))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -115,4 +115,4 @@ def test_a_folder_without_runs_and_no_folder(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["runs", str(tmp_path)]) == 0
     assert f"no runs in {tmp_path} yet" in capsys.readouterr().out
     assert cli.main(["runs", str(tmp_path / "nothing")]) == 2
-    assert "is no folder; pass the folder that contains your runs" in capsys.readouterr().err
+    assert "is not a folder; pass the folder that contains your runs" in capsys.readouterr().err
