@@ -268,7 +268,7 @@ class EncodeConfig(Mirrored):
     nodes: int = Field(1, ge=1)
     """Number of Ray nodes to wait for before placing encoders."""
     wait_s: float = Field(600.0, ge=0)
-    """Seconds to wait for the nodes."""
+    """Seconds to wait for the nodes, and then for the first encoder."""
     encoders: int = Field(0, ge=0)
     """Number of Ray actors, each with a VAE; 0: as many as fit."""
     cpus_per_encoder: float = Field(1.0, gt=0)

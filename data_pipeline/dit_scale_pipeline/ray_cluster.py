@@ -31,7 +31,7 @@ PACKAGES = (Path(dit_scale.__file__).resolve().parent, Path(__file__).resolve().
 """The code of this process, which workers also run."""
 
 PATIENCE_S = 20.0
-"""Time after which the job reports that it waits for its encoders."""
+"""Time after which the job starts with the encoders that are ready, or reports that it waits for one."""
 CONNECT_S = 20.0
 """Time within which the head of a cluster must answer; Ray itself tries for 15 minutes."""
 PING_S = 2.0
@@ -273,7 +273,10 @@ def wait_for_nodes(config: EncodeConfig, console: Console) -> Resources:
 def start_encoders(
     config: EncodeConfig, vae: VaeIdentity, placement: Placement, console: Console, kind: type = Encoder
 ) -> "tuple[list[ActorHandle], dict[str, str]]":
-    """Start the encoder actors; return them and their common runtime."""
+    """Start the encoder actors; return them and their common runtime.
+
+    One that is ready is enough: the others may wait for room that another job still occupies.
+    """
     import ray
 
     actor: Any = ray.remote(kind).options(
@@ -285,16 +288,16 @@ def start_encoders(
     encoders = [actor.remote(config, vae, placement.device) for _ in range(placement.encoders)]
     runtimes = [encoder.runtime.remote() for encoder in encoders]
     ready, waiting = ray.wait(runtimes, num_returns=len(runtimes), timeout=PATIENCE_S)
-    if waiting:
-        console.print(f"waiting for {len(waiting)} encoders: the cluster is busy, or the VAE loads slowly")
-        ready, waiting = ray.wait(runtimes, num_returns=len(runtimes), timeout=config.wait_s)
+    if not ready:
+        console.print("waiting for an encoder: the cluster is busy, or the VAE loads slowly")
+        ready, waiting = ray.wait(runtimes, num_returns=1, timeout=config.wait_s)
     if not ready:
         raise DeviceError(
             f"none of {len(encoders)} encoders was ready within {config.wait_s:g} s; run `ray status` to see "
             "what the cluster lacks, or raise wait_s if the VAE loads slowly"
         )
     if waiting:
-        console.print(f"continuing without {len(waiting)} encoders; they may still join")
+        console.print(f"starting with {len(ready)} of {len(encoders)} encoders; the others may join later")
     try:
         loaded = [get(runtime) for runtime in ready]
     except LostError as error:

@@ -12,6 +12,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -352,6 +353,38 @@ def test_two_encoders_on_a_cluster_one_of_them_killed_write_the_same_bytes_to_s3
     assert job.returncode == 0, error
     assert objects(url) == objects(latents)
     assert cli.main(["latents", "verify", url]) == 0
+
+
+def test_a_job_starts_with_the_encoders_that_find_room(
+    latents: Path, folder: Path, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    keys = ["encoders=2", "cpus_per_encoder=0.6", "cpus_per_decoder=0.2", "wait_s=1000000"]
+    with another_job(cluster, cpus=2):
+        job = start(folder, tmp_path / "set", *keys, environment=cluster)
+        error = job.communicate(timeout=HANGS_S)[1]
+    assert job.returncode == 0, error
+    assert "starting with 1 of 2 encoders; the others may join later" in error
+    assert objects(tmp_path / "set") == objects(latents)
+
+
+@contextmanager
+def another_job(cluster: dict[str, str], cpus: int) -> Iterator[None]:
+    """Occupy some CPUs of the cluster."""
+    script = f"""
+import ray, time
+ray.init(logging_level="error", log_to_driver=False)
+holder = ray.remote(num_cpus={cpus})(type("Holder", (), {{"here": lambda self: True}})).remote()
+print(ray.get(holder.here.remote()), flush=True)
+time.sleep(10**6)
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, env=cluster, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "True\n"
+            yield
+        finally:
+            process.terminate()
 
 
 def test_a_submitted_job_writes_the_same_bytes(
