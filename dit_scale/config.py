@@ -113,7 +113,7 @@ class EmaProfile(Section):
     """A moving average of the fp32 master weights, with either `decay` or `sigma_rel`."""
 
     name: str
-    """Profile name, in checkpoints and on the command line."""
+    """Profile name, in checkpoints, file names and on the command line."""
     decay: float | None = Field(None, gt=0, lt=1)
     """Constant decay per step; 0.9999 in the paper."""
     sigma_rel: float | None = Field(None, gt=0, lt=0.289)

@@ -175,17 +175,17 @@ class Attempt:
         self.write(Event.LOG, data_s=round(self.loader.waited_s, 3))
 
     def evaluated(
-        self, result: Evaluated, values: dict[str, float | None], grid: Path | None, seconds: float
+        self, result: Evaluated, values: dict[str, float | None], grids: dict[str, Path], seconds: float
     ) -> None:
-        """Record an evaluation of the weights of this step, which took so long; `grid` is its picture."""
+        """Record an evaluation of the weights of this step, which took so long; `grids` are its pictures."""
         self.state.evaluated = result
         self.pace.exclude(seconds)
         if self._logbook:
             if values:
                 samples = self.state.step * self._context.config.global_batch
                 self._logbook.row({"samples": samples, **values})
-            if grid is not None:
-                self._logbook.picture("evaluation", grid)
+            for profile, grid in grids.items():
+                self._logbook.picture(f"evaluation/{profile}", grid)
         self.write(Event.EVALUATION, measure=result.measure, value=result.value, seconds=round(seconds, 3))
         found = headline(values) or "a grid of samples"
         self.say(f"evaluation of step {self.state.step} in {seconds:.1f} s: {found}")

@@ -1,6 +1,6 @@
 """Quality while training: at some steps, all ranks evaluate the weights between two steps of training.
 
-    images        a grid of samples of the first average, and their Frechet distance to a reference
+    images        a grid of samples of every average, and the Frechet distance of the first one's samples
     held out      the loss on samples that training never reads, for the weights and for every average
 
 Nothing here reads or changes what training computes with: the weights are gathered into a second model, and
@@ -15,6 +15,7 @@ evaluation drops it, saves, and makes it up when it resumes.
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -99,53 +100,68 @@ class Evaluation:
                 raise Interrupted
 
         try:
-            values, grid = self._evaluate(step, proceed)
+            values, grids = self._evaluate(step, proceed)
         except Interrupted:
             attempt.say(f"the evaluation of step {step} is dropped: the run was asked to stop")
             return True
         key = deciding_key(self._context.config)
         result = Evaluated(step=step, measure=self._measure(), value=values.get(key))
-        attempt.evaluated(result, values, grid, time.monotonic() - start_s)
+        attempt.evaluated(result, values, grids, time.monotonic() - start_s)
         return False
 
     def _evaluate(
         self, step: int, proceed: Callable[[], None]
-    ) -> tuple[dict[str, float | None], Path | None]:
-        """Return the values for the record, and the file of the grid on rank 0."""
+    ) -> tuple[dict[str, float | None], dict[str, Path]]:
+        """Return the values for the record, and on rank 0 the files of the grids by EMA profile."""
         config, world = self._context.config, self._context.world
-        profiles = [ema_kind(profile.name) for profile in config.ema]
+        profiles = {ema_kind(profile.name): profile.name for profile in config.ema}
         model = self._empty_model()
         values: dict[str, float | None] = {}
-        grid: Path | None = None
+        grids: dict[str, Path] = {}
         for kind in (*profiles, MASTER):
-            if kind != profiles[0] and self._held_out is None:
+            is_sampled = kind in self._sampled()
+            if not is_sampled and self._held_out is None:
                 continue
             proceed()
             gather_weights(model, kind, self._trainer.engine.owned, world)
-            if kind == profiles[0] and self._painter is not None:
-                distance, grid = self._images(self._painter, model, step, proceed)
-                values |= distance
+            if is_sampled:
+                tiles = self._sample(model, kind, step, proceed)
+                if config.evaluate.grid_images and world.is_first:
+                    grids[profiles[kind]] = evaluation_grid(config, step, profiles[kind])
+                    write_grid(grid_of(tiles), grids[profiles[kind]])
+                values |= self._distance(kind, tiles)
             if self._held_out is not None:
                 name = RAW if kind == MASTER else kind
                 losses = self._losses(self._held_out, model, proceed)
                 values |= {loss_key(column, name): value for column, value in losses.items()}
-        return values, grid
+        return values, grids
 
-    def _images(
-        self, painter: Painter, model: DiT, step: int, proceed: Callable[[], None]
-    ) -> tuple[dict[str, float | None], Path | None]:
-        """Sample; return the Frechet distance, and on rank 0 write and return the grid."""
-        tiles: list[Tile] = self._split(
-            painter.tiles, lambda number: painter.paint(model, number, lambda: self._beat(step)), proceed
+    def _sampled(self) -> list[str]:
+        """Return the kinds of weights that are sampled: all averages for grids, the first for a distance."""
+        if self._painter is None:
+            return []
+        kinds = [ema_kind(profile.name) for profile in self._context.config.ema]
+        return kinds if self._context.config.evaluate.grid_images else kinds[:1]
+
+    def _is_compared(self, kind: str) -> bool:
+        """Whether the Frechet distance is that of samples of these weights."""
+        config = self._context.config
+        return config.evaluate.images > 0 and kind == ema_kind(config.ema[0].name)
+
+    def _sample(self, model: DiT, kind: str, step: int, proceed: Callable[[], None]) -> list[Tile]:
+        """Return all tiles of images of these weights."""
+        assert self._painter is not None
+        paint = partial(
+            self._painter.paint, model, advance=lambda: self._beat(step), compare=self._is_compared(kind)
         )
-        config, world = self._context.config.evaluate, self._context.world
-        grid = None
-        if config.grid_images and world.is_first:
-            grid = evaluation_grid(self._context.config, step)
-            write_grid(grid_of(tiles), grid)
-        if not config.images:
-            return {}, grid
-        return {FRECHET: world.broadcast(lambda: painter.distance(tiles))}, grid
+        return self._split(self._painter.tiles(compare=self._is_compared(kind)), paint, proceed)
+
+    def _distance(self, kind: str, tiles: list[Tile]) -> dict[str, float | None]:
+        """Return the Frechet distance of the images, if it is that of these weights."""
+        if not self._is_compared(kind):
+            return {}
+        assert self._painter is not None
+        return {FRECHET: self._context.world.broadcast(partial(self._painter.distance, tiles))}
 
     def _losses(
         self, held_out: HeldOutLoss, model: DiT, proceed: Callable[[], None]

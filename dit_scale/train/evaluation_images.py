@@ -77,7 +77,7 @@ class Tile:
     grid_NHW3: NDArray[np.uint8]
     """Those of its images that belong to the grid."""
     features_NF: Features | None
-    """Features of those of its images that count for the Frechet distance; None if there are none."""
+    """Features of those of its images that are compared; None if there are none."""
 
 
 class Painter:
@@ -109,13 +109,16 @@ class Painter:
         if config.images:
             self._comparison = Comparison.load(config, dataset.info.image_size, world)
 
-    @property
-    def tiles(self) -> int:
-        """Number of tiles."""
-        return -(-self._count // self._config.tile)
+    def tiles(self, *, compare: bool) -> int:
+        """Number of tiles: of all images, or without `compare` of those that the grid shows."""
+        count = self._count if compare else self._config.grid_images
+        return -(-count // self._config.tile)
 
-    def paint(self, model: DiT, number: int, advance: Callable[[], None]) -> Tile:
-        """Sample and decode the images of a tile; `advance` is called after each denoising step."""
+    def paint(self, model: DiT, number: int, advance: Callable[[], None], *, compare: bool) -> Tile:
+        """Sample and decode the images of a tile; `advance` is called after each denoising step.
+
+        With `compare`, the features of images that count for the Frechet distance are taken, too.
+        """
         first = number * self._config.tile
         images_NHW3 = sample_tile(
             model,
@@ -127,7 +130,7 @@ class Painter:
             advance=advance,
         )
         features_NF = None
-        if self._comparison is not None and first < self._config.images:
+        if compare and self._comparison is not None and first < self._config.images:
             features_NF = self._comparison.features(images_NHW3[: self._config.images - first])
         grid_NHW3 = images_NHW3[: max(0, self._config.grid_images - first)].cpu().numpy()
         return Tile(grid_NHW3, features_NF)

@@ -3,7 +3,7 @@
 <run>/config.yaml   the resolved configuration      <run>/metrics.jsonl   the record
 <run>/events.jsonl  the journal                     <run>/samples/        pictures
 <run>/records/      configuration and record of each attempt, see dit_scale.telemetry.record
-<run>/evaluations/  a grid of samples per evaluation
+<run>/evaluations/  a grid of samples per evaluation and EMA profile
 <run>/targets/      where Prometheus finds the metrics of each node, see dit_scale.monitoring
 
 The state root is the run folder, unless checkpoint.url names another place:
@@ -17,6 +17,7 @@ the record and the journal, from which the run resumes on another machine.
 """
 
 from pathlib import Path
+from urllib.parse import quote
 
 from dit_scale.config import TrainConfig, load, relocated
 from dit_scale.errors import ConfigError
@@ -25,9 +26,9 @@ from dit_scale.storage import Storage, open_storage
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
 
-def evaluation_grid(config: TrainConfig, step: int) -> Path:
-    """The file of the grid of an evaluation."""
-    return Path(config.run) / "evaluations" / f"{step:010d}.png"
+def evaluation_grid(config: TrainConfig, step: int, profile: str) -> Path:
+    """The file of the grid of an evaluation: samples of an EMA profile, which may have any name."""
+    return Path(config.run) / "evaluations" / f"{step:010d}.{quote(profile, safe=' ')}.png"
 
 
 def root_of(config: TrainConfig) -> Storage:

@@ -75,7 +75,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     first = write_run(folder / "first", rows=rows(0), steps=10 * STEPS)
     other = write_run(folder / HOSTILE, rows=rows(1), steps=10 * STEPS, log={"wandb_project": BREAKOUT})
     for step in range(0, 60, 10):
-        write_grid(first, step, side=96)
+        for profile in ("paper", "short"):
+            write_grid(first, step, side=96, profile=profile)
     return [first, other]
 
 
@@ -233,7 +234,9 @@ def test_lines_scales_themes_and_samples_can_be_switched(
         assert page.locator("#grid-step").text_content() == "step 0"
         slider.press("ArrowRight")
         assert slider.get_attribute("aria-valuetext") == "step 10"
-        assert page.locator("[data-grid='0']").get_attribute("alt") == "Samples of first at step 10"
+        for number, profile in enumerate(("paper", "short")):
+            alt = page.locator(f"[data-grid='{number}']").get_attribute("alt")
+            assert alt == f"Samples of first, EMA profile {profile}, at step 10"
         assert page.evaluate("document.querySelector('[data-grid]').naturalWidth") == 96
 
 

@@ -34,6 +34,7 @@ from tests.support.ranks.runs import events, final_files, kill, wait_for
 pytestmark = pytest.mark.dist
 
 WORLD, STEPS, EVERY = 2, 9, 3
+PROFILES = ("constant", "power")
 Ground = dict[str, str]
 
 POINTS: dict[str, Callable[[Hold], AbstractContextManager[Any]]] = {
@@ -116,7 +117,8 @@ def test_a_run_ends_with_the_same_bits_without_evaluations(evaluated: TrainConfi
     assert steps_of_rows(evaluated) == [0, 3, 6, 9]
     assert steps_of_rows(plain) == []
     for step in (0, 3, 6, 9):
-        assert evaluation_grid(evaluated, step).is_file()
+        for profile in PROFILES:
+            assert evaluation_grid(evaluated, step, profile).is_file()
 
 
 def test_a_run_killed_in_its_evaluations_ends_with_the_same_bits(
@@ -124,7 +126,7 @@ def test_a_run_killed_in_its_evaluations_ends_with_the_same_bits(
 ) -> None:
     config = like(evaluated, tmp_path / "run")
     # Passes are counted since the start. From step 0, the third evaluation comes after the first checkpoint.
-    kills = [("sampling", 1, 1), ("between row and event", 2, 0), ("gathering weights", 7, 1)]
+    kills = [("sampling", 1, 1), ("between row and event", 3, 0), ("gathering weights", 7, 1)]
     # Resumed at step 3, which was evaluated before it was saved.
     kills += [("after the grid", 1, 0), ("held-out loss", 2, 1), ("before the row", 1, 1)]
     kills += [("after the evaluation", 1, 0)]
@@ -142,7 +144,9 @@ def test_a_run_killed_in_its_evaluations_ends_with_the_same_bits(
     assert final_files(config) == final_files(evaluated)
     assert evaluations(config) == evaluations(evaluated)
     for step in (0, 3, 6, 9):
-        assert evaluation_grid(config, step).read_bytes() == evaluation_grid(evaluated, step).read_bytes()
+        for profile in PROFILES:
+            expected = evaluation_grid(evaluated, step, profile).read_bytes()
+            assert evaluation_grid(config, step, profile).read_bytes() == expected
     resumed = [event["resumed_from"] for event in events(config, "start")]
     print(f"resumed from {resumed}")
     assert any(resumed)

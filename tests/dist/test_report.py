@@ -29,7 +29,7 @@ def test_a_run_that_was_killed_twice(tmp_path: Path) -> None:
     config = TrainConfig.model_validate(tree)
     reader = RunReader(config.run, "run")
     for number in range(2):
-        kill_at(WORLD, config, tmp_path / f"hold{number}", point="between optimizer and EMA", nth=5, victim=1)
+        kill_at(WORLD, config, tmp_path / f"hold{number}", point="between optimizer and EMA", nth=6, victim=1)
         reader.read(0.0)
     assert run(WORLD, jobs.train, config) == [0] * WORLD
 
@@ -37,7 +37,8 @@ def test_a_run_that_was_killed_twice(tmp_path: Path) -> None:
     page = reader.read(starts[-1]["time_s"] + 60)
     assert [step for step, _ in page.restarts] == [start["step"] for start in starts[1:]] == [3, 6]
     assert page.curves["loss"].x.tolist() == list(range(1, STEPS + 1))
-    assert page.curves["eval_loss_raw"].x.tolist() == [*page.grids] == [0, 4, 8, 12]
+    assert page.curves["eval_loss_raw"].x.tolist() == [*page.grids["power"]] == [0, 4, 8, 12]
+    assert [*page.grids] == ["constant", "power"]
     rows = [json.loads(line) for line in (Path(config.run) / "metrics.jsonl").read_text().splitlines()]
     assert page.curves["loss"].y.tolist() == [row["loss"] for row in rows if "loss" in row]
     # A chart shows every key of a log point, except those of its axis.

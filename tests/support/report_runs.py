@@ -72,8 +72,8 @@ def write_run(
     return str(folder)
 
 
-def write_grid(run: str, step: int, side: int = 64, seed: int = 0) -> None:
+def write_grid(run: str, step: int, side: int = 64, seed: int = 0, profile: str = "paper") -> None:
     """Write the grid of an evaluation: noise, which compresses badly."""
     pixels = np.random.default_rng(seed + step).integers(0, 256, (side, side, 3), np.uint8)
     (Path(run) / "evaluations").mkdir(exist_ok=True)
-    Image.fromarray(pixels).save(Path(run) / "evaluations" / f"{step:010d}.png")
+    Image.fromarray(pixels).save(Path(run) / "evaluations" / f"{step:010d}.{profile}.png")

@@ -1,6 +1,7 @@
 """Samples for the evaluation: the same at every evaluation, and references that do not fit are refused."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dit_scale.errors import ConfigError, DataError, WeightsError
 from dit_scale.evaluate.frechet import frechet_distance
 from dit_scale.evaluate.moments import Gaussian, Moments
 from dit_scale.models import dit
-from dit_scale.train.evaluation_images import Painter, grid_of
+from dit_scale.train.evaluation_images import Painter, Tile, grid_of
 from tests.support.evaluated_run import CLASSIFIER, NUM_FEATURES, write_ground
 from tests.support.tiny_vae import save_tiny_vae
 
@@ -53,9 +54,14 @@ def model() -> dit.DiT:
     return dit.build(ModelConfig(name="DiT-Nano/2", image_size=32, num_classes=10), 0)
 
 
+def painted(painter: Painter, advance: Callable[[], None] = lambda: None, compare: bool = True) -> list[Tile]:
+    numbers = range(painter.tiles(compare=compare))
+    return [painter.paint(model(), number, advance, compare=compare) for number in numbers]
+
+
 def test_tiles_give_the_grid_and_the_features_that_are_asked_for(ground: Ground) -> None:
     painter, beats = painter_of(ground), list[int]()
-    tiles = [painter.paint(model(), number, lambda: beats.append(1)) for number in range(painter.tiles)]
+    tiles = painted(painter, advance=lambda: beats.append(1))
     assert [len(tile.grid_NHW3) for tile in tiles] == [3, 0]
     features = [tile.features_NF for tile in tiles if tile.features_NF is not None]
     assert [part.shape for part in features] == [(4, NUM_FEATURES), (2, NUM_FEATURES)]
@@ -69,13 +75,20 @@ def test_tiles_give_the_grid_and_the_features_that_are_asked_for(ground: Ground)
 
 def test_a_grid_alone_needs_no_network(ground: Ground) -> None:
     painter = painter_of(ground, images=0, network="", reference="")
-    (tile,) = [painter.paint(model(), number, lambda: None) for number in range(painter.tiles)]
+    (tile,) = painted(painter)
     assert tile.features_NF is None
+
+
+def test_weights_that_are_not_compared_have_the_same_grid_and_no_features(ground: Ground) -> None:
+    painter = painter_of(ground)
+    (tile,) = painted(painter, compare=False)
+    assert tile.features_NF is None
+    assert np.array_equal(tile.grid_NHW3, grid_of(painted(painter)))
 
 
 def test_broken_features_have_no_distance(ground: Ground) -> None:
     painter = painter_of(ground, images=4)
-    tile = painter.paint(model(), 0, lambda: None)
+    (tile,) = painted(painter)
     assert tile.features_NF is not None
     tile.features_NF[0, 0] = np.nan
     assert painter.distance([tile]) is None

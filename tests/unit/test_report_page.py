@@ -305,7 +305,7 @@ def test_the_file_stays_below_its_limit(tmp_path: Path) -> None:
     page = Text(html)
     assert 0.8 * MAX_BYTES < len(html.encode()) <= MAX_BYTES
     assert "20 evaluations are shown" in page.of("samples")
-    assert min(len(run["grids"]) for run in page.data["runs"]) >= 12
+    assert min(len(strip["pictures"]) for strip in page.data["strips"]) >= 12
 
 
 def test_sixteen_long_runs_fit_on_one_page(tmp_path: Path) -> None:

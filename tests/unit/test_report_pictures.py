@@ -7,17 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dit_scale.config import TrainConfig
 from dit_scale.report.page.document import FOLDER
 from dit_scale.report.page.pictures import chosen, grids_of, spread
+from dit_scale.train.run_folder import evaluation_grid
 from tests.support.report_runs import write_grid
+
+ODD = "0.5/\u00e4 [b] %2e\n"
 
 
 def test_the_newest_the_best_and_the_first_picture_are_kept(tmp_path: Path) -> None:
     for step in range(0, 600, 10):
         write_grid(str(tmp_path), step)
-    (tmp_path / "evaluations" / "0000000600.png").write_bytes(b"half a picture")
-    (tmp_path / "evaluations" / "other.png").write_bytes(b"")
-    grids = grids_of(tmp_path)
+    (tmp_path / "evaluations" / "0000000600.paper.png").write_bytes(b"half a picture")
+    for stranger in ("other.png", "0000000700.png", "ten.paper.png"):
+        (tmp_path / "evaluations" / stranger).write_bytes(b"")
+    path = evaluation_grid(TrainConfig(run=str(tmp_path)), 0, ODD)
+    path.touch()
+    assert grids_of(tmp_path)[ODD] == {0: path}
+    grids = grids_of(tmp_path)["paper"]
     assert list(grids) == list(range(0, 610, 10))
     size = len(chosen({590: grids[590]}, [], 10**9)[0].uri)
     pictures = chosen(grids, [170], 14 * size)
@@ -31,7 +39,7 @@ def test_the_newest_the_best_and_the_first_picture_are_kept(tmp_path: Path) -> N
 def test_a_tiny_budget_makes_pictures_smaller_and_then_fewer(tmp_path: Path) -> None:
     for step in (0, 10, 20):
         write_grid(str(tmp_path), step, side=512)
-    grids = grids_of(tmp_path)
+    grids = grids_of(tmp_path)["paper"]
     whole = chosen(grids, [], 10**9)
     assert [picture.width for picture in whole] == [512] * 3
     smaller = chosen(grids, [], sum(len(picture.uri) for picture in whole) // 4)

@@ -54,9 +54,8 @@ class RunPage:
     alarms: list[tuple[float, str]]
     tracebacks: list[str]
     """The newest files with tracebacks of ranks, relative to the run."""
-    grids: dict[int, Path]
-    grid_of: str
-    """The weights whose samples the grids show."""
+    grids: dict[str, dict[int, Path]]
+    """By EMA profile and step."""
     cards: list[ScoreCard]
     paper: list[dict[str, Any]]
     """The paper's figures for this model, to show without a score card."""
@@ -101,7 +100,6 @@ class RunReader:
                 f"{ERRORS}/{path.name}" for path in sorted((folder / ERRORS).glob("*.txt"))[-MAX_FILES:]
             ],
             grids=grids_of(folder),
-            grid_of=config.ema[0].name if config else "",
             cards=_cards(folder),
             paper=_paper_rows(contents),
             config=keys_of(config) if config else NO_KEYS,

@@ -63,7 +63,8 @@ def document(runs: Sequence[RunPage], now_s: float, reload_s: float | None = Non
 class _Pictures:
     """The pictures of one run."""
 
-    grids: Sequence[Picture] = ()
+    grids: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
+    """By EMA profile."""
     cards: Mapping[str, Picture] = field(default_factory=dict)
     """By the folder of the score card."""
 
@@ -77,7 +78,9 @@ def _pictures(run: RunPage, budget_bytes: int) -> _Pictures:
             cards[card.where] = picture
             budget_bytes -= len(picture.uri)
     best = [run.status.best["step"]] if run.status.best else []
-    return _Pictures(chosen(run.grids, best, budget_bytes), cards)
+    share_bytes = budget_bytes // max(1, len(run.grids))
+    grids = {profile: chosen(by_step, best, share_bytes) for profile, by_step in run.grids.items()}
+    return _Pictures(grids, cards)
 
 
 class _Page:
@@ -108,7 +111,8 @@ class _Page:
     def html(self, pictures: Sequence[_Pictures]) -> str:
         """Return the page with these pictures, one entry per run."""
         both = list(zip(self._runs, pictures, strict=True))
-        steps = sorted({picture.step for own in pictures for picture in own.grids})
+        strips = [strip for run, own in both for strip in _strips(run, own)]
+        steps = sorted({picture["step"] for strip in strips for picture in strip["pictures"]})
         style, script = (
             "\n".join((FOLDER / name).read_text() for name in names) for names in (STYLES, SCRIPTS)
         )
@@ -118,19 +122,20 @@ class _Page:
             style=style,
             script=script,
             grid_steps=steps,
+            strips=strips,
             runs=[_run_view(run, own) for run, own in both],
             data={
                 "reload_s": self._context["reload_s"],
                 "panels": [_panel_data(panel, self._runs) for panel in self._panels],
                 "grid_steps": steps,
+                "strips": strips,
                 "runs": [
                     {
                         "name": run.name,
                         "curves": curves,
                         "restarts": run.restarts[-MAX_RESTARTS:],
-                        "grids": [vars(picture) for picture in own.grids],
                     }
-                    for (run, own), curves in zip(both, self._curves, strict=True)
+                    for run, curves in zip(self._runs, self._curves, strict=True)
                 ],
             },
         )
@@ -195,9 +200,21 @@ def _run_view(run: RunPage, pictures: _Pictures) -> dict[str, Any]:
         **vars(run),
         "best": best,
         "ledger": ledger,
-        "pictures": pictures.grids,
         "cards": [{**vars(card), "image": pictures.cards.get(card.where)} for card in run.cards],
     }
+
+
+def _strips(run: RunPage, pictures: _Pictures) -> list[dict[str, Any]]:
+    """Return a strip of grids through time per EMA profile; if there is none, one without pictures."""
+    return [
+        {
+            "run": run.name,
+            "profile": profile,
+            "evaluations": len(run.grids.get(profile, ())),
+            "pictures": [vars(picture) for picture in pictures.grids.get(profile, ())],
+        }
+        for profile in run.grids or ("",)
+    ]
 
 
 def _headings(runs: Sequence[RunPage]) -> list[str]:

@@ -52,20 +52,20 @@ function startToolbar() {
   }
 }
 
-// The slider of samples: each run shows its newest grid up to the chosen step.
+// The slider of samples: each run and EMA profile shows its newest grid up to the chosen step.
 function showGrids() {
   const step = page.grid_steps[Number(document.getElementById("grid").value)];
   document.getElementById("grid-step").textContent = "step " + format(step);
   document.getElementById("grid").setAttribute("aria-valuetext", "step " + format(step));
-  page.runs.forEach((run, number) => {
-    if (!run.grids.length) return;
-    const before = run.grids.filter((grid) => grid.step <= step);
-    const grid = before[before.length - 1] || run.grids[0];
+  page.strips.forEach((strip, number) => {
+    if (!strip.pictures.length) return;
+    const before = strip.pictures.filter((picture) => picture.step <= step);
+    const grid = before[before.length - 1] || strip.pictures[0];
     const image = document.querySelector('[data-grid="' + number + '"]');
     image.src = grid.uri;
     image.width = grid.width;
     image.height = grid.height;
-    image.alt = "Samples of " + run.name + " at step " + format(grid.step);
+    image.alt = "Samples of " + strip.run + ", EMA profile " + strip.profile + ", at step " + format(grid.step);
     document.querySelector('[data-grid-step="' + number + '"]').textContent = "step " + format(grid.step);
   });
 }

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import unquote
 
 SIDES_PX = (512, 384, 256, 128)
 """Longest sides to try, from the best."""
@@ -28,12 +29,14 @@ class Picture:
     height: int
 
 
-def grids_of(run: Path) -> dict[int, Path]:
-    """Return the grids of a run's evaluations by step, ascending."""
-    found = {path: path.stem for path in (run / "evaluations").glob("*.png")}
-    return dict(
-        sorted((int(stem), path) for path, stem in found.items() if stem.isascii() and stem.isdecimal())
-    )
+def grids_of(run: Path) -> dict[str, dict[int, Path]]:
+    """Return the grids of a run's evaluations by EMA profile and step, both ascending."""
+    found: dict[str, dict[int, Path]] = {}
+    for path in sorted((run / "evaluations").glob("*.png")):
+        step, dot, profile = path.stem.partition(".")
+        if step.isascii() and step.isdecimal() and dot:
+            found.setdefault(unquote(profile), {})[int(step)] = path
+    return dict(sorted(found.items()))
 
 
 def chosen(grids: dict[int, Path], always: Iterable[int], budget_bytes: int) -> list[Picture]:
