@@ -33,7 +33,8 @@ A run, a checkpoint or a weights file is sampled first.
 
   dit-scale evaluate runs/xl2/samples --reference VIRTUAL_imagenet256_labeled.npz --network inception:FILE.pth
   dit-scale evaluate --make-reference real.npz /data/imagenet/train --crop 256 --network inception:FILE.pth
-  dit-scale evaluate --compare runs/a/samples runs/b/samples""",
+  dit-scale evaluate --compare runs/a/samples runs/b/samples
+  dit-scale evaluate --mirror runs/a""",
     )
     parser.add_argument("source", nargs="?", help="images, a run, a checkpoint or a weights file")
     _add_what(parser.add_argument_group("what to compute"))
@@ -101,6 +102,11 @@ def _add_other(group: argparse._ArgumentGroup) -> None:
         metavar="CARD",
         help="print what differs between the protocols of score cards, then their figures",
     )
+    group.add_argument(
+        "--mirror",
+        metavar="RUN",
+        help="send the figures of a run's score cards to its mirrors: W&B, TensorBoard, Trackio",
+    )
 
 
 def _metrics(text: str) -> tuple[str, ...]:
@@ -118,6 +124,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.compare is not None:
         print_comparison([*([args.source] if args.source else []), *args.compare])
         return 0
+    if args.mirror is not None:
+        return _mirror(args.mirror)
     if args.source is None:
         raise ConfigError("expected what to score: images, a sample folder, a run or a weights file")
     if not args.network:
@@ -131,6 +139,12 @@ def _run(args: argparse.Namespace) -> int:
     out = args.make_reference or args.out or _card_path(args.source)
     check_output(out, ".npz" if args.make_reference else ".json")
     return _with_world(args, Path(out))
+
+
+def _mirror(run: str) -> int:
+    from dit_scale.report.mirroring import mirror_cards
+
+    return int(mirror_cards(run, time.time(), print) > 0)
 
 
 def _has_weights(source: str) -> bool:

@@ -1,6 +1,5 @@
 """Mirrors of a run that is killed, and mirrors that fail: the public command with the real libraries."""
 
-import json
 import os
 import pty
 import signal
@@ -8,7 +7,6 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,6 +18,7 @@ from tests.support.ranks import jobs, rollback_jobs
 from tests.support.ranks.held_run import held_run
 from tests.support.ranks.processes import TIMEOUT_S
 from tests.support.ranks.runs import events
+from tests.support.wandb_files import records_of
 from tests.support.webhook import SECRET, receiver
 
 pytestmark = pytest.mark.dist
@@ -94,16 +93,6 @@ def test_wandb_without_a_key_does_not_prompt(tmp_path: Path, environment: dict[s
     assert alarm["text"].startswith("wandb failed to start and gets no more rows")
     assert "No API key configured" in alarm["text"]
     assert len(jobs.losses(config)) == STEPS
-
-
-def records_of(file: Path) -> dict[str, list[Any]]:
-    """Return the records of a .wandb file by their type, as wandb's own reader prints them."""
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", str(file), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
-    found: dict[str, list[Any]] = {}
-    for record in map(json.loads, done.stdout.splitlines()):
-        found.setdefault(record["type"], []).append(record[record["type"]])
-    return found
 
 
 def files_with(folder: Path, *texts: str) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dit_scale.config import TrainConfig, dump
+from dit_scale.sealed import sealed
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 BREAKOUT = "</script><script>alert(2)</script><!--"
@@ -70,6 +71,31 @@ def write_run(
     (folder / "supervisors").mkdir(exist_ok=True)
     (folder / "supervisors" / "node0.jsonl").write_text(lines(supervisor))
     return str(folder)
+
+
+def write_card(run: str, value: float, step: int | None = None, where: str = "samples") -> Path:
+    """Write a score card of samples, with one row of the paper; without a step, their protocol is unknown."""
+    tree = {
+        "format": "dit-scale metrics",
+        "version": 1,
+        "samples": {"protocol": step and {"weights": {"step": step}}},
+        "results": [
+            {
+                "metric": "FID",
+                "network": "inception",
+                "value": value,
+                "samples": 500,
+                "standard_error": 0.25,
+                "note": "",
+            }
+        ],
+        "cautions": ["500 samples are few"],
+        "paper": [{"row": "400K steps, no guidance", "FID": 19.47}],
+    }
+    path = Path(run) / where / "metrics.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(sealed(tree))
+    return path
 
 
 def write_grid(run: str, step: int, side: int = 64, seed: int = 0, profile: str = "paper") -> None:

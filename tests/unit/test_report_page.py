@@ -27,6 +27,7 @@ from tests.support.report_runs import (
     SUPERVISOR,
     event,
     lines,
+    write_card,
     write_grid,
     write_run,
 )
@@ -209,38 +210,15 @@ def test_the_policy_allows_only_what_is_in_the_file(tmp_path: Path) -> None:
     assert {str(link)[:1] for link in links if link != "data:,"} == {"#"}
 
 
-def card(value: float) -> dict[str, Any]:
-    """Return a score card with one row of the paper."""
-    return {
-        "format": "dit-scale metrics",
-        "version": 1,
-        "results": [
-            {
-                "metric": "FID",
-                "network": "inception",
-                "value": value,
-                "samples": 500,
-                "standard_error": 0.25,
-                "note": "",
-            }
-        ],
-        "cautions": ["500 samples are few"],
-        "paper": [{"row": "400K steps, no guidance", "FID": 19.47}],
-    }
-
-
 def test_score_cards_stand_beside_the_paper(tmp_path: Path) -> None:
-    from dit_scale.sealed import sealed
-
     run = write_run(tmp_path / "a")
-    (tmp_path / "a" / "samples").mkdir()
-    (tmp_path / "a" / "samples" / "metrics.json").write_bytes(sealed(card(21.5)))
-    Image.new("RGB", (320, 320)).save(tmp_path / "a" / "samples" / "grid.png")
+    card = write_card(run, 21.5)
+    Image.new("RGB", (320, 320)).save(card.with_name("grid.png"))
     page = page_of(run)
     text = page.of("scores")
     assert "FID inception 21.5 0.25 500 19.47" in text
     assert "500 samples are few" in text
-    (tmp_path / "a" / "samples" / "metrics.json").write_bytes(sealed(card(21.5)).replace(b"21.5", b"1.55"))
+    card.write_bytes(card.read_bytes().replace(b"21.5", b"1.55"))
     assert "is damaged (its SHA-256 is wrong)" in page_of(run).of("scores")
 
 

@@ -100,7 +100,7 @@ class RunReader:
                 f"{ERRORS}/{path.name}" for path in sorted((folder / ERRORS).glob("*.txt"))[-MAX_FILES:]
             ],
             grids=grids_of(folder),
-            cards=_cards(folder),
+            cards=cards_of(folder),
             paper=_paper_rows(contents),
             config=keys_of(config) if config else NO_KEYS,
             recipe=nearest_recipe(config) if config else None,
@@ -134,7 +134,7 @@ def _alarms(contents: RunContents) -> list[tuple[float, str]]:
     return [(entry["time_s"], str(entry.get("text", ""))) for entry in alarms]
 
 
-def _cards(run: Path) -> list[ScoreCard]:
+def cards_of(run: Path) -> list[ScoreCard]:
     """Return the score cards of sample folders in the run."""
     found = []
     for path in sorted(run.glob(f"{SAMPLES}*/{CARD}")):

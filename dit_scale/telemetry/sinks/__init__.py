@@ -27,8 +27,11 @@ def check_installed(mirrored: Mirrored) -> None:
             raise ConfigError(f"{package}={value}: {package} is not installed; pip install {what}")
 
 
-def open_mirrors(config: TrainConfig, resume_step: int, alarm: Alarm) -> list[Mirror]:
-    """Open the mirrors that the configuration asks for."""
+def open_mirrors(config: TrainConfig, resume_step: int | None, alarm: Alarm) -> list[Mirror]:
+    """Open the mirrors that the configuration asks for.
+
+    They continue after `resume_step`, or with None add to what they have.
+    """
     folder, log, mirrors = Path(config.run), config.log, list[Mirror]()
     if log.wandb != "off":
         mirrors.append(

@@ -15,6 +15,8 @@ class Sink(Protocol):
 
     def picture(self, step: int, name: str, path: Path) -> None: ...
 
+    def scores(self, step: int, figures: dict[str, float | None]) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -36,6 +38,12 @@ class Mirror:
         if self._sink is not None:
             with self._guarded("failed"):
                 self._sink.picture(step, name, path)
+
+    def scores(self, step: int, figures: dict[str, float | None]) -> None:
+        """Show figures of the weights of a step that may be long past."""
+        if self._sink is not None:
+            with self._guarded("failed"):
+                self._sink.scores(step, figures)
 
     def close(self) -> None:
         if self._sink is not None:

@@ -7,12 +7,13 @@ from PIL import Image
 
 
 class TensorBoard:
-    """Event files in the run folder."""
+    """Event files in the run folder. Rows after `resume_step` are dropped; None: none are."""
 
-    def __init__(self, folder: Path, resume_step: int) -> None:
+    def __init__(self, folder: Path, resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        purge_step = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def write(self, step: int, record: dict[str, float | None]) -> None:
         for name, value in record.items():
@@ -22,6 +23,9 @@ class TensorBoard:
     def picture(self, step: int, name: str, path: Path) -> None:
         with Image.open(path) as image:
             self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def scores(self, step: int, figures: dict[str, float | None]) -> None:
+        self.write(step, figures)
 
     def close(self) -> None:
         self._writer.close()

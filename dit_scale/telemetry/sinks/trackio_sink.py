@@ -44,6 +44,9 @@ class Trackio:
             self._run.log({name: trackio.Image(str(path))}, step=step)
         self._check()
 
+    def scores(self, step: int, figures: dict[str, float | None]) -> None:
+        self.write(step, figures)
+
     def close(self) -> None:
         import trackio
 

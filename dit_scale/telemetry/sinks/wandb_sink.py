@@ -41,6 +41,10 @@ class Wandb:
 
         self._run.log({name: wandb.Image(str(path))}, step=step)
 
+    def scores(self, step: int, figures: dict[str, float | None]) -> None:
+        """Put figures into the summary: the server ignores rows of earlier steps."""
+        self._run.summary.update(figures)
+
     def close(self) -> None:
         self._run.finish()
 
