@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command, output_path
+from dit_scale.cli.watching import WATCH_S
 
 if TYPE_CHECKING:
     from dit_scale.report.page.contents import RunPage
 
-WATCH_S = 5.0
 MAX_RUNS = 16
 """Runs on one page: eight colours, with two kinds of lines."""
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command
-from dit_scale.cli.tables import age, new_screen, print_first_that_fits
+from dit_scale.cli.tables import age, print_first_that_fits
+from dit_scale.cli.watching import add_watching, show_report
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from dit_scale.report.runs import Listing
     from dit_scale.report.status import Status
 
-WATCH_S = 5.0
 LEAST = ("model", "goodput", "img/s", "score")
 """Columns that a narrow terminal does not show, the least important first."""
 
@@ -33,30 +33,18 @@ The score is that of the last evaluation during training.""",
         example="dit-scale runs runs --watch",
     )
     parser.add_argument("folder", nargs="?", default="runs", help="where to look (default: runs)")
-    parser.add_argument("--json", action="store_true", help="print JSON, for each run as `dit-scale status`")
-    parser.add_argument("--watch", action="store_true", help=f"repeat every {WATCH_S:g} s until Ctrl-C")
+    add_watching(parser, "print JSON, for each run as `dit-scale status`")
 
 
 def _runs(args: argparse.Namespace) -> int:
-    import json
-    from dataclasses import asdict
-
     from dit_scale.errors import ConfigError
     from dit_scale.report.runs import list_runs
 
     if not os.path.isdir(args.folder):
         raise ConfigError(f"{args.folder} is not a folder; pass the folder that contains your runs")
-    while True:
-        found = list_runs(args.folder, time.time())
-        if args.json:
-            print(json.dumps(asdict(found), indent=None if args.watch else 2), flush=True)
-        else:
-            if args.watch:
-                new_screen()
-            _show(found, args.folder)
-        if not args.watch:
-            return 0
-        time.sleep(WATCH_S)
+    return show_report(
+        args, lambda: list_runs(args.folder, time.time()), lambda found: _show(found, args.folder)
+    )
 
 
 def _show(found: "Listing", folder: str) -> None:

@@ -5,7 +5,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dit_scale.cli.arguments import add_command
-from dit_scale.cli.tables import UNLIMITED_WIDTH, ledger_table, new_screen, print_table
+from dit_scale.cli.tables import UNLIMITED_WIDTH, ledger_table, print_table
+from dit_scale.cli.watching import add_watching, show_report
 from dit_scale.report.words import in_two_units
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from dit_scale.report.interruptions import Interruption
     from dit_scale.report.status import Status
 
-WATCH_S = 5.0
 MAX_ROWS = 20
 """Interruptions shown; --json prints all of them."""
 MAX_TEXT = 160
@@ -36,27 +36,13 @@ are only waiting for nodes write nothing to the folder, so a waiting run can loo
         example="dit-scale status runs/dit_xl2_256 --watch",
     )
     parser.add_argument("run", help="folder of the run")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--watch", action="store_true", help=f"repeat every {WATCH_S:g} s until Ctrl-C")
+    add_watching(parser, "print JSON")
 
 
 def _status(args: argparse.Namespace) -> int:
-    import json
-    from dataclasses import asdict
-
     from dit_scale.report.status import status_of
 
-    while True:
-        status = status_of(args.run, time.time())
-        if args.json:
-            print(json.dumps(asdict(status), indent=None if args.watch else 2), flush=True)
-        else:
-            if args.watch:
-                new_screen()
-            _show(status)
-        if not args.watch:
-            return 0
-        time.sleep(WATCH_S)
+    return show_report(args, lambda: status_of(args.run, time.time()), _show)
 
 
 def _show(status: "Status") -> None:

@@ -37,7 +37,8 @@ def mirror_cards(run: str, now_s: float, say: Say) -> int:
             f"{run}/config.yaml has no mirror: expected log.wandb, log.tensorboard or log.trackio to be on"
         )
     for card in cards:
-        step = _step_of(card.tree) or status.step
+        step = _step_of(card.tree)
+        step = status.step if step is None else step
         for mirror in mirrors:
             mirror.scores(step, {f"{card.where}/step": step, **_figures(card)})
     for mirror in mirrors:
