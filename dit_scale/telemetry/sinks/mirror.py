@@ -11,13 +11,17 @@ from dit_scale.lines import Alarm
 class Sink(Protocol):
     """Receives named numbers and pictures; None stands for a mean over nothing."""
 
-    def write(self, step: int, record: dict[str, float | None]) -> None: ...
+    def write(self, step: int, record: dict[str, float | None]) -> None:
+        """Add a row of the record; steps ascend."""
 
-    def picture(self, step: int, name: str, path: Path) -> None: ...
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Add the picture in a file."""
 
-    def scores(self, step: int, figures: dict[str, float | None]) -> None: ...
+    def scores(self, step: int, figures: dict[str, float | None]) -> None:
+        """Show figures of the weights of a step that may be long past."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what is left."""
 
 
 class Mirror:
@@ -40,7 +44,6 @@ class Mirror:
                 self._sink.picture(step, name, path)
 
     def scores(self, step: int, figures: dict[str, float | None]) -> None:
-        """Show figures of the weights of a step that may be long past."""
         if self._sink is not None:
             with self._guarded("failed"):
                 self._sink.scores(step, figures)
