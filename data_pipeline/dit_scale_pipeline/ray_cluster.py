@@ -40,6 +40,8 @@ HEAD_LOST_S = 40.0
 """Time without the head after which the job exits; after 60 s Ray would end the process."""
 NODE_LOST_S = 6.0
 """Time without the local node after which the job exits; a process cannot join a second node."""
+MAX_MESSAGE = 200
+"""Characters shown of a message of the cluster."""
 
 Resources = Sequence[dict[str, float]]
 """Resources of each living node: CPU, GPU, ..."""
@@ -56,8 +58,11 @@ def cluster(address: str) -> Iterator[None]:
     Raises DeviceError when the cluster cannot be joined or is lost, and KeyboardInterrupt after a signal.
     """
     import ray
+    from ray._private import worker
     from ray.exceptions import RayError, RayTaskError
 
+    # It prints messages of the cluster, such as the last lines of a dead node's log, on standard output.
+    worker.print_to_stdstream = _show_message  # type: ignore[assignment]
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise Ray warns at every start
     address = os.environ.get("RAY_ADDRESS", "local") if address == "auto" else address
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
@@ -90,6 +95,12 @@ def cluster(address: str) -> Iterator[None]:
             if isinstance(error, RayError | OSError | KeyboardInterrupt):
                 raise lifeline.error from error
             raise
+
+
+def _show_message(message: dict[str, Any], ignore_prefix: bool) -> None:
+    """Show the first line of a message of the cluster, where Ray calls its own function."""
+    text = " ".join(message["lines"]).strip().partition("\n")[0]
+    print(f"Ray: {text[:MAX_MESSAGE]}", file=sys.stderr, flush=True)
 
 
 @contextmanager

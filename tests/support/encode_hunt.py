@@ -160,7 +160,13 @@ class Hunt:
             raise HuntError(f"the driver hangs:\n{self.said()}") from None
         if code:
             raise HuntError(f"the driver exited with {code}:\n{self.said()}")
+        self._check_words()
         self.look()
+
+    def _check_words(self) -> None:
+        """HuntError if the last driver has printed more than short messages."""
+        if "Traceback" in self.said() or "[state-dump]" in self.said():
+            raise HuntError(f"the driver shows a stack or a log:\n{self.said()}")
 
     def close(self) -> None:
         """Kill the drivers that are still alive."""
@@ -224,8 +230,7 @@ class Hunt:
                 driver.wait(RUN_S)
             if driver.returncode not in DRIVER_ENDS:
                 raise HuntError(f"the driver exited with {driver.returncode}:\n{self.said()}")
-            if "Traceback" in self.said():
-                raise HuntError(f"the driver shows its stack:\n{self.said()}")
+            self._check_words()
         if victim == "head":
             nodes.start(HEAD)
         if victim in ("node", "head"):

@@ -23,7 +23,7 @@ from dit_scale_pipeline.encoder import Encoder
 from dit_scale_pipeline.inputs import Entry, Listing
 from dit_scale_pipeline.metrics import Metrics
 from dit_scale_pipeline.progress import JobProgress
-from dit_scale_pipeline.ray_cluster import Placement, place_encoders
+from dit_scale_pipeline.ray_cluster import Placement, _show_message, place_encoders
 from dit_scale_pipeline.shards_writer import IndexRow, Shard, build_shard, write_shard
 from tests.support.faults.small_disk import fill, small_disk
 from tests.support.tiny_vae import save_tiny_vae
@@ -445,3 +445,10 @@ def test_names_with_brackets_are_shown_as_they_are(
     paths = [f"source={tmp_path}/images", f"vae={vae}", f"output={tmp_path}/out", "vae_batch=2"]
     assert main(["encode", "--dry-run", "image_size=32", *paths]) == 0
     assert "ignored files and folders: 1 (stray[red].png)" in capsys.readouterr().err
+
+
+def test_a_message_of_the_cluster_is_one_short_line(capsys: pytest.CaptureFixture[str]) -> None:
+    _show_message({"lines": ["\nA raylet died.\n" + "log\n" * 20], "pid": "raylet"}, False)
+    _show_message({"lines": ["x" * 1000]}, False)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"Ray: A raylet died.\nRay: {'x' * 200}\n")
