@@ -61,7 +61,7 @@ def cluster(address: str) -> Iterator[None]:
     from ray._private import worker
     from ray.exceptions import RayError, RayTaskError
 
-    # It prints messages of the cluster, such as the last lines of a dead node's log, on standard output.
+    # Ray prints messages of the cluster, such as the last lines of a dead node's log, on standard output.
     worker.print_to_stdstream = _show_message  # type: ignore[assignment]
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise Ray warns at every start
     address = os.environ.get("RAY_ADDRESS", "local") if address == "auto" else address
