@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from types import FrameType
 
 REQUEUE_EXIT_CODE = 75
@@ -59,11 +60,13 @@ def leave_until_ready(message: str) -> None:
 
 
 _interrupts: list[int] = []
-"""Signals since `interrupt`."""
+"""Signals since `interrupt`, as far as they have been handled or read from the pipe."""
 
 
 def interrupt() -> None:
     """Make all of these signals interrupt the process like Ctrl-C, and be remembered by `was_interrupted`."""
+    signal.set_wakeup_fd(_pipe()[1], warn_on_full_buffer=False)
+    was_interrupted()
     _interrupts.clear()
     for number in caught():
         signal.signal(number, _interrupt)
@@ -75,8 +78,20 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def was_interrupted() -> bool:
-    """Whether a signal has arrived since `interrupt`, even if foreign code has lost its KeyboardInterrupt."""
+    """Whether a signal has arrived since `interrupt`.
+
+    It has even if foreign code has lost its KeyboardInterrupt, or keeps the main thread, so that no handler
+    written in Python can run.
+    """
+    with suppress(BlockingIOError):
+        _interrupts.extend(number for number in os.read(_pipe()[0], 4096) if number in ALL)
     return bool(_interrupts)
+
+
+@cache
+def _pipe() -> tuple[int, int]:
+    """Return both ends of the pipe into which the interpreter writes the number of each signal at once."""
+    return os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 @contextmanager
