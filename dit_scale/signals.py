@@ -60,7 +60,7 @@ def leave_until_ready(message: str) -> None:
 
 
 _interrupts: list[int] = []
-"""Signals since `interrupt`, as far as they have been handled or read from the pipe."""
+"""Signals since `interrupt` that were handled or read from the pipe."""
 
 
 def interrupt() -> None:
@@ -80,8 +80,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def was_interrupted() -> bool:
     """Whether a signal has arrived since `interrupt`.
 
-    It has even if foreign code has lost its KeyboardInterrupt, or keeps the main thread, so that no handler
-    written in Python can run.
+    True even if foreign code has swallowed the KeyboardInterrupt, or blocks the main thread, so that no
+    handler written in Python can run.
     """
     with suppress(BlockingIOError):
         _interrupts.extend(number for number in os.read(_pipe()[0], 4096) if number in ALL)
@@ -90,7 +90,7 @@ def was_interrupted() -> bool:
 
 @cache
 def _pipe() -> tuple[int, int]:
-    """Return both ends of the pipe into which the interpreter writes the number of each signal at once."""
+    """Return both ends of the pipe into which the interpreter writes each signal's number on arrival."""
     return os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
 

@@ -98,7 +98,7 @@ def cluster(address: str) -> Iterator[None]:
 
 
 def _show_message(message: dict[str, Any], ignore_prefix: bool) -> None:
-    """Show the first line of a message of the cluster, where Ray calls its own function."""
+    """Show the first line of a message from the cluster. Replaces a function of Ray, with its signature."""
     text = " ".join(message["lines"]).strip().partition("\n")[0]
     print(f"Ray: {text[:MAX_MESSAGE]}", file=sys.stderr, flush=True)
 
@@ -286,7 +286,7 @@ def start_encoders(
 ) -> "tuple[list[ActorHandle], dict[str, str]]":
     """Start the encoder actors; return them and their common runtime.
 
-    One that is ready is enough: the others may wait for room that another job still occupies.
+    One ready encoder is enough: others may be waiting for room that another job still occupies.
     """
     import ray
 

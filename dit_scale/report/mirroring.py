@@ -22,7 +22,9 @@ def mirror_cards(run: str, now_s: float, say: Say) -> int:
     """
     config, status = config_of_folder(run), status_of(run, now_s, remote=False)
     if status.state in ("running", "waiting"):
-        raise ConfigError(f"{run} is {status.state}: expected a run that has ended; its mirrors are in use")
+        raise ConfigError(
+            f"{run} is {status.state}, and its own process writes to the mirrors; try again when it has ended"
+        )
     cards = cards_of(Path(run))
     for card in cards:
         if card.problem:

@@ -67,7 +67,9 @@ with cluster("local"):
     ("interrupted", "code", "words"),
     [(True, 130, "interrupted; run the same command again"), (False, 2, "lost the Ray cluster at local")],
 )
-def test_so_it_is_while_foreign_code_keeps_the_main_thread(interrupted: bool, code: int, words: str) -> None:
+def test_a_signal_counts_while_foreign_code_has_the_main_thread(
+    interrupted: bool, code: int, words: str
+) -> None:
     done = run(STUCK_JOB.format(interrupted=interrupted))
     assert (done.returncode, words in done.stderr) == (code, True), done.stderr
 

@@ -54,7 +54,7 @@ def refusal(run: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_what_cannot_be_mirrored_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     live = write_run(tmp_path / "live", log={"tensorboard": True})
     write_card(live, 1.0)
-    assert "is running: expected a run that has ended" in refusal(live, capsys)
+    assert "is running, and its own process writes to the mirrors" in refusal(live, capsys)
     assert "has no score cards yet" in refusal(write_ended_run(tmp_path / "bare", tensorboard=True), capsys)
     silent = write_ended_run(tmp_path / "silent")
     card = write_card(silent, 21.5)
