@@ -40,7 +40,7 @@ def run(script: str) -> subprocess.CompletedProcess[str]:
 
 
 STUCK_JOB = """
-import ctypes, os, signal, threading, time
+import contextlib, ctypes, os, signal, threading, time
 import psutil
 from dit_scale_pipeline.ray_cluster import cluster
 
@@ -57,9 +57,10 @@ def end_ray():
 with cluster("local"):
     threading.Thread(target=end_ray).start()
     mutex = ctypes.create_string_buffer(64)
-    about_to_lock.set()
-    for _ in range(2):
-        ctypes.CDLL(None).pthread_mutex_lock(mutex)  # the second one never returns, whatever arrives
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):  # if the signal arrives before the lock
+            about_to_lock.set()
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)  # the second one never returns, whatever arrives
 """
 
 
